@@ -1,0 +1,176 @@
+"""Command lines made of the config classes: which script takes which flags, and what a wrong one is told.
+
+Nothing here imports torch, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, NoReturn, TypeVar
+
+from guided_diffusion.config import (
+    ClassifierConfig,
+    ClassifierDataConfig,
+    ClassifierTrainConfig,
+    DataConfig,
+    DiffusionConfig,
+    GuidanceConfig,
+    ImageTrainConfig,
+    LikelihoodConfig,
+    RunConfig,
+    SampleConfig,
+    SuperResConfig,
+    UNetConfig,
+    UpsampleConfig,
+    defaults,
+    nearest,
+    str2bool,
+)
+
+Section = TypeVar("Section", bound=object)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A script: what it is for and the sections of its flags."""
+
+    about: str
+    sections: tuple[type[Any], ...]
+
+    def flags(self) -> dict[str, Field[Any]]:
+        """Every flag of the command by name."""
+        return {spec.name: spec for section in self.sections for spec in fields(section)}
+
+
+COMMANDS = {
+    "image_train": Command(
+        "Train a diffusion model.",
+        (RunConfig, DataConfig, ImageTrainConfig, UNetConfig, DiffusionConfig),
+    ),
+    "image_sample": Command("Sample from a diffusion model.", (RunConfig, SampleConfig, UNetConfig, DiffusionConfig)),
+    "image_nll": Command(
+        "Bits per dimension of images under a diffusion model.",
+        (RunConfig, LikelihoodConfig, UNetConfig, DiffusionConfig),
+    ),
+    "classifier_train": Command(
+        "Train a classifier of noisy images.",
+        (RunConfig, ClassifierDataConfig, ClassifierTrainConfig, ClassifierConfig, DiffusionConfig),
+    ),
+    "classifier_sample": Command(
+        "Sample from a diffusion model, guided by a classifier.",
+        (RunConfig, SampleConfig, GuidanceConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+    ),
+    "super_res_train": Command(
+        "Train an upsampler.",
+        (RunConfig, DataConfig, ImageTrainConfig, SuperResConfig, DiffusionConfig),
+    ),
+    "super_res_sample": Command(
+        "Enlarge images.",
+        (RunConfig, SampleConfig, UpsampleConfig, SuperResConfig, DiffusionConfig),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of one run: what the command line said, over what a checkpoint saved, over the defaults."""
+
+    command: str
+    given: Mapping[str, Any]
+    saved: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Every flag resolved, as plain JSON values."""
+        return {**defaults(*COMMANDS[self.command].sections), **self.saved, **self.given}
+
+    def part(self, section: type[Section]) -> Section:
+        """The values of one config class."""
+        values = self.values
+        return section(**{name: values[name] for name in defaults(section)})
+
+    def over(self, saved: Mapping[str, Any], *sections: type[Any]) -> Flags:
+        """The same command line over flags saved with a checkpoint, taken for the given config classes alone."""
+        known = {spec.name: spec for section in sections for spec in fields(section)}
+        taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
+        return Flags(self.command, self.given, {**self.saved, **taken})
+
+    def section_of(self, name: str) -> dict[str, Any]:
+        """What the command line said about the flags of the config class called `name`."""
+        sections = {section.__name__: section for section in COMMANDS[self.command].sections}
+        return {key: value for key, value in self.given.items() if key in defaults(sections[name])}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence each, said once for all ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        if all(os.environ.get(name, "0") == "0" for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")):
+            self._print_message(f"{self.prog}: error: {message}\n")
+        self.exit(2)
+
+
+def _converter(spec: Field[Any]) -> Callable[[str], Any]:
+    """text -> value of one flag, with its checks."""
+    kind: type[Any] = type(spec.default)
+    convert = spec.metadata["convert"] or (str2bool if kind is bool else kind)
+    choices, low = spec.metadata["choices"], spec.metadata["at_least"]
+
+    def read(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError as error:
+            detail = str(error) if spec.metadata["convert"] else f"{text!r} is not of type {kind.__name__}"
+            raise argparse.ArgumentTypeError(detail) from error
+        if choices and str(value) not in choices:
+            allowed = ", ".join(choice or "''" for choice in choices)
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
+        if low is not None and not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
+        return value
+
+    return read
+
+
+def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any = argparse.SUPPRESS) -> None:
+    """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
+    names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
+    extra: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}
+    shown = "''" if spec.default == "" else str(spec.default)
+    group.add_argument(
+        *names,
+        dest=spec.name,
+        default=default,
+        type=_converter(spec),
+        metavar=type(spec.default).__name__.upper(),
+        help=f"{spec.metadata['help']} (default: {shown})".replace("%", "%%"),
+        **extra,
+    )
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """The command line of one script; flags that are not given stay absent from the result."""
+    command, seen = COMMANDS[name], set[str]()
+    result = _Parser(prog=f"{name}.py", description=command.about, allow_abbrev=False)
+    for section in command.sections:
+        group = result.add_argument_group((section.__doc__ or section.__name__).strip().rstrip("."))
+        for spec in fields(section):
+            if spec.name not in seen:
+                add_flag(group, spec)
+        seen |= set(defaults(section))
+    return result
+
+
+def parse(name: str, argv: Sequence[str] | None = None) -> Flags:
+    """The flags of script `name` from a command line; a wrong one ends the process with code 2 and a sentence."""
+    command_line = parser(name)
+    namespace, unknown = command_line.parse_known_args(argv)
+    for word in unknown:
+        known = [f"--{flag_name}" for flag_name in COMMANDS[name].flags()]
+        kind = "unknown flag" if word.startswith("-") else "unexpected word"
+        hint = nearest(word.split("=")[0], known) or "; --help lists the flags"
+        command_line.error(f"{kind} {word}{hint}")
+    return Flags(name, vars(namespace))

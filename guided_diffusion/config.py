@@ -1,0 +1,326 @@
+"""Every flag once: the config dataclasses and their help texts.
+
+A field is a flag: its name, default and help text stand here and nowhere else. The `*_defaults()` dictionaries, the
+command lines, the keyword sets of the factory and the config.json beside a checkpoint are all read off these classes.
+Nothing here imports torch, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+SAMPLER_NAMES = ("ddpm", "ddim", "plms")
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
+
+
+def flag(
+    default: T,
+    help: str,
+    *,
+    choices: Iterable[str] = (),
+    at_least: float | None = None,
+    runtime: bool = False,
+    alias: str = "",
+    convert: Callable[[str], Any] | None = None,
+) -> T:
+    """A dataclass field that is also a flag.
+
+    :param runtime: True for what may change between training and sampling (precision, memory): never taken from a
+        checkpoint's config.
+    :param convert: text -> value where the type of the default does not say it.
+    """
+    extra = {
+        "help": help,
+        "choices": tuple(choices),
+        "at_least": at_least,
+        "runtime": runtime,
+        "alias": alias,
+        "convert": convert,
+    }
+    return field(default=default, metadata=extra)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def str2bool(v: str | bool) -> bool:
+    """The boolean that a word on the command line stands for."""
+    if isinstance(v, bool):
+        return v
+    known = dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True)
+    known |= dict.fromkeys(("no", "false", "f", "n", "0", "off"), False)
+    if v.lower() not in known:
+        raise argparse.ArgumentTypeError(f"boolean value expected: {v!r} is neither True nor False")
+    return known[v.lower()]
+
+
+def parse_size(size: Size) -> tuple[int, int]:
+    """(height, width) of a size given as 64, "64", "64x128" or a pair.
+
+    :raises ValueError: if it is none of these, or not positive.
+    """
+    try:
+        sides = size.lower().split("x") if isinstance(size, str) else [size] if isinstance(size, int) else list(size)
+        numbers = [int(side) for side in sides]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
+        raise ValueError(f"image size {size!r} is not a size: write 64, or HEIGHTxWIDTH such as 64x128")
+    return numbers[0], numbers[-1]
+
+
+def size_flag(text: Size) -> int | str:
+    """The plain JSON form of a size: an int for squares, else the text HxW."""
+    height, width = parse_size(text)
+    return height if height == width else f"{height}x{width}"
+
+
+# ---- the networks and the process: saved with a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """The Gaussian diffusion process."""
+
+    learn_sigma: bool = flag(False, "the network predicts the variance too (twice the output channels)")
+    diffusion_steps: int = flag(1000, "T, the number of noise levels in training", at_least=1)
+    noise_schedule: str = flag("linear", "betas over t: linear or cosine", choices=("linear", "cosine"))
+    timestep_respacing: str = flag(
+        "",
+        "steps used in sampling: '' all, '250', '10,15,20' per section, 'ddim25' for an even stride",
+        runtime=True,
+    )
+    use_kl: bool = flag(False, "train on the variational bound instead of the mean squared error")
+    predict_xstart: bool = flag(False, "the network predicts x_0 instead of the noise eps")
+    rescale_timesteps: bool = flag(False, "feed t * 1000 / T to the network, so that t means the same for every T")
+    rescale_learned_sigmas: bool = flag(False, "with --learn_sigma: scale the variational term by T / 1000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """What the images are, for every network."""
+
+    num_classes: int = flag(1000, "number of classes K; labels are 0 .. K-1", at_least=1)
+    image_channels: int = flag(3, "channels of the images: 1, 3, 4 or any N", at_least=1)
+    dims: int = flag(2, "dimensions of the data: 1, 2 or 3", choices=("1", "2", "3"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizedConfig(ImageConfig):
+    """Images of one size."""
+
+    image_size: int | str = flag(64, "pixels: 64, or HEIGHTxWIDTH", convert=size_flag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(ImageConfig):
+    """What a diffusion U-Net and an upsampler have in common."""
+
+    num_channels: int = flag(128, "channels of the first level", at_least=1)
+    num_res_blocks: int = flag(2, "residual blocks per level", at_least=1)
+    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1", at_least=1)
+    num_heads_upsample: int = flag(-1, "attention heads of the decoder; -1: as in the encoder")
+    num_head_channels: int = flag(-1, "channels per attention head; -1: use --num_heads")
+    attention_resolutions: str = flag("16,8", "resolutions (pixels of the longer side) with attention; '' for none")
+    channel_mult: str = flag("", "channels of each level over --num_channels, e.g. 1,2,3,4; '' chooses by size")
+    dropout: float = flag(0.0, "dropout probability in the residual blocks", at_least=0)
+    class_cond: bool = flag(False, "condition the network on class labels")
+    use_checkpoint: bool = flag(False, "recompute activations in the backward pass to save memory", runtime=True)
+    use_scale_shift_norm: bool = flag(True, "the embedding scales and shifts the normalised activations (FiLM)")
+    resblock_updown: bool = flag(False, "residual blocks, not plain convolutions, change the resolution")
+    use_fp16: bool = flag(False, "alias of --precision fp16", runtime=True)
+    use_new_attention_order: bool = flag(False, "channels of qkv: q, k, v first, then heads")
+    use_neighborhood_attention: bool = flag(False, "attend to a window of the training size in larger images")
+    precision: str = flag("", "fp32, fp16 or bf16; '' is what --use_fp16 says", choices=("", *PRECISIONS), runtime=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig(NetworkConfig, SizedConfig):
+    """A diffusion U-Net."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperResConfig(NetworkConfig):
+    """An upsampler: a U-Net that also sees the small image."""
+
+    large_size: int | str = flag(256, "pixels of the output: 256, or HEIGHTxWIDTH", convert=size_flag)
+    small_size: int | str = flag(64, "pixels of the input: 64, or HEIGHTxWIDTH", convert=size_flag)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(SizedConfig):
+    """A classifier of noisy images."""
+
+    classifier_use_fp16: bool = flag(False, "alias of --classifier_precision fp16", runtime=True)
+    classifier_width: int = flag(128, "channels of the classifier's first level", at_least=1)
+    classifier_depth: int = flag(2, "residual blocks per level of the classifier", at_least=1)
+    classifier_attention_resolutions: str = flag("32,16,8", "resolutions with attention in the classifier")
+    classifier_use_scale_shift_norm: bool = flag(True, "as --use_scale_shift_norm, for the classifier")
+    classifier_resblock_updown: bool = flag(True, "as --resblock_updown, for the classifier")
+    classifier_pool: str = flag("attention", "the classifier's head", choices=POOLS)
+    classifier_channel_mult: str = flag("", "as --channel_mult, for the classifier")
+    classifier_precision: str = flag(
+        "",
+        "fp32, fp16 or bf16 for the classifier; '' is what --classifier_use_fp16 says",
+        choices=("", *PRECISIONS),
+        runtime=True,
+    )
+
+
+# ---- what a command does with them
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run happens and where its files go."""
+
+    log_dir: str = flag("", "folder of everything the run writes; '' is $OPENAI_LOGDIR, else a new temporary folder")
+    seed: int = flag(0, "seed of all randomness", at_least=0)
+    device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The images to train on."""
+
+    data_dir: str = flag("", "folder or zip of images, searched in depth")
+    class_from: str = flag("auto", "where labels come from", choices=CLASS_RULES)
+    random_crop: bool = flag(False, "crop at random instead of the centre")
+    random_flip: bool = flag(True, "mirror half of the images")
+    num_workers: int = flag(2, "processes that decode images; 0: the main process does", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierDataConfig(DataConfig):
+    """The labelled images to train on."""
+
+    random_crop: bool = flag(True, "crop at random instead of the centre")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    batch_size: int = flag(1, "images per step and rank", at_least=1)
+    microbatch: int = flag(-1, "images per forward pass; -1: the whole batch", at_least=-1)
+    lr: float = flag(1e-4, "learning rate of AdamW", at_least=0)
+    weight_decay: float = flag(0.0, "weight decay of AdamW", at_least=0)
+    warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", at_least=0)
+    grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", at_least=0)
+    schedule_sampler: str = flag(
+        "uniform",
+        "how timesteps are drawn",
+        choices=("uniform", "loss-second-moment"),
+    )
+    ema_rate: str = flag("0.9999", "rates of the moving averages of the weights, separated by commas; '' for none")
+    fp16_scale_growth: float = flag(1e-3, "growth of the logarithmic loss scale per step, with fp16", at_least=0)
+    resume_checkpoint: str = flag("", "model, EMA or optimizer file, or run folder, to go on from")
+    val_data_dir: str = flag("", "folder or zip of validation images")
+    log_interval: int = flag(10, "steps between two lines of the log", at_least=1)
+    save_interval: int = flag(10000, "steps between two checkpoints", at_least=1)
+    keep_last: int = flag(0, "how many checkpoints to keep; 0: all", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTrainConfig(TrainConfig):
+    """The training loop of a diffusion model."""
+
+    max_steps: int = flag(0, "steps of the whole run, resumed parts included; 0: without end", at_least=0)
+    lr_anneal_steps: int = flag(0, "steps over which the learning rate falls to 0, then stop; 0: constant", at_least=0)
+    val_interval: int = flag(1000, "steps between two validation losses", at_least=1)
+    sample_interval: int = flag(0, "steps between two preview grids of EMA samples; 0: none", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierTrainConfig(TrainConfig):
+    """The training loop of a classifier."""
+
+    batch_size: int = flag(4, "images per step and rank", at_least=1)
+    lr: float = flag(3e-4, "learning rate of AdamW", at_least=0)
+    ema_rate: str = flag("", "rates of the moving averages of the weights, separated by commas; '' for none")
+    noised: bool = flag(True, "train on noisy images; False: on clean ones, at t = 0")
+    iterations: int = flag(150000, "steps of the whole run, resumed parts included", at_least=1, alias="max_steps")
+    anneal_lr: bool = flag(False, "let the learning rate fall to 0 over the run")
+    eval_interval: int = flag(5, "steps between two evaluations on the validation images", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Sampling."""
+
+    model_path: str = flag("", "a checkpoint, or the folder of a run (its newest EMA)")
+    num_samples: int = flag(10000, "images to make", at_least=1)
+    batch_size: int = flag(16, "images per pass of the network", at_least=1)
+    sampler: str = flag("", "'' is ddpm, or ddim with --use_ddim True", choices=("", *SAMPLER_NAMES))
+    use_ddim: bool = flag(False, "alias of --sampler ddim")
+    eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", at_least=0)
+    order: int = flag(2, "order of the plms sampler", choices=("1", "2", "3", "4"))
+    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
+    classes: str = flag("", "labels in turn: 207,360 or names of classes.json; '' draws at random")
+    save_images: bool = flag(False, "write one PNG per image as well")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig:
+    """Classifier guidance."""
+
+    classifier_path: str = flag("", "the classifier's checkpoint, or the folder of its run")
+    classifier_scale: float = flag(1.0, "factor of the gradient of log p(y | x_t); 0 is the unguided sampler")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsampleConfig:
+    """The small images to enlarge."""
+
+    base_samples: str = flag("", "npz of small images (arr_0, labels in arr_1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig:
+    """The images to measure."""
+
+    data_dir: str = flag("", "folder or zip of images")
+    class_from: str = flag("auto", "where labels come from", choices=CLASS_RULES)
+    model_path: str = flag("", "a checkpoint, or the folder of a run (its newest EMA)")
+    num_samples: int = flag(1000, "images to measure", at_least=1)
+    batch_size: int = flag(1, "images per pass of the network", at_least=1)
+    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
+
+
+def defaults(*sections: type[Any]) -> dict[str, Any]:
+    """Flag -> default of the given config classes, as plain JSON values."""
+    return {spec.name: spec.default for section in sections for spec in fields(section)}
+
+
+def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse keywords that `where` does not know.
+
+    :raises TypeError: naming the unknown keyword and the one most like it.
+    """
+    for name in names:
+        if name not in known:
+            raise TypeError(f"{where} has no keyword {name!r}{nearest(name, known)}")
+
+
+def resolve_precision(precision: str, use_fp16: bool, name: str = "precision", alias: str = "use_fp16") -> str:
+    """fp32, fp16 or bf16 from the flag and its older alias.
+
+    :raises ValueError: if both are given and contradict each other, or the precision is unknown.
+    """
+    if precision not in ("", *PRECISIONS):
+        raise ValueError(f"{name} {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+    if use_fp16 and precision not in ("", "fp16"):
+        raise ValueError(f"{name} {precision} contradicts {alias} True: give one of the two")
+    return precision or ("fp16" if use_fp16 else "fp32")

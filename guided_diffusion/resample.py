@@ -1,0 +1,125 @@
+"""Distributions over the timesteps of training.
+
+Shapes: T steps of the process, N images of a batch. Weights make the expected loss the same as under uniform steps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+
+from guided_diffusion import dist_util
+from guided_diffusion.config import nearest
+
+Array = npt.NDArray[np.float64]
+
+
+def create_named_schedule_sampler(name: str, diffusion: Any) -> ScheduleSampler:
+    """The distribution called "uniform" or "loss-second-moment".
+
+    :raises ValueError: for another name.
+    """
+    if name not in SCHEDULE_SAMPLERS:
+        raise ValueError(
+            f"schedule_sampler {name!r} is unknown: use {' or '.join(SCHEDULE_SAMPLERS)}"
+            f"{nearest(name, SCHEDULE_SAMPLERS)}"
+        )
+    sampler: ScheduleSampler = SCHEDULE_SAMPLERS[name](diffusion)
+    return sampler
+
+
+class ScheduleSampler(ABC):
+    """A distribution over t, which may follow the losses."""
+
+    @abstractmethod
+    def weights(self) -> Array:
+        """How likely each step is [T], up to a factor; all positive."""
+
+    def sample(
+        self, batch_size: int, device: th.device | str, *, rng: np.random.Generator | None = None
+    ) -> tuple[th.Tensor, th.Tensor]:
+        """Steps t [N] int64 and their importance weights [N] float32, 1 / (T p_t).
+
+        :param rng: source of randomness; numpy's global one when absent.
+        """
+        p = self.weights() / np.sum(self.weights())
+        choice = np.random.choice if rng is None else rng.choice
+        t = choice(len(p), size=(batch_size,), p=p)
+        weights = 1 / (len(p) * p[t])
+        return th.from_numpy(t).long().to(device), th.from_numpy(weights).float().to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the distribution has learned, as tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        assert not state
+
+
+class UniformSampler(ScheduleSampler):
+    """Every step equally likely."""
+
+    def __init__(self, diffusion: Any) -> None:
+        self.diffusion = diffusion
+
+    def weights(self) -> Array:
+        return np.ones([self.diffusion.num_timesteps])
+
+
+class LossAwareSampler(ScheduleSampler):
+    """A distribution that follows the losses of all ranks."""
+
+    def update_with_local_losses(self, local_ts: th.Tensor, local_losses: th.Tensor) -> None:
+        """Take in this rank's losses [n] at steps [n]; every rank calls it, n may differ, and all learn the same."""
+        ts = th.cat(dist_util.gather(local_ts))
+        losses = th.cat(dist_util.gather(local_losses.detach()))
+        self.update_with_all_losses(ts.tolist(), losses.tolist())
+
+    @abstractmethod
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        """Take in losses at steps `ts`, the same on every rank and in the same order."""
+
+
+class LossSecondMomentResampler(LossAwareSampler):
+    """Steps in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, sec. 3.3).
+
+    :param history_per_term: how many losses are kept per step; uniform until each step has so many.
+    :param uniform_prob: share of the distribution that stays uniform.
+    """
+
+    def __init__(self, diffusion: Any, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
+        self.diffusion, self.history_per_term, self.uniform_prob = diffusion, history_per_term, uniform_prob
+        self._losses = np.zeros([diffusion.num_timesteps, history_per_term])  # newest last
+        self._counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
+
+    def weights(self) -> Array:
+        if (self._counts < self.history_per_term).any():
+            return np.ones(len(self._counts))
+        moments: Array = np.sqrt((self._losses**2).mean(axis=1))
+        return moments / moments.sum() * (1 - self.uniform_prob) + self.uniform_prob / len(moments)
+
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        for t, loss in zip(ts, losses, strict=True):
+            if self._counts[t] < self.history_per_term:
+                self._losses[t, self._counts[t]] = loss
+                self._counts[t] += 1
+            else:
+                self._losses[t] = np.append(self._losses[t, 1:], loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": th.from_numpy(self._losses.copy()), "counts": th.from_numpy(self._counts.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if tuple(state["losses"].shape) != self._losses.shape:
+            got = tuple(state["losses"].shape)
+            raise ValueError(f"a history of shape {got} does not fit {self._losses.shape} (steps, losses per step)")
+        self._losses, self._counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
+
+
+SCHEDULE_SAMPLERS: dict[str, Any] = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}

@@ -1,0 +1,364 @@
+"""The factory: from flags to networks and processes, under the names that scripts and notebooks know.
+
+The keyword sets come from the classes of `config`; the originals' order of parameters is spelled here once, as words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from inspect import Parameter, Signature
+from typing import Any, TypeVar
+
+from guided_diffusion import gaussian_diffusion as gd
+from guided_diffusion.config import (
+    ClassifierConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    SuperResConfig,
+    UNetConfig,
+    check_keywords,
+    defaults,
+    parse_size,
+    str2bool,
+)
+from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
+
+__all__ = ["NUM_CLASSES", "str2bool"]
+
+T = TypeVar("T")
+NUM_CLASSES = 1000
+
+# channels of each level, by the longer side in pixels from which they serve
+CHANNEL_MULT = {
+    1: "1",
+    8: "1,2",
+    16: "1,2,2",
+    32: "1,2,2,2",
+    64: "1,2,3,4",
+    128: "1,1,2,3,4",
+    256: "1,1,2,2,4,4",
+    512: "0.5,1,1,2,2,4,4",
+    1024: "0.5,0.5,1,1,2,2,4,4",
+}
+UPSAMPLER_CHANNEL_MULT = CHANNEL_MULT | {512: "1,1,2,2,4,4"}
+
+
+# ---- defaults
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """Flags of the process and their defaults."""
+    return defaults(DiffusionConfig)
+
+
+def classifier_defaults() -> dict[str, Any]:
+    """Flags of the classifier and their defaults."""
+    return defaults(ClassifierConfig)
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of a diffusion model and their defaults."""
+    return defaults(UNetConfig, DiffusionConfig)
+
+
+def classifier_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of a classifier with its process and their defaults."""
+    return defaults(ClassifierConfig, DiffusionConfig)
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of an upsampler and their defaults."""
+    return defaults(SuperResConfig, DiffusionConfig)
+
+
+# ---- flags to constructor arguments
+
+
+def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, str] = CHANNEL_MULT) -> tuple[float, ...]:
+    """Channels of each level over the first width, from the flag or by the size.
+
+    :raises ValueError: if the flag is no list of numbers, or a side is not a multiple of 2^(levels - 1).
+    """
+    text = text or table[max(key for key in table if key <= max(size))]
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) <= 0:
+        raise ValueError(
+            f"channel_mult {text!r} is not a list of positive numbers: write for example 1,2,3,4 or 0.5,1,2"
+        )
+    rate = 2 ** (len(numbers) - 1)
+    for side in size:
+        if side % rate:
+            near = [legal for legal in (side // rate * rate, (side // rate + 1) * rate) if legal]
+            raise ValueError(
+                f"image size {side} is not a multiple of {rate}, as the {len(numbers)} levels of channel_mult {text} need: "
+                f"use {' or '.join(map(str, near))}, or fewer levels"
+            )
+    return tuple(int(number) if number.is_integer() else number for number in numbers)
+
+
+def attention_rates(
+    text: str, size: tuple[int, int], levels: int, name: str = "attention_resolutions"
+) -> tuple[int, ...]:
+    """Downsample factors at which there is attention, from resolutions in pixels of the longer side.
+
+    :raises ValueError: if none of the resolutions occurs in the network.
+    """
+    words = [word for word in text.split(",") if word.strip()]
+    if not all(word.strip().isdigit() and int(word) for word in words):
+        raise ValueError(f"{name} {text!r} is not a list of resolutions: write for example 32,16,8, or '' for none")
+    longer = max(size)
+    rates = {int(word): longer // int(word) for word in words}
+    exist = {2**level: longer // 2**level for level in range(levels)}
+    lost = [resolution for resolution, rate in rates.items() if rate not in exist]
+    if not lost:
+        return tuple(rates.values())
+    message = f"{name} {', '.join(map(str, lost))} of {text!r} do not occur at size {longer}"
+    if len(lost) == len(rates):
+        raise ValueError(f"{message}: its levels are {', '.join(map(str, exist.values()))}; use these, or '' for none")
+    warnings.warn(f"{message} and have no effect", stacklevel=3)
+    return tuple(rates.values())
+
+
+def _network_arguments(
+    config: NetworkConfig, size: tuple[int, int], learn_sigma: bool, table: Mapping[int, str]
+) -> dict[str, Any]:
+    """Arguments of `UNetModel` and `SuperResModel`."""
+    multipliers = channel_multipliers(config.channel_mult, size, table)
+    return {
+        "image_size": size if size[0] != size[1] else size[0],
+        "in_channels": config.image_channels,
+        "model_channels": config.num_channels,
+        "out_channels": config.image_channels * (2 if learn_sigma else 1),
+        "num_res_blocks": config.num_res_blocks,
+        "attention_resolutions": attention_rates(config.attention_resolutions, size, len(multipliers)),
+        "dropout": config.dropout,
+        "channel_mult": multipliers,
+        "dims": config.dims,
+        "num_classes": config.num_classes if config.class_cond else None,
+        "use_checkpoint": config.use_checkpoint,
+        "use_fp16": config.use_fp16,
+        "num_heads": config.num_heads,
+        "num_head_channels": config.num_head_channels,
+        "num_heads_upsample": config.num_heads_upsample,
+        "use_scale_shift_norm": config.use_scale_shift_norm,
+        "resblock_updown": config.resblock_updown,
+        "use_new_attention_order": config.use_new_attention_order,
+        "use_neighborhood_attention": config.use_neighborhood_attention,
+    }
+
+
+def build_unet(config: UNetConfig, learn_sigma: bool) -> UNetModel:
+    """The U-Net of a config, in float32."""
+    size = parse_size(config.image_size)
+    return UNetModel(**_network_arguments(config, size, learn_sigma, CHANNEL_MULT))
+
+
+def build_upsampler(config: SuperResConfig, learn_sigma: bool) -> SuperResModel:
+    """The upsampler of a config, in float32."""
+    size = parse_size(config.large_size)
+    return SuperResModel(**_network_arguments(config, size, learn_sigma, UPSAMPLER_CHANNEL_MULT))
+
+
+def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
+    """The classifier of a config, in float32."""
+    size = parse_size(config.image_size)
+    multipliers = channel_multipliers(config.classifier_channel_mult, size)
+    resolutions = config.classifier_attention_resolutions
+    return EncoderUNetModel(
+        image_size=size if size[0] != size[1] else size[0],
+        in_channels=config.image_channels,
+        model_channels=config.classifier_width,
+        out_channels=config.num_classes,
+        num_res_blocks=config.classifier_depth,
+        attention_resolutions=attention_rates(resolutions, size, len(multipliers), "classifier_attention_resolutions"),
+        channel_mult=multipliers,
+        dims=config.dims,
+        use_fp16=config.classifier_use_fp16,
+        num_head_channels=64,
+        use_scale_shift_norm=config.classifier_use_scale_shift_norm,
+        resblock_updown=config.classifier_resblock_updown,
+        pool=config.classifier_pool,
+    )
+
+
+def build_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
+    """The process of a config."""
+    flags = {spec.name: getattr(config, spec.name) for spec in fields(config)}
+    return create_gaussian_diffusion(steps=flags.pop("diffusion_steps"), **flags)
+
+
+# ---- the factory functions
+
+
+def _surface(order: str, *sections: type[Any], **own_defaults: Any) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a function of one dict of flags the parameters `order`, then every other flag of `sections` by keyword.
+
+    Parameters have the defaults in `own_defaults`, else none; flags by keyword have those of their config class.
+
+    The function made raises TypeError for a keyword it does not know, naming the nearest one.
+    """
+    words = order.split()
+    first = [Parameter(w, Parameter.POSITIONAL_OR_KEYWORD, default=own_defaults.get(w, Parameter.empty)) for w in words]
+    more = {name: value for name, value in defaults(*sections).items() if name not in words}
+    rest = [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in more.items()]
+    signature = Signature([*first, *rest])
+
+    def decorate(build: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(build)
+        def create(*args: Any, **kwargs: Any) -> T:
+            check_keywords(kwargs, signature.parameters, build.__name__)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return build(bound.arguments)
+
+        create.__signature__ = signature  # type: ignore[attr-defined]
+        return create
+
+    return decorate
+
+
+def _pick(section: type[T], flags: Mapping[str, Any]) -> T:
+    return section(**{name: flags[name] for name in defaults(section) if name in flags})
+
+
+def _in_precision(model: T, precision: str) -> T:
+    """The model converted where a precision is asked for by name."""
+    if precision:
+        model.convert_to(precision)  # type: ignore[attr-defined]
+    return model
+
+
+_NETWORK = "num_heads num_head_channels num_heads_upsample"
+_DIFFUSION = (
+    "diffusion_steps noise_schedule timestep_respacing use_kl predict_xstart rescale_timesteps rescale_learned_sigmas"
+)
+_CLASSIFIER = (
+    "image_size classifier_use_fp16 classifier_width classifier_depth classifier_attention_resolutions "
+    "classifier_use_scale_shift_norm classifier_resblock_updown classifier_pool"
+)
+
+
+@_surface(
+    f"image_size class_cond learn_sigma num_channels num_res_blocks channel_mult {_NETWORK} attention_resolutions "
+    f"dropout {_DIFFUSION} use_checkpoint use_scale_shift_norm resblock_updown use_fp16 use_new_attention_order "
+    "use_neighborhood_attention",
+    UNetConfig,
+    DiffusionConfig,
+    use_neighborhood_attention=False,
+)
+def create_model_and_diffusion(flags: dict[str, Any]) -> tuple[UNetModel, SpacedDiffusion]:
+    """A U-Net and its process from the flags of `model_and_diffusion_defaults`."""
+    model = build_unet(_pick(UNetConfig, flags), flags["learn_sigma"])
+    return _in_precision(model, flags["precision"]), build_diffusion(_pick(DiffusionConfig, flags))
+
+
+@_surface(
+    "image_size num_channels num_res_blocks channel_mult learn_sigma class_cond use_checkpoint attention_resolutions "
+    f"{_NETWORK} use_scale_shift_norm dropout resblock_updown use_fp16 use_new_attention_order "
+    "use_neighborhood_attention",
+    UNetConfig,
+    channel_mult="",
+    learn_sigma=False,
+    class_cond=False,
+    use_checkpoint=False,
+    attention_resolutions="16",
+    num_heads=1,
+    num_head_channels=-1,
+    num_heads_upsample=-1,
+    use_scale_shift_norm=False,
+    dropout=0,
+    resblock_updown=False,
+    use_fp16=False,
+    use_new_attention_order=False,
+    use_neighborhood_attention=False,
+)
+def create_model(flags: dict[str, Any]) -> UNetModel:
+    """A U-Net from its flags; its defaults are the originals' and not those of the scripts."""
+    return _in_precision(build_unet(_pick(UNetConfig, flags), flags["learn_sigma"]), flags["precision"])
+
+
+@_surface(f"{_CLASSIFIER} learn_sigma {_DIFFUSION}", ClassifierConfig, DiffusionConfig)
+def create_classifier_and_diffusion(flags: dict[str, Any]) -> tuple[EncoderUNetModel, SpacedDiffusion]:
+    """A classifier and its process from the flags of `classifier_and_diffusion_defaults`."""
+    model = build_classifier(_pick(ClassifierConfig, flags))
+    return _in_precision(model, flags["classifier_precision"]), build_diffusion(_pick(DiffusionConfig, flags))
+
+
+@_surface(_CLASSIFIER, ClassifierConfig)
+def create_classifier(flags: dict[str, Any]) -> EncoderUNetModel:
+    """A classifier from the flags of `classifier_defaults`."""
+    return _in_precision(build_classifier(_pick(ClassifierConfig, flags)), flags["classifier_precision"])
+
+
+@_surface(
+    f"large_size small_size class_cond learn_sigma num_channels num_res_blocks {_NETWORK} attention_resolutions "
+    f"dropout {_DIFFUSION} use_checkpoint use_scale_shift_norm resblock_updown use_fp16",
+    SuperResConfig,
+    DiffusionConfig,
+)
+def sr_create_model_and_diffusion(flags: dict[str, Any]) -> tuple[SuperResModel, SpacedDiffusion]:
+    """An upsampler and its process from the flags of `sr_model_and_diffusion_defaults`."""
+    model = build_upsampler(_pick(SuperResConfig, flags), flags["learn_sigma"])
+    return _in_precision(model, flags["precision"]), build_diffusion(_pick(DiffusionConfig, flags))
+
+
+@_surface(
+    "large_size small_size num_channels num_res_blocks learn_sigma class_cond use_checkpoint attention_resolutions "
+    f"{_NETWORK} use_scale_shift_norm dropout resblock_updown use_fp16",
+    SuperResConfig,
+)
+def sr_create_model(flags: dict[str, Any]) -> SuperResModel:
+    """An upsampler from its flags."""
+    return _in_precision(build_upsampler(_pick(SuperResConfig, flags), flags["learn_sigma"]), flags["precision"])
+
+
+def create_gaussian_diffusion(
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | list[int] = "",
+) -> SpacedDiffusion:
+    """A process from its flags; without `timestep_respacing` it takes all its steps."""
+    loss = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
+    fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=gd.get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=gd.ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=gd.LossType.RESCALED_KL if use_kl else loss,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+# ---- command lines made from dictionaries
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:
+    """Add a flag for every entry: help from the flag table where the name is known, the type from the value."""
+    sections = (UNetConfig, ClassifierConfig, SuperResConfig, DiffusionConfig)
+    table = {spec.name: spec.metadata for section in sections for spec in fields(section)}
+    for name, value in default_dict.items():
+        known: Mapping[str, Any] = table.get(name, {})
+        kind = str2bool if isinstance(value, bool) else str if value is None else type(value)
+        about = known.get("help", "").replace("%", "%%")
+        parser.add_argument(f"--{name}", default=value, type=known.get("convert") or kind, help=about)
+
+
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The named values of a parsed command line."""
+    return {key: getattr(args, key) for key in keys}
