@@ -1,0 +1,89 @@
+"""Exact answers for Gaussian data.
+
+For x_0 ~ N(mean, std^2), pixel by pixel, the best denoiser is known, and the probability-flow map is affine:
+z = (x_t - sqrt(alpha_bar) mean) / sqrt(alpha_bar std^2 + 1 - alpha_bar) stays constant along it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch as th
+
+from guided_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    get_named_beta_schedule as schedule,
+)
+from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.samplers import Sampler
+
+
+def make_process(
+    steps: int = 1000, respacing: str = "", *, name: str = "linear", mean: str = "EPSILON", var: str = "FIXED_LARGE"
+) -> SpacedDiffusion:
+    """A process that is made as the factory makes it."""
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, respacing or [steps]),
+        betas=schedule(name, steps),
+        model_mean_type=ModelMeanType[mean],
+        model_var_type=ModelVarType[var],
+        loss_type=LossType.MSE,
+    )
+
+
+class GaussianData:
+    """The perfect network for N(mean, std^2), which counts its calls."""
+
+    def __init__(self, process: GaussianDiffusion, mean: float = 0.3, std: float = 0.5) -> None:
+        self.process, self.mean, self.std, self.calls = process, mean, std, 0
+        self.levels = dict(zip(process.timestep_map, process.alphas_cumprod, strict=True))
+
+    def __call__(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        self.calls += 1
+        alpha_bar = th.tensor([self.levels[int(t)] for t in timesteps], dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))
+        total = alpha_bar * self.std**2 + 1 - alpha_bar
+        x_start = self.mean + alpha_bar.sqrt() * self.std**2 * (x - alpha_bar.sqrt() * self.mean) / total
+        kind = self.process.model_mean_type
+        if kind is ModelMeanType.START_X:
+            return x_start
+        if kind is ModelMeanType.PREVIOUS_X:
+            index = th.tensor([self.process.timestep_map.index(int(t)) for t in timesteps])
+            return self.process.q_posterior_mean_variance(x_start, x, index)[0]
+        return (x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
+
+    def flow(self, x: th.Tensor, before: float, after: float) -> th.Tensor:
+        """Where the probability flow takes x from level alpha_bar = before to after."""
+        deviation = [np.sqrt(level * self.std**2 + 1 - level) for level in (before, after)]
+        z = (x - np.sqrt(before) * self.mean) / deviation[0]
+        return np.sqrt(after) * self.mean + deviation[1] * z
+
+
+def affine_step(
+    sampler: Sampler, process: GaussianDiffusion, model: Callable[..., th.Tensor], index: int
+) -> tuple[float, float, float]:
+    """A, B, C of one step x -> A x + B + C z of a memoryless sampler, found by probing it."""
+    predict = process.predictor(model, clip_denoised=False)
+    t = th.tensor([index])
+
+    def probe(x: float, z: float) -> float:
+        value = th.full((1, 1), x, dtype=th.float64)
+        out, _ = sampler.step(process, predict, value, t, None, lambda: th.full_like(value, z))
+        return float(out["sample"])
+
+    offset = probe(0, 0)
+    return probe(1, 0) - offset, offset, probe(0, 1) - offset
+
+
+def moments(
+    sampler: Sampler, process: GaussianDiffusion, model: Callable[..., th.Tensor], *, last: int = 0
+) -> tuple[float, float]:
+    """Mean and variance of the samples after the step at index `last`, without drawing any."""
+    mean, variance = 0.0, 1.0
+    for index in reversed(range(last, process.num_timesteps)):
+        scale, offset, noise = affine_step(sampler, process, model, index)
+        mean, variance = scale * mean + offset, scale**2 * variance + noise**2
+    return mean, variance

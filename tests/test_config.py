@@ -1,0 +1,251 @@
+"""Flags: what the originals' scripts take, what a wrong word is answered, and which value wins."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from guided_diffusion import cli
+from guided_diffusion.config import (
+    ClassifierConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    UNetConfig,
+    check_keywords,
+    defaults,
+    nearest,
+    parse_size,
+    resolve_precision,
+    size_flag,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "flags.json").read_text())
+COMMANDS = sorted(cli.COMMANDS)
+
+# flags beyond the originals', and what makes each do what the originals did
+BEYOND = {
+    "log_dir": "",  # $OPENAI_LOGDIR or a temporary folder
+    "seed": 0,  # the originals drew theirs from the system: any seed is one of their runs
+    "device": "",  # a GPU where there is one
+    "class_from": "auto",  # their rule, the file name, wherever it is not contradicted by folders
+    "num_workers": 2,  # changes no number
+    "random_crop": False,
+    "random_flip": True,
+    "warmup_steps": 0,
+    "grad_clip": 0.0,
+    "keep_last": 0,
+    "val_data_dir": "",
+    "val_interval": 1000,  # of no effect without val_data_dir
+    "max_steps": 0,
+    "sample_interval": 0,
+    "precision": "",
+    "classifier_precision": "",
+    "num_classes": 1000,
+    "image_channels": 3,
+    "dims": 2,
+    "use_neighborhood_attention": False,
+    "classifier_channel_mult": "",
+    "sampler": "",
+    "eta": 0.0,
+    "order": 2,
+    "classes": "",
+    "save_images": False,
+    # an original's flag, new to some of its scripts
+    "ema_rate": "",
+    "fp16_scale_growth": 0.001,
+    "channel_mult": "",
+    "use_new_attention_order": False,
+}
+# classifier_train cropped at random; image_train has kept averages all along
+DIFFERENT = {("classifier_train", "random_crop"): True}
+
+
+@pytest.mark.parametrize("command", sorted(GOLDEN))
+def test_every_flag_of_the_originals_with_its_default_and_type(command):
+    ours = defaults(*cli.COMMANDS[command].sections)
+    theirs = {name: default for name, (default, _) in GOLDEN[command].items()}
+    assert {name: ours.get(name, "absent") for name in theirs} == theirs
+    assert {name: type(ours[name]) for name in theirs} == {name: type(value) for name, value in theirs.items()}
+
+
+@pytest.mark.parametrize("command", sorted(GOLDEN))
+def test_every_other_flag_reproduces_them_by_default(command):
+    ours = defaults(*cli.COMMANDS[command].sections)
+    more = {name: value for name, value in ours.items() if name not in GOLDEN[command]}
+    assert more == {name: DIFFERENT.get((command, name), BEYOND.get(name, "unknown flag")) for name in more}
+
+
+MODEL = "--image_size 64 --num_channels 192 --num_res_blocks 3 --learn_sigma True --class_cond True"
+README = [
+    (
+        "image_train",
+        f"--data_dir images {MODEL} --diffusion_steps 4000 --noise_schedule cosine --lr 1e-4 --batch_size 128",
+    ),
+    (
+        "classifier_sample",
+        "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --dropout 0.1 --image_size 64 "
+        "--learn_sigma True --noise_schedule cosine --num_channels 192 --num_head_channels 64 --num_res_blocks 3 "
+        "--resblock_updown True --use_new_attention_order True --use_fp16 True --use_scale_shift_norm True "
+        "--classifier_scale 1.0 --classifier_path 64x64_classifier.pt --classifier_depth 4 "
+        "--model_path 64x64_diffusion.pt --batch_size 4 --num_samples 100 --timestep_respacing 250",
+    ),
+    (
+        "classifier_sample",
+        "--attention_resolutions 32,16,8 --class_cond False --diffusion_steps 1000 --image_size 256 --learn_sigma True "
+        "--noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True "
+        "--use_fp16 True --use_scale_shift_norm True --classifier_scale 10.0 --classifier_path 256x256_classifier.pt "
+        "--model_path 256x256_diffusion_uncond.pt --batch_size 4 --timestep_respacing ddim25 --use_ddim True",
+    ),
+    (
+        "super_res_sample",
+        "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --large_size 256 --small_size 64 "
+        "--learn_sigma True --noise_schedule linear --num_channels 192 --num_heads 4 --num_res_blocks 2 "
+        "--resblock_updown True --use_fp16 True --use_scale_shift_norm True --model_path 64_256_upsampler.pt "
+        "--base_samples 64_samples.npz --batch_size 4 --num_samples 100 --timestep_respacing 250",
+    ),
+    (
+        "classifier_train",
+        "--iterations 300000 --anneal_lr True --batch_size 256 --lr 3e-4 --save_interval 10000 --weight_decay 0.05 "
+        "--image_size 128 --classifier_attention_resolutions 32,16,8 --classifier_depth 2 --classifier_width 128 "
+        "--classifier_pool attention --classifier_resblock_updown True --classifier_use_scale_shift_norm True",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "line"), README)
+def test_published_command_lines_parse_unchanged(command, line):
+    given = cli.parse(command, shlex.split(line)).given
+    words = shlex.split(line)
+    assert set(given) == {word[2:] for word in words[::2]}
+    for flag, word in zip(words[::2], words[1::2], strict=True):
+        assert str(given[flag[2:]]) in (
+            word,
+            str(float(word)) if word[0].isdigit() and "," not in word and word[-1].isdigit() else word,
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("--num_chanels 3", "unknown flag --num_chanels; did you mean --num_channels?"),
+        ("--zzz 3", "unknown flag --zzz; --help lists the flags"),
+        ("stray", "unexpected word stray; --help lists the flags"),
+        ("--dims 5", "argument --dims: '5' is none of 1, 2, 3"),
+        ("--sampler ddin", "'ddin' is none of '', ddpm, ddim, plms; did you mean ddim?"),
+        ("--image_size 64x", "image size '64x' is not a size: write 64, or HEIGHTxWIDTH such as 64x128"),
+        ("--image_size 0", "image size '0' is not a size"),
+        ("--batch_size 0", "argument --batch_size: 0 is below the least value, 1"),
+        ("--batch_size two", "argument --batch_size: 'two' is not of type int"),
+        ("--eta nan", "argument --eta: nan is below the least value, 0"),
+        ("--use_ddim maybe", "boolean value expected: 'maybe' is neither True nor False"),
+        ("--num_samples", "argument --num_samples: expected one argument"),
+    ],
+)
+def test_a_wrong_flag_is_answered_by_a_sentence(line, answer, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse("image_sample", line.split())
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert answer in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+def test_one_rank_answers_for_all(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        cli.parse("image_sample", ["--zzz"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("word", ["--use_ddim", "--use_ddim True", "--use_ddim=yes", "--use_ddim 1"])
+def test_booleans_take_a_word_or_stand_alone(word):
+    assert cli.parse("image_sample", word.split()).given == {"use_ddim": True}
+
+
+def test_iterations_and_max_steps_are_one_flag():
+    for word in ("--iterations", "--max_steps"):
+        assert cli.parse("classifier_train", [word, "7"]).given == {"iterations": 7}
+
+
+def test_precedence_is_command_line_then_checkpoint_then_default():
+    flags = cli.parse("image_sample", ["--num_channels", "32", "--seed", "5"])
+    saved = {
+        "num_channels": 64,
+        "num_res_blocks": 3,
+        "use_fp16": True,
+        "seed": 9,
+        "noise_schedule": "cosine",
+        "lr": 1.0,
+    }
+    over = flags.over(saved, UNetConfig, DiffusionConfig)
+    assert over.part(UNetConfig).num_channels == 32
+    assert over.part(UNetConfig).num_res_blocks == 3
+    assert over.part(UNetConfig).dropout == 0.0
+    assert over.part(DiffusionConfig).noise_schedule == "cosine"
+    assert over.part(UNetConfig).use_fp16 is False  # precision belongs to a run, not to a checkpoint
+    assert over.values["seed"] == 5
+    assert "lr" not in over.values
+    assert flags.over(saved, ClassifierConfig).part(UNetConfig).num_res_blocks == 2
+
+
+def test_every_flag_has_a_help_text_and_a_plain_default():
+    for command in cli.COMMANDS.values():
+        for spec in command.flags().values():
+            assert len(spec.metadata["help"]) > 8, spec.name
+            assert json.loads(json.dumps(spec.default)) == spec.default
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_flag(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(command, ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name} " in shown for name in cli.COMMANDS[command].flags())
+
+
+def test_flags_need_no_torch():
+    code = "import sys; from guided_diffusion import cli; cli.parse('image_sample', []); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(64, (64, 64)), ("64", (64, 64)), ("32x48", (32, 48)), ((8, 16), (8, 16))]
+)
+def test_sizes(size, expected):
+    assert parse_size(size) == expected
+    assert size_flag(size) == (expected[0] if expected[0] == expected[1] else f"{expected[0]}x{expected[1]}")
+
+
+@pytest.mark.parametrize("size", ["", "x", "1x2x3", "-4", 0, (4, 0), None, "a"])
+def test_bad_sizes(size):
+    with pytest.raises(ValueError, match="is not a size: write 64"):
+        parse_size(size)
+
+
+@pytest.mark.parametrize(
+    ("precision", "use_fp16", "expected"),
+    [("", False, "fp32"), ("", True, "fp16"), ("bf16", False, "bf16"), ("fp16", True, "fp16"), ("fp32", False, "fp32")],
+)
+def test_precision(precision, use_fp16, expected):
+    assert resolve_precision(precision, use_fp16) == expected
+
+
+def test_precision_contradictions():
+    with pytest.raises(ValueError, match="precision bf16 contradicts use_fp16 True"):
+        resolve_precision("bf16", True)
+    with pytest.raises(ValueError, match="use one of fp32, fp16, bf16"):
+        resolve_precision("half", False)
+
+
+def test_unknown_keywords_name_the_nearest():
+    with pytest.raises(TypeError, match="create has no keyword 'num_chanels'; did you mean num_channels"):
+        check_keywords(["num_chanels"], [spec.name for spec in fields(NetworkConfig)], "create")
+    assert nearest("zzz", ["abc"]) == ""

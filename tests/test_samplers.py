@@ -1,0 +1,321 @@
+"""Every sampler against exact answers for Gaussian data, against each other, and against the loop's contract."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch as th
+from oracle import GaussianData, affine_step, make_process, moments
+
+from guided_diffusion.samplers import DDIM, PLMS, SAMPLERS, Ancestral, make_sampler
+
+SHAPE = (2, 3, 4, 4)
+
+
+def noise_like(shape=SHAPE, seed=0):
+    return th.randn(shape, generator=th.Generator().manual_seed(seed), dtype=th.float64)
+
+
+def error(sampler, steps):
+    """Largest distance from the exact flow after nine tenths of a stride grid of `steps` steps.
+
+    Not after all of it: sqrt(1 - alpha_bar) has no derivative at t = 0, where no method keeps its order.
+    """
+    process = make_process(5040, f"ddim{steps}")
+    data, noise, level = GaussianData(process), noise_like(), steps // 10
+    loop = process.sample_loop_progressive(sampler, data, SHAPE, noise=noise, device="cpu", clip_denoised=False)
+    sample = [output["sample"] for output in loop][steps - 2 - level]
+    exact = data.flow(noise, process.alphas_cumprod[-1], process.alphas_cumprod[level])
+    return float((sample - exact).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("sampler", "least", "most"),
+    [(DDIM(), 0.9, 1.1), (PLMS(1), 0.9, 1.1), (PLMS(2), 1.8, 2.3), (PLMS(3), 1.8, 2.3), (PLMS(4), 1.8, 2.3)],
+    ids=str,
+)
+def test_order_of_convergence(sampler, least, most):
+    coarse, fine = error(sampler, 60), error(sampler, 240)
+    assert least <= math.log2(coarse / fine) / 2 <= most
+
+
+def test_higher_order_is_nearer_at_equal_steps():
+    assert error(PLMS(2), 40) < error(DDIM(), 40) / 5
+
+
+@pytest.mark.parametrize("respacing", ["", "ddim25", "40", "10,15,20"])
+def test_large_fixed_variance_keeps_unit_gaussians(respacing):
+    process = make_process(respacing=respacing)
+    mean, variance = moments(Ancestral(), process, GaussianData(process, 0.0, 1.0), last=1)
+    assert abs(mean) < 1e-12
+    assert abs(variance - 1) < 1e-10
+
+
+@pytest.mark.parametrize("sampler", [Ancestral(), DDIM(0.0), DDIM(1.0)], ids=str)
+def test_moments_approach_those_of_the_data(sampler):
+    process = make_process(var="FIXED_SMALL")
+    mean, variance = moments(sampler, process, GaussianData(process, 0.3, 0.5))
+    assert abs(mean - 0.3) < 2e-3
+    assert abs(variance - 0.25) < 5e-3
+
+
+@pytest.mark.parametrize("index", [0, 1, 7, 19])
+def test_ddim_with_eta_1_is_ancestral_sampling_with_small_variance(index):
+    process = make_process(respacing="20", var="FIXED_SMALL")
+    data = GaussianData(process)
+    assert affine_step(DDIM(1.0), process, data, index) == pytest.approx(
+        affine_step(Ancestral(), process, data, index), abs=1e-12
+    )
+
+
+def test_plms_of_order_1_is_ddim():
+    process = make_process(respacing="ddim10")
+    runs = [
+        process.sample_loop(s, GaussianData(process), SHAPE, noise=noise_like(), device="cpu")
+        for s in (PLMS(1), DDIM())
+    ]
+    assert th.equal(*runs)
+
+
+def test_ddim_reverse_undoes_ddim():
+    process = make_process(5040, "ddim504")
+    data = GaussianData(process)
+    x = x_start = noise_like() * 0.5 + 0.3
+    for index in range(process.num_timesteps - 1):
+        x = process.ddim_reverse_sample(data, x, th.tensor([index] * 2), clip_denoised=False)["sample"]
+    for index in reversed(range(1, process.num_timesteps)):
+        x = process.ddim_sample(data, x, th.tensor([index] * 2), clip_denoised=False)["sample"]
+    assert (x - x_start).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("mean", ["START_X", "PREVIOUS_X"])
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_what_the_network_predicts_does_not_matter(name, mean):
+    results = []
+    for kind in ("EPSILON", mean):
+        process = make_process(respacing="ddim10", mean=kind)
+        th.manual_seed(3)
+        options = {"noise": noise_like(), "device": "cpu", "clip_denoised": False}
+        results.append(process.sample_loop(make_sampler(name), GaussianData(process), SHAPE, **options))
+    assert th.allclose(*results, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_network_calls(name):
+    process = make_process(respacing="ddim10")
+    data = GaussianData(process)
+    process.sample_loop(make_sampler(name), data, SHAPE, device="cpu")
+    assert data.calls == (11 if name == "plms" else 10)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_single_step_process(name):
+    process = make_process(respacing="1")
+    out = process.sample_loop(make_sampler(name), GaussianData(process), SHAPE, noise=noise_like(), device="cpu")
+    assert th.isfinite(out).all()
+
+
+def test_steps_are_lazy_and_taken_one_at_a_time():
+    process = make_process(respacing="ddim10")
+    data = GaussianData(process)
+    steps = process.p_sample_loop_progressive(data, SHAPE, device="cpu")
+    assert data.calls == 0
+    for expected in (1, 2, 3):
+        next(steps)
+        assert data.calls == expected
+
+
+def test_the_loop_does_not_change_the_consumers_grad_mode():
+    process = make_process(respacing="ddim10")
+    for output in process.ddim_sample_loop_progressive(GaussianData(process), SHAPE, device="cpu"):
+        assert th.is_grad_enabled()
+        assert not output["sample"].requires_grad
+
+
+def test_a_step_called_alone_keeps_its_graph():
+    process = make_process(respacing="ddim10")
+    x = noise_like().requires_grad_()
+    for step in (process.p_sample, process.ddim_sample, process.plms_sample):
+        (grad,) = th.autograd.grad(step(GaussianData(process), x, th.tensor([5, 5]))["sample"].sum(), x)
+        assert grad.abs().sum() > 0
+
+
+def test_plms_state_is_a_value():
+    """Steps by hand with old_out give the loop's images, and leave what they are given as it was."""
+    process = make_process(respacing="ddim10")
+    data, x, out, kept = GaussianData(process), noise_like(), None, []
+    for index in reversed(range(10)):
+        before = None if out is None else list(out["old_eps"])
+        new = process.plms_sample(data, x, th.tensor([index] * 2), order=3, old_out=out)
+        if out is not None:
+            assert len(out["old_eps"]) == len(before)
+            assert all(a is b for a, b in zip(out["old_eps"], before, strict=True))
+        out, x = new, new["sample"]
+        kept.append(out)
+    assert th.equal(x, process.plms_sample_loop(data, SHAPE, noise=noise_like(), device="cpu", order=3))
+    assert [len(o["old_eps"]) for o in kept[:4]] == [1, 2, 3, 3]
+
+
+# ---- the loop's options
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_one_generator_per_image_makes_images_independent_of_their_batch(name):
+    process = make_process(respacing="10")
+
+    def run(seeds):
+        generators = [th.Generator().manual_seed(seed) for seed in seeds]
+        shape = (len(seeds), *SHAPE[1:])
+        return process.sample_loop(make_sampler(name), GaussianData(process), shape, device="cpu", generator=generators)
+
+    before = th.get_rng_state()
+    together, alone = run([1, 2, 3]), run([2])
+    assert th.allclose(together[1:2], alone, atol=1e-6)
+    assert th.equal(th.get_rng_state(), before)
+
+
+def test_one_generator_is_the_global_one_in_disguise():
+    process = make_process(respacing="10")
+    th.manual_seed(5)
+    expected = process.p_sample_loop(GaussianData(process), SHAPE, device="cpu")
+    again = process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", generator=th.Generator().manual_seed(5))
+    assert th.equal(expected, again)
+
+
+def test_generators_must_be_as_many_as_images():
+    process = make_process(respacing="10")
+    with pytest.raises(ValueError, match="3 generators for 2 images"):
+        process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", generator=[th.Generator()] * 3)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_skipping_every_step_returns_the_image(name):
+    process = make_process(respacing="10")
+    image = noise_like()
+    out = process.sample_loop(
+        make_sampler(name),
+        GaussianData(process),
+        SHAPE,
+        noise=noise_like(seed=1),
+        device="cpu",
+        skip_timesteps=10,
+        init_image=image,
+    )
+    assert th.equal(out, image)
+
+
+def test_skipping_starts_from_the_noised_image():
+    process = make_process(respacing="10")
+    image, noise, seen = noise_like(), noise_like(seed=1), []
+
+    def spy(x, timesteps):
+        seen.append((x, int(timesteps[0])))
+        return GaussianData(process)(x, timesteps)
+
+    process.ddim_sample_loop(spy, SHAPE, noise=noise, device="cpu", skip_timesteps=4, init_image=image)
+    assert len(seen) == 6
+    assert seen[0][1] == process.timestep_map[5]
+    assert th.equal(seen[0][0], process.q_sample(image, th.tensor([5, 5]), noise))
+
+
+@pytest.mark.parametrize("skip", [-1, 11])
+def test_skipping_more_than_there_is_is_refused(skip):
+    process = make_process(respacing="10")
+    with pytest.raises(ValueError, match=r"skip_timesteps -?\d+ is not in 0 .. 10"):
+        process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", skip_timesteps=skip)
+
+
+class Labelled(GaussianData):
+    num_classes = 5
+
+    def __call__(self, x, timesteps, y=None):
+        self.seen = [*getattr(self, "seen", []), y]
+        return super().__call__(x, timesteps)
+
+
+@pytest.mark.parametrize("kwargs", [None, {"y": th.tensor([0, 4])}])
+def test_random_classes_leave_the_callers_labels_alone(kwargs):
+    process = make_process(respacing="10")
+    data = Labelled(process)
+    process.p_sample_loop(data, SHAPE, device="cpu", model_kwargs=kwargs, randomize_class=True)
+    assert len({tuple(y.tolist()) for y in data.seen}) > 1
+    assert all(int(y.min()) >= 0 and int(y.max()) < 5 for y in data.seen)
+    assert kwargs is None or kwargs["y"].tolist() == [0, 4]
+
+
+def test_random_classes_need_a_number_of_classes():
+    process = make_process(respacing="10")
+    with pytest.raises(ValueError, match="class-conditional"):
+        process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", randomize_class=True)
+
+
+def test_labels_out_of_range_are_refused_before_the_network_sees_them():
+    process = make_process(respacing="10")
+    data = Labelled(process)
+    with pytest.raises(ValueError, match=r"labels \[1, 5\] are not all in 0 .. 4"):
+        process.p_sample_loop(data, SHAPE, device="cpu", model_kwargs={"y": th.tensor([1, 5])})
+    assert data.calls == 0
+
+
+def test_progress_bar_counts_the_steps(capsys):
+    process = make_process(respacing="10")
+    process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", progress=True)
+    assert "10/10" in capsys.readouterr().err
+
+
+def test_make_sampler_names_what_is_allowed():
+    assert make_sampler("ddim", eta=0.5) == DDIM(0.5)
+    with pytest.raises(ValueError, match="use one of ddpm, ddim, plms; did you mean plms"):
+        make_sampler("plmss")
+    with pytest.raises(ValueError, match="no option eta: it is an option of ddim"):
+        make_sampler("ddpm", eta=0.5)
+    with pytest.raises(ValueError, match="order 5 is unknown: use 1, 2, 3 or 4"):
+        make_sampler("plms", order=5)
+
+
+# ---- the order of draws
+
+
+def drawing(x, timesteps, **kwargs):
+    return 0.1 * th.randn_like(x)
+
+
+def by_hand(process, data, noise_first, step):
+    """The loop in ten lines: noise and gradient drawn in the given order."""
+    x = th.randn(SHAPE)
+    for index in reversed(range(process.num_timesteps)):
+        t = th.tensor([index] * 2)
+        out = process.p_mean_variance(data, x, t)
+        draws = [th.randn_like(x), th.randn_like(x)]
+        noise, gradient = (draws[0], 0.1 * draws[1]) if noise_first else (draws[1], 0.1 * draws[0])
+        x = step(process, out, x, t, noise, gradient)
+    return x
+
+
+def ancestral(process, out, x, t, noise, gradient):
+    return out["mean"] + out["variance"] * gradient + (t[0] > 0) * th.exp(out["log_variance"] / 2) * noise
+
+
+def ddim_half(process, out, x, t, noise, gradient):
+    index = int(t[0])
+    now, before = process.alphas_cumprod[index], process.alphas_cumprod_prev[index]
+    eps = (x - now**0.5 * out["pred_xstart"]) / (1 - now) ** 0.5 - (1 - now) ** 0.5 * gradient
+    xstart = (x - (1 - now) ** 0.5 * eps) / now**0.5
+    sigma = 0.5 * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5
+    return before**0.5 * xstart + (1 - before - sigma**2) ** 0.5 * eps + (index > 0) * sigma * noise
+
+
+@pytest.mark.parametrize(
+    ("sampler", "noise_first", "step"),
+    [(Ancestral(), True, ancestral), (DDIM(0.5), False, ddim_half)],
+    ids=["ddpm", "ddim"],
+)
+def test_a_cond_fn_that_draws_gets_its_turn_in_the_public_order(sampler, noise_first, step):
+    process = make_process(respacing="10")
+    data = GaussianData(process)
+    th.manual_seed(8)
+    expected = by_hand(process, data, noise_first, step)
+    th.manual_seed(8)
+    out = process.sample_loop(sampler, data, SHAPE, device="cpu", cond_fn=drawing)
+    assert th.allclose(out, expected, atol=2e-5)
