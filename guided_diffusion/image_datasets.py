@@ -1,0 +1,401 @@
+"""Images and their labels as an endless stream of batches, in an order that depends on the seed alone.
+
+Shapes: N batch, C channels, H W space. A size is 64, "64x128" or (64, 128): height before width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.config import Size, parse_size, size_flag
+from guided_diffusion.image_files import (
+    IMAGE_EXTENSIONS,
+    Draws,
+    Listing,
+    Picture,
+    UnreadableImage,
+    center_crop_arr,
+    find_images,
+    find_unreadable,
+    random_crop_arr,
+    read_image,
+)
+from guided_diffusion.image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
+
+__all__ = [
+    "Batch",
+    "ImageDataset",
+    "ImageStream",
+    "center_crop_arr",
+    "load_classes",
+    "load_data",
+    "load_superres_data",
+    "random_crop_arr",
+    "save_classes",
+]
+
+Batch = tuple[th.Tensor, dict[str, th.Tensor]]
+Key = tuple[int, int]  # (epoch, index)
+Item = tuple[NDArray[np.float32], dict[str, Any]]
+
+SURVEY_LIMIT = 20_000  # images that are all tried once one of them turns out to be unreadable
+TABLE_ROWS = 40
+
+
+# ---- one image at a time
+
+
+class ImageDataset(Dataset[Item]):
+    """Images cropped to one size, as (float32 [C, H, W] in [-1, 1], {"y": class id} or {}).
+
+    An index i draws its augmentation from the module `random`. A pair (epoch, i) draws it from (seed, epoch, i), which
+    is the same in any process and in any order.
+
+    :param resolution: the size.
+    :param image_paths: of files, also of members of zips, as ``pets.zip/cat/1.png``.
+    :param classes: the class id of each path, or None.
+    :param shard: take every `num_shards`-th image from this one on.
+    """
+
+    def __init__(
+        self,
+        resolution: Size,
+        image_paths: Sequence[str],
+        classes: Sequence[int] | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+        random_crop: bool = False,
+        random_flip: bool = True,
+        *,
+        image_channels: int = 3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.local_images = list(image_paths[shard::num_shards])
+        self.local_classes = None if classes is None else list(classes[shard::num_shards])
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+        self.image_channels = image_channels
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.local_images)
+
+    def __getitem__(self, idx: int | Key) -> Item:
+        draws: Draws = random
+        if isinstance(idx, tuple):
+            draws, idx = random.Random(f"{self.seed}/{idx[0]}/{idx[1]}"), idx[1]
+        array = self._crop(read_image(self.local_images[idx], self.image_channels), draws)
+        if self.random_flip and draws.random() < 0.5:
+            array = array[:, ::-1]
+        label = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
+        return _to_channels_first(array), label
+
+    def _crop(self, picture: Picture, draws: Draws) -> NDArray[Any]:
+        if self.random_crop:
+            return random_crop_arr(picture, self.resolution, rng=draws)
+        return center_crop_arr(picture, self.resolution)
+
+    def unreadable(self) -> list[UnreadableImage]:
+        """Try every image: what is wrong with those that cannot be read."""
+        return find_unreadable(self.local_images, self.image_channels)
+
+
+def _to_channels_first(array: NDArray[Any]) -> NDArray[np.float32]:
+    array = array[..., None] if array.ndim == 2 else array
+    # bicubic interpolation overshoots: PIL has clipped bytes already, but not float planes
+    unit = array.astype(np.float32) / 127.5 - 1 if array.dtype == np.uint8 else np.clip(array, -1, 1)
+    return np.ascontiguousarray(unit.transpose(2, 0, 1), dtype=np.float32)
+
+
+def _list_image_files_recursively(data_dir: str) -> list[str]:
+    listing = find_images(data_dir)
+    return [listing.path(name) for name in listing.images]
+
+
+# ---- the stream of batches
+
+
+class _Schedule(Iterable[list[Key]]):
+    """Which images one rank takes: the keys of its batches from the position `taken` on, as seen when iteration begins.
+
+    It knows nothing of the stream it serves. In a cycle of references the loader's workers would outlive the stream.
+    """
+
+    def __init__(self, count: int, seed: int, *, batch_size: int, rank: int, world_size: int, shuffle: bool) -> None:
+        self.count, self.seed, self.shuffle = count, seed, shuffle
+        self.batch_size = batch_size
+        self.stride = batch_size * world_size
+        self.offset = batch_size * rank
+        self.taken = 0  # images, by all ranks together
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        orders: dict[int, NDArray[np.int64]] = {}
+        for start in itertools.count(self.taken + self.offset, self.stride):
+            places = [divmod(place, self.count) for place in range(start, start + self.batch_size)]
+            orders = {epoch: self._order(epoch) if epoch not in orders else orders[epoch] for epoch, _ in places}
+            yield [(epoch, int(orders[epoch][place])) for epoch, place in places]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(self.count)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+
+
+class ImageStream(Iterator[Batch]):
+    """Endless batches of (images [N, C, H, W] in [-1, 1], {"y": ids [N]} or {}).
+
+    The images of all epochs form one sequence: a permutation by (seed, epoch) for each, or 0 .. n-1 again and again.
+    The ranks cut it into global batches and each takes its slice, so that neither their number nor the batch size
+    changes what comes after what, and no image is left out.
+
+    :param batch_size: of one rank.
+    :param labels: of the data set's images; None leaves the stream without a class table.
+    :param rank: None, like `world_size`, asks `dist_util`.
+    :raises ValueError: if there are fewer images than one global batch, and, while iterating, if one cannot be read.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        *,
+        deterministic: bool = False,
+        labels: Labels | None = None,
+        num_workers: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.deterministic = deterministic
+        self.labels = labels
+        self.num_workers = num_workers
+        self.rank = dist_util.rank() if rank is None else rank
+        self.world_size = dist_util.world_size() if world_size is None else world_size
+        self.low_res_size: tuple[int, int] | None = None
+        self._check()
+        self._schedule = _Schedule(
+            len(dataset),
+            dataset.seed,
+            batch_size=batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            shuffle=not deterministic,
+        )
+        self._loader: DataLoader[Batch | str] | None = None
+        self._batches: Iterator[Batch | str] | None = None
+
+    def _check(self) -> None:
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                f"batch_size {self.batch_size} with num_workers {self.num_workers} reads nothing; "
+                "give batch_size >= 1 and num_workers >= 0"
+            )
+        if self.dataset.seed < 0:
+            raise ValueError(f"seed {self.dataset.seed} is negative; give seed >= 0")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not one of {self.world_size}; give 0 <= rank < world_size")
+        count, most = len(self.dataset), len(self.dataset) // self.world_size
+        if count < self.global_batch:
+            remedy = f"set batch_size to at most {most}" if most else f"start at most {count} ranks"
+            raise ValueError(
+                f"{count} images are fewer than one global batch of {self.global_batch} "
+                f"(batch_size {self.batch_size} on {self.world_size} ranks); {remedy}, or add images"
+            )
+
+    @property
+    def classes(self) -> list[str]:
+        """The name of each class id; [] without labels."""
+        return self.labels.classes if self.labels else []
+
+    @property
+    def class_from(self) -> str:
+        """The rule that the labels come from; "" without labels."""
+        return self.labels.class_from if self.labels else ""
+
+    @property
+    def global_batch(self) -> int:
+        """Images that all ranks together take per step."""
+        return self.batch_size * self.world_size
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._loader = self._start() if self._loader is None else self._loader
+            self._batches = iter(self._loader)
+        batch = next(self._batches)
+        if isinstance(batch, str):
+            self.close()
+            raise ValueError(self._refusal(batch))
+        self._schedule.taken += self.global_batch
+        images, cond = batch
+        if self.low_res_size is not None:
+            cond["low_res"] = F.interpolate(images, self.low_res_size, mode="area")
+        return images, cond
+
+    def _refusal(self, message: str) -> str:
+        bad = self.dataset.unreadable() if len(self.dataset) <= SURVEY_LIMIT else []
+        if len(bad) < 2:
+            return message
+        shown = ", ".join(f"{error.path!r} ({error.reason})" for error in bad[:5])
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        return f"{len(bad)} of {len(self.dataset)} images cannot be read: {shown}{more}; repair or remove them"
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: global batches taken, and the images in them. Batches that workers hold ready do not count."""
+        return {"batches": self._schedule.taken // self.global_batch, "images": self._schedule.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to a position; with another batch size, to the image where the old one stood."""
+        self._schedule.taken = state["images"] if "images" in state else state["batches"] * self.global_batch
+        self._batches = None
+
+    def close(self) -> None:
+        """Stop the worker processes; asking for another batch starts new ones."""
+        self._batches = self._loader = None
+
+    def _start(self) -> DataLoader[Batch | str]:
+        return DataLoader(
+            _BatchDataset(self.dataset),
+            batch_size=None,
+            sampler=self._schedule,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            pin_memory=th.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            generator=th.Generator(),  # else starting it would advance the generator that training draws from
+        )
+
+    def class_table(self) -> list[ClassRow]:
+        """The classes by id and how many images each has; [] without labels."""
+        return self.labels.class_table() if self.labels else []
+
+
+class _BatchDataset(Dataset[Batch | str]):
+    """Decodes batches, in whatever process. An unreadable image travels as text: a worker's error arrives garbled."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __getitem__(self, keys: list[Key]) -> Batch | str:
+        try:
+            arrays, labels = zip(*[self.images[key] for key in keys], strict=True)
+        except UnreadableImage as error:
+            return str(error)
+        stacked = {name: th.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]}
+        return th.from_numpy(np.stack(arrays)), stacked
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+# ---- from a folder or a zip to a stream
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: Size,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    class_from: str = "auto",
+    classes: Sequence[str] | str | None = None,
+    num_classes: int | None = None,
+    image_channels: int = 3,
+    num_workers: int = 0,
+    seed: int = 0,
+    rank: int | None = None,
+    world_size: int | None = None,
+    log: Callable[[str], object] | None = None,
+) -> ImageStream:
+    """The stream of all images below a folder or a zip.
+
+    :param data_dir: folder, zip, folder in a zip, or bucket.
+    :param deterministic: in the order of the names instead of shuffled.
+    :param class_from: filename, folder, csv, json, or auto (see `image_labels.read_labels`).
+    :param classes: class names by id, or the path of the classes.json of an earlier run, whose rule "auto" then takes.
+    :param num_classes: K of the network; more classes than that are an error.
+    :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
+    :param log: takes lines about what was found; None writes them to `logger`.
+    :raises ValueError: naming what does not fit: sizes, files, labels.
+    """
+    say = logger.log if log is None else log
+    listing = _images_below(data_dir)
+    say(listing.summary())
+    labels = None
+    if class_cond:
+        labels = read_labels(listing, class_from, classes, num_classes)
+    elif class_from != "auto" or classes:
+        raise ValueError(f"class_from {class_from!r} and classes {classes!r} have no effect; set class_cond to True")
+    dataset = ImageDataset(
+        size_flag(image_size),
+        [listing.path(name) for name in listing.images],
+        labels.ids if labels else None,
+        random_crop=random_crop,
+        random_flip=random_flip,
+        image_channels=image_channels,
+        seed=seed,
+    )
+    stream = ImageStream(
+        dataset,
+        batch_size,
+        deterministic=deterministic,
+        labels=labels,
+        num_workers=num_workers,
+        rank=rank,
+        world_size=world_size,
+    )
+    if labels:
+        say("\n".join([*labels.notes, *_table_lines(labels.class_table())]))
+    return stream
+
+
+def _images_below(data_dir: str) -> Listing:
+    listing = find_images(os.fspath(data_dir))
+    if not listing.images:
+        known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
+        raise ValueError(f"data_dir {data_dir!r} holds no images, {listing.skipped()}; readable are {known}")
+    return listing
+
+
+def _table_lines(rows: list[ClassRow]) -> list[str]:
+    lines = [f"  class {number}: {name} ({count} images)" for number, name, count in rows[:TABLE_ROWS]]
+    return [*lines, f"  and {len(rows) - TABLE_ROWS} classes more"] if len(rows) > TABLE_ROWS else lines
+
+
+def load_superres_data(
+    data_dir: str,
+    batch_size: int,
+    large_size: Size,
+    small_size: Size,
+    class_cond: bool = False,
+    **options: Any,
+) -> ImageStream:
+    """A stream as `load_data` gives, with cond["low_res"]: the same images averaged down to `small_size`.
+
+    :param options: further keywords of `load_data`.
+    """
+    (height, width), (small_height, small_width) = parse_size(large_size), parse_size(small_size)
+    if small_height > height or small_width > width:
+        raise ValueError(f"small_size {small_size} exceeds large_size {large_size}; give a small_size within it")
+    stream = load_data(
+        data_dir=data_dir, batch_size=batch_size, image_size=large_size, class_cond=class_cond, **options
+    )
+    stream.low_res_size = small_height, small_width
+    return stream

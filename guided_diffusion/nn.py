@@ -1,0 +1,174 @@
+"""Small pieces that the networks are made of, and the moving average of their weights.
+
+Shapes: N batch, C channels, T tokens (positions of a feature map in row-major order), ... any further axes.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch as th
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.checkpoint import checkpoint as recompute
+
+GROUPS = 32
+_CONVOLUTIONS: dict[int, type[_ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_AVERAGE_POOLS: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_Module = TypeVar("_Module", bound=nn.Module)
+_Layer = TypeVar("_Layer")
+
+
+class SiLU(nn.Module):
+    """x * sigmoid(x), elementwise."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return F.silu(x)
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalization whose statistics are computed in float32 at least; the output has the input's dtype."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return super().forward(x.to(th.promote_types(x.dtype, th.float32))).to(x.dtype)
+
+
+def normalization(channels: int) -> GroupNorm32:
+    """Group normalization in 32 groups.
+
+    :param channels: a positive multiple of 32, else ValueError.
+    """
+    if channels <= 0 or channels % GROUPS:
+        raise ValueError(
+            f"channels must be a positive multiple of {GROUPS} for group normalization, got {channels}; "
+            "change num_channels or channel_mult."
+        )
+    return GroupNorm32(GROUPS, channels)
+
+
+def _for_dims(table: dict[int, _Layer], dims: int) -> _Layer:
+    if dims not in table:
+        raise ValueError(
+            f"dims must be one of {', '.join(map(str, table))}, got {dims!r}; it counts the axes of space."
+        )
+    return table[dims]
+
+
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> _ConvNd:
+    """A convolution over 1, 2 or 3 axes of space; the rest goes to the torch module."""
+    return _for_dims(_CONVOLUTIONS, dims)(*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """An average pooling over 1, 2 or 3 axes of space; the rest goes to the torch module."""
+    return _for_dims(_AVERAGE_POOLS, dims)(*args, **kwargs)
+
+
+def linear(*args: Any, **kwargs: Any) -> nn.Linear:
+    """A fully connected layer; everything goes to the torch module."""
+    return nn.Linear(*args, **kwargs)
+
+
+class TokenConv(nn.Conv1d):
+    """A convolution of kernel 1 over tokens [N, C, T], with Conv1d's parameters, computed with channels innermost.
+
+    The output is a view of [N, T, C] memory: attention reads its heads from it without a copy, and a channels-last
+    input is never rearranged.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return F.linear(x.transpose(1, 2).contiguous(), self.weight.squeeze(2), self.bias).transpose(1, 2)
+
+
+@th.no_grad()
+def update_ema(target_params: Iterable[th.Tensor], source_params: Iterable[th.Tensor], rate: float = 0.99) -> None:
+    """Move a running average in place: target = rate * target + (1 - rate) * source.
+
+    :param target_params: the averages; the sources may be of another dtype.
+    :param rate: share of the old average that stays.
+    """
+    targets, sources = list(target_params), list(source_params)
+    if len(targets) != len(sources):
+        raise ValueError(
+            f"target_params has {len(targets)} tensors and source_params {len(sources)}; "
+            "give the parameters of the same network."
+        )
+    if targets:
+        th._foreach_mul_(targets, rate)
+        th._foreach_add_(targets, sources, alpha=1 - rate)
+
+
+@th.no_grad()
+def scale_module(module: _Module, scale: float) -> _Module:
+    """Multiply every parameter in place, and return the module itself."""
+    for parameter in module.parameters():
+        parameter.mul_(scale)
+    return module
+
+
+def zero_module(module: _Module) -> _Module:
+    """Set every parameter to zero in place, and return the module itself: a branch that starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def mean_flat(tensor: th.Tensor) -> th.Tensor:
+    """Mean over all axes but the first: [N, ...] -> [N]."""
+    return tensor.mean(dim=tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor
+
+
+def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000) -> th.Tensor:
+    """Cosines, then sines, of the timesteps at geometrically spaced frequencies (Vaswani et al. 2017, section 3.5).
+
+    :param timesteps: [N], may be fractional.
+    :param dim: size of the embedding; an odd one ends in a zero.
+    :param max_period: the frequencies run from 1 down to nearly 1 / max_period radians per step.
+    :return: [N, dim] float32.
+    """
+    half = dim // 2
+    steps = th.arange(half, dtype=th.float32, device=timesteps.device)
+    angles = timesteps.float()[:, None] * th.exp(steps * -math.log(max_period) / half)
+    return F.pad(th.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+def make_neighborhood_mask(
+    spatial: Sequence[int], spatial_orig: Sequence[int], device: th.device | str = "cpu"
+) -> th.Tensor:
+    """Which positions of a feature map attend to which, if each is to see a window as large as the map in training.
+
+    The window is centred on the position, half a position early for even sizes, and moved inwards at the borders.
+
+    :param spatial: shape of the feature map, T positions.
+    :param spatial_orig: shape of the window; an axis that is shorter than the window is seen whole.
+    :return: [T, T] bool, True where the position of the row sees that of the column.
+    """
+    mask = th.ones(1, 1, dtype=th.bool, device=device)
+    for side, window in zip(spatial, spatial_orig, strict=True):
+        positions = th.arange(side, device=device)
+        first = (positions - window // 2).clamp(0, max(0, side - window))[:, None]
+        mask = th.kron(mask, (positions >= first) & (positions < first + window))
+    return mask
+
+
+def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Any], flag: bool) -> Any:
+    """Call func(*inputs); with flag, its activations are computed again in the backward pass and not kept.
+
+    :param params: accepted for compatibility: what func closes over needs no listing, frozen or not.
+    """
+    if flag and th.is_grad_enabled():
+        return recompute(func, *inputs, use_reentrant=False)
+    return func(*inputs)
+
+
+class CheckpointFunction(th.autograd.Function):
+    """The name under which callers of the autograd function reach `checkpoint`."""
+
+    @staticmethod
+    def apply(run_function: Callable[..., Any], length: int, *args: Any) -> Any:
+        """Checkpoint run_function(*args[:length]); the remaining args are its parameters."""
+        return checkpoint(run_function, args[:length], args[length:], True)

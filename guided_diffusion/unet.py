@@ -1,0 +1,381 @@
+"""The networks: a U-Net of residual and attention blocks (Dhariwal and Nichol 2021), an upsampler and a classifier.
+
+Shapes: N batch, C channels, [N, C, ...] feature maps with 1 to 3 axes of space, T = product of these axes, H heads,
+E embedding size, K classes. `rate` is how many pixels one position of a feature map stands for, along an axis.
+
+The order in which modules are built is the order of the parameters, which checkpoints rely on.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch as th
+import torch.nn as nn
+import torch.nn.functional as F
+
+from guided_diffusion.blocks import (
+    AttentionBlock,
+    AttentionPool2d,
+    Downsample,
+    QKVAttention,
+    QKVAttentionLegacy,
+    ResBlock,
+    TimestepBlock,
+    TimestepEmbedSequential,
+    Upsample,
+    count_flops_attn,
+    strides,
+)
+from guided_diffusion.config import POOLS, PRECISIONS
+from guided_diffusion.nn import SiLU, conv_nd, linear, normalization, timestep_embedding, zero_module
+
+__all__ = [
+    "AttentionBlock",
+    "AttentionPool2d",
+    "Downsample",
+    "EncoderUNetModel",
+    "QKVAttention",
+    "QKVAttentionLegacy",
+    "ResBlock",
+    "SuperResModel",
+    "TimestepBlock",
+    "TimestepEmbedSequential",
+    "UNetBackbone",
+    "UNetModel",
+    "Upsample",
+    "count_flops_attn",
+]
+
+_DTYPES = dict(zip(PRECISIONS, (th.float32, th.float16, th.bfloat16), strict=True))
+_CONVERTED = ("input_blocks", "middle_block", "output_blocks")
+
+
+class UNetBackbone(nn.Module):
+    """What every network shares: the embedding of timestep and label, the encoder and the middle block.
+
+    :param image_size: side, or shape, of the images; only windowed attention and attention pooling depend on it.
+    :param model_channels: channels of the first level before channel_mult.
+    :param attention_resolutions: the *rates* with attention blocks: 4 is where 4 pixels became 1.
+    :param channel_mult: factor of model_channels per level, may be fractional; each level halves the resolution.
+    :param conv_resample: resample by learned convolutions, where resblock_updown does not do it.
+    :param num_classes: K for networks that take labels.
+    :param use_fp16: kept for callers of the originals; weights stay float32 until `convert_to`, whoever asks.
+    :param num_head_channels: fixed size of a head, which then overrides the numbers of heads.
+    :param num_heads_upsample: heads in the decoder; -1 is num_heads.
+    :param use_neighborhood_attention: in images larger than image_size, attend to windows of that size.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_neighborhood_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.in_channels, self.model_channels, self.out_channels = in_channels, model_channels, out_channels
+        self.num_res_blocks = num_res_blocks
+        self.attention_resolutions = tuple(attention_resolutions)
+        self.dropout = dropout
+        self.channel_mult = tuple(channel_mult)
+        self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
+        self.dims = dims
+        self.num_classes = num_classes
+        self.use_checkpoint, self.use_fp16 = use_checkpoint, use_fp16
+        self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.use_new_attention_order = use_new_attention_order
+        self.use_neighborhood_attention = use_neighborhood_attention
+        self._build()
+
+    def _build(self) -> None:
+        """Make the modules, in the order of the parameters."""
+        size, width = 4 * self.model_channels, self._widths[-1]
+        self.time_embed = nn.Sequential(linear(self.model_channels, size), SiLU(), linear(size, size))
+        if self.num_classes is not None:
+            self.label_emb = nn.Embedding(self.num_classes, size)
+        self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._encoder())
+        self.middle_block = TimestepEmbedSequential(
+            self._residual(width, width),
+            self._attention(width, len(self._widths) - 1, self.num_heads),
+            self._residual(width, width),
+        )
+
+    @property
+    def _widths(self) -> list[int]:
+        """Channels of each level."""
+        return [int(mult * self.model_channels) for mult in self.channel_mult]
+
+    @property
+    def _block_widths(self) -> list[int]:
+        """Channels of each input block's output."""
+        repeats = [self.num_res_blocks + 1] * (len(self._widths) - 1) + [self.num_res_blocks]
+        return self._widths[:1] + [width for width, n in zip(self._widths, repeats, strict=True) for _ in range(n)]
+
+    def _encoder(self) -> Iterator[list[nn.Module]]:
+        """The layers of one input block after another."""
+        channels = self._widths[0]
+        yield [conv_nd(self.dims, self.in_channels, channels, 3, padding=1)]
+        for level, width in enumerate(self._widths):
+            if level > 0:
+                yield [self._resample(channels, up=False)]
+            for _ in range(self.num_res_blocks):
+                yield self._cell(channels, width, level, self.num_heads)
+                channels = width
+
+    def _cell(self, channels: int, width: int, level: int, heads: int) -> list[nn.Module]:
+        """A residual block, and attention where this level has it."""
+        cell: list[nn.Module] = [self._residual(channels, width)]
+        if 2**level in self.attention_resolutions:
+            cell.append(self._attention(width, level, heads))
+        return cell
+
+    def _residual(self, channels: int, width: int, **resampling: bool) -> ResBlock:
+        return ResBlock(
+            channels,
+            4 * self.model_channels,
+            self.dropout,
+            out_channels=width,
+            dims=self.dims,
+            use_checkpoint=self.use_checkpoint,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            **resampling,
+        )
+
+    def _attention(self, channels: int, level: int, heads: int) -> AttentionBlock:
+        windowed = self.use_neighborhood_attention
+        return AttentionBlock(
+            channels,
+            heads,
+            self.num_head_channels,
+            self.use_checkpoint,
+            self.use_new_attention_order,
+            spatial=self._shape(level) if windowed else None,
+            use_neighborhood_attention=windowed,
+        )
+
+    def _shape(self, level: int) -> tuple[int, ...]:
+        """Shape of a level's feature map for images of image_size."""
+        sides = (self.image_size,) * self.dims if isinstance(self.image_size, int) else tuple(self.image_size)
+        if len(sides) != self.dims:
+            raise ValueError(f"image_size must be an int or have {self.dims} sides (dims), got {self.image_size!r}.")
+        keeps_odd = self.conv_resample and not self.resblock_updown  # a strided convolution rounds up, averaging down
+        rates = strides(self.dims, 2**level)
+        return tuple((side + keeps_odd * (rate - 1)) // rate for side, rate in zip(sides, rates, strict=True))
+
+    def _resample(self, channels: int, *, up: bool) -> nn.Module:
+        if self.resblock_updown:
+            return self._residual(channels, channels, up=up, down=not up)
+        return (Upsample if up else Downsample)(channels, self.conv_resample, self.dims)
+
+    @property
+    def dtype(self) -> th.dtype:
+        """What the blocks compute in, read off their weights."""
+        return next(self.input_blocks.parameters()).dtype
+
+    def convert_to(self, precision: str) -> None:
+        """Cast the convolutions of the blocks, and nothing else: embeddings, normalizations and the head stay float32.
+
+        :param precision: fp32, fp16 or bf16.
+        """
+        if precision not in _DTYPES:
+            raise ValueError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}.")
+        blocks = [child for name, child in self.named_children() if name in _CONVERTED]
+        for module in chain.from_iterable(block.modules() for block in blocks):
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                module.to(_DTYPES[precision])
+
+    def convert_to_fp16(self) -> None:
+        """`convert_to("fp16")`."""
+        self.convert_to("fp16")
+
+    def convert_to_fp32(self) -> None:
+        """`convert_to("fp32")`."""
+        self.convert_to("fp32")
+
+    def _embed(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None) -> th.Tensor:
+        """The embedding [N, E] of timesteps and, for networks with classes, labels of the images x."""
+        if y is None and self.num_classes is not None:
+            raise ValueError(f"y is missing: the network has {self.num_classes} classes, give one label per image.")
+        if y is not None and self.num_classes is None:
+            raise ValueError("y was given to a network without classes (num_classes is None); leave it out.")
+        if y is not None and y.shape != x.shape[:1]:
+            raise ValueError(f"y must have one label per image, shape {tuple(x.shape[:1])}, got {tuple(y.shape)}.")
+        waves = timestep_embedding(timesteps, self.model_channels)
+        emb: th.Tensor = self.time_embed(waves.to(next(self.time_embed.parameters()).dtype))
+        return emb if y is None else emb + self.label_emb(y)
+
+    def _encode(self, x: th.Tensor, emb: th.Tensor) -> Iterator[th.Tensor]:
+        """The output of one input block after another, then of the middle block."""
+        h = x.to(self.dtype)
+        for block in [*self.input_blocks, self.middle_block]:
+            h = block(h, emb)
+            yield h
+
+
+class UNetModel(UNetBackbone):
+    """The U-Net: the backbone, and a decoder that sees every output of the encoder."""
+
+    def _build(self) -> None:
+        super()._build()
+        first = self._widths[0]
+        self.output_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._decoder())
+        last = zero_module(conv_nd(self.dims, first, self.out_channels, 3, padding=1))
+        self.out = nn.Sequential(normalization(first), SiLU(), last)
+
+    def _decoder(self) -> Iterator[list[nn.Module]]:
+        """The layers of one output block after another."""
+        skips, channels = self._block_widths, self._widths[-1]
+        for level, width in reversed(list(enumerate(self._widths))):
+            for remaining in reversed(range(self.num_res_blocks + 1)):
+                layers = self._cell(channels + skips.pop(), width, level, self.num_heads_upsample)
+                channels = width
+                if level > 0 and remaining == 0:
+                    layers.append(self._resample(channels, up=True))
+                yield layers
+
+    def _check_size(self, x: th.Tensor) -> None:
+        step = 2 ** (len(self.channel_mult) - 1)
+        sides = x.shape[2:][-2:]  # the first axis of volumes is not resampled
+        if any(side % step for side in sides):
+            nearest = "x".join(str(max(1, round(side / step)) * step) for side in sides)
+            raise ValueError(
+                f"images must be a multiple of {step} on each side for {len(self.channel_mult)} levels (channel_mult), "
+                f"got {'x'.join(map(str, sides))}; the nearest is {nearest}."
+            )
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        """Predict from noisy images, [N, in_channels, ...] -> [N, out_channels, ...].
+
+        :param timesteps: [N], in the units of training, may be fractional.
+        :param y: [N] int64 labels, if and only if num_classes was given.
+        """
+        self._check_size(x)
+        emb = self._embed(x, timesteps, y)
+        *skips, h = self._encode(x, emb)
+        for block in self.output_blocks:
+            h = block(th.cat([h, skips.pop()], dim=1), emb)
+        out: th.Tensor = self.out(h.to(x.dtype))
+        return out
+
+
+class SuperResModel(UNetModel):
+    """A U-Net that also sees a smaller version of its image, enlarged to the same size.
+
+    :param in_channels: of one of the two images.
+    """
+
+    def __init__(self, image_size: int | Sequence[int], in_channels: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(image_size, in_channels * 2, *args, **kwargs)
+
+    def forward(  # type: ignore[override]
+        self, x: th.Tensor, timesteps: th.Tensor, low_res: th.Tensor | None = None, **kwargs: Any
+    ) -> th.Tensor:
+        """Predict from noisy images and their small versions.
+
+        :param low_res: [N, C, ...] of any resolution.
+        """
+        if low_res is None:
+            raise ValueError("low_res is missing: give the small images, [N, C, ...].")
+        mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
+        return super().forward(th.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1), timesteps, **kwargs)
+
+
+class EncoderUNetModel(UNetBackbone):
+    """The encoder half with a head, e.g. a classifier of noisy images.
+
+    :param pool: the head: "adaptive" averages the last feature map; "attention" attends over it, so the images must be
+        of image_size; "spatial" and "spatial_v2" feed the averages of all feature maps to a two-layer network.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: str = "adaptive",
+        use_neighborhood_attention: bool = False,
+    ) -> None:
+        super().__init__(
+            image_size,
+            in_channels,
+            model_channels,
+            out_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            dims,
+            None,
+            use_checkpoint,
+            use_fp16,
+            num_heads,
+            num_head_channels,
+            num_heads_upsample,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
+            use_neighborhood_attention,
+        )
+        self.pool = pool
+        self.out = self._head()
+
+    def _head(self) -> nn.Sequential:
+        width = self._widths[-1]
+        if self.pool == "adaptive":
+            mean = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[self.dims](1)
+            last = zero_module(conv_nd(self.dims, width, self.out_channels, 1))
+            return nn.Sequential(normalization(width), SiLU(), mean, last, nn.Flatten())
+        if self.pool == "attention":
+            shape = self._shape(len(self._widths) - 1)
+            pool = AttentionPool2d(shape, width, self.num_head_channels, self.out_channels)
+            return nn.Sequential(normalization(width), SiLU(), pool)
+        if self.pool not in POOLS:
+            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}.")
+        hidden = linear(sum(self._block_widths) + width, 2048)
+        between = [nn.ReLU()] if self.pool == "spatial" else [normalization(2048), SiLU()]
+        return nn.Sequential(hidden, *between, linear(2048, self.out_channels))
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        """Features of noisy images, [N, in_channels, ...] -> [N, out_channels], e.g. unnormalized log probabilities."""
+        means = []
+        for h in self._encode(x, self._embed(x, timesteps, None)):
+            if self.pool.startswith("spatial"):
+                means.append(h.flatten(2).to(x.dtype).mean(2))
+        out: th.Tensor = self.out(th.cat(means, dim=1) if means else h.to(x.dtype))
+        return out
