@@ -16,6 +16,7 @@ from guided_diffusion.config import (
     ClassifierDataConfig,
     ClassifierTrainConfig,
     DataConfig,
+    DemoConfig,
     DiffusionConfig,
     GuidanceConfig,
     ImageTrainConfig,
@@ -71,6 +72,7 @@ COMMANDS = {
         "Enlarge images.",
         (RunConfig, SampleConfig, UpsampleConfig, SuperResConfig, DiffusionConfig),
     ),
+    "demo": Command("Train on the bundled pictures for some minutes, sample with and without guidance.", (DemoConfig,)),
 }
 
 

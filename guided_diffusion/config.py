@@ -299,6 +299,15 @@ class LikelihoodConfig:
     clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demonstration."""
+
+    log_dir: str = flag("demo-output", "folder of the trained networks, the samples and the picture")
+    data_dir: str = flag("datasets/emoji64.zip", "folder or zip of the images")
+    seed: int = flag(0, "seed of all randomness", at_least=0)
+
+
 def defaults(*sections: type[Any]) -> dict[str, Any]:
     """Flag -> default of the given config classes, as plain JSON values."""
     return {spec.name: spec.default for section in sections for spec in fields(section)}

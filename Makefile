@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the first command makes. Needed beforehand: Python 3.11 or newer, and make.
+
+# The first that is new enough and can make environments; the pinned torch is tried with 3.11 first.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
+	done)
+PACKAGES = guided_diffusion $(wildcard evaluations)
+READY = .venv/ready
+
+test test-slow coverage: export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test test-slow coverage lint clean
+
+help:
+	@echo 'make demo       train a small model on the bundled pictures and sample from it (minutes)'
+	@echo 'make test       lint, then every test but the slow ones'
+	@echo 'make test-slow  lint, then every test'
+	@echo 'make coverage   the tests, and which lines they miss'
+	@echo 'make lint       style and types'
+	@echo 'make clean      remove what builds and tools left behind; .venv stays'
+
+demo: $(READY)
+	.venv/bin/python scripts/demo.py
+
+test: lint
+	.venv/bin/python -m pytest
+
+test-slow: lint
+	.venv/bin/python -m pytest -m ''
+
+coverage: $(READY)
+	.venv/bin/python -m pytest --cov --cov-report=term-missing --cov-fail-under=90
+
+lint: $(READY)
+	.venv/bin/ruff check --quiet .
+	.venv/bin/ruff format --quiet --check .
+	.venv/bin/mypy $(PACKAGES)
+
+# Made again only when the requirements change.
+$(READY): setup.py constraints.txt
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed, with venv; found none: name one with make PYTHON=...'; exit 1; }
+	@echo 'Setting up .venv with $(PYTHON): this downloads torch and takes a few minutes.'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mpi]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

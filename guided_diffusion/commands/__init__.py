@@ -1,0 +1,31 @@
+"""The console command ``guided-diffusion COMMAND [flags]``: each module here is one command, and so is each script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from guided_diffusion.cli import COMMANDS
+from guided_diffusion.config import nearest
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+    first, last = "usage: guided-diffusion COMMAND [--FLAG VALUE ...]", "COMMAND --help lists its flags"
+    return "\n".join([first, "", *lines, "", last])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that the first word names with the words after it."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name not in COMMANDS:
+        hint = nearest(name, COMMANDS) or f": use one of {', '.join(COMMANDS)}"
+        print(f"guided-diffusion: error: unknown command {name}{hint}", file=sys.stderr)
+        raise SystemExit(2)
+    import_module(f"guided_diffusion.commands.{name}").main(rest)

@@ -1,0 +1,207 @@
+"""What the commands that sample and measure share: the run's folder, networks from checkpoints, the sampler."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch as th
+
+from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion.architecture import architecture
+from guided_diffusion.cli import Flags
+from guided_diffusion.config import (
+    ClassifierConfig,
+    DiffusionConfig,
+    RunConfig,
+    SampleConfig,
+    SuperResConfig,
+    UNetConfig,
+    parse_size,
+    resolve_precision,
+)
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.image_datasets import load_classes
+from guided_diffusion.npz import fingerprint
+from guided_diffusion.sample_util import Job, generate, parse_classes
+from guided_diffusion.samplers import SAMPLERS, Sampler, make_sampler
+from guided_diffusion.script_util import build_classifier, build_unet, build_upsampler
+
+SAMPLER_OPTIONS = ("eta", "order")
+NOT_IN_THE_RESULT = ("use_checkpoint", "use_fp16", "precision", "classifier_use_fp16", "classifier_precision")
+
+
+def start(flags: Flags) -> None:
+    """Join the other ranks and log, all to one folder."""
+    run = flags.part(RunConfig)
+    dist_util.setup_dist(device=run.device)
+    logger.configure(dir=run.log_dir or None)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A network from a checkpoint: on its device, in its precision, in evaluation mode.
+
+    :param path: of the checkpoint.
+    :param flags: the command line over what the checkpoint says.
+    :param classes: class names by id, [] where none are known.
+    :param identity: what the result depends on, for `Job.request`.
+    """
+
+    network: Any
+    path: str
+    flags: Flags
+    classes: list[str]
+    identity: dict[str, Any]
+
+
+def restore_unet(flags: Flags) -> Restored:
+    """The U-Net of --model_path."""
+    return _restore(flags, "model_path", UNetConfig, build_unet)
+
+
+def restore_upsampler(flags: Flags) -> Restored:
+    """The upsampler of --model_path."""
+    return _restore(flags, "model_path", SuperResConfig, build_upsampler)
+
+
+def restore_classifier(flags: Flags) -> Restored:
+    """The classifier of --classifier_path."""
+    return _restore(flags, "classifier_path", ClassifierConfig, lambda config, _: build_classifier(config))
+
+
+def _restore(flags: Flags, source: str, section: type[Any], build: Callable[[Any, bool], th.nn.Module]) -> Restored:
+    """The network whose checkpoint the flag `source` names.
+
+    Flags of `section` and of the process come from the config.json beside the checkpoint, without one from the shapes
+    of its weights, and above all from the command line.
+
+    :raises ValueError: if there is no such checkpoint, or it does not fit the flags.
+    """
+    if not flags.values[source]:
+        raise ValueError(f"--{source} is missing: give a checkpoint or the folder of a run")
+    path = checkpoint.resolve_model(flags.values[source])
+    saved = checkpoint.config_beside(path) or _shapes(path, flags)
+    _check_kind(saved, section, f"--{source} {path}")
+    flags = flags.over(saved, section, DiffusionConfig)
+    config = flags.part(section)
+    network: Any = build(config, flags.part(DiffusionConfig).learn_sigma)
+    checkpoint.load_weights(network, path, asdict(config))
+    logger.log(f"{source}: {path}")
+    _warn_if_young(path)
+    precision, names = _precision(config), checkpoint.classes_beside(path)
+    identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
+    identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
+    network.to(dist_util.dev()).eval().convert_to(precision)
+    return Restored(network, path, flags, load_classes(names) if names else [], identity)
+
+
+def _precision(config: Any) -> str:
+    """The precision that a network's own flags ask for."""
+    if isinstance(config, ClassifierConfig):
+        names = ("classifier_precision", "classifier_use_fp16")
+        return resolve_precision(config.classifier_precision, config.classifier_use_fp16, *names)
+    return resolve_precision(config.precision, config.use_fp16)
+
+
+def _check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:
+    """Refuse a classifier where a U-Net belongs, and the other way round."""
+    classifier = section is ClassifierConfig
+    if saved and ("classifier_width" in saved) != classifier:
+        raise ValueError(f"{where} is {'no' if classifier else 'a'} classifier: are the two checkpoints swapped?")
+
+
+def _shapes(path: str, flags: Flags) -> dict[str, Any]:
+    """The flags that can be read off the weights themselves."""
+    state = checkpoint.load(path)
+    if not isinstance(state, dict) or not all(isinstance(value, th.Tensor) for value in state.values()):
+        return {}  # no weights: loading them says so
+    size = flags.values.get("large_size", flags.values.get("image_size"))
+    found = architecture(state)  # an attention pool knows its size
+    return architecture(state, found.get("image_size", size)) | found
+
+
+def _warn_if_young(path: str) -> None:
+    """Say so where a moving average reaches back beyond the start of its training."""
+    match = re.search(r"ema_([\d.]+)_(\d+)\.", path)
+    if match and int(match[2]) * (1 - float(match[1])) < 1:
+        logger.warn(
+            f"{path} averages over about {1 / (1 - float(match[1])):.0f} steps and was trained for {int(match[2])}: "
+            "if its samples are noise, try the model file or a faster average"
+        )
+
+
+def sampler_of(flags: Flags) -> Sampler:
+    """The sampler that --sampler, --use_ddim and its options ask for.
+
+    :raises ValueError: if they contradict each other, or an option is given that the sampler does not have.
+    """
+    config = flags.part(SampleConfig)
+    name = config.sampler or ("ddim" if config.use_ddim else "ddpm")
+    if "use_ddim" in flags.given and config.use_ddim != (name == "ddim"):
+        raise ValueError(f"--sampler {name} contradicts --use_ddim {config.use_ddim}: give one of the two")
+    known = [spec.name for spec in fields(SAMPLERS[name])]
+    wanted = [option for option in SAMPLER_OPTIONS if option in known or option in flags.given]
+    return make_sampler(name, **{option: getattr(config, option) for option in wanted})
+
+
+def job_of(flags: Flags, sampler: Sampler, shape: tuple[int, ...], request: Mapping[str, Any], **options: Any) -> Job:
+    """The job that the sampling flags describe.
+
+    :param sampler: by `sampler_of`, which is asked before networks are loaded.
+    :param shape: of one image, (C, H, W).
+    :param request: what the result depends on beyond those flags.
+    :param options: of the job, in place of those from the flags.
+    """
+    config = flags.part(SampleConfig)
+    values = {
+        "num_samples": config.num_samples,
+        "batch_size": config.batch_size,
+        "seed": flags.part(RunConfig).seed,
+        "save_images": config.save_images,
+        "request": {**asdict(flags.part(DiffusionConfig)), **request},
+    }
+    return Job(sampler=sampler, shape=shape, out_dir=logger.get_dir(), **{**values, **options})
+
+
+def labels_of(flags: Flags, classes: list[str], num_classes: int) -> dict[str, Any]:
+    """The labels of a job: those of --classes in turn, else any of num_classes.
+
+    :param classes: names by id, [] where none are known.
+    """
+    text = flags.part(SampleConfig).classes
+    labels = parse_classes(text, num_classes, classes) if text else []
+    return {"labels": labels, "num_classes": num_classes, "class_names": classes}
+
+
+def image_shape(channels: int, size: int | str, dims: int) -> tuple[int, ...]:
+    """(C, H, W) of an image, or (C, L) and (C, D, H, W) in one and three dimensions."""
+    height, width = parse_size(size)
+    return (channels, height, width) if dims == 2 else (channels, *[height] * dims)
+
+
+def announce(flags: Flags, process: GaussianDiffusion, job: Job) -> None:
+    """A line that says what is sampled and how, so that a wrong flag is seen before the samples are."""
+    config = flags.part(DiffusionConfig)
+    predicted = "x_0" if config.predict_xstart else "eps"
+    variance = "a learned" if config.learn_sigma else "a fixed"
+    source = f"classes {', '.join(map(str, job.labels[:20]))}" if job.labels else f"random of {job.num_classes} classes"
+    logger.log(
+        f"sampling {job.num_samples} images {'x'.join(map(str, job.shape[1:]))} in batches of {job.batch_size} "
+        f"on {dist_util.world_size()} ranks: {job.sampler}, {process.num_timesteps} of {config.diffusion_steps} steps, "
+        f"{config.noise_schedule} schedule, the network predicts {predicted} with {variance} variance, "
+        f"seed {job.seed}, {source if job.labelled else 'no classes'}"
+    )
+
+
+def sample_and_say(flags: Flags, process: GaussianDiffusion, network: Any, job: Job, **options: Any) -> None:
+    """Announce, run and report a job.
+
+    :param options: of the sampling loop.
+    """
+    announce(flags, process, job)
+    options |= {"clip_denoised": flags.part(SampleConfig).clip_denoised, "device": dist_util.dev(), "progress": True}
+    path = generate(process, network, job, **options)
+    logger.log(f"sampling complete: {path}")

@@ -1,0 +1,202 @@
+"""What the commands that train share: the run's folder, what a resumed run takes over, streams, the loop's keywords."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import blobfile as bf
+import numpy as np
+import torch as th
+
+from guided_diffusion import __version__, checkpoint, dist_util, logger
+from guided_diffusion.cli import COMMANDS, Flags
+from guided_diffusion.config import DataConfig, RunConfig, TrainConfig
+from guided_diffusion.image_datasets import ImageStream, load_data, save_classes
+from guided_diffusion.resample import create_named_schedule_sampler
+
+Load = Callable[..., ImageStream]
+
+OF_A_PROCESS = ("log_dir", "device", "resume_checkpoint")  # never taken from an earlier part of the run
+PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
+NEED_VALIDATION = ("val_interval", "eval_interval")
+
+
+def start(flags: Flags) -> Flags:
+    """Join the other ranks, claim the run's folder, seed; returns the flags over those of the run that is resumed.
+
+    :raises ValueError: if flags contradict each other, or the folder holds another run.
+    """
+    flags = _over_resumed(flags)
+    _check(flags)
+    run = flags.part(RunConfig)
+    dist_util.setup_dist(device=run.device)
+    folder = run.log_dir or os.environ.get("OPENAI_LOGDIR", "")
+    if folder and dist_util.rank() == 0:
+        refuse_other_run(os.path.expanduser(folder), flags)
+    dist_util.barrier()  # nobody writes before rank 0 has looked
+    logger.configure(dir=run.log_dir or None)
+    _seed(run.seed)
+    if flags.values["timestep_respacing"]:
+        logger.warn(
+            f"timestep_respacing {flags.values['timestep_respacing']} in training: the network sees these steps alone, "
+            "and samples with them alone; leave it to sampling"
+        )
+    return flags
+
+
+def _check(flags: Flags) -> None:
+    if not flags.values["data_dir"]:
+        raise ValueError("--data_dir is missing: give a folder or a zip of images")
+    useless = [name for name in NEED_VALIDATION if name in flags.given and not flags.values["val_data_dir"]]
+    if useless:
+        raise ValueError(f"--{useless[0]} has no effect without --val_data_dir: give both or none")
+
+
+def _over_resumed(flags: Flags) -> Flags:
+    """The command line over everything that the resumed run was started with."""
+    path = flags.values["resume_checkpoint"]
+    if path == "auto":
+        folder = flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", "")
+        path = folder if folder and checkpoint.latest(folder) else ""
+        flags = Flags(flags.command, {**flags.given, "resume_checkpoint": path}, flags.saved)
+    if not path:
+        return flags
+    checkpoint.find_set(path)  # that there is one comes before all else
+    known = set(COMMANDS[flags.command].flags()) - set(OF_A_PROCESS)
+    if any(name in flags.given for name in PRECISION_FLAGS):
+        known -= set(PRECISION_FLAGS)
+    saved = {name: value for name, value in checkpoint.config_beside(path).items() if name in known}
+    return Flags(flags.command, flags.given, saved)
+
+
+def refuse_other_run(folder: str, flags: Flags) -> None:
+    """Leave a folder alone whose files this run would overwrite or mix with its own.
+
+    :raises ValueError: saying what lies there and how to go on.
+    """
+    newest = max(checkpoint.sets_in(folder), default=-1)
+    resumed = flags.values["resume_checkpoint"]
+    if resumed:
+        step = checkpoint.find_set(resumed).step or 0
+        if newest > step:
+            raise ValueError(
+                f"{folder} holds checkpoints up to step {newest}, which a run resumed at step {step} would overwrite: "
+                f"give another --log_dir, or --resume_checkpoint {folder} to go on from the last"
+            )
+    elif newest >= 0:
+        raise ValueError(
+            f"{folder} holds the checkpoints of a run, up to step {newest}: give --resume_checkpoint {folder} to go on "
+            "with it, or another --log_dir"
+        )
+    else:
+        _refuse_other_flags(folder, flags.values)
+
+
+def _refuse_other_flags(folder: str, values: Mapping[str, Any]) -> None:
+    there = checkpoint.config_beside(folder) if checkpoint.exists(folder) else {}
+    differing = [name for name in there if name not in OF_A_PROCESS and there[name] != values.get(name, there[name])]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{folder} is the folder of a run with other flags ({name} {there[name]}, now {values[name]}): give "
+            "another --log_dir, or remove its config.json"
+        )
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    th.manual_seed(seed)
+
+
+# ---- data
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The images to train on and, where there are any, those to measure on."""
+
+    train: ImageStream
+    validation: ImageStream | None
+
+
+def open_streams(flags: Flags, load: Load = load_data, **options: Any) -> Streams:
+    """The streams that the data flags describe; writes classes.json where the images have labels.
+
+    :param options: further keywords of `load`: sizes, class_cond.
+    """
+    data, train = flags.part(DataConfig), flags.part(TrainConfig)
+    options |= {
+        "batch_size": train.batch_size,
+        "image_channels": flags.values["image_channels"],
+        "num_classes": flags.values["num_classes"] if options["class_cond"] else None,
+        "seed": flags.part(RunConfig).seed,
+    }
+    known = checkpoint.classes_beside(train.resume_checkpoint) if train.resume_checkpoint else ""
+    stream = load(
+        data_dir=data.data_dir,
+        class_from=data.class_from,
+        classes=known if known and options["class_cond"] else None,
+        random_crop=data.random_crop,
+        random_flip=data.random_flip,
+        num_workers=data.num_workers,
+        **options,
+    )
+    if stream.classes and dist_util.rank() == 0:
+        save_classes(os.path.join(logger.get_dir(), checkpoint.CLASSES), stream)
+    return Streams(stream, _validation(train.val_data_dir, stream, load, options) if train.val_data_dir else None)
+
+
+def _validation(path: str, train: ImageStream, load: Load, options: dict[str, Any]) -> ImageStream:
+    """The validation images, with the ids that the classes have in training."""
+    options = {**options, "log": lambda line: None if line.startswith(" ") else logger.log(f"validation: {line}")}
+    labels = {"class_from": train.class_from, "classes": train.classes} if train.classes else {}
+    return load(data_dir=path, random_crop=False, random_flip=False, **labels, **options)
+
+
+def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    """Images from all over the data set, and their labels, without moving the stream."""
+    size = len(stream.dataset)
+    items = [stream.dataset[0, index * size // count] for index in range(count)]
+    labels = {name: th.from_numpy(np.stack([label[name] for _, label in items])) for name in items[0][1]}
+    return th.from_numpy(np.stack([image for image, _ in items])), labels
+
+
+# ---- the loop
+
+
+def loop_keywords(flags: Flags, diffusion: Any, streams: Streams) -> dict[str, Any]:
+    """The keywords of `TrainLoop` that all training commands give it."""
+    names = {spec.name for spec in fields(TrainConfig)} - {"val_data_dir", "schedule_sampler", "lr"}
+    values, train = flags.values, flags.part(TrainConfig)
+    # Without a word about it, here or in a config, an optimizer file decides.
+    said = "lr" in flags.given or "lr" in flags.saved or not train.resume_checkpoint
+    resumed = checkpoint.find_set(train.resume_checkpoint).opt if train.resume_checkpoint else ""
+    return {
+        **{name: values[name] for name in names},
+        "lr": train.lr if said or not resumed else None,
+        "seed": flags.part(RunConfig).seed,
+        "diffusion": diffusion,
+        "data": streams.train,
+        "val_data": streams.validation,
+        "schedule_sampler": create_named_schedule_sampler(train.schedule_sampler, diffusion),
+        "progress": sys.stderr.isatty(),
+        "config": {"command": flags.command, "version": __version__, "flags": values},
+    }
+
+
+def preview_path(step: int) -> str:
+    """Where the preview grid of a step goes."""
+    path = str(bf.join(logger.get_dir(), "previews", f"{step:06d}.png"))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return path
+
+
+def finish() -> None:
+    """Say where everything is: the last line of a run."""
+    logger.log(f"training complete: everything is in {logger.get_dir()}")

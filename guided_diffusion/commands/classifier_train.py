@@ -1,0 +1,47 @@
+"""Train a classifier of noisy images, e.g. to guide a diffusion model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from guided_diffusion import cli
+from guided_diffusion.config import ClassifierConfig, ClassifierTrainConfig, DiffusionConfig, resolve_precision
+
+INITIAL_LOG_LOSS_SCALE = 16.0  # gradients of a cross-entropy are larger than those of a mean square
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``classifier_train`` with a command line."""
+    flags = cli.parse("classifier_train", argv)
+    from guided_diffusion import dist_util
+
+    dist_util.run(train, flags)
+
+
+def train(flags: cli.Flags) -> None:
+    """Train as the flags say.
+
+    :raises ValueError: naming the flag that is wrong.
+    """
+    from guided_diffusion import dist_util
+    from guided_diffusion.commands import _training as training
+    from guided_diffusion.script_util import build_classifier, build_diffusion
+    from guided_diffusion.train_util import ClassifierTrainLoop
+
+    flags = training.start(flags)
+    config, loop = flags.part(ClassifierConfig), flags.part(ClassifierTrainConfig)
+    names = ("classifier_precision", "classifier_use_fp16")
+    precision = resolve_precision(config.classifier_precision, config.classifier_use_fp16, *names)
+    model, diffusion = build_classifier(config).to(dist_util.dev()), build_diffusion(flags.part(DiffusionConfig))
+    streams = training.open_streams(flags, image_size=config.image_size, class_cond=True)
+    ClassifierTrainLoop(
+        model=model,
+        precision=precision,
+        initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
+        noised=loop.noised,
+        max_steps=loop.iterations,
+        lr_anneal_steps=loop.iterations if loop.anneal_lr else 0,
+        val_interval=loop.eval_interval,
+        **training.loop_keywords(flags, diffusion, streams),
+    ).run_loop()
+    training.finish()

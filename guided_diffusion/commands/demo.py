@@ -1,0 +1,119 @@
+"""From nothing to a picture in minutes: train three networks, sample with and without guidance, judge, draw."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from guided_diffusion import cli
+from guided_diffusion.config import DemoConfig
+
+SIZE = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False".split()
+TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 1 --keep_last 1".split()
+DIFFUSION = (
+    "--class_cond True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2,4 --attention_resolutions 8 "
+    "--num_head_channels 64 --precision bf16 --batch_size 32 --lr 1e-3 --warmup_steps 100 --ema_rate 0.995 "
+    "--lr_anneal_steps 1800 --sample_interval 600"
+).split()
+CLASSIFIER = (
+    "--classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,2,4 --classifier_attention_resolutions 8 "
+    "--classifier_precision bf16 --batch_size 64 --lr 1e-3 --weight_decay 0.05 --anneal_lr True --random_crop True"
+).split()
+SAMPLING = "--sampler ddim --timestep_respacing ddim50 --batch_size 48 --num_samples 144".split()
+SCALES = (0.0, 2.0, 8.0)
+CLASSES, SHOWN = 9, 6  # rows, and columns per scale
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``demo`` with a command line."""
+    flags = cli.parse("demo", argv)
+    from guided_diffusion import dist_util
+
+    dist_util.run(show, flags.part(DemoConfig))
+
+
+def show(config: DemoConfig) -> None:
+    """Train what is not trained yet, sample what is not sampled yet, and say what comes out."""
+    began = time.time()
+    os.environ.setdefault("OPENAI_LOG_FORMAT", "log,csv")  # tables go to files, progress to the screen
+    print(f"Everything goes to {os.path.abspath(config.log_dir)}; a second run goes on where the first one ended.")
+    train(config)
+    samples = [sample(config, scale) for scale in SCALES]
+    judge_and_draw(config, samples)
+    print(f"All of it took {(time.time() - began) / 60:.1f} minutes.")
+
+
+@contextmanager
+def stage(text: str) -> Iterator[None]:
+    """Say what begins, and how long it took."""
+    print(f"{text} ...", flush=True)
+    began = time.time()
+    yield
+    print(f"    {time.time() - began:.0f} s", flush=True)
+
+
+def train(config: DemoConfig) -> None:
+    """The diffusion model, the classifier that guides it, and one that judges without having guided."""
+    from guided_diffusion.commands import classifier_train, image_train
+
+    def run(main: Any, name: str, *flags: str) -> None:
+        where = ["--data_dir", config.data_dir, "--log_dir", f"{config.log_dir}/{name}", "--seed", str(config.seed)]
+        main([*where, *SIZE, *TRAINING, *flags])
+
+    with stage("1. Training a class-conditional diffusion model on 32x32 emoji (some minutes)"):
+        run(image_train.main, "diffusion", *DIFFUSION)
+    with stage("2. Training a classifier of noisy images, to guide with (about a minute)"):
+        run(classifier_train.main, "classifier", *CLASSIFIER, "--iterations", "500")
+    with stage("3. Training a classifier of clean images, to judge with (less than a minute)"):
+        run(classifier_train.main, "judge", *CLASSIFIER, "--iterations", "300", "--noised", "False")
+
+
+def sample(config: DemoConfig, scale: float) -> tuple[float, str]:
+    """Images of every class in turn at a scale of guidance: (scale, path of the npz)."""
+    from guided_diffusion import logger
+    from guided_diffusion.commands import classifier_sample
+
+    networks = [f"--model_path={config.log_dir}/diffusion", f"--classifier_path={config.log_dir}/classifier"]
+    folder = f"{config.log_dir}/samples_scale_{scale:g}"
+    classes = ",".join(str(label) for label in range(CLASSES))
+    words = [f"--log_dir={folder}", f"--classifier_scale={scale}", f"--seed={config.seed}", f"--classes={classes}"]
+    precision = ["--precision", "bf16", "--classifier_precision", "bf16"]
+    with stage(f"4. Sampling 144 images with {f'guidance of scale {scale:g}' if scale else 'no guidance'}"):
+        classifier_sample.main([*networks, *words, *precision, *SAMPLING])
+    return scale, os.path.join(logger.get_dir(), "samples_144x32x32x3.npz")
+
+
+def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> None:
+    """Print how often the judge sees the class that was asked for, and draw rows of classes."""
+    import numpy as np
+
+    from guided_diffusion.commands import _common as common
+    from guided_diffusion.pictures import save_grid
+
+    judge = common.restore_classifier(cli.parse("classifier_sample", [f"--classifier_path={config.log_dir}/judge"]))
+    columns, titles = [], []
+    print("\nHow often the separately trained classifier of clean images sees the class that was asked for:")
+    for scale, path in samples:
+        with np.load(path) as file:
+            images, labels = file["arr_0"], file["arr_1"]
+        name = f"guided, scale {scale:g}" if scale else "unguided"
+        print(f"    {name:20s} {accuracy(judge.network, images, labels):6.1%}")
+        columns.append(np.stack([images[labels == label][:SHOWN] for label in range(CLASSES)]))
+        titles.append(name)
+    picture = f"{config.log_dir}/demo.png"
+    grid = np.concatenate(columns, axis=1)
+    save_grid(picture, grid.reshape(-1, *grid.shape[2:]), grid.shape[1], judge.classes, titles=titles)
+    print(f"\nThe picture, a row per class: {os.path.abspath(picture)}")
+
+
+def accuracy(classifier: Any, images: Any, labels: Any) -> float:
+    """The share of uint8 images [N, H, W, C] that a classifier gives their label, without noise."""
+    import torch as th
+
+    x = th.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    with th.no_grad():
+        guesses = classifier(x, th.zeros(len(x))).argmax(dim=1)
+    return float((guesses == th.from_numpy(labels)).float().mean())

@@ -1,0 +1,64 @@
+"""Train a diffusion model on images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from guided_diffusion import cli
+from guided_diffusion.config import DiffusionConfig, ImageTrainConfig, RunConfig, UNetConfig, resolve_precision
+
+PREVIEWED = 16  # images in a preview grid
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``image_train`` with a command line."""
+    flags = cli.parse("image_train", argv)
+    from guided_diffusion import dist_util
+
+    dist_util.run(train, flags)
+
+
+def train(flags: cli.Flags) -> None:
+    """Train as the flags say.
+
+    :raises ValueError: naming the flag that is wrong.
+    """
+    from guided_diffusion import dist_util
+    from guided_diffusion.commands import _training as training
+    from guided_diffusion.script_util import build_diffusion, build_unet
+    from guided_diffusion.train_util import TrainLoop
+
+    flags = training.start(flags)
+    config, schedule, loop = flags.part(UNetConfig), flags.part(DiffusionConfig), flags.part(ImageTrainConfig)
+    precision = resolve_precision(config.precision, config.use_fp16)
+    model, diffusion = build_unet(config, schedule.learn_sigma).to(dist_util.dev()), build_diffusion(schedule)
+    streams = training.open_streams(flags, image_size=config.image_size, class_cond=config.class_cond)
+    TrainLoop(
+        model=model,
+        precision=precision,
+        max_steps=loop.max_steps,
+        lr_anneal_steps=loop.lr_anneal_steps,
+        val_interval=loop.val_interval,
+        sample_interval=loop.sample_interval,
+        preview=previewer(flags, diffusion, streams.train.classes),
+        **training.loop_keywords(flags, diffusion, streams),
+    ).run_loop()
+    training.finish()
+
+
+def previewer(flags: cli.Flags, diffusion: Any, classes: Sequence[str]) -> Any:
+    """The function (model, step) that draws a grid of samples, the classes in turn, with the same seed every time."""
+    from guided_diffusion.commands._common import image_shape
+    from guided_diffusion.commands._training import preview_path
+    from guided_diffusion.sample_util import preview
+
+    config = flags.part(UNetConfig)
+    shape = (PREVIEWED, *image_shape(config.image_channels, config.image_size, config.dims))
+    labels = list(range(min(PREVIEWED, len(classes)))) if config.class_cond else []
+    seed = flags.part(RunConfig).seed
+
+    def draw(model: Any, step: int) -> None:
+        preview(diffusion, model, shape, labels=labels, seed=seed, path=preview_path(step))
+
+    return draw

@@ -1,0 +1,73 @@
+"""Train an upsampler on images and their small versions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from guided_diffusion import cli
+from guided_diffusion.config import DiffusionConfig, ImageTrainConfig, RunConfig, SuperResConfig, resolve_precision
+
+PREVIEWED = 16  # images in a preview grid
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``super_res_train`` with a command line."""
+    flags = cli.parse("super_res_train", argv)
+    from guided_diffusion import dist_util
+
+    dist_util.run(train, flags)
+
+
+def train(flags: cli.Flags) -> None:
+    """Train as the flags say.
+
+    :raises ValueError: naming the flag that is wrong.
+    """
+    from guided_diffusion import dist_util
+    from guided_diffusion.commands import _training as training
+    from guided_diffusion.image_datasets import load_superres_data
+    from guided_diffusion.script_util import build_diffusion, build_upsampler
+    from guided_diffusion.train_util import TrainLoop
+
+    flags = training.start(flags)
+    config, schedule, loop = flags.part(SuperResConfig), flags.part(DiffusionConfig), flags.part(ImageTrainConfig)
+    precision = resolve_precision(config.precision, config.use_fp16)
+    model, diffusion = build_upsampler(config, schedule.learn_sigma).to(dist_util.dev()), build_diffusion(schedule)
+    sizes = {"large_size": config.large_size, "small_size": config.small_size}
+    streams = training.open_streams(flags, load_superres_data, class_cond=config.class_cond, **sizes)
+    TrainLoop(
+        model=model,
+        precision=precision,
+        max_steps=loop.max_steps,
+        lr_anneal_steps=loop.lr_anneal_steps,
+        val_interval=loop.val_interval,
+        sample_interval=loop.sample_interval,
+        preview=previewer(flags, diffusion, streams.train) if loop.sample_interval else None,
+        **training.loop_keywords(flags, diffusion, streams),
+    ).run_loop()
+    training.finish()
+
+
+def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
+    """The function (model, step) that enlarges the same images of the data set every time."""
+    import torch.nn.functional as F
+
+    from guided_diffusion import dist_util
+    from guided_diffusion.commands._training import first_images, preview_path
+    from guided_diffusion.config import parse_size
+    from guided_diffusion.sample_util import preview
+
+    images, labels = first_images(stream, PREVIEWED)
+    small_size = parse_size(flags.part(SuperResConfig).small_size)
+    low_res = F.interpolate(images, small_size, mode="area").to(dist_util.dev())
+    classes = labels["y"].tolist() if labels else []
+
+    def draw(model: Any, step: int) -> None:
+        def enlarge(x: Any, timesteps: Any, **keywords: Any) -> Any:
+            return model(x, timesteps, low_res=low_res, **keywords)
+
+        seed = flags.part(RunConfig).seed
+        preview(diffusion, enlarge, images.shape, labels=classes, seed=seed, path=preview_path(step))
+
+    return draw

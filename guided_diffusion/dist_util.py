@@ -1,0 +1,324 @@
+"""One to many processes ("ranks") that work on the same thing: what they exchange, and how they end together.
+
+torchrun, mpiexec, srun and a plain ``python`` start the same scripts. Every function here also works in a process that
+never called `setup_dist`: it is then rank 0 of 1.
+"""
+
+import io
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar, TypeVarTuple
+
+import blobfile as bf
+import torch as th
+import torch.distributed as dist
+
+from guided_diffusion import launchers, logger
+from guided_diffusion.launchers import Place
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks to have started
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for the slowest rank to reach a collective: rank 0 may be merging files
+PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor alone is larger
+DEVICE_TYPES = ("cpu", "cuda", "mps")
+
+_device: th.device | None = None
+
+
+# ---- joining
+
+
+def setup_dist(*, device: str = "") -> None:
+    """Joins the other ranks; afterwards torch.distributed is initialised, in a single process too.
+
+    A single process opens no port and looks up no host name. Where a group exists already, only the device is set.
+
+    :param device: where this rank computes: "cpu", "cuda" (each rank its own), "cuda:1" or "mps"; default: cuda where
+        torch sees one, else cpu. CUDA_VISIBLE_DEVICES is respected and never written.
+    :raises ValueError: if there is no such device, two ranks share a GPU, or the ranks have different kinds of device.
+    :raises TimeoutError: if some rank does not arrive.
+    """
+    global _device
+    _device = _choose_device(device)
+    if _initialized():
+        return
+    place = launchers.place()
+    if place.size == 1:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        _join(place, _device)
+        logger.share_dir(broadcast_object(logger.new_dir()))
+
+
+def _initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _choose_device(wanted: str) -> th.device:
+    try:
+        device = th.device(wanted or ("cuda" if th.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise _no_device(wanted, "torch knows no such name") from error
+    if device.type not in DEVICE_TYPES:
+        raise _no_device(wanted, "it is none of those supported")
+    if device.type == "mps" and not th.backends.mps.is_available():
+        raise _no_device(wanted, "torch finds no Apple GPU")
+    if device.type != "cuda":
+        return device
+    count = th.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise _no_device(wanted, f"torch sees {count} GPUs (CUDA_VISIBLE_DEVICES limits them where it is set)")
+    return th.device("cuda", local_rank() % count if device.index is None else device.index)
+
+
+def _no_device(wanted: str, reason: str) -> ValueError:
+    return ValueError(f"device {wanted!r} cannot be used, {reason}: give cpu, cuda, cuda:N or mps, or leave it out")
+
+
+def _join(place: Place, device: th.device) -> None:
+    try:
+        store = _meet(place)
+        descriptions = _tell_each_other(store, place, _describe(device))
+    except dist.DistError as error:
+        raise TimeoutError(
+            f"rank {place.rank}: {place.launcher} announced {place.size} ranks, but not all of them arrived within "
+            f"{JOIN_TIMEOUT.total_seconds():.0f} s ({str(error).splitlines()[0]}): look for the rank that failed, "
+            "or, if one process was meant, start it without the launcher's variables"
+        ) from error
+    _refuse_unequal(descriptions)
+    if device.type == "cuda":
+        th.cuda.set_device(device)
+    dist.init_process_group(
+        _backend(device), store=store, rank=place.rank, world_size=place.size, timeout=COLLECTIVE_TIMEOUT
+    )
+
+
+def _meet(place: Place) -> dist.Store:
+    """A store that all ranks reach; rank 0 holds its port from here on, so that no other job can take it."""
+    if place.launcher == "mpiexec":
+        return _meet_through_mpi(place)
+    url = f"tcp://{launchers.meeting_point(place)}"
+    store, _, _ = next(dist.rendezvous(url, place.rank, place.size, timeout=JOIN_TIMEOUT))
+    return dist.PrefixStore("guided_diffusion", store)
+
+
+def _meet_through_mpi(place: Place) -> dist.Store:
+    if place.rank > 0:
+        host, port = launchers.mpi_broadcast(None)
+        return dist.TCPStore(host, port, place.size, False, timeout=JOIN_TIMEOUT)
+    store = dist.TCPStore("localhost", 0, place.size, True, timeout=JOIN_TIMEOUT, wait_for_workers=False)
+    launchers.mpi_broadcast((launchers.own_host(place), store.port))
+    return store
+
+
+def _tell_each_other(store: dist.Store, place: Place, text: str) -> list[str]:
+    """The texts of all ranks: a gather that needs no process group yet."""
+    store.set(f"rank{place.rank}", text)
+    return [store.get(f"rank{rank}").decode() for rank in range(place.size)]
+
+
+def _describe(device: th.device) -> str:
+    """The kind of device and, for a GPU, which one of which machine."""
+    if device.type != "cuda":
+        return device.type
+    gpu = getattr(th.cuda.get_device_properties(device), "uuid", device.index)
+    return f"{device.type} {gpu} of {socket.gethostname()}"
+
+
+def _refuse_unequal(descriptions: list[str]) -> None:
+    """Fails on every rank alike, before the first collective would hang.
+
+    :param descriptions: of the devices, by rank.
+    """
+    if len({text.split()[0] for text in descriptions}) > 1:
+        found = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
+        raise ValueError(f"the ranks have different kinds of device ({found}): give all of them the same --device")
+    if descriptions[0].split()[0] == "mps":
+        raise ValueError(f"device 'mps' serves one process, not {len(descriptions)}: start one rank, or give cpu")
+    for rank, text in enumerate(descriptions):
+        first = descriptions.index(text)
+        if text.startswith("cuda") and first != rank:
+            raise ValueError(
+                f"ranks {first} and {rank} share one GPU ({text}): start at most one rank per visible GPU, "
+                "or give --device cpu"
+            )
+
+
+def _backend(device: th.device) -> str:
+    """Collectives of tensors where they are: gloo for the CPU's, nccl (where torch has it) for the GPU's."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+
+
+# ---- who and where
+
+
+def dev() -> th.device:
+    """The device of this rank, as `setup_dist` chose it."""
+    return _choose_device("") if _device is None else _device
+
+
+def rank() -> int:
+    """The number of this process among all, 0 .. world_size() - 1."""
+    return dist.get_rank() if _initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if _initialized() else 1
+
+
+def local_rank() -> int:
+    """The number of this process among those on the same machine."""
+    return launchers.place().local_rank
+
+
+# ---- exchanging
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(obj: T) -> T:
+    """Rank 0's object, on every rank; collective. Anything that pickles."""
+    if world_size() == 1:
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(tensor: th.Tensor) -> list[th.Tensor]:
+    """The tensors of all ranks by rank, on every rank; collective. They may differ in size along dim 0 only."""
+    if world_size() == 1:
+        return [tensor]
+    if tensor.dim() == 0:
+        return [part[0] for part in gather(tensor[None])]
+    lengths = [int(length) for length in _gather_equal(th.tensor([len(tensor)], device=tensor.device))]
+    padding = tensor.new_zeros(max(lengths) - len(tensor), *tensor.shape[1:])
+    parts = _gather_equal(th.cat([tensor.detach(), padding]))
+    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+
+
+def _gather_equal(tensor: th.Tensor) -> list[th.Tensor]:
+    parts = [th.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather([_bytes(part) for part in parts], _bytes(tensor))
+    return parts
+
+
+def _bytes(tensor: th.Tensor) -> th.Tensor:
+    """The same memory as uint8: what every backend can send, whatever the dtype."""
+    return tensor.view(-1).view(th.uint8)
+
+
+def sync_params(params: Iterable[th.Tensor]) -> None:
+    """Overwrites parameters or buffers with rank 0's, in place and without a graph; collective."""
+    if world_size() == 1:
+        return
+    with th.no_grad():
+        for piece in _pieces(params):
+            flat = th.cat([tensor.reshape(-1) for tensor in piece])
+            dist.broadcast(flat, 0)
+            for tensor, values in zip(piece, flat.split([tensor.numel() for tensor in piece]), strict=True):
+                tensor.copy_(values.view_as(tensor))
+
+
+def _pieces(tensors: Iterable[th.Tensor]) -> Iterator[list[th.Tensor]]:
+    """Runs of tensors of one dtype and device, in order, so that many small ones share a message."""
+    piece: list[th.Tensor] = []
+    for tensor in tensors:
+        fits = sum(other.numel() for other in piece) + tensor.numel() <= PIECE
+        if piece and not (fits and (tensor.dtype, tensor.device) == (piece[0].dtype, piece[0].device)):
+            yield piece
+            piece = []
+        piece.append(tensor)
+    if piece:
+        yield piece
+
+
+def load_state_dict(path: str, **kwargs: Any) -> Any:
+    """What `torch.save` wrote to a local or remote file; not collective, each caller reads the file itself.
+
+    Only tensors and plain values are read (``weights_only=True``) unless told otherwise.
+
+    :param kwargs: for `torch.load`.
+    """
+    kwargs.setdefault("weights_only", True)
+    if "://" in str(path):
+        with bf.BlobFile(path, "rb") as file:
+            return th.load(io.BytesIO(file.read()), **kwargs)
+    os.stat(path)  # here, so that a missing file counts as the caller's mistake and not as torch's
+    return th.load(path, **kwargs)
+
+
+# ---- ending together
+
+
+def run(main: Callable[[*Ts], object], *args: *Ts) -> None:
+    """Calls ``main(*args)`` as the whole of a command: when one rank fails, all end.
+
+    A ValueError or OSError raised by this package itself is the user's mistake: one line "error: ...", exit code 2, no
+    traceback (unless GUIDED_DIFFUSION_DEBUG=1). Anything else keeps its traceback and ends with code 1. With several
+    ranks the message names the rank, and `sys.exit` or an interrupt on one rank ends the others too.
+    """
+    try:
+        launchers.place()  # under mpiexec all ranks join MPI here: only then can one of them end the job
+        main(*args)
+        barrier()
+    except BaseException as error:
+        _report(error)
+        raise
+    finally:
+        if world_size() > 1:
+            dist.destroy_process_group()  # a rank that leaves early must not keep the others waiting
+
+
+def _report(error: BaseException) -> None:
+    """Prints what went wrong; ends the process where Python's own way would print or wait otherwise."""
+    place = launchers.announced_place()
+    ranks = max(place.size, world_size())
+    code = _exit_code(error)
+    if ranks > 1 and code != 0:
+        print(f"rank {place.rank} of {ranks}: {_message(error)}", file=sys.stderr)
+        launchers.end_job(code)
+    if _needs_no_traceback(error) and not isinstance(error, SystemExit):
+        print(_message(error), file=sys.stderr)
+        raise SystemExit(code) from error
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return 130  # what a shell reports for Ctrl-C
+    return 2 if _is_users_mistake(error) else 1
+
+
+def _message(error: BaseException) -> str:
+    if not _needs_no_traceback(error):
+        return "".join(["failed\n", *traceback.format_exception(error)])
+    if isinstance(error, SystemExit):
+        return f"exit: {error.code}"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+
+
+def _needs_no_traceback(error: BaseException) -> bool:
+    if os.environ.get("GUIDED_DIFFUSION_DEBUG") == "1":
+        return False
+    return isinstance(error, SystemExit | KeyboardInterrupt) or _is_users_mistake(error)
+
+
+def _is_users_mistake(error: BaseException) -> bool:
+    """Whether this package itself raised it to say that an input is wrong."""
+    if not isinstance(error, ValueError | OSError):
+        return False
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return str(innermost.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]

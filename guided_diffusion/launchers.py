@@ -1,0 +1,135 @@
+"""Who started this process, and which of how many it is: torchrun, mpiexec, srun, or nobody (rank 0 of 1).
+
+MPI is asked for rank, size and one broadcast of an address, nothing else; without mpiexec it is never imported.
+"""
+
+import os
+import re
+import socket
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, NoReturn
+
+
+class Variables(NamedTuple):
+    """The environment variables in which a launcher tells each process its place."""
+
+    launcher: str
+    rank: str
+    size: str
+    local_rank: str
+
+
+# The first whose variables are set decides: torchrun may itself run under srun, and mpiexec inside a Slurm job.
+LAUNCHERS = (
+    Variables("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    Variables("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    Variables("mpiexec", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    Variables("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is.
+
+    :param rank: 0 .. size - 1 over all machines.
+    :param local_rank: 0, 1, ... over the processes on this machine.
+    :param launcher: "torchrun", "mpiexec", "srun", or "" for a process that nobody launched.
+    :param one_machine: all ranks are known to be on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launcher: str = ""
+    one_machine: bool = True
+
+
+def announced_rank() -> int:
+    """The rank that a launcher wrote into the environment; 0 where none did."""
+    return next((int(os.environ[names.rank]) for names in LAUNCHERS if os.environ.get(names.rank)), 0)
+
+
+def announced_place() -> Place:
+    """The place as the environment has it, before MPI is asked."""
+    for names in LAUNCHERS:
+        rank, size = os.environ.get(names.rank), os.environ.get(names.size)
+        if rank and size and int(size) > 1:
+            local_rank = int(os.environ.get(names.local_rank) or rank)
+            return Place(int(rank), int(size), local_rank, names.launcher, one_machine=False)
+        if rank and size:
+            break
+    return Place()
+
+
+def place() -> Place:
+    """The place of this process; under mpiexec, MPI's own word, and the first call is a collective.
+
+    :raises ValueError: if mpiexec started several ranks and mpi4py is missing or belongs to another MPI.
+    """
+    announced = announced_place()
+    return _join_mpi(announced.size) if announced.launcher == "mpiexec" else announced
+
+
+def _mpi(size: int) -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, an MPI library is not
+        raise ValueError(
+            f"mpiexec started {size} ranks, but mpi4py does not work here ({error}): "
+            "run `pip install mpi4py mpich`, or start the script with torchrun or as one process"
+        ) from error
+    return MPI
+
+
+@cache
+def _join_mpi(size: int) -> Place:
+    mpi = _mpi(size)
+    world = mpi.COMM_WORLD
+    if world.size != size:
+        raise ValueError(
+            f"mpiexec started {size} ranks, but mpi4py's MPI library sees {world.size}: they belong to different "
+            "installations of MPI; use the mpiexec that came with mpi4py's library"
+        )
+    machine = world.Split_type(mpi.COMM_TYPE_SHARED)
+    return Place(world.rank, world.size, machine.rank, "mpiexec", one_machine=machine.size == world.size)
+
+
+def mpi_broadcast(value: Any) -> Any:
+    """Rank 0's value, on every rank of mpiexec."""
+    return _mpi(announced_place().size).COMM_WORLD.bcast(value)
+
+
+def own_host(place: Place) -> str:
+    """The name under which the other ranks find this machine."""
+    return os.environ.get("MASTER_ADDR") or ("127.0.0.1" if place.one_machine else socket.gethostname())
+
+
+def meeting_point(place: Place) -> str:
+    """HOST:PORT at which rank 0 of torchrun or srun listens: MASTER_ADDR and MASTER_PORT where they are set."""
+    host, port = "127.0.0.1", 29500
+    if place.launcher == "srun":
+        host = _first_host(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST") or host)
+        step = int(os.environ.get("SLURM_JOB_ID") or 0) + int(os.environ.get("SLURM_STEP_ID") or 0)
+        port = 20000 + step % 10000  # every rank derives the same, and jobs on one machine rarely share it
+    return f"{os.environ.get('MASTER_ADDR') or host}:{os.environ.get('MASTER_PORT') or port}"
+
+
+def _first_host(nodes: str) -> str:
+    """The first machine of a Slurm list such as ``node[03-05,9],login1``: node03, or the loopback for a lone one."""
+    if not re.search(r"[\[,]", nodes):
+        return "127.0.0.1"
+    return re.sub(r"\[([^],-]+)[^]]*]", r"\1", nodes).split(",")[0]
+
+
+def end_job(code: int) -> NoReturn:
+    """Ends this process at once and with it, by way of its launcher, the other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    mpi = sys.modules.get("mpi4py.MPI")  # not imported here: a rank that joins alone would wait for the others
+    if mpi is not None and announced_place().launcher == "mpiexec":
+        mpi.COMM_WORLD.Abort(code)
+    os._exit(code)

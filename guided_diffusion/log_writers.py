@@ -1,0 +1,229 @@
+"""Where a row of values or a line of text can go: tables, JSON, CSV, TensorBoard, Weights & Biases.
+
+Files are appended to, never emptied, so that a resumed run keeps its history.
+"""
+
+import csv
+import json
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, TextIO
+
+import numpy as np
+
+KeyValues = Mapping[str, Any]
+
+CELL_WIDTH = 30  # longest key or value in a table, in characters
+
+
+class KVWriter(ABC):
+    """Writes one row of values per dump."""
+
+    @abstractmethod
+    def writekvs(self, kvs: KeyValues) -> None:
+        """Writes one row.
+
+        :param kvs: numbers, arrays of one element, or texts, by name.
+        """
+
+
+class SeqWriter(ABC):
+    """Writes one line of text per message."""
+
+    @abstractmethod
+    def writeseq(self, seq: Iterable[str]) -> None:
+        """Writes the parts of one message, joined by spaces."""
+
+
+class _FileWriter:
+    """Appends to a file without keeping it open, so that any number of loggers may be left behind unclosed."""
+
+    def __init__(self, filename: str) -> None:
+        self.filename = filename
+        self._append("")
+
+    def _append(self, text: str) -> None:
+        with open(self.filename, "a", encoding="utf-8", newline="") as file:
+            file.write(text)
+
+    def close(self) -> None:
+        """Nothing to close: every row is on disk already."""
+
+
+class HumanOutputFormat(KVWriter, SeqWriter):
+    """Tables and lines of text, to a file by name or to an open stream."""
+
+    def __init__(self, filename_or_file: str | TextIO) -> None:
+        if isinstance(filename_or_file, str):
+            self._write: Callable[[str], None] = _FileWriter(filename_or_file)._append
+        elif hasattr(filename_or_file, "write"):
+            self._write = _stream_writer(filename_or_file)
+        else:
+            raise TypeError(f"filename_or_file is {filename_or_file!r}: give a file name or an open text stream")
+
+    def writekvs(self, kvs: KeyValues) -> None:
+        if not kvs:
+            self._write("WARNING: there are no values to write\n")
+            return
+        cells = {_clip(key): _clip(_cell(value)) for key, value in sorted(kvs.items())}
+        key_width, value_width = max(map(len, cells)), max(map(len, cells.values()))
+        rows = sorted(cells.items(), key=lambda cell: cell[0].lower())
+        lines = [f"| {key:<{key_width}} | {value:<{value_width}} |" for key, value in rows]
+        rule = "-" * (key_width + value_width + 7)
+        self._write("\n".join([rule, *lines, rule, ""]))
+
+    def writeseq(self, seq: Iterable[str]) -> None:
+        self._write(" ".join(seq) + "\n")
+
+    def close(self) -> None:
+        """Leaves a stream open: it belongs to whoever opened it."""
+
+
+def _stream_writer(stream: TextIO) -> Callable[[str], None]:
+    def write(text: str) -> None:
+        stream.write(text)
+        stream.flush()
+
+    return write
+
+
+def _cell(value: Any) -> str:
+    return f"{float(value):<8.3g}" if hasattr(value, "__float__") else str(value)
+
+
+def _clip(text: str) -> str:
+    return text if len(text) <= CELL_WIDTH else text[: CELL_WIDTH - 3] + "..."
+
+
+class JSONOutputFormat(_FileWriter, KVWriter):
+    """One JSON object per line, keys in the order in which they were logged."""
+
+    def writekvs(self, kvs: KeyValues) -> None:
+        row = {key: float(value) if hasattr(value, "dtype") else value for key, value in kvs.items()}
+        self._append(json.dumps(row) + "\n")
+
+
+class CSVOutputFormat(_FileWriter, KVWriter):
+    """A comma-separated table; a key seen for the first time becomes a new last column, empty in the rows before."""
+
+    def __init__(self, filename: str) -> None:
+        super().__init__(filename)
+        self.keys = next(iter(self._rows()), [])
+
+    def _rows(self) -> list[list[str]]:
+        with open(self.filename, encoding="utf-8", newline="") as file:
+            return list(csv.reader(file))
+
+    def _append_row(self, row: Sequence[str]) -> None:
+        with open(self.filename, "a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerow(row)
+
+    def writekvs(self, kvs: KeyValues) -> None:
+        new_keys = sorted(kvs.keys() - set(self.keys))
+        if new_keys:
+            self._add_columns(new_keys)
+        self._append_row([_csv_text(kvs.get(key)) for key in self.keys])
+
+    def _add_columns(self, new_keys: list[str]) -> None:
+        self.keys.extend(new_keys)
+        wider = [row + [""] * len(new_keys) for row in self._rows()[1:]]
+        unfinished = self.filename + ".new"  # renamed when complete: a kill in between loses no row
+        with open(unfinished, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([self.keys, *wider])
+        os.replace(unfinished, self.filename)
+
+
+def _csv_text(value: Any) -> str:
+    if value is None:
+        return ""
+    is_tensor = hasattr(value, "item") and not isinstance(value, np.generic | np.ndarray)
+    return str(value.item() if is_tensor else value)
+
+
+class _StepCounter:
+    """The step of a row: its value "step" when it has one, else the number of the row, from 1."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def next(self, kvs: KeyValues) -> int:
+        self.step = int(kvs.get("step", self.step + 1))
+        return self.step
+
+
+def _numbers(kvs: KeyValues) -> dict[str, float]:
+    """The values that can be drawn as a curve."""
+    return {key: float(value) for key, value in kvs.items() if isinstance(value, Real) or hasattr(value, "dtype")}
+
+
+class TensorBoardOutputFormat(KVWriter):
+    """Curves for TensorBoard, over the value "step" when there is one."""
+
+    def __init__(self, dir: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing("tensorboard") from error
+        self.dir = dir
+        self._steps = _StepCounter()
+        self._writer = SummaryWriter(log_dir=dir)
+
+    def writekvs(self, kvs: KeyValues) -> None:
+        step = self._steps.next(kvs)
+        for key, value in _numbers(kvs).items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbOutputFormat(KVWriter):
+    """Curves for Weights & Biases, over the value "step" when there is one.
+
+    Project, name and mode of the run come from wandb's own environment variables (WANDB_PROJECT, WANDB_MODE, ...).
+    """
+
+    def __init__(self, dir: str) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing("wandb") from error
+        self._steps = _StepCounter()
+        self._run = wandb.init(dir=dir)
+
+    def writekvs(self, kvs: KeyValues) -> None:
+        self._run.log(_numbers(kvs), step=self._steps.next(kvs))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _missing(package: str) -> ValueError:
+    return ValueError(f"log format {package!r} needs a package that is not installed: run `pip install {package}`")
+
+
+FORMATS: dict[str, Callable[[str, str], KVWriter]] = {
+    "stdout": lambda folder, suffix: HumanOutputFormat(sys.stdout),
+    "log": lambda folder, suffix: HumanOutputFormat(os.path.join(folder, f"log{suffix}.txt")),
+    "json": lambda folder, suffix: JSONOutputFormat(os.path.join(folder, f"progress{suffix}.json")),
+    "csv": lambda folder, suffix: CSVOutputFormat(os.path.join(folder, f"progress{suffix}.csv")),
+    "tensorboard": lambda folder, suffix: TensorBoardOutputFormat(os.path.join(folder, f"tb{suffix}")),
+    "wandb": lambda folder, suffix: WandbOutputFormat(folder),
+}
+
+
+def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
+    """The writer of that name, into a folder that is made where it is missing.
+
+    :param format: one of FORMATS.
+    :param log_suffix: goes before the extension of the file's name.
+    :raises ValueError: if there is no such format, or its package is not installed.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"unknown log format {format!r}: choose from {', '.join(FORMATS)}")
+    os.makedirs(ev_dir, exist_ok=True)
+    return FORMATS[format](ev_dir, log_suffix)

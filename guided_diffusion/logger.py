@@ -1,0 +1,306 @@
+"""Key-value logging: one row of named numbers per dump, and lines of text, to any number of writers.
+
+``OPENAI_LOGDIR`` names the folder and ``OPENAI_LOG_FORMAT`` the writers of rank 0 (default "stdout,log,csv");
+``OPENAI_LOG_FORMAT_MPI`` those of every other rank (default "log", which writes log-rankNNN.txt).
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from functools import wraps
+from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
+
+from guided_diffusion import launchers
+from guided_diffusion.log_writers import (
+    CSVOutputFormat as CSVOutputFormat,
+    HumanOutputFormat as HumanOutputFormat,
+    JSONOutputFormat as JSONOutputFormat,
+    KeyValues,
+    KVWriter as KVWriter,
+    SeqWriter as SeqWriter,
+    TensorBoardOutputFormat as TensorBoardOutputFormat,
+    WandbOutputFormat as WandbOutputFormat,
+    make_output_format as make_output_format,
+)
+
+DEBUG = 10
+INFO = 20
+WARN = 30
+ERROR = 40
+DISABLED = 50
+
+P = ParamSpec("P")
+R = TypeVar("R")
+ValueCounts = dict[str, tuple[Any, float]]  # name -> (mean, how many values it is the mean of)
+
+
+class Comm(Protocol):
+    """The part of an mpi4py communicator that averaging needs."""
+
+    rank: int
+
+    def gather(self, value: ValueCounts) -> list[ValueCounts] | None: ...
+
+
+class Logger:
+    """Collects values until they are dumped as one row.
+
+    CURRENT is what the functions of this module write to; DEFAULT is what `reset` goes back to.
+    """
+
+    DEFAULT: ClassVar["Logger | None"] = None
+    CURRENT: ClassVar["Logger | None"] = None
+
+    def __init__(self, dir: str, output_formats: Sequence[Any], comm: Comm | None = None) -> None:
+        self.name2val: defaultdict[str, Any] = defaultdict(float)
+        self.name2cnt: defaultdict[str, int] = defaultdict(int)
+        self.level = INFO
+        self.dir = dir
+        self.output_formats = output_formats
+        self.comm = comm
+
+    def logkv(self, key: str, val: Any) -> None:
+        """Sets a value of this row."""
+        self.name2val[key] = val
+
+    def logkv_mean(self, key: str, val: Any) -> None:
+        """Averages a value with those given under the same name since the last dump."""
+        count = self.name2cnt[key]
+        self.name2val[key] = self.name2val[key] * count / (count + 1) + val / (count + 1)
+        self.name2cnt[key] = count + 1
+
+    def dumpkvs(self) -> dict[str, Any]:
+        """Writes the row, forgets it, and returns it; with a communicator, the row of means over all ranks."""
+        row = dict(self.name2val) if self.comm is None else self._mean_over_ranks(self.comm)
+        for writer in self.output_formats:
+            if isinstance(writer, KVWriter):
+                writer.writekvs(row)
+        self.name2val.clear()
+        self.name2cnt.clear()
+        return row
+
+    def _mean_over_ranks(self, comm: Comm) -> dict[str, Any]:
+        local: ValueCounts = {name: (value, self.name2cnt.get(name, 1)) for name, value in self.name2val.items()}
+        row = mpi_weighted_mean(comm, local)
+        return row if comm.rank == 0 else {**row, "dummy": 1}  # ranks above 0 have nothing to say, and empty rows warn
+
+    def log(self, *args: object, level: int = INFO) -> None:
+        """Writes a line of text, unless it is below the logger's level."""
+        if level < self.level:
+            return
+        for writer in self.output_formats:
+            if isinstance(writer, SeqWriter):
+                writer.writeseq(map(str, args))
+
+    def set_level(self, level: int) -> None:
+        self.level = level
+
+    def set_comm(self, comm: Comm | None) -> None:
+        self.comm = comm
+
+    def get_dir(self) -> str:
+        return self.dir
+
+    def close(self) -> None:
+        for writer in self.output_formats:
+            writer.close()
+
+
+def mpi_weighted_mean(comm: Comm, local_name2valcount: ValueCounts) -> dict[str, float]:
+    """The mean over ranks of each value, weighted by its count, on rank 0; an empty dict on the others.
+
+    Collective. What is no number is left out, with a line on stderr.
+    """
+    gathered = comm.gather(local_name2valcount)
+    if comm.rank != 0 or gathered is None:
+        return {}
+    sums: defaultdict[str, float] = defaultdict(float)
+    counts: defaultdict[str, float] = defaultdict(float)
+    for name, (value, count) in (item for row in gathered for item in row.items()):
+        try:
+            sums[name] += float(value) * count
+            counts[name] += count
+        except (TypeError, ValueError):
+            print(f"WARNING: no mean of {name} over ranks: {value!r} is not a number", file=sys.stderr)
+    return {name: sums[name] / counts[name] for name in counts}
+
+
+# ---- the current logger
+
+
+def get_current() -> Logger:
+    """The logger that the functions of this module write to; the first call makes it if nobody configured one."""
+    if Logger.CURRENT is None:
+        configure()
+        Logger.DEFAULT = Logger.CURRENT
+    assert Logger.CURRENT is not None
+    return Logger.CURRENT
+
+
+def logkv(key: str, val: Any) -> None:
+    """Sets a value of the row that `dumpkvs` will write; the last call for a name wins."""
+    get_current().logkv(key, val)
+
+
+def logkv_mean(key: str, val: Any) -> None:
+    """As `logkv`, but the mean of all values given for a name since the last dump."""
+    get_current().logkv_mean(key, val)
+
+
+def logkvs(d: KeyValues) -> None:
+    """Sets many values of the row at once."""
+    for key, value in d.items():
+        logkv(key, value)
+
+
+def dumpkvs() -> dict[str, Any]:
+    """Writes the row, starts a new one, and returns what was written."""
+    return get_current().dumpkvs()
+
+
+def getkvs() -> dict[str, Any]:
+    """The row so far."""
+    return get_current().name2val
+
+
+def log(*args: object, level: int = INFO) -> None:
+    """Writes a line of text, its parts joined by spaces, to the console and the log file."""
+    get_current().log(*args, level=level)
+
+
+def debug(*args: object) -> None:
+    log(*args, level=DEBUG)
+
+
+def info(*args: object) -> None:
+    log(*args, level=INFO)
+
+
+def warn(*args: object) -> None:
+    log(*args, level=WARN)
+
+
+def error(*args: object) -> None:
+    log(*args, level=ERROR)
+
+
+def set_level(level: int) -> None:
+    """Lines below this level are no longer written (DEBUG < INFO < WARN < ERROR < DISABLED)."""
+    get_current().set_level(level)
+
+
+def set_comm(comm: Comm | None) -> None:
+    """From now on every dump is a collective that averages over the ranks of `comm`."""
+    get_current().set_comm(comm)
+
+
+def get_dir() -> str:
+    """The folder of the log files, where a run also puts its checkpoints and samples."""
+    return get_current().get_dir()
+
+
+record_tabular = logkv
+dump_tabular = dumpkvs
+
+
+@contextmanager
+def profile_kv(scopename: str) -> Iterator[None]:
+    """Adds the seconds spent inside to the value "wait_SCOPENAME" of this row."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        get_current().name2val[f"wait_{scopename}"] += time.perf_counter() - start
+
+
+def profile(n: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that does for every call of a function what `profile_kv` does for a block."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def timed(*args: P.args, **kwargs: P.kwargs) -> R:
+            with profile_kv(n):
+                return function(*args, **kwargs)
+
+        return timed
+
+    return decorate
+
+
+# ---- where and what to write
+
+_shared_dir: str | None = None
+
+
+def get_rank_without_mpi_import() -> int:
+    """The rank that torchrun, mpiexec or srun wrote into the environment; 0 where nobody did."""
+    return launchers.announced_rank()
+
+
+def new_dir() -> str:
+    """A folder name for a run that was given none: in the temporary folder, named after the time, not made yet."""
+    return os.path.join(tempfile.gettempdir(), datetime.now().strftime("openai-%Y-%m-%d-%H-%M-%S-%f"))
+
+
+def share_dir(dir: str) -> None:
+    """The folder that `configure` takes where it is given none, so that all ranks of a job take the same."""
+    global _shared_dir
+    _shared_dir = dir
+
+
+def configure(
+    dir: str | None = None,
+    format_strs: Iterable[str] | None = None,
+    comm: Comm | None = None,
+    log_suffix: str = "",
+) -> None:
+    """Makes a new current logger.
+
+    :param dir: its folder, made where it is missing; default: OPENAI_LOGDIR, else a new temporary folder.
+    :param format_strs: the names of its writers; default: from the environment, see the module's first lines.
+    :param comm: an mpi4py communicator, over which every dump is averaged; default: this rank's own values.
+    :param log_suffix: goes before the extension of the files' names.
+    """
+    rank = get_rank_without_mpi_import()
+    folder = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir or new_dir())
+    os.makedirs(folder, exist_ok=True)
+    suffix = log_suffix if rank == 0 else f"{log_suffix}-rank{rank:03d}"
+    formats = _formats_from_environment(rank) if format_strs is None else format_strs
+    writers = [make_output_format(name, folder, suffix) for name in formats if name]
+    Logger.CURRENT = Logger(dir=folder, output_formats=writers, comm=comm)
+    if writers:
+        log(f"Logging to {folder}")
+
+
+def _formats_from_environment(rank: int) -> list[str]:
+    if rank == 0:
+        return os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv").split(",")
+    return os.environ.get("OPENAI_LOG_FORMAT_MPI", "log").split(",")
+
+
+def reset() -> None:
+    """Goes back to the default logger."""
+    if Logger.CURRENT is not None and Logger.CURRENT is not Logger.DEFAULT:
+        Logger.CURRENT.close()
+        Logger.CURRENT = Logger.DEFAULT
+        log("Reset logger")
+
+
+@contextmanager
+def scoped_configure(
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Comm | None = None
+) -> Iterator[None]:
+    """A logger of its own inside the block; afterwards the one before is current again."""
+    before = Logger.CURRENT
+    configure(dir=dir, format_strs=format_strs, comm=comm)
+    inside = get_current()
+    try:
+        yield
+    finally:
+        inside.close()
+        Logger.CURRENT = before

@@ -1,0 +1,102 @@
+"""PNG files: single images and labelled grids of them.
+
+Images are uint8 [H, W, C], sheets of them [N, H, W, C], with C = 1 (grey), 3 (RGB) or 4 (RGBA).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = npt.NDArray[np.uint8]
+
+DRAWN_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+CELL = 64  # smaller images are enlarged to about this
+PAD = 2
+GROUP_GAP = 12
+MARGIN = 6
+LONGEST_NAME = 24
+
+
+def _as_picture(image: Pixels) -> Image.Image:
+    """:raises ValueError: if no PNG can hold it."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in DRAWN_CHANNELS:
+        raise ValueError(
+            f"an image {image.shape} of {image.dtype} cannot be drawn: give uint8 [H, W, C] with C = 1, 3 or 4"
+        )
+    return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
+
+
+def save_png(path: str, image: Pixels) -> None:
+    """Write one image [H, W, C]."""
+    _as_picture(image).save(path, format="PNG")
+
+
+def save_grid(
+    path: str,
+    images: Pixels,
+    columns: int,
+    row_names: Sequence[str] | None = None,
+    *,
+    titles: Sequence[str] = (),
+    zoom: int = 0,
+) -> None:
+    """Write images [N, H, W, C], row by row, as one picture.
+
+    :param row_names: written to the left of the rows.
+    :param titles: written above groups of columns, which are set apart: ("unguided", "guided") halves the picture.
+    :param zoom: how many pixels wide a pixel is drawn; 0 enlarges small images.
+    :raises ValueError: if there are no images, or names and titles do not fit rows and columns.
+    """
+    rows = -(-len(images) // columns) if columns > 0 else 0
+    groups = max(1, len(titles))
+    if rows == 0 or columns % groups:
+        raise ValueError(f"{len(images)} images in {columns} columns under {groups} titles make no grid")
+    if row_names is not None and len(row_names) != rows:
+        raise ValueError(f"{len(row_names)} row_names are given for {rows} rows")
+    height = _as_picture(images[0]).height
+    zoom = zoom or max(1, CELL // min(images.shape[1:3]))
+    tiles = _tile(images.repeat(zoom, axis=1).repeat(zoom, axis=2), rows, columns, columns // groups)
+    names = [_short(name) for name in row_names or ()]
+    picture = _framed(tiles, names, [_short(title) for title in titles], height * zoom + PAD)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    picture.save(path, format="PNG")
+
+
+def _tile(images: Pixels, rows: int, columns: int, group: int) -> Pixels:
+    """The images [rows * cell, columns * cell, C] on white, every `group` columns set apart."""
+    height, width, channels = images.shape[1:]
+    sheet_width = columns * (width + PAD) - PAD + (columns // group - 1) * GROUP_GAP
+    sheet = np.full((rows * (height + PAD) - PAD, sheet_width, channels), 255, np.uint8)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        top, left = row * (height + PAD), column * (width + PAD) + column // group * GROUP_GAP
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def _short(text: str) -> str:
+    """What PIL's own font can write of a name."""
+    text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
+def _framed(tiles: Pixels, names: Sequence[str], titles: Sequence[str], cell: int) -> Image.Image:
+    """The tiles with names at the left and titles above."""
+    font, sheet = ImageFont.load_default(), _as_picture(tiles)
+    left = round(max((font.getlength(name) for name in names), default=-MARGIN)) + MARGIN
+    top = 2 * MARGIN + 8 if titles else 0
+    frame = Image.new(sheet.mode, (left + sheet.width + 2 * PAD, top + sheet.height + 2 * PAD), "white")
+    frame.paste(sheet, (left + PAD, top + PAD))
+    pen = ImageDraw.Draw(frame)
+    for row, name in enumerate(names):
+        pen.text((left - MARGIN // 2, top + PAD + row * cell + cell // 2), name, "black", font, anchor="rm")
+    for number, title in enumerate(titles):
+        share = (sheet.width + GROUP_GAP) / len(titles)
+        middle = left + PAD + number * share + (share - GROUP_GAP) / 2
+        pen.text((middle, top // 2), title, "black", font, anchor="mm")
+    return frame

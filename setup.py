@@ -1,0 +1,53 @@
+"""Packaging. The version stands in guided_diffusion/__init__.py and is read as text: installing imports no torch."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def read(name: str) -> str:
+    path = HERE / name
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def version() -> str:
+    match = re.search(r'^__version__ = "(.+)"$', read("guided_diffusion/__init__.py"), re.MULTILINE)
+    assert match, "guided_diffusion/__init__.py states no __version__"
+    return match[1]
+
+
+MPI = ["mpi4py>=4.0", "mpich>=4.2"]
+TENSORBOARD = ["tensorboard>=2.16"]
+WANDB = ["wandb>=0.17"]
+DEV = ["pytest>=8.0", "pytest-cov>=5.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "setuptools>=77"]
+
+setup(
+    name="guided-diffusion",
+    version=version(),
+    description="Diffusion models of images: training, sampling and classifier guidance",
+    long_description=read("README.md"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["guided_diffusion*", "evaluations*"]),
+    package_data={"guided_diffusion": ["py.typed"]},
+    install_requires=[
+        "torch>=2.4",
+        "numpy>=1.26",
+        "blobfile>=2.1",
+        "tqdm>=4.64",
+        "pillow>=10.1",
+        "safetensors>=0.4",
+    ],
+    extras_require={
+        "mpi": MPI,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
+        "dev": DEV + TENSORBOARD,
+    },
+    entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},
+)

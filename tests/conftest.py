@@ -1,0 +1,48 @@
+"""What every test starts from: one thread, fixed seeds, a fresh logger, no process group, no launcher's variables."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+
+th.set_num_threads(1)
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "SLURM_", "TORCHELASTIC_", "OPENAI_", "DIFFUSION_", "GUIDED_DIFFUSION_")
+
+
+@pytest.fixture(autouse=True)
+def clean_state(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees what another left in the generators, the environment, the logger or torch.distributed."""
+    for name in list(os.environ):
+        if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path_factory.getbasetemp() / "default-log"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))  # for the scripts that tests start
+    random.seed(0)
+    np.random.seed(0)
+    th.manual_seed(0)
+    default_dtype = th.get_default_dtype()
+    yield
+    th.set_default_dtype(default_dtype)
+    close_logger()
+    if th.distributed.is_available() and th.distributed.is_initialized():
+        th.distributed.destroy_process_group()
+
+
+def close_logger() -> None:
+    """Forgets the current and the default logger of this process, where one was made."""
+    logger = sys.modules.get("guided_diffusion.logger")
+    if logger is None:
+        return
+    for current in {logger.Logger.CURRENT, logger.Logger.DEFAULT} - {None}:
+        current.close()
+    logger.Logger.CURRENT = logger.Logger.DEFAULT = None

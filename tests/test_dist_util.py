@@ -1,0 +1,383 @@
+"""Ranks: real processes under mpiexec, torchrun and srun's variables; and what a single process does without any."""
+
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch as th
+import torch.distributed as dist
+
+from guided_diffusion import dist_util, launchers
+
+MPIEXEC = [str(Path(sysconfig.get_path("scripts"), "mpiexec")), "-n", "2", sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# What srun does for each of two tasks on one machine.
+TWO_TASKS = 'SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wait $!'
+SRUN = ["bash", "-c", TWO_TASKS, "srun", sys.executable]
+SECONDS = 60  # a job that has not ended by then hangs
+
+COLLECTIVES = """
+    import os, sys, tempfile
+    import torch as th
+    import torch.distributed as dist
+    from guided_diffusion import dist_util, logger
+
+    DTYPES = [th.float64, th.float16, th.bfloat16, th.int64, th.uint8, th.bool, th.complex64]
+
+    def work(folder):
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        dist_util.setup_dist(device="cpu")
+        dist_util.setup_dist(device="cpu")  # a second call changes nothing
+        rank = dist_util.rank()
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == before == "0,7"
+        assert (rank, dist_util.world_size()) == (dist.get_rank(), 2)
+        assert dist_util.local_rank() == rank
+        assert dist_util.dev() == th.device("cpu")
+
+        for dtype in DTYPES:
+            mine = th.arange(6 * (rank + 1)).reshape(-1, 3).to(dtype)
+            first, second = dist_util.gather(mine)
+            assert first.dtype == dtype and first.shape == (2, 3) and second.shape == (4, 3)
+            assert th.equal(first, second[:2]) and th.equal(mine, [first, second][rank])
+        empty, full = dist_util.gather(th.ones(rank, 2, requires_grad=True))
+        assert empty.shape == (0, 2) and full.tolist() == [[1, 1]] and not full.requires_grad
+        assert [len(part) for part in dist_util.gather(th.ones(0))] == [0, 0]
+        assert th.stack(dist_util.gather(th.tensor(rank * 2.0))).tolist() == [0, 2]
+
+        th.manual_seed(rank)
+        layers = th.nn.Sequential(th.nn.Conv2d(3, 5, 3), th.nn.BatchNorm2d(5), th.nn.Linear(7, 2).half())
+        layers.to(memory_format=th.channels_last)
+        values = [*layers.parameters(), *layers.buffers()]
+        memory = [value.data_ptr() for value in values]
+        dist_util.PIECE = 100  # several messages
+        dist_util.sync_params(iter(values))
+        assert [value.data_ptr() for value in values] == memory
+        assert all(value.grad_fn is None for value in values)
+        th.manual_seed(0)
+        expected = th.nn.Sequential(th.nn.Conv2d(3, 5, 3), th.nn.BatchNorm2d(5), th.nn.Linear(7, 2).half())
+        assert all(map(th.equal, values, [*expected.parameters(), *expected.buffers()]))
+
+        assert dist_util.broadcast_object({"from": rank, "list": [rank]}) == {"from": 0, "list": [0]}
+        dist_util.barrier()
+
+        parts = [th.empty(2) for _ in range(2)]
+        dist.all_gather(parts, th.full([2], float(rank)))
+        assert th.stack(parts).tolist() == [[0, 0], [1, 1]]
+
+        logger.configure()
+        folders = [None, None]
+        dist.all_gather_object(folders, logger.get_dir())
+        assert folders[0] == folders[1] and os.path.dirname(folders[0]) == tempfile.gettempdir()
+        logger.log(f"hello from {rank}")
+        open(os.path.join(folder, f"{rank}"), "w").write(logger.get_dir())
+
+    dist_util.run(work, sys.argv[1])
+    assert not dist.is_initialized()
+"""
+
+FAILURES = """
+    import os, signal, sys, time
+    from guided_diffusion import dist_util
+
+    def fail(how):
+        if how == "raise":
+            raise RuntimeError("the reason")
+        if how == "mistake":
+            dist_util.load_state_dict("no-such-file.pt")
+        if how == "exit":
+            sys.exit(3)
+        if how == "quiet exit":
+            sys.exit()
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work(how):
+        if how == "early" and os.environ.get("RANK", os.environ.get("PMI_RANK")) == "1":
+            raise RuntimeError("the reason")
+        dist_util.setup_dist(device="cpu")
+        dist_util.barrier()
+        if dist_util.rank() == 1:
+            fail(how)
+        dist_util.barrier()
+        time.sleep(300)
+
+    dist_util.run(work, sys.argv[1])
+"""
+
+
+def launch(tmp_path: Path, command: list[str], code: str, *args: object, **environment: str):
+    """Runs `code` as a script in an empty folder, and waits for its end."""
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(code))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir(exist_ok=True)
+    variables = {**os.environ, "TMPDIR": str(temporary), **environment}
+    del variables["OPENAI_LOGDIR"]
+    return subprocess.run(
+        [*command, str(script), *map(str, args)],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+# ---- several ranks
+
+
+@pytest.mark.parametrize("launcher", [MPIEXEC, TORCHRUN, SRUN], ids=["mpiexec", "torchrun", "srun"])
+def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher):
+    slurm = {"SLURM_NTASKS": "2", "MASTER_PORT": free_port()} if launcher == SRUN else {}
+    job = launch(tmp_path, launcher, COLLECTIVES, tmp_path, CUDA_VISIBLE_DEVICES="0,7", **slurm)
+    assert job.returncode == 0, job.stdout + job.stderr
+    folder = Path((tmp_path / "0").read_text())
+    assert folder == Path((tmp_path / "1").read_text())
+    assert folder.parent == tmp_path / "temporary"
+    assert sorted(path.name for path in folder.iterdir()) == ["log-rank001.txt", "log.txt", "progress.csv"]
+    assert (folder / "log.txt").read_text() == f"Logging to {folder}\nhello from 0\n"
+    assert (folder / "log-rank001.txt").read_text() == f"Logging to {folder}\nhello from 1\n"
+    assert job.stdout.count("hello") == 1
+
+
+@pytest.mark.parametrize(
+    ("launcher", "how", "code", "message"),
+    [
+        (MPIEXEC, "raise", 1, "RuntimeError: the reason"),
+        (MPIEXEC, "mistake", 2, "rank 1 of 2: error: [Errno 2] No such file or directory: 'no-such-file.pt'"),
+        (MPIEXEC, "exit", 3, "rank 1 of 2: exit: 3"),
+        (MPIEXEC, "quiet exit", 1, "rank 0 of 2: failed"),
+        (MPIEXEC, "kill", 1, "rank 0 of 2: failed"),
+        (MPIEXEC, "early", 1, "rank 1 of 2: failed"),
+        (TORCHRUN, "exit", 1, "rank 1 of 2: exit: 3"),
+        (TORCHRUN, "kill", 1, "rank 0 of 2: failed"),
+    ],
+    ids=lambda value: {"python": "mpiexec"}.get(value, value) if isinstance(value, str) else None,
+)
+def test_one_rank_that_ends_badly_ends_the_job(tmp_path, launcher, how, code, message):
+    job = launch(tmp_path, launcher, FAILURES, how)
+    assert message in job.stderr
+    if how != "kill":  # which of mpiexec and rank 0 notices first is open
+        assert job.returncode == code
+    assert job.returncode != 0
+
+
+def test_mpiexec_without_mpi4py_is_refused_with_the_command_that_helps(tmp_path):
+    code = "import sys; sys.modules['mpi4py'] = None\n" + textwrap.dedent(FAILURES)
+    job = launch(tmp_path, [sys.executable], code, "raise", PMI_RANK="0", PMI_SIZE="2")
+    assert job.returncode == 2
+    assert job.stderr.startswith("rank 0 of 2: error: mpiexec started 2 ranks, but mpi4py does not work here")
+    assert "`pip install mpi4py mpich`" in job.stderr
+    assert job.stderr.count("\n") == 1
+
+
+def test_mpi4py_without_an_mpi_library_counts_as_missing(monkeypatch, tmp_path):
+    package = tmp_path / "mpi4py"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "MPI.py").write_text("raise RuntimeError('cannot load MPI library')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mpi4py"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(ValueError, match=r"cannot load MPI library.*pip install mpi4py mpich"):
+        dist_util.setup_dist()
+    assert not dist.is_initialized()
+
+
+def test_ranks_that_never_arrive_are_named_instead_of_waited_for(monkeypatch):
+    monkeypatch.setattr(dist_util, "JOIN_TIMEOUT", dist_util.timedelta(seconds=1))
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TimeoutError, match="rank 0: srun announced 2 ranks, but not all of them arrived within 1 s"):
+        dist_util.setup_dist(device="cpu")
+    assert not dist.is_initialized()
+
+
+def test_unequal_devices_and_shared_gpus_are_refused():
+    dist_util._refuse_unequal(["cpu", "cpu", "cpu"])
+    dist_util._refuse_unequal(["cuda GPU-1 of a", "cuda GPU-2 of a", "cuda GPU-1 of b"])
+    with pytest.raises(ValueError, match="rank 0: cuda GPU-1 of a, rank 1: cpu"):
+        dist_util._refuse_unequal(["cuda GPU-1 of a", "cpu"])
+    with pytest.raises(ValueError, match=r"ranks 0 and 2 share one GPU \(cuda GPU-1 of a\)"):
+        dist_util._refuse_unequal(["cuda GPU-1 of a", "cuda GPU-2 of a", "cuda GPU-1 of a"])
+    with pytest.raises(ValueError, match="'mps' serves one process, not 2"):
+        dist_util._refuse_unequal(["mps", "mps"])
+
+
+# ---- launchers
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, launchers.Place()),
+        ({"RANK": "3"}, launchers.Place()),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, launchers.Place()),
+        ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "2", "SLURM_NTASKS": "4"}, launchers.Place()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, launchers.Place(3, 8, 1, "torchrun", False)),
+        (
+            {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            launchers.Place(3, 8, 1, "mpiexec", False),
+        ),
+        ({"PMI_RANK": "3", "PMI_SIZE": "8"}, launchers.Place(3, 8, 3, "mpiexec", False)),
+        (
+            {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"},
+            launchers.Place(3, 8, 1, "srun", False),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, launchers.Place()),
+        ({"SLURM_NTASKS": "8"}, launchers.Place()),
+    ],
+)
+def test_the_place_is_what_the_launcher_announced(monkeypatch, variables, place):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launchers.announced_place() == place
+
+
+@pytest.mark.parametrize(
+    ("variables", "point"),
+    [
+        ({}, "127.0.0.1:29500"),
+        ({"MASTER_ADDR": "head", "MASTER_PORT": "1234"}, "head:1234"),
+        ({"SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2", "SLURM_JOB_NODELIST": "lonely"}, "127.0.0.1:23458"),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[03-05,9],login1"}, "node03:20007"),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a-1,b-[2,3]"}, "a-1:20007"),
+        ({"SLURM_JOB_NODELIST": "r[1-2]n[4,8]", "SLURM_STEP_NODELIST": "r[2,3]n[8-9]"}, "r2n8:20000"),
+        ({"SLURM_JOB_NODELIST": "a[1-2]", "MASTER_ADDR": "head"}, "head:20000"),
+    ],
+)
+def test_ranks_meet_where_the_environment_says(monkeypatch, variables, point):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    place = launchers.Place(0, 2, 0, "srun" if "SLURM_JOB_NODELIST" in variables else "torchrun")
+    assert launchers.meeting_point(place) == point
+
+
+def test_other_machines_are_told_a_name_they_can_reach(monkeypatch):
+    assert launchers.own_host(launchers.Place(one_machine=True)) == "127.0.0.1"
+    assert launchers.own_host(launchers.Place(one_machine=False)) == socket.gethostname()
+    monkeypatch.setenv("MASTER_ADDR", "head")
+    assert launchers.own_host(launchers.Place(one_machine=False)) == "head"
+
+
+# ---- one process
+
+
+def test_one_process_needs_neither_mpi4py_nor_setup(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    parameter = th.nn.Parameter(th.ones(2))
+    for joined in (False, True):
+        if joined:
+            dist_util.setup_dist(device="cpu")
+        assert dist.is_initialized() == joined
+        assert (dist_util.rank(), dist_util.world_size(), dist_util.local_rank()) == (0, 1, 0)
+        dist_util.barrier()
+        dist_util.sync_params([parameter])
+        [gathered] = dist_util.gather(parameter)
+        assert gathered is parameter
+        assert dist_util.broadcast_object(parameter) is parameter
+
+
+def test_one_process_has_a_group_for_code_that_asks_for_one():
+    dist_util.setup_dist()
+    dist_util.setup_dist()
+    parts = [th.empty(2)]
+    dist.all_gather(parts, th.arange(2.0))
+    assert parts[0].tolist() == [0, 1]
+    assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
+
+
+def test_the_device_is_the_one_asked_for():
+    assert dist_util.dev().type == ("cuda" if th.cuda.is_available() else "cpu")
+    dist_util.setup_dist(device="cpu")
+    assert dist_util.dev() == th.device("cpu")
+    for wanted, reason in {
+        "toaster": "torch knows no such name",
+        "meta": "it is none of those supported",
+        "cuda:99": "torch sees [0-9]+ GPUs",
+    }.items():
+        with pytest.raises(ValueError, match=f"device '{wanted}' cannot be used, {reason}.*: give cpu"):
+            dist_util.setup_dist(device=wanted)
+    assert dist_util.dev() == th.device("cpu")
+
+
+# ---- reading
+
+
+def test_a_state_dict_is_read_back_and_nothing_is_run_by_it(tmp_path):
+    path = tmp_path / "model000001.pt"
+    th.save({"weight": th.arange(3.0), "step": 1}, path)
+    state = dist_util.load_state_dict(str(path), map_location="cpu")
+    assert state["weight"].tolist() == [0, 1, 2]
+    assert state["step"] == 1
+    assert dist_util.load_state_dict(path)["step"] == 1
+    th.save({"model": th.nn.Linear(1, 1)}, path)
+    with pytest.raises(Exception, match="weights_only"):
+        dist_util.load_state_dict(path)
+    assert dist_util.load_state_dict(path, weights_only=False)["model"].in_features == 1
+
+
+def test_a_remote_state_dict_comes_through_blobfile(monkeypatch, tmp_path):
+    th.save([1, 2], tmp_path / "a.pt")
+    bucket = {"gs://bucket/a.pt": tmp_path / "a.pt"}
+    monkeypatch.setattr("blobfile.BlobFile", lambda path, mode: bucket[path].open(mode))
+    assert dist_util.load_state_dict("gs://bucket/a.pt") == [1, 2]
+
+
+# ---- the guard
+
+
+def test_a_command_that_succeeds_just_returns():
+    done = []
+    dist_util.run(lambda *args: done.append(args), 1, "two")
+    assert done == [(1, "two")]
+
+
+def test_a_users_mistake_is_one_line_and_code_2(capsys):
+    with pytest.raises(SystemExit) as end:
+        dist_util.run(dist_util.load_state_dict, "no/such/file.pt")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'no/such/file.pt'\n"
+    with pytest.raises(SystemExit) as end:
+        dist_util.run(lambda: dist_util.setup_dist(device="toaster"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: device 'toaster' cannot be used")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, capsys):
+    with pytest.raises(ValueError, match="invalid literal"):
+        dist_util.run(lambda: int("x"))
+    with pytest.raises(KeyError):
+        dist_util.run(lambda: {}["x"])
+    monkeypatch.setenv("GUIDED_DIFFUSION_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        dist_util.run(dist_util.load_state_dict, "no/such/file.pt")
+    assert capsys.readouterr().err == ""
+
+
+def test_exits_and_interrupts_keep_their_codes(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for code in (None, 0, 3, "a message"):
+        with pytest.raises(SystemExit) as end:
+            dist_util.run(sys.exit, code)
+        assert end.value.code == code
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit) as end:
+        dist_util.run(interrupted)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

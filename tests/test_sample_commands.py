@@ -1,0 +1,569 @@
+"""The commands that sample and measure, from checkpoint folders to files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+import torch.nn.functional as F
+from PIL import Image
+
+from guided_diffusion import checkpoint, cli, dist_util
+from guided_diffusion.commands import classifier_sample, image_nll, image_sample, super_res_sample
+from guided_diffusion.commands._common import restore_unet
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
+from guided_diffusion.guidance import classifier_guidance, without_labels
+from guided_diffusion.sample_util import to_uint8
+from guided_diffusion.samplers import make_sampler
+from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from guided_diffusion.seeds import image_generator, seeded
+
+Main = Callable[[list[str]], None]
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+NAMES = ["cat", "dog", "owl"]
+PROCESS = DiffusionConfig(diffusion_steps=40, noise_schedule="cosine", learn_sigma=True, timestep_respacing="4")
+NETWORK: dict[str, Any] = {
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,1",
+    "attention_resolutions": "4",
+    "num_heads": 2,
+    "num_classes": 3,
+    "class_cond": True,
+}
+UNET = UNetConfig(image_size=8, **NETWORK)
+UNCONDITIONAL = UNetConfig(image_size=8, **{**NETWORK, "class_cond": False})
+UPSAMPLER = SuperResConfig(large_size=8, small_size=4, **NETWORK)
+CLASSIFIER = ClassifierConfig(
+    image_size=8,
+    num_classes=3,
+    classifier_width=32,
+    classifier_depth=1,
+    classifier_channel_mult="1,2",
+    classifier_attention_resolutions="4",
+)
+SAMPLING = ["--num_samples", "5", "--batch_size", "2", "--timestep_respacing", "4"]
+
+
+def scrambled(network: th.nn.Module) -> Any:
+    """The network with random weights everywhere, also where training starts from zeros."""
+    generator = th.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = 0.05 * th.randn(parameter.shape, generator=generator) + (parameter.ndim == 1)
+    return network.eval()
+
+
+def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) -> Path:
+    """A folder as training leaves it."""
+    flags = defaults(*cli.COMMANDS[command].sections)
+    for config in configs:
+        flags |= {name: value for name, value in asdict(config).items() if name in flags}
+    checkpoint.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
+    checkpoint.save_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
+    table = {"classes": NAMES, "class_from": "filename", "counts": [1, 1, 1]}
+    checkpoint.save_json(str(folder / "classes.json"), table)
+    return folder
+
+
+class Runs:
+    """A folder and a network of each kind."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.process = root, build_diffusion(PROCESS)
+        self.unet = scrambled(build_unet(UNET, True))
+        self.unconditional = scrambled(build_unet(UNCONDITIONAL, True))
+        self.classifier = scrambled(build_classifier(CLASSIFIER))
+        self.upsampler = scrambled(build_upsampler(UPSAMPLER, True))
+        write_run(root / "unet", "image_train", self.unet, UNET, PROCESS)
+        write_run(root / "unconditional", "image_train", self.unconditional, UNCONDITIONAL, PROCESS)
+        write_run(root / "classifier", "classifier_train", self.classifier, CLASSIFIER, PROCESS)
+        write_run(root / "upsampler", "super_res_train", self.upsampler, UPSAMPLER, PROCESS)
+
+    def __getitem__(self, name: str) -> str:
+        return str(self.root / name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small images with labels, as a first stage of sampling leaves them."""
+    path = tmp_path_factory.mktemp("base") / "samples_5x4x4x3.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, rng.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8), np.array([2, 0, 1, 1, 2]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for index in range(5):
+        pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{NAMES[index % 3]}_{index}.png")
+    return folder
+
+
+def saved_by(main: Main, folder: Path, *argv: str) -> dict[str, np.ndarray]:
+    """What a command leaves as its npz."""
+    main([*argv, "--log_dir", str(folder)])
+    (path,) = folder.glob("samples_*.npz")
+    with np.load(path) as saved:
+        return dict(saved)
+
+
+def by_hand(
+    process: Any,
+    network: Any,
+    labels: list[int] | None,
+    count: int,
+    *,
+    shape: tuple[int, ...] = (3, 8, 8),
+    **options: Any,
+) -> np.ndarray:
+    """Samples of the first batch, of `count` images, straight from the loop."""
+    generators = [image_generator(0, index) for index in range(count)]
+    kwargs = {**options.pop("more", {}), **({} if labels is None else {"y": th.tensor(labels)})}
+    sampler = options.pop("sampler", make_sampler("ddpm"))
+    loop = {"model_kwargs": kwargs, "generator": generators, "device": "cpu", **options}
+    return to_uint8(process.sample_loop(sampler, network, (count, *shape), **loop))
+
+
+# ---- image_sample
+
+
+def test_a_run_folder_is_all_that_sampling_needs(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "owl,0", "--save_images"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    assert saved["arr_1"].tolist() == [2, 0, 2, 0, 2]
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unet, [2, 0], 2))
+    assert sorted(os.listdir(tmp_path / "images"))[:2] == ["000000_y2.png", "000001_y0.png"]
+    log = (tmp_path / "log.txt").read_text()
+    assert str(tmp_path) in log.splitlines()[0]
+    assert str(tmp_path / "samples_5x8x8x3.npz") in log.splitlines()[-1]
+    for words in ("Ancestral()", "4 of 40 steps", "cosine schedule", "predicts eps with a learned variance", "seed 0"):
+        assert words in log
+
+
+def test_random_labels_differ_by_image_and_seed(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--timestep_respacing", "1", "--num_samples", "24"]
+    first = saved_by(image_sample.main, tmp_path / "0", *argv, "--batch_size", "24")
+    second = saved_by(image_sample.main, tmp_path / "1", *argv, "--batch_size", "24", "--seed", "1")
+    assert set(first["arr_1"]) == set(second["arr_1"]) == {0, 1, 2}
+    assert (first["arr_1"] != second["arr_1"]).any()
+    assert len({image.tobytes() for image in [*first["arr_0"], *second["arr_0"]]}) == 48
+
+
+def test_an_unconditional_model_saves_no_labels(runs: Runs, tmp_path: Path) -> None:
+    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unconditional"], *SAMPLING)
+    assert set(saved) == {"arr_0"}
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unconditional, None, 2))
+
+
+def test_the_command_line_wins_over_the_config_of_the_checkpoint(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--noise_schedule", "linear"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    linear = build_diffusion(DiffusionConfig(**{**asdict(PROCESS), "noise_schedule": "linear"}))
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(linear, runs.unet, [1, 1], 2))
+
+
+def test_without_a_config_the_weights_say_what_they_can(runs: Runs, tmp_path: Path) -> None:
+    lone = tmp_path / "lone.pt"
+    shutil.copy(os.path.join(runs["unet"], "ema_0.5_000100.pt"), lone)
+    untold = ["--image_size", "8", "--num_heads", "2", "--diffusion_steps", "40", "--noise_schedule", "cosine"]
+    saved = saved_by(
+        image_sample.main, tmp_path / "out", "--model_path", str(lone), *SAMPLING, "--classes", "2", *untold
+    )
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unet, [2, 2], 2))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sampler"),
+    [
+        (["--use_ddim", "True"], make_sampler("ddim")),
+        (["--sampler", "ddim", "--eta", "0.7"], make_sampler("ddim", eta=0.7)),
+        (["--sampler", "ddim", "--use_ddim", "True"], make_sampler("ddim")),
+        (["--sampler", "plms"], make_sampler("plms")),
+        (["--sampler", "plms", "--order", "3", "--use_ddim", "False"], make_sampler("plms", order=3)),
+        (["--clip_denoised", "False"], make_sampler("ddpm")),
+    ],
+)
+def test_the_sampler_is_the_one_asked_for(runs: Runs, tmp_path: Path, argv: list[str], sampler: Any) -> None:
+    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *SAMPLING, "--classes", "1", *argv)
+    clip = {"clip_denoised": "--clip_denoised" not in argv}
+    expected = by_hand(runs.process, runs.unet, [1, 1], 2, sampler=sampler, **clip)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+
+
+def test_precisions_are_those_of_the_network(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1"]
+    full, *half = (
+        saved_by(image_sample.main, tmp_path / str(number), *argv, *more)["arr_0"].astype(int)
+        for number, more in enumerate(([], ["--precision", "bf16"], ["--precision", "fp16"], ["--use_fp16", "True"]))
+    )
+    bf16, fp16, alias = half
+    np.testing.assert_array_equal(fp16, alias)
+    for rounded in half:
+        assert (rounded != full).any()
+    assert np.abs(fp16 - full).mean() < np.abs(bf16 - full).mean() < 8
+
+
+def test_a_moving_average_that_is_too_young_is_mentioned(runs: Runs, tmp_path: Path) -> None:
+    shutil.copytree(runs["unet"], tmp_path / "run")
+    os.rename(tmp_path / "run" / "ema_0.5_000100.pt", tmp_path / "run" / "ema_0.9999_000100.pt")
+    for number, folder in enumerate((runs["unet"], str(tmp_path / "run"))):
+        image_sample.main(["--model_path", folder, *SAMPLING, "--log_dir", str(tmp_path / str(number))])
+        said = (
+            "averages over about 10000 steps and was trained for 100"
+            in (tmp_path / str(number) / "log.txt").read_text()
+        )
+        assert said == (number == 1)
+
+
+def test_two_ranks_write_the_file_of_one(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING]
+    image_sample.main([*argv, "--log_dir", str(tmp_path / "one")])
+    script = [str(SCRIPTS / "image_sample.py"), *argv, "--log_dir", str(tmp_path / "two"), "--device", "cpu"]
+    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+    result = subprocess.run([mpiexec, "-n", "2", sys.executable, *script], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    name = "samples_5x8x8x3.npz"
+    assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert not (tmp_path / "two" / "shards").exists()
+    assert "8/8 [" in result.stderr  # rank 0 has two of the three batches, and shows them alone
+    assert "4/4 [" not in result.stderr
+
+
+def test_a_second_call_neither_samples_again_nor_mixes_requests(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--log_dir", str(tmp_path)]
+    image_sample.main(argv)
+    content = (tmp_path / "samples_5x8x8x3.npz").read_bytes()
+    image_sample.main(argv)
+    assert "nothing to sample" in capsys.readouterr().out
+    for more, message in (
+        (["--seed", "7"], "seed was 0 and is 7"),
+        (["--noise_schedule", "linear"], "noise_schedule was cosine and is linear"),
+        (["--precision", "bf16"], "model_path precision was fp32 and is bf16"),
+        (["--model_path", runs["unconditional"]], "class_cond was True and is False"),
+    ):
+        assert message in refused(image_sample.main, [*argv, *more], capsys)
+    assert (tmp_path / "samples_5x8x8x3.npz").read_bytes() == content
+
+
+# ---- classifier_sample
+
+
+def test_scale_0_is_the_unguided_run(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING]
+    for number, more in enumerate(([], ["--use_ddim", "True"])):
+        plain = saved_by(image_sample.main, tmp_path / f"a{number}", *argv, *more)
+        guide = ["--classifier_path", runs["classifier"], "--classifier_scale", "0"]
+        guided = saved_by(classifier_sample.main, tmp_path / f"b{number}", *argv, *more, *guide)
+        for name in ("arr_0", "arr_1"):
+            np.testing.assert_array_equal(plain[name], guided[name])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("unet", "ddpm"), ("unconditional", "ddim")])
+def test_guidance_is_that_of_the_loop(runs: Runs, tmp_path: Path, name: str, kind: str) -> None:
+    argv = ["--model_path", runs[name], "--classifier_path", runs["classifier"], *SAMPLING, "--classes", "dog,owl"]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv, "--classifier_scale", "3", "--sampler", kind)
+    network = runs.unet if name == "unet" else without_labels(runs.unconditional)
+    guide = classifier_guidance(runs.classifier, 3.0)
+    sampler = make_sampler(kind)
+    expected = by_hand(runs.process, network, [1, 2], 2, cond_fn=guide, sampler=sampler)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    assert saved["arr_1"].tolist() == [1, 2, 1, 2, 1]
+    assert (expected != by_hand(runs.process, network, [1, 2], 2, sampler=sampler)).any()
+
+
+def test_guided_samples_are_likelier_for_the_classifier(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unconditional"], "--classifier_path", runs["classifier"], *SAMPLING]
+    likelihoods = []
+    for scale in ("0", "10"):
+        out = saved_by(classifier_sample.main, tmp_path / scale, *argv, "--classifier_scale", scale)
+        images = th.from_numpy(out["arr_0"]).movedim(-1, 1) / 127.5 - 1
+        logits = runs.classifier(images, th.zeros(5, dtype=th.long))
+        likelihoods.append(-F.cross_entropy(logits, th.from_numpy(out["arr_1"])).item())
+    assert likelihoods[1] > likelihoods[0]
+
+
+def altered(runs: Runs, folder: Path, **flags: Any) -> str:
+    """The classifier's folder with other flags in its config."""
+    shutil.copytree(runs["classifier"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"] |= flags
+    (folder / "config.json").write_text(json.dumps(config))
+    if "num_classes" in flags:
+        network = build_classifier(ClassifierConfig(**{**asdict(CLASSIFIER), **flags}))
+        checkpoint.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"noise_schedule": "linear"}, "the model has noise_schedule cosine and the classifier linear"),
+        ({"diffusion_steps": 50}, "the model has diffusion_steps 40 and the classifier 50"),
+        ({"num_classes": 4}, "the model has num_classes 3 and the classifier 4"),
+        ({"classifier_width": 64}, "the checkpoint has classifier_width 32, you gave 64"),
+    ],
+)
+def test_a_classifier_of_another_kind_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], message: str
+) -> None:
+    folder = altered(runs, tmp_path / "classifier", **flags)
+    argv = ["--model_path", runs["unet"], "--classifier_path", folder, *SAMPLING, "--log_dir", str(tmp_path / "out")]
+    assert message in refused(classifier_sample.main, argv, capsys)
+
+
+def test_classifiers_of_other_classes_or_sizes_are_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = altered(runs, tmp_path / "names")
+    table = {"classes": ["cat", "dog", "yak"], "class_from": "folder", "counts": [1, 1, 1]}
+    checkpoint.save_json(f"{names}/classes.json", table)
+    bigger = ClassifierConfig(**{**asdict(CLASSIFIER), "image_size": 16})
+    network = build_classifier(ClassifierConfig(**{**asdict(bigger), "classifier_attention_resolutions": "8"}))
+    checkpoint.save(str(tmp_path / "bigger" / "model000010.pt"), network.state_dict())
+    for folder, message in (
+        (names, "the model has classes ['cat', 'dog', 'owl'] and the classifier ['cat', 'dog', 'yak']"),
+        (str(tmp_path / "bigger"), "the model has image_size 8 and the classifier 16"),
+    ):
+        argv = ["--model_path", runs["unet"], "--classifier_path", folder, "--log_dir", str(tmp_path / "out")]
+        assert message in refused(classifier_sample.main, [*argv, *SAMPLING], capsys)
+
+
+# ---- super_res_sample
+
+
+def test_enlarged_images_keep_order_and_labels(runs: Runs, base: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["upsampler"], "--base_samples", str(base), "--batch_size", "2"]
+    argv += ["--timestep_respacing", "4", "--use_ddim", "True"]
+    saved = saved_by(super_res_sample.main, tmp_path / "one", *argv)
+    with np.load(base) as small:
+        images, labels = small["arr_0"], small["arr_1"].tolist()
+    assert saved["arr_1"].tolist() == labels
+    low_res = th.from_numpy(images).movedim(-1, 1) / 127.5 - 1
+    expected = by_hand(runs.process, runs.upsampler, labels, 5, sampler=make_sampler("ddim"), more={"low_res": low_res})
+    assert np.abs(saved["arr_0"].astype(int) - expected).max() <= 1
+    assert "5 images 8x8" in (tmp_path / "one" / "log.txt").read_text()
+
+    script = [str(SCRIPTS / "super_res_sample.py"), *argv, "--log_dir", str(tmp_path / "two"), "--device", "cpu"]
+    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+    result = subprocess.run([mpiexec, "-n", "2", sys.executable, *script], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    with np.load(tmp_path / "two" / "samples_5x8x8x3.npz") as ranks:
+        np.testing.assert_array_equal(ranks["arr_0"], saved["arr_0"])
+
+
+def test_fewer_images_and_labels_from_the_command_line(runs: Runs, base: Path, tmp_path: Path) -> None:
+    unlabelled = tmp_path / "base.npz"
+    with np.load(base) as small:
+        np.savez(unlabelled, small["arr_0"])
+    argv = ["--model_path", runs["upsampler"], "--base_samples", str(unlabelled), *SAMPLING]
+    saved = saved_by(super_res_sample.main, tmp_path / "out", *argv, "--num_samples", "3", "--classes", "owl,cat")
+    assert saved["arr_0"].shape == (3, 8, 8, 3)
+    assert saved["arr_1"].tolist() == [2, 0, 2]
+
+
+# ---- image_nll
+
+
+def test_likelihoods_are_those_of_the_process_for_every_image_once(runs: Runs, pictures: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], "--data_dir", str(pictures), "--timestep_respacing", "4"]
+    image_nll.main([*argv, "--batch_size", "2", "--log_dir", str(tmp_path)])
+    totals, terms = [], []
+    paths = sorted(pictures.iterdir())
+    for start in range(0, 5, 2):
+        batch = paths[start : start + 2]
+        pixels = th.from_numpy(np.stack([np.asarray(Image.open(path)) for path in batch]))
+        images = pixels.movedim(-1, 1).contiguous() / 127.5 - 1  # contiguous: noise is drawn in the order of memory
+        labels = th.tensor([NAMES.index(path.name.split("_")[0]) for path in batch])
+        with seeded(0, start // 2):
+            out = runs.process.calc_bpd_loop(runs.unet, images, model_kwargs={"y": labels})
+        totals.append(out["total_bpd"])
+        terms.append(out["vb"])
+    with np.load(tmp_path / "bpd.npz") as saved:
+        np.testing.assert_allclose(saved["arr_0"], th.cat(totals), rtol=1e-6)
+    with np.load(tmp_path / "vb_terms.npz") as saved:
+        np.testing.assert_allclose(saved["arr_0"], th.cat(terms).mean(dim=0), rtol=1e-5)
+    assert f"5 images: {th.cat(totals).mean():.4f} +- " in (tmp_path / "log.txt").read_text()
+
+
+def test_ranks_share_the_images_out(runs: Runs, pictures: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], "--data_dir", str(pictures), "--timestep_respacing", "2"]
+    flags = cli.parse("image_nll", [*argv, "--batch_size", "2", "--device", "cpu"])
+    model = restore_unet(flags)
+    dataset, process = image_nll.images_of(model), build_diffusion(model.flags.part(DiffusionConfig))
+    rows, sums = image_nll.likelihoods(process, model, dataset, 5)
+    shares = [image_nll.likelihoods(process, model, dataset, 5, rank=rank, world_size=4) for rank in range(4)]
+    assert [len(share) for share, _ in shares] == [2, 2, 1, 0]
+    th.testing.assert_close(th.cat([share for share, _ in shares]), rows, rtol=0, atol=0)
+    th.testing.assert_close(th.stack([part for _, part in shares]).sum(dim=0), sums)
+
+
+def test_likelihoods_in_half_precision(runs: Runs, pictures: Path, tmp_path: Path) -> None:
+    argv = [
+        "--model_path",
+        runs["unet"],
+        "--data_dir",
+        str(pictures),
+        "--timestep_respacing",
+        "2",
+        "--num_samples",
+        "3",
+    ]
+    found = []
+    for name in ("fp32", "fp16", "bf16"):
+        image_nll.main([*argv, "--precision", name, "--log_dir", str(tmp_path / name)])
+        with np.load(tmp_path / name / "bpd.npz") as saved:
+            assert saved["arr_0"].shape == (3,)
+            found.append(saved["arr_0"])
+    np.testing.assert_allclose(found[1], found[0], rtol=0.02)
+    np.testing.assert_allclose(found[2], found[0], rtol=0.1)
+
+
+# ---- mistakes
+
+
+def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence with which a command refuses its flags, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    text = capsys.readouterr().err.strip()
+    assert "Traceback" not in text
+    return text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--model_path is missing: give a checkpoint or the folder of a run"),
+        (["--model_path", "nowhere.pt"], "'nowhere.pt' does not exist"),
+        (["--model_path", "RUNS"], "holds no ema_RATE_NNNNNN.pt"),
+        (
+            ["--model_path", "UNET", "--sampler", "ddpm", "--use_ddim", "True"],
+            "--sampler ddpm contradicts --use_ddim True",
+        ),
+        (["--model_path", "UNET", "--sampler", "ddim", "--use_ddim", "False"], "contradicts --use_ddim False"),
+        (["--model_path", "UNET", "--eta", "0.5"], "the sampler ddpm has no option eta: it is an option of ddim"),
+        (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),
+        (["--model_path", "UNET", "--sampler", "dim"], "'dim' is none of"),
+        (["--model_path", "UNET", "--classes", "7"], "class 7 does not exist: the classes are 0 .. 2"),
+        (["--model_path", "UNET", "--classes", "cow"], "class 'cow' is unknown: the names are cat, dog, owl"),
+        (["--model_path", "UNCONDITIONAL", "--classes", "1"], "--classes 1 has no effect on an unconditional model"),
+        (["--model_path", "UNET", "--num_channels", "64"], "the checkpoint has num_channels 32, you gave 64"),
+        (["--model_path", "UNET", "--class_cond", "False"], "the checkpoint has class_cond True, you gave False"),
+        (["--model_path", "UNET", "--precision", "bf16", "--use_fp16", "True"], "precision bf16 contradicts use_fp16"),
+        (["--model_path", "UNET", "--timestep_respacing", "50"], "cannot take 50 steps"),
+        (["--model_path", "UNET", "--image_size", "9"], "image size 9 is not a multiple of 2"),
+        (["--model_path", "UNET", "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--model_path", "UNET", "--batch_size", "0"], "0 is below the least value, 1"),
+        (["--model_path", "OPTIMIZER"], "holds optimizer state: use"),
+        (["--model_path", "TORN"], "cannot be read as a checkpoint"),
+    ],
+)
+def test_mistakes_in_sampling_get_one_sentence(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    weights = os.path.join(runs["unet"], "ema_0.5_000100.pt")
+    shutil.copy(weights, tmp_path / "model000100.pt")
+    checkpoint.save(str(tmp_path / "opt000100.pt"), {"state": {}, "param_groups": []})
+    (tmp_path / "torn.pt").write_bytes(Path(weights).read_bytes()[:-100])
+    places = {"RUNS": str(runs.root), "UNET": runs["unet"], "UNCONDITIONAL": runs["unconditional"]}
+    places |= {"OPTIMIZER": str(tmp_path / "opt000100.pt"), "TORN": str(tmp_path / "torn.pt")}
+    words = [*SAMPLING, *(places.get(word, word) for word in argv), "--log_dir", str(tmp_path / "out")]
+    assert message in refused(image_sample.main, words, capsys)
+    assert not list(tmp_path.glob("out/*.npz"))
+    assert not list(tmp_path.glob("out/request.json"))
+
+
+def save_small(path: Path, *arrays: np.ndarray) -> str:
+    np.savez(path, *arrays)
+    return str(path)
+
+
+def test_mistakes_in_enlarging_get_one_sentence(
+    runs: Runs, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.npz").write_text("no npz")
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
+    small = np.zeros((2, 4, 4, 3), np.uint8)
+    cases = [
+        ([], "--base_samples '' does not exist"),
+        (["--base_samples", str(tmp_path / "text.npz")], "is no npz"),
+        (["--base_samples", str(tmp_path / "picture.png")], "is no npz"),
+        (["--base_samples", str(base), "--num_samples", "6"], "--num_samples 6 is more than the 5 images of"),
+        (["--base_samples", str(base), "--classes", "1"], "the images have labels of their own"),
+        (
+            ["--base_samples", save_small(tmp_path / "a.npz", small)],
+            "the images have no labels (arr_1): give --classes",
+        ),
+        (["--base_samples", save_small(tmp_path / "b.npz", small[:, :3])], "holds arr_0 (2, 3, 4, 3) of uint8"),
+        (["--base_samples", save_small(tmp_path / "c.npz", small / 255)], "holds arr_0 (2, 4, 4, 3) of float64"),
+        (
+            ["--base_samples", save_small(tmp_path / "d.npz", small, np.array([0, 3]))],
+            "class 3 does not exist: the classes are 0 .. 2",
+        ),
+    ]
+    for argv, message in cases:
+        words = [
+            "--model_path",
+            runs["upsampler"],
+            "--timestep_respacing",
+            "2",
+            *argv,
+            "--log_dir",
+            str(tmp_path / "out"),
+        ]
+        assert message in refused(super_res_sample.main, words, capsys)
+    assert not list(tmp_path.glob("out/*.npz"))
+
+
+def test_mistakes_in_guiding_and_measuring_get_one_sentence(
+    runs: Runs, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_path", runs["unet"], "--log_dir", str(tmp_path)]
+    assert "--classifier_path is missing" in refused(classifier_sample.main, argv, capsys)
+    swapped = ["--model_path", runs["classifier"], "--classifier_path", runs["unet"], "--log_dir", str(tmp_path)]
+    assert "ema_0.5_000100.pt is a classifier" in refused(classifier_sample.main, swapped, capsys)
+    twice = ["--model_path", runs["unet"], "--classifier_path", runs["unet"], "--log_dir", str(tmp_path)]
+    assert "ema_0.5_000100.pt is no classifier" in refused(classifier_sample.main, twice, capsys)
+    assert "data_dir" in refused(image_nll.main, argv, capsys)
+    image_nll.main([*argv, "--data_dir", str(pictures), "--timestep_respacing", "2"])
+    again = [*argv, "--data_dir", str(pictures), "--timestep_respacing", "4"]
+    assert "holds the likelihoods of another run" in refused(image_nll.main, again, capsys)
+
+
+def test_a_wrong_flag_is_refused_before_torch_is_imported() -> None:
+    for name in ("image_sample", "classifier_sample", "super_res_sample", "image_nll"):
+        code = f"import sys; sys.argv = ['{name}.py', '--modle_path', 'x']; import runpy\n"
+        code += f"try: runpy.run_path({str(SCRIPTS / name) + '.py'!r}, run_name='__main__')\n"
+        code += "except SystemExit as end: sys.exit(40 + end.code + 100 * ('torch' in sys.modules))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 42
+        assert "did you mean --model_path?" in result.stderr
+
+
+def test_without_a_folder_the_environment_names_it(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "there"))
+    image_sample.main(["--model_path", runs["unet"], *SAMPLING, "--num_samples", "1"])
+    assert (tmp_path / "there" / "samples_1x8x8x3.npz").exists()
+    assert dist_util.world_size() == 1

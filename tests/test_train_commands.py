@@ -1,0 +1,277 @@
+"""The training commands: their files, what they refuse, and that ranks change nothing."""
+
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
+from guided_diffusion import checkpoint, commands
+from guided_diffusion.commands import classifier_train, image_train, super_res_train
+
+ROOT = Path(__file__).parent.parent
+EMOJI = str(ROOT / "datasets" / "emoji64.zip")
+TINY = {
+    "image_size": 8,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1",
+    "attention_resolutions": "",
+    "diffusion_steps": 40,
+    "num_workers": 0,
+    "log_interval": 1,
+    "ema_rate": 0.5,
+}
+
+
+def command_line(**flags):
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Eight pictures of two classes."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(8):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{'ab'[index % 2]}_{index}.png")
+    return str(folder)
+
+
+def column(folder, name):
+    with open(os.path.join(folder, "progress.csv")) as file:
+        return [float(row[name]) for row in csv.DictReader(file)]
+
+
+def refused(capsys, main, *argv, **flags):
+    """What a command prints before it ends with code 2 and no traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main([*argv, *command_line(**flags)])
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert len(errors.strip().splitlines()) == 1
+    return errors
+
+
+# ---- one process
+
+
+def test_a_run_leaves_everything_that_sampling_needs(tmp_path, pictures, monkeypatch, capsys):
+    """With mpi4py out of reach."""
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    flags = {**TINY, "class_cond": True, "num_classes": 5, "batch_size": 4, "val_data_dir": pictures, "val_interval": 2}
+    out = tmp_path / "run"
+    more = {"max_steps": 2, "sample_interval": 2, "precision": "bf16", "log_dir": out, "data_dir": pictures}
+    image_train.main(command_line(**flags, **more))
+    names = ["model000002.pt", "ema_0.5_000002.pt", "opt000002.pt", "state000002.pt", "config.json", "classes.json"]
+    assert set(names) | {"log.txt", "progress.csv", "previews"} == set(os.listdir(out))
+    config = json.loads((out / "config.json").read_text())
+    assert (config["command"], config["flags"]["class_cond"], config["flags"]["lr"]) == ("image_train", True, 1e-4)
+    assert json.loads((out / "classes.json").read_text())["classes"] == ["a", "b"]
+    with Image.open(out / "previews" / "000002.png") as grid:
+        assert grid.width >= 4 * 8
+    lines = capsys.readouterr().out.splitlines()
+    assert str(out) in lines[0]
+    assert str(out) in lines[-1]
+    assert column(out, "val_loss")[-1] > 0
+
+    # going on takes all flags from there but those that are given
+    image_train.main(command_line(resume_checkpoint=out, log_dir=tmp_path / "more", max_steps=3, lr=5e-4))
+    assert "model000003.pt" in os.listdir(tmp_path / "more")
+    assert column(tmp_path / "more", "lr") == [5e-4]
+    resumed = checkpoint.config_beside(str(tmp_path / "more"))
+    assert (resumed["num_classes"], resumed["precision"], resumed["lr"]) == (5, "bf16", 5e-4)
+
+
+def test_auto_begins_a_run_and_later_goes_on_with_it(tmp_path, pictures):
+    flags = {**TINY, "resume_checkpoint": "auto", "log_dir": tmp_path / "run", "data_dir": pictures, "batch_size": 4}
+    for steps in (1, 2):
+        image_train.main(command_line(**flags, max_steps=steps))
+    assert column(tmp_path / "run", "step") == [1, 2]
+
+
+def test_a_classifier_is_trained_and_measured(tmp_path, pictures):
+    flags = {
+        "classifier_width": 64,
+        "classifier_depth": 1,
+        "classifier_channel_mult": "1",
+        "classifier_attention_resolutions": "8",
+        **{name: TINY[name] for name in ("image_size", "diffusion_steps", "num_workers", "log_interval")},
+    }
+    out = tmp_path / "run"
+    places = {"data_dir": pictures, "val_data_dir": pictures, "log_dir": out}
+    classifier_train.main(
+        command_line(**flags, **places, batch_size=8, max_steps=2, eval_interval=1, num_classes=2, anneal_lr=True)
+    )
+    assert checkpoint.sets_in(str(out)).keys() == {2}
+    assert checkpoint.config_beside(str(out))["iterations"] == 2
+    assert column(out, "lr") == pytest.approx([3e-4, 1.5e-4])
+    assert all(0 <= value <= 1 for value in column(out, "val_acc@1") + column(out, "train_acc@1"))
+    assert len(column(out, "val_acc@2")) == 2
+
+
+def test_an_upsampler_is_trained(tmp_path, pictures):
+    flags = {name: value for name, value in TINY.items() if name != "image_size"}
+    sizes = {"large_size": 8, "small_size": 4, "class_cond": True}
+    out = tmp_path / "run"
+    places = {"data_dir": pictures, "log_dir": out}
+    super_res_train.main(command_line(**flags, **sizes, **places, batch_size=4, max_steps=1, sample_interval=1))
+    assert checkpoint.sets_in(str(out)).keys() == {1}
+    assert (out / "previews" / "000001.png").exists()
+
+
+def test_respacing_in_training_is_pointed_out(tmp_path, pictures):
+    flags = {**TINY, "timestep_respacing": 20, "max_steps": 1, "data_dir": pictures, "log_dir": tmp_path / "run"}
+    image_train.main(command_line(**flags))
+    assert "timestep_respacing 20 in training" in (tmp_path / "run" / "log.txt").read_text()
+
+
+# ---- refusals
+
+
+def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
+    out = tmp_path / "run"
+    flags = {**TINY, "data_dir": pictures, "log_dir": out}
+    image_train.main(command_line(**flags, max_steps=2, save_interval=1))
+    there = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    message = refused(capsys, image_train.main, **flags, max_steps=2)
+    assert f"holds the checkpoints of a run, up to step 2: give --resume_checkpoint {out}" in message
+    message = refused(capsys, image_train.main, **flags, resume_checkpoint=out / "model000001.pt")
+    assert "which a run resumed at step 1 would overwrite" in message
+    for name in [name for name in there if name.endswith(".pt")]:
+        os.remove(out / name)
+    message = refused(capsys, image_train.main, **{**flags, "lr": 1e-2})
+    assert "run with other flags (lr 0.0001, now 0.01)" in message
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == {
+        name: content for name, content in there.items() if not name.endswith(".pt")
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"data_dir": ""}, "--data_dir is missing"),
+        ({"data_dir": "nowhere"}, "'nowhere'"),
+        ({"val_interval": 3}, "--val_interval has no effect without --val_data_dir"),
+        ({"image_size": 30, "channel_mult": "1,2,2"}, "use 28 or 32"),
+        ({"attention_resolutions": "5"}, "attention_resolutions 5 of '5' do not occur at size 8"),
+        ({"class_cond": True, "num_classes": 1}, "classes"),
+        ({"batch_size": 9}, "8 images are fewer than one global batch of 9"),
+        ({"precision": "bf16", "use_fp16": True}, "precision bf16 contradicts use_fp16 True"),
+        ({"resume_checkpoint": "model000007.pt"}, "model000007.pt does not exist"),
+        ({"schedule_sampler": "unifrom"}, "did you mean uniform?"),
+        ({"lr": "fast"}, "'fast' is not of type float"),
+        ({"nmu_channels": 32}, "did you mean --num_channels?"),
+    ],
+)
+def test_mistakes_are_answered_with_one_sentence(tmp_path, pictures, capsys, flags, sentence):
+    usual = {**TINY, "data_dir": pictures, "max_steps": 1, "log_dir": tmp_path / "run", "batch_size": 2}
+    assert sentence in refused(capsys, image_train.main, **{**usual, **flags})
+
+
+def test_the_flags_that_differ_from_the_checkpoint_are_named(tmp_path, pictures, capsys):
+    flags = {**TINY, "data_dir": pictures, "max_steps": 1}
+    image_train.main(command_line(**flags, log_dir=tmp_path / "run"))
+    wide = {**flags, "num_channels": 64, "resume_checkpoint": tmp_path / "run", "log_dir": tmp_path / "new"}
+    assert "the checkpoint has num_channels 32, you gave 64" in refused(capsys, image_train.main, **wide)
+
+
+# ---- the console command
+
+
+def test_the_console_command_lists_its_commands_and_corrects_typos(capsys):
+    commands.main([])
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in ("image_train", "classifier_sample", "super_res_train"))
+    with pytest.raises(SystemExit) as caught:
+        commands.main(["imge_train", "--lr", "1"])
+    assert caught.value.code == 2
+    assert "unknown command imge_train; did you mean image_train?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        commands.main(["image_train", "--help"])
+    assert caught.value.code == 0
+    assert "--max_steps" in capsys.readouterr().out
+    for name in commands.COMMANDS:
+        assert callable(importlib.import_module(f"guided_diffusion.commands.{name}").main)
+
+
+def test_help_needs_no_torch():
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from guided_diffusion.commands import main\n"
+        "for name in ('image_train', 'classifier_train', 'super_res_train'):\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--resume_checkpoint") == 3
+
+
+# ---- ranks
+
+CHECKED_RUN = '''
+"""The command, in a loop that compares all ranks at its end, bit by bit."""
+import sys
+import torch as th
+from guided_diffusion import dist_util, train_util
+from guided_diffusion.commands import image_train
+
+
+class Checked(train_util.TrainLoop):
+    def run_loop(self):
+        super().run_loop()
+        moments = [value for entry in self.opt.state.values() for value in entry.values() if value.ndim]
+        averages = [value for params in self.ema_params for value in params]
+        for values in (list(self.model.parameters()), averages, moments):
+            assert len(values) > 10
+            first, *others = dist_util.gather(th.cat([value.detach().flatten() for value in values])[None])
+            assert len(others) == 1 and all(th.equal(first, other) for other in others)
+        masks = dist_util.gather(th.nn.functional.dropout(th.ones(1, 64)))
+        print(f"rank {dist_util.rank()} agrees", flush=True)
+
+
+train_util.TrainLoop = Checked
+image_train.main(sys.argv[1:])
+'''
+
+
+def launch(tmp_path, launcher, **flags):
+    program = tmp_path / "checked_run.py"
+    program.write_text(CHECKED_RUN)
+    argv = [*launcher, str(program), *command_line(**flags)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank} agrees" in done.stdout
+
+
+def test_two_ranks_train_what_one_process_trains(tmp_path):
+    """mpiexec begins, torchrun goes on; one process makes all the steps at once, with the same global batch."""
+    flags = {**TINY, "data_dir": EMOJI, "lr": 1e-3, "schedule_sampler": "loss-second-moment", "random_crop": True}
+    image_train.main(command_line(**flags, batch_size=6, max_steps=4, log_dir=tmp_path / "one"))
+    bin_folder = Path(sys.executable).parent
+    mpiexec = [str(bin_folder / "mpiexec"), "-n", "2", sys.executable]
+    launch(tmp_path, mpiexec, **flags, batch_size=3, microbatch=2, max_steps=2, log_dir=tmp_path / "two")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    launch(tmp_path, torchrun, resume_checkpoint=tmp_path / "two", log_dir=tmp_path / "two", max_steps=4)
+
+    for name in ("loss", "grad_norm", "samples"):
+        assert column(tmp_path / "two", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-4)
+    for name in ("model", "ema_0.5_"):
+        one, two = (checkpoint.load(str(tmp_path / run / f"{name}000004.pt")) for run in ("one", "two"))
+        difference = th.cat([(one[key] - two[key]).abs().flatten() for key in one])
+        assert difference.mean() < 1e-6  # of steps of 1e-3: Adam amplifies the rounding of its first, tiny gradients
+        assert difference.max() < 5e-4
+    assert "NOT restored" not in (tmp_path / "two" / "log.txt").read_text()
+    assert (tmp_path / "two" / "log-rank001.txt").exists()

@@ -1,0 +1,503 @@
+"""The training loop in one process: it learns, it is resumed to the bit, and nothing around it disturbs it."""
+
+import csv
+import itertools
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
+from guided_diffusion import checkpoint, fp16_util, logger, train_util
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, UNetConfig
+from guided_diffusion.image_datasets import load_data
+from guided_diffusion.resample import LossSecondMomentResampler, ScheduleSampler
+from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet
+from guided_diffusion.train_util import ClassifierTrainLoop, TrainLoop, log_loss_dict
+
+DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=40))
+UNET = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": ""}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Twelve noisy pictures of three colours, their class in front of the name."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index, (name, colour) in enumerate(
+        [("red", (220, 30, 30)), ("green", (30, 200, 30)), ("blue", (30, 30, 220))] * 4
+    ):
+        pixels = np.clip(np.array(colour) + rng.integers(-30, 30, (8, 8, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}_{index:02d}.png")
+    return str(folder)
+
+
+def stream(pictures, batch_size=4, **options):
+    return load_data(data_dir=pictures, batch_size=batch_size, image_size=8, log=lambda line: None, **options)
+
+
+def make(folder, data, *, kind=TrainLoop, network=None, **options):
+    """A loop over a network that is the same every time, with its logs in `folder`."""
+    logger.configure(dir=str(folder), format_strs=["csv", "log"])
+    th.manual_seed(5)
+    model = build_unet(UNetConfig(**UNET, dropout=options.pop("dropout", 0.0)), False) if network is None else network
+    usual = {
+        "batch_size": 4,
+        "microbatch": -1,
+        "lr": 1e-3,
+        "ema_rate": "0.5",
+        "log_interval": 1,
+        "save_interval": 1000,
+        "resume_checkpoint": "",
+        "max_steps": 3,
+    }
+    return kind(model=model, diffusion=DIFFUSION, data=data, **{**usual, **options})
+
+
+def rows(folder):
+    with open(os.path.join(folder, "progress.csv")) as file:
+        return list(csv.DictReader(file))
+
+
+def column(folder, name):
+    return [float(row[name]) for row in rows(folder)]
+
+
+def text(folder):
+    with open(os.path.join(folder, "log.txt")) as file:
+        return file.read()
+
+
+def files(folder, suffix=".pt"):
+    return sorted(name for name in os.listdir(folder) if name.endswith(suffix))
+
+
+def assert_same_files(one, other, step):
+    """Every file of a step's set holds the same bits in both folders."""
+    names = [name for name in files(one) if f"{step:06d}" in name]
+    assert len(names) >= 4
+    for name in names:
+        a, b = checkpoint.load(os.path.join(one, name)), checkpoint.load(os.path.join(other, name))
+        a.pop("rng", None), b.pop("rng", None)
+        th.testing.assert_close(a, b, atol=0, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# ---- learning
+
+
+def test_a_tiny_network_overfits_four_images(tmp_path, pictures):
+    images = next(stream(pictures, deterministic=True, random_flip=False))[0]
+    loop = make(
+        tmp_path,
+        itertools.repeat((images, {})),
+        lr=3e-3,
+        max_steps=150,
+        log_interval=1000,
+        ema_rate="0.9",
+        val_data=itertools.repeat((images, {})),
+        val_interval=150,
+    )
+    loop.validate()
+    first = logger.getkvs()["val_loss"]
+    logger.dumpkvs()
+    loop.run_loop()
+    assert first > 0.9
+    assert float(rows(tmp_path)[-1]["val_loss"]) < 0.15
+
+
+def test_a_classifier_of_three_classes_learns_them(tmp_path, pictures):
+    config = ClassifierConfig(
+        image_size=8,
+        num_classes=3,
+        classifier_width=64,
+        classifier_depth=1,
+        classifier_channel_mult="1",
+        classifier_attention_resolutions="",
+        classifier_pool="spatial",
+    )
+    loop = make(
+        tmp_path,
+        stream(pictures, 6, class_cond=True),
+        kind=ClassifierTrainLoop,
+        network=build_classifier(config),
+        noised=False,
+        batch_size=6,
+        ema_rate="",
+        max_steps=25,
+        log_interval=5,
+        val_data=stream(pictures, 6, class_cond=True, random_flip=False),
+        val_interval=5,
+    )
+    loop.run_loop()
+    assert column(tmp_path, "val_acc@1")[-1] == 1
+    assert column(tmp_path, "train_loss")[-1] < 0.1
+    assert column(tmp_path, "train_acc@3") == [1] * 5  # of three classes, one is always right
+    assert {name for name in rows(tmp_path)[0] if "_q" in name} == {
+        f"{part}_{name}_q0" for part in ("train", "val") for name in ("loss", "acc@1", "acc@3")
+    }  # clean images are at t = 0
+    assert files(tmp_path) == ["model000025.pt", "opt000025.pt", "state000025.pt"]
+
+    noisy = make(tmp_path / "noisy", loop.data, kind=ClassifierTrainLoop, network=loop.model, ema_rate="", batch_size=6)
+    noisy.run_loop()
+    assert {f"train_acc@1_q{quarter}" for quarter in range(4)} <= set(rows(tmp_path / "noisy")[0])
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, pictures, precision):
+    """Weights, moving averages, optimizer, loss scale, loss history, data position; with dropout and warm-up."""
+
+    def run(folder, **options):
+        sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=1)
+        common = {"dropout": 0.2, "ema_rate": "0.5,0.9", "warmup_steps": 3, "precision": precision}
+        loop = make(folder, stream(pictures), schedule_sampler=sampler, **common, **options)
+        loop.run_loop()
+        return loop
+
+    run(tmp_path / "straight", max_steps=4)
+    run(tmp_path / "parts", max_steps=2)
+    path = tmp_path / "parts" / "model000002.pt"
+    before = path.read_bytes()
+    resumed = run(tmp_path / "parts", max_steps=4, resume_checkpoint=str(tmp_path / "parts"))
+    assert (resumed.step, resumed.resume_step) == (2, 2)
+    assert path.read_bytes() == before
+    assert_same_files(tmp_path / "straight", tmp_path / "parts", 4)
+    assert column(tmp_path / "straight", "loss") == column(tmp_path / "parts", "loss")
+    assert column(tmp_path / "parts", "step") == [1, 2, 3, 4]
+    assert "NOT restored" not in text(tmp_path / "parts")
+    weights = checkpoint.load(str(path))
+    assert {value.dtype for value in weights.values()} == {th.float32}
+
+
+@pytest.mark.parametrize("name", ["ema_0.5_000002.pt", "opt000002.pt", "state000002.pt"])
+def test_any_file_of_the_set_resumes_the_run(tmp_path, pictures, name):
+    make(tmp_path, stream(pictures), max_steps=2).run_loop()
+    loop = make(tmp_path, stream(pictures), resume_checkpoint=str(tmp_path / name))
+    assert loop.resume_step == 2
+    expected = checkpoint.load(str(tmp_path / "model000002.pt"))
+    assert all(th.equal(value, expected[key]) for key, value in loop.model.state_dict().items())
+
+
+def test_max_steps_is_the_total_and_a_finished_run_is_left_alone(tmp_path, pictures):
+    make(tmp_path, stream(pictures)).run_loop()
+    there = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
+    loop = make(tmp_path, stream(pictures), resume_checkpoint=str(tmp_path))
+    loop.run_loop()
+    assert loop.step == 0
+    assert "nothing to do: 3 updates are made and the limit is 3" in text(tmp_path)
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)} == there
+
+
+def test_what_is_missing_is_said(tmp_path, pictures):
+    make(tmp_path / "run", stream(pictures)).run_loop()
+    os.rename(tmp_path / "run" / "model000003.pt", tmp_path / "cat.pt")
+    loop = make(tmp_path / "new", iter([]), resume_checkpoint=str(tmp_path / "cat.pt"))
+    assert loop.updates == 0
+    said = text(tmp_path / "new")
+    assert "the step of" in said
+    assert "cat.pt is unknown" in said
+    assert said.count("NOT restored") == 3  # average, optimizer, data
+    assert all(th.equal(a, b) for a, b in zip(loop.ema_params[0], loop.model.parameters(), strict=True))
+    with pytest.raises(FileNotFoundError, match=r"model000004.pt does not exist; beside it lie ema_0.5_000003.pt"):
+        make(tmp_path / "new", iter([]), resume_checkpoint=str(tmp_path / "run" / "model000004.pt"))
+
+
+def test_the_learning_rate_that_is_given_wins_and_none_takes_the_files(tmp_path, pictures):
+    make(tmp_path, stream(pictures), lr=3e-3, warmup_steps=100).run_loop()
+    given = make(tmp_path, stream(pictures), lr=1e-5, resume_checkpoint=str(tmp_path), max_steps=4)
+    given.run_loop()
+    assert "optimizer restored with lr 1e-05 instead of its 0.003" in text(tmp_path)
+    assert column(tmp_path, "lr")[-1] == pytest.approx(1e-5)
+    taken = make(tmp_path, stream(pictures), lr=None, resume_checkpoint=str(tmp_path / "model000003.pt"))
+    assert taken.lr == 3e-3
+    with pytest.raises(ValueError, match="lr is None"):
+        make(tmp_path, stream(pictures), lr=None)
+
+
+def test_the_flat_optimizer_file_of_an_older_fp16_run_is_understood(tmp_path, pictures):
+    """Made here from the file of a new run, in the layout of the two flat masters and without a state file."""
+    make(tmp_path, stream(pictures), max_steps=2, save_interval=2).run_loop()
+    path = str(tmp_path / "opt000002.pt")
+    new = checkpoint.load(path)
+    model = build_unet(UNetConfig(**UNET), False)
+    names = [name for name, _ in model.named_parameters()]
+
+    def flat(key, group, shape):
+        return th.cat([new["state"][names.index(name)][key].flatten() for name, _ in group]).view(shape)
+
+    groups = fp16_util.get_param_groups_and_shapes(model.named_parameters())
+    state = {
+        i: {key: flat(key, group, shape) for key in ("exp_avg", "exp_avg_sq")} | {"step": 2}
+        for i, (group, shape) in enumerate(groups)
+    }
+    checkpoint.save(path, {"state": state, "param_groups": [{"lr": 1e-3, "params": [0, 1]}]})
+    os.remove(tmp_path / "state000002.pt")
+    loop = make(tmp_path, stream(pictures), resume_checkpoint=str(tmp_path), precision="bf16")
+    th.testing.assert_close(loop.opt.state_dict()["state"], new["state"], atol=0, rtol=0)
+
+
+def test_weights_of_other_flags_are_refused(tmp_path, pictures):
+    make(tmp_path, stream(pictures), max_steps=1).run_loop()
+    wide = build_unet(UNetConfig(**{**UNET, "num_channels": 64}), False)
+    with pytest.raises(ValueError, match="the checkpoint has num_channels 32, you gave 64"):
+        make(tmp_path, stream(pictures), network=wide, resume_checkpoint=str(tmp_path))
+
+
+# ---- steps
+
+
+def gradients(loop, batch):
+    loop.forward_backward(batch, {})
+    return [param.grad.clone() for param in loop.mp_trainer.master_params]
+
+
+@pytest.mark.parametrize("microbatch", [1, 3])
+def test_microbatches_of_any_size_give_the_gradient_of_the_batch(tmp_path, pictures, microbatch):
+    batch, _ = next(stream(pictures, deterministic=True))
+    whole = gradients(make(tmp_path, iter([])), batch)
+    parts = gradients(make(tmp_path, iter([]), microbatch=microbatch), batch)
+    assert max(grad.abs().max() for grad in whole) > 1e-2
+    th.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_the_gradient_is_that_of_the_importance_weighted_mean(tmp_path, pictures):
+    class Skewed(ScheduleSampler):
+        def weights(self):
+            return np.arange(1.0, 41.0)
+
+    batch, _ = next(stream(pictures, deterministic=True))
+    loop = make(tmp_path, iter([]), schedule_sampler=Skewed())
+    found = gradients(loop, batch)
+    draw = loop._draw(batch, 0)
+    assert th.allclose(draw.weights, 40 * 41 / 2 / 40 / (draw.t + 1))
+    loop.model.zero_grad()
+    losses = DIFFUSION.training_losses(loop.model, batch, draw.t, noise=draw.noise)["loss"]
+    (losses * draw.weights).mean().backward()
+    th.testing.assert_close(found, [param.grad for param in loop.model.parameters()], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_without_a_finite_gradient_leaves_no_trace(tmp_path, pictures, precision):
+    sampler = LossSecondMomentResampler(DIFFUSION)
+    loop = make(tmp_path, stream(pictures), precision=precision, schedule_sampler=sampler, max_steps=1)
+    loop.run_loop()
+    loop.save()
+    broken = th.full((4, 3, 8, 8), float("nan"))
+    loop.run_step(broken, {})
+    logger.configure(dir=str(tmp_path / "after"), format_strs=[])
+    loop.save()
+    assert_same_files(tmp_path, tmp_path / "after", 1)
+    loop.mp_trainer.skipped_in_a_row = 49
+    with pytest.raises(ValueError, match="no finite gradient in 50 steps in a row, up to step 1"):
+        loop.run_step(broken, {})
+
+
+def test_the_learning_rate_rises_and_falls_and_the_run_ends_with_it(tmp_path, pictures):
+    make(tmp_path, stream(pictures), lr=1.0e-4, warmup_steps=4, lr_anneal_steps=8, max_steps=0).run_loop()
+    expected = [1e-4 * min(1, (i + 1) / 4) * (1 - i / 8) for i in range(8)]
+    assert column(tmp_path, "lr") == pytest.approx(expected)
+    assert column(tmp_path, "samples") == [4 * (i + 1) for i in range(8)]
+
+
+def test_files_hold_exactly_as_many_updates_as_their_names_say(tmp_path, pictures):
+    """Nothing at step 0, the last step always; the average follows the weights by its rate."""
+    make(tmp_path, stream(pictures), save_interval=2, max_steps=5, ema_rate="0.25").run_loop()
+    assert files(tmp_path) == sorted(
+        f"{kind}{step:06d}.pt" for step in (2, 4, 5) for kind in ("model", "ema_0.25_", "opt", "state")
+    )
+    for step in (2, 4, 5):
+        state = checkpoint.load(str(tmp_path / f"opt{step:06d}.pt"))["state"]
+        assert {int(entry["step"]) for entry in state.values()} == {step}
+
+    def weights(kind, step):
+        return checkpoint.load(str(tmp_path / f"{kind}{step:06d}.pt"))
+
+    for name, value in weights("ema_0.25_", 5).items():
+        follows = 0.25 * weights("ema_0.25_", 4)[name] + 0.75 * weights("model", 5)[name]
+        th.testing.assert_close(value, follows)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path, pictures):
+    make(tmp_path, stream(pictures), save_interval=1, max_steps=4, keep_last=2, ema_rate="").run_loop()
+    assert files(tmp_path) == [f"{kind}{step:06d}.pt" for kind in ("model", "opt", "state") for step in (3, 4)]
+
+
+def test_the_environment_ends_a_run_after_its_first_checkpoint(tmp_path, pictures, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_TRAINING_TEST", "1")
+    make(tmp_path, stream(pictures), save_interval=2, max_steps=0, ema_rate="").run_loop()
+    assert files(tmp_path) == ["model000002.pt", "opt000002.pt", "state000002.pt"]
+
+
+def test_a_signal_ends_a_run_with_everything_saved(tmp_path, pictures):
+    def interrupt(model, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    loop = make(tmp_path, stream(pictures), max_steps=0, sample_interval=2, preview=interrupt, ema_rate="")
+    with pytest.raises(SystemExit) as caught:
+        loop.run_loop()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert files(tmp_path) == ["model000002.pt", "opt000002.pt", "state000002.pt"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---- what must not disturb
+
+
+def test_previews_and_validation_leave_the_training_alone(tmp_path, pictures):
+    """Whatever they draw; and they see the slowest average, in evaluation mode."""
+    seen = []
+
+    def preview(model, step):
+        th.manual_seed(step)
+        th.randn(100)
+        seen.append((step, model.training, {name: value.clone() for name, value in model.state_dict().items()}))
+
+    options = {"dropout": 0.3, "max_steps": 4, "save_interval": 2, "ema_rate": "0.9,0.5"}
+    make(tmp_path / "plain", stream(pictures), **options).run_loop()
+    loop = make(
+        tmp_path / "busy",
+        stream(pictures),
+        preview=preview,
+        sample_interval=2,
+        val_data=stream(pictures, seed=1),
+        val_interval=1,
+        progress=True,
+        **options,
+    )
+    loop.run_loop()
+    assert_same_files(tmp_path / "plain", tmp_path / "busy", 4)
+    assert column(tmp_path / "plain", "loss") == column(tmp_path / "busy", "loss")
+    assert [(step, training) for step, training, _ in seen] == [(2, False), (4, False)]
+    for step, _, weights in seen:
+        average = checkpoint.load(str(tmp_path / "busy" / f"ema_0.9_{step:06d}.pt"))
+        assert all(th.equal(weights[name], value) for name, value in average.items())
+    assert loop.model.training
+
+
+@pytest.mark.parametrize(("rate", "which"), [("0.5", "EMA 0.5"), ("", "raw")])
+def test_validation_repeats_itself_for_the_same_weights(tmp_path, pictures, rate, which):
+    data = stream(pictures, seed=1)
+    loop = make(tmp_path, stream(pictures), lr=0.0, ema_rate=rate, val_data=data, val_interval=1, precision="bf16")
+    loop.run_loop()
+    losses = column(tmp_path, "val_loss")
+    assert len(set(losses)) == 1
+    assert len(set(column(tmp_path, "loss"))) == 3
+    assert f"3 batches of 4 images with the same noise every time, by the {which} weights" in text(tmp_path)
+    assert data.state_dict()["batches"] == 3  # one pass, read once
+    quarters = [column(tmp_path, f"val_loss_q{quarter}")[0] for quarter in range(4)]
+    assert np.mean(quarters) == pytest.approx(losses[0], rel=1e-5)  # three images in each
+
+
+def test_the_seed_decides_the_draws(tmp_path, pictures):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make(tmp_path / name, stream(pictures), seed=seed).run_loop()
+        th.rand(1)
+    assert column(tmp_path / "a", "loss") == column(tmp_path / "b", "loss")
+    assert column(tmp_path / "a", "loss") != column(tmp_path / "c", "loss")
+
+
+# ---- the log
+
+
+def test_the_log_has_a_mean_and_four_quarters_of_each_loss(tmp_path):
+    logger.configure(dir=str(tmp_path), format_strs=[])
+    t = th.tensor([0, 9, 10, 25, 39])
+    values = th.tensor([1.0, 2.0, 3.0, 4.0, 10.0])
+    log_loss_dict(DIFFUSION, t, {"loss": values, "mse": values * 2})
+    log_loss_dict(DIFFUSION, t[:1], {"loss": th.tensor([6.0])})
+    row = dict(logger.getkvs())
+    assert row == pytest.approx(
+        {
+            "loss": (4 + 6) / 2,
+            "loss_q0": (1 + 2 + 6) / 3,
+            "loss_q1": 3,
+            "loss_q2": 4,
+            "loss_q3": 10,
+            "mse": 8,
+            "mse_q0": 3,
+            "mse_q1": 6,
+            "mse_q2": 8,
+            "mse_q3": 20,
+        }
+    )
+
+
+def test_a_line_is_the_mean_over_its_steps(tmp_path, pictures):
+    options = {"max_steps": 4, "precision": "fp16", "schedule_sampler": LossSecondMomentResampler(DIFFUSION)}
+    make(tmp_path / "each", stream(pictures), **options).run_loop()
+    make(tmp_path / "pair", stream(pictures), log_interval=2, **options).run_loop()
+    for name in ("loss", "mse", "grad_norm", "param_norm", "lg_loss_scale"):
+        each, pair = column(tmp_path / "each", name), column(tmp_path / "pair", name)
+        assert pair == pytest.approx([np.mean(each[:2]), np.mean(each[2:])], rel=1e-5)
+    assert {"images_per_second", "data_wait", "lr", "samples"} <= set(rows(tmp_path / "pair")[0])
+    assert 0 <= column(tmp_path / "pair", "data_wait")[0] <= 1
+
+
+def test_an_average_longer_than_the_run_is_pointed_out(tmp_path, pictures):
+    make(tmp_path, stream(pictures), ema_rate="0.9999", max_steps=1).run_loop()
+    assert "EMA 0.9999 averages over about 10000 updates and the run has 1" in text(tmp_path)
+
+
+# ---- code written for the originals
+
+
+def test_a_foreign_iterator_will_do_and_its_end_is_an_error(tmp_path, pictures):
+    batch = next(stream(pictures))
+    loop = make(tmp_path, (batch for _ in range(2)))
+    with pytest.raises(ValueError, match="the data ended after 2 batches"):
+        loop.run_loop()
+    assert "a resumed run will not know its position" in text(tmp_path)
+
+
+def test_a_subclass_with_its_own_step_trains(tmp_path, pictures):
+    """Written against the public attributes of the originals' loop."""
+
+    class Fork(TrainLoop):
+        def forward_backward(self, batch, cond):
+            self.mp_trainer.zero_grad()
+            for i in range(0, batch.shape[0], self.microbatch):
+                micro = batch[i : i + self.microbatch]
+                t, weights = self.schedule_sampler.sample(micro.shape[0], micro.device)
+                losses = self.diffusion.training_losses(self.ddp_model, micro, t, model_kwargs={})
+                if self.use_ddp and i + self.microbatch < batch.shape[0]:
+                    raise AssertionError("there is nothing to synchronise here")
+                loss = (losses["loss"] * weights).mean()
+                log_loss_dict(self.diffusion, t, {k: v * weights for k, v in losses.items()})
+                self.mp_trainer.backward(loss)
+
+        def run_step(self, batch, cond):
+            self.forward_backward(batch, cond)
+            if self.mp_trainer.optimize(self.opt):
+                self._update_ema()
+            self._anneal_lr()
+            self.log_step()
+
+    loop = make(tmp_path, stream(pictures), kind=Fork, microbatch=2)
+    start = [param.detach().clone() for param in loop.model.parameters()]
+    loop.run_loop()
+    assert not any(th.equal(a, b) for a, b in zip(start, loop.model.parameters(), strict=True))
+    assert not any(th.equal(a, b) for a, b in zip(start, loop.ema_params[0], strict=True))
+    assert loop.global_batch == 4
+    assert "model000003.pt" in files(tmp_path)
+
+
+def test_the_places_to_resume_from_and_to_save_to_can_be_replaced(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(train_util, "get_blob_logdir", lambda: str(tmp_path / "bucket"))
+    config = {"command": "image_train", "version": "0", "flags": {"lr": 1.0}}
+    make(tmp_path / "logs", stream(pictures), config=config).run_loop()
+    assert files(tmp_path / "logs") == []
+    assert checkpoint.config_beside(str(tmp_path / "bucket")) == {"lr": 1.0}
+    monkeypatch.setattr(train_util, "find_resume_checkpoint", lambda: str(tmp_path / "bucket" / "model000003.pt"))
+    assert make(tmp_path / "logs", stream(pictures)).resume_step == 3
+    found = train_util.find_ema_checkpoint(str(tmp_path / "bucket" / "model000003.pt"), 3, "0.5")
+    assert found == str(tmp_path / "bucket" / "ema_0.5_000003.pt")
+    assert train_util.find_ema_checkpoint(found, 3, 0.9) is None
+    assert train_util.find_ema_checkpoint(None, 3, 0.9) is None
+    assert train_util.parse_resume_step_from_filename(found) == 3
+    assert train_util.parse_resume_step_from_filename("cat.pt") == 0
