@@ -30,6 +30,8 @@ def train(flags: cli.Flags) -> None:
 
     flags = training.start(flags)
     config, loop = flags.part(ClassifierConfig), flags.part(ClassifierTrainConfig)
+    if not loop.noised and loop.schedule_sampler != "uniform":
+        raise ValueError(f"--schedule_sampler {loop.schedule_sampler} has no effect with --noised False: leave it out")
     names = ("classifier_precision", "classifier_use_fp16")
     precision = resolve_precision(config.classifier_precision, config.classifier_use_fp16, *names)
     model, diffusion = build_classifier(config).to(dist_util.dev()), build_diffusion(flags.part(DiffusionConfig))

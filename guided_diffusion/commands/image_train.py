@@ -41,19 +41,25 @@ def train(flags: cli.Flags) -> None:
         lr_anneal_steps=loop.lr_anneal_steps,
         val_interval=loop.val_interval,
         sample_interval=loop.sample_interval,
-        preview=previewer(flags, diffusion, streams.train.classes),
+        preview=previewer(flags, diffusion, streams.train.classes) if loop.sample_interval else None,
         **training.loop_keywords(flags, diffusion, streams),
     ).run_loop()
     training.finish()
 
 
 def previewer(flags: cli.Flags, diffusion: Any, classes: Sequence[str]) -> Any:
-    """The function (model, step) that draws a grid of samples, the classes in turn, with the same seed every time."""
+    """The function (model, step) that draws a grid of samples, the classes in turn, with the same seed every time.
+
+    :raises ValueError: if such images cannot be drawn.
+    """
     from guided_diffusion.commands._common import image_shape
     from guided_diffusion.commands._training import preview_path
+    from guided_diffusion.pictures import DRAWN_CHANNELS
     from guided_diffusion.sample_util import preview
 
     config = flags.part(UNetConfig)
+    if config.dims != 2 or config.image_channels not in DRAWN_CHANNELS:
+        raise ValueError("--sample_interval draws images of 1, 3 or 4 channels in 2 dimensions only: leave it out")
     shape = (PREVIEWED, *image_shape(config.image_channels, config.image_size, config.dims))
     labels = list(range(min(PREVIEWED, len(classes)))) if config.class_cond else []
     seed = flags.part(RunConfig).seed

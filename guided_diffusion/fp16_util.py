@@ -1,0 +1,336 @@
+"""Mixed precision: a network that computes in fp16 or bf16, with fp32 master weights for its optimizer.
+
+Shapes: masters and their gradients have the shapes of the parameters, in parameter order. The flat layout of
+`make_master_params` (one vector of all biases and gains, one [1, M] row of all matrices) is that of older fp16 runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch as th
+import torch.distributed as dist
+import torch.nn as nn
+
+from guided_diffusion import logger
+from guided_diffusion.config import resolve_precision
+
+INITIAL_LOG_LOSS_SCALE = 20.0
+BUCKET = 2**24  # values per all-reduce: large enough to fill a link, small enough to copy
+
+NamedParams = list[tuple[str, th.Tensor]]
+Groups = Sequence[tuple[NamedParams, Any]]  # (named parameters, shape of their flat master)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+# ---- single modules and parameters
+
+
+def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741
+    """Turn a convolution's weight and bias into fp16; every other module stays as it is."""
+    if isinstance(l, _CONVOLUTIONS):
+        l.half()
+
+
+def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741
+    """Turn a convolution's weight and bias back into fp32."""
+    if isinstance(l, _CONVOLUTIONS):
+        l.float()
+
+
+def param_grad_or_zeros(param: th.Tensor) -> th.Tensor:
+    """The gradient of a parameter, or zeros where it took no part."""
+    return th.zeros_like(param) if param.grad is None else param.grad.detach()
+
+
+def zero_grad(model_params: Iterable[th.Tensor]) -> None:
+    """Set gradients to zero in place, keeping their memory."""
+    for param in model_params:
+        if param.grad is not None:
+            param.grad = param.grad.detach().zero_()
+
+
+def zero_master_grads(master_params: Iterable[th.Tensor]) -> None:
+    """Drop the gradients of the masters."""
+    for param in master_params:
+        param.grad = None
+
+
+def check_overflow(value: float) -> bool:
+    """Whether a number is infinite or not a number."""
+    return not math.isfinite(value)
+
+
+# ---- the flat layout: one master for all vectors, one for all matrices
+
+
+def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, th.Tensor]]) -> list[tuple[NamedParams, Any]]:
+    """[(vectors and scalars, -1), (matrices, (1, -1))]: which parameters share a flat master, and its shape."""
+    vectors: NamedParams = []
+    matrices: NamedParams = []
+    for name, param in named_model_params:
+        (matrices if param.ndim > 1 else vectors).append((name, param))
+    return [(vectors, -1), (matrices, (1, -1))]
+
+
+def _flat(tensors: Iterable[th.Tensor], shape: Any) -> th.Tensor:
+    return th.cat([tensor.detach().float().flatten() for tensor in tensors]).view(shape)
+
+
+def make_master_params(param_groups_and_shapes: Groups) -> list[nn.Parameter]:
+    """One flat fp32 copy per group of parameters."""
+    return [nn.Parameter(_flat((param for _, param in group), shape)) for group, shape in param_groups_and_shapes]
+
+
+def unflatten_master_params(param_group: NamedParams, master_param: th.Tensor) -> list[th.Tensor]:
+    """Views of a flat master with the shapes of its parameters."""
+    pieces = master_param.flatten().split([param.numel() for _, param in param_group])
+    return [piece.view_as(param) for piece, (_, param) in zip(pieces, param_group, strict=True)]
+
+
+def _pairs(groups: Groups, masters: Sequence[th.Tensor]) -> Iterator[tuple[str, th.Tensor, th.Tensor]]:
+    """(name, parameter, its part of the flat masters)."""
+    for (group, _), master in zip(groups, masters, strict=True):
+        for (name, param), part in zip(group, unflatten_master_params(group, master), strict=True):
+            yield name, param, part
+
+
+def model_grads_to_master_grads(param_groups_and_shapes: Groups, master_params: Sequence[th.Tensor]) -> None:
+    """Collect the gradients of each group in its flat master, in fp32."""
+    for (group, shape), master in zip(param_groups_and_shapes, master_params, strict=True):
+        master.grad = _flat((param_grad_or_zeros(param) for _, param in group), shape)
+
+
+def master_params_to_model_params(param_groups_and_shapes: Groups, master_params: Sequence[th.Tensor]) -> None:
+    """Write flat masters back into the parameters, in the precision that these have."""
+    for _, param, part in _pairs(param_groups_and_shapes, master_params):
+        param.detach().copy_(part.detach())
+
+
+def master_params_to_state_dict(
+    model: nn.Module, param_groups_and_shapes: Groups | None, master_params: Sequence[th.Tensor], use_fp16: bool
+) -> dict[str, Any]:
+    """The model's state dict with the values of the masters: flat ones with `use_fp16`, else one per parameter."""
+    state = model.state_dict()
+    if use_fp16:
+        state.update((name, part) for name, _, part in _pairs(param_groups_and_shapes or (), master_params))
+    else:
+        state.update(zip((name for name, _ in model.named_parameters()), master_params, strict=True))
+    return state
+
+
+def state_dict_to_master_params(
+    model: nn.Module, state_dict: Mapping[str, th.Tensor], use_fp16: bool
+) -> Sequence[th.Tensor]:
+    """Masters with the values of a state dict: flat ones with `use_fp16`, else one per parameter."""
+    named = [(name, state_dict[name]) for name, _ in model.named_parameters()]
+    return make_master_params(get_param_groups_and_shapes(named)) if use_fp16 else [value for _, value in named]
+
+
+def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.Module) -> dict[int, dict[str, Any]]:
+    """Adam's state with one entry per parameter, in parameter order.
+
+    :param state: the same, or that of the two flat masters of an older fp16 run, which is recognised by its sizes.
+    :raises ValueError: if it fits the model in neither layout.
+    """
+    named = list(model.named_parameters())
+    groups = get_param_groups_and_shapes(named)
+    sizes = {index: entry["exp_avg"].numel() for index, entry in state.items() if "exp_avg" in entry}
+    if all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
+        return {index: dict(entry) for index, entry in state.items()}
+    if sizes != {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
+        raise ValueError(
+            f"the optimizer state ({sum(sizes.values())} values in {len(sizes)} tensors) is not that of this model "
+            f"({sum(param.numel() for _, param in named)} values in {len(named)} tensors): "
+            "resume with the flags of the run that wrote it"
+        )
+    index_of = {name: index for index, (name, _) in enumerate(named)}
+    result: dict[int, dict[str, Any]] = {index: {} for index in range(len(named))}
+    for which, (group, _) in enumerate(groups):
+        for key, value in state[which].items():
+            whole = not isinstance(value, th.Tensor) or value.numel() != sizes[which]
+            values = [value] * len(group) if whole else unflatten_master_params(group, value)
+            for (name, _), part in zip(group, values, strict=True):
+                result[index_of[name]][key] = part.clone() if isinstance(part, th.Tensor) else part
+    return result
+
+
+# ---- the trainer
+
+
+def average_gradients(grads: Sequence[th.Tensor]) -> None:
+    """Replace gradients by their means over all ranks, the same bits on each; every rank must call it."""
+    bucket: list[th.Tensor] = []
+    for index, grad in enumerate(grads):
+        bucket.append(grad)
+        if index + 1 < len(grads) and sum(g.numel() for g in bucket) < BUCKET:
+            continue
+        flat = th.cat([g.flatten() for g in bucket])
+        dist.all_reduce(flat)
+        parts = (flat / dist.get_world_size()).split([g.numel() for g in bucket])
+        th._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+        bucket = []
+
+
+def _convert(model: nn.Module, precision: str) -> None:
+    convert: Callable[[str], object] | None = getattr(model, "convert_to", None)
+    convert_to_fp16: Callable[[], object] | None = getattr(model, "convert_to_fp16", None)
+    if convert is not None:
+        convert(precision)
+    elif precision == "fp16" and convert_to_fp16 is not None:
+        convert_to_fp16()
+    else:
+        raise TypeError(f"{type(model).__name__} cannot train in {precision}: it has no method convert_to(precision)")
+
+
+class MixedPrecisionTrainer:
+    """Backward passes and optimizer steps of a model in fp32, fp16 (with a loss scale) or bf16.
+
+    `master_params` are what an optimizer trains: in fp32 the model's own parameters, else one fp32 copy of each, in
+    parameter order. Gradients of several backward passes add up in fp32; a step with one that is not finite is skipped.
+
+    :param precision: fp32, fp16 or bf16; '' is what `use_fp16` says.
+    :param grad_clip: the largest norm of the gradient that is not scaled down; 0: no clipping.
+    :param all_reduce: average the gradients over all ranks in `optimize`, which then every rank must call.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        use_fp16: bool = False,
+        fp16_scale_growth: float = 1e-3,
+        initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
+        precision: str = "",
+        grad_clip: float = 0.0,
+        all_reduce: bool = False,
+    ) -> None:
+        self.model = model
+        self.precision = resolve_precision(precision, use_fp16)
+        self.use_fp16 = self.precision == "fp16"
+        self.fp16_scale_growth = fp16_scale_growth
+        self.lg_loss_scale = initial_lg_loss_scale
+        self.grad_clip = grad_clip
+        self.all_reduce = all_reduce
+        self.skipped_in_a_row = 0
+        self.model_params = list(model.parameters())
+        self.master_params = self._make_masters()
+        pairs = zip(self.model_params, self.master_params, strict=True)
+        self._trained = [(param, master) for param, master in pairs if param.requires_grad]
+        if not self._trained:
+            raise ValueError("the model has no parameter that requires a gradient: nothing can be trained")
+
+    def _make_masters(self) -> list[nn.Parameter]:
+        if self.precision == "fp32":
+            odd = {param.dtype for param in self.model_params} - {th.float32, th.float64}
+            if odd:
+                raise ValueError(
+                    f"the model has parameters of {odd.pop()} but precision is fp32: call convert_to_fp32()"
+                )
+            return self.model_params
+        # Copied before the conversion, or the masters would start from rounded values.
+        masters = [nn.Parameter(param.detach().float().clone(), param.requires_grad) for param in self.model_params]
+        _convert(self.model, self.precision)
+        return masters
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for param in (*self.model_params, *self.master_params):
+            param.grad = None
+
+    def backward(self, loss: th.Tensor) -> None:
+        """Add the gradients of a scalar loss to those of the masters."""
+        (loss * 2.0**self.lg_loss_scale if self.use_fp16 else loss).backward()
+        self._collect()
+
+    def _collect(self) -> None:
+        """Move the model's gradients to the masters, so that they add up in fp32."""
+        if self.precision == "fp32":
+            return
+        for param, master in self._trained:
+            if param.grad is not None:
+                grad = param.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                param.grad = None
+
+    def _gradients(self) -> list[th.Tensor]:
+        """The gradients of all trained masters; zeros where a parameter took no part, so that ranks agree."""
+        for _, master in self._trained:
+            master.grad = param_grad_or_zeros(master)
+        grads = [master.grad for _, master in self._trained if master.grad is not None]
+        if self.all_reduce:
+            average_gradients(grads)
+        if self.use_fp16:
+            th._foreach_mul_(grads, 2.0**-self.lg_loss_scale)
+        return grads
+
+    @th.no_grad()
+    def optimize(self, opt: th.optim.Optimizer, *, grad_clip: float | None = None) -> bool:
+        """Let `opt` step on the masters and copy them to the model.
+
+        :param grad_clip: for this step, instead of the constructor's.
+        :return: False if a gradient was not finite: then nothing changed but the loss scale.
+        """
+        self._collect()
+        if self.use_fp16:
+            logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
+        grads = self._gradients()
+        norms = (_norm(grads), _norm([master for _, master in self._trained]))
+        grad_norm, param_norm = th.stack(norms).tolist()  # the step's one wait for the device
+        if check_overflow(grad_norm):
+            return self._skip()
+        logger.logkv_mean("grad_norm", grad_norm)
+        logger.logkv_mean("param_norm", param_norm)
+        limit = self.grad_clip if grad_clip is None else grad_clip
+        if 0 < limit < grad_norm:
+            th._foreach_mul_(grads, limit / grad_norm)
+        opt.step()
+        self._step_taken()
+        return True
+
+    def _skip(self) -> bool:
+        self.skipped_in_a_row += 1
+        message = "step skipped: its gradient is not finite"
+        if self.use_fp16:
+            self.lg_loss_scale = max(0.0, self.lg_loss_scale - 1.0)
+            message += f"; lg_loss_scale is now {self.lg_loss_scale:.6g}"
+        logger.log(message)
+        self.zero_grad()
+        return False
+
+    def _step_taken(self) -> None:
+        self.skipped_in_a_row = 0
+        self.sync_model()
+        if self.use_fp16:
+            self.lg_loss_scale += self.fp16_scale_growth
+
+    @th.no_grad()
+    def sync_model(self) -> None:
+        """Copy the masters to the model, in the model's precision."""
+        if self.precision != "fp32":
+            th._foreach_copy_([param.detach() for param in self.model_params], list[th.Tensor](self.master_params))
+
+    def master_params_to_state_dict(self, master_params: Sequence[th.Tensor]) -> dict[str, Any]:
+        """The model's fp32 state dict with these values (the masters themselves, or a moving average of them)."""
+        return master_params_to_state_dict(self.model, None, master_params, use_fp16=False)
+
+    def state_dict_to_master_params(self, state_dict: Mapping[str, th.Tensor]) -> Sequence[th.Tensor]:
+        """The parameters of a state dict as fp32 tensors, in parameter order."""
+        return [value.float() for value in state_dict_to_master_params(self.model, state_dict, use_fp16=False)]
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs beside the weights: the loss scale."""
+        return {"lg_loss_scale": self.lg_loss_scale} if self.use_fp16 else {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take over the loss scale of `state_dict`, where there is one."""
+        self.lg_loss_scale = state.get("lg_loss_scale", self.lg_loss_scale)
+
+
+def _norm(tensors: list[th.Tensor]) -> th.Tensor:
+    """The Euclidean norm of all tensors taken as one vector."""
+    norms = th._foreach_norm([tensor.detach() for tensor in tensors])
+    total: th.Tensor = th.linalg.vector_norm(th.stack([norm.float() for norm in norms]))
+    return total

@@ -1,0 +1,439 @@
+"""The training loop: steps whose randomness is keyed by (seed, step), moving averages, logs, checkpoints, resuming.
+
+Shapes: N images of a step on all ranks together, n of them in a microbatch, C channels, H W space, K classes. A step's
+t, importance weights and noise are drawn for all N images before they are cut into ranks and microbatches, so that
+neither changes what is learned. A number of updates counts from the beginning of the run, resumed parts included.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import blobfile as bf
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+
+from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion.draws import TRAINING, VALIDATION, Draw, draw_for_training, draw_for_validation
+from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from guided_diffusion.interruption import Interruption
+from guided_diffusion.meter import Meter, gather_losses, log_loss_dict as log_loss_dict
+from guided_diffusion.nn import update_ema
+from guided_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
+from guided_diffusion.run_state import RunState
+from guided_diffusion.sample_util import evaluating
+from guided_diffusion.seeds import seeded
+
+Cond = Mapping[str, th.Tensor]
+Preview = Callable[[th.nn.Module, int], object]
+
+MOST_SKIPPED = 50  # steps in a row without a finite gradient: fp16 may need 20 to find its loss scale
+
+
+# ---- the originals' functions
+
+
+def parse_resume_step_from_filename(filename: str) -> int:
+    """The number of updates in a name such as model070000.pt or ema_0.9999_070000.pt; 0 where it has none."""
+    return checkpoint.step_of(filename) or 0
+
+
+def get_blob_logdir() -> str:
+    """Where checkpoints go: the folder of the logs. Replace it to keep them elsewhere, e.g. in a bucket."""
+    return logger.get_dir()
+
+
+def find_resume_checkpoint() -> str | None:
+    """A checkpoint to go on from where none was given: none. Replace it where runs are restarted by themselves."""
+    return None
+
+
+def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
+    """The moving average that lies beside a model of that step, or None."""
+    if main_checkpoint is None:
+        return None
+    path = str(bf.join(os.path.dirname(main_checkpoint), f"ema_{rate}_{step:06d}.pt"))
+    return path if checkpoint.exists(path) else None
+
+
+# ---- the loop
+
+
+class TrainLoop:
+    """Trains a diffusion model; subclasses override `compute_losses` to train something else.
+
+    :param data: endless iterator of (images [n, C, H, W] in [-1, 1], model keywords). One with state_dict() and
+        load_state_dict() goes on where it stopped when a run is resumed.
+    :param batch_size: images per step and rank; `microbatch` of them at a time, -1: all.
+    :param lr: None takes the one in the optimizer file that is resumed from.
+    :param ema_rate: one rate, or several as text separated by commas; '' for none.
+    :param resume_checkpoint: any file of a run's checkpoint, or its folder; '' starts anew.
+    :param lr_anneal_steps: updates over which the learning rate falls to 0, where the run stops; 0: constant.
+    :param max_steps: updates after which the run stops; 0: without end.
+    :param warmup_steps: updates over which the learning rate rises.
+    :param keep_last: how many checkpoints stay in the folder; 0: all.
+    :param val_data: as `data`; its first `val_batches` batches are measured every `val_interval` updates, always with
+        the same noise.
+    :param preview: called as preview(model, updates) every `sample_interval` updates, on rank 0.
+    :param progress: show a progress bar on stderr.
+    :param config: what is saved as config.json beside the checkpoints.
+    """
+
+    loss_prefix = ""
+
+    def __init__(
+        self,
+        *,
+        model: th.nn.Module,
+        diffusion: Any,
+        data: Any,
+        batch_size: int,
+        microbatch: int,
+        lr: float | None,
+        ema_rate: float | str,
+        log_interval: int,
+        save_interval: int,
+        resume_checkpoint: str,
+        use_fp16: bool = False,
+        fp16_scale_growth: float = 1e-3,
+        schedule_sampler: ScheduleSampler | None = None,
+        weight_decay: float = 0.0,
+        lr_anneal_steps: int = 0,
+        precision: str = "",
+        initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
+        max_steps: int = 0,
+        grad_clip: float = 0.0,
+        warmup_steps: int = 0,
+        val_data: Any = None,
+        val_interval: int = 0,
+        val_batches: int = 8,
+        seed: int = 0,
+        keep_last: int = 0,
+        sample_interval: int = 0,
+        preview: Preview | None = None,
+        progress: bool = False,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.diffusion, self.data = model, diffusion, data
+        self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
+        self.lr, self.lr_anneal_steps, self.warmup_steps = lr, lr_anneal_steps, warmup_steps
+        self.weight_decay, self.max_steps = weight_decay, max_steps
+        self.ema_rate = [float(rate) for rate in str(ema_rate).split(",") if rate.strip()]
+        self.log_interval, self.save_interval, self.keep_last = log_interval, save_interval, keep_last
+        self.val_data, self.val_interval, self.val_batches = val_data, val_interval, val_batches
+        self.sample_interval, self.preview = sample_interval, preview
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
+        self.seed, self.config = seed, config
+        self.step = self.resume_step = 0
+        self.global_batch = batch_size * dist_util.world_size()
+        files = self._load_and_sync_parameters()
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=model,
+            use_fp16=use_fp16,
+            fp16_scale_growth=fp16_scale_growth,
+            initial_lg_loss_scale=initial_lg_loss_scale,
+            precision=precision,
+            grad_clip=grad_clip,
+            all_reduce=dist_util.world_size() > 1,
+        )
+        self._set_up(files, progress)
+
+    def _set_up(self, files: checkpoint.CheckpointSet | None, progress: bool) -> None:
+        """Make what stands on the masters: optimizer, moving averages, and the position that `files` are at."""
+        self.device = next(self.model.parameters()).device
+        # Gradients are averaged in fp32 by the trainer: nothing wraps the model, and forks that ask find it so.
+        self.use_ddp, self.ddp_model = False, self.model
+        masters, fused = self.mp_trainer.master_params, self.device.type in ("cpu", "cuda")
+        self.opt = th.optim.AdamW(masters, lr=self.lr or 0.0, weight_decay=self.weight_decay, fused=fused)
+        self.ema_params = [[param.detach().clone() for param in masters] for _ in self.ema_rate]
+        if files is not None:
+            state = self._state()
+            self.resume_step = state.restore(files)
+            self.lr = state.lr
+        if self.lr is None:
+            raise ValueError("lr is None, and there is no optimizer file to take it from: give a learning rate")
+        self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
+        self._val_cache: list[Any] = []
+        self._batches, self._saved = iter(self.data), self.updates
+        self.meter = Meter(self.global_batch, done=self.updates, total=self.limit, progress=progress)
+
+    # ---- counting
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
+        return self.step + self.resume_step
+
+    @property
+    def limit(self) -> int:
+        """Updates after which the run is done; 0 if it never is."""
+        return min((steps for steps in (self.max_steps, self.lr_anneal_steps) if steps), default=0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has made all its updates."""
+        return bool(self.limit) and self.updates >= self.limit
+
+    # ---- resuming and saving
+
+    def _load_and_sync_parameters(self) -> checkpoint.CheckpointSet | None:
+        """Load the weights to go on from, on every rank; without any, every rank takes those of rank 0."""
+        files = checkpoint.find_set(self.resume_checkpoint) if self.resume_checkpoint else None
+        if files is not None:
+            checkpoint.load_weights(self.model, files.model, (self.config or {}).get("flags", {}))
+        dist_util.sync_params(self.model.parameters())
+        return files
+
+    def _state(self) -> RunState:
+        sampler = self.schedule_sampler
+        return RunState(self.mp_trainer, self.opt, self.ema_rate, self.ema_params, sampler, self.data, self.lr)
+
+    def save(self) -> None:
+        """Write the checkpoint of the updates made so far; every rank calls it, rank 0 writes."""
+        if dist_util.rank() == 0:
+            self._state().save(get_blob_logdir(), self.updates)
+            checkpoint.keep_last(get_blob_logdir(), self.keep_last)
+        dist_util.barrier()
+        self._saved = self.updates
+
+    # ---- the loop
+
+    def run_loop(self) -> None:
+        """Train until the limit, for ever without one; SIGINT and SIGTERM end it after a step, saved."""
+        self._announce()
+        interruption, stopped = Interruption(), False
+        with self.meter, interruption:
+            while not (self.done or stopped):
+                batch, cond = self._next_batch()
+                self.run_step(batch, cond)
+                self.step += 1
+                self.meter.step_done()
+                self._after_step()
+                tested = bool(os.environ.get("DIFFUSION_TRAINING_TEST")) and self._saved == self.updates
+                stopped = tested or interruption.requested(together=self._is_due(self.log_interval))
+            self._dump()
+            if self._saved != self.updates:
+                self.save()
+        interruption.end()
+
+    def _announce(self) -> None:
+        """Say what will be trained and how, and save the config."""
+        trained = sum(param.numel() for param in self.mp_trainer.master_params if param.requires_grad)
+        ranks = dist_util.world_size()
+        logger.log(
+            f"training {trained:,} parameters in {self.mp_trainer.precision} on {self.device}: global batch "
+            f"{self.global_batch} ({ranks} ranks x {self.batch_size}, in microbatches of {self.microbatch}), "
+            f"step {self.updates} to {self.limit or 'no end'}, lr {self.lr:g}, EMA {self.ema_rate or 'none'}"
+        )
+        if not hasattr(self.data, "state_dict"):
+            logger.log("the data iterator has no state_dict(): a resumed run will not know its position")
+        for rate in self.ema_rate:
+            if rate < 1 and 0 < self.limit < 1 / (1 - rate):
+                logger.warn(
+                    f"EMA {rate} averages over about {1 / (1 - rate):.0f} updates and the run has {self.limit}: it "
+                    "will still resemble the first weights; choose a smaller ema_rate"
+                )
+        if self.done:
+            logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
+        if self.config is not None and dist_util.rank() == 0:
+            checkpoint.save_json(str(bf.join(get_blob_logdir(), checkpoint.CONFIG)), self.config)
+
+    def _next_batch(self) -> tuple[th.Tensor, Cond]:
+        with self.meter.waiting_for_data():
+            try:
+                batch, cond = next(self._batches)
+            except StopIteration as error:
+                raise ValueError(
+                    f"the data ended after {self.step} batches: give an endless iterator, or max_steps {self.updates}"
+                ) from error
+        return batch, cond
+
+    def run_step(self, batch: th.Tensor, cond: Cond) -> None:
+        """One update from a batch of this rank."""
+        self._anneal_lr()
+        # Dropout draws from the global generator: keyed too, and another mask on every rank.
+        key = self.updates * dist_util.world_size() + dist_util.rank()
+        with seeded(self.seed + TRAINING, key, self.device):
+            self.forward_backward(batch, cond)
+        if self.mp_trainer.optimize(self.opt):
+            self._update_ema()
+            self._update_sampler()
+        elif self.mp_trainer.skipped_in_a_row >= MOST_SKIPPED:
+            raise ValueError(
+                f"no finite gradient in {MOST_SKIPPED} steps in a row, up to step {self.updates}: resume from the last "
+                "checkpoint with a lower --lr, --grad_clip or --precision bf16"
+            )
+        self.log_step()
+
+    def forward_backward(self, batch: th.Tensor, cond: Cond) -> None:
+        """Gradients of the mean loss of a batch, microbatch by microbatch."""
+        self.mp_trainer.zero_grad()
+        draw = self._draw(batch, self.updates)
+        rows = []
+        for images, keywords, part in self._microbatches(batch, cond, draw):
+            losses = self.compute_losses(images, keywords, part)
+            mean = (losses["loss"] * part.weights).mean()
+            self.mp_trainer.backward(mean * (len(images) / len(batch)))
+            rows.append({name: value.detach() for name, value in losses.items()})
+        losses = _join(rows)
+        self._losses_at = draw.t, losses["loss"]
+        self.meter.add_losses(draw.t, {name: value * draw.weights for name, value in losses.items()})
+
+    def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False) -> Draw:
+        """This rank's part of what is drawn for a global batch."""
+        if validation:
+            return draw_for_validation(batch, self.diffusion.num_timesteps, self.seed, index, self.device)
+        return draw_for_training(batch, self.schedule_sampler, self.seed, index, self.device)
+
+    def _microbatches(self, batch: th.Tensor, cond: Cond, draw: Draw) -> Iterator[tuple[th.Tensor, Cond, Draw]]:
+        for start in range(0, len(batch), self.microbatch):
+            part = slice(start, start + self.microbatch)
+            keywords = {name: value[part].to(self.device, non_blocking=True) for name, value in cond.items()}
+            yield batch[part].to(self.device, non_blocking=True), keywords, draw.cut(part)
+
+    def compute_losses(
+        self, batch: th.Tensor, cond: Cond, draw: Draw, model: th.nn.Module | None = None
+    ) -> Mapping[str, th.Tensor]:
+        """Loss terms [n] of a microbatch; the one called "loss" is minimised, all are logged.
+
+        :param model: measured instead of the one in training.
+        """
+        losses: Mapping[str, th.Tensor] = self.diffusion.training_losses(
+            self.ddp_model if model is None else model, batch, draw.t, model_kwargs=dict(cond), noise=draw.noise
+        )
+        return losses
+
+    def _update_ema(self) -> None:
+        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+            update_ema(params, self.mp_trainer.master_params, rate=rate)
+
+    def _update_sampler(self) -> None:
+        if isinstance(self.schedule_sampler, LossAwareSampler) and self._losses_at is not None:
+            self.schedule_sampler.update_with_local_losses(*self._losses_at)
+        self._losses_at = None
+
+    def _anneal_lr(self) -> None:
+        """Set the learning rate of the coming update: a linear rise over the warm-up, a linear fall to the end."""
+        assert self.lr is not None
+        factor = min(1.0, (self.updates + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        if self.lr_anneal_steps:
+            factor *= max(0.0, 1 - self.updates / self.lr_anneal_steps)
+        for group in self.opt.param_groups:
+            group["lr"] = self.lr * factor
+
+    # ---- the log
+
+    def log_step(self) -> None:
+        """Log the counters of the update just made."""
+        logger.logkv("step", self.updates + 1)
+        logger.logkv("samples", (self.updates + 1) * self.global_batch)
+        logger.logkv("lr", self.opt.param_groups[0]["lr"])
+
+    def _after_step(self) -> None:
+        """What happens every so many updates: validation, previews, a line of the log, a checkpoint."""
+        with self.meter.paused():
+            if self.val_data is not None and self._is_due(self.val_interval):
+                self.validate()
+            if self.preview is not None and self._is_due(self.sample_interval) and dist_util.rank() == 0:
+                with self.evaluation_model() as model:
+                    self.preview(model, self.updates)
+        if self._is_due(self.log_interval):
+            self._dump()
+        if self._is_due(self.save_interval):
+            with self.meter.paused():
+                self.save()
+
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and self.updates % interval == 0
+
+    def _dump(self) -> None:
+        """Write a line of the log, if there is anything new; every rank calls it."""
+        if self.meter.has_losses:
+            t, losses = self.meter.take_losses()
+            log_loss_dict(self.diffusion, t, {self.loss_prefix + name: value for name, value in losses.items()})
+            self.meter.log_speed()
+            logger.dumpkvs()
+
+    # ---- measuring
+
+    @contextmanager
+    def evaluation_model(self) -> Iterator[th.nn.Module]:
+        """The model that is measured and sampled: a copy with the slowest moving average, else the model itself.
+
+        Inside the block there are no gradients, and the generators of the training are left alone.
+        """
+        model = self.model
+        if self.ema_params:
+            slowest = self.ema_params[int(np.argmax(self.ema_rate))]
+            model = copy.deepcopy(model)
+            model.load_state_dict(self.mp_trainer.master_params_to_state_dict(slowest))
+        with th.no_grad(), evaluating(model), seeded(self.seed + VALIDATION, self.updates, self.device):
+            yield model
+
+    def validation_batches(self) -> Iterable[tuple[int, tuple[th.Tensor, Cond]]]:
+        """(key of the noise, batch) of the validation images: always the same."""
+        if not self._val_cache:
+            images = len(getattr(self.val_data, "dataset", ())) // self.global_batch
+            self._val_cache = list(islice(self.val_data, min(self.val_batches, images or self.val_batches)))
+            kind = f"EMA {max(self.ema_rate)}" if self.ema_rate else "raw"
+            logger.log(
+                f"validation on the same {len(self._val_cache)} batches of {self.global_batch} images with the same "
+                f"noise every time, by the {kind} weights"
+            )
+        return enumerate(self._val_cache)
+
+    def validate(self) -> None:
+        """Log the losses of the validation images as val_NAME; every rank calls it."""
+        with self.evaluation_model() as model:
+            for index, (batch, cond) in self.validation_batches():
+                draw = self._draw(batch, index, validation=True)
+                rows = [self.compute_losses(*part, model) for part in self._microbatches(batch, cond, draw)]
+                t, losses = gather_losses({"t": draw.t, **_join(rows)})
+                log_loss_dict(self.diffusion, t, {f"val_{name}": value for name, value in losses.items()})
+
+
+def _join(rows: Sequence[Mapping[str, th.Tensor]]) -> dict[str, th.Tensor]:
+    """The losses of all microbatches, one after the other."""
+    return {name: th.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+class ClassifierTrainLoop(TrainLoop):
+    """Trains a classifier of noisy images: model(x_t, timesteps) returns logits [n, K], cond holds labels y [n].
+
+    Logs train_loss, train_acc@1, train_acc@5 (at most K) and, from the next batch of `val_data` each time, val_ ones.
+
+    :param noised: False trains on clean images, at t = 0.
+    """
+
+    loss_prefix = "train_"
+
+    def __init__(self, *, noised: bool = True, **keywords: Any) -> None:
+        self.noised = noised
+        super().__init__(**keywords)
+
+    def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False) -> Draw:
+        draw = super()._draw(batch, index, validation=validation)
+        return draw if self.noised else Draw(th.zeros_like(draw.t), th.ones_like(draw.weights), draw.noise)
+
+    def compute_losses(
+        self, batch: th.Tensor, cond: Cond, draw: Draw, model: th.nn.Module | None = None
+    ) -> dict[str, th.Tensor]:
+        """Cross-entropy [n], and 1 or 0 for each image whose label is among the first 1 and 5 guesses."""
+        noisy = self.diffusion.q_sample(batch, draw.t, draw.noise) if self.noised else batch
+        network = self.ddp_model if model is None else model
+        logits = network(noisy, timesteps=self.diffusion._scale_timesteps(draw.t))
+        labels = cond["y"]
+        ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        accuracies = {f"acc@{k}": ranks[:, :k].any(dim=1).float() for k in (1, ranks.shape[1])}
+        return {"loss": F.cross_entropy(logits, labels, reduction="none"), **accuracies}
+
+    def validation_batches(self) -> Iterable[tuple[int, tuple[th.Tensor, Cond]]]:
+        """The next batch, with noise of its own."""
+        return [(self.updates, next(self.val_data))]

@@ -1,0 +1,252 @@
+"""Files of a run: whole or absent, found by any of their names, refused with a sentence."""
+
+import io
+import json
+import os
+from typing import ClassVar
+
+import pytest
+import safetensors.torch
+import torch as th
+
+from guided_diffusion import checkpoint
+from guided_diffusion.config import ClassifierConfig, UNetConfig
+from guided_diffusion.script_util import build_classifier, build_unet
+
+TINY = UNetConfig(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="")
+
+
+def tiny(**flags):
+    return build_unet(UNetConfig(**{**vars(TINY), **flags}), learn_sigma=False)
+
+
+def write_set(folder, step, *, kinds=("model", "ema_0.99_", "ema_0.9999_", "opt", "state")):
+    for kind in kinds:
+        checkpoint.save(os.path.join(folder, f"{kind}{step:06d}.pt"), {"step": step})
+
+
+# ---- one file
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path):
+    path = str(tmp_path / "run" / "model000001.pt")
+    checkpoint.save(path, {"a": th.ones(3)})
+    with pytest.raises(TypeError):
+        checkpoint.save_json(path, {"not json": object()})
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.save(path, {"a": th.zeros(3), "b": lambda: 0})
+    assert th.equal(checkpoint.load(path)["a"], th.ones(3))
+    assert os.listdir(tmp_path / "run") == ["model000001.pt"]
+
+
+def test_a_bucket_gets_whole_files_through_blobfile(monkeypatch):
+    class Blob(io.BytesIO):
+        written: ClassVar[dict[str, bytes]] = {}
+
+        def __init__(self, path, mode):
+            super().__init__()
+            self.path = path
+
+        def close(self):
+            self.written[self.path] = self.getvalue()
+            super().close()
+
+    monkeypatch.setattr("blobfile.BlobFile", Blob)
+    checkpoint.save("gs://bucket/run/model000001.pt", {"a": th.ones(2)})
+    (path,) = Blob.written
+    assert path == "gs://bucket/run/model000001.pt"
+    assert th.equal(th.load(io.BytesIO(Blob.written[path]))["a"], th.ones(2))
+
+
+def test_safetensors_hold_the_same_weights(tmp_path):
+    model = tiny()
+    path = str(tmp_path / "ema_0.99_000007.safetensors")
+    safetensors.torch.save_file(model.state_dict(), path)
+    other = tiny()
+    checkpoint.load_weights(other, checkpoint.resolve_model(str(tmp_path)))
+    assert all(th.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class NotATensor:
+    pass
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", None])
+def test_a_damaged_file_is_refused_with_its_size(tmp_path, content):
+    path = tmp_path / "model000001.pt"
+    if content is None:
+        checkpoint.save(str(path), {"a": th.ones(1000)})
+        content = path.read_bytes()[:2000]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model000001.pt \({len(content)} bytes\) cannot be read"):
+        checkpoint.load(str(path))
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.load(str(tmp_path / "w.safetensors"))
+
+
+def test_objects_other_than_tensors_are_never_unpickled(tmp_path):
+    th.save(NotATensor(), tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        checkpoint.load(str(tmp_path / "model.pt"))
+
+
+def test_a_missing_file_is_answered_with_those_beside_it(tmp_path):
+    write_set(tmp_path, 5)
+    with pytest.raises(FileNotFoundError, match=r"model000006.pt does not exist; beside it lie .*model000005.pt"):
+        checkpoint.load(str(tmp_path / "model000006.pt"))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        checkpoint.resolve_model("")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        checkpoint.find_set(str(tmp_path / "nowhere" / "model000006.pt"))
+
+
+# ---- sets
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("model070000.pt", 70000),
+        ("gs://bucket/run/opt000010.pt", 10),
+        ("a/ema_0.9999_1234567.pt", 1234567),
+        ("model_070000.pt", 70000),
+        ("state000003.pt", 3),
+        ("256x256_diffusion_uncond.pt", None),
+        ("model070000.txt", None),
+    ],
+)
+def test_names_tell_the_step_or_nothing(name, step):
+    assert checkpoint.step_of(name) == step
+
+
+@pytest.mark.parametrize("name", ["model000020.pt", "ema_0.99_000020.pt", "opt000020.pt", "state000020.pt"])
+def test_any_file_of_a_set_finds_the_others(tmp_path, name):
+    write_set(tmp_path, 10)
+    write_set(tmp_path, 20)
+    found = checkpoint.find_set(str(tmp_path / name))
+    assert found.step == 20
+    assert sorted(map(os.path.basename, found.paths)) == sorted(n for n in os.listdir(tmp_path) if "20.pt" in n)
+    assert sorted(found.emas) == ["0.99", "0.9999"]
+    assert found.weights.endswith("ema_0.9999_000020.pt")
+
+
+def test_a_folder_means_its_newest_complete_set(tmp_path):
+    for step in (10, 9, 100):
+        write_set(tmp_path, step)
+    os.remove(tmp_path / "state000100.pt")
+    assert checkpoint.find_set(str(tmp_path)).step == 10
+    for step in (9, 10):
+        os.remove(tmp_path / f"state{step:06d}.pt")
+    os.remove(tmp_path / "opt000100.pt")
+    assert checkpoint.find_set(str(tmp_path)).step == 10  # a run that wrote no states: the optimizer was the last
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no modelNNNNNN"):
+        checkpoint.find_set(str(tmp_path / "empty"))
+
+
+def test_a_set_without_a_model_starts_from_its_average_or_not_at_all(tmp_path):
+    write_set(tmp_path, 3, kinds=("ema_0.99_", "opt"))
+    assert checkpoint.find_set(str(tmp_path / "ema_0.99_000003.pt")).model.endswith("ema_0.99_000003.pt")
+    with pytest.raises(ValueError, match=r"no model000003.pt beside it"):
+        checkpoint.find_set(str(tmp_path / "opt000003.pt"))
+
+
+def test_a_renamed_file_is_weights_of_an_unknown_step(tmp_path):
+    checkpoint.save(str(tmp_path / "lsun_cat.pt"), {})
+    found = checkpoint.find_set(str(tmp_path / "lsun_cat.pt"))
+    assert (found.step, found.model, found.paths) == (None, str(tmp_path / "lsun_cat.pt"), [found.model])
+
+
+def test_sampling_takes_the_newest_average_then_the_newest_model(tmp_path):
+    folder = str(tmp_path)
+    with pytest.raises(ValueError, match="holds no ema_RATE"):
+        checkpoint.resolve_model(folder)
+    write_set(tmp_path, 9, kinds=("model", "opt"))
+    write_set(tmp_path, 1000000, kinds=("model",))
+    assert checkpoint.resolve_model(folder).endswith("model1000000.pt")
+    write_set(tmp_path, 8)
+    assert checkpoint.resolve_model(folder).endswith("ema_0.9999_000008.pt")
+    assert checkpoint.resolve_model(str(tmp_path / "model000009.pt")) == str(tmp_path / "model000009.pt")
+
+
+def test_the_last_sets_are_kept(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for step in (1, 2, 3, 20):
+        write_set(tmp_path, step)
+    checkpoint.keep_last(str(tmp_path), 0)
+    assert list(checkpoint.sets_in(str(tmp_path))) == [1, 2, 3, 20]
+    checkpoint.keep_last(str(tmp_path), 2)
+    assert list(checkpoint.sets_in(str(tmp_path))) == [3, 20]
+    assert len(os.listdir(tmp_path)) == 11
+
+
+def test_config_and_classes_lie_beside_the_weights(tmp_path):
+    write_set(tmp_path, 1)
+    path = str(tmp_path / "ema_0.99_000001.pt")
+    assert checkpoint.config_beside(path) == {}
+    assert checkpoint.classes_beside(path) == ""
+    checkpoint.save_json(str(tmp_path / "config.json"), {"command": "image_train", "flags": {"image_size": 8}})
+    (tmp_path / "classes.json").write_text("{}")
+    for where in (path, str(tmp_path)):
+        assert checkpoint.config_beside(where) == {"image_size": 8}
+        assert checkpoint.classes_beside(where) == str(tmp_path / "classes.json")
+    for damaged in ("{", "[]", json.dumps({"flags": 3})):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match="is no config of a run"):
+            checkpoint.config_beside(path)
+
+
+# ---- weights
+
+
+def refusal(tmp_path, model, state, name="model000004.pt", **flags):
+    checkpoint.save(str(tmp_path / name), state)
+    with pytest.raises(ValueError, match=name) as caught:
+        checkpoint.load_weights(model, str(tmp_path / name), {**vars(TINY), **flags})
+    return str(caught.value)
+
+
+def test_a_mismatch_names_the_flags_that_differ(tmp_path):
+    message = refusal(tmp_path, tiny(), tiny(num_channels=64, channel_mult="1,2,2", class_cond=True).state_dict())
+    assert "the checkpoint has num_channels 64, you gave 32" in message
+    assert "the checkpoint has channel_mult 1,2,2, you gave 1,2" in message
+    assert "the checkpoint has class_cond True, you gave False" in message
+    assert "num_res_blocks" not in message
+    message = refusal(tmp_path, tiny(), tiny(attention_resolutions="4").state_dict())
+    assert message.endswith("the checkpoint has attention_resolutions 4, you gave ''")
+
+
+def test_a_classifier_given_as_a_model_is_told_apart(tmp_path):
+    flags = {"classifier_pool": "adaptive", "classifier_attention_resolutions": ""}
+    classifier = build_classifier(ClassifierConfig(image_size=8, classifier_width=64, **flags))
+    assert "another kind of network" in refusal(tmp_path, tiny(), classifier.state_dict())
+    assert "another kind of network" in refusal(tmp_path, classifier, tiny().state_dict())
+
+
+def test_a_mismatch_that_no_flag_explains_names_tensors(tmp_path):
+    state = tiny().state_dict()
+    state["extra"] = state.pop("out.0.weight")
+    state["out.0.bias"] = th.zeros(3)
+    message = refusal(tmp_path, tiny(), state)
+    assert "missing: out.0.weight" in message
+    assert "unknown: extra" in message
+    assert "of another shape: out.0.bias [3] instead of [32]" in message
+
+
+def test_optimizer_state_given_as_a_model_names_the_file_to_use(tmp_path):
+    optimizer = th.optim.AdamW(tiny().parameters()).state_dict()
+    assert "holds optimizer state: use a file ema_RATE" in refusal(tmp_path, tiny(), optimizer, "opt000004.pt")
+    checkpoint.save(str(tmp_path / "model000004.pt"), {})
+    checkpoint.save(str(tmp_path / "ema_0.9999_000004.pt"), {})
+    message = refusal(tmp_path, tiny(), optimizer, "opt000004.pt")
+    assert f"use {tmp_path}/ema_0.9999_000004.pt beside it" in message
+    assert "no weights of a network" in refusal(tmp_path, tiny(), {"step": 4}, "state000004.pt")
+
+
+def test_nothing_is_loaded_from_a_file_that_does_not_fit(tmp_path):
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: th.ones_like(value) for name, value in before.items()} | {"extra": th.ones(1)}
+    refusal(tmp_path, model, state)
+    assert all(th.equal(value, before[name]) for name, value in model.state_dict().items())

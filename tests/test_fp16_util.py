@@ -1,0 +1,279 @@
+"""Mixed precision: masters, loss scale, skipped steps, and the flat layout of older fp16 runs."""
+
+import copy
+
+import pytest
+import torch as th
+from torch import nn
+
+from guided_diffusion import fp16_util, logger
+from guided_diffusion.fp16_util import MixedPrecisionTrainer
+
+DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
+
+
+class Toy(nn.Module):
+    """Two layers of which the first changes its precision, as the blocks of a U-Net do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def convert_to(self, precision: str) -> None:
+        self.body.to(DTYPES[precision])
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.head(self.body(x.to(self.body.weight.dtype)).float())
+
+
+X = th.linspace(-1, 1, 15).view(5, 3)
+
+
+def loss_of(model: nn.Module) -> th.Tensor:
+    return ((model(X) - 1) ** 2).mean()
+
+
+def make(precision: str, **options: float) -> tuple[Toy, MixedPrecisionTrainer, th.optim.SGD]:
+    """The same toy every time, trained by plain gradient descent, in which a wrong scale cannot hide."""
+    th.manual_seed(1)
+    model = Toy()
+    # 2^20, the default, is for gradients of about 1e-3: these overflow in fp16
+    trainer = MixedPrecisionTrainer(model=model, precision=precision, **{"initial_lg_loss_scale": 10.0, **options})
+    return model, trainer, th.optim.SGD(trainer.master_params, lr=0.1)
+
+
+def train(trainer: MixedPrecisionTrainer, opt: th.optim.Optimizer, steps: int) -> None:
+    for _ in range(steps):
+        trainer.zero_grad()
+        trainer.backward(loss_of(trainer.model))
+        assert trainer.optimize(opt)
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path):
+    logger.configure(dir=str(tmp_path), format_strs=[])
+
+
+# ---- the trainer
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_every_parameter_moves_as_in_fp32(precision, tolerance):
+    """Also the vectors, and not by 2^20 too much: gradients are unscaled on all masters."""
+    _, reference, opt = make("fp32")
+    train(reference, opt, 3)
+    model, trainer, opt = make(precision)
+    start = [p.detach().clone() for p in trainer.master_params]
+    train(trainer, opt, 3)
+    for ours, theirs, first in zip(trainer.master_params, reference.master_params, start, strict=True):
+        assert ours.dtype == th.float32
+        moved = (theirs - first).abs().max().item()
+        assert moved > 0.01
+        th.testing.assert_close(ours, theirs, atol=tolerance * moved, rtol=0)
+    assert model.body.weight.dtype == DTYPES[precision]
+    for param, master in zip(model.parameters(), trainer.master_params, strict=True):
+        assert th.equal(param, master.to(param.dtype))
+
+
+def test_masters_are_the_parameters_in_fp32_and_unrounded_copies_otherwise():
+    model, trainer, _ = make("fp32")
+    assert all(a is b for a, b in zip(trainer.master_params, model.parameters(), strict=True))
+    half, trainer, _ = make("bf16")
+    originals = dict(model.named_parameters())
+    state = trainer.master_params_to_state_dict(trainer.master_params)
+    assert list(state) == list(originals)
+    assert all(th.equal(state[name], originals[name]) for name in originals)
+    assert not th.equal(half.body.weight.float(), originals["body.weight"])
+    back = trainer.state_dict_to_master_params(state)
+    assert all(th.equal(a, b) for a, b in zip(back, trainer.master_params, strict=True))
+
+
+def test_the_gradients_of_many_backward_passes_add_up_in_fp32():
+    """In bf16 a sum of ones would stop at 256."""
+    model, trainer, opt = make("bf16")
+    trainer.zero_grad()
+    for _ in range(400):
+        trainer.backward(model.body.bias.float().sum())
+    before = trainer.master_params[1].detach().clone()
+    trainer.optimize(opt)
+    th.testing.assert_close(before - trainer.master_params[1].detach(), th.full((4,), 40.0))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_changes_nothing(precision, bad):
+    model, trainer, _ = make(precision)
+    opt = th.optim.AdamW(trainer.master_params, lr=0.1, weight_decay=0.1)
+    train(trainer, opt, 2)
+    before = copy.deepcopy((model.state_dict(), trainer.master_params, opt.state_dict()))
+    scale = trainer.lg_loss_scale
+    trainer.zero_grad()
+    trainer.backward(loss_of(model) * bad)
+    assert not trainer.optimize(opt)
+    assert trainer.skipped_in_a_row == 1
+    after = (model.state_dict(), trainer.master_params, opt.state_dict())
+    th.testing.assert_close(after, before, atol=0, rtol=0)
+    assert trainer.lg_loss_scale == scale - (precision == "fp16")
+    train(trainer, opt, 1)
+    assert trainer.skipped_in_a_row == 0
+
+
+def test_the_loss_scale_falls_by_one_never_below_zero_and_grows_slowly():
+    model, trainer, opt = make("fp16", initial_lg_loss_scale=2.5, fp16_scale_growth=0.25)
+    seen = []
+    for _ in range(4):
+        trainer.zero_grad()
+        trainer.backward(loss_of(model) * float("nan"))
+        trainer.optimize(opt)
+        seen.append(trainer.lg_loss_scale)
+    assert seen == [1.5, 0.5, 0, 0]
+    train(trainer, opt, 2)
+    assert trainer.lg_loss_scale == 0.5
+    _, other, _ = make("fp16")
+    other.load_state_dict(trainer.state_dict())
+    assert other.lg_loss_scale == 0.5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_clipping_limits_the_norm_and_logs_the_unclipped_one(precision):
+    _, trainer, opt = make(precision, grad_clip=0.01)
+    start = [p.detach().clone() for p in trainer.master_params]
+    train(trainer, opt, 1)
+    moved = th.cat([(a - b).flatten() for a, b in zip(trainer.master_params, start, strict=True)]).norm()
+    assert moved.item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+    assert logger.getkvs()["grad_norm"] > 0.1
+    norm = th.cat([p.flatten() for p in start]).norm().item()
+    assert logger.getkvs()["param_norm"] == pytest.approx(norm, rel=1e-6)
+    trainer.zero_grad()
+    trainer.backward(loss_of(trainer.model))
+    assert trainer.optimize(opt, grad_clip=1e-9)
+    again = th.cat([(a - b).flatten() for a, b in zip(trainer.master_params, start, strict=True)]).norm()
+    assert again.item() == pytest.approx(moved.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_parameters_stay_and_unused_ones_count_as_zero_gradients(precision):
+    th.manual_seed(1)
+    model = Toy()
+    model.spare = nn.Parameter(th.ones(2))
+    model.body.requires_grad_(False)
+    trainer = MixedPrecisionTrainer(model=model, precision=precision)
+    opt = th.optim.AdamW(trainer.master_params, lr=0.1, weight_decay=0.5)
+    start = [p.detach().clone() for p in trainer.master_params]
+    train(trainer, opt, 1)
+    changed = [
+        name
+        for (name, _), a, b in zip(model.named_parameters(), trainer.master_params, start, strict=True)
+        if not th.equal(a, b)
+    ]
+    assert set(changed) == {"head.weight", "head.bias", "spare"}
+    spare = dict(zip(dict(model.named_parameters()), trainer.master_params, strict=True))["spare"]
+    th.testing.assert_close(spare.detach(), th.full((2,), 0.95))  # decay alone
+
+
+def test_what_cannot_be_trained_is_refused():
+    model = Toy()
+    with pytest.raises(ValueError, match="contradicts"):
+        MixedPrecisionTrainer(model=model, use_fp16=True, precision="bf16")
+    with pytest.raises(TypeError, match="Linear cannot train in bf16"):
+        MixedPrecisionTrainer(model=nn.Linear(2, 2), precision="bf16")
+    with pytest.raises(ValueError, match="nothing can be trained"):
+        MixedPrecisionTrainer(model=Toy().requires_grad_(False))
+    model.convert_to("fp16")
+    with pytest.raises(ValueError, match=r"torch.float16 but precision is fp32"):
+        MixedPrecisionTrainer(model=model)
+
+
+def test_a_model_that_only_knows_fp16_trains_in_it():
+    class Old(Toy):
+        convert_to = None
+
+        def convert_to_fp16(self) -> None:
+            self.body.half()
+
+    model = Old()
+    trainer = MixedPrecisionTrainer(model=model, use_fp16=True, initial_lg_loss_scale=10.0)
+    train(trainer, th.optim.SGD(trainer.master_params, lr=0.1), 1)
+    assert model.body.weight.dtype == th.float16
+
+
+# ---- the functions of the flat layout
+
+
+def test_only_convolutions_change_their_precision():
+    layers = nn.Sequential(
+        nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.Linear(1, 1), nn.GroupNorm(1, 1)
+    )
+    layers.apply(fp16_util.convert_module_to_f16)
+    assert [p.dtype for p in layers.parameters()] == [th.float16] * 6 + [th.float32] * 4
+    layers.apply(fp16_util.convert_module_to_f32)
+    assert {p.dtype for p in layers.parameters()} == {th.float32}
+
+
+def test_flat_masters_hold_the_parameters_and_their_gradients():
+    th.manual_seed(0)
+    model = Toy()
+    named = list(model.named_parameters())
+    groups = fp16_util.get_param_groups_and_shapes(named)
+    assert [[name for name, _ in group] for group, _ in groups] == [
+        ["body.bias", "head.bias"],
+        ["body.weight", "head.weight"],
+    ]
+    masters = fp16_util.make_master_params(groups)
+    assert [tuple(m.shape) for m in masters] == [(6,), (1, 20)]
+    model.head.weight.grad = th.arange(8.0).view(2, 4)
+    fp16_util.model_grads_to_master_grads(groups, masters)
+    assert th.equal(masters[1].grad, th.cat([th.zeros(12), th.arange(8.0)])[None])
+    assert th.equal(masters[0].grad, th.zeros(6))
+    fp16_util.zero_master_grads(masters)
+    assert masters[1].grad is None
+    fp16_util.zero_grad(model.parameters())
+    assert th.equal(model.head.weight.grad, th.zeros(2, 4))
+
+    with th.no_grad():
+        masters[1].mul_(2)
+    expected = model.body.weight.detach() * 2
+    state = fp16_util.master_params_to_state_dict(model, groups, masters, True)
+    assert list(state) == [name for name, _ in named]
+    assert th.equal(state["body.weight"], expected)
+    again = fp16_util.state_dict_to_master_params(model, state, True)
+    assert all(th.equal(a, b) for a, b in zip(again, masters, strict=True))
+    fp16_util.master_params_to_model_params(groups, masters)
+    assert th.equal(model.body.weight, expected)
+    assert th.equal(model.body.weight, fp16_util.unflatten_master_params(groups[1][0], masters[1])[0])
+    assert fp16_util.state_dict_to_master_params(model, state, False)[0] is state["body.weight"]
+
+
+def flat_adam(steps: int) -> tuple[Toy, dict]:
+    """The optimizer state of a run that trains the two flat masters."""
+    th.manual_seed(1)
+    model = Toy()
+    groups = fp16_util.get_param_groups_and_shapes(model.named_parameters())
+    masters = fp16_util.make_master_params(groups)
+    opt = th.optim.AdamW(masters, lr=0.1)
+    for _ in range(steps):
+        fp16_util.zero_grad(model.parameters())
+        loss_of(model).backward()
+        fp16_util.model_grads_to_master_grads(groups, masters)
+        opt.step()
+        fp16_util.master_params_to_model_params(groups, masters)
+    return model, opt.state_dict()
+
+
+def test_the_flat_optimizer_state_of_older_fp16_runs_is_that_of_each_parameter():
+    model, flat = flat_adam(4)
+    _, trainer, _ = make("fp32")
+    opt = th.optim.AdamW(trainer.master_params, lr=0.1)
+    train(trainer, opt, 4)
+    expected = opt.state_dict()["state"]
+    found = fp16_util.unflatten_optimizer_state(flat["state"], model)
+    assert list(found) == [0, 1, 2, 3]
+    th.testing.assert_close(found, expected)
+    assert fp16_util.unflatten_optimizer_state(expected, model) == expected
+    with pytest.raises(ValueError, match=r"26 values in 2 tensors.*9 values in 2 tensors"):
+        fp16_util.unflatten_optimizer_state(flat["state"], nn.Linear(2, 3))
+
+
+def test_overflow_is_whatever_is_not_finite():
+    values = (1e30, float("inf"), -float("inf"), float("nan"))
+    assert [fp16_util.check_overflow(value) for value in values] == [False, True, True, True]
