@@ -226,7 +226,9 @@ class TrainConfig:
     )
     ema_rate: str = flag("0.9999", "rates of the moving averages of the weights, separated by commas; '' for none")
     fp16_scale_growth: float = flag(1e-3, "growth of the logarithmic loss scale per step, with fp16", at_least=0)
-    resume_checkpoint: str = flag("", "model, EMA or optimizer file, or run folder, to go on from")
+    resume_checkpoint: str = flag(
+        "", "any file of a checkpoint, or a run's folder, to go on from; auto: the newest in --log_dir, if there is one"
+    )
     val_data_dir: str = flag("", "folder or zip of validation images")
     log_interval: int = flag(10, "steps between two lines of the log", at_least=1)
     save_interval: int = flag(10000, "steps between two checkpoints", at_least=1)
@@ -237,7 +239,7 @@ class TrainConfig:
 class ImageTrainConfig(TrainConfig):
     """The training loop of a diffusion model."""
 
-    max_steps: int = flag(0, "steps of the whole run, resumed parts included; 0: without end", at_least=0)
+    max_steps: int = flag(0, "updates of the whole run, resumed parts included; 0: without end", at_least=0)
     lr_anneal_steps: int = flag(0, "steps over which the learning rate falls to 0, then stop; 0: constant", at_least=0)
     val_interval: int = flag(1000, "steps between two validation losses", at_least=1)
     sample_interval: int = flag(0, "steps between two preview grids of EMA samples; 0: none", at_least=0)

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, NoReturn
@@ -131,5 +132,6 @@ def end_job(code: int) -> NoReturn:
     sys.stderr.flush()
     mpi = sys.modules.get("mpi4py.MPI")  # not imported here: a rank that joins alone would wait for the others
     if mpi is not None and announced_place().launcher == "mpiexec":
+        time.sleep(0.2)  # for mpiexec to pass on what was printed, before it ends everything
         mpi.COMM_WORLD.Abort(code)
     os._exit(code)

@@ -101,8 +101,9 @@ class LossSecondMomentResampler(LossAwareSampler):
     def weights(self) -> Array:
         if (self._counts < self.history_per_term).any():
             return np.ones(len(self._counts))
-        moments: Array = np.sqrt((self._losses**2).mean(axis=1))
-        return moments / moments.sum() * (1 - self.uniform_prob) + self.uniform_prob / len(moments)
+        moments = np.sqrt((self._losses**2).mean(axis=1))
+        weights: Array = moments / moments.sum() * (1 - self.uniform_prob) + self.uniform_prob / len(moments)
+        return weights
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):

@@ -98,8 +98,8 @@ def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, st
         if side % rate:
             near = [legal for legal in (side // rate * rate, (side // rate + 1) * rate) if legal]
             raise ValueError(
-                f"image size {side} is not a multiple of {rate}, as the {len(numbers)} levels of channel_mult {text} need: "
-                f"use {' or '.join(map(str, near))}, or fewer levels"
+                f"image size {side} is not a multiple of {rate}, as the {len(numbers)} levels of channel_mult {text} "
+                f"need: use {' or '.join(map(str, near))}, or fewer levels"
             )
     return tuple(int(number) if number.is_integer() else number for number in numbers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -202,6 +203,6 @@ def sample_and_say(flags: Flags, process: GaussianDiffusion, network: Any, job: 
     :param options: of the sampling loop.
     """
     announce(flags, process, job)
-    options |= {"clip_denoised": flags.part(SampleConfig).clip_denoised, "device": dist_util.dev(), "progress": True}
+    options |= {"clip_denoised": flags.part(SampleConfig).clip_denoised, "device": dist_util.dev(), "progress": sys.stderr.isatty()}
     path = generate(process, network, job, **options)
     logger.log(f"sampling complete: {path}")

@@ -14,16 +14,16 @@ from guided_diffusion.config import DemoConfig
 SIZE = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False".split()
 TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 1 --keep_last 1".split()
 DIFFUSION = (
-    "--class_cond True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2,4 --attention_resolutions 8 "
-    "--num_head_channels 64 --precision bf16 --batch_size 32 --lr 1e-3 --warmup_steps 100 --ema_rate 0.995 "
-    "--lr_anneal_steps 1800 --sample_interval 600"
+    "--class_cond True --predict_xstart True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2,4 "
+    "--attention_resolutions= --num_head_channels 64 --precision bf16 --batch_size 32 --lr 1e-3 --warmup_steps 100 "
+    "--ema_rate 0.99 --lr_anneal_steps 1300 --sample_interval 650"
 ).split()
 CLASSIFIER = (
     "--classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,2,4 --classifier_attention_resolutions 8 "
-    "--classifier_precision bf16 --batch_size 64 --lr 1e-3 --weight_decay 0.05 --anneal_lr True --random_crop True"
+    "--classifier_precision bf16 --batch_size 64 --lr 1e-3 --weight_decay 0.05 --anneal_lr True"
 ).split()
-SAMPLING = "--sampler ddim --timestep_respacing ddim50 --batch_size 48 --num_samples 144".split()
-SCALES = (0.0, 2.0, 8.0)
+SAMPLING = "--timestep_respacing 50 --batch_size 45 --num_samples 90".split()
+SCALES = (0.0, 3.0, 10.0)
 CLASSES, SHOWN = 9, 6  # rows, and columns per scale
 
 
@@ -66,9 +66,9 @@ def train(config: DemoConfig) -> None:
     with stage("1. Training a class-conditional diffusion model on 32x32 emoji (some minutes)"):
         run(image_train.main, "diffusion", *DIFFUSION)
     with stage("2. Training a classifier of noisy images, to guide with (about a minute)"):
-        run(classifier_train.main, "classifier", *CLASSIFIER, "--iterations", "500")
+        run(classifier_train.main, "classifier", *CLASSIFIER, "--iterations", "400")
     with stage("3. Training a classifier of clean images, to judge with (less than a minute)"):
-        run(classifier_train.main, "judge", *CLASSIFIER, "--iterations", "300", "--noised", "False")
+        run(classifier_train.main, "judge", *CLASSIFIER, "--iterations", "200", "--noised", "False")
 
 
 def sample(config: DemoConfig, scale: float) -> tuple[float, str]:
@@ -81,9 +81,9 @@ def sample(config: DemoConfig, scale: float) -> tuple[float, str]:
     classes = ",".join(str(label) for label in range(CLASSES))
     words = [f"--log_dir={folder}", f"--classifier_scale={scale}", f"--seed={config.seed}", f"--classes={classes}"]
     precision = ["--precision", "bf16", "--classifier_precision", "bf16"]
-    with stage(f"4. Sampling 144 images with {f'guidance of scale {scale:g}' if scale else 'no guidance'}"):
+    with stage(f"4. Sampling 90 images with {f'guidance of scale {scale:g}' if scale else 'no guidance'}"):
         classifier_sample.main([*networks, *words, *precision, *SAMPLING])
-    return scale, os.path.join(logger.get_dir(), "samples_144x32x32x3.npz")
+    return scale, os.path.join(logger.get_dir(), "samples_90x32x32x3.npz")
 
 
 def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> None:
