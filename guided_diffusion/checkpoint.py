@@ -19,6 +19,7 @@ import torch as th
 
 from guided_diffusion import dist_util
 from guided_diffusion.architecture import architecture
+from guided_diffusion.npz import replacing
 
 CONFIG, CLASSES = "config.json", "classes.json"
 _NAME = re.compile(r"(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)$")
@@ -49,17 +50,8 @@ def _write(path: str, write: Any) -> None:
         with bf.BlobFile(path, "wb") as file:
             write(file)
         return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = f"{path}.part-{os.getpid()}"
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    with replacing(path) as file:
+        write(file)
 
 
 def save(path: str, obj: Any) -> None:

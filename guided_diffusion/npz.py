@@ -30,7 +30,7 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
 def replacing(path: str) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` once it is whole."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = f"{path}.part"
+    part = f"{path}.part-{os.getpid()}"
     try:
         with open(part, "wb") as file:
             yield file

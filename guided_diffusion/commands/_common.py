@@ -203,6 +203,10 @@ def sample_and_say(flags: Flags, process: GaussianDiffusion, network: Any, job: 
     :param options: of the sampling loop.
     """
     announce(flags, process, job)
-    options |= {"clip_denoised": flags.part(SampleConfig).clip_denoised, "device": dist_util.dev(), "progress": sys.stderr.isatty()}
+    options |= {
+        "clip_denoised": flags.part(SampleConfig).clip_denoised,
+        "device": dist_util.dev(),
+        "progress": sys.stderr.isatty(),
+    }
     path = generate(process, network, job, **options)
     logger.log(f"sampling complete: {path}")

@@ -15,9 +15,10 @@ import torch as th
 
 from guided_diffusion import __version__, checkpoint, dist_util, logger
 from guided_diffusion.cli import COMMANDS, Flags
-from guided_diffusion.config import DataConfig, RunConfig, TrainConfig
+from guided_diffusion.config import DataConfig, ImageTrainConfig, RunConfig, TrainConfig
 from guided_diffusion.image_datasets import ImageStream, load_data, save_classes
 from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.train_util import TrainLoop
 
 Load = Callable[..., ImageStream]
 
@@ -188,6 +189,27 @@ def loop_keywords(flags: Flags, diffusion: Any, streams: Streams) -> dict[str, A
         "progress": sys.stderr.isatty(),
         "config": {"command": flags.command, "version": __version__, "flags": values},
     }
+
+
+def train_diffusion(
+    flags: Flags, model: Any, diffusion: Any, streams: Streams, *, precision: str, previewer: Callable[..., Any]
+) -> None:
+    """Run the loop of a diffusion model or an upsampler to its end.
+
+    :param previewer: (flags, diffusion, stream) -> the function that draws previews, asked for where there are any.
+    """
+    loop = flags.part(ImageTrainConfig)
+    TrainLoop(
+        model=model,
+        precision=precision,
+        max_steps=loop.max_steps,
+        lr_anneal_steps=loop.lr_anneal_steps,
+        val_interval=loop.val_interval,
+        sample_interval=loop.sample_interval,
+        preview=previewer(flags, diffusion, streams.train) if loop.sample_interval else None,
+        **loop_keywords(flags, diffusion, streams),
+    ).run_loop()
+    finish()
 
 
 def preview_path(step: int) -> str:

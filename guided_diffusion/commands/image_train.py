@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guided_diffusion import cli
-from guided_diffusion.config import DiffusionConfig, ImageTrainConfig, RunConfig, UNetConfig, resolve_precision
+from guided_diffusion.config import DiffusionConfig, RunConfig, UNetConfig, resolve_precision
 
 PREVIEWED = 16  # images in a preview grid
 
@@ -27,27 +27,16 @@ def train(flags: cli.Flags) -> None:
     from guided_diffusion import dist_util
     from guided_diffusion.commands import _training as training
     from guided_diffusion.script_util import build_diffusion, build_unet
-    from guided_diffusion.train_util import TrainLoop
 
     flags = training.start(flags)
-    config, schedule, loop = flags.part(UNetConfig), flags.part(DiffusionConfig), flags.part(ImageTrainConfig)
+    config, schedule = flags.part(UNetConfig), flags.part(DiffusionConfig)
     precision = resolve_precision(config.precision, config.use_fp16)
     model, diffusion = build_unet(config, schedule.learn_sigma).to(dist_util.dev()), build_diffusion(schedule)
     streams = training.open_streams(flags, image_size=config.image_size, class_cond=config.class_cond)
-    TrainLoop(
-        model=model,
-        precision=precision,
-        max_steps=loop.max_steps,
-        lr_anneal_steps=loop.lr_anneal_steps,
-        val_interval=loop.val_interval,
-        sample_interval=loop.sample_interval,
-        preview=previewer(flags, diffusion, streams.train.classes) if loop.sample_interval else None,
-        **training.loop_keywords(flags, diffusion, streams),
-    ).run_loop()
-    training.finish()
+    training.train_diffusion(flags, model, diffusion, streams, precision=precision, previewer=previewer)
 
 
-def previewer(flags: cli.Flags, diffusion: Any, classes: Sequence[str]) -> Any:
+def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
     """The function (model, step) that draws a grid of samples, the classes in turn, with the same seed every time.
 
     :raises ValueError: if such images cannot be drawn.
@@ -61,7 +50,7 @@ def previewer(flags: cli.Flags, diffusion: Any, classes: Sequence[str]) -> Any:
     if config.dims != 2 or config.image_channels not in DRAWN_CHANNELS:
         raise ValueError("--sample_interval draws images of 1, 3 or 4 channels in 2 dimensions only: leave it out")
     shape = (PREVIEWED, *image_shape(config.image_channels, config.image_size, config.dims))
-    labels = list(range(min(PREVIEWED, len(classes)))) if config.class_cond else []
+    labels = list(range(min(PREVIEWED, len(stream.classes)))) if config.class_cond else []
     seed = flags.part(RunConfig).seed
 
     def draw(model: Any, step: int) -> None:

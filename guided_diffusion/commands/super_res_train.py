@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guided_diffusion import cli
-from guided_diffusion.config import DiffusionConfig, ImageTrainConfig, RunConfig, SuperResConfig, resolve_precision
+from guided_diffusion.config import DiffusionConfig, RunConfig, SuperResConfig, resolve_precision
 
 PREVIEWED = 16  # images in a preview grid
 
@@ -28,25 +28,14 @@ def train(flags: cli.Flags) -> None:
     from guided_diffusion.commands import _training as training
     from guided_diffusion.image_datasets import load_superres_data
     from guided_diffusion.script_util import build_diffusion, build_upsampler
-    from guided_diffusion.train_util import TrainLoop
 
     flags = training.start(flags)
-    config, schedule, loop = flags.part(SuperResConfig), flags.part(DiffusionConfig), flags.part(ImageTrainConfig)
+    config, schedule = flags.part(SuperResConfig), flags.part(DiffusionConfig)
     precision = resolve_precision(config.precision, config.use_fp16)
     model, diffusion = build_upsampler(config, schedule.learn_sigma).to(dist_util.dev()), build_diffusion(schedule)
     sizes = {"large_size": config.large_size, "small_size": config.small_size}
     streams = training.open_streams(flags, load_superres_data, class_cond=config.class_cond, **sizes)
-    TrainLoop(
-        model=model,
-        precision=precision,
-        max_steps=loop.max_steps,
-        lr_anneal_steps=loop.lr_anneal_steps,
-        val_interval=loop.val_interval,
-        sample_interval=loop.sample_interval,
-        preview=previewer(flags, diffusion, streams.train) if loop.sample_interval else None,
-        **training.loop_keywords(flags, diffusion, streams),
-    ).run_loop()
-    training.finish()
+    training.train_diffusion(flags, model, diffusion, streams, precision=precision, previewer=previewer)
 
 
 def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
