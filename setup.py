@@ -36,7 +36,7 @@ setup(
     packages=find_packages(include=["guided_diffusion*", "evaluations*"]),
     package_data={"guided_diffusion": ["py.typed"]},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "numpy>=1.26",
         "blobfile>=2.1",
         "tqdm>=4.64",

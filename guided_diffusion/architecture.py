@@ -37,6 +37,13 @@ def architecture(state_dict: Mapping[str, th.Tensor], image_size: Size | None = 
     shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
     if not {"time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.out_layers.0.weight"} <= set(shapes):
         return {}
+    try:
+        return _read(shapes, image_size)
+    except LookupError:  # a network that only begins like one of ours, or a part of one
+        return {}
+
+
+def _read(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, Any]:
     if any(name.startswith("output_blocks.") for name in shapes):
         return {**_trunk(shapes, image_size), **_unet(shapes)}
     head = _classifier(shapes)

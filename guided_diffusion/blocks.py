@@ -222,7 +222,10 @@ class QKVAttentionLegacy(QKVAttention):
 
 def _share(channels: int, divisor: int, name: str) -> int:
     if divisor < 1 or channels % divisor:
-        raise ValueError(f"{name} must divide the {channels} channels that attend, got {divisor}.")
+        raise ValueError(
+            f"{name} must divide the {channels} channels that attend, got {divisor}; change it, or the width of the "
+            "network (num_channels, classifier_width) or where it attends."
+        )
     return channels // divisor
 
 

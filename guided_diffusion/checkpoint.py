@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -69,19 +68,18 @@ def load(path: str, map_location: Any = "cpu") -> Any:
 
     :raises FileNotFoundError, ValueError: if the file is missing, incomplete, or holds anything else.
     """
-    from safetensors import SafetensorError
-
     if not exists(path):
         raise FileNotFoundError(f"{path} does not exist{_neighbours(path)}")
     try:
         if path.endswith(".safetensors"):
             return _load_safetensors(path, map_location)
         return dist_util.load_state_dict(path, map_location=map_location)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
-        raise ValueError(
-            f"{path} ({bf.stat(path).size} bytes) cannot be read as a checkpoint: it is incomplete, or holds more than "
-            "tensors and plain values; copy or download it again"
-        ) from error
+    except (MemoryError, th.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
+        damaged = "it is incomplete, or holds more than tensors and plain values; copy or download it again"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else damaged
+        raise ValueError(f"{path} ({bf.stat(path).size} bytes) cannot be read as a checkpoint: {reason}") from error
 
 
 def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:

@@ -6,6 +6,7 @@ Nothing here imports torch, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -127,6 +128,8 @@ def _converter(spec: Field[Any]) -> Callable[[str], Any]:
         except ValueError as error:
             detail = str(error) if spec.metadata["convert"] else f"{text!r} is not of type {kind.__name__}"
             raise argparse.ArgumentTypeError(detail) from error
+        if isinstance(value, float) and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if choices and str(value) not in choices:
             allowed = ", ".join(choice or "''" for choice in choices)
             raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
@@ -79,6 +80,20 @@ def parse_size(size: Size) -> tuple[int, int]:
     if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
         raise ValueError(f"image size {size!r} is not a size: write 64, or HEIGHTxWIDTH such as 64x128")
     return numbers[0], numbers[-1]
+
+
+def parse_rates(text: str | float) -> list[float]:
+    """The rates of moving averages in "0.999,0.9999"; [] of ''.
+
+    :raises ValueError: if one is not a number from 0 to 1.
+    """
+    try:
+        rates = [float(word) for word in str(text).split(",") if word.strip()]
+    except ValueError:
+        rates = [math.nan]
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise ValueError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
+    return rates
 
 
 def size_flag(text: Size) -> int | str:

@@ -87,6 +87,11 @@ class Meter:
         """Whether there are losses that no line of the log holds yet."""
         return bool(self._losses)
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there are steps that no line of the log holds yet."""
+        return self._steps > 0
+
     def take_losses(self) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """(t, losses) of all ranks since the last call; every rank must call it."""
         rows, self._losses = self._losses, []

@@ -131,9 +131,11 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> lis
     """Class ids from "207,360" or from names; a number always is an id.
 
     :param names: names by class id, as in classes.json.
-    :raises ValueError: for an id out of range or an unknown name.
+    :raises ValueError: for an id out of range, an unknown name, or none at all.
     """
     labels = [_class_id(word.strip(), names) for word in text.split(",") if word.strip()]
+    if not labels:
+        raise ValueError(f"classes {text!r} names no class: write ids or names with commas in between")
     check_labels(labels, num_classes)
     return labels
 

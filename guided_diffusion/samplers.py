@@ -311,6 +311,10 @@ def _start(process: Process, x: th.Tensor, indices: list[int], options: SampleOp
     if image is None and not options.get("skip_timesteps"):
         return x
     image = th.zeros_like(x) if image is None else image.to(x)
+    sides = zip(reversed(image.shape), reversed(x.shape), strict=False)
+    if image.ndim > x.ndim or any(own not in (1, side) for own, side in sides):
+        raise ValueError(f"init_image of shape {tuple(image.shape)} does not fit the samples, {tuple(x.shape)}")
+    image = image.expand_as(x)
     if not indices:
         return image
-    return process.q_sample(image.expand_as(x), th.full((len(x),), indices[0], device=x.device), x)
+    return process.q_sample(image, th.full((len(x),), indices[0], device=x.device), x)

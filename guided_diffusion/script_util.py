@@ -131,6 +131,8 @@ def _network_arguments(
     config: NetworkConfig, size: tuple[int, int], learn_sigma: bool, table: Mapping[int, str]
 ) -> dict[str, Any]:
     """Arguments of `UNetModel` and `SuperResModel`."""
+    if not 0 <= config.dropout <= 1:
+        raise ValueError(f"dropout {config.dropout} is no probability: give 0 for none, or a number up to 1")
     multipliers = channel_multipliers(config.channel_mult, size, table)
     return {
         "image_size": size if size[0] != size[1] else size[0],

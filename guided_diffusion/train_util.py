@@ -20,6 +20,7 @@ import torch as th
 import torch.nn.functional as F
 
 from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion.config import parse_rates
 from guided_diffusion.draws import TRAINING, VALIDATION, Draw, draw_for_training, draw_for_validation
 from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from guided_diffusion.interruption import Interruption
@@ -124,7 +125,7 @@ class TrainLoop:
         self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.warmup_steps = lr, lr_anneal_steps, warmup_steps
         self.weight_decay, self.max_steps = weight_decay, max_steps
-        self.ema_rate = [float(rate) for rate in str(ema_rate).split(",") if rate.strip()]
+        self.ema_rate = parse_rates(ema_rate)
         self.log_interval, self.save_interval, self.keep_last = log_interval, save_interval, keep_last
         self.val_data, self.val_interval, self.val_batches = val_data, val_interval, val_batches
         self.sample_interval, self.preview = sample_interval, preview
@@ -354,10 +355,11 @@ class TrainLoop:
         return interval > 0 and self.updates % interval == 0
 
     def _dump(self) -> None:
-        """Write a line of the log, if there is anything new; every rank calls it."""
-        if self.meter.has_losses:
+        """Write a line of the log, if there is a step that none holds; every rank calls it."""
+        if self.meter.has_losses:  # not where a subclass computes and logs them in its own way
             t, losses = self.meter.take_losses()
             log_loss_dict(self.diffusion, t, {self.loss_prefix + name: value for name, value in losses.items()})
+        if self.meter.has_steps:
             self.meter.log_speed()
             logger.dumpkvs()
 

@@ -123,3 +123,13 @@ def test_where_several_depths_fit_none_is_claimed():
 
 def test_other_networks_tell_nothing():
     assert architecture(th.nn.Linear(2, 2).state_dict()) == {}
+
+
+@pytest.mark.parametrize("name", ["out.2.weight", "middle_block.0.emb_layers.1.weight", "input_blocks.1.0.in_layers.0"])
+def test_a_part_of_a_network_tells_nothing(name):
+    flags = {"image_size": 16, "num_channels": 32, "channel_mult": "1,2", "attention_resolutions": ""}
+    with th.device("meta"):
+        state = build_unet(UNetConfig(**flags), False).state_dict()
+    whole = architecture(state, 16)
+    found = architecture({key: value for key, value in state.items() if not key.startswith(name)}, 16)
+    assert found != whole

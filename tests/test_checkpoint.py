@@ -71,7 +71,7 @@ class NotATensor:
     pass
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", None])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"hello\n", b"<html>", None])
 def test_a_damaged_file_is_refused_with_its_size(tmp_path, content):
     path = tmp_path / "model000001.pt"
     if content is None:

@@ -467,6 +467,7 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
         (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),
         (["--model_path", "UNET", "--sampler", "dim"], "'dim' is none of"),
         (["--model_path", "UNET", "--classes", "7"], "class 7 does not exist: the classes are 0 .. 2"),
+        (["--model_path", "UNET", "--classes", ","], "classes ',' names no class"),
         (["--model_path", "UNET", "--classes", "cow"], "class 'cow' is unknown: the names are cat, dog, owl"),
         (["--model_path", "UNCONDITIONAL", "--classes", "1"], "--classes 1 has no effect on an unconditional model"),
         (["--model_path", "UNET", "--num_channels", "64"], "the checkpoint has num_channels 32, you gave 64"),
@@ -522,6 +523,8 @@ def test_mistakes_in_enlarging_get_one_sentence(
             ["--base_samples", save_small(tmp_path / "d.npz", small, np.array([0, 3]))],
             "class 3 does not exist: the classes are 0 .. 2",
         ),
+        (["--base_samples", save_small(tmp_path / "e.npz", small, np.array([1]))], "labels arr_1 (1,) of int64"),
+        (["--base_samples", save_small(tmp_path / "f.npz", small, np.ones(2))], "labels arr_1 (2,) of float64"),
     ]
     for argv, message in cases:
         words = [

@@ -219,6 +219,26 @@ def test_skipping_starts_from_the_noised_image():
     assert th.equal(seen[0][0], process.q_sample(image, th.tensor([5, 5]), noise))
 
 
+@pytest.mark.parametrize("skip", [4, 10])
+def test_one_image_starts_all_samples(skip):
+    process = make_process(respacing="10")
+    image = noise_like()[:1]
+    noise = noise_like(seed=1)
+
+    def sample(start):
+        return process.ddim_sample_loop(
+            GaussianData(process), SHAPE, noise=noise, device="cpu", skip_timesteps=skip, init_image=start
+        )
+
+    assert th.equal(sample(image), sample(image.expand(SHAPE)))
+
+
+def test_an_image_of_another_shape_is_refused():
+    process = make_process(respacing="10")
+    with pytest.raises(ValueError, match=r"init_image of shape \(.*\) does not fit the samples"):
+        process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", init_image=th.zeros(3, *SHAPE[1:]))
+
+
 @pytest.mark.parametrize("skip", [-1, 11])
 def test_skipping_more_than_there_is_is_refused(skip):
     process = make_process(respacing="10")

@@ -171,6 +171,9 @@ def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
         ({"resume_checkpoint": "model000007.pt"}, "model000007.pt does not exist"),
         ({"schedule_sampler": "unifrom"}, "did you mean uniform?"),
         ({"image_channels": 2, "sample_interval": 1}, "--sample_interval draws images of 1, 3 or 4 channels"),
+        ({"dropout": 2}, "dropout 2.0 is no probability"),
+        ({"ema_rate": "often"}, "ema_rate 'often' is not a list of rates"),
+        ({"dims": 3}, "--dims 3 does not fit pictures"),
         ({"lr": "fast"}, "'fast' is not of type float"),
         ({"nmu_channels": 32}, "did you mean --num_channels?"),
     ],
@@ -178,6 +181,22 @@ def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
 def test_mistakes_are_answered_with_one_sentence(tmp_path, pictures, capsys, flags, sentence):
     usual = {**TINY, "data_dir": pictures, "max_steps": 1, "log_dir": tmp_path / "run", "batch_size": 2}
     assert sentence in refused(capsys, image_train.main, **{**usual, **flags})
+
+
+def test_a_resumed_run_leaves_the_checkpoints_of_others_alone(tmp_path, pictures, capsys):
+    usual = {**TINY, "data_dir": pictures, "batch_size": 2}
+    for name, steps in (("one", 2), ("other", 1)):
+        image_train.main(command_line(**usual, max_steps=steps, log_dir=tmp_path / name))
+    config = (tmp_path / "other" / "config.json").read_bytes()
+    flags = {**usual, "max_steps": 3, "resume_checkpoint": tmp_path / "one", "log_dir": tmp_path / "other"}
+    assert "holds the checkpoints of another run than" in refused(capsys, image_train.main, **flags)
+    assert (tmp_path / "other" / "config.json").read_bytes() == config
+
+
+def test_a_seed_may_be_larger_than_a_word(tmp_path, pictures):
+    flags = {**TINY, "data_dir": pictures, "batch_size": 2, "max_steps": 1, "log_dir": tmp_path / "run"}
+    image_train.main(command_line(**flags, seed=2**70))
+    assert (tmp_path / "run" / "model000001.pt").exists()
 
 
 def test_options_without_effect_on_a_classifier_are_refused(tmp_path, pictures, capsys):

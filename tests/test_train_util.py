@@ -487,6 +487,14 @@ def test_a_subclass_with_its_own_step_trains(tmp_path, pictures):
     assert not any(th.equal(a, b) for a, b in zip(start, loop.ema_params[0], strict=True))
     assert loop.global_batch == 4
     assert "model000003.pt" in files(tmp_path)
+    assert column(tmp_path, "step") == [1, 2, 3]
+    assert min(column(tmp_path, "loss")) > 0
+
+
+@pytest.mark.parametrize("rate", ["often", "2", "0.9,-0.1", "nan"])
+def test_averages_need_rates_from_0_to_1(tmp_path, pictures, rate):
+    with pytest.raises(ValueError, match=f"ema_rate '{rate}' is not a list of rates from 0 to 1"):
+        make(tmp_path, stream(pictures), ema_rate=rate)
 
 
 def test_the_places_to_resume_from_and_to_save_to_can_be_replaced(tmp_path, pictures, monkeypatch):

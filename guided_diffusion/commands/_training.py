@@ -53,6 +53,11 @@ def start(flags: Flags) -> Flags:
 def _check(flags: Flags) -> None:
     if not flags.values["data_dir"]:
         raise ValueError("--data_dir is missing: give a folder or a zip of images")
+    if flags.values["dims"] != 2:
+        raise ValueError(
+            f"--dims {flags.values['dims']} does not fit pictures, which have 2: leave it out, or give "
+            "guided_diffusion.train_util.TrainLoop data of your own"
+        )
     useless = [name for name in NEED_VALIDATION if name in flags.given and not flags.values["val_data_dir"]]
     if useless:
         raise ValueError(f"--{useless[0]} has no effect without --val_data_dir: give both or none")
@@ -83,11 +88,17 @@ def refuse_other_run(folder: str, flags: Flags) -> None:
     newest = max(checkpoint.sets_in(folder), default=-1)
     resumed = flags.values["resume_checkpoint"]
     if resumed:
-        step = checkpoint.find_set(resumed).step or 0
+        files = checkpoint.find_set(resumed)
+        step = files.step or 0
         if newest > step:
             raise ValueError(
                 f"{folder} holds checkpoints up to step {newest}, which a run resumed at step {step} would overwrite: "
                 f"give another --log_dir, or --resume_checkpoint {folder} to go on from the last"
+            )
+        if newest >= 0 and os.path.realpath(os.path.dirname(files.model)) != os.path.realpath(folder):
+            raise ValueError(
+                f"{folder} holds the checkpoints of another run than {resumed}, up to step {newest}: give another "
+                "--log_dir"
             )
     elif newest >= 0:
         raise ValueError(
@@ -112,7 +123,7 @@ def _refuse_other_flags(folder: str, values: Mapping[str, Any]) -> None:
 def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    th.manual_seed(seed)
+    th.manual_seed(seed % 2**64)
 
 
 # ---- data

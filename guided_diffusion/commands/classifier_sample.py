@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import cli
+from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, GuidanceConfig, UNetConfig
 
 if TYPE_CHECKING:
@@ -20,14 +20,6 @@ SHARED = {
     "rescale_timesteps": (DiffusionConfig, DiffusionConfig),
 }
 PER_CLASS = {"num_classes": (UNetConfig, ClassifierConfig)}
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``classifier_sample`` with a command line."""
-    flags = cli.parse("classifier_sample", argv)
-    from guided_diffusion import dist_util
-
-    dist_util.run(sample, flags)
 
 
 def sample(flags: cli.Flags) -> None:
@@ -76,3 +68,6 @@ def check_agreement(model: Restored, classifier: Restored) -> None:
                 f"the model has {name} {ours} and the classifier {theirs}: guidance needs a classifier trained "
                 "for the same images, classes and noise as the model"
             )
+
+
+main = entry("classifier_sample", sample)

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from guided_diffusion import cli
+from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import ClassifierConfig, ClassifierTrainConfig, DiffusionConfig, resolve_precision
 
 INITIAL_LOG_LOSS_SCALE = 16.0  # gradients of a cross-entropy are larger than those of a mean square
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``classifier_train`` with a command line."""
-    flags = cli.parse("classifier_train", argv)
-    from guided_diffusion import dist_util
-
-    dist_util.run(train, flags)
 
 
 def train(flags: cli.Flags) -> None:
@@ -47,3 +38,6 @@ def train(flags: cli.Flags) -> None:
         **training.loop_keywords(flags, diffusion, streams),
     ).run_loop()
     training.finish()
+
+
+main = entry("classifier_train", train)

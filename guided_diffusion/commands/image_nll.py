@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import cli
+from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import DiffusionConfig, LikelihoodConfig, RunConfig, UNetConfig
 
 if TYPE_CHECKING:
@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 
 TERMS = ("vb", "mse", "xstart_mse")
 BPD_FILE = "bpd.npz"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``image_nll`` with a command line."""
-    flags = cli.parse("image_nll", argv)
-    from guided_diffusion import dist_util
-
-    dist_util.run(measure, flags)
 
 
 def measure(flags: cli.Flags) -> None:
@@ -122,3 +114,6 @@ def report(rows: th.Tensor, means: th.Tensor, folder: str) -> None:
     logger.log(
         f"{len(total)} images: {total.mean():.4f}{error} bits per dimension (mean and standard error); in {folder}"
     )
+
+
+main = entry("image_nll", measure)

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from guided_diffusion import cli
+from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import DiffusionConfig, SampleConfig, UNetConfig
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``image_sample`` with a command line."""
-    flags = cli.parse("image_sample", argv)
-    from guided_diffusion import dist_util
-
-    dist_util.run(sample, flags)
 
 
 def sample(flags: cli.Flags) -> None:
@@ -35,3 +26,6 @@ def sample(flags: cli.Flags) -> None:
     shape = common.image_shape(config.image_channels, config.image_size, config.dims)
     job = common.job_of(flags, sampler, shape, model.identity, **labels)
     common.sample_and_say(flags, build_diffusion(flags.part(DiffusionConfig)), model.network, job)
+
+
+main = entry("image_sample", sample)

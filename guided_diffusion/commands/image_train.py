@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from guided_diffusion import cli
+from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import DiffusionConfig, RunConfig, UNetConfig, resolve_precision
 
 PREVIEWED = 16  # images in a preview grid
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``image_train`` with a command line."""
-    flags = cli.parse("image_train", argv)
-    from guided_diffusion import dist_util
-
-    dist_util.run(train, flags)
 
 
 def train(flags: cli.Flags) -> None:
@@ -57,3 +49,6 @@ def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
         preview(diffusion, model, shape, labels=labels, seed=seed, path=preview_path(step))
 
     return draw
+
+
+main = entry("image_train", train)

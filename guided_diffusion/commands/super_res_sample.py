@@ -7,18 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import cli
+from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import DiffusionConfig, SampleConfig, SuperResConfig, UpsampleConfig, parse_size
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``super_res_sample`` with a command line."""
-    flags = cli.parse("super_res_sample", argv)
-    from guided_diffusion import dist_util
-
-    dist_util.run(sample, flags)
 
 
 def sample(flags: cli.Flags) -> None:
@@ -75,6 +68,12 @@ def read_base(flags: cli.Flags) -> dict[str, np.ndarray]:
             f"--base_samples {path} holds arr_0 {images.shape} of {images.dtype}, and small_size {config.small_size} "
             f"with {config.image_channels} channels needs uint8 images {expected}"
         )
+    labels = base.get("arr_1", np.zeros(len(images), np.int64))
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"--base_samples {path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one integer for each of "
+            f"the {len(images)} images, or none"
+        )
     count = min(len(images), flags.part(SampleConfig).num_samples)
     if flags.given.get("num_samples", 0) > len(images):
         raise ValueError(f"--num_samples {flags.given['num_samples']} is more than the {len(images)} images of {path}")
@@ -97,3 +96,6 @@ def labels_of(flags: cli.Flags, base: dict[str, np.ndarray], names: list[str]) -
     if config.class_cond and not text:
         raise ValueError("the upsampler is class-conditional and the images have no labels (arr_1): give --classes")
     return common.labels_of(flags, names, config.num_classes) if text else {}
+
+
+main = entry("super_res_sample", sample)
