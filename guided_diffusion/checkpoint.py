@@ -237,6 +237,8 @@ def load_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None
     """
     state = load(path)
     _check_weights(state, path)
+    if all(name.startswith("module.") for name in state):  # saved from inside a data-parallel wrapper
+        state = {name.removeprefix("module."): value for name, value in state.items()}
     own = model.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         size = next((flags[key] for key in ("large_size", "image_size") if flags and key in flags), None)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar
@@ -31,6 +30,7 @@ from guided_diffusion.config import (
     nearest,
     str2bool,
 )
+from guided_diffusion.launchers import announced_rank
 
 Section = TypeVar("Section", bound=object)
 
@@ -96,22 +96,24 @@ class Flags:
         return section(**{name: values[name] for name in defaults(section)})
 
     def over(self, saved: Mapping[str, Any], *sections: type[Any]) -> Flags:
-        """The same command line over flags saved with a checkpoint, taken for the given config classes alone."""
+        """The same command line over flags saved with a checkpoint, taken for the given config classes alone.
+
+        :raises ValueError: if a saved value has another type than its flag.
+        """
         known = {spec.name: spec for section in sections for spec in fields(section)}
         taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
+        for name, value in taken.items():
+            kinds = known[name].type
+            if type(value).__name__ not in (kinds if "float" not in kinds else f"{kinds} int"):
+                raise ValueError(f"the checkpoint's config.json says {name} {value!r}, which should be of type {kinds}")
         return Flags(self.command, self.given, {**self.saved, **taken})
-
-    def section_of(self, name: str) -> dict[str, Any]:
-        """What the command line said about the flags of the config class called `name`."""
-        sections = {section.__name__: section for section in COMMANDS[self.command].sections}
-        return {key: value for key, value in self.given.items() if key in defaults(sections[name])}
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence each, said once for all ranks."""
 
     def error(self, message: str) -> NoReturn:
-        if all(os.environ.get(name, "0") == "0" for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")):
+        if announced_rank() == 0:
             self._print_message(f"{self.prog}: error: {message}\n")
         self.exit(2)
 

@@ -15,6 +15,8 @@ from datetime import datetime
 from functools import wraps
 from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
+from tqdm.auto import tqdm
+
 from guided_diffusion import launchers
 from guided_diffusion.log_writers import (
     CSVOutputFormat as CSVOutputFormat,
@@ -253,6 +255,14 @@ def share_dir(dir: str) -> None:
     _shared_dir = dir
 
 
+def progress_bar(*, shown: bool = True, **options: Any) -> Any:
+    """A tqdm bar on stderr: redrawn all the time on a terminal, every half minute in a file or an mpiexec's pipe.
+
+    :param shown: False for a bar that counts and draws nothing, as on all ranks but one.
+    """
+    return tqdm(disable=not shown, file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 30.0, **options)
+
+
 def configure(
     dir: str | None = None,
     format_strs: Iterable[str] | None = None,
@@ -268,7 +278,12 @@ def configure(
     """
     rank = get_rank_without_mpi_import()
     folder = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir or new_dir())
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} cannot be made a folder for logs ({error.strerror}): give another log_dir"
+        ) from error
     suffix = log_suffix if rank == 0 else f"{log_suffix}-rank{rank:03d}"
     formats = _formats_from_environment(rank) if format_strs is None else format_strs
     writers = [make_output_format(name, folder, suffix) for name in formats if name]

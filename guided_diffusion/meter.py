@@ -5,7 +5,6 @@ Shapes: N images of all ranks, n of one rank.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from tqdm.auto import tqdm
 
 from guided_diffusion import dist_util, logger
 
@@ -30,9 +28,7 @@ class Meter:
     def __init__(self, global_batch: int, *, done: int = 0, total: int = 0, progress: bool = False) -> None:
         self.global_batch = global_batch
         shown = progress and dist_util.rank() == 0
-        self._bar = tqdm(
-            total=total or None, initial=done, unit="step", disable=not shown, file=sys.stderr, dynamic_ncols=True
-        )
+        self._bar = logger.progress_bar(shown=shown, total=total or None, initial=done, unit="step", dynamic_ncols=True)
         self._losses: list[dict[str, th.Tensor]] = []
         self._restart()
 

@@ -18,7 +18,6 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 import torch as th
-from tqdm.auto import tqdm
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoint import save_json
@@ -297,7 +296,7 @@ def make_shards(
     show = options.pop("progress", False) and rank == 0
     steps = len(missing) * (process.num_timesteps - options.get("skip_timesteps", 0))
     reported = False
-    with tqdm(total=steps, desc="sampling", unit="step", disable=not show) as bar, evaluating(model):
+    with logger.progress_bar(shown=show, total=steps, desc="sampling", unit="step") as bar, evaluating(model):
         for batch in missing:
             x, labels = _sample_batch(process, model, job, batch, bar, options)
             reported = reported or _report(x, batch)
@@ -427,7 +426,7 @@ def preview(
         seed=seed,
         labels=labels,
     )
-    with evaluating(model), tqdm(disable=True) as bar:
+    with evaluating(model), logger.progress_bar(shown=False) as bar:
         images = to_uint8(_sample_batch(_few_steps(process), model, job, 0, bar, {})[0])
     save_grid(path, images, math.ceil(math.sqrt(len(images))))
     return images

@@ -271,7 +271,8 @@ class UNetModel(UNetBackbone):
         """
         self._check_size(x)
         emb = self._embed(x, timesteps, y)
-        *skips, h = self._encode(x, emb)
+        skips = list(self._encode(x, emb))
+        h = skips.pop()
         for block in self.output_blocks:
             h = block(th.cat([h, skips.pop()], dim=1), emb)
         out: th.Tensor = self.out(h.to(x.dtype))

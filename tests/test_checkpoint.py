@@ -250,3 +250,11 @@ def test_nothing_is_loaded_from_a_file_that_does_not_fit(tmp_path):
     state = {name: th.ones_like(value) for name, value in before.items()} | {"extra": th.ones(1)}
     refusal(tmp_path, model, state)
     assert all(th.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_saved_from_inside_a_data_parallel_wrapper(tmp_path):
+    model, path = th.nn.Linear(2, 3), str(tmp_path / "wrapped.pt")
+    checkpoint.save(path, {f"module.{name}": value + 1 for name, value in model.state_dict().items()})
+    expected = {name: value + 1 for name, value in model.state_dict().items()}
+    checkpoint.load_weights(model, path)
+    assert all(th.equal(value, expected[name]) for name, value in model.state_dict().items())

@@ -157,8 +157,9 @@ def test_a_wrong_flag_is_answered_by_a_sentence(line, answer, capsys):
     assert len(printed.strip().splitlines()) == 1
 
 
-def test_one_rank_answers_for_all(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+@pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"])
+def test_one_rank_answers_for_all(variable, capsys, monkeypatch):
+    monkeypatch.setenv(variable, "1")
     with pytest.raises(SystemExit):
         cli.parse("image_sample", ["--zzz"])
     assert capsys.readouterr().err == ""
@@ -193,6 +194,17 @@ def test_precedence_is_command_line_then_checkpoint_then_default():
     assert over.values["seed"] == 5
     assert "lr" not in over.values
     assert flags.over(saved, ClassifierConfig).part(UNetConfig).num_res_blocks == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_channels", "64"), ("class_cond", 1), ("channel_mult", None)])
+def test_saved_flags_of_another_type_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"config.json says {name} .*, which should be of type"):
+        cli.parse("image_sample", []).over({name: value}, UNetConfig)
+
+
+def test_saved_numbers_and_sizes_may_take_either_form():
+    over = cli.parse("image_sample", []).over({"dropout": 0, "image_size": "32x64"}, UNetConfig)
+    assert over.part(UNetConfig).image_size == "32x64"
 
 
 def test_every_flag_has_a_help_text_and_a_plain_default():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "guided_diffusion"
 
 # a module imports only from modules before it
 ORDER = [
-    *["config", "cli", "nn", "losses", "launchers", "log_writers", "logger", "dist_util", "seeds", "npz", "pictures"],
+    *["config", "launchers", "cli", "nn", "losses", "log_writers", "logger", "dist_util", "seeds", "npz", "pictures"],
     *["samplers", "guidance", "surfaces", "gaussian_diffusion", "respace", "resample", "blocks", "unet"],
     *["fp16_util", "image_files", "image_labels", "image_datasets", "architecture", "checkpoint", "draws", "meter"],
     *["interruption", "run_state", "sample_util", "train_util", "script_util", "commands"],

@@ -301,3 +301,20 @@ def test_files_are_appended_to_and_never_emptied(tmp_path):
     text = (tmp_path / "log.txt").read_text()
     assert [line for line in text.splitlines() if line in "01"] == ["0", "1"]
     assert (tmp_path / "progress.csv").read_text() == "a\n0\n1\n"
+
+
+def test_an_impossible_folder_is_answered_by_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"file/run cannot be made a folder for logs \(Not a directory\): give another"
+    ):
+        logger.configure(dir=str(tmp_path / "file" / "run"))
+
+
+def test_a_progress_bar_in_a_pipe_does_not_flood_it(capfd):
+    for _ in logger.progress_bar(iterable=range(1000)):
+        pass
+    assert capfd.readouterr().err.count("1000") < 5
+    with logger.progress_bar(shown=False, total=3) as bar:
+        bar.update(3)
+    assert capfd.readouterr().err == ""

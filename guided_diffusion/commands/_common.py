@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -206,7 +205,7 @@ def sample_and_say(flags: Flags, process: GaussianDiffusion, network: Any, job: 
     options |= {
         "clip_denoised": flags.part(SampleConfig).clip_denoised,
         "device": dist_util.dev(),
-        "progress": sys.stderr.isatty(),
+        "progress": True,
     }
     path = generate(process, network, job, **options)
     logger.log(f"sampling complete: {path}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -197,7 +196,7 @@ def loop_keywords(flags: Flags, diffusion: Any, streams: Streams) -> dict[str, A
         "data": streams.train,
         "val_data": streams.validation,
         "schedule_sampler": create_named_schedule_sampler(train.schedule_sampler, diffusion),
-        "progress": sys.stderr.isatty(),
+        "progress": True,
         "config": {"command": flags.command, "version": __version__, "flags": values},
     }
 

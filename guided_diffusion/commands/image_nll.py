@@ -75,16 +75,15 @@ def likelihoods(
     """One rank's share: rows (index, total_bpd, prior_bpd) per image, and the sums over images of `TERMS` [3, T]."""
     import numpy as np
     import torch as th
-    from tqdm.auto import tqdm
 
-    from guided_diffusion import dist_util
+    from guided_diffusion import dist_util, logger
     from guided_diffusion.seeds import seeded
 
     options, device = model.flags.part(LikelihoodConfig), dist_util.dev()
     seed, size = model.flags.part(RunConfig).seed, options.batch_size
     rows, sums = [np.empty((0, 3))], th.zeros(len(TERMS), process.num_timesteps, dtype=th.float64)
     batches = range(rank, -(-count // size), world_size)
-    for batch in tqdm(batches, desc="measuring", unit="batch", disable=rank > 0):
+    for batch in logger.progress_bar(shown=rank == 0, iterable=batches, desc="measuring", unit="batch"):
         indices = range(batch * size, min((batch + 1) * size, count))
         images, labels = zip(*[dataset[index] for index in indices], strict=True)
         cond = {name: th.tensor(np.stack([label[name] for label in labels]), device=device) for name in labels[0]}

@@ -1,0 +1,58 @@
+"""The demonstration: its parts here, all of it with few steps among the slow tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
+from guided_diffusion.commands import demo
+from guided_diffusion.config import DemoConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_accuracy_counts_the_labels_that_the_classifier_gives():
+    """A classifier that sees whether an image is bright gets the bright and the dark ones right."""
+    images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 10, 250, 255)])
+
+    def classifier(x, timesteps):
+        assert not timesteps.any()
+        brightness = x.mean(dim=(1, 2, 3))
+        return th.stack([-brightness, brightness], dim=1)
+
+    assert demo.accuracy(classifier, images, np.array([0, 0, 1, 1])) == 1.0
+    assert demo.accuracy(classifier, images, np.array([0, 1, 1, 0])) == 0.5
+
+
+def test_processes_are_a_power_of_two_that_divides_the_batches():
+    ranks = demo.process_count()
+    assert ranks in (1, 2, 4, 8)
+    assert all(demo.BATCH[command] % ranks == 0 for command in ("image_train", "classifier_train"))
+
+
+@pytest.mark.slow
+def test_the_demo_trains_samples_judges_draws_and_does_it_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    short = [word if word != "1300" else "3" for word in demo.DIFFUSION]
+    monkeypatch.setattr(demo, "DIFFUSION", short)
+    real = demo.launch
+
+    def launch(command, *flags):
+        words = [{"400": "2", "200": "2", "50": "3"}.get(word, word) for word in flags]
+        real(command, *words)
+
+    monkeypatch.setattr(demo, "launch", launch)
+    demo.show(DemoConfig(log_dir=str(tmp_path / "demo")))
+    said = capfd.readouterr().out
+    assert said.count("%") == len(demo.SCALES)
+    picture = Image.open(tmp_path / "demo" / "demo.png")
+    assert min(picture.size) > 9 * 32
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*.npz")}
+    assert len(before) == len(demo.SCALES)
+    demo.show(DemoConfig(log_dir=str(tmp_path / "demo")))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*.npz")}
+    assert (tmp_path / "demo" / "diffusion" / "model000003.pt").exists()
