@@ -37,18 +37,18 @@ def test_processes_are_a_power_of_two_that_divides_the_batches():
 @pytest.mark.slow
 def test_the_demo_trains_samples_judges_draws_and_does_it_once(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
-    short = [word if word != "1300" else "3" for word in demo.DIFFUSION]
+    short = [word if word != "1200" else "3" for word in demo.DIFFUSION]
     monkeypatch.setattr(demo, "DIFFUSION", short)
     real = demo.launch
 
     def launch(command, *flags):
-        words = [{"400": "2", "200": "2", "50": "3"}.get(word, word) for word in flags]
+        words = [{"350": "2", "300": "2", "50": "3"}.get(word, word) for word in flags]
         real(command, *words)
 
     monkeypatch.setattr(demo, "launch", launch)
     demo.show(DemoConfig(log_dir=str(tmp_path / "demo")))
     said = capfd.readouterr().out
-    assert said.count("%") == len(demo.SCALES)
+    assert said.count("%") == len(demo.SCALES) + 1
     picture = Image.open(tmp_path / "demo" / "demo.png")
     assert min(picture.size) > 9 * 32
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*.npz")}

@@ -18,14 +18,14 @@ TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --nu
 DIFFUSION = (
     "--class_cond True --predict_xstart True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2,4 "
     "--attention_resolutions= --num_head_channels 64 --precision bf16 --lr 1e-3 --warmup_steps 100 "
-    "--ema_rate 0.99 --lr_anneal_steps 1300 --sample_interval 650"
+    "--ema_rate 0.99 --lr_anneal_steps 1200 --sample_interval 600"
 ).split()
 CLASSIFIER = (
     "--classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,2,4 --classifier_attention_resolutions 8 "
     "--classifier_precision bf16 --lr 1e-3 --weight_decay 0.05 --anneal_lr True"
 ).split()
-SAMPLING = "--timestep_respacing 50 --num_samples 90 --precision bf16 --classifier_precision bf16".split()
-BATCH = {"image_train": 32, "classifier_train": 64, "classifier_sample": 45}  # of all processes; in sampling, of each
+SAMPLING = "--timestep_respacing 50 --num_samples 144 --precision bf16 --classifier_precision bf16".split()
+BATCH = {"image_train": 32, "classifier_train": 64, "classifier_sample": 36}  # of all processes; in sampling, of each
 SCALES = (0.0, 3.0, 10.0)
 CLASSES, SHOWN = 9, 6  # rows, and columns per scale
 
@@ -92,9 +92,9 @@ def train(config: DemoConfig) -> None:
     with stage("1. Training a class-conditional diffusion model on 32x32 emoji (about 5 minutes)"):
         run("image_train", "diffusion", *DIFFUSION)
     with stage("2. Training a classifier of noisy images, to guide with (about a minute)"):
-        run("classifier_train", "classifier", *CLASSIFIER, "--iterations", "400")
-    with stage("3. Training a classifier of clean images, to judge with (less than a minute)"):
-        run("classifier_train", "judge", *CLASSIFIER, "--iterations", "200", "--noised", "False")
+        run("classifier_train", "classifier", *CLASSIFIER, "--iterations", "350")
+    with stage("3. Training a classifier of clean images, to judge with (about a minute)"):
+        run("classifier_train", "judge", *CLASSIFIER, "--iterations", "300", "--noised", "False")
 
 
 def sample(config: DemoConfig, scale: float) -> tuple[float, str]:
@@ -103,18 +103,20 @@ def sample(config: DemoConfig, scale: float) -> tuple[float, str]:
     folder = f"{config.log_dir}/samples_scale_{scale:g}"
     classes = ",".join(str(label) for label in range(CLASSES))
     words = [f"--log_dir={folder}", f"--classifier_scale={scale}", f"--seed={config.seed}", f"--classes={classes}"]
-    with stage(f"4. Sampling 90 images with {f'guidance of scale {scale:g}' if scale else 'no guidance'}"):
+    with stage(f"4. Sampling 144 images with {f'guidance of scale {scale:g}' if scale else 'no guidance'}"):
         launch("classifier_sample", *networks, *words, *SAMPLING)
-    return scale, f"{folder}/samples_90x32x32x3.npz"
+    return scale, f"{folder}/samples_144x32x32x3.npz"
 
 
 def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> None:
     """Print how often the judge sees the class that was asked for, and draw rows of classes."""
     import numpy as np
 
+    from guided_diffusion import logger
     from guided_diffusion.commands import _common as common
     from guided_diffusion.pictures import save_grid
 
+    logger.configure(dir=config.log_dir, format_strs=[])
     judge = common.restore_classifier(cli.parse("classifier_sample", [f"--classifier_path={config.log_dir}/judge"]))
     columns, titles = [], []
     print("\nHow often the separately trained classifier of clean images sees the class that was asked for:")
@@ -122,13 +124,24 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
         with np.load(path) as file:
             images, labels = file["arr_0"], file["arr_1"]
         name = f"guided, scale {scale:g}" if scale else "unguided"
-        print(f"    {name:20s} {accuracy(judge.network, images, labels):6.1%}")
+        print(f"    {name:24s} {accuracy(judge.network, images, labels):6.1%}")
         columns.append(np.stack([images[labels == label][:SHOWN] for label in range(CLASSES)]))
         titles.append(name)
+    print(f"    {'real images, for scale':24s} {accuracy(judge.network, *real_images(config)):6.1%}")
     picture = f"{config.log_dir}/demo.png"
     grid = np.concatenate(columns, axis=1)
     save_grid(picture, grid.reshape(-1, *grid.shape[2:]), grid.shape[1], judge.classes, titles=titles)
     print(f"\nThe picture, a row per class: {os.path.abspath(picture)}")
+
+
+def real_images(config: DemoConfig) -> tuple[Any, Any]:
+    """Some of the images that all three were trained on, uint8 [N, H, W, C], and their labels [N]."""
+    from guided_diffusion.image_datasets import load_data
+    from guided_diffusion.sample_util import to_uint8
+
+    stream = load_data(data_dir=config.data_dir, batch_size=512, image_size=32, class_cond=True, random_flip=False)
+    images, cond = next(stream)
+    return to_uint8(images + 0.001), cond["y"].numpy()
 
 
 def accuracy(classifier: Any, images: Any, labels: Any) -> float:
