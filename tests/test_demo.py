@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 def test_accuracy_counts_the_labels_that_the_classifier_gives():
     """A classifier that sees whether an image is bright gets the bright and the dark ones right."""
-    images = np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 10, 250, 255)])
+    images = demo.to_float(np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 10, 250, 255)]))
+    assert images.amin() == -1
+    assert images.amax() == 1
 
     def classifier(x, timesteps):
         assert not timesteps.any()

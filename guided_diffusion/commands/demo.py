@@ -124,7 +124,7 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
         with np.load(path) as file:
             images, labels = file["arr_0"], file["arr_1"]
         name = f"guided, scale {scale:g}" if scale else "unguided"
-        print(f"    {name:24s} {accuracy(judge.network, images, labels):6.1%}")
+        print(f"    {name:24s} {accuracy(judge.network, to_float(images), labels):6.1%}")
         columns.append(np.stack([images[labels == label][:SHOWN] for label in range(CLASSES)]))
         titles.append(name)
     print(f"    {'real images, for scale':24s} {accuracy(judge.network, *real_images(config)):6.1%}")
@@ -135,20 +135,25 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
 
 
 def real_images(config: DemoConfig) -> tuple[Any, Any]:
-    """Some of the images that all three were trained on, uint8 [N, H, W, C], and their labels [N]."""
+    """Some of the images that all three were trained on, [N, C, H, W] in [-1, 1], and their labels [N]."""
     from guided_diffusion.image_datasets import load_data
-    from guided_diffusion.sample_util import to_uint8
 
     stream = load_data(data_dir=config.data_dir, batch_size=512, image_size=32, class_cond=True, random_flip=False)
     images, cond = next(stream)
-    return to_uint8(images + 0.001), cond["y"].numpy()
+    return images, cond["y"].numpy()
+
+
+def to_float(images: Any) -> Any:
+    """[N, C, H, W] in [-1, 1] from uint8 [N, H, W, C]."""
+    import torch as th
+
+    return th.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def accuracy(classifier: Any, images: Any, labels: Any) -> float:
-    """The share of uint8 images [N, H, W, C] that a classifier gives their label, without noise."""
+    """The share of images [N, C, H, W] in [-1, 1] that a classifier gives their label, without noise."""
     import torch as th
 
-    x = th.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
     with th.no_grad():
-        guesses = classifier(x, th.zeros(len(x))).argmax(dim=1)
+        guesses = classifier(images, th.zeros(len(images))).argmax(dim=1)
     return float((guesses == th.from_numpy(labels)).float().mean())
