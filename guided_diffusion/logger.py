@@ -100,15 +100,19 @@ class Logger:
                 writer.writeseq(map(str, args))
 
     def set_level(self, level: int) -> None:
+        """Lines below this level are no longer written."""
         self.level = level
 
     def set_comm(self, comm: Comm | None) -> None:
+        """Average later dumps over this communicator; None: this rank's own values."""
         self.comm = comm
 
     def get_dir(self) -> str:
+        """The folder of this logger's files."""
         return self.dir
 
     def close(self) -> None:
+        """Close the files of all writers."""
         for writer in self.output_formats:
             writer.close()
 
@@ -176,18 +180,22 @@ def log(*args: object, level: int = INFO) -> None:
 
 
 def debug(*args: object) -> None:
+    """`log` at level DEBUG."""
     log(*args, level=DEBUG)
 
 
 def info(*args: object) -> None:
+    """`log` at level INFO."""
     log(*args, level=INFO)
 
 
 def warn(*args: object) -> None:
+    """`log` at level WARN."""
     log(*args, level=WARN)
 
 
 def error(*args: object) -> None:
+    """`log` at level ERROR."""
     log(*args, level=ERROR)
 
 
