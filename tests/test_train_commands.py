@@ -13,8 +13,9 @@ import pytest
 import torch as th
 from PIL import Image
 
-from guided_diffusion import checkpoint, commands
+from guided_diffusion import checkpoint, commands, logger
 from guided_diffusion.commands import classifier_train, image_train, super_res_train
+from guided_diffusion.commands._training import compare_colours
 
 ROOT = Path(__file__).parent.parent
 EMOJI = str(ROOT / "datasets" / "emoji64.zip")
@@ -66,6 +67,16 @@ def refused(capsys, main, *argv, **flags):
 # ---- one process
 
 
+def test_colours_of_previews_are_compared_with_the_data(tmp_path, capsys):
+    logger.configure(dir=str(tmp_path))
+    samples = np.zeros((2, 4, 4, 2), np.uint8)
+    samples[..., 1] = 255
+    images = th.cat([th.full((3, 1, 4, 4), 0.25), th.tensor([-0.5, 0.5, 0.0]).view(3, 1, 1, 1).expand(3, 1, 4, 4)], 1)
+    compare_colours(7, samples, images)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.endswith("channels: samples -1.00/0.00 +1.00/0.00, data +0.25/0.00 +0.00/0.41")
+
+
 def test_a_run_leaves_everything_that_sampling_needs(tmp_path, pictures, monkeypatch, capsys):
     """With mpi4py out of reach."""
     monkeypatch.setitem(sys.modules, "mpi4py", None)
@@ -81,6 +92,7 @@ def test_a_run_leaves_everything_that_sampling_needs(tmp_path, pictures, monkeyp
     with Image.open(out / "previews" / "000002.png") as grid:
         assert grid.width >= 4 * 8
     lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("preview at step 2, mean/deviation of the channels: samples ") for line in lines)
     assert str(out) in lines[0]
     assert str(out) in lines[-1]
     assert column(out, "val_loss")[-1] > 0

@@ -229,6 +229,19 @@ def preview_path(step: int) -> str:
     return path
 
 
+def compare_colours(step: int, samples: Any, images: th.Tensor) -> None:
+    """Log mean and deviation of each channel of a preview and of the data: a tint shows here first.
+
+    :param samples: uint8 [N, H, W, C]; `images` are [N, C, H, W] in [-1, 1].
+    """
+    rows = {"samples": th.from_numpy(samples).movedim(-1, 1) / 127.5 - 1, "data": images}
+    texts = [
+        f"{name} {' '.join(f'{float(v[:, c].mean()):+.2f}/{float(v[:, c].std()):.2f}' for c in range(v.shape[1]))}"
+        for name, v in rows.items()
+    ]
+    logger.log(f"preview at step {step}, mean/deviation of the channels: {', '.join(texts)}")
+
+
 def finish() -> None:
     """Say where everything is: the last line of a run."""
     logger.log(f"training complete: everything is in {logger.get_dir()}")

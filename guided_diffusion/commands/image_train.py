@@ -9,6 +9,7 @@ from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import DiffusionConfig, RunConfig, UNetConfig, resolve_precision
 
 PREVIEWED = 16  # images in a preview grid
+COMPARED = 64  # images of the data whose colours are compared with it
 
 
 def train(flags: cli.Flags) -> None:
@@ -34,7 +35,7 @@ def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
     :raises ValueError: if such images cannot be drawn.
     """
     from guided_diffusion.commands._common import image_shape
-    from guided_diffusion.commands._training import preview_path
+    from guided_diffusion.commands._training import compare_colours, first_images, preview_path
     from guided_diffusion.pictures import DRAWN_CHANNELS
     from guided_diffusion.sample_util import preview
 
@@ -43,10 +44,11 @@ def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
         raise ValueError("--sample_interval draws images of 1, 3 or 4 channels in 2 dimensions only: leave it out")
     shape = (PREVIEWED, *image_shape(config.image_channels, config.image_size, config.dims))
     labels = list(range(min(PREVIEWED, len(stream.classes)))) if config.class_cond else []
-    seed = flags.part(RunConfig).seed
+    seed, (images, _) = flags.part(RunConfig).seed, first_images(stream, min(COMPARED, len(stream.dataset)))
 
     def draw(model: Any, step: int) -> None:
-        preview(diffusion, model, shape, labels=labels, seed=seed, path=preview_path(step))
+        samples = preview(diffusion, model, shape, labels=labels, seed=seed, path=preview_path(step))
+        compare_colours(step, samples, images)
 
     return draw
 
