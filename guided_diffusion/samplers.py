@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NotRequired, Protocol, TypedDict, Unpack
 
 import torch as th
@@ -269,9 +270,8 @@ def sample_loop(
     kwargs = dict(options.get("model_kwargs") or {})
     _check_labels(kwargs.get("y"), getattr(model, "num_classes", None))
     generator = options.get("generator")
-    draw = _drawer(th.randn, shape, device, generator)
     noise = options.get("noise")
-    x = (draw() if noise is None else noise).to(device)
+    x = _drawer(th.randn, shape, device, generator)() if noise is None else noise.to(device)
     indices = _indices(process.num_timesteps, options.get("skip_timesteps") or 0)
     x = _start(process, x, indices, options)
     if not indices:
@@ -287,6 +287,10 @@ def sample_loop(
         cond_fn_with_grad=options.get("cond_fn_with_grad", False),
         model_kwargs=kwargs,
     )
+    # like x in dtype and memory layout, which decides the order in which the global generator's numbers fill it
+    draw: Draw = lambda: th.randn_like(x)  # noqa: E731 - it sees the x of its step
+    if generator is not None:
+        draw = _drawer(partial(th.randn, dtype=x.dtype), shape, device, generator)
     state: State = None
     for index in tqdm(indices) if options.get("progress") else indices:
         if new_classes is not None:

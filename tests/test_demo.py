@@ -51,8 +51,8 @@ def test_the_demo_trains_samples_judges_draws_and_does_it_once(tmp_path, monkeyp
     demo.show(DemoConfig(log_dir=str(tmp_path / "demo")))
     said = capfd.readouterr().out
     assert said.count("%") == len(demo.SCALES) + 1
-    picture = Image.open(tmp_path / "demo" / "demo.png")
-    assert min(picture.size) > 9 * 32
+    with Image.open(tmp_path / "demo" / "demo.png") as picture:
+        assert min(picture.size) > 9 * 32
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*.npz")}
     assert len(before) == len(demo.SCALES)
     demo.show(DemoConfig(log_dir=str(tmp_path / "demo")))

@@ -145,6 +145,28 @@ def test_a_guided_step_yields_both_predictions():
         assert "pred_xstart_guided" not in step(data, x, t)
 
 
+def test_single_steps_through_the_denoiser_are_those_of_the_loops():
+    """`*_with_grad` and the cond_fn_with_grad switch are one path."""
+    process = make_process(respacing="10")
+    data, noise = GaussianData(process), th.randn(SHAPE, dtype=th.float64)
+
+    def cond_fn(x, t, out):
+        return th.autograd.grad(-((out["pred_xstart"] - 0.3) ** 2).sum(), x)[0]
+
+    for name, more in (("p_sample", {}), ("ddim_sample", {"eta": 0.5})):
+        th.manual_seed(2)
+        x = noise
+        for index in reversed(range(10)):
+            x = getattr(process, f"{name}_with_grad")(data, x, th.tensor([index] * 2), cond_fn=cond_fn, **more)[
+                "sample"
+            ]
+            assert not x.requires_grad
+        th.manual_seed(2)
+        options = {"noise": noise, "device": "cpu", "cond_fn": cond_fn, "cond_fn_with_grad": True, **more}
+        loops = {"p_sample": process.p_sample_loop, "ddim_sample": process.ddim_sample_loop}
+        assert th.equal(x, loops[name](data, SHAPE, **options))
+
+
 def test_public_rules_are_the_rules_of_the_steps():
     process = make_process(respacing="10")
     data, x, t = GaussianData(process), th.randn(SHAPE, dtype=th.float64), th.tensor([5, 5])

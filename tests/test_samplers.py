@@ -78,6 +78,23 @@ def test_plms_of_order_1_is_ddim():
     assert th.equal(*runs)
 
 
+def test_only_the_deterministic_path_can_be_reversed():
+    process = make_process(respacing="10")
+    with pytest.raises(ValueError, match="but only the deterministic path, eta = 0"):
+        process.ddim_reverse_sample(GaussianData(process), noise_like(), th.tensor([1, 1]), eta=0.5)
+
+
+def test_every_loop_yields_the_steps_that_end_in_its_image():
+    process = make_process(respacing="10")
+    for name in ("p_sample", "ddim_sample", "plms_sample"):
+        th.manual_seed(6)
+        image = getattr(process, f"{name}_loop")(GaussianData(process), SHAPE, device="cpu")
+        th.manual_seed(6)
+        steps = list(getattr(process, f"{name}_loop_progressive")(GaussianData(process), SHAPE, device="cpu"))
+        assert len(steps) == 10
+        assert th.equal(image, steps[-1]["sample"])
+
+
 def test_ddim_reverse_undoes_ddim():
     process = make_process(5040, "ddim504")
     data = GaussianData(process)
@@ -181,6 +198,20 @@ def test_one_generator_is_the_global_one_in_disguise():
     expected = process.p_sample_loop(GaussianData(process), SHAPE, device="cpu")
     again = process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", generator=th.Generator().manual_seed(5))
     assert th.equal(expected, again)
+
+
+@pytest.mark.parametrize("dtype", [th.float32, th.float64])
+def test_noise_follows_the_dtype_of_the_images(dtype):
+    """A step draws like x, alone and in the loop."""
+    process, noise = make_process(respacing="10"), noise_like().to(dtype)
+    th.manual_seed(4)
+    expected = noise
+    for index in reversed(range(10)):
+        expected = process.p_sample(GaussianData(process), expected, th.tensor([index] * 2))["sample"]
+    th.manual_seed(4)
+    image = process.p_sample_loop(GaussianData(process), SHAPE, noise=noise, device="cpu")
+    assert image.dtype == dtype
+    assert th.equal(image, expected)
 
 
 def test_generators_must_be_as_many_as_images():

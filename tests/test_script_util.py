@@ -120,6 +120,20 @@ def test_upsamplers_of_any_ratio(size, ratio):
     assert model(th.randn(1, 3, size, size), th.zeros(1), low_res=low).shape == (1, 3, size, size)
 
 
+def test_factories_of_networks_alone_and_with_their_process_build_the_same():
+    flags = {**su.classifier_and_diffusion_defaults(), "image_size": 16, "classifier_attention_resolutions": "8"}
+    both, process = su.create_classifier_and_diffusion(**{**flags, "diffusion_steps": 50})
+    alone = su.create_classifier(**{name: flags[name] for name in su.classifier_defaults()})
+    assert process.num_timesteps == 50
+    assert list(both.state_dict()) == list(alone.state_dict())
+    flags = {**su.sr_model_and_diffusion_defaults(), **TINY, "large_size": 32, "small_size": 16, "class_cond": True}
+    both, process = su.sr_create_model_and_diffusion(**{**flags, "timestep_respacing": "ddim25"})
+    process_flags = set(su.diffusion_defaults()) - {"learn_sigma"}
+    alone = su.sr_create_model(**{name: value for name, value in flags.items() if name not in process_flags})
+    assert process.num_timesteps == 25
+    assert list(both.state_dict()) == list(alone.state_dict())
+
+
 @pytest.mark.parametrize(
     ("flags", "loss", "mean", "var"),
     [
