@@ -9,15 +9,18 @@ READY = .venv/ready
 
 test test-slow coverage: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test test-slow coverage lint clean
+.PHONY: help setup demo test test-slow coverage lint clean
 
 help:
+	@echo 'make setup      make .venv, and nothing else'
 	@echo 'make demo       train a small model on the bundled pictures and sample from it (minutes)'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-slow  lint, then every test'
 	@echo 'make coverage   the tests, and which lines they miss'
 	@echo 'make lint       style and types'
 	@echo 'make clean      remove what builds and tools left behind; .venv stays'
+
+setup: $(READY)
 
 demo: $(READY)
 	.venv/bin/python scripts/demo.py

@@ -184,7 +184,8 @@ def resolve_model(path: str) -> str:
     """
     if not bf.isdir(path):
         if not path or not exists(path):
-            raise FileNotFoundError(f"the checkpoint {path!r} does not exist{_neighbours(path)}")
+            hint = _neighbours(path) or ": give the path of a checkpoint, or the folder of a run"
+            raise FileNotFoundError(f"the checkpoint {path!r} does not exist{hint}")
         return path
     found = sorted(sets_in(path).values(), key=lambda e: (bool(e.emas), bool(e.model), e.step or 0))
     if not found or not found[-1].weights:

@@ -171,13 +171,35 @@ def parser(name: str) -> argparse.ArgumentParser:
     return result
 
 
+# what other programs call our flags
+SYNONYMS = {
+    **dict.fromkeys(("learning_rate", "learning-rate"), "lr"),
+    **dict.fromkeys(("epochs", "steps", "num_steps", "max_iters", "train_steps"), "max_steps"),
+    **dict.fromkeys(("output", "output_dir", "out", "out_dir", "outdir", "logdir", "save_dir"), "log_dir"),
+    **dict.fromkeys(("data", "dataset", "data_path", "train_dir", "images"), "data_dir"),
+    **dict.fromkeys(("model", "checkpoint", "ckpt", "weights"), "model_path"),
+    **dict.fromkeys(("resume", "resume_from"), "resume_checkpoint"),
+    **dict.fromkeys(("resolution", "size", "img_size"), "image_size"),
+    **dict.fromkeys(("guidance_scale", "scale"), "classifier_scale"),
+    **dict.fromkeys(("fp16", "half"), "use_fp16"),
+    **dict.fromkeys(("gpu", "cuda"), "device"),
+}
+
+
+def _hint(word: str, known: Mapping[str, Any]) -> str:
+    """What to write instead of an unknown flag."""
+    bare = word.split("=")[0].lstrip("-")
+    if SYNONYMS.get(bare) in known:
+        return f"; did you mean --{SYNONYMS[bare]}?"
+    return nearest(f"--{bare}", [f"--{name}" for name in known]) or "; --help lists the flags"
+
+
 def parse(name: str, argv: Sequence[str] | None = None) -> Flags:
     """The flags of script `name` from a command line; a wrong one ends the process with code 2 and a sentence."""
     command_line = parser(name)
     namespace, unknown = command_line.parse_known_args(argv)
     for word in unknown:
-        known = [f"--{flag_name}" for flag_name in COMMANDS[name].flags()]
-        kind = "unknown flag" if word.startswith("-") else "unexpected word"
-        hint = nearest(word.split("=")[0], known) or "; --help lists the flags"
-        command_line.error(f"{kind} {word}{hint}")
+        if not word.startswith("-"):
+            command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
+        command_line.error(f"unknown flag {word}{_hint(word, COMMANDS[name].flags())}")
     return Flags(name, vars(namespace))

@@ -28,7 +28,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     for index, count in enumerate(section_counts):
         size = length + (index < longer)
         if not 1 <= count <= size:
-            raise ValueError(f"cannot take {count} steps from a section of {size}: timestep_respacing asks too much")
+            raise ValueError(f"timestep_respacing cannot take {count} steps from a section of {size}: use 1 to {size}")
         steps |= {start + offset for offset in _offsets(size, count)}
         start += size
     return steps
@@ -45,6 +45,8 @@ def _even_stride(num_timesteps: int, text: str) -> set[int]:
     for stride in range(1, num_timesteps + 1):
         if len(range(0, num_timesteps, stride)) == count:
             return set(range(0, num_timesteps, stride))
+    if not 1 <= count <= num_timesteps:
+        raise ValueError(f"timestep_respacing ddim{text} does not fit {num_timesteps} steps: use 1 to {num_timesteps}")
     possible = {len(range(0, num_timesteps, stride)) for stride in range(1, num_timesteps + 1)}
     near = sorted(sorted(possible, key=lambda number: abs(number - count))[:2])
     raise ValueError(

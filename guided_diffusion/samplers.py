@@ -211,7 +211,7 @@ class SampleOptions(TypedDict, total=False):
     cond_fn_with_grad: cond_fn is called as (x, t, out, **model_kwargs) with a graph from x to out["pred_xstart"].
     model_kwargs: what the network gets besides x and timesteps, e.g. {"y": labels [N]}.
     skip_timesteps: how many of the noisiest steps to leave out, starting from `init_image` (default: zeros) noised.
-    randomize_class: new random labels in every step.
+    randomize_class: new random labels in every step, where there are labels in model_kwargs.
     generator: source of all randomness; a sequence of N draws each image from its own.
     progress: show a progress bar.
     """
@@ -249,13 +249,12 @@ def _check_labels(labels: th.Tensor | None, num_classes: int | None) -> None:
         raise ValueError(f"labels {labels.tolist()} are not all in 0 .. {num_classes - 1}, the network's classes")
 
 
-def _class_drawer(model: Any, kwargs: dict[str, Any], count: int, device: th.device, generator: Generators) -> Draw:
-    """A function that draws new labels [N] for the network's classes."""
+def _class_drawer(model: Any, labels: th.Tensor, device: th.device, generator: Generators) -> Draw:
+    """A function that draws new labels [N] for the network's classes, in place of the given ones."""
     classes = getattr(model, "num_classes", None)
     if classes is None:
         raise ValueError("randomize_class needs a class-conditional network: one with a number in .num_classes")
-    shape = tuple(kwargs["y"].shape) if "y" in kwargs else (count,)
-    return _drawer(lambda size, **kw: th.randint(classes, size, **kw), shape, device, generator)
+    return _drawer(lambda size, **kw: th.randint(classes, size, **kw), tuple(labels.shape), device, generator)
 
 
 def sample_loop(
@@ -277,8 +276,8 @@ def sample_loop(
     if not indices:
         yield {"sample": x, "pred_xstart": x}
     new_classes = None
-    if options.get("randomize_class"):
-        new_classes = _class_drawer(model, kwargs, shape[0], device, generator)
+    if options.get("randomize_class") and kwargs.get("y") is not None:
+        new_classes = _class_drawer(model, kwargs["y"], device, generator)
     predict = process.predictor(
         model,
         clip_denoised=options.get("clip_denoised", True),

@@ -6,6 +6,7 @@ Every one of them is a line over a sampler's `step` or over the loop; what their
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, Unpack
 
@@ -41,9 +42,22 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("self", "eta", "order", "old_out")}
 
 
+# once the loops went through these
+OVERRIDDEN_IN_VAIN = {"p_sample", "ddim_sample", "plms_sample", "condition_mean", "condition_score"}
+
+
 # fmt: off
 class SamplingSurfaces(Process, Protocol):
     """A diffusion process's sampling methods."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in OVERRIDDEN_IN_VAIN & set(vars(cls)):
+            warnings.warn(
+                f"{cls.__name__} overrides {name}, which the sampling loops do not call: override p_mean_variance, or "
+                "write a sampler with its own step and run it with sample_loop()",
+                stacklevel=2,
+            )
 
     def _scale_timesteps(self, t: th.Tensor) -> th.Tensor: ...
 

@@ -135,7 +135,9 @@ def test_published_command_lines_parse_unchanged(command, line):
     [
         ("--num_chanels 3", "unknown flag --num_chanels; did you mean --num_channels?"),
         ("--zzz 3", "unknown flag --zzz; --help lists the flags"),
-        ("stray", "unexpected word stray; --help lists the flags"),
+        ("stray", "unexpected word stray: flags are written --NAME VALUE; --help lists them"),
+        ("--guidance_scale=3", "unknown flag --guidance_scale=3; --help lists the flags"),
+        ("--ckpt x", "unknown flag --ckpt; did you mean --model_path?"),
         ("--dims 5", "argument --dims: '5' is none of 1, 2, 3"),
         ("--sampler ddin", "'ddin' is none of '', ddpm, ddim, plms; did you mean ddim?"),
         ("--image_size 64x", "image size '64x' is not a size: write 64, or HEIGHTxWIDTH such as 64x128"),

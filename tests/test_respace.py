@@ -40,10 +40,11 @@ def test_one_section_reaches_from_end_to_end(count):
     ("steps", "grid", "message"),
     [
         (1000, "ddim300", "no integer stride takes exactly 300 of 1000 steps: use ddim250 or ddim334"),
+        (1000, "ddim3000", "ddim3000 does not fit 1000 steps: use 1 to 1000"),
         (1000, "ddimx", "'ddimx' is not a grid"),
         (1000, "fast27", "'fast27' is not a grid"),
         (1000, "-5", "'-5' is not a grid"),
-        (1000, "1001", "cannot take 1001 steps from a section of 1000"),
+        (1000, "1001", "cannot take 1001 steps from a section of 1000: use 1 to 1000"),
         (10, "6,6", "cannot take 6 steps from a section of 5"),
         (10, "0,5", "cannot take 0 steps"),
     ],

@@ -20,7 +20,7 @@ from PIL import Image
 
 from guided_diffusion import checkpoint, cli, dist_util
 from guided_diffusion.commands import classifier_sample, image_nll, image_sample, super_res_sample
-from guided_diffusion.commands._common import restore_unet
+from guided_diffusion.commands._common import labels_of, restore_unet
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
 from guided_diffusion.guidance import classifier_guidance, without_labels
 from guided_diffusion.sample_util import to_uint8
@@ -570,3 +570,11 @@ def test_without_a_folder_the_environment_names_it(runs: Runs, tmp_path: Path, m
     image_sample.main(["--model_path", runs["unet"], *SAMPLING, "--num_samples", "1"])
     assert (tmp_path / "there" / "samples_1x8x8x3.npz").exists()
     assert dist_util.world_size() == 1
+
+
+def test_random_labels_are_drawn_from_the_classes_of_the_training_alone() -> None:
+    flags = cli.parse("image_sample", [])
+    assert labels_of(flags, ["cat", "dog"], 1000)["num_classes"] == 2
+    assert labels_of(flags, [], 1000)["num_classes"] == 1000
+    with pytest.raises(ValueError, match=r"class 500 does not exist: the classes are 0 \.\. 1"):
+        labels_of(cli.parse("image_sample", ["--classes", "500"]), ["cat", "dog"], 1000)

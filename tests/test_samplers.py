@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from oracle import GaussianData, affine_step, make_process, moments
 
+from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.samplers import DDIM, PLMS, SAMPLERS, Ancestral, make_sampler
 
 SHAPE = (2, 3, 4, 4)
@@ -158,6 +159,21 @@ def test_a_step_called_alone_keeps_its_graph():
         assert grad.abs().sum() > 0
 
 
+def test_a_subclass_whose_step_no_loop_calls_is_told_so():
+    with pytest.warns(UserWarning, match="Mine overrides p_sample, which the sampling loops do not call"):
+
+        class Mine(SpacedDiffusion):
+            def p_sample(self, *args, **kwargs):
+                raise AssertionError("called")
+
+    class Fine(SpacedDiffusion):
+        def p_mean_variance(self, *args, **kwargs):
+            return super().p_mean_variance(*args, **kwargs)
+
+    assert issubclass(Fine, SpacedDiffusion)
+    assert Mine.p_sample is not SpacedDiffusion.p_sample
+
+
 def test_plms_state_is_a_value():
     """Steps by hand with old_out give the loop's images, and leave what they are given as it was."""
     process = make_process(respacing="ddim10")
@@ -285,20 +301,31 @@ class Labelled(GaussianData):
         return super().__call__(x, timesteps)
 
 
-@pytest.mark.parametrize("kwargs", [None, {"y": th.tensor([0, 4])}])
-def test_random_classes_leave_the_callers_labels_alone(kwargs):
+def test_random_classes_leave_the_callers_labels_alone():
     process = make_process(respacing="10")
-    data = Labelled(process)
+    data, kwargs = Labelled(process), {"y": th.tensor([0, 4])}
     process.p_sample_loop(data, SHAPE, device="cpu", model_kwargs=kwargs, randomize_class=True)
     assert len({tuple(y.tolist()) for y in data.seen}) > 1
     assert all(int(y.min()) >= 0 and int(y.max()) < 5 for y in data.seen)
-    assert kwargs is None or kwargs["y"].tolist() == [0, 4]
+    assert kwargs["y"].tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("kwargs", [None, {}])
+def test_random_classes_change_nothing_where_there_are_no_labels(kwargs):
+    """Notebooks ask for them whatever the model is; nothing is drawn then."""
+    process, images = make_process(respacing="10"), []
+    for randomize in (False, True):
+        th.manual_seed(9)
+        options = {"device": "cpu", "model_kwargs": kwargs, "randomize_class": randomize}
+        images.append(process.p_sample_loop(GaussianData(process), SHAPE, **options))
+    assert th.equal(*images)
 
 
 def test_random_classes_need_a_number_of_classes():
     process = make_process(respacing="10")
     with pytest.raises(ValueError, match="class-conditional"):
-        process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", randomize_class=True)
+        kwargs = {"y": th.tensor([0, 4])}
+        process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", model_kwargs=kwargs, randomize_class=True)
 
 
 def test_labels_out_of_range_are_refused_before_the_network_sees_them():

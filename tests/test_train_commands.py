@@ -92,6 +92,7 @@ def test_a_run_leaves_everything_that_sampling_needs(tmp_path, pictures, monkeyp
     with Image.open(out / "previews" / "000002.png") as grid:
         assert grid.width >= 4 * 8
     lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("the data have 2 classes and the network has 5: give --num_classes 2") for line in lines)
     assert any(line.startswith("preview at step 2, mean/deviation of the channels: samples ") for line in lines)
     assert str(out) in lines[0]
     assert str(out) in lines[-1]

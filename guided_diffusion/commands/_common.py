@@ -110,7 +110,8 @@ def _check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> Non
     """Refuse a classifier where a U-Net belongs, and the other way round."""
     classifier = section is ClassifierConfig
     if saved and ("classifier_width" in saved) != classifier:
-        raise ValueError(f"{where} is {'no' if classifier else 'a'} classifier: are the two checkpoints swapped?")
+        kinds = ("no", "classifier") if classifier else ("a", "diffusion model")
+        raise ValueError(f"{where} is {kinds[0]} classifier: give the checkpoint of a {kinds[1]} there")
 
 
 def _shapes(path: str, flags: Flags) -> dict[str, Any]:
@@ -167,11 +168,11 @@ def job_of(flags: Flags, sampler: Sampler, shape: tuple[int, ...], request: Mapp
 
 
 def labels_of(flags: Flags, classes: list[str], num_classes: int) -> dict[str, Any]:
-    """The labels of a job: those of --classes in turn, else any of num_classes.
+    """The labels of a job: those of --classes in turn, else any of the classes that there were in training.
 
-    :param classes: names by id, [] where none are known.
+    :param classes: names by id, [] where none are known and num_classes decides.
     """
-    text = flags.part(SampleConfig).classes
+    text, num_classes = flags.part(SampleConfig).classes, len(classes) or num_classes
     labels = parse_classes(text, num_classes, classes) if text else []
     return {"labels": labels, "num_classes": num_classes, "class_names": classes}
 

@@ -158,6 +158,11 @@ def open_streams(flags: Flags, load: Load = load_data, **options: Any) -> Stream
         num_workers=data.num_workers,
         **options,
     )
+    if len(stream.classes) < (options["num_classes"] or 0):
+        logger.warn(
+            f"the data have {len(stream.classes)} classes and the network has {options['num_classes']}: give "
+            f"--num_classes {len(stream.classes)} for one without rows that are never trained"
+        )
     if stream.classes and dist_util.rank() == 0:
         save_classes(os.path.join(logger.get_dir(), checkpoint.CLASSES), stream)
     return Streams(stream, _validation(train.val_data_dir, stream, load, options) if train.val_data_dir else None)
