@@ -46,6 +46,10 @@ class Command:
         """Every flag of the command by name."""
         return {spec.name: spec for section in self.sections for spec in fields(section)}
 
+    def words(self) -> list[str]:
+        """Everything that may stand behind the two dashes: names and aliases."""
+        return [word for name, spec in self.flags().items() for word in (name, spec.metadata["alias"]) if word]
+
 
 COMMANDS = {
     "image_train": Command(
@@ -186,7 +190,7 @@ SYNONYMS = {
 }
 
 
-def _hint(word: str, known: Mapping[str, Any]) -> str:
+def _hint(word: str, known: Sequence[str]) -> str:
     """What to write instead of an unknown flag."""
     bare = word.split("=")[0].lstrip("-")
     if SYNONYMS.get(bare) in known:
@@ -201,5 +205,5 @@ def parse(name: str, argv: Sequence[str] | None = None) -> Flags:
     for word in unknown:
         if not word.startswith("-"):
             command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
-        command_line.error(f"unknown flag {word}{_hint(word, COMMANDS[name].flags())}")
+        command_line.error(f"unknown flag {word}{_hint(word, COMMANDS[name].words())}")
     return Flags(name, vars(namespace))

@@ -159,6 +159,13 @@ def test_a_wrong_flag_is_answered_by_a_sentence(line, answer, capsys):
     assert len(printed.strip().splitlines()) == 1
 
 
+def test_hints_know_aliases_too(capsys):
+    for command in ("image_train", "classifier_train"):
+        with pytest.raises(SystemExit):
+            cli.parse(command, ["--epochs", "3"])
+        assert "did you mean --max_steps?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"])
 def test_one_rank_answers_for_all(variable, capsys, monkeypatch):
     monkeypatch.setenv(variable, "1")
