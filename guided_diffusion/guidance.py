@@ -1,117 +1,346 @@
-"""How a gradient changes a prediction, and makers of the functions that give the gradient.
+"""Makers of guides: functions that return a gradient, and networks that stand in place of others.
 
-A cond_fn returns the gradient of a log-probability at the noisy image: (x, timesteps, **model_kwargs) -> [N, C, H, W].
-There are two rules for what it does to a prediction. "mean" shifts the mean of the ancestral step by
-variance * gradient (Sohl-Dickstein et al. 2015; Dhariwal & Nichol 2021, algorithm 1). "score" shifts the score, that is
-eps -= sqrt(1 - alpha_bar) * gradient (Song et al. 2021; Dhariwal & Nichol 2021, algorithm 2), for every other sampler.
+A cond_fn returns the gradient of a log-probability at the noisy image: (x, timesteps, **model_kwargs) -> [N, C, H, W],
+or None where there is no guidance. One with `through_denoiser` is called as (x, t, out, **model_kwargs), with a graph
+from x to out["pred_xstart"]. What a gradient does to a prediction is in prediction.py. Guidance without a gradient is a
+`GuidedNetwork`. All of them work with every sampler, and together.
+
+Shapes: x is [N, C, H, W], labels y are [N], logits [N, K]; `timesteps` [N] is what the network is fed.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
-from typing import Any, TypedDict, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion.samplers import Process, StepOutput
+from guided_diffusion.prediction import CondFn, MeanVariance
 
-Gradient = Callable[[], th.Tensor]
-CondFn = Callable[..., th.Tensor]
-
-
-class MeanVariance(TypedDict):
-    """p(x_{t-1} | x_t) as the network sees it, and the x_0 behind it; all [N, C, H, W]."""
-
-    mean: th.Tensor
-    variance: th.Tensor
-    log_variance: th.Tensor
-    pred_xstart: th.Tensor
+Scale = float | Callable[[th.Tensor], th.Tensor | float]
 
 
-def shift_mean(process: Process, out: MeanVariance, x: th.Tensor, t: th.Tensor, gradient: th.Tensor) -> MeanVariance:
-    """Rule "mean": the mean moves by variance * gradient; pred_xstart is the x_0 that has this posterior mean."""
-    mean = out["mean"].to(x.dtype) + out["variance"] * gradient.to(x.dtype)
-    return {**out, "mean": mean, "pred_xstart": process.xstart_of_mean(x, t, mean)}
+# ---- makers of cond_fns
 
 
-def shift_score(process: Process, out: MeanVariance, x: th.Tensor, t: th.Tensor, gradient: th.Tensor) -> MeanVariance:
-    """Rule "score": eps loses sqrt(1 - alpha_bar) * gradient; x_0 and mean follow, and x_0 is not clipped again."""
-    eps = process.predict_eps(x, t, out["pred_xstart"]) - th.sqrt(1 - process.alpha_bar(t, x)) * gradient
-    xstart = process.predict_xstart(x, t, eps)
-    return {**out, "mean": process.posterior_mean(xstart, x, t), "pred_xstart": xstart}
+def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> th.Tensor | None:
+    """The scale [N, 1, ...] at these timesteps, or None where it is 0 for all."""
+    value = scale(timesteps) if callable(scale) else scale
+    if not bool(value.isfinite().all() if isinstance(value, th.Tensor) else math.isfinite(value)):
+        raise ValueError(f"the scale of the guidance is {value}: give a finite number, 0 for none")
+    if isinstance(value, th.Tensor):
+        value = value.to(like.device, like.dtype).expand(len(like)).view(-1, *[1] * (like.ndim - 1))
+        return value if bool(value.any()) else None
+    return th.full([1] * like.ndim, value, dtype=like.dtype, device=like.device) if value else None
 
 
-RULES = {"mean": shift_mean, "score": shift_score}
-
-
-class Prediction:
-    """What the network says at (x, t), and on demand what guidance makes of it.
-
-    The gradient is asked for in `guided` and not before, so that a step may draw its noise in between.
-
-    :param gradient: computes the gradient [N, C, H, W]; None where there is no guidance.
-    :param own: the prediction before guidance, where this one is guided.
-    """
-
-    def __init__(
-        self,
-        process: Process,
-        x: th.Tensor,
-        t: th.Tensor,
-        out: MeanVariance,
-        *,
-        gradient: Gradient | None = None,
-        own: MeanVariance | None = None,
-    ) -> None:
-        self.process, self.x, self.t, self.out, self.gradient, self.own = process, x, t, out, gradient, own
-        self.mean, self.log_variance, self.pred_xstart = out["mean"], out["log_variance"], out["pred_xstart"]
-
-    @property
-    def eps(self) -> th.Tensor:
-        """The noise that belongs to pred_xstart."""
-        return self.process.predict_eps(self.x, self.t, self.pred_xstart)
-
-    def guided(self, rule: str) -> Prediction:
-        """The prediction after guidance by rule "mean" or "score"; itself where there is no guidance."""
-        if self.gradient is None:
-            return self
-        out = RULES[rule](self.process, self.out, self.x, self.t, self.gradient())
-        return Prediction(self.process, self.x, self.t, out, own=self.out)
-
-    def output(self, sample: th.Tensor) -> StepOutput:
-        """What the step yields: `pred_xstart` is the network's own, the guided one comes beside it."""
-        if self.own is None:
-            return {"sample": sample, "pred_xstart": self.pred_xstart}
-        return {"sample": sample, "pred_xstart": self.own["pred_xstart"], "pred_xstart_guided": self.pred_xstart}
-
-
-def detached(out: MeanVariance) -> MeanVariance:
-    """The same values without their graph."""
-    return cast(MeanVariance, {name: value.detach() for name, value in cast(dict[str, th.Tensor], out).items()})
-
-
-# ---- makers of cond_fns, and of networks that a sampler can call
-
-
-def classifier_guidance(classifier: Callable[[th.Tensor, th.Tensor], th.Tensor], scale: float) -> CondFn:
+def classifier_guidance(classifier: Callable[[th.Tensor, th.Tensor], th.Tensor], scale: Scale) -> CondFn:
     """scale * grad log p(y | x_t) of a classifier of noisy images (Dhariwal & Nichol 2021, sec. 4.1).
 
     :param classifier: (x, timesteps) -> logits [N, K].
-    :param scale: 1 is Bayes' rule for an unconditional model; larger trades diversity for fidelity.
+    :param scale: 1 is Bayes' rule for an unconditional model; larger trades diversity for fidelity; 0 does not ask the
+        classifier. A function of `timesteps` may return a number or one per image.
     """
 
-    def cond_fn(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, **_: Any) -> th.Tensor:
+    def cond_fn(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, **_: Any) -> th.Tensor | None:
         if y is None:
             raise ValueError('classifier guidance needs labels: give model_kwargs={"y": labels}')
-        if scale == 0:
-            return th.zeros_like(x)
+        factor = _scale_at(scale, timesteps, x)
+        if factor is None:
+            return None
         with th.enable_grad():
             x = x.detach().requires_grad_()
             log_likelihood = -F.cross_entropy(classifier(x, timesteps).float(), y.view(-1), reduction="sum")
-            return scale * th.autograd.grad(log_likelihood, x)[0]
+            return factor * th.autograd.grad(log_likelihood, x)[0]
 
     return cond_fn
+
+
+@dataclass(frozen=True)
+class ThroughDenoiser:
+    """A cond_fn that is called as (x, t, out, **model_kwargs), with a graph from x to out["pred_xstart"]."""
+
+    gradient: CondFn
+    through_denoiser = True
+
+    def __call__(self, x: th.Tensor, t: th.Tensor, out: MeanVariance, **kwargs: Any) -> th.Tensor | None:
+        return self.gradient(x, t, out, **kwargs)
+
+
+def loss_guidance(loss: Callable[[th.Tensor], th.Tensor], scale: Scale = 1.0) -> ThroughDenoiser:
+    """-scale * grad loss(x_0 predicted from x): universal guidance (Bansal et al. 2023), e.g. for inverse problems.
+
+    With loss = ||measured - A(x_0)||, not squared, it is DPS (Chung et al. 2023, algorithm 1), whose step size is the
+    scale over that norm.
+
+    :param loss: x_0 [N, C, H, W] in [-1, 1] -> [N], or a number that is summed over the images.
+    """
+
+    def gradient(x: th.Tensor, t: th.Tensor, out: MeanVariance, **_: Any) -> th.Tensor | None:
+        factor = _scale_at(scale, out["timesteps"], x)
+        if factor is None:
+            return None
+        # the graph stays for others that are combined with this one
+        return -factor * th.autograd.grad(loss(out["pred_xstart"]).sum(), x, retain_graph=True)[0]
+
+    return ThroughDenoiser(gradient)
+
+
+def combine(*cond_fns: CondFn) -> CondFn:
+    """The sum of several gradients, of either kind; None where none of them guides."""
+
+    def total(found: list[th.Tensor | None]) -> th.Tensor | None:
+        gradients = [gradient for gradient in found if gradient is not None]
+        return sum(gradients[1:], gradients[0]) if gradients else None
+
+    def plain(x: th.Tensor, timesteps: th.Tensor, **kwargs: Any) -> th.Tensor | None:
+        return total([cond_fn(x, timesteps, **kwargs) for cond_fn in cond_fns])
+
+    def through(x: th.Tensor, t: th.Tensor, out: MeanVariance, **kwargs: Any) -> th.Tensor | None:
+        either = [
+            cond_fn(x, t, out, **kwargs) if sees_denoiser(cond_fn) else cond_fn(x.detach(), out["timesteps"], **kwargs)
+            for cond_fn in cond_fns
+        ]
+        return total(either)
+
+    return ThroughDenoiser(through) if any(map(sees_denoiser, cond_fns)) else plain
+
+
+def sees_denoiser(cond_fn: CondFn | None) -> bool:
+    """Whether a cond_fn is called with the graph through the network."""
+    return bool(getattr(cond_fn, "through_denoiser", False))
+
+
+def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[..., Any]:
+    """A guide that acts where low <= timesteps <= high alone (Kynkaanniemi et al. 2024).
+
+    :param guide: a cond_fn, or a guided network, in place of which its own unguided one is then asked.
+    :param low: in what the network is fed: 0 .. T-1 of training, or 0 .. 1000 with rescale_timesteps.
+    :raises ValueError: if low is above high.
+    """
+    if not low <= high:
+        raise ValueError(f"the interval of guidance from {low} to {high} is empty: give the lower end first")
+
+    def inside(timesteps: th.Tensor) -> th.Tensor:
+        return (timesteps >= low) & (timesteps <= high)
+
+    if isinstance(guide, GuidedNetwork):
+        return guide.limited(inside)
+
+    def limited(x: th.Tensor, timesteps: th.Tensor, *rest: Any, **kwargs: Any) -> th.Tensor | None:
+        here = inside(rest[0]["timesteps"] if rest else timesteps)
+        gradient = guide(x, timesteps, *rest, **kwargs) if bool(here.any()) else None
+        return None if gradient is None else gradient * here.view(-1, *[1] * (x.ndim - 1))
+
+    return ThroughDenoiser(limited) if sees_denoiser(guide) else limited
+
+
+# ---- guided networks
+
+
+class GuidedNetwork(th.nn.Module):
+    """A network that is drawn away from a weaker one: weak + scale * (model - weak), variances being the model's own.
+
+    :param model: (x, timesteps, **model_kwargs) -> [N, C or 2C, H, W]. Where the scale is 1 it is asked alone.
+    :param rescale: how far the deviation of the result is brought back to that of the model (Lin et al. 2024, eq. 16).
+    """
+
+    def __init__(self, model: Callable[..., th.Tensor], scale: Scale, rescale: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"rescale {rescale} is not in 0 .. 1: 0 leaves the result as it is")
+        _scale_at(0.0 if callable(scale) else scale, th.zeros(1), th.zeros(1))
+        self.model, self.scale, self.rescale = model, scale, rescale
+
+    @property
+    def num_classes(self) -> int | None:
+        """The classes of the model."""
+        return getattr(self.model, "num_classes", None)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of the model that stands for no class."""
+        return getattr(self.model, "null_label", None)
+
+    def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
+        """What the model and the weaker one say."""
+        raise NotImplementedError
+
+    def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
+        """What the weaker one says."""
+        raise NotImplementedError
+
+    def limited(self, inside: Callable[[th.Tensor], th.Tensor]) -> GuidedNetwork:
+        """The same guidance where `inside(timesteps)` is true, and the model alone elsewhere."""
+
+        def scale(timesteps: th.Tensor) -> th.Tensor | float:
+            there, here = self.scale(timesteps) if callable(self.scale) else self.scale, inside(timesteps)
+            if bool(here.all()):
+                return there
+            return th.where(here, th.as_tensor(there, dtype=th.float32, device=timesteps.device), 1.0)
+
+        other = copy.copy(self)
+        other.scale = scale
+        return other
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, **kwargs: Any) -> th.Tensor:
+        """The guided output, shaped as the model's."""
+        scale = _scale_at(self.scale, timesteps, x)
+        if scale is None:
+            return self.weak(x, timesteps, kwargs)
+        if bool((scale == 1).all()):
+            return self.model(x, timesteps, **kwargs)
+        strong, weak = self.both(x, timesteps, kwargs)
+        own, other = strong[:, : x.shape[1]], weak[:, : x.shape[1]]
+        guided = other + scale * (own - other)
+        if self.rescale:
+            factor = own.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)
+            guided = guided * th.lerp(th.ones_like(factor), factor, self.rescale).view(-1, *[1] * (x.ndim - 1))
+        return th.cat([guided, strong[:, x.shape[1] :]], dim=1)
+
+
+class ClassifierFree(GuidedNetwork):
+    """Guided by itself without the label, in one forward pass of both (Ho & Salimans 2022, eq. 6)."""
+
+    def __init__(self, model: Callable[..., th.Tensor], scale: Scale, null_class: int, rescale: float = 0.0) -> None:
+        super().__init__(model, scale, rescale)
+        self.null_class = null_class
+
+    def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
+        """What the model says with and without the labels."""
+        without = {**kwargs, "y": self._null(kwargs)}
+        rows = [
+            name for name, value in kwargs.items() if isinstance(value, th.Tensor) and value.shape[:1] == x.shape[:1]
+        ]
+        twice = {**kwargs, **{name: th.cat([kwargs[name], without[name]]) for name in rows}}
+        strong, weak = self.model(th.cat([x, x]), th.cat([timesteps, timesteps]), **twice).chunk(2)
+        return strong, weak
+
+    def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
+        """What the model says without the labels."""
+        return self.model(x, timesteps, **{**kwargs, "y": self._null(kwargs)})
+
+    def _null(self, kwargs: dict[str, Any]) -> th.Tensor:
+        if kwargs.get("y") is None:
+            raise ValueError('classifier-free guidance needs labels: give model_kwargs={"y": labels}')
+        return th.full_like(kwargs["y"], self.null_class)
+
+
+def classifier_free(
+    model: Callable[..., th.Tensor], scale: Scale, *, null_class: int | None = None, rescale: float = 0.0
+) -> ClassifierFree:
+    """Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is the conditional model.
+
+    (Papers that write (1 + w) * conditional - w * unconditional call scale - 1 what is called w.)
+
+    :param null_class: the label that stands for no class; the network's own where there is none given.
+    :raises ValueError: if the network has none: it was trained without --class_dropout.
+    """
+    null_class = getattr(model, "null_label", None) if null_class is None else null_class
+    if null_class is None:
+        raise ValueError(
+            "classifier-free guidance needs a network that was trained without labels too: train with class_dropout "
+            "above 0, or give the null_class that it has"
+        )
+    return ClassifierFree(model, scale, null_class, rescale)
+
+
+class Autoguided(GuidedNetwork):
+    """Guided by a smaller or less trained version of itself (Karras et al. 2024, eq. 3)."""
+
+    def __init__(self, model: Callable[..., th.Tensor], weaker: Callable[..., th.Tensor], scale: Scale) -> None:
+        super().__init__(model, scale)
+        self.weaker = weaker
+
+    def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
+        """What the model and its weaker version say."""
+        return self.model(x, timesteps, **kwargs), self.weaker(x, timesteps, **kwargs)
+
+    def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
+        """What the weaker version says."""
+        return self.weaker(x, timesteps, **kwargs)
+
+
+def autoguidance(model: Callable[..., th.Tensor], weaker: Callable[..., th.Tensor], scale: Scale) -> Autoguided:
+    """weaker + scale * (model - weaker): 1 is the model itself, 2 to 3 are usual.
+
+    :param weaker: a network for the same images, timesteps and labels.
+    """
+    return Autoguided(model, weaker, scale)
+
+
+# ---- embeddings of images
+
+
+def random_cutouts(
+    count: int, size: int, *, power: float = 1.0, generator: th.Generator | None = None
+) -> Callable[[th.Tensor], th.Tensor]:
+    """A function that cuts `count` squares at random from images [N, C, H, W], as [count * N, C, size, size].
+
+    :param power: above 1 prefers small cutouts; their sides lie between `size` and the image's shorter side.
+    :param generator: on the CPU; the global one where there is none.
+    """
+
+    def cut(images: th.Tensor) -> th.Tensor:
+        height, width = images.shape[2:]
+        longest, pieces = min(height, width), []
+        for where in th.rand(count, 3, generator=generator).tolist():
+            side = round(min(size, longest) + where[0] ** power * (longest - min(size, longest)))
+            top, left = round(where[1] * (height - side)), round(where[2] * (width - side))
+            piece = images[:, :, top : top + side, left : left + side]
+            pieces.append(F.interpolate(piece, (size, size), mode="bilinear", antialias=True, align_corners=False))
+        return th.cat(pieces)
+
+    return cut
+
+
+def clip_guidance(
+    image_encoder: Callable[[th.Tensor], th.Tensor],
+    target: th.Tensor,
+    *,
+    mode: str = "denoised",
+    cutouts: Callable[[th.Tensor], th.Tensor] | None = None,
+    scale: Scale = 1.0,
+) -> CondFn:
+    """Guidance towards an embedding, such as that of a text by CLIP: -scale * grad of the squared angle between them.
+
+    :param image_encoder: images [N, C, H, W] in [-1, 1] -> embeddings [N, E]; it scales and normalises as it needs.
+    :param target: one embedding [E], or several [M, E] to be near to on average.
+    :param mode: "noisy" shows x_t itself to an encoder of noisy images (Nichol et al. 2021, GLIDE), "denoised" the
+        prediction of x_0, with the gradient through the network.
+    :param cutouts: images -> parts of them [K * N, C, S, S], such as `random_cutouts`.
+    :raises ValueError: for another mode.
+    """
+    if mode not in ("noisy", "denoised"):
+        raise ValueError(f"mode {mode!r} is unknown: use noisy or denoised")
+    wanted = F.normalize(target.detach().reshape(-1, target.shape[-1]), dim=-1)
+
+    def loss(images: th.Tensor) -> th.Tensor:
+        """The squared angle [N], averaged over cutouts and targets."""
+        shown = images if cutouts is None else cutouts(images)
+        embeddings = F.normalize(image_encoder(shown).float(), dim=-1).unflatten(0, (-1, len(images)))
+        chord = (embeddings[:, :, None] - wanted.to(embeddings)).norm(dim=-1)
+        return (2 * th.arcsin((chord / 2).clamp(max=1 - 1e-6)) ** 2).mean(dim=(0, 2))
+
+    if mode == "denoised":
+        return loss_guidance(loss, scale)
+
+    def cond_fn(x: th.Tensor, timesteps: th.Tensor, **_: Any) -> th.Tensor | None:
+        factor = _scale_at(scale, timesteps, x)
+        if factor is None:
+            return None
+        with th.enable_grad():
+            x = x.detach().requires_grad_()
+            return -factor * th.autograd.grad(loss(x).sum(), x)[0]
+
+    return cond_fn
+
+
+# ---- on the network's output
 
 
 def without_labels(model: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
@@ -121,3 +350,22 @@ def without_labels(model: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
         return model(x, timesteps, **kwargs)
 
     return unconditional
+
+
+def dynamic_thresholding(percentile: float = 0.995) -> Callable[[th.Tensor], th.Tensor]:
+    """A denoised_fn: x_0 clipped to its own `percentile` of |x_0|, where that is above 1, and divided by it.
+
+    (Saharia et al. 2022, sec. 2.3.) Strong guidance then loses contrast instead of saturating.
+
+    :raises ValueError: if the percentile is not in (0, 1].
+    """
+    if not 0 < percentile <= 1:
+        raise ValueError(f"the percentile {percentile} of dynamic thresholding is not in (0, 1]: usual is 0.995")
+
+    def threshold(xstart: th.Tensor) -> th.Tensor:
+        size = xstart.detach().abs().flatten(1).float()
+        limit = size.kthvalue(max(1, math.ceil(percentile * size.shape[1])), dim=1).values.clamp(min=1)
+        limit = limit.to(xstart.dtype).view(-1, *[1] * (xstart.ndim - 1))
+        return xstart.clamp(-limit, limit) / limit
+
+    return threshold

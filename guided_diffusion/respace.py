@@ -1,31 +1,64 @@
-"""Sampling with fewer steps than training: which steps to take, and the process made of them."""
+"""Sampling with fewer steps than training: which steps to take, and the process made of them.
+
+Grids with a name are rows of real timesteps tau, 0 .. T-1 of training, of which a network is fed any; those of the
+originals are sets of integers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import accumulate, repeat
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise, repeat
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch as th
+import torch.nn.functional as F
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.schedules import NO_SIGNAL, Array, NoiseLevels
+
+Grid = str | Sequence[float]
+WRITE = (
+    "write '250', '10,15,20', 'ddim25', 'trailing25', 'linspace25', 'quad25', 'logsnr25', 'karras25' or 'list:0,5,9'"
+)
+RHO = 7.0  # Karras et al. 2022, eq. 5
 
 
-def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
-    """The steps of a process of `num_timesteps` to keep.
+def space_timesteps(
+    num_timesteps: int, section_counts: Grid, *, alphas_cumprod: npt.ArrayLike | None = None
+) -> set[int] | list[float]:
+    """The steps of a process of `num_timesteps` to keep: a set of integers, or real timesteps in rising order.
 
     :param section_counts: "ddimN", N steps at an integer stride from 0 (Song et al. 2021); or how many steps to take
-        from each of equally long sections, as numbers or "10,15,20", the first one nearest to the image.
-    :raises ValueError: if there is no such stride, or a section is shorter than its count.
+        from each of equally long sections, as whole numbers or "10,15,20", the first one nearest to the image; or the
+        name of a grid in `GRIDS` with its number of steps, "logsnr20"; or the timesteps themselves, "list:0,10.5,999"
+        or a sequence with fractions.
+    :param alphas_cumprod: of the process [T], which "logsnrN" and "karrasN" need.
+    :raises ValueError: if there is no such stride, a section is shorter than its count, or timesteps are not rising or
+        outside of the process.
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
             return _even_stride(num_timesteps, section_counts.removeprefix("ddim"))
+        if section_counts.startswith("list:"):
+            words = section_counts.removeprefix("list:").split(",")
+            return _explicit(num_timesteps, [_number(word, section_counts) for word in words])
+        name = section_counts.rstrip("0123456789")
+        if name in GRIDS:
+            return _named(num_timesteps, name, section_counts, alphas_cumprod)
         section_counts = [_count(text, section_counts) for text in section_counts.split(",")]
-    length, longer = divmod(num_timesteps, len(section_counts))
+    elif any(isinstance(value, float) for value in section_counts):
+        return _explicit(num_timesteps, section_counts)
+    return _sections(num_timesteps, [int(count) for count in section_counts])
+
+
+def _sections(num_timesteps: int, counts: Sequence[int]) -> set[int]:
+    length, longer = divmod(num_timesteps, len(counts))
     steps: set[int] = set()
     start = 0
-    for index, count in enumerate(section_counts):
+    for index, count in enumerate(counts):
         size = length + (index < longer)
         if not 1 <= count <= size:
             raise ValueError(f"timestep_respacing cannot take {count} steps from a section of {size}: use 1 to {size}")
@@ -36,8 +69,15 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 def _count(text: str, whole: str) -> int:
     if not text.strip().isdigit():
-        raise ValueError(f"timestep_respacing {whole!r} is not a grid: write '250', '10,15,20' or 'ddim25'")
+        raise ValueError(f"timestep_respacing {whole!r} is not a grid: {WRITE}")
     return int(text)
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"timestep_respacing {whole!r} is not a list of timesteps: write 'list:0,10.5,999'") from None
 
 
 def _even_stride(num_timesteps: int, text: str) -> set[int]:
@@ -64,19 +104,140 @@ def _offsets(size: int, count: int) -> list[int]:
     return [round(offset) for offset in accumulate(repeat(stride, count - 1), initial=0.0)]
 
 
+# ---- grids of real timesteps
+
+
+def _explicit(num_timesteps: int, steps: Sequence[float]) -> list[float]:
+    """:raises ValueError: if the steps do not rise, or leave the process."""
+    if not steps or not all(earlier < later for earlier, later in pairwise(steps)):
+        raise ValueError(
+            f"timesteps {_short(steps)} are not in rising order, each once: write them like 0,250,500.5,999"
+        )
+    if not 0 <= steps[0] <= steps[-1] <= num_timesteps - 1:
+        raise ValueError(f"timesteps {_short(steps)} are not all in 0 .. {num_timesteps - 1}, those of the training")
+    return [float(step) for step in steps]
+
+
+def _short(steps: Sequence[float]) -> str:
+    return ", ".join(f"{step:g}" for step in steps[:12]) + (", ..." if len(steps) > 12 else "")
+
+
+def _trailing(last: int, count: int, _: NoiseLevels | None) -> Array:
+    """From T-1 down at a stride of T / N, so that it ends one stride above -1 (Lin et al. 2024)."""
+    return np.arange(1, count + 1) * ((last + 1) / count) - 1
+
+
+def _linspace(last: int, count: int, _: NoiseLevels | None) -> Array:
+    """Evenly from 0 to T-1."""
+    return np.linspace(0, last, count)
+
+
+def _quad(last: int, count: int, _: NoiseLevels | None) -> Array:
+    """Evenly in sqrt(tau) from 0 to T-1: denser near the image (Song et al. 2021, app. D.3, who end at 0.8 T)."""
+    roots: Array = np.linspace(0.0, math.sqrt(last), count, dtype=np.float64)
+    return np.append(roots[:-1] ** 2, float(last))
+
+
+def _logsnr(last: int, count: int, levels: NoiseLevels | None) -> Array:
+    """Evenly in the log-SNR (Lu et al. 2022, DPM-Solver, sec. 4)."""
+    return _by_level(last, count, levels, np.linspace)
+
+
+def _karras(last: int, count: int, levels: NoiseLevels | None) -> Array:
+    """Evenly in (sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5)."""
+
+    def spaced(start: float, end: float, count: int) -> Array:
+        roots = np.linspace(np.exp(-start / RHO), np.exp(-end / RHO), count)
+        lam: Array = -RHO * np.log(roots)
+        return lam
+
+    return _by_level(last, count, levels, spaced)
+
+
+def _by_level(last: int, count: int, levels: NoiseLevels | None, spaced: Callable[[float, float, int], Array]) -> Array:
+    """0 .. T-1, spaced in lambda; where there is no signal at T-1, that step and then a grid from T-2 on."""
+    assert levels is not None
+    if levels.lam[-1] <= NO_SIGNAL and last > 1 and count > 2:
+        return np.append(_by_level(last - 1, count - 1, NoiseLevels(levels.alpha_bar[:-1]), spaced), last)
+    lam = th.from_numpy(spaced(levels.lam[0], levels.lam[-1], count))
+    inner = levels.tau(F.logsigmoid(2 * lam)).numpy()[1:-1]
+    return np.concatenate([[0], inner, [last]])
+
+
+GRIDS: dict[str, Callable[[int, int, NoiseLevels | None], Array]] = {
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "quad": _quad,
+    "logsnr": _logsnr,
+    "karras": _karras,
+}
+IN_LEVELS = ("logsnr", "karras")
+
+
+def _named(num_timesteps: int, name: str, text: str, alphas_cumprod: npt.ArrayLike | None) -> list[float]:
+    """The grid `name` with as many steps as `text` says; a single step is T-1.
+
+    :raises ValueError: if there are none, too many for the grid, or the noise schedule is missing.
+    """
+    count = _count(text.removeprefix(name), text)
+    if count < 1:
+        raise ValueError(f"timestep_respacing {text!r} has no steps: write {name}1 or more")
+    levels = None if alphas_cumprod is None else NoiseLevels(alphas_cumprod)
+    if name in IN_LEVELS and levels is None:
+        raise ValueError(f"timestep_respacing {text!r} depends on the noise schedule: give alphas_cumprod")
+    steps = [num_timesteps - 1.0] if count == 1 else GRIDS[name](num_timesteps - 1, count, levels).round(9).tolist()
+    if not all(earlier < later for earlier, later in pairwise(steps)) or steps[0] < 0:
+        raise ValueError(
+            f"timestep_respacing {text!r} does not fit {num_timesteps} steps: use {name}{num_timesteps} or less"
+        )
+    return [float(step) for step in steps]
+
+
 class SpacedDiffusion(GaussianDiffusion):
     """A process that takes some of the steps of a longer one: new betas with the same alpha_bar at the steps kept.
 
-    :param use_timesteps: the steps to keep, of the process described by `kwargs`.
+    :param use_timesteps: the steps to keep, of the process described by `kwargs`; real ones as a list in rising order.
     :param kwargs: as for `GaussianDiffusion`.
     """
 
-    def __init__(self, use_timesteps: Iterable[int], **kwargs: Any) -> None:
-        self.use_timesteps = set(use_timesteps)
-        alphas_cumprod = np.cumprod(1 - np.asarray(kwargs["betas"], dtype=np.float64))
-        kept = sorted(self.use_timesteps)
-        if not kept or not 0 <= kept[0] <= kept[-1] < len(alphas_cumprod):
+    def __init__(self, use_timesteps: Iterable[float], **kwargs: Any) -> None:
+        given = list(use_timesteps)
+        real = any(step != int(step) for step in given)
+        kept = given if real else sorted({int(step) for step in given})
+        self.use_timesteps = set(kept)
+        alphas_cumprod: Array = np.cumprod(1 - np.array(kwargs["betas"], np.float64), dtype=np.float64)
+        if not kept or not 0 <= min(kept) <= max(kept) < len(alphas_cumprod):
             raise ValueError(f"use_timesteps must lie in 0 .. {len(alphas_cumprod) - 1}, and are {kept}")
-        levels = np.append(1.0, alphas_cumprod[kept])
-        betas = 1 - levels[1:] / levels[:-1]
-        super().__init__(**{**kwargs, "betas": betas}, timestep_map=kept, original_num_steps=len(alphas_cumprod))
+        levels = np.append(1.0, _alpha_bar(kept, alphas_cumprod))
+        super().__init__(
+            **{**kwargs, "betas": 1 - levels[1:] / levels[:-1]},
+            timestep_map=kept,
+            original_num_steps=len(alphas_cumprod),
+            original_alphas_cumprod=alphas_cumprod,
+        )
+
+
+def _alpha_bar(tau: Sequence[float], alphas_cumprod: Array) -> Array:
+    """alpha_bar at timesteps in rising order; exact, and 0 where it is 0, at integers."""
+    steps = np.array(_explicit(len(alphas_cumprod), tau))
+    between: Array = NoiseLevels(alphas_cumprod).level(th.from_numpy(steps)).exp().numpy()
+    return np.where(steps % 1 == 0, alphas_cumprod[steps.astype(int)], between)
+
+
+def respaced(process: GaussianDiffusion, grid: Grid) -> SpacedDiffusion:
+    """The process that a network was trained with, on another grid of its steps.
+
+    :param grid: as for `space_timesteps`.
+    """
+    alphas_cumprod = process.original_alphas_cumprod
+    levels = np.append(1.0, alphas_cumprod)
+    return SpacedDiffusion(
+        space_timesteps(len(alphas_cumprod), grid, alphas_cumprod=alphas_cumprod),
+        betas=1 - levels[1:] / levels[:-1],
+        model_mean_type=process.model_mean_type,
+        model_var_type=process.model_var_type,
+        loss_type=process.loss_type,
+        rescale_timesteps=process.rescale_timesteps,
+        loss_weight=process.loss_weight,
+        min_snr_gamma=process.min_snr_gamma,
+    )

@@ -1,89 +1,51 @@
-"""Samplers as pure steps, and the one loop that runs them.
+"""Samplers as pure steps: the classical ones, those of Karras et al., and the table of all.
 
 A sampler is a frozen dataclass whose `step` maps x_t to x_{t-1}. It asks `predict` for what the network says, the
 prediction for its guided form, and `draw` for noise; what it must remember it returns as a value, so that a step can be
-taken alone, twice, or from a notebook. A new sampler is a dataclass here and its entry in `SAMPLERS`.
+taken alone, twice, or from a notebook. A new sampler is a dataclass here and its entry in `SAMPLERS`; the one loop that
+runs them all is in loop.py, the exponential integrators are in solvers.py.
 
 Symbols: x is x_t [N, C, H, W]; t [N] is the index in the (respaced) process, t = 0 one step of noise; alpha_bar_t is
-the share of the variance that is signal: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+the share of the variance that is signal: x_t = alpha x_0 + sigma eps, with alpha^2 = alpha_bar_t and sigma^2 = 1 -
+alpha_bar_t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, NotRequired, Protocol, TypedDict, Unpack
+from typing import Any, ClassVar
 
 import torch as th
-from tqdm.auto import tqdm
 
 from guided_diffusion.config import nearest
-
-State = tuple[th.Tensor, ...] | None
-Draw = Callable[[], th.Tensor]
-Generators = th.Generator | Sequence[th.Generator] | None
-
-
-class StepOutput(TypedDict):
-    """What a step yields: x_{t-1}, the network's own x_0 and, in a guided step, the guided x_0."""
-
-    sample: th.Tensor
-    pred_xstart: th.Tensor
-    pred_xstart_guided: NotRequired[th.Tensor]
-    old_eps: NotRequired[list[th.Tensor]]
-
-
-class Prediction(Protocol):
-    """What the network says at (x, t)."""
-
-    mean: th.Tensor
-    log_variance: th.Tensor
-    pred_xstart: th.Tensor
-
-    @property
-    def eps(self) -> th.Tensor: ...
-    def guided(self, rule: str) -> Prediction: ...
-    def output(self, sample: th.Tensor) -> StepOutput: ...
-
-
-Predict = Callable[[th.Tensor, th.Tensor], Prediction]
-
-
-class Process(Protocol):
-    """What samplers, guidance and the loop need of a diffusion process."""
-
-    num_timesteps: int
-
-    def alpha_bar(self, t: th.Tensor, like: th.Tensor) -> th.Tensor: ...
-    def predict_xstart(self, x: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor: ...
-    def predict_eps(self, x: th.Tensor, t: th.Tensor, xstart: th.Tensor) -> th.Tensor: ...
-    def posterior_mean(self, xstart: th.Tensor, x: th.Tensor, t: th.Tensor) -> th.Tensor: ...
-    def xstart_of_mean(self, x: th.Tensor, t: th.Tensor, mean: th.Tensor) -> th.Tensor: ...
-    def q_sample(self, x_start: th.Tensor, t: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor: ...
-    def predictor(
-        self,
-        model: Any,
-        *,
-        clip_denoised: bool = True,
-        denoised_fn: Callable[[th.Tensor], th.Tensor] | None = None,
-        cond_fn: Callable[..., th.Tensor] | None = None,
-        cond_fn_with_grad: bool = False,
-        model_kwargs: dict[str, Any] | None = None,
-    ) -> Predict: ...
-
-
-class Sampler(Protocol):
-    """One step of a sampler: x_t and the sampler's memory to x_{t-1} and its memory."""
-
-    def step(
-        self, process: Any, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]: ...
-
-
-def _where_noisy(t: th.Tensor, x: th.Tensor) -> th.Tensor:
-    """True [N, 1, ...] where t > 0: the last step adds no noise."""
-    return (t > 0).view(-1, *[1] * (x.ndim - 1))
+from guided_diffusion.solvers import (
+    DEIS,
+    DPMSolver2,
+    DPMSolver3,
+    DPMSolverPP2M,
+    DPMSolverPP2MSDE,
+    DPMSolverPP2S,
+    DPMSolverPP3MSDE,
+    SASolver,
+    UniPC,
+    recall,
+    remember,
+)
+from guided_diffusion.steps import (
+    Draw,
+    Level,
+    Predict,
+    Process,
+    Sampler,
+    State,
+    StepOutput,
+    mix,
+    polynomial_weights,
+    predict_at,
+    refuse_negative,
+    refuse_order,
+    where_noisy,
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +59,7 @@ class Ancestral:
         noise = draw()
         prediction = prediction.guided("mean")
         deviation = th.exp(prediction.log_variance / 2)
-        sample = prediction.mean + _where_noisy(t, x) * deviation * noise
+        sample = prediction.mean + where_noisy(t, x) * deviation * noise
         return prediction.output(sample), None
 
 
@@ -110,6 +72,9 @@ class DDIM:
 
     eta: float = 0.0
 
+    def __post_init__(self) -> None:
+        refuse_negative(eta=self.eta)
+
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
@@ -118,13 +83,15 @@ class DDIM:
         sigma = self.eta * th.sqrt((1 - before) / (1 - now) * (1 - now / before))  # eq. 16
         direction = th.sqrt(1 - before - sigma**2) * prediction.eps
         noise = draw()  # drawn also where it is not used: the order of draws is public
-        sample = th.sqrt(before) * prediction.pred_xstart + direction + _where_noisy(t, x) * sigma * noise
+        sample = th.sqrt(before) * prediction.pred_xstart + direction + where_noisy(t, x) * sigma * noise
         return prediction.output(sample), None
 
 
 @dataclass(frozen=True)
 class DDIMReverse:
     """The deterministic DDIM step backwards, x_t to x_{t+1}: encodes an image as noise (Song et al. 2021, sec. 4.3)."""
+
+    ascending: ClassVar[bool] = True
 
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
@@ -153,10 +120,15 @@ class PLMS:
     """
 
     order: int = 2
+    needs_signal: ClassVar[bool] = True
+
+    @property
+    def starting_calls(self) -> int:
+        """The first step asks the network twice, where the order is above 1."""
+        return int(self.order > 1)
 
     def __post_init__(self) -> None:
-        if self.order not in ADAMS_BASHFORTH:
-            raise ValueError(f"plms order {self.order} is unknown: use 1, 2, 3 or 4")
+        refuse_order("plms", self.order, len(ADAMS_BASHFORTH))
 
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
@@ -169,7 +141,7 @@ class PLMS:
         else:
             weights = ADAMS_BASHFORTH[len(history)]
             eps = sum((w * past for w, past in zip(weights, reversed(history), strict=True)), th.zeros_like(x))
-        sample = th.where(_where_noisy(t, x), self._move(process, x, t, eps), prediction.pred_xstart)
+        sample = th.where(where_noisy(t, x), self._move(process, x, t, eps), prediction.pred_xstart)
         return prediction.output(sample) | {"old_eps": list(history)}, history
 
     @staticmethod
@@ -179,7 +151,133 @@ class PLMS:
         return th.sqrt(before) * process.predict_xstart(x, t, eps) + th.sqrt(1 - before) * eps
 
 
-SAMPLERS: dict[str, type[Any]] = {"ddpm": Ancestral, "ddim": DDIM, "plms": PLMS}
+# ---- steps in sigma / alpha, the noise of Karras et al. 2022, in which the flow is d(x / alpha) = eps d(sigma / alpha)
+
+
+@dataclass(frozen=True)
+class Euler:
+    """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 without its line 7).
+
+    Without churn it is DDIM with eta = 0, and of order 1.
+
+    :param churn: S_churn, how much noise is added over all steps: 0 none; sigma grows by up to 41 % per step.
+    :param churn_min: sigma / alpha below which none is added, their S_tmin; `churn_max` that above which, S_tmax.
+    :param churn_noise: deviation of the noise added, their S_noise.
+    """
+
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float = 1e9
+    churn_noise: float = 1.0
+    grid: ClassVar[str] = "karras"
+
+    def __post_init__(self) -> None:
+        refuse_negative(**{spec.name: getattr(self, spec.name) for spec in fields(self)})
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction, _, _ = self._noisier(process, predict, x, t, draw)
+        return prediction.output(self._along(process.at(t - 1, x), prediction)), None
+
+    @staticmethod
+    def _along(end: Level, prediction: Any) -> th.Tensor:
+        """Where a prediction leads by a straight line."""
+        return mix((end.alpha, prediction.pred_xstart), (end.sigma, prediction.eps))
+
+    def _noisier(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, draw: Draw
+    ) -> tuple[Any, th.Tensor, Level]:
+        """The prediction from where the churn leads, x there, and its level; never noisier than the process is."""
+        now = process.at(t, x)
+        if not self.churn:
+            return predict(x, t).guided("score"), x, now
+        most = process.at(th.full_like(t, process.num_timesteps - 1), x).ratio
+        grown = now.ratio * (1 + min(self.churn / process.num_timesteps, 2**0.5 - 1))
+        churned = (now.ratio >= self.churn_min) & (now.ratio <= self.churn_max)
+        ratio = th.where(churned, grown, now.ratio).minimum(most)
+        there = Level.at_ratio(ratio)
+        added = self.churn_noise * th.sqrt((ratio**2 - now.ratio**2).clamp(min=0))
+        x = mix((there.alpha / now.alpha, x), (there.alpha * added, draw()))
+        return predict_at(process, predict, x, there), x, there
+
+
+@dataclass(frozen=True)
+class Heun(Euler):
+    """Heun's method with churn (Karras et al. 2022, algorithm 2). Of order 2 without churn."""
+
+    stages: ClassVar[int] = 2
+    needs_signal: ClassVar[bool] = True
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction, x, now = self._noisier(process, predict, x, t, draw)
+        end = process.at(t - 1, x)
+        sample = self._along(end, prediction)
+        if bool((t > 0).any()):
+            there = predict(sample, (t - 1).clamp(min=0)).guided("score")
+            slope = (prediction.eps + there.eps) / 2
+            average = mix((end.alpha / now.alpha, x), (end.alpha * (end.ratio - now.ratio), slope))
+            sample = average.where(where_noisy(t, x), sample)
+        return prediction.output(sample), None
+
+
+@dataclass(frozen=True)
+class EulerAncestral(DDIM):
+    """Euler's method to below the next noise level, and noise up to it: in these variables, DDIM, with eta = 1."""
+
+    eta: float = 1.0
+    grid: ClassVar[str] = "karras"
+
+
+@dataclass(frozen=True)
+class LMS:
+    """Linear multistep in sigma / alpha: the polynomial through the last `order` eps (Adams-Bashforth on any grid).
+
+    The first steps have fewer eps to go by, so the order in the step size is 1 for `order` 1, else 2.
+    """
+
+    order: int = 4
+    grid: ClassVar[str] = "karras"
+    needs_signal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        refuse_order("lms", self.order, 4)
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        now, end = process.at(t, x), process.at(t - 1, x)
+        history, ratios = recall(state, prediction.eps, now.ratio, self.order)
+        change = end.ratio - now.ratio
+        nodes = [(ratio - now.ratio) / change for ratio in ratios]
+        weights = polynomial_weights(nodes, [th.full_like(change, 1 / (k + 1)) for k in range(len(nodes))])
+        steps = ((end.alpha * change * weight, eps) for weight, eps in zip(weights, history, strict=True))
+        sample = mix((end.alpha / now.alpha, x), *steps).where(where_noisy(t, x), prediction.pred_xstart)
+        return prediction.output(sample), remember(history, ratios)
+
+
+SAMPLERS: dict[str, type[Any]] = {
+    "ddpm": Ancestral,
+    "ddim": DDIM,
+    "ddim_reverse": DDIMReverse,
+    "plms": PLMS,
+    "dpm++2m": DPMSolverPP2M,
+    "dpm++2m_sde": DPMSolverPP2MSDE,
+    "dpm++2s": DPMSolverPP2S,
+    "dpm++3m_sde": DPMSolverPP3MSDE,
+    "dpm2": DPMSolver2,
+    "dpm3": DPMSolver3,
+    "unipc": UniPC,
+    "deis": DEIS,
+    "sa": SASolver,
+    "heun": Heun,
+    "euler": Euler,
+    "euler_ancestral": EulerAncestral,
+    "lms": LMS,
+}
 
 
 def make_sampler(name: str, **options: Any) -> Sampler:
@@ -197,127 +295,3 @@ def make_sampler(name: str, **options: Any) -> Sampler:
             raise ValueError(f"the sampler {name} has no option {option}: {hint}")
     sampler: Sampler = SAMPLERS[name](**options)
     return sampler
-
-
-# ---- the loop
-
-
-class SampleOptions(TypedDict, total=False):
-    """What every sampling loop takes.
-
-    noise: x_T [N, C, H, W]; drawn when absent.
-    clip_denoised, denoised_fn: applied to every prediction of x_0, `denoised_fn` first.
-    cond_fn: gradient of a log-probability, (x, timesteps, **model_kwargs) -> [N, C, H, W].
-    cond_fn_with_grad: cond_fn is called as (x, t, out, **model_kwargs) with a graph from x to out["pred_xstart"].
-    model_kwargs: what the network gets besides x and timesteps, e.g. {"y": labels [N]}.
-    skip_timesteps: how many of the noisiest steps to leave out, starting from `init_image` (default: zeros) noised.
-    randomize_class: new random labels in every step, where there are labels in model_kwargs.
-    generator: source of all randomness; a sequence of N draws each image from its own.
-    progress: show a progress bar.
-    """
-
-    noise: th.Tensor | None
-    clip_denoised: bool
-    denoised_fn: Callable[[th.Tensor], th.Tensor] | None
-    cond_fn: Callable[..., th.Tensor] | None
-    model_kwargs: dict[str, Any] | None
-    device: th.device | str | None
-    progress: bool
-    skip_timesteps: int
-    init_image: th.Tensor | None
-    randomize_class: bool
-    cond_fn_with_grad: bool
-    generator: Generators
-
-
-def _drawer(
-    make: Callable[..., th.Tensor], shape: Sequence[int], device: th.device, generator: Generators
-) -> Callable[[], th.Tensor]:
-    """A function that draws a tensor of `shape` from one source of randomness, or image by image from N."""
-    if generator is None:
-        return lambda: make(tuple(shape), device=device)
-    if isinstance(generator, th.Generator):
-        return lambda: make(tuple(shape), device=generator.device, generator=generator).to(device)
-    if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for {shape[0]} images: give one, or one per image")
-    return lambda: th.stack([make(tuple(shape[1:]), device=g.device, generator=g) for g in generator]).to(device)
-
-
-def _check_labels(labels: th.Tensor | None, num_classes: int | None) -> None:
-    """Refuse labels that the network has no embedding for, before a device assertion does."""
-    if labels is not None and num_classes is not None and bool(((labels < 0) | (labels >= num_classes)).any()):
-        raise ValueError(f"labels {labels.tolist()} are not all in 0 .. {num_classes - 1}, the network's classes")
-
-
-def _class_drawer(model: Any, labels: th.Tensor, device: th.device, generator: Generators) -> Draw:
-    """A function that draws new labels [N] for the network's classes, in place of the given ones."""
-    classes = getattr(model, "num_classes", None)
-    if classes is None:
-        raise ValueError("randomize_class needs a class-conditional network: one with a number in .num_classes")
-    return _drawer(lambda size, **kw: th.randint(classes, size, **kw), tuple(labels.shape), device, generator)
-
-
-def sample_loop(
-    process: Process, sampler: Sampler, model: Any, shape: Sequence[int], **options: Unpack[SampleOptions]
-) -> Iterator[StepOutput]:
-    """Run `sampler` from x_T to x_0, lazily: one `StepOutput` per step, none taken ahead of its being asked for.
-
-    :param shape: of the images, [N, C, H, W].
-    :raises ValueError: for options that cannot take effect.
-    """
-    device = th.device(options.get("device") or next(model.parameters()).device)
-    kwargs = dict(options.get("model_kwargs") or {})
-    _check_labels(kwargs.get("y"), getattr(model, "num_classes", None))
-    generator = options.get("generator")
-    noise = options.get("noise")
-    x = _drawer(th.randn, shape, device, generator)() if noise is None else noise.to(device)
-    indices = _indices(process.num_timesteps, options.get("skip_timesteps") or 0)
-    x = _start(process, x, indices, options)
-    if not indices:
-        yield {"sample": x, "pred_xstart": x}
-    new_classes = None
-    if options.get("randomize_class") and kwargs.get("y") is not None:
-        new_classes = _class_drawer(model, kwargs["y"], device, generator)
-    predict = process.predictor(
-        model,
-        clip_denoised=options.get("clip_denoised", True),
-        denoised_fn=options.get("denoised_fn"),
-        cond_fn=options.get("cond_fn"),
-        cond_fn_with_grad=options.get("cond_fn_with_grad", False),
-        model_kwargs=kwargs,
-    )
-    # like x in dtype and memory layout, which decides the order in which the global generator's numbers fill it
-    draw: Draw = lambda: th.randn_like(x)  # noqa: E731 - it sees the x of its step
-    if generator is not None:
-        draw = _drawer(partial(th.randn, dtype=x.dtype), shape, device, generator)
-    state: State = None
-    for index in tqdm(indices) if options.get("progress") else indices:
-        if new_classes is not None:
-            kwargs["y"] = new_classes()
-        with th.no_grad():
-            t = th.full((shape[0],), index, device=device)
-            output, state = sampler.step(process, predict, x, t, state, draw)
-        yield output
-        x = output["sample"]
-
-
-def _indices(num_timesteps: int, skip: int) -> list[int]:
-    """The indices of the steps to take, noisiest first."""
-    if not 0 <= skip <= num_timesteps:
-        raise ValueError(f"skip_timesteps {skip} is not in 0 .. {num_timesteps}, the steps of this process")
-    return list(reversed(range(num_timesteps - skip)))
-
-
-def _start(process: Process, x: th.Tensor, indices: list[int], options: SampleOptions) -> th.Tensor:
-    """Where the loop starts: noise, or an image with the noise of the first step taken; no steps leave it as it is."""
-    image = options.get("init_image")
-    if image is None and not options.get("skip_timesteps"):
-        return x
-    image = th.zeros_like(x) if image is None else image.to(x)
-    sides = zip(reversed(image.shape), reversed(x.shape), strict=False)
-    if image.ndim > x.ndim or any(own not in (1, side) for own, side in sides):
-        raise ValueError(f"init_image of shape {tuple(image.shape)} does not fit the samples, {tuple(x.shape)}")
-    image = image.expand_as(x)
-    if not indices:
-        return image
-    return process.q_sample(image, th.full((len(x),), indices[0], device=x.device), x)

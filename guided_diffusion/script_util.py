@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from inspect import Parameter, Signature
 from typing import Any, TypeVar
+
+import numpy as np
 
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion.config import (
@@ -26,6 +28,7 @@ from guided_diffusion.config import (
     str2bool,
 )
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.schedules import rescale_zero_terminal_snr
 from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 
 __all__ = ["NUM_CLASSES", "str2bool"]
@@ -154,6 +157,7 @@ def _network_arguments(
         "resblock_updown": config.resblock_updown,
         "use_new_attention_order": config.use_new_attention_order,
         "use_neighborhood_attention": config.use_neighborhood_attention,
+        "null_class": config.null_class,
     }
 
 
@@ -332,18 +336,32 @@ def create_gaussian_diffusion(
     predict_xstart: bool = False,
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
-    timestep_respacing: str | list[int] = "",
+    timestep_respacing: str | Sequence[float] = "",
+    predict_v: bool = False,
+    zero_terminal_snr: bool = False,
+    loss_weight: str = "",
+    min_snr_gamma: float = 5.0,
 ) -> SpacedDiffusion:
-    """A process from its flags; without `timestep_respacing` it takes all its steps."""
+    """A process from its flags; without `timestep_respacing` it takes all its steps.
+
+    :raises ValueError: if flags contradict each other.
+    """
+    if predict_v and predict_xstart:
+        raise ValueError("predict_v and predict_xstart are both True: the network predicts one of the two")
     loss = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
     fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
+    mean = gd.ModelMeanType.VELOCITY if predict_v else gd.ModelMeanType.EPSILON
+    betas = gd.get_named_beta_schedule(noise_schedule, steps)
+    betas = rescale_zero_terminal_snr(betas) if zero_terminal_snr else betas
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=gd.get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        space_timesteps(steps, timestep_respacing or [steps], alphas_cumprod=np.cumprod(1 - betas)),
+        betas=betas,
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else mean,
         model_var_type=gd.ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
         loss_type=gd.LossType.RESCALED_KL if use_kl else loss,
         rescale_timesteps=rescale_timesteps,
+        loss_weight=loss_weight,
+        min_snr_gamma=min_snr_gamma,
     )
 
 

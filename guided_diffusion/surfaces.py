@@ -1,7 +1,7 @@
 """The sampling methods that a diffusion process offers, by the names and parameters that users know.
 
 Every one of them is a line over a sampler's `step` or over the loop; what their parameters mean is said once, in
-`samplers.SampleOptions`. Two parameters are not there: `eta` and `order`, which are the samplers' own.
+`loop.SampleOptions`. Two parameters are not there: `eta` and `order`, which are the samplers' own.
 """
 
 from __future__ import annotations
@@ -12,20 +12,10 @@ from typing import Any, Protocol, Unpack
 
 import torch as th
 
-from guided_diffusion.guidance import CondFn, MeanVariance, shift_mean, shift_score
-from guided_diffusion.samplers import (
-    DDIM,
-    PLMS,
-    Ancestral,
-    DDIMReverse,
-    Generators,
-    Process,
-    SampleOptions,
-    Sampler,
-    State,
-    StepOutput,
-    sample_loop,
-)
+from guided_diffusion.loop import MoreOptions, SampleOptions, sample_loop
+from guided_diffusion.prediction import CondFn, MeanVariance, shift_mean, shift_score
+from guided_diffusion.samplers import DDIM, PLMS, Ancestral, DDIMReverse
+from guided_diffusion.steps import Process, Sampler, State, StepOutput
 
 Model = Callable[..., th.Tensor]
 Kwargs = dict[str, Any] | None
@@ -39,7 +29,8 @@ Steps = Iterator[StepOutput]
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a surface that the loop or the step takes under the same name."""
-    return {name: value for name, value in given.items() if name not in ("self", "eta", "order", "old_out")}
+    own = ("self", "eta", "order", "old_out", "more")
+    return {**{name: value for name, value in given.items() if name not in own}, **given.get("more", {})}
 
 
 # once the loops went through these
@@ -100,7 +91,7 @@ class SamplingSurfaces(Process, Protocol):
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
         denoised_fn: DenoisedFn = None, cond_fn: Guide = None, model_kwargs: Kwargs = None, device: Device = None,
         progress: bool = False, skip_timesteps: int = 0, init_image: Image = None, randomize_class: bool = False,
-        cond_fn_with_grad: bool = False, *, generator: Generators = None,
+        cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
     ) -> th.Tensor:
         """Images [N, C, H, W] by ancestral sampling."""
         return self.sample_loop(Ancestral(), **_options(locals()))
@@ -109,7 +100,7 @@ class SamplingSurfaces(Process, Protocol):
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
         denoised_fn: DenoisedFn = None, cond_fn: Guide = None, model_kwargs: Kwargs = None, device: Device = None,
         progress: bool = False, skip_timesteps: int = 0, init_image: Image = None, randomize_class: bool = False,
-        cond_fn_with_grad: bool = False, *, generator: Generators = None,
+        cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
     ) -> Steps:
         """The steps of `p_sample_loop`."""
         return self.sample_loop_progressive(Ancestral(), **_options(locals()))
@@ -146,7 +137,7 @@ class SamplingSurfaces(Process, Protocol):
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
         denoised_fn: DenoisedFn = None, cond_fn: Guide = None, model_kwargs: Kwargs = None, device: Device = None,
         progress: bool = False, eta: float = 0.0, skip_timesteps: int = 0, init_image: Image = None,
-        randomize_class: bool = False, cond_fn_with_grad: bool = False, *, generator: Generators = None,
+        randomize_class: bool = False, cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
     ) -> th.Tensor:
         """Images [N, C, H, W] by DDIM."""
         return self.sample_loop(DDIM(eta), **_options(locals()))
@@ -155,7 +146,7 @@ class SamplingSurfaces(Process, Protocol):
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
         denoised_fn: DenoisedFn = None, cond_fn: Guide = None, model_kwargs: Kwargs = None, device: Device = None,
         progress: bool = False, eta: float = 0.0, skip_timesteps: int = 0, init_image: Image = None,
-        randomize_class: bool = False, cond_fn_with_grad: bool = False, *, generator: Generators = None,
+        randomize_class: bool = False, cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
     ) -> Steps:
         """The steps of `ddim_sample_loop`."""
         return self.sample_loop_progressive(DDIM(eta), **_options(locals()))
@@ -175,7 +166,7 @@ class SamplingSurfaces(Process, Protocol):
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
         denoised_fn: DenoisedFn = None, cond_fn: Guide = None, model_kwargs: Kwargs = None, device: Device = None,
         progress: bool = False, skip_timesteps: int = 0, init_image: Image = None, randomize_class: bool = False,
-        cond_fn_with_grad: bool = False, order: int = 2, *, generator: Generators = None,
+        cond_fn_with_grad: bool = False, order: int = 2, **more: Unpack[MoreOptions],
     ) -> th.Tensor:
         """Images [N, C, H, W] by PLMS."""
         return self.sample_loop(PLMS(order), **_options(locals()))
@@ -184,7 +175,7 @@ class SamplingSurfaces(Process, Protocol):
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
         denoised_fn: DenoisedFn = None, cond_fn: Guide = None, model_kwargs: Kwargs = None, device: Device = None,
         progress: bool = False, skip_timesteps: int = 0, init_image: Image = None, randomize_class: bool = False,
-        cond_fn_with_grad: bool = False, order: int = 2, *, generator: Generators = None,
+        cond_fn_with_grad: bool = False, order: int = 2, **more: Unpack[MoreOptions],
     ) -> Steps:
         """The steps of `plms_sample_loop`."""
         return self.sample_loop_progressive(PLMS(order), **_options(locals()))

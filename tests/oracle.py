@@ -1,4 +1,4 @@
-"""Exact answers for Gaussian data.
+"""Exact answers for Gaussian data; those for mixtures of Gaussians are in benchmarks/mixture.py.
 
 For x_0 ~ N(mean, std^2), pixel by pixel, the best denoiser is known, and the probability-flow map is affine:
 z = (x_t - sqrt(alpha_bar) mean) / sqrt(alpha_bar std^2 + 1 - alpha_bar) stays constant along it.
@@ -6,7 +6,7 @@ z = (x_t - sqrt(alpha_bar) mean) / sqrt(alpha_bar std^2 + 1 - alpha_bar) stays c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch as th
@@ -19,16 +19,26 @@ from guided_diffusion.gaussian_diffusion import (
     get_named_beta_schedule as schedule,
 )
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
-from guided_diffusion.samplers import Sampler
+from guided_diffusion.schedules import rescale_zero_terminal_snr
+from guided_diffusion.steps import Sampler
 
 
 def make_process(
-    steps: int = 1000, respacing: str = "", *, name: str = "linear", mean: str = "EPSILON", var: str = "FIXED_LARGE"
+    steps: int = 1000,
+    respacing: str | Sequence[float] = "",
+    *,
+    name: str = "linear",
+    mean: str = "EPSILON",
+    var: str = "FIXED_LARGE",
+    zero_terminal_snr: bool = False,
 ) -> SpacedDiffusion:
-    """A process that is made as the factory makes it."""
+    """A process that is made as the factory makes it, on any grid that `space_timesteps` takes."""
+    betas = schedule(name, steps)
+    if zero_terminal_snr:
+        betas = rescale_zero_terminal_snr(betas)
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, respacing or [steps]),
-        betas=schedule(name, steps),
+        use_timesteps=space_timesteps(steps, respacing or [steps], alphas_cumprod=np.cumprod(1 - betas)),
+        betas=betas,
         model_mean_type=ModelMeanType[mean],
         model_var_type=ModelVarType[var],
         loss_type=LossType.MSE,
@@ -36,24 +46,27 @@ def make_process(
 
 
 class GaussianData:
-    """The perfect network for N(mean, std^2), which counts its calls."""
+    """The perfect network for N(mean, std^2) at any real timestep, which counts its calls."""
 
     def __init__(self, process: GaussianDiffusion, mean: float = 0.3, std: float = 0.5) -> None:
         self.process, self.mean, self.std, self.calls = process, mean, std, 0
-        self.levels = dict(zip(process.timestep_map, process.alphas_cumprod, strict=True))
 
     def __call__(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
         self.calls += 1
-        alpha_bar = th.tensor([self.levels[int(t)] for t in timesteps], dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))
-        total = alpha_bar * self.std**2 + 1 - alpha_bar
-        x_start = self.mean + alpha_bar.sqrt() * self.std**2 * (x - alpha_bar.sqrt() * self.mean) / total
+        tau = timesteps.double()
+        level = self.process.level(tau).view(-1, *[1] * (x.ndim - 1))
+        alpha, sigma = (value.to(x.dtype) for value in (th.exp(level / 2), th.sqrt(-th.expm1(level))))
+        x_start = self.mean + alpha * self.std**2 * (x - alpha * self.mean) / (alpha**2 * self.std**2 + sigma**2)
+        eps = (x - alpha * x_start) / sigma
         kind = self.process.model_mean_type
-        if kind is ModelMeanType.START_X:
-            return x_start
         if kind is ModelMeanType.PREVIOUS_X:
-            index = th.tensor([self.process.timestep_map.index(int(t)) for t in timesteps])
-            return self.process.q_posterior_mean_variance(x_start, x, index)[0]
-        return (x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
+            return self.process.q_posterior_mean_variance(x_start, x, tau)[0]
+        predictions = {
+            ModelMeanType.START_X: x_start,
+            ModelMeanType.EPSILON: eps,
+            ModelMeanType.VELOCITY: alpha * eps - sigma * x_start,
+        }
+        return predictions[kind]
 
     def flow(self, x: th.Tensor, before: float, after: float) -> th.Tensor:
         """Where the probability flow takes x from level alpha_bar = before to after."""

@@ -16,9 +16,9 @@ from guided_diffusion.gaussian_diffusion import (
     ModelMeanType,
     ModelVarType,
     _extract_into_tensor,
-    betas_for_alpha_bar,
     get_named_beta_schedule,
 )
+from guided_diffusion.schedules import rescale_zero_terminal_snr
 
 SHAPE = (4, 3, 4, 4)
 T_ALL = th.tensor([0, 1, 50, 99])
@@ -28,26 +28,6 @@ def noise_like(seed=0):
     return th.randn(SHAPE, generator=th.Generator().manual_seed(seed), dtype=th.float64)
 
 
-# ---- schedules
-
-
-@pytest.mark.parametrize("steps", [21, 100, 1000, 4000])
-def test_linear_schedule(steps):
-    betas = get_named_beta_schedule("linear", steps)
-    assert betas[0] == pytest.approx(0.1 / steps)
-    assert betas[-1] == pytest.approx(20 / steps)
-    assert np.allclose(np.diff(betas, 2), 0, atol=1e-12)
-
-
-@pytest.mark.parametrize("steps", [2, 10, 20])
-def test_short_linear_schedules_are_clamped_with_a_warning(steps):
-    with pytest.warns(UserWarning, match="betas above 0.999: they are clamped"):
-        betas = get_named_beta_schedule("linear", steps)
-    assert betas.max() <= 0.999
-    process = make_noisy(betas)
-    assert all(np.isfinite(v).all() for v in vars(process).values() if isinstance(v, np.ndarray))
-
-
 def make_noisy(betas, **kwargs):
     types = {
         "model_mean_type": ModelMeanType.EPSILON,
@@ -55,33 +35,6 @@ def make_noisy(betas, **kwargs):
         "loss_type": LossType.MSE,
     }
     return GaussianDiffusion(betas=betas, **{**types, **kwargs})
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-@pytest.mark.parametrize("steps", [30, 1000])
-def test_schedules_only_add_noise(name, steps):
-    process = make_process(steps, name=name)
-    assert (np.diff(process.alphas_cumprod) < 0).all()
-    assert process.alphas_cumprod[0] > 0.9
-    assert process.alphas_cumprod[-1] < 1e-3
-
-
-def test_cosine_schedule_follows_the_cosine():
-    process = make_process(1000, name="cosine")
-    time = np.arange(1, 1001) / 1000
-    expected = np.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2 / np.cos(0.008 / 1.008 * math.pi / 2) ** 2
-    assert np.allclose(process.alphas_cumprod[:-1], expected[:-1], atol=1e-12)  # the last beta is clamped
-
-
-def test_betas_for_alpha_bar_clamps():
-    assert betas_for_alpha_bar(4, lambda time: 1 - time, max_beta=0.6).tolist() == pytest.approx(
-        [0.25, 1 / 3, 0.5, 0.6]
-    )
-
-
-def test_unknown_schedule():
-    with pytest.raises(ValueError, match="use linear or cosine; did you mean cosine"):
-        get_named_beta_schedule("cosin", 10)
 
 
 @pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, 1.2], [[0.1], [0.2]], [0.1, math.nan]])
@@ -147,7 +100,7 @@ def test_predictions_turn_into_each_other():
     assert th.allclose(process.q_sample(x_start, T_ALL, eps), x)
 
 
-@pytest.mark.parametrize("mean", ["EPSILON", "START_X", "PREVIOUS_X"])
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X", "PREVIOUS_X", "VELOCITY"])
 def test_reverse_moments_of_the_exact_network(mean):
     process = make_process(100, mean=mean, var="FIXED_SMALL")
     data, x = GaussianData(process), noise_like()
@@ -201,14 +154,139 @@ def test_mse_of_the_exact_network_is_the_noise_that_cannot_be_known():
     assert mse.tolist() == pytest.approx(expected.tolist(), rel=0.05)
 
 
-@pytest.mark.parametrize("mean", ["EPSILON", "START_X", "PREVIOUS_X"])
+def answers(process, x, noise):
+    """What a network that knows x_0 and the noise says, by what it predicts."""
+    x_t = process.q_sample(x, T_ALL, noise)
+    level = process.at(T_ALL, x)
+    return {
+        "EPSILON": noise,
+        "START_X": x,
+        "PREVIOUS_X": process.q_posterior_mean_variance(x, x_t, T_ALL)[0],
+        "VELOCITY": level.alpha * noise - level.sigma * x,
+    }
+
+
+@pytest.mark.parametrize("mean", list(ModelMeanType.__members__))
 def test_perfect_knowledge_has_no_loss(mean):
     process = make_process(100, mean=mean)
     x, noise = noise_like(), noise_like(1)
-    x_t = process.q_sample(x, T_ALL, noise)
-    answer = {"EPSILON": noise, "START_X": x, "PREVIOUS_X": process.q_posterior_mean_variance(x, x_t, T_ALL)[0]}[mean]
+    answer = answers(process, x, noise)[mean]
     losses = process.training_losses(lambda x, t: answer, x, T_ALL, noise=noise)
     assert losses["loss"].abs().max() < 1e-20
+
+
+@pytest.mark.parametrize("mean", list(ModelMeanType.__members__))
+@pytest.mark.parametrize("gamma", [5.0, 0.3])
+def test_min_snr_weighs_what_is_predicted_as_x_0(mean, gamma):
+    """min(SNR, gamma) times the squared error of x_0 (Hang et al. 2023), whatever the network predicts."""
+    process = make_process(100, mean=mean)
+    weighted = make_noisy(
+        process.betas, model_mean_type=ModelMeanType[mean], loss_weight="min_snr", min_snr_gamma=gamma
+    )
+    x, noise, answer = noise_like(), noise_like(1), noise_like(2)
+    losses = weighted.training_losses(lambda x, t: answer, x, T_ALL, noise=noise)
+    x_t = process.q_sample(x, T_ALL, noise)
+    guess = process.p_mean_variance(lambda x, t: answer, x_t, T_ALL, clip_denoised=False)["pred_xstart"]
+    alpha_bar = process.alphas_cumprod[T_ALL.numpy()]
+    expected = np.minimum(alpha_bar / (1 - alpha_bar), gamma) * ((guess - x) ** 2).flatten(1).mean(dim=1).numpy()
+    assert losses["loss"].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+    plain = process.training_losses(lambda x, t: answer, x, T_ALL, noise=noise)
+    assert th.equal(losses["mse"], plain["loss"])
+
+
+def test_impossible_weights_are_refused():
+    betas = get_named_beta_schedule("cosine", 50)
+    for options, message in (
+        ({"loss_weight": "snr"}, "loss_weight 'snr' is unknown: use min_snr"),
+        ({"loss_weight": "min_snr", "min_snr_gamma": 0.0}, "min_snr_gamma 0.0 is not above 0"),
+        ({"loss_weight": "min_snr", "loss_type": LossType.RESCALED_KL}, "use_kl has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_noisy(betas, **options)
+
+
+def test_without_signal_at_the_end_eps_is_refused():
+    betas = rescale_zero_terminal_snr(get_named_beta_schedule("linear", 50))
+    with pytest.raises(ValueError, match=r"zero_terminal_snr leaves no signal .*predict_v"):
+        make_noisy(betas)
+    process = make_noisy(betas, model_mean_type=ModelMeanType.VELOCITY)
+    last, x, noise = th.tensor([49] * 4), noise_like(), noise_like(1)
+    assert th.equal(process.q_sample(x, last, noise), noise)
+    losses = process.training_losses(lambda x_t, t: -x, x, last, noise=noise)
+    assert losses["mse"].abs().max() < 1e-20
+    out = process.p_mean_variance(lambda x_t, t: -x, noise, last, clip_denoised=False)
+    assert th.allclose(out["pred_xstart"], x)
+    assert th.allclose(process.predict_eps(noise, last, x), noise)
+
+
+# ---- between the steps
+
+
+@pytest.mark.parametrize("respacing", ["", "ddim25", "logsnr12"])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_levels_at_real_timesteps(name, respacing):
+    """Those of training, whatever the grid: exact at integers, straight in log-SNR between them, and invertible."""
+    process, whole = make_process(200, respacing, name=name), make_process(200, name=name)
+    tau = th.arange(200, dtype=th.float64)
+    assert process.level(tau).exp().numpy() == pytest.approx(whole.alphas_cumprod, rel=1e-12)
+    assert float(process.level(37.0)) == pytest.approx(math.log(whole.alphas_cumprod[37]))
+
+    def log_snr(tau):
+        level = process.level(tau)
+        return level - th.log(-th.expm1(level))
+
+    middle = log_snr(tau[:-1] + 0.25)
+    assert th.allclose(middle, 0.75 * log_snr(tau[:-1]) + 0.25 * log_snr(tau[1:]), atol=1e-9)
+    real = th.linspace(0, 199, 777, dtype=th.float64)
+    assert th.allclose(process.tau(process.level(real)), real, atol=1e-9)
+    assert float(process.level(-3.0)) == float(process.level(0.0))
+    assert float(process.tau(process.level(th.tensor(500.0)))) == pytest.approx(199.0, abs=1e-3)
+
+
+def test_coefficients_at_real_timesteps_continue_those_at_integers():
+    process, x, noise = make_process(200, "ddim25"), noise_like(), noise_like(1)
+    index = th.tensor([0, 3, 11, 24])
+    tau = th.tensor([process.timestep_map[i] for i in index], dtype=th.float64)
+    for at_index, at_tau in (
+        (process.q_sample(x, index, noise), process.q_sample(x, tau, noise)),
+        (process.predict_eps(x, index, noise), process.predict_eps(x, tau, noise)),
+        (process.predict_xstart(x, index, noise), process.predict_xstart(x, tau, noise)),
+        (process.posterior_mean(x, noise, index), process.posterior_mean(x, noise, tau)),
+        (process.xstart_of_mean(x, index, noise), process.xstart_of_mean(x, tau, noise)),
+        (process.alpha_bar(index, x), process.alpha_bar(tau, x)),
+        (process.at(index, x).sigma, process.at(tau, x).sigma),
+        (process.timesteps(index, x).double(), process.timesteps(tau, x)),
+    ):
+        assert th.allclose(at_index, at_tau, atol=1e-9)
+
+
+@pytest.mark.parametrize("mean", list(ModelMeanType.__members__))
+def test_the_network_is_understood_between_the_steps(mean):
+    process = make_process(200, "linspace20", mean=mean)
+    x, tau = noise_like(), th.tensor([0.5, 20.25, 100.75, 198.5], dtype=th.float64)
+    prediction = process.predictor(GaussianData(process), clip_denoised=False)(x, tau)
+    level = process.level(tau).view(-1, 1, 1, 1).exp()
+    total = level * 0.25 + 1 - level
+    exact = 0.3 + level.sqrt() * 0.25 * (x - level.sqrt() * 0.3) / total
+    assert th.allclose(prediction.pred_xstart, exact, atol=1e-9)
+    assert th.allclose(level.sqrt() * exact + (1 - level).sqrt() * prediction.eps, x, atol=1e-9)
+
+
+def test_a_guide_between_the_steps_gets_what_the_network_gets():
+    process, seen = make_process(200, "ddim25"), []
+    tau = th.tensor([9.5, 9.5, 190.0, 190.0], dtype=th.float64)
+
+    def plain(x, timesteps):
+        seen.append(timesteps.tolist())
+        return th.zeros_like(x)
+
+    def through(x, t, out):
+        seen.extend([t.tolist(), out["timesteps"].tolist()])
+        return th.zeros_like(x)
+
+    for options in ({"cond_fn": plain}, {"cond_fn": through, "cond_fn_with_grad": True}):
+        process.predictor(GaussianData(process), **options)(noise_like(), tau).guided("score")
+    assert seen == [tau.tolist(), [1, 1, 24, 24], tau.tolist()]
 
 
 def learned(scale, loss="MSE"):

@@ -7,7 +7,8 @@ import pytest
 import torch as th
 from oracle import GaussianData, make_process
 
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.respace import GRIDS, SpacedDiffusion, respaced, space_timesteps
+from guided_diffusion.samplers import DDIM, Ancestral
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,127 @@ def test_steps_outside_the_process_are_refused():
     kwargs = {k: getattr(make_process(), k) for k in ("betas", "model_mean_type", "model_var_type", "loss_type")}
     with pytest.raises(ValueError, match=r"use_timesteps must lie in 0 .. 999"):
         SpacedDiffusion(use_timesteps=[5, 1000], **kwargs)
+
+
+# ---- grids of real timesteps
+
+
+LEVELS = make_process(1000).alphas_cumprod
+
+
+def grid_of(text, steps=1000):
+    return space_timesteps(steps, text, alphas_cumprod=LEVELS[:steps])
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("count", [2, 3, 7, 20, 333, 1000])
+def test_named_grids_rise_to_the_last_step(name, count):
+    grid = grid_of(f"{name}{count}")
+    assert len(grid) == count
+    assert all(isinstance(tau, float) for tau in grid)
+    assert (np.diff(grid) > 0).all()
+    assert grid[-1] == 999
+    assert grid[0] == (0 if name != "trailing" else pytest.approx(1000 / count - 1))
+
+
+@pytest.mark.parametrize("name", sorted(GRIDS))
+def test_a_grid_of_one_step_is_the_noisiest(name):
+    assert grid_of(f"{name}1") == [999.0]
+
+
+def test_grids_are_even_in_what_they_are_named_after():
+    def evenness(values):
+        return np.ptp(np.diff(values)) / np.abs(np.diff(values)).mean()
+
+    lam = make_process(1000).level(np.array(grid_of("logsnr20"))).numpy()
+    snr = lam - np.log(-np.expm1(lam))
+    assert evenness(snr) < 1e-9
+    level = make_process(1000).level(np.array(grid_of("karras20"))).numpy()
+    assert evenness((-np.expm1(level) / np.exp(level)) ** (1 / 14)) < 1e-9
+    assert evenness(np.sqrt(grid_of("quad20"))) < 1e-9
+    assert evenness(grid_of("linspace20")) < 1e-9
+    assert grid_of("trailing4") == [249.0, 499.0, 749.0, 999.0]
+
+
+def test_more_real_steps_than_training_had():
+    assert len(grid_of("linspace50", steps=20)) == 50
+    assert len(grid_of("logsnr50", steps=20)) == 50
+
+
+def test_explicit_steps():
+    assert space_timesteps(1000, "list:0,10.5,999") == [0.0, 10.5, 999.0]
+    assert space_timesteps(1000, [0.0, 10.5, 999.0]) == [0.0, 10.5, 999.0]
+    assert space_timesteps(1000, [10, 15]) != [10.0, 15.0]  # whole numbers are counts, as ever
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ("list:10,5", "timesteps 10, 5 are not in rising order, each once"),
+        ([0.0, 5.5, 5.5], "timesteps 0, 5.5, 5.5 are not in rising order, each once"),
+        ("list:0,1000", r"are not all in 0 .. 999"),
+        ("list:-1,5", r"are not all in 0 .. 999"),
+        ("list:0,nan", "not in rising order"),
+        ("list:0,x", "'list:0,x' is not a list of timesteps: write 'list:0,10.5,999'"),
+        ("list:", "'list:' is not a list of timesteps"),
+        ("logsnr0", "'logsnr0' has no steps: write logsnr1 or more"),
+        ("trailing", "'trailing' is not a grid"),
+        ("trailing2000", "does not fit 1000 steps: use trailing1000 or less"),
+        ("trailing5.5", "is not a grid"),
+    ],
+)
+def test_impossible_real_grids_are_refused_in_a_sentence(grid, message):
+    with pytest.raises(ValueError, match=message):
+        space_timesteps(1000, grid, alphas_cumprod=LEVELS)
+
+
+@pytest.mark.parametrize("name", ["logsnr", "karras"])
+def test_grids_by_level_need_the_schedule(name):
+    with pytest.raises(ValueError, match=f"'{name}10' depends on the noise schedule: give alphas_cumprod"):
+        space_timesteps(1000, f"{name}10")
+
+
+@pytest.mark.parametrize("name", ["logsnr", "karras"])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_grids_by_level_begin_without_signal(name, count):
+    process = make_process(100, f"{name}{count}", mean="VELOCITY", zero_terminal_snr=True)
+    assert process.alphas_cumprod[-1] == 0
+    assert process.timestep_map[-1] == 99
+    assert process.timestep_map[0] == 0
+    assert count == 2 or process.timestep_map[-2] == 98
+
+
+def test_the_network_is_fed_real_timesteps():
+    process = make_process(100, "list:0,10.5,99")
+    process.rescale_timesteps = True
+    assert process.timestep_map == [0, 10.5, 99]
+    index = th.tensor([0, 1, 2])
+    assert process.timesteps(index, th.zeros(3, 1, dtype=th.float64)).tolist() == [0.0, 105.0, 990.0]
+    assert process._scale_timesteps(index).dtype == th.float32
+    assert make_process(100, "list:0,10,99")._scale_timesteps(index).dtype == th.int64
+    assert process.alphas_cumprod[1] == pytest.approx(float(make_process(100).level(10.5).exp()))
+
+
+@pytest.mark.parametrize("grid", ["trailing25", "logsnr25", "list:0,300.5,700,999"])
+def test_every_grid_samples_the_same_distribution(grid):
+    """A step of DDIM is exact on data without spread, whatever the grid."""
+    process = make_process(1000, grid)
+    data, noise = GaussianData(process, 0.3, 1e-6), th.randn(2, 3, 4, 4, dtype=th.float64)
+    for sampler in (DDIM(), Ancestral()):
+        out = process.sample_loop(sampler, data, noise.shape, noise=noise, device="cpu", clip_denoised=False)
+        assert (out - 0.3).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("grid", ["10", "ddim25", "logsnr12", "list:0,10.5,99"])
+def test_a_process_can_be_put_on_another_grid(grid):
+    direct = make_process(100, grid, name="cosine", mean="START_X", var="LEARNED_RANGE")
+    for start in ("", "ddim20", "trailing7"):
+        found = respaced(make_process(100, start, name="cosine", mean="START_X", var="LEARNED_RANGE"), grid)
+        assert found.timestep_map == direct.timestep_map
+        assert found.betas == pytest.approx(direct.betas, rel=1e-9)
+        assert (found.model_mean_type, found.model_var_type) == (direct.model_mean_type, direct.model_var_type)
+
+
+def test_real_steps_out_of_order_are_refused():
+    with pytest.raises(ValueError, match="not in rising order"):
+        SpacedDiffusion([10.5, 3.0], betas=make_process(100).betas)

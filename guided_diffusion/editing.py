@@ -1,0 +1,41 @@
+"""From images to noise and between images: DDIM inversion and interpolation."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch as th
+
+from guided_diffusion.loop import SampleOptions, sample_loop
+from guided_diffusion.samplers import DDIMReverse
+from guided_diffusion.steps import Process
+
+
+def invert(process: Process, model: Any, images: th.Tensor, **options: Unpack[SampleOptions]) -> th.Tensor:
+    """The noise [N, C, H, W] from which deterministic DDIM makes these images (Song et al. 2021, sec. 4.3).
+
+    Given to the loop as `start`, with the same process and options, any deterministic sampler leads back to about the
+    images; with other labels, to what they would look like as another class. Guidance does not enter.
+
+    :param images: [N, C, H, W] in [-1, 1].
+    :param options: of the loop; with `strength` or `skip_timesteps` the way ends, and begins, that much earlier.
+    """
+    x, way = images, SampleOptions(**{**options, "init_image": images})
+    for output in sample_loop(process, DDIMReverse(), model, images.shape, **way):
+        x = output["sample"]
+    return x
+
+
+def slerp(start: th.Tensor, end: th.Tensor, shares: th.Tensor) -> th.Tensor:
+    """Points on the great circle from one noise to another: mixtures of about the same norm (Shoemake 1985).
+
+    :param start: and `end`, [C, H, W].
+    :param shares: [M] from 0, the start, to 1, the end; the result is [M, C, H, W].
+    """
+    cosine = (start * end).sum() / (start.norm() * end.norm())
+    angle = th.arccos(cosine.clamp(-1, 1))
+    shares = shares.to(start).view(-1, *[1] * start.ndim)
+    if float(th.sin(angle)) < 1e-4:  # parallel: the circle is a line, or not one circle
+        return th.lerp(start[None], end[None], shares)
+    # the weights first: they are exactly 0 and 1 at the ends
+    return th.sin((1 - shares) * angle) / th.sin(angle) * start + th.sin(shares * angle) / th.sin(angle) * end

@@ -1,0 +1,320 @@
+"""Solvers that treat the linear part exactly: DPM-Solver, DPM-Solver++, UniPC, DEIS, SA-Solver.
+
+With lambda = log(alpha / sigma), D the prediction of x_0 and eps that of the noise, the probability flow from a level
+(alpha, sigma) to one that is h larger in lambda, (alpha', sigma'), is
+
+    x' = sigma'/sigma x + alpha' int_0^h e^(v - h) D dv                   (1; Lu et al. 2022b, eq. 8)
+    x' = alpha'/alpha x - sigma' int_0^h e^(h - v) eps dv                 (2; Lu et al. 2022a, eq. 3.4)
+
+and, with the noise of an SDE of strength eta and z ~ N(0, 1) (Xue et al. 2023, eq. 8, where eta is tau^2),
+
+    x' = sigma'/sigma e^(-eta h) x + alpha' int_0^h (1 + eta) e^((1 + eta)(v - h)) D dv
+         + sigma' sqrt(1 - e^(-2 eta h)) z                                (3)
+
+The solvers differ in the polynomial in lambda that stands for D or eps, and in where it is asked for. All take one step
+to the image, where h is infinite, along D or eps alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch as th
+
+from guided_diffusion.steps import (
+    Draw,
+    Level,
+    Predict,
+    Prediction,
+    Process,
+    State,
+    StepOutput,
+    mix,
+    polynomial_weights,
+    predict_at,
+    refuse_negative,
+    refuse_order,
+)
+
+
+def integral(
+    now: Level, end: Level, values: Sequence[th.Tensor], lams: Sequence[th.Tensor], *, rate: float, halved: bool = False
+) -> th.Tensor:
+    """int_0^h rate e^(rate (v - h)) p(v) dv for the polynomial p through `values` at `lams`; values[0] is at `now`.
+
+    :param halved: with two values, p's value in the middle of the step in place of p, which is of the same order.
+    """
+    h = end.lam - now.lam
+    moments = [-th.expm1(-rate * h).masked_fill(-rate * h == th.inf, 0.0)]  # infinite is what `noise_step` replaces
+    if len(values) == 1:
+        return mix((moments[0], values[0]))
+    last = h.isinf()
+    h = h.masked_fill(last, 1.0)
+    nodes = [(lam - now.lam) / h for lam in lams]
+    if halved and len(values) == 2:
+        share = (0.5 / nodes[1]).masked_fill(last, 0.0)
+        return mix((moments[0] * (1 - share), values[0]), (moments[0] * share, values[1]))
+    for k in range(1, len(values)):
+        moments.append(1 - k / (rate * h) * moments[-1])
+    weights = polynomial_weights(nodes, moments)
+    first = [w.masked_fill(last, 0.0) for w in weights[1:]]
+    return mix(*zip([th.where(last, moments[0], weights[0]), *first], values, strict=True))
+
+
+def data_step(
+    now: Level,
+    end: Level,
+    x: th.Tensor,
+    values: Sequence[th.Tensor],
+    lams: Sequence[th.Tensor],
+    *,
+    eta: float = 0.0,
+    noise: th.Tensor | None = None,
+    halved: bool = False,
+) -> th.Tensor:
+    """Equation (3), and (1) where eta is 0, with the polynomial through predictions of x_0."""
+    shrink = end.sigma * now.alpha / (end.alpha * now.sigma)  # e^-h
+    drift = integral(now, end, values, lams, rate=1 + eta, halved=halved)
+    terms = [(end.sigma / now.sigma * shrink**eta, x), (end.alpha, drift)]
+    return mix(*terms) if noise is None else mix(*terms, (end.sigma * th.sqrt(1 - shrink ** (2 * eta)), noise))
+
+
+def noise_step(
+    now: Level, end: Level, x: th.Tensor, values: Sequence[th.Tensor], lams: Sequence[th.Tensor]
+) -> th.Tensor:
+    """Equation (2) with the polynomial through predictions of eps; to the image, along the first of them."""
+    first = mix((end.alpha / now.alpha, x), (end.sigma - end.alpha * now.ratio, values[0]))
+    if len(values) == 1:
+        return first
+    drift = integral(now, end, values, lams, rate=-1.0)
+    return mix((end.alpha / now.alpha, x), (end.sigma, drift)).where(end.sigma > 0, first)
+
+
+def recall(state: State, newest: th.Tensor, lam: th.Tensor, most: int) -> tuple[list[th.Tensor], list[th.Tensor]]:
+    """Predictions and their lambdas, newest first, at most so many; a state is value, lambda, value, lambda, ..."""
+    past = (newest, lam, *(state or ()))[: 2 * most]
+    return list(past[::2]), list(past[1::2])
+
+
+def remember(values: Sequence[th.Tensor], lams: Sequence[th.Tensor]) -> tuple[th.Tensor, ...]:
+    """The state that `recall` reads."""
+    return tuple(part for pair in zip(values, lams, strict=True) for part in pair)
+
+
+# ---- DPM-Solver++
+
+
+def data_multistep(
+    process: Process, prediction: Prediction, x: th.Tensor, t: th.Tensor, state: State, **options: Any
+) -> tuple[StepOutput, State]:
+    """A step along the last `points` predictions of x_0.
+
+    :param options: `points`, and those of `data_step`.
+    """
+    now, end = process.at(t, x), process.at(t - 1, x)
+    values, lams = recall(state, prediction.pred_xstart, now.lam, options.pop("points"))
+    sample = data_step(now, end, x, values, lams, **options)
+    return prediction.output(sample), remember(values, lams)
+
+
+@dataclass(frozen=True)
+class DPMSolverPP2M:
+    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2."""
+
+    grid: ClassVar[str] = "logsnr"
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        return data_multistep(process, prediction, x, t, state, points=2, halved=True)
+
+
+@dataclass(frozen=True)
+class DPMSolverPP2MSDE:
+    """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M)."""
+
+    eta: float = 1.0
+    grid: ClassVar[str] = "logsnr"
+
+    def __post_init__(self) -> None:
+        refuse_negative(eta=self.eta)
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        return data_multistep(process, prediction, x, t, state, points=2, halved=True, eta=self.eta, noise=draw())
+
+
+@dataclass(frozen=True)
+class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
+    """SDE-DPM-Solver++(3M), multistep, along the parabola through three predictions of x_0 (Lu et al. 2022b, app. B).
+
+    The published code halves the second difference and so falls back to order 2; here the parabola is exact.
+    """
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        return data_multistep(process, prediction, x, t, state, points=3, eta=self.eta, noise=draw())
+
+
+@dataclass(frozen=True)
+class DPMSolverPP2S:
+    """DPM-Solver++(2S), singlestep, by way of the middle of the step (Lu et al. 2022b, algorithm 1). Of order 2."""
+
+    grid: ClassVar[str] = "logsnr"
+    stages: ClassVar[int] = 2
+    needs_signal: ClassVar[bool] = True
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        now, end = process.at(t, x), process.at(t - 1, x)
+        data = prediction.pred_xstart
+        if bool((t > 0).any()):
+            middle = Level.at_lam((now.lam + end.lam) / 2)
+            there = predict_at(process, predict, data_step(now, middle, x, [data], [now.lam]), middle)
+            data = there.pred_xstart.where(end.sigma > 0, data)
+        return prediction.output(data_step(now, end, x, [data], [now.lam])), None
+
+
+# ---- DPM-Solver
+
+
+@dataclass(frozen=True)
+class DPMSolver2:
+    """DPM-Solver-2, singlestep, by way of the middle of the step (Lu et al. 2022a, algorithm 1). Of order 2."""
+
+    grid: ClassVar[str] = "logsnr"
+    stages: ClassVar[int] = 2
+    needs_signal: ClassVar[bool] = True
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        now, end = process.at(t, x), process.at(t - 1, x)
+        eps = prediction.eps
+        if bool((t > 0).any()):
+            middle = Level.at_lam((now.lam + end.lam) / 2)
+            there = predict_at(process, predict, noise_step(now, middle, x, [eps], [now.lam]), middle)
+            eps = there.eps.where(end.sigma > 0, eps)
+        return prediction.output(noise_step(now, end, x, [eps], [now.lam])), None
+
+
+@dataclass(frozen=True)
+class DPMSolver3:
+    """DPM-Solver-3, singlestep, by way of one and two thirds of the step (Lu et al. 2022a, algorithm 2). Of order 3."""
+
+    grid: ClassVar[str] = "logsnr"
+    stages: ClassVar[int] = 3
+    needs_signal: ClassVar[bool] = True
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        now, end = process.at(t, x), process.at(t - 1, x)
+        values, lams = [prediction.eps], [now.lam]
+        if bool((t > 0).any()):
+            for share in (1 / 3, 2 / 3):
+                between = Level.at_lam(now.lam + share * (end.lam - now.lam))
+                there = predict_at(process, predict, noise_step(now, between, x, values, lams), between)
+                values, lams = [values[0], there.eps], [now.lam, between.lam]
+        return prediction.output(noise_step(now, end, x, values, lams)), None
+
+
+@dataclass(frozen=True)
+class DEIS:
+    """DEIS: equation (2) with the polynomial through the last `order` predictions of eps (Zhang & Chen 2022, eq. 15).
+
+    The polynomial is in lambda = -log rho, where their tAB-DEIS has it in t. The first steps have fewer predictions to
+    go by, so the order in the step size is 1 for `order` 1, else 2.
+    """
+
+    order: int = 3
+    grid: ClassVar[str] = "logsnr"
+    needs_signal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        refuse_order("deis", self.order, 4)
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        now, end = process.at(t, x), process.at(t - 1, x)
+        values, lams = recall(state, prediction.eps, now.lam, self.order)
+        return prediction.output(noise_step(now, end, x, values, lams)), remember(values, lams)
+
+
+# ---- predictor and corrector
+
+
+def predict_and_correct(
+    process: Process, prediction: Prediction, x: th.Tensor, t: th.Tensor, state: State, **options: Any
+) -> tuple[StepOutput, State]:
+    """Take the step that led to x again, now that the prediction at its end is known; then the next one.
+
+    The state begins with where that step started and with its noise.
+
+    :param options: `order`, the number of predictions that a step goes by, and those of `data_step`.
+    """
+    now, end = process.at(t, x), process.at(t - 1, x)
+    order, noise = options.pop("order"), options.pop("noise", None)
+    values, lams = recall(state[2:] if state else None, prediction.pred_xstart, now.lam, order + 1)
+    if state:
+        before, known = process.at(t + 1, x), [1, 0, *range(2, len(values))]
+        past = [values[i] for i in known], [lams[i] for i in known]
+        x = data_step(before, now, state[0], *past, noise=None if noise is None else state[1], **options)
+    values, lams = values[:order], lams[:order]
+    sample = data_step(now, end, x, values, lams, noise=noise, **options)
+    return prediction.output(sample), (x, x if noise is None else noise, *remember(values, lams))
+
+
+@dataclass(frozen=True)
+class UniPC:
+    """UniPC with B(h) = e^h - 1: predicts a step, corrects it by the next prediction (Zhao et al. 2023, alg. 1 and 2).
+
+    A correction costs no evaluation of the network. Of order 2 for `order` 1, else 3.
+    """
+
+    order: int = 2
+    grid: ClassVar[str] = "logsnr"
+
+    def __post_init__(self) -> None:
+        refuse_order("unipc", self.order, 3)
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        return predict_and_correct(process, prediction, x, t, state, order=self.order, halved=True)
+
+
+@dataclass(frozen=True)
+class SASolver:
+    """SA-Solver, stochastic Adams: a step and its correction have the same noise (Xue et al. 2023, algorithm 1).
+
+    :param eta: their tau^2: 0 is deterministic, 1 the reverse SDE.
+    """
+
+    order: int = 2
+    eta: float = 1.0
+    grid: ClassVar[str] = "logsnr"
+
+    def __post_init__(self) -> None:
+        refuse_order("sa", self.order, 3)
+        refuse_negative(eta=self.eta)
+
+    def step(
+        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
+    ) -> tuple[StepOutput, State]:
+        prediction = predict(x, t).guided("score")
+        return predict_and_correct(process, prediction, x, t, state, order=self.order, eta=self.eta, noise=draw())
