@@ -1,7 +1,8 @@
 """The flags of a network, read off the names and shapes of its state dict.
 
 What leaves no trace in the shapes (heads, dropout, the order of q, k, v) is not here; nor are the pixels of the images,
-except where an attention pool fixes them. A period is the number of blocks per level: num_res_blocks and the one that
+except where an attention pool fixes them. A null class looks like one more class: num_classes is the number of rows of
+label_emb, and whoever knows better says so. A period is the number of blocks per level: num_res_blocks and the one that
 changes the resolution. Block 0 is a convolution; level l has the blocks l * period + 1 .. l * period + num_res_blocks.
 """
 

@@ -262,13 +262,19 @@ def _difference(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor], 
     """The flags, else the tensors, in which a checkpoint and a network differ."""
     there, here = architecture(theirs, size), architecture(ours, size)
     flags = [
-        f"the checkpoint has {name} {_shown(there[name])}, you gave {_shown(here[name])}"
+        f"the checkpoint has {name} {_shown(there[name])}, you gave {_shown(here[name])}{_about(name, there, here)}"
         for name in here
         if name in there and there[name] != here[name]
     ]
     if set(there) - set(here) and not set(here) & set(there) - {"image_channels", "dims", "num_classes", "image_size"}:
         flags = ["the checkpoint is of another kind of network"]
     return "; ".join(flags or _tensor_differences(theirs, ours))
+
+
+def _about(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What a message adds where the numbers of classes differ as if one of them counted a null class."""
+    counted = name == "num_classes" and "class_cond" in here and abs(there[name] - here[name]) == 1
+    return " (counting the row that --null_class True adds)" if counted else ""
 
 
 def _shown(value: Any) -> str:

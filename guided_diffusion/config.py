@@ -18,7 +18,7 @@ T = TypeVar("T")
 Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
 
 PRECISIONS = ("fp32", "fp16", "bf16")
-SAMPLER_NAMES = ("ddpm", "ddim", "plms")
+SCHEDULE_NAMES = ("linear", "cosine", "sigmoid", "scaled_linear")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
 
@@ -111,16 +111,23 @@ class DiffusionConfig:
 
     learn_sigma: bool = flag(False, "the network predicts the variance too (twice the output channels)")
     diffusion_steps: int = flag(1000, "T, the number of noise levels in training", at_least=1)
-    noise_schedule: str = flag("linear", "betas over t: linear or cosine", choices=("linear", "cosine"))
+    noise_schedule: str = flag("linear", "betas over t: " + ", ".join(SCHEDULE_NAMES), choices=SCHEDULE_NAMES)
     timestep_respacing: str = flag(
         "",
-        "steps used in sampling: '' all, '250', '10,15,20' per section, 'ddim25' for an even stride",
+        "steps used in sampling: '' all, '250', '10,15,20' per section, 'ddim25' for an even stride; 'trailing25', "
+        "'linspace25', 'quad25', 'logsnr25' or 'karras25' at real timesteps, or these themselves: 'list:0,10.5,999'",
         runtime=True,
     )
     use_kl: bool = flag(False, "train on the variational bound instead of the mean squared error")
     predict_xstart: bool = flag(False, "the network predicts x_0 instead of the noise eps")
     rescale_timesteps: bool = flag(False, "feed t * 1000 / T to the network, so that t means the same for every T")
     rescale_learned_sigmas: bool = flag(False, "with --learn_sigma: scale the variational term by T / 1000")
+    predict_v: bool = flag(False, "the network predicts v = alpha eps - sigma x_0 instead of the noise eps")
+    zero_terminal_snr: bool = flag(
+        False, "rescale the schedule so that nothing of the image is left at T-1; with --predict_v or --predict_xstart"
+    )
+    loss_weight: str = flag("", "weight of the squared error over t: '' none, or min_snr", choices=("", "min_snr"))
+    min_snr_gamma: float = flag(5.0, "the signal-to-noise ratio above which --loss_weight min_snr falls")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +159,7 @@ class NetworkConfig(ImageConfig):
     channel_mult: str = flag("", "channels of each level over --num_channels, e.g. 1,2,3,4; '' chooses by size")
     dropout: float = flag(0.0, "dropout probability in the residual blocks", at_least=0)
     class_cond: bool = flag(False, "condition the network on class labels")
+    null_class: bool = flag(False, "there is an embedding for 'no class', label num_classes; --class_dropout sets it")
     use_checkpoint: bool = flag(False, "recompute activations in the backward pass to save memory", runtime=True)
     use_scale_shift_norm: bool = flag(True, "the embedding scales and shifts the normalised activations (FiLM)")
     resblock_updown: bool = flag(False, "residual blocks, not plain convolutions, change the resolution")
@@ -254,6 +262,9 @@ class TrainConfig:
 class ImageTrainConfig(TrainConfig):
     """The training loop of a diffusion model."""
 
+    class_dropout: float = flag(
+        0.0, "probability that a label becomes 'no class' in training, for classifier-free guidance", at_least=0
+    )
     max_steps: int = flag(0, "updates of the whole run, resumed parts included; 0: without end", at_least=0)
     lr_anneal_steps: int = flag(0, "steps over which the learning rate falls to 0, then stop; 0: constant", at_least=0)
     val_interval: int = flag(1000, "steps between two validation losses", at_least=1)
@@ -280,13 +291,53 @@ class SampleConfig:
     model_path: str = flag("", "a checkpoint, or the folder of a run (its newest EMA)")
     num_samples: int = flag(10000, "images to make", at_least=1)
     batch_size: int = flag(16, "images per pass of the network", at_least=1)
-    sampler: str = flag("", "'' is ddpm, or ddim with --use_ddim True", choices=("", *SAMPLER_NAMES))
+    sampler: str = flag("", "one of {samplers}; '' is ddpm, or ddim with --use_ddim True")
     use_ddim: bool = flag(False, "alias of --sampler ddim")
-    eta: float = flag(0.0, "noise of the ddim sampler: 0 none, 1 as much as ddpm", at_least=0)
-    order: int = flag(2, "order of the plms sampler", choices=("1", "2", "3", "4"))
+    steps: int = flag(0, "steps, on the sampler's own grid; 0: as --timestep_respacing says", at_least=1)
+    eta: float = flag(-1.0, "noise of samplers that take it: 0 none, 1 ddpm's; -1: the sampler's own", at_least=0)
+    order: int = flag(0, "order of samplers that have several; 0: the sampler's own", at_least=1)
+    churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
     clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
+    dynamic_threshold: float = flag(
+        0.0,
+        "clip every predicted x_0 at this percentile of its sizes, such as 0.995, then scale it to [-1, 1]; 0: off",
+        at_least=0,
+    )
     classes: str = flag("", "labels in turn: 207,360 or names of classes.json; '' draws at random")
     save_images: bool = flag(False, "write one PNG per image as well")
+    save_intermediate: int = flag(
+        0, "film.png and film.gif of the first images: the predicted x_0 every so many steps; 0: none", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeGuidanceConfig:
+    """Guidance without a classifier, and when guidance of any kind acts."""
+
+    cfg_scale: float = flag(
+        1.0, "w in uncond + w (cond - uncond): 1 the conditional model, 0 the unconditional one, above 1 guides"
+    )
+    cfg_rescale: float = flag(0.0, "share of guidance's gain in contrast to take back, 0 to 1; 0: none", at_least=0)
+    autoguide_path: str = flag("", "a weaker model of the same kind to guide away from: checkpoint or run folder")
+    autoguide_scale: float = flag(1.0, "w in weak + w (model - weak): 1 the model alone, above 1 guides")
+    guidance_interval: str = flag("", "LOW,HIGH: guide only at these timesteps of 0 .. T; '' at all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Starting from images."""
+
+    init_image: str = flag("", "an image to start from; of a folder or zip its images in turn")
+    mask: str = flag("", "white keeps --init_image, black is painted; of a folder or zip its masks in turn")
+    mask_invert: bool = flag(False, "black keeps and white is painted")
+    strength: float = flag(
+        -1.0, "share of the way to noise, above 0 and up to 1; -1: 0.6, and 1 with --mask or --invert", at_least=0
+    )
+    resample: int = flag(1, "how often every stretch of steps is taken, so that what is painted fits in", at_least=1)
+    resample_jump: int = flag(10, "steps in such a stretch", at_least=1)
+    invert: bool = flag(False, "start from the noise that makes --init_image, not from fresh noise")
+    interpolate: str = flag("", "an image: make --num_samples steps from --init_image to it")
+    init_classes: str = flag("", "classes of the images that --invert and --interpolate turn to noise; '' --classes")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ Shapes: N images of a step on all ranks together, n of them on one rank or in on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +32,10 @@ class Draw(NamedTuple):
         return Draw(*(value[part] for value in self))
 
 
-def _own(draw: Draw, count: int) -> Draw:
+def _own(count: int) -> slice:
+    """Where this rank's `count` images are among those of all ranks."""
     first = dist_util.rank() * count
-    return draw.cut(slice(first, first + count))
+    return slice(first, first + count)
 
 
 def _noise(batch: th.Tensor, count: int, seed: int, index: int, device: th.device) -> th.Tensor:
@@ -43,7 +46,7 @@ def draw_for_training(batch: th.Tensor, sampler: ScheduleSampler, seed: int, ind
     """This rank's part of step `index`; every rank has as many images in its batch."""
     count, seed = len(batch) * dist_util.world_size(), seed + TRAINING
     t, weights = sampler.sample(count, device, rng=np.random.default_rng([seed, index]))
-    return _own(Draw(t, weights, _noise(batch, count, seed, index, device)), len(batch))
+    return Draw(t, weights, _noise(batch, count, seed, index, device)).cut(_own(len(batch)))
 
 
 def draw_for_validation(batch: th.Tensor, num_timesteps: int, seed: int, index: int, device: th.device) -> Draw:
@@ -52,4 +55,37 @@ def draw_for_validation(batch: th.Tensor, num_timesteps: int, seed: int, index: 
     steps = (np.random.default_rng([seed, index]).permutation(count) + 0.5) * num_timesteps / count
     t = th.from_numpy(steps).long().to(device)
     weights = th.ones(count, device=device)
-    return _own(Draw(t, weights, _noise(batch, count, seed, index, device)), len(batch))
+    return Draw(t, weights, _noise(batch, count, seed, index, device)).cut(_own(len(batch)))
+
+
+@dataclass(frozen=True)
+class LabelDropout:
+    """Turns labels into "no class" in training, so that one network learns both scores (Ho and Salimans 2022, alg. 1).
+
+    :param rate: the probability for each label.
+    :param null_label: of the network, None where it has none.
+    :raises ValueError: if the rate is no probability, or the network has no such label.
+    """
+
+    rate: float
+    null_label: int | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"class_dropout {self.rate} is no probability: give 0 for none, or a number up to 1")
+        if self.rate and self.null_label is None:
+            raise ValueError(
+                f"class_dropout {self.rate} needs a network that knows 'no class': build it with null_class True"
+            )
+
+    def __call__(self, cond: Mapping[str, th.Tensor], seed: int, index: int) -> Mapping[str, th.Tensor]:
+        """The model keywords of step `index` with labels "y" [n] of this rank dropped; rate 0 draws nothing."""
+        if not self.rate or self.null_label is None:
+            return cond
+        if "y" not in cond:
+            raise ValueError(f"class_dropout {self.rate} drops labels and the data have none: give them under 'y'")
+        labels = cond["y"]
+        # spawned, unlike the key of t: another stream
+        rng = np.random.default_rng(np.random.SeedSequence(seed + TRAINING, spawn_key=(2, index)))
+        dropped = rng.random(len(labels) * dist_util.world_size())[_own(len(labels))] < self.rate
+        return {**cond, "y": labels.masked_fill(th.from_numpy(dropped).to(labels.device), self.null_label)}

@@ -1,8 +1,9 @@
 """The training loop: steps whose randomness is keyed by (seed, step), moving averages, logs, checkpoints, resuming.
 
 Shapes: N images of a step on all ranks together, n of them in a microbatch, C channels, H W space, K classes. A step's
-t, importance weights and noise are drawn for all N images before they are cut into ranks and microbatches, so that
-neither changes what is learned. A number of updates counts from the beginning of the run, resumed parts included.
+t, importance weights, noise and dropped labels are drawn for all N images before they are cut into ranks and
+microbatches, so that neither changes what is learned. A number of updates counts from the beginning of the run, resumed
+parts included.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from guided_diffusion import checkpoint, dist_util, logger
 from guided_diffusion.config import parse_rates
-from guided_diffusion.draws import TRAINING, VALIDATION, Draw, draw_for_training, draw_for_validation
+from guided_diffusion.draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from guided_diffusion.interruption import Interruption
 from guided_diffusion.meter import Meter, gather_losses, log_loss_dict as log_loss_dict
@@ -84,6 +85,7 @@ class TrainLoop:
     :param preview: called as preview(model, updates) every `sample_interval` updates, on rank 0.
     :param progress: show a progress bar on stderr.
     :param config: what is saved as config.json beside the checkpoints.
+    :param class_dropout: probability that a label becomes the null_label of the model, never in validation.
     """
 
     loss_prefix = ""
@@ -120,6 +122,7 @@ class TrainLoop:
         preview: Preview | None = None,
         progress: bool = False,
         config: Mapping[str, Any] | None = None,
+        class_dropout: float = 0.0,
     ) -> None:
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
@@ -132,6 +135,7 @@ class TrainLoop:
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
         self.seed, self.config = seed, config
+        self.label_dropout = LabelDropout(class_dropout, getattr(model, "null_label", None))
         self.step = self.resume_step = 0
         self.global_batch = batch_size * dist_util.world_size()
         files = self._load_and_sync_parameters()
@@ -276,7 +280,7 @@ class TrainLoop:
     def forward_backward(self, batch: th.Tensor, cond: Cond) -> None:
         """Gradients of the mean loss of a batch, microbatch by microbatch."""
         self.mp_trainer.zero_grad()
-        draw = self._draw(batch, self.updates)
+        draw, cond = self._draw(batch, self.updates), self.label_dropout(cond, self.seed, self.updates)
         rows = []
         for images, keywords, part in self._microbatches(batch, cond, draw):
             losses = self.compute_losses(images, keywords, part)

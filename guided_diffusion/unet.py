@@ -64,6 +64,7 @@ class UNetBackbone(nn.Module):
     :param num_head_channels: fixed size of a head, which then overrides the numbers of heads.
     :param num_heads_upsample: heads in the decoder; -1 is num_heads.
     :param use_neighborhood_attention: in images larger than image_size, attend to windows of that size.
+    :param null_class: label K means "no class", for classifier-free guidance (Ho and Salimans 2022).
     """
 
     def __init__(
@@ -88,7 +89,11 @@ class UNetBackbone(nn.Module):
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
         use_neighborhood_attention: bool = False,
+        *,
+        null_class: bool = False,
     ) -> None:
+        if null_class and num_classes is None:
+            raise ValueError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
         super().__init__()
         self.image_size = image_size
         self.in_channels, self.model_channels, self.out_channels = in_channels, model_channels, out_channels
@@ -98,7 +103,7 @@ class UNetBackbone(nn.Module):
         self.channel_mult = tuple(channel_mult)
         self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
         self.dims = dims
-        self.num_classes = num_classes
+        self.num_classes, self.null_class = num_classes, null_class
         self.use_checkpoint, self.use_fp16 = use_checkpoint, use_fp16
         self.num_heads, self.num_head_channels = num_heads, num_head_channels
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
@@ -112,13 +117,18 @@ class UNetBackbone(nn.Module):
         size, width = 4 * self.model_channels, self._widths[-1]
         self.time_embed = nn.Sequential(linear(self.model_channels, size), SiLU(), linear(size, size))
         if self.num_classes is not None:
-            self.label_emb = nn.Embedding(self.num_classes, size)
+            self.label_emb = nn.Embedding(self.num_classes + self.null_class, size)
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._encoder())
         self.middle_block = TimestepEmbedSequential(
             self._residual(width, width),
             self._attention(width, len(self._widths) - 1, self.num_heads),
             self._residual(width, width),
         )
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no class", which is K; None for networks that know no such label."""
+        return self.num_classes if self.null_class else None
 
     @property
     def _widths(self) -> list[int]:

@@ -80,6 +80,14 @@ def test_a_network_tells_the_flags_that_built_it(flags, learn_sigma):
     assert found == expected
 
 
+def test_a_null_class_looks_like_one_more_class():
+    with th.device("meta"):
+        flags = {"image_size": 32, "num_channels": 32, "attention_resolutions": "", "class_cond": True}
+        model = build_unet(UNetConfig(**flags, num_classes=3, null_class=True), False)
+    found = architecture(model.state_dict(), 32)
+    assert (found["num_classes"], found["class_cond"], "null_class" in found) == (4, True, False)
+
+
 @pytest.mark.parametrize("pool", ["adaptive", "attention", "spatial", "spatial_v2"])
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("updown", [True, False])

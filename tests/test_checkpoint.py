@@ -217,6 +217,19 @@ def test_a_mismatch_names_the_flags_that_differ(tmp_path):
     assert message.endswith("the checkpoint has attention_resolutions 4, you gave ''")
 
 
+def test_numbers_of_classes_that_differ_by_one_recall_the_null_class(tmp_path):
+    three = tiny(class_cond=True, num_classes=3)
+    null = tiny(class_cond=True, num_classes=3, null_class=True)
+    hint = " (counting the row that --null_class True adds)"
+    assert refusal(tmp_path, three, null.state_dict()).endswith(f"has num_classes 4, you gave 3{hint}")
+    assert refusal(tmp_path, null, three.state_dict()).endswith(f"has num_classes 3, you gave 4{hint}")
+    five = tiny(class_cond=True, num_classes=5).state_dict()
+    assert refusal(tmp_path, three, five).endswith("has num_classes 5, you gave 3")
+    kind = {"classifier_attention_resolutions": "", "classifier_pool": "adaptive", "classifier_width": 64}
+    small, large = (build_classifier(ClassifierConfig(image_size=8, num_classes=number, **kind)) for number in (3, 4))
+    assert refusal(tmp_path, small, large.state_dict()).endswith("has num_classes 4, you gave 3")
+
+
 def test_a_classifier_given_as_a_model_is_told_apart(tmp_path):
     flags = {"classifier_pool": "adaptive", "classifier_attention_resolutions": ""}
     classifier = build_classifier(ClassifierConfig(image_size=8, classifier_width=64, **flags))

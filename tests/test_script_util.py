@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import shlex
 from pathlib import Path
@@ -118,6 +119,27 @@ def test_upsamplers_of_any_ratio(size, ratio):
     model = build("sr", **TINY, large_size=size, small_size=size // ratio, attention_resolutions="")
     low = th.randn(1, 3, size // ratio, size // ratio)
     assert model(th.randn(1, 3, size, size), th.zeros(1), low_res=low).shape == (1, 3, size, size)
+
+
+@pytest.mark.parametrize("kind", ["model", "sr"])
+def test_a_null_class_is_a_row_and_no_class(kind):
+    flags = {**TINY, "attention_resolutions": "", "class_cond": True, "num_classes": 9}
+    with th.device("meta"):
+        plain, null = build(kind, **flags), build(kind, **flags, null_class=True)
+    shapes, more = ({k: list(v.shape) for k, v in model.state_dict().items()} for model in (plain, null))
+    assert list(more) == list(shapes)
+    assert more == {**shapes, "label_emb.weight": [10, shapes["label_emb.weight"][1]]}
+    assert (null.num_classes, null.null_label, plain.null_label) == (9, 9, None)
+    with pytest.raises(ValueError, match="null_class needs a network with classes"):
+        build(kind, **{**flags, "class_cond": False}, null_class=True)
+
+
+def test_a_null_class_is_given_by_keyword_and_never_to_a_classifier():
+    for make in (su.create_model, su.create_model_and_diffusion, su.sr_create_model, su.sr_create_model_and_diffusion):
+        parameter = inspect.signature(make).parameters["null_class"]
+        assert (parameter.kind, parameter.default) == (parameter.KEYWORD_ONLY, False)
+    with pytest.raises(TypeError, match="create_classifier has no keyword 'null_class'"):
+        build("classifier", null_class=True)
 
 
 def test_factories_of_networks_alone_and_with_their_process_build_the_same():

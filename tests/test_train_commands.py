@@ -13,8 +13,9 @@ import pytest
 import torch as th
 from PIL import Image
 
-from guided_diffusion import checkpoint, commands, logger
+from guided_diffusion import checkpoint, cli, commands, logger
 from guided_diffusion.commands import classifier_train, image_train, super_res_train
+from guided_diffusion.commands._common import restore_unet, restore_upsampler
 from guided_diffusion.commands._training import compare_colours
 
 ROOT = Path(__file__).parent.parent
@@ -135,12 +136,52 @@ def test_a_classifier_is_trained_and_measured(tmp_path, pictures):
 
 def test_an_upsampler_is_trained(tmp_path, pictures):
     flags = {name: value for name, value in TINY.items() if name != "image_size"}
-    sizes = {"large_size": 8, "small_size": 4, "class_cond": True}
+    sizes = {"large_size": 8, "small_size": 4, "class_cond": True, "class_dropout": 0.5}
     out = tmp_path / "run"
     places = {"data_dir": pictures, "log_dir": out}
     super_res_train.main(command_line(**flags, **sizes, **places, batch_size=4, max_steps=1, sample_interval=1))
     assert checkpoint.sets_in(str(out)).keys() == {1}
     assert (out / "previews" / "000001.png").exists()
+    assert restore_upsampler(cli.parse("super_res_sample", command_line(model_path=out))).network.null_label == 1000
+
+
+def test_dropping_classes_leaves_a_network_that_sampling_knows_by_its_null_class(tmp_path, pictures, capsys):
+    """Resumed with the same rate, resumed with none, and read from its bare weights."""
+    labels, out = {"class_cond": True, "num_classes": 2}, tmp_path / "run"
+    image_train.main(
+        command_line(**TINY, **labels, data_dir=pictures, log_dir=out, batch_size=4, max_steps=1, class_dropout=0.1)
+    )
+    for steps, more in ((2, {}), (3, {"class_dropout": 0})):
+        saved = checkpoint.config_beside(str(out))
+        assert (saved["null_class"], saved["class_dropout"], saved["num_classes"]) == (True, 0.1, 2)
+        image_train.main(command_line(resume_checkpoint=out, log_dir=out, max_steps=steps, **more))
+    saved = checkpoint.config_beside(str(out))
+    assert (saved["null_class"], saved["class_dropout"]) == (True, 0)
+    network = restore_unet(cli.parse("image_sample", command_line(model_path=out))).network
+    assert (network.num_classes, network.null_label, len(network.label_emb.weight)) == (2, 2, 3)
+
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes((out / "model000003.pt").read_bytes())
+    flags = {"model_path": bare, "image_size": 8}
+    network = restore_unet(cli.parse("image_sample", command_line(**flags, num_classes=2, null_class=True))).network
+    assert (network.num_classes, network.null_label) == (2, 2)
+    network = restore_unet(cli.parse("image_sample", command_line(**flags))).network
+    assert (network.num_classes, network.null_label) == (3, None)
+    for more, gave in (({"num_classes": 2}, 2), ({"null_class": True}, 4)):
+        message = rf"has num_classes 3, you gave {gave} \(counting the row that --null_class True adds\)"
+        with pytest.raises(ValueError, match=message):
+            restore_unet(cli.parse("image_sample", command_line(**flags, **more)))
+
+
+def test_a_run_without_a_null_class_does_not_begin_to_drop_classes(tmp_path, pictures, capsys):
+    flags = {**TINY, "class_cond": True, "num_classes": 2, "data_dir": pictures, "batch_size": 4}
+    out = tmp_path / "run"
+    image_train.main(command_line(**flags, log_dir=out, max_steps=1))
+    assert checkpoint.config_beside(str(out))["null_class"] is False
+    for more in ({}, {"null_class": True}):
+        resumed = {"resume_checkpoint": out, "log_dir": out, "max_steps": 2, "class_dropout": 0.1, **more}
+        message = refused(capsys, image_train.main, **resumed)
+        assert f"--class_dropout 0.1 needs a null class, and the network of {out} has none" in message
 
 
 def test_respacing_in_training_is_pointed_out(tmp_path, pictures):
@@ -187,6 +228,10 @@ def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
         ({"dropout": 2}, "dropout 2.0 is no probability"),
         ({"ema_rate": "often"}, "ema_rate 'often' is not a list of rates"),
         ({"dims": 3}, "--dims 3 does not fit pictures"),
+        ({"class_dropout": 0.1}, "--class_dropout 0.1 has no effect without --class_cond True"),
+        ({"class_cond": True, "class_dropout": 0.1, "null_class": False}, "contradicts --null_class False"),
+        ({"class_cond": True, "num_classes": 2, "class_dropout": 1.5}, "class_dropout 1.5 is no probability"),
+        ({"null_class": True}, "null_class needs a network with classes: give num_classes (by flags: class_cond True)"),
         ({"lr": "fast"}, "'fast' is not of type float"),
         ({"nmu_channels": 32}, "did you mean --num_channels?"),
     ],
@@ -301,6 +346,7 @@ def launch(tmp_path, launcher, **flags):
 def test_two_ranks_train_what_one_process_trains(tmp_path):
     """mpiexec begins, torchrun goes on; one process makes all the steps at once, with the same global batch."""
     flags = {**TINY, "data_dir": EMOJI, "lr": 1e-3, "schedule_sampler": "loss-second-moment", "random_crop": True}
+    flags |= {"class_cond": True, "num_classes": 9, "class_dropout": 0.5}
     image_train.main(command_line(**flags, batch_size=6, max_steps=4, log_dir=tmp_path / "one"))
     bin_folder = Path(sys.executable).parent
     mpiexec = [str(bin_folder / "mpiexec"), "-n", "2", sys.executable]

@@ -54,7 +54,25 @@ def make(folder, data, *, kind=TrainLoop, network=None, **options):
         "resume_checkpoint": "",
         "max_steps": 3,
     }
-    return kind(model=model, diffusion=DIFFUSION, data=data, **{**usual, **options})
+    return kind(model=model, data=data, **{"diffusion": DIFFUSION, **usual, **options})
+
+
+def labelled(null_class=True, **options):
+    """A network of three classes, the same every time."""
+    th.manual_seed(5)
+    config = UNetConfig(**UNET, class_cond=True, num_classes=3, null_class=null_class, **options)
+    return build_unet(config, False)
+
+
+def labels_seen(network):
+    """A list that fills with (in training?, labels) of every pass of a network, its copies included."""
+    seen = []
+
+    def look(module, _, keywords):
+        seen.append((module.training, keywords["y"].tolist()))
+
+    network.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
 
 
 def rows(folder):
@@ -143,6 +161,21 @@ def test_a_classifier_of_three_classes_learns_them(tmp_path, pictures):
     noisy = make(tmp_path / "noisy", loop.data, kind=ClassifierTrainLoop, network=loop.model, ema_rate="", batch_size=6)
     noisy.run_loop()
     assert {f"train_acc@1_q{quarter}" for quarter in range(4)} <= set(rows(tmp_path / "noisy")[0])
+
+
+def test_one_network_learns_the_classes_and_what_all_have_in_common(tmp_path):
+    """Bright and dark images: at the noisiest step a label tells which, and the null label gives the mean of both."""
+    images = th.tensor([0.8, -0.8]).repeat(8)[:, None, None, None].expand(16, 3, 8, 8)
+    network, process = labelled(), build_diffusion(DiffusionConfig(diffusion_steps=40, predict_xstart=True))
+    data = itertools.repeat((images, {"y": th.tensor([0, 1]).repeat(8)}))
+    options = {"network": network, "diffusion": process, "class_dropout": 0.3, "lr": 3e-3, "log_interval": 1000}
+    make(tmp_path, data, batch_size=16, max_steps=60, **options).run_loop()
+    with th.no_grad():
+        noise = th.randn(8, 3, 8, 8)
+        means = [network(noise, th.full((8,), 39), y=th.full((8,), label)).mean() for label in (0, 1, 3)]
+    assert means[0] > 0.6
+    assert means[1] < -0.6
+    assert abs(means[2]) < 0.3
 
 
 # ---- resuming
@@ -344,6 +377,66 @@ def test_a_signal_ends_a_run_with_everything_saved(tmp_path, pictures):
     assert caught.value.code == 128 + signal.SIGTERM
     assert files(tmp_path) == ["model000002.pt", "opt000002.pt", "state000002.pt"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ---- labels without a class
+
+
+def test_neither_microbatches_nor_resuming_change_which_labels_are_dropped(tmp_path, pictures):
+    batches = list(itertools.islice(stream(pictures, class_cond=True), 4))
+    found = []
+    for microbatch, first in ((-1, 4), (1, 2), (3, 1)):
+        network, folder = labelled(), tmp_path / str(first)
+        seen = labels_seen(network)
+        options = {"network": network, "class_dropout": 0.5, "microbatch": microbatch, "seed": 1}
+        make(folder, iter(batches[:first]), max_steps=first, **options).run_loop()
+        make(folder, iter(batches[first:]), max_steps=4, resume_checkpoint=str(folder), **options).run_loop()
+        found.append([label for _, labels in seen for label in labels])
+    assert found[0] == found[1] == found[2]
+    given = [label for _, cond in batches for label in cond["y"].tolist()]
+    assert 3 not in given
+    assert 2 <= found[0].count(3) <= 14
+    assert all(label in (kept, 3) for label, kept in zip(found[0], given, strict=True))
+
+
+def test_dropping_labels_changes_nothing_else(tmp_path, pictures):
+    """Dropping all of them is training with the null label: timesteps, noise, dropout and updates are the same."""
+    batches = list(itertools.islice(stream(pictures, class_cond=True), 3))
+    nulls = [(images, {"y": th.full_like(cond["y"], 3)}) for images, cond in batches]
+    make(tmp_path / "dropped", iter(batches), network=labelled(dropout=0.3), class_dropout=1.0).run_loop()
+    make(tmp_path / "nulls", iter(nulls), network=labelled(dropout=0.3), class_dropout=0.0).run_loop()
+    assert_same_files(tmp_path / "dropped", tmp_path / "nulls", 3)
+    assert column(tmp_path / "dropped", "loss") == column(tmp_path / "nulls", "loss")
+
+
+def test_without_dropout_a_null_class_changes_nothing_and_learns_nothing(tmp_path, pictures):
+    plain, null = labelled(null_class=False), labelled()
+    state = plain.state_dict()
+    null.load_state_dict({**state, "label_emb.weight": th.cat([state["label_emb.weight"], th.ones(1, 128)])})
+    for name, network in (("plain", plain), ("null", null)):
+        make(tmp_path / name, stream(pictures, class_cond=True), network=network).run_loop()
+    assert column(tmp_path / "plain", "loss") == column(tmp_path / "null", "loss")
+    assert (null.label_emb.weight[3] == 1).all()
+    for (name, one), other in zip(plain.named_parameters(), null.parameters(), strict=True):
+        assert th.equal(one, other[:3] if name == "label_emb.weight" else other)
+
+
+def test_validation_drops_no_label(tmp_path, pictures):
+    network = labelled()
+    seen = labels_seen(network)
+    val_data = stream(pictures, class_cond=True, seed=1)
+    options = {"class_dropout": 1.0, "val_data": val_data, "val_interval": 3}
+    make(tmp_path, stream(pictures, class_cond=True), network=network, **options).run_loop()
+    trained, measured = ({label for mode, y in seen for label in y if mode is training} for training in (True, False))
+    assert trained == {3}
+    assert measured == {0, 1, 2}
+
+
+def test_a_network_without_a_null_class_is_refused(tmp_path, pictures):
+    data = stream(pictures, class_cond=True)
+    for kind in (TrainLoop, ClassifierTrainLoop):
+        with pytest.raises(ValueError, match=r"class_dropout 0\.1 needs a network that knows 'no class'"):
+            make(tmp_path, data, kind=kind, network=labelled(null_class=False), class_dropout=0.1)
 
 
 # ---- what must not disturb

@@ -238,6 +238,7 @@ def test_sequences_hand_on_embedding_and_context_to_those_who_take_them() -> Non
 FORMS: dict[str, tuple[Callable[..., Any], dict[str, Any], Sequence[int]]] = {
     "1d": (UNetModel, {"dims": 1}, (16,)),
     "2d": (UNetModel, {"num_classes": 5, "use_scale_shift_norm": True}, (8, 4)),
+    "2d, no class": (UNetModel, {"num_classes": 4, "null_class": True}, (8, 8)),  # Y has a 4, which is "no class"
     "3d": (UNetModel, {"dims": 3, "resblock_updown": True}, (3, 4, 8)),
     "fractional": (UNetModel, {"channel_mult": (0.5, 1.5), "conv_resample": False, "model_channels": 128}, (4, 8)),
     "adaptive 1d": (EncoderUNetModel, {"dims": 1, "pool": "adaptive"}, (12,)),
@@ -300,6 +301,30 @@ def test_decoder_has_its_own_number_of_heads_unless_their_size_is_given() -> Non
         model = UNetModel(**{**SMALL, **options})
         assert heads(model.input_blocks) == heads(model.middle_block) == {encoder}
         assert heads(model.output_blocks) == {decoder}
+
+
+@pytest.mark.parametrize(("kind", "more"), [(UNetModel, {}), (SuperResModel, {"low_res": th.ones(1, 3, 4, 4)})])
+def test_null_class_is_one_more_class_by_another_name(kind: Callable[..., Any], more: dict[str, th.Tensor]) -> None:
+    plain, null = small(kind, num_classes=6), small(kind, num_classes=5, null_class=True)
+    assert [*null.state_dict()] == [*plain.state_dict()]
+    null.load_state_dict(plain.state_dict())
+    assert (null.num_classes, null.null_label) == (5, 5)
+    assert (plain.num_classes, plain.null_label) == (6, None)
+    x, t, y = images()[:1].expand(6, -1, -1, -1), T[:1].expand(6), th.arange(6)
+    more = {name: value.expand(6, -1, -1, -1) for name, value in more.items()}
+    out = null(x, t, y=y, **more)
+    assert th.equal(out, plain(x, t, y=y, **more))
+    assert (out[:5] - out[5]).flatten(1).norm(dim=1).min() > 1e-2
+
+
+def test_networks_without_a_null_class_draw_their_weights_as_ever() -> None:
+    th.manual_seed(3)
+    state = UNetModel(**SMALL, num_classes=5).state_dict()
+    th.manual_seed(3)
+    layers = th.nn.Linear(32, 128), th.nn.Linear(128, 128), th.nn.Embedding(5, 128), th.nn.Conv2d(3, 32, 3)
+    for name, layer in zip(("time_embed.0", "time_embed.2", "label_emb", "input_blocks.0.0"), layers, strict=True):
+        assert th.equal(state[f"{name}.weight"], layer.weight)
+    assert EncoderUNetModel(**SMALL).null_label is None
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -501,6 +526,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "no label": (lambda: small(num_classes=5)(images(), T), "y is missing: the network has 5 classes"),
     "a label": (lambda: small()(images(), T, Y), "y was given to a network without classes"),
     "labels": (lambda: small(num_classes=5)(images(), T, Y[:1]), r"one label per image, shape \(2,\), got \(1,\)"),
+    "no classes": (lambda: small(null_class=True), "null_class needs a network with classes: give num_classes"),
     "size": (
         lambda: small()(images(8, 11), T),
         "multiple of 2 on each side for 2 levels .*, got 8x11; the nearest is 8x12",

@@ -31,7 +31,7 @@ def start(flags: Flags) -> Flags:
 
     :raises ValueError: if flags contradict each other, or the folder holds another run.
     """
-    flags = _over_resumed(flags)
+    flags = _with_null_class(_over_resumed(flags))
     _check(flags)
     run = flags.part(RunConfig)
     dist_util.setup_dist(device=run.device)
@@ -77,6 +77,24 @@ def _over_resumed(flags: Flags) -> Flags:
         known -= set(PRECISION_FLAGS)
     saved = {name: value for name, value in checkpoint.config_beside(path).items() if name in known}
     return Flags(flags.command, flags.given, saved)
+
+
+def _with_null_class(flags: Flags) -> Flags:
+    """The flags with the null class that --class_dropout needs."""
+    values, saved = flags.values, flags.saved
+    rate = values.get("class_dropout", 0)
+    if not rate:
+        return flags
+    if not values["class_cond"]:
+        raise ValueError(f"--class_dropout {rate} has no effect without --class_cond True: give both or none")
+    if flags.given.get("null_class") is False:
+        raise ValueError(f"--class_dropout {rate} contradicts --null_class False: give one of the two")
+    if saved and not saved.get("null_class"):
+        raise ValueError(
+            f"--class_dropout {rate} needs a null class, and the network of {values['resume_checkpoint']} has none: "
+            "start a new run with it, or leave it out"
+        )
+    return Flags(flags.command, {**flags.given, "null_class": True}, saved)
 
 
 def refuse_other_run(folder: str, flags: Flags) -> None:
@@ -221,6 +239,7 @@ def train_diffusion(
         lr_anneal_steps=loop.lr_anneal_steps,
         val_interval=loop.val_interval,
         sample_interval=loop.sample_interval,
+        class_dropout=loop.class_dropout,
         preview=previewer(flags, diffusion, streams.train) if loop.sample_interval else None,
         **loop_keywords(flags, diffusion, streams),
     ).run_loop()
