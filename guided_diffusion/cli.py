@@ -6,9 +6,11 @@ Nothing here imports torch, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from guided_diffusion.config import (
@@ -18,6 +20,8 @@ from guided_diffusion.config import (
     DataConfig,
     DemoConfig,
     DiffusionConfig,
+    EditConfig,
+    FreeGuidanceConfig,
     GuidanceConfig,
     ImageTrainConfig,
     LikelihoodConfig,
@@ -56,7 +60,10 @@ COMMANDS = {
         "Train a diffusion model.",
         (RunConfig, DataConfig, ImageTrainConfig, UNetConfig, DiffusionConfig),
     ),
-    "image_sample": Command("Sample from a diffusion model.", (RunConfig, SampleConfig, UNetConfig, DiffusionConfig)),
+    "image_sample": Command(
+        "Sample from a diffusion model.",
+        (RunConfig, SampleConfig, FreeGuidanceConfig, EditConfig, UNetConfig, DiffusionConfig),
+    ),
     "image_nll": Command(
         "Bits per dimension of images under a diffusion model.",
         (RunConfig, LikelihoodConfig, UNetConfig, DiffusionConfig),
@@ -67,7 +74,10 @@ COMMANDS = {
     ),
     "classifier_sample": Command(
         "Sample from a diffusion model, guided by a classifier.",
-        (RunConfig, SampleConfig, GuidanceConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+        (
+            *(RunConfig, SampleConfig, GuidanceConfig, FreeGuidanceConfig, EditConfig),
+            *(UNetConfig, ClassifierConfig, DiffusionConfig),
+        ),
     ),
     "super_res_train": Command(
         "Train an upsampler.",
@@ -75,7 +85,7 @@ COMMANDS = {
     ),
     "super_res_sample": Command(
         "Enlarge images.",
-        (RunConfig, SampleConfig, UpsampleConfig, SuperResConfig, DiffusionConfig),
+        (RunConfig, SampleConfig, UpsampleConfig, FreeGuidanceConfig, SuperResConfig, DiffusionConfig),
     ),
     "demo": Command("Train on the bundled pictures for some minutes, sample with and without guidance.", (DemoConfig,)),
 }
@@ -146,6 +156,25 @@ def _converter(spec: Field[Any]) -> Callable[[str], Any]:
     return read
 
 
+def sampler_names() -> list[str]:
+    """The names in `samplers.SAMPLERS`, read off its source: importing it would import torch."""
+    tree = ast.parse(Path(__file__).with_name("samplers.py").read_text(encoding="utf-8"))
+    tables = [node.value for node in tree.body if isinstance(node, ast.AnnAssign | ast.Assign) and _is_table(node)]
+    return [ast.literal_eval(key) for table in tables if isinstance(table, ast.Dict) for key in table.keys if key]
+
+
+def _is_table(node: ast.AnnAssign | ast.Assign) -> bool:
+    """Whether an assignment is that of `SAMPLERS`."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [ast.unparse(target) for target in targets] == ["SAMPLERS"]
+
+
+def _help(spec: Field[Any]) -> str:
+    """The help text of a field, with the samplers' names where it asks for them."""
+    text: str = spec.metadata["help"]
+    return text.format(samplers=", ".join(sampler_names())) if "{samplers}" in text else text
+
+
 def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any = argparse.SUPPRESS) -> None:
     """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
@@ -157,7 +186,7 @@ def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any =
         default=default,
         type=_converter(spec),
         metavar=type(spec.default).__name__.upper(),
-        help=f"{spec.metadata['help']} (default: {shown})".replace("%", "%%"),
+        help=f"{_help(spec)} (default: {shown})".replace("%", "%%"),
         **extra,
     )
 
@@ -175,26 +204,38 @@ def parser(name: str) -> argparse.ArgumentParser:
     return result
 
 
-# what other programs call our flags
+# what other programs call our flags: the first of these that the command has
 SYNONYMS = {
-    **dict.fromkeys(("learning_rate", "learning-rate"), "lr"),
-    **dict.fromkeys(("epochs", "steps", "num_steps", "max_iters", "train_steps"), "max_steps"),
-    **dict.fromkeys(("output", "output_dir", "out", "out_dir", "outdir", "logdir", "save_dir"), "log_dir"),
-    **dict.fromkeys(("data", "dataset", "data_path", "train_dir", "images"), "data_dir"),
-    **dict.fromkeys(("model", "checkpoint", "ckpt", "weights"), "model_path"),
-    **dict.fromkeys(("resume", "resume_from"), "resume_checkpoint"),
-    **dict.fromkeys(("resolution", "size", "img_size"), "image_size"),
-    **dict.fromkeys(("guidance_scale", "scale"), "classifier_scale"),
-    **dict.fromkeys(("fp16", "half"), "use_fp16"),
-    **dict.fromkeys(("gpu", "cuda"), "device"),
+    **dict.fromkeys(("learning_rate", "learning-rate"), ("lr",)),
+    **dict.fromkeys(("steps", "num_steps"), ("steps", "max_steps")),
+    **dict.fromkeys(("epochs", "max_iters", "train_steps"), ("max_steps",)),
+    **dict.fromkeys(("num_inference_steps", "ddim_steps", "sampling_steps", "n_steps"), ("steps",)),
+    **dict.fromkeys(("output", "output_dir", "out", "out_dir", "outdir", "logdir", "save_dir"), ("log_dir",)),
+    **dict.fromkeys(("data", "dataset", "data_path", "train_dir", "images"), ("data_dir",)),
+    **dict.fromkeys(("model", "checkpoint", "ckpt", "weights"), ("model_path",)),
+    **dict.fromkeys(("resume", "resume_from"), ("resume_checkpoint",)),
+    **dict.fromkeys(("resolution", "size", "img_size"), ("image_size",)),
+    **dict.fromkeys(("guidance_scale", "scale"), ("classifier_scale", "cfg_scale")),
+    **dict.fromkeys(("cfg", "cond_scale", "unconditional_guidance_scale"), ("cfg_scale",)),
+    **dict.fromkeys(("guidance_rescale", "rescale"), ("cfg_rescale",)),
+    **dict.fromkeys(("scheduler", "solver", "method"), ("sampler",)),
+    **dict.fromkeys(("init_img", "init", "source", "input_image"), ("init_image",)),
+    **dict.fromkeys(("mask_image", "mask_path"), ("mask",)),
+    **dict.fromkeys(("denoising_strength", "noise_strength"), ("strength",)),
+    **dict.fromkeys(("s_churn", "S_churn"), ("churn",)),
+    **dict.fromkeys(("jump", "jump_length"), ("resample_jump",)),
+    **dict.fromkeys(("label", "labels", "class", "prompt"), ("classes",)),
+    **dict.fromkeys(("fp16", "half"), ("use_fp16",)),
+    **dict.fromkeys(("gpu", "cuda"), ("device",)),
 }
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
     """What to write instead of an unknown flag."""
     bare = word.split("=")[0].lstrip("-")
-    if SYNONYMS.get(bare) in known:
-        return f"; did you mean --{SYNONYMS[bare]}?"
+    for name in SYNONYMS.get(bare, ()):
+        if name in known:
+            return f"; did you mean --{name}?"
     return nearest(f"--{bare}", [f"--{name}" for name in known]) or "; --help lists the flags"
 
 

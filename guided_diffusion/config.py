@@ -320,7 +320,7 @@ class FreeGuidanceConfig:
     cfg_rescale: float = flag(0.0, "share of guidance's gain in contrast to take back, 0 to 1; 0: none", at_least=0)
     autoguide_path: str = flag("", "a weaker model of the same kind to guide away from: checkpoint or run folder")
     autoguide_scale: float = flag(1.0, "w in weak + w (model - weak): 1 the model alone, above 1 guides")
-    guidance_interval: str = flag("", "LOW,HIGH: guide only at these timesteps of 0 .. T; '' at all")
+    guidance_interval: str = flag("", "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -184,7 +184,9 @@ class GuidedNetwork(th.nn.Module):
             return th.where(here, th.as_tensor(there, dtype=th.float32, device=timesteps.device), 1.0)
 
         other = copy.copy(self)
-        other.scale = scale
+        other._modules, other.scale = dict(self._modules), scale
+        if isinstance(self.model, GuidedNetwork):
+            other.model = self.model.limited(inside)
         return other
 
     def forward(self, x: th.Tensor, timesteps: th.Tensor, **kwargs: Any) -> th.Tensor:

@@ -1,4 +1,4 @@
-"""PNG files: single images and labelled grids of them.
+"""Images as bytes, PNG files of them, and labelled grids.
 
 Images are uint8 [H, W, C], sheets of them [N, H, W, C], with C = 1 (grey), 3 (RGB) or 4 (RGBA).
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch as th
 from PIL import Image, ImageDraw, ImageFont
 
 Pixels = npt.NDArray[np.uint8]
@@ -20,6 +21,18 @@ PAD = 2
 GROUP_GAP = 12
 MARGIN = 6
 LONGEST_NAME = 24
+
+
+def to_uint8(x: th.Tensor) -> Pixels:
+    """uint8 [N, H, W, C] from [N, C, H, W] in [-1, 1]: (x + 1) * 127.5 clamped and truncated; NaN becomes black."""
+    levels = ((x.detach() + 1) * 127.5).nan_to_num(nan=0.0).clamp(0, 255).to(th.uint8)
+    pixels: Pixels = levels.movedim(1, -1).contiguous().cpu().numpy()
+    return pixels
+
+
+def can_draw(shape: Sequence[int]) -> bool:
+    """Whether images of a shape (C, H, W) can be drawn."""
+    return len(shape) == 3 and shape[0] in DRAWN_CHANNELS
 
 
 def _as_picture(image: Pixels) -> Image.Image:
@@ -43,15 +56,32 @@ def save_grid(
     row_names: Sequence[str] | None = None,
     *,
     titles: Sequence[str] = (),
+    gap: int = GROUP_GAP,
     zoom: int = 0,
 ) -> None:
     """Write images [N, H, W, C], row by row, as one picture.
 
     :param row_names: written to the left of the rows.
-    :param titles: written above groups of columns, which are set apart: ("unguided", "guided") halves the picture.
+    :param titles: written above groups of columns: ("unguided", "guided") halves the picture.
+    :param gap: how many pixels further apart than images these groups are set.
     :param zoom: how many pixels wide a pixel is drawn; 0 enlarges small images.
     :raises ValueError: if there are no images, or names and titles do not fit rows and columns.
     """
+    picture = grid(images, columns, row_names, titles=titles, gap=gap, zoom=zoom)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    picture.save(path, format="PNG")
+
+
+def grid(
+    images: Pixels,
+    columns: int,
+    row_names: Sequence[str] | None = None,
+    *,
+    titles: Sequence[str] = (),
+    gap: int = GROUP_GAP,
+    zoom: int = 0,
+) -> Image.Image:
+    """The picture that `save_grid` writes."""
     rows = -(-len(images) // columns) if columns > 0 else 0
     groups = max(1, len(titles))
     if rows == 0 or columns % groups:
@@ -60,21 +90,19 @@ def save_grid(
         raise ValueError(f"{len(row_names)} row_names are given for {rows} rows")
     height = _as_picture(images[0]).height
     zoom = zoom or max(1, CELL // min(images.shape[1:3]))
-    tiles = _tile(images.repeat(zoom, axis=1).repeat(zoom, axis=2), rows, columns, columns // groups)
+    tiles = _tile(images.repeat(zoom, axis=1).repeat(zoom, axis=2), rows, columns, group=columns // groups, gap=gap)
     names = [_short(name) for name in row_names or ()]
-    picture = _framed(tiles, names, [_short(title) for title in titles], height * zoom + PAD)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    picture.save(path, format="PNG")
+    return _framed(tiles, names, [_short(title) for title in titles], cell=height * zoom + PAD, gap=gap)
 
 
-def _tile(images: Pixels, rows: int, columns: int, group: int) -> Pixels:
+def _tile(images: Pixels, rows: int, columns: int, *, group: int, gap: int) -> Pixels:
     """The images [rows * cell, columns * cell, C] on white, every `group` columns set apart."""
     height, width, channels = images.shape[1:]
-    sheet_width = columns * (width + PAD) - PAD + (columns // group - 1) * GROUP_GAP
+    sheet_width = columns * (width + PAD) - PAD + (columns // group - 1) * gap
     sheet = np.full((rows * (height + PAD) - PAD, sheet_width, channels), 255, np.uint8)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        top, left = row * (height + PAD), column * (width + PAD) + column // group * GROUP_GAP
+        top, left = row * (height + PAD), column * (width + PAD) + column // group * gap
         sheet[top : top + height, left : left + width] = image
     return sheet
 
@@ -85,7 +113,7 @@ def _short(text: str) -> str:
     return text.encode("latin-1", "replace").decode("latin-1")
 
 
-def _framed(tiles: Pixels, names: Sequence[str], titles: Sequence[str], cell: int) -> Image.Image:
+def _framed(tiles: Pixels, names: Sequence[str], titles: Sequence[str], *, cell: int, gap: int) -> Image.Image:
     """The tiles with names at the left and titles above."""
     font, sheet = ImageFont.load_default(), _as_picture(tiles)
     left = round(max((font.getlength(name) for name in names), default=-MARGIN)) + MARGIN
@@ -96,7 +124,7 @@ def _framed(tiles: Pixels, names: Sequence[str], titles: Sequence[str], cell: in
     for row, name in enumerate(names):
         pen.text((left - MARGIN // 2, top + PAD + row * cell + cell // 2), name, "black", font, anchor="rm")
     for number, title in enumerate(titles):
-        share = (sheet.width + GROUP_GAP) / len(titles)
-        middle = left + PAD + number * share + (share - GROUP_GAP) / 2
+        share = (sheet.width + gap) / len(titles)
+        middle = left + PAD + number * share + (share - gap) / 2
         pen.text((middle, top // 2), title, "black", font, anchor="mm")
     return frame

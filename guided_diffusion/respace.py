@@ -134,8 +134,10 @@ def _linspace(last: int, count: int, _: NoiseLevels | None) -> Array:
 
 def _quad(last: int, count: int, _: NoiseLevels | None) -> Array:
     """Evenly in sqrt(tau) from 0 to T-1: denser near the image (Song et al. 2021, app. D.3, who end at 0.8 T)."""
-    roots: Array = np.linspace(0.0, math.sqrt(last), count, dtype=np.float64)
-    return np.append(roots[:-1] ** 2, float(last))
+    roots = np.linspace(0.0, math.sqrt(last), count).astype(np.float64)
+    steps: Array = roots**2
+    steps[-1] = last
+    return steps
 
 
 def _logsnr(last: int, count: int, levels: NoiseLevels | None) -> Array:

@@ -11,9 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Unpack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Unpack, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,133 +20,22 @@ import torch as th
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoint import save_json
+from guided_diffusion.film import FILM_IMAGES, Film
+from guided_diffusion.gallery import draw_each, draw_grid
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.jobs import LISTED, Job, check_labels
+from guided_diffusion.loop import SampleOptions, network_calls
 from guided_diffusion.npz import fingerprint, read_npz, save_npz, write_npz
-from guided_diffusion.pictures import DRAWN_CHANNELS, save_grid, save_png
-from guided_diffusion.respace import space_timesteps
-from guided_diffusion.samplers import SampleOptions, Sampler, make_sampler
+from guided_diffusion.pictures import Pixels, can_draw, save_grid, to_uint8
+from guided_diffusion.respace import respaced, space_timesteps
+from guided_diffusion.samplers import make_sampler
 from guided_diffusion.seeds import image_generator, seeded
 
-Pixels = npt.NDArray[np.uint8]
 Model = Callable[..., th.Tensor]
-Conditioning = Callable[[Sequence[int]], Mapping[str, th.Tensor]]
 
-GRID_IMAGES = 100
 PREVIEW_STEPS = 25
-LISTED = 32  # longer lists of labels are recorded by their digest
 OWN_OPTIONS = ("noise", "generator", "model_kwargs")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to sample, and where it goes.
-
-    :param sampler: the step rule, e.g. ``make_sampler("ddim")``.
-    :param shape: of one image, (C, H, W).
-    :param labels: class ids taken in turn: image i gets labels[i % len(labels)].
-    :param num_classes: without `labels`, image i draws its label from range(num_classes); 0: no labels at all.
-    :param class_names: names by class id, for the rows of the grid.
-    :param conditioning: indices of a batch -> further keyword arguments of the network, one row per index.
-    :param request: what else identifies the run (weights, guidance scale, ...), as JSON values.
-    :param save_images: write one PNG per image too.
-    """
-
-    sampler: Sampler
-    shape: tuple[int, ...]
-    num_samples: int
-    batch_size: int
-    out_dir: str
-    seed: int = 0
-    labels: Sequence[int] = ()
-    num_classes: int = 0
-    class_names: Sequence[str] = ()
-    conditioning: Conditioning | None = None
-    request: Mapping[str, Any] = field(default_factory=dict)
-    save_images: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1, the least number of images")
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed} is negative: give 0 or more")
-        check_labels(self.labels, self.num_classes or math.inf)
-
-    @property
-    def batches(self) -> int:
-        """Number of global batches, the last one padded."""
-        return math.ceil(self.num_samples / self.batch_size)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the images have labels."""
-        return bool(self.labels) or self.num_classes > 0
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the result, channels last."""
-        return (self.num_samples, *self.shape[1:], self.shape[0])
-
-    @property
-    def path(self) -> str:
-        """Where the merged result goes."""
-        return self.file(f"samples_{'x'.join(str(side) for side in self.stored_shape)}.npz")
-
-    def file(self, *names: str) -> str:
-        """The path of a file of this job."""
-        return os.path.join(self.out_dir, *names)
-
-    def shard(self, batch: int) -> str:
-        """Where one global batch goes until all are merged."""
-        return self.file("shards", f"{batch:06d}.npz")
-
-    def count(self, batch: int) -> int:
-        """How many images of a global batch are kept: the last one's padding is not."""
-        return min(self.batch_size, self.num_samples - batch * self.batch_size)
-
-    def draw_labels(self, indices: Sequence[int], generators: Sequence[th.Generator]) -> th.Tensor | None:
-        """Labels [B] of the images with these indices, or None; random ones are the first draw of each generator."""
-        if self.labels:
-            return th.tensor([self.labels[i % len(self.labels)] for i in indices], device=generators[0].device)
-        if not self.num_classes:
-            return None
-        draws = [th.randint(self.num_classes, (), device=g.device, generator=g) for g in generators]
-        return th.stack(draws)
-
-
-def check_labels(labels: Iterable[int], num_classes: float) -> None:
-    """Refuse labels outside of 0 .. num_classes - 1.
-
-    :raises ValueError: naming the first of them and the range.
-    """
-    for label in labels:
-        if not 0 <= label < num_classes:
-            allowed = f"0 .. {num_classes - 1}" if num_classes < math.inf else "0 or more"
-            raise ValueError(f"class {label} does not exist: the classes are {allowed}")
-
-
-def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
-    """Class ids from "207,360" or from names; a number always is an id.
-
-    :param names: names by class id, as in classes.json.
-    :raises ValueError: for an id out of range, an unknown name, or none at all.
-    """
-    labels = [_class_id(word.strip(), names) for word in text.split(",") if word.strip()]
-    if not labels:
-        raise ValueError(f"classes {text!r} names no class: write ids or names with commas in between")
-    check_labels(labels, num_classes)
-    return labels
-
-
-def _class_id(word: str, names: Sequence[str]) -> int:
-    if word.lstrip("-").isdecimal():
-        return int(word)
-    if word not in names:
-        known = (
-            f"the names are {', '.join(names[:LISTED])}" if names else "there is no classes.json with names: give ids"
-        )
-        raise ValueError(f"class {word!r} is unknown: {known}")
-    return list(names).index(word)
+NOT_IN_THE_RESULT = ("device", "progress", "callback")
 
 
 @contextlib.contextmanager
@@ -163,13 +51,6 @@ def evaluating(model: Model) -> Iterator[None]:
             module.training = mode
 
 
-def to_uint8(x: th.Tensor) -> Pixels:
-    """uint8 [N, H, W, C] from [N, C, H, W] in [-1, 1]: (x + 1) * 127.5 clamped and truncated; NaN becomes black."""
-    levels = ((x.detach() + 1) * 127.5).nan_to_num(nan=0.0).clamp(0, 255).to(th.uint8)
-    pixels: Pixels = levels.movedim(1, -1).contiguous().cpu().numpy()
-    return pixels
-
-
 # ---- one way out
 
 
@@ -183,7 +64,12 @@ def generate(process: GaussianDiffusion, model: Model, job: Job, **options: Unpa
     :raises ValueError: if the folder holds another request, or the labels do not fit the network.
     """
     _check(job, model, options)
-    if _broadcast(lambda: _claim(job, _manifest(process, model, job, options))):
+    finished = _broadcast(lambda: _claim(job, _manifest(process, model, job, options)))
+    if job.film and (finished or _is_whole(job, 0)) and not os.path.exists(job.file("film.gif")):
+        logger.warn(
+            f"no film: the images that it shows are made already; for a film give another folder than {job.out_dir}"
+        )
+    if finished:
         logger.log(f"{job.path} is there already, whole and of the same request: nothing to sample")
     else:
         rank, world_size = dist_util.rank(), dist_util.world_size()
@@ -199,6 +85,8 @@ def _check(job: Job, model: Model, options: SampleOptions) -> None:
     for name in OWN_OPTIONS:
         if name in options:
             raise ValueError(f"generate() has no option {name}: it makes it for each batch from the job")
+    if job.film and not can_draw(job.shape):
+        raise ValueError(f"no film can show images of shape {job.shape}: leave it out, or take 1, 3 or 4 channels")
     classes = getattr(model, "num_classes", None)
     if classes is not None and not job.labelled:
         raise ValueError(f"the network is class-conditional: give labels or num_classes (up to {classes})")
@@ -239,7 +127,7 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         "prediction": f"{process.model_mean_type.name} {process.model_var_type.name} {process.rescale_timesteps}",
     }
     chosen = {"clip_denoised": True, **options}
-    loop = {name: _plain(value) for name, value in chosen.items() if name not in ("device", "progress")}
+    loop = {name: _plain(value) for name, value in chosen.items() if name not in NOT_IN_THE_RESULT}
     where = {"device": _device(model, options).type}
     manifest: dict[str, Any] = json.loads(json.dumps({**job.request, **own, **loop, **where}))
     return manifest
@@ -263,7 +151,7 @@ def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
         with open(path, encoding="utf-8") as file:
             _compare(json.load(file), manifest, job.out_dir)
         return finished
-    names = ("samples.png", "shards", *["images"] * job.save_images)
+    names = ("samples.png", "shards", *["images"] * job.save_images, *["film.png", "film.gif"] * (job.film > 0))
     for taken in (job.path, *(job.file(name) for name in names)):
         if os.path.exists(taken):
             raise ValueError(f"{taken} exists and no request.json says what it is: give another --log_dir or remove it")
@@ -294,9 +182,12 @@ def make_shards(
     if len(missing) < len(own):
         logger.log(f"going on where an earlier run stopped: {len(own) - len(missing)} of {len(own)} batches are there")
     show = options.pop("progress", False) and rank == 0
-    steps = len(missing) * (process.num_timesteps - options.get("skip_timesteps", 0))
+    steps = network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
     reported = False
-    with logger.progress_bar(shown=show, total=steps, desc="sampling", unit="step") as bar, evaluating(model):
+    with (
+        logger.progress_bar(shown=show, total=len(missing) * steps, desc="sampling", unit="step") as bar,
+        evaluating(model),
+    ):
         for batch in missing:
             x, labels = _sample_batch(process, model, job, batch, bar, options)
             reported = reported or _report(x, batch)
@@ -313,15 +204,36 @@ def _sample_batch(
     with seeded(job.seed, batch, device):
         labels = job.draw_labels(indices, generators)
         kwargs: dict[str, Any] = {} if labels is None else {"y": labels}
+        own = [min(index, job.num_samples - 1) for index in indices]  # the padding repeats the last image's
         if job.conditioning is not None:
-            rows = job.conditioning([min(index, job.num_samples - 1) for index in indices])
-            kwargs |= {name: value.to(device) for name, value in rows.items()}
+            kwargs |= {name: value.to(device) for name, value in job.conditioning(own).items()}
         loop: SampleOptions = {**options, "model_kwargs": kwargs, "generator": generators, "device": device}
+        if job.start is not None:
+            loop = cast(SampleOptions, {**loop, **job.start(own, kwargs)})
         shape = (len(indices), *job.shape)
-        for output in process.sample_loop_progressive(job.sampler, model, shape, **loop):  # noqa: B007 - the last counts
-            bar.update()
+        with _filmed(job, batch, loop):
+            for output in process.sample_loop_progressive(job.sampler, model, shape, **loop):  # noqa: B007 - the last counts
+                bar.update()
     count = job.count(batch)
     return output["sample"][:count], None if labels is None else labels[:count]
+
+
+@contextlib.contextmanager
+def _filmed(job: Job, batch: int, loop: SampleOptions) -> Iterator[None]:
+    """Film what happens in the loop, where a film is asked for: in the first batch."""
+    if not job.film or batch:
+        yield
+        return
+    film, others = Film(job.film, min(FILM_IMAGES, job.count(batch))), loop.get("callback")
+
+    def collect(index: int, output: Any) -> None:
+        film.collect(index, output)
+        if others is not None:
+            others(index, output)
+
+    loop["callback"] = collect
+    yield
+    film.save(job.file("film.png"), job.file("film.gif"))
 
 
 def _device(model: Model, options: SampleOptions) -> th.device:
@@ -373,40 +285,15 @@ def merge(job: Job) -> None:
 def _draw_pictures(job: Job) -> None:
     """samples.png and, where asked for, one PNG per image, shared out among the ranks; then the shards may go."""
     rank, world_size = dist_util.rank(), dist_util.world_size()
-    if len(job.shape) != 3 or job.shape[0] not in DRAWN_CHANNELS:
+    if not can_draw(job.shape):
         logger.log(f"no pictures: images of shape {job.shape} cannot be drawn, with 1, 3 or 4 channels they can")
     else:
         if rank == 0:
-            _draw_grid(job)
+            draw_grid(job.file("samples.png"), job.path, job.labels, job.class_names)
         if job.save_images:
-            _draw_each(job, rank, world_size)
+            draw_each(job.file("images"), job.path, labelled=job.labelled, rank=rank, world_size=world_size)
     if rank == 0:
         shutil.rmtree(job.file("shards"), ignore_errors=True)
-
-
-def _draw_each(job: Job, rank: int, world_size: int) -> None:
-    """images/NNNNNN_yK.png of every world_size-th image."""
-    os.makedirs(job.file("images"), exist_ok=True)
-    labels = np.concatenate(list(read_npz(job.path, "arr_1", job.num_samples))) if job.labelled else None
-    images = (image for chunk in read_npz(job.path, "arr_0", job.batch_size) for image in chunk)
-    for index, image in enumerate(images):
-        if index % world_size == rank:
-            suffix = "" if labels is None else f"_y{labels[index]}"
-            save_png(job.file("images", f"{index:06d}{suffix}.png"), image)
-
-
-def _draw_grid(job: Job) -> None:
-    """The first images in one picture; a row for each class where they take turns."""
-    images = next(read_npz(job.path, "arr_0", min(job.num_samples, GRID_IMAGES)))
-    turns = len(job.labels)
-    columns = len(images) // turns if turns > 1 else 0
-    if columns < 2:
-        save_grid(job.file("samples.png"), images, math.ceil(math.sqrt(len(images))))
-        return
-    rows = np.arange(columns * turns).reshape(columns, turns).T
-    named = dict(enumerate(job.class_names))
-    names = [named.get(label, f"class {label}") for label in job.labels]
-    save_grid(job.file("samples.png"), images[rows.ravel()], columns, names)
 
 
 def preview(
@@ -434,14 +321,5 @@ def preview(
 
 def _few_steps(process: GaussianDiffusion) -> GaussianDiffusion:
     """The same process in at most 25 of its steps."""
-    kept = sorted(space_timesteps(process.num_timesteps, [min(PREVIEW_STEPS, process.num_timesteps)]))
-    levels = np.append(1.0, process.alphas_cumprod[kept])
-    return GaussianDiffusion(
-        betas=1 - levels[1:] / levels[:-1],
-        model_mean_type=process.model_mean_type,
-        model_var_type=process.model_var_type,
-        loss_type=process.loss_type,
-        rescale_timesteps=process.rescale_timesteps,
-        timestep_map=[process.timestep_map[t] for t in kept],
-        original_num_steps=process.original_num_steps,
-    )
+    kept = space_timesteps(process.num_timesteps, [min(PREVIEW_STEPS, process.num_timesteps)])
+    return respaced(process, [float(process.timestep_map[int(t)]) for t in sorted(kept)])

@@ -50,12 +50,36 @@ BEYOND = {
     "image_channels": 3,
     "dims": 2,
     "use_neighborhood_attention": False,
+    "predict_v": False,
+    "zero_terminal_snr": False,
+    "loss_weight": "",
+    "min_snr_gamma": 5.0,  # of no effect without loss_weight
+    "null_class": False,
+    "class_dropout": 0.0,
     "classifier_channel_mult": "",
     "sampler": "",
-    "eta": 0.0,
-    "order": 2,
+    "steps": 0,  # as timestep_respacing says
+    "eta": -1.0,  # the sampler's own, 0 for ddim
+    "order": 0,  # the sampler's own
+    "churn": -1.0,  # the sampler's own, 0
+    "dynamic_threshold": 0.0,
     "classes": "",
     "save_images": False,
+    "save_intermediate": 0,
+    "cfg_scale": 1.0,  # the conditional model, left as it is
+    "cfg_rescale": 0.0,
+    "autoguide_path": "",
+    "autoguide_scale": 1.0,
+    "guidance_interval": "",
+    "init_image": "",
+    "mask": "",
+    "mask_invert": False,
+    "strength": -1.0,  # of no effect without init_image
+    "resample": 1,
+    "resample_jump": 10,
+    "invert": False,
+    "interpolate": "",
+    "init_classes": "",
     # an original's flag, new to some of its scripts
     "ema_rate": "",
     "fp16_scale_growth": 0.001,
@@ -136,10 +160,20 @@ def test_published_command_lines_parse_unchanged(command, line):
         ("--num_chanels 3", "unknown flag --num_chanels; did you mean --num_channels?"),
         ("--zzz 3", "unknown flag --zzz; --help lists the flags"),
         ("stray", "unexpected word stray: flags are written --NAME VALUE; --help lists them"),
-        ("--guidance_scale=3", "unknown flag --guidance_scale=3; --help lists the flags"),
+        ("--guidance_scale=3", "unknown flag --guidance_scale=3; did you mean --cfg_scale?"),
         ("--ckpt x", "unknown flag --ckpt; did you mean --model_path?"),
         ("--dims 5", "argument --dims: '5' is none of 1, 2, 3"),
-        ("--sampler ddin", "'ddin' is none of '', ddpm, ddim, plms; did you mean ddim?"),
+        ("--cfg 3", "unknown flag --cfg; did you mean --cfg_scale?"),
+        ("--num_inference_steps 3", "unknown flag --num_inference_steps; did you mean --steps?"),
+        ("--init_img a.png", "unknown flag --init_img; did you mean --init_image?"),
+        ("--steps 0", "argument --steps: 0 is below the least value, 1"),
+        ("--eta -1", "argument --eta: -1 is below the least value, 0"),
+        ("--churn -1", "argument --churn: -1 is below the least value, 0"),
+        ("--order 0", "argument --order: 0 is below the least value, 1"),
+        ("--strength -1", "argument --strength: -1 is below the least value, 0"),
+        ("--cfg_scale nan", "argument --cfg_scale: nan is not a finite number"),
+        ("--autoguide_scale inf", "argument --autoguide_scale: inf is not a finite number"),
+        ("--dynamic_threshold nan", "argument --dynamic_threshold: nan is not a finite number"),
         ("--image_size 64x", "image size '64x' is not a size: write 64, or HEIGHTxWIDTH such as 64x128"),
         ("--image_size 0", "image size '0' is not a size"),
         ("--batch_size 0", "argument --batch_size: 0 is below the least value, 1"),
@@ -159,11 +193,37 @@ def test_a_wrong_flag_is_answered_by_a_sentence(line, answer, capsys):
     assert len(printed.strip().splitlines()) == 1
 
 
-def test_hints_know_aliases_too(capsys):
-    for command in ("image_train", "classifier_train"):
-        with pytest.raises(SystemExit):
-            cli.parse(command, ["--epochs", "3"])
-        assert "did you mean --max_steps?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "word", "meant"),
+    [
+        ("image_train", "--epochs", "max_steps"),
+        ("classifier_train", "--epochs", "max_steps"),
+        ("image_train", "--steps", "max_steps"),
+        ("image_sample", "--num_steps", "steps"),
+        ("image_train", "--num_steps", "max_steps"),
+        ("image_sample", "--guidance_scale", "cfg_scale"),
+        ("super_res_sample", "--guidance_scale", "cfg_scale"),
+        ("classifier_sample", "--guidance_scale", "classifier_scale"),
+        ("image_sample", "--scheduler", "sampler"),
+    ],
+)
+def test_hints_are_of_the_command_and_know_aliases(command, word, meant, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(command, [word, "3"])
+    assert f"did you mean --{meant}?" in capsys.readouterr().err
+
+
+def test_every_hint_names_a_flag():
+    known = {word for command in cli.COMMANDS.values() for word in command.words()}
+    assert {name for names in cli.SYNONYMS.values() for name in names} <= known
+
+
+def test_the_names_of_the_samplers_are_read_off_their_table():
+    from guided_diffusion.samplers import SAMPLERS
+
+    assert cli.sampler_names() == list(SAMPLERS)
+    help_text = " ".join(cli.parser("image_sample").format_help().split())
+    assert f"one of {', '.join(SAMPLERS)}; ''" in help_text
 
 
 @pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"])

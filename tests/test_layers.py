@@ -13,9 +13,12 @@ ROOT = Path(__file__).parent.parent / "guided_diffusion"
 # a module imports only from modules before it
 ORDER = [
     *["config", "launchers", "cli", "nn", "losses", "log_writers", "logger", "dist_util", "seeds", "npz", "pictures"],
-    *["samplers", "guidance", "surfaces", "gaussian_diffusion", "respace", "resample", "blocks", "unet"],
-    *["fp16_util", "image_files", "image_labels", "image_datasets", "architecture", "checkpoint", "draws", "meter"],
-    *["interruption", "run_state", "sample_util", "train_util", "script_util", "commands"],
+    *["gallery", "film"],
+    *["schedules", "steps", "solvers", "samplers", "loop", "prediction", "guidance", "editing", "surfaces"],
+    *["forward_process", "gaussian_diffusion", "respace", "resample", "blocks", "unet"],
+    *["fp16_util", "image_files", "image_labels", "image_datasets", "init_images", "architecture", "checkpoint"],
+    *["draws", "meter"],
+    *["interruption", "run_state", "jobs", "sample_util", "train_util", "script_util", "commands"],
 ]
 NEVER_LOG = ORDER[: ORDER.index("fp16_util")]
 WITHOUT_TORCH = ["__init__", "config", "cli", "launchers", "log_writers"]

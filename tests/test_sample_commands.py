@@ -21,10 +21,21 @@ from PIL import Image
 from guided_diffusion import checkpoint, cli, dist_util
 from guided_diffusion.commands import classifier_sample, image_nll, image_sample, super_res_sample
 from guided_diffusion.commands._common import labels_of, restore_unet
+from guided_diffusion.commands._editing import adds_noise
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
-from guided_diffusion.guidance import classifier_guidance, without_labels
-from guided_diffusion.sample_util import to_uint8
-from guided_diffusion.samplers import make_sampler
+from guided_diffusion.editing import invert, slerp
+from guided_diffusion.guidance import (
+    autoguidance,
+    classifier_free,
+    classifier_guidance,
+    dynamic_thresholding,
+    interval,
+    without_labels,
+)
+from guided_diffusion.init_images import InitImages
+from guided_diffusion.loop import network_calls
+from guided_diffusion.pictures import to_uint8
+from guided_diffusion.samplers import SAMPLERS, make_sampler
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
 from guided_diffusion.seeds import image_generator, seeded
 
@@ -44,6 +55,8 @@ NETWORK: dict[str, Any] = {
 }
 UNET = UNetConfig(image_size=8, **NETWORK)
 UNCONDITIONAL = UNetConfig(image_size=8, **{**NETWORK, "class_cond": False})
+GUIDED = UNetConfig(image_size=8, **NETWORK, null_class=True)
+WEAK = UNetConfig(image_size=8, **{**NETWORK, "num_res_blocks": 2})
 UPSAMPLER = SuperResConfig(large_size=8, small_size=4, **NETWORK)
 CLASSIFIER = ClassifierConfig(
     image_size=8,
@@ -83,10 +96,14 @@ class Runs:
         self.root, self.process = root, build_diffusion(PROCESS)
         self.unet = scrambled(build_unet(UNET, True))
         self.unconditional = scrambled(build_unet(UNCONDITIONAL, True))
+        self.guided = scrambled(build_unet(GUIDED, True))
+        self.weak = scrambled(build_unet(WEAK, True))
         self.classifier = scrambled(build_classifier(CLASSIFIER))
         self.upsampler = scrambled(build_upsampler(UPSAMPLER, True))
         write_run(root / "unet", "image_train", self.unet, UNET, PROCESS)
         write_run(root / "unconditional", "image_train", self.unconditional, UNCONDITIONAL, PROCESS)
+        write_run(root / "guided", "image_train", self.guided, GUIDED, PROCESS)
+        write_run(root / "weak", "image_train", self.weak, WEAK, PROCESS)
         write_run(root / "classifier", "classifier_train", self.classifier, CLASSIFIER, PROCESS)
         write_run(root / "upsampler", "super_res_train", self.upsampler, UPSAMPLER, PROCESS)
 
@@ -265,6 +282,334 @@ def test_a_second_call_neither_samples_again_nor_mixes_requests(
     assert (tmp_path / "samples_5x8x8x3.npz").read_bytes() == content
 
 
+# ---- every sampler, every grid
+
+
+def on_grid(grid: str, **flags: Any) -> Any:
+    """The process of the tests on another grid."""
+    return build_diffusion(DiffusionConfig(**{**asdict(PROCESS), "timestep_respacing": grid, **flags}))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in SAMPLERS.items() if not getattr(kind, "ascending", False)])
+def test_every_sampler_takes_steps_on_its_own_grid(runs: Runs, tmp_path: Path, name: str) -> None:
+    argv = ["--num_samples", "2", "--batch_size", "2", "--classes", "1", "--sampler", name, "--steps", "5"]
+    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *argv)
+    sampler = make_sampler(name)
+    grid = f"{getattr(sampler, 'grid', '')}5"
+    process = on_grid(grid)
+    assert process.num_timesteps == 5
+    np.testing.assert_array_equal(saved["arr_0"], by_hand(process, runs.unet, [1, 1], 2, sampler=sampler))
+    words = f"5 of 40 steps (grid {grid}), {network_calls(process, sampler)} evaluations of the network per batch"
+    assert words in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "sampler", "grid"),
+    [
+        (
+            ["--sampler", "heun", "--churn", "3", "--timestep_respacing", "quad4"],
+            make_sampler("heun", churn=3.0),
+            "quad4",
+        ),
+        (["--sampler", "deis", "--order", "2", "--steps", "4"], make_sampler("deis", order=2), "logsnr4"),
+        (
+            ["--sampler", "sa", "--order", "3", "--eta", "0.5", "--timestep_respacing", "list:0,10.5,39"],
+            make_sampler("sa", order=3, eta=0.5),
+            "list:0,10.5,39",
+        ),
+    ],
+)
+def test_options_and_grids_are_those_given(
+    runs: Runs, tmp_path: Path, argv: list[str], sampler: Any, grid: str
+) -> None:
+    words = ["--model_path", runs["unet"], "--num_samples", "2", "--batch_size", "2", "--classes", "1", *argv]
+    saved = saved_by(image_sample.main, tmp_path, *words)
+    np.testing.assert_array_equal(saved["arr_0"], by_hand(on_grid(grid), runs.unet, [1, 1], 2, sampler=sampler))
+
+
+def test_predictions_are_thresholded_where_asked_for(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--dynamic_threshold", "0.8"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    expected = by_hand(runs.process, runs.unet, [1, 1], 2, denoised_fn=dynamic_thresholding(0.8))
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    assert (expected != by_hand(runs.process, runs.unet, [1, 1], 2)).any()
+
+
+# ---- guidance without a classifier
+
+
+def test_at_scale_1_nothing_guides(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--classes", "1", "--log_dir"]
+    image_sample.main([*argv, str(tmp_path / "plain")])
+    image_sample.main([*argv, str(tmp_path / "one"), "--cfg_scale", "1"])
+    for name in ("samples_5x8x8x3.npz", "request.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("scale", "rescale"), [(0.0, 0.0), (3.0, 0.0), (3.0, 0.7)])
+def test_classifier_free_guidance_is_that_of_the_loop(runs: Runs, tmp_path: Path, scale: float, rescale: float) -> None:
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--classes", "1", "--cfg_scale", str(scale)]
+    saved = saved_by(image_sample.main, tmp_path, *argv, *(["--cfg_rescale", str(rescale)] if rescale else []))
+    network = classifier_free(runs.guided, scale, rescale=rescale)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
+    unconditional = by_hand(runs.process, runs.guided, [3, 3], 2)
+    assert (scale == 0) == bool((saved["arr_0"][:2] == unconditional).all())
+
+
+def test_a_weaker_model_guides_by_its_own_config(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--num_res_blocks", "1"]
+    saved = saved_by(image_sample.main, tmp_path, *argv, "--autoguide_path", runs["weak"], "--autoguide_scale", "2")
+    network = autoguidance(runs.unet, runs.weak, 2.0)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
+
+
+def test_both_kinds_of_guidance_without_a_classifier_and_an_interval(runs: Runs, tmp_path: Path) -> None:
+    """Together they limit and guide as they do in Python."""
+    weak = ["--autoguide_path", runs["weak"], "--autoguide_scale", "2", "--guidance_interval", "5,30"]
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--classes", "1", "--cfg_scale", "3", *weak]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    both = interval(autoguidance(classifier_free(runs.guided, 3.0), runs.weak, 2.0), 5, 30)
+    inner = interval(classifier_free(runs.guided, 3.0), 5, 30)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, both, [1, 1], 2))
+    outside = by_hand(runs.process, interval(autoguidance(inner, runs.weak, 2.0), 5, 30), [1, 1], 2)
+    np.testing.assert_array_equal(saved["arr_0"][:2], outside)
+
+
+def test_an_unconditional_model_may_be_the_weaker_one(runs: Runs, tmp_path: Path) -> None:
+    weak = ["--autoguide_path", runs["unconditional"], "--autoguide_scale", "2"]
+    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *SAMPLING, "--classes", "1", *weak)
+    network = autoguidance(runs.unet, without_labels(runs.unconditional), 2.0)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "weak", "message"),
+    [
+        ("unconditional", "unet", "the model has class_cond False and the weaker model True"),
+        ("unet", "classifier", "ema_0.5_000100.pt is a classifier"),
+        ("unet", "upsampler", "ema_0.5_000100.pt is an upsampler: give the checkpoint of a diffusion model there"),
+    ],
+)
+def test_a_weaker_model_of_another_kind_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, weak: str, message: str
+) -> None:
+    argv = ["--model_path", runs[model], *SAMPLING, "--autoguide_path", runs[weak], "--autoguide_scale", "2"]
+    assert message in refused(image_sample.main, [*argv, "--log_dir", str(tmp_path)], capsys)
+
+
+def test_a_weaker_model_without_a_config_is_told_by_the_command_line(runs: Runs, tmp_path: Path) -> None:
+    lone = tmp_path / "lone.pt"
+    shutil.copy(os.path.join(runs["weak"], "ema_0.5_000100.pt"), lone)
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--autoguide_scale", "2", "--image_size", "8"]
+    argv += ["--num_heads", "2", "--diffusion_steps", "40", "--noise_schedule", "cosine"]
+    saved = saved_by(image_sample.main, tmp_path / "out", *argv, "--autoguide_path", str(lone))
+    network = autoguidance(runs.unet, runs.weak, 2.0)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
+
+
+def test_both_kinds_of_guidance_add_up(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["guided"], "--classifier_path", runs["classifier"], *SAMPLING, "--classes", "1,2"]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv, "--classifier_scale", "3", "--cfg_scale", "2")
+    network, guide = classifier_free(runs.guided, 2.0), classifier_guidance(runs.classifier, 3.0)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 2], 2, cond_fn=guide))
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_guidance_of_every_kind_keeps_to_its_interval(runs: Runs, tmp_path: Path, rescaled: bool) -> None:
+    """Timesteps of the interval are those of training, whatever the networks are fed."""
+    argv = ["--model_path", runs["guided"], "--classifier_path", runs["classifier"], *SAMPLING, "--classes", "1,2"]
+    argv += ["--classifier_scale", "3", "--cfg_scale", "2", "--guidance_interval", "10,30"]
+    argv += ["--rescale_timesteps", str(rescaled)]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv)
+    unit = 1000 / 40 if rescaled else 1
+    network = interval(classifier_free(runs.guided, 2.0), 10 * unit, 30 * unit)
+    guide = interval(classifier_guidance(runs.classifier, 3.0), 10 * unit, 30 * unit)
+    process = on_grid("4", rescale_timesteps=rescaled)
+    expected = by_hand(process, network, [1, 2], 2, cond_fn=guide)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    throughout = by_hand(
+        process, classifier_free(runs.guided, 2.0), [1, 2], 2, cond_fn=classifier_guidance(runs.classifier, 3.0)
+    )
+    assert (expected != throughout).any()
+
+
+def test_an_interval_without_guidance_is_an_error_also_with_a_classifier(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_path", runs["unet"], "--classifier_path", runs["classifier"], "--log_dir", str(tmp_path)]
+    argv += ["--classifier_scale", "0", "--guidance_interval", "10,30"]
+    assert "has no effect where nothing guides" in refused(classifier_sample.main, argv, capsys)
+
+
+# ---- starting from images
+
+
+def test_samplers_that_add_noise_are_told_from_those_that_do_not() -> None:
+    noisy = {"ddpm", "dpm++2m_sde", "dpm++3m_sde", "euler_ancestral", "sa"}
+    assert {name for name in SAMPLERS if adds_noise(make_sampler(name))} == noisy
+    for name, options, expected in (
+        ("ddim", {"eta": 0.5}, True),
+        ("heun", {"churn": 1.0}, True),
+        ("sa", {"eta": 0.0}, False),
+    ):
+        assert adds_noise(make_sampler(name, **options)) == expected
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mask that keeps all, one that keeps none, and one that keeps the left half."""
+    folder = tmp_path_factory.mktemp("masks")
+    for name, columns in (("all", 8), ("none", 0), ("half", 4)):
+        pixels = np.zeros((8, 8), np.uint8)
+        pixels[:, :columns] = 255
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return folder
+
+
+def images_of(pictures: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(pictures.iterdir())])
+
+
+def test_images_are_started_from_in_turn(runs: Runs, pictures: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--init_image", str(pictures)]
+    saved = saved_by(image_sample.main, tmp_path, *argv, "--num_samples", "7", "--batch_size", "7", "--strength", "0.7")
+    images = InitImages(str(pictures), 8, 3).rows(range(7))["init_image"]
+    assert th.equal(images[:2], images[5:])
+    expected = by_hand(runs.process, runs.unet, [1] * 7, 7, init_image=images, strength=0.7)
+    np.testing.assert_array_equal(saved["arr_0"], expected)
+
+
+def test_a_strength_of_its_own(runs: Runs, pictures: Path, tmp_path: Path, masks: Path) -> None:
+    """0.6 from an image, all the way where a mask keeps what is to be kept."""
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--init_image", str(pictures / "cat_0.png")]
+    half = ["--mask", str(masks / "half.png")]
+    for number, (more, strength) in enumerate((([], "0.6"), (half, "1"))):
+        own = saved_by(image_sample.main, tmp_path / f"a{number}", *argv, *more)
+        given = saved_by(image_sample.main, tmp_path / f"b{number}", *argv, *more, "--strength", strength)
+        np.testing.assert_array_equal(own["arr_0"], given["arr_0"])
+        names = [tmp_path / f"{kind}{number}" / "request.json" for kind in "ab"]
+        assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_what_masks_keep_is_kept_byte_for_byte(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--init_image", str(pictures)]
+    originals = images_of(pictures)
+    whole = saved_by(image_sample.main, tmp_path / "all", *argv, "--mask", str(masks / "all.png"))
+    np.testing.assert_array_equal(whole["arr_0"], originals)
+    inverted = saved_by(
+        image_sample.main, tmp_path / "swapped", *argv, "--mask", str(masks / "none.png"), "--mask_invert"
+    )
+    np.testing.assert_array_equal(inverted["arr_0"], originals)
+    half = saved_by(image_sample.main, tmp_path / "half", *argv, "--mask", str(masks / "half.png"))
+    np.testing.assert_array_equal(half["arr_0"][:, :, :4], originals[:, :, :4])
+    assert (half["arr_0"][:, :, 4:] != originals[:, :, 4:]).mean() > 0.9
+    none = saved_by(image_sample.main, tmp_path / "none", *argv, "--mask", str(masks / "none.png"))
+    plain = saved_by(image_sample.main, tmp_path / "plain", *argv, "--strength", "1")
+    np.testing.assert_array_equal(none["arr_0"], plain["arr_0"])
+
+
+def test_painting_resamples_as_the_loop_does(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--init_image", str(pictures)]
+    argv += ["--mask", str(masks / "half.png"), "--resample", "2", "--resample_jump", "3"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    rows = InitImages(str(pictures), 8, 3, masks=str(masks / "half.png")).rows([0, 1])
+    expected = by_hand(runs.process, runs.unet, [1, 1], 2, resample=2, jump=3, **rows)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    assert "8 evaluations of the network per batch" in (tmp_path / "log.txt").read_text()
+
+
+def test_inverted_images_are_sampled_under_another_class(runs: Runs, pictures: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--init_image", str(pictures), "--use_ddim"]
+    argv += ["--invert", "--init_classes", "0,1", "--classes", "owl"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    images = InitImages(str(pictures), 8, 3).rows([0, 1])["init_image"]
+    noise = invert(runs.process, runs.unet, images, model_kwargs={"y": th.tensor([0, 1])})
+    expected = by_hand(runs.process, runs.unet, [2, 2], 2, sampler=make_sampler("ddim"), start=noise)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    assert "8 evaluations of the network per batch" in (tmp_path / "log.txt").read_text()
+
+
+def test_part_of_the_way_to_noise_and_back_with_a_mask(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--init_image", str(pictures), "--sampler", "dpm++2m"]
+    argv += ["--invert", "--classes", "owl", "--strength", "0.7", "--mask", str(masks / "half.png")]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    rows = InitImages(str(pictures), 8, 3, masks=str(masks / "half.png")).rows([0, 1])
+    labels = th.tensor([2, 2])
+    noise = invert(runs.process, runs.unet, rows["init_image"], model_kwargs={"y": labels}, strength=0.7)
+    loop: dict[str, Any] = {"sampler": make_sampler("dpm++2m"), "start": noise, "strength": 0.7, **rows}
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unet, [2, 2], 2, **loop))
+
+
+def test_interpolation_goes_from_one_image_to_the_other(runs: Runs, pictures: Path, tmp_path: Path) -> None:
+    ends = [str(pictures / name) for name in ("cat_0.png", "dog_1.png")]
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--use_ddim", "--init_image", ends[0], "--interpolate", ends[1]]
+    saved = saved_by(image_sample.main, tmp_path, *argv, "--classes", "cat,cat,cat,dog,dog", "--batch_size", "5")
+    images = th.cat([InitImages(end, 8, 3).rows([0])["init_image"] for end in ends])
+    noise = invert(runs.process, runs.unet, images, model_kwargs={"y": th.tensor([0, 1])})
+    between = slerp(noise[0], noise[1], th.linspace(0, 1, 5))
+    th.testing.assert_close(between[[0, 4]], noise)
+    sampler = make_sampler("ddim")
+    expected = by_hand(runs.process, runs.unet, [0, 0, 0, 1, 1], 5, sampler=sampler, start=between)
+    assert np.abs(saved["arr_0"].astype(int) - expected).max() <= 1
+    assert len({image.tobytes() for image in saved["arr_0"]}) == 5
+
+
+def test_interpolation_takes_one_image_at_either_end(
+    runs: Runs, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = str(pictures / "cat_0.png")
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--use_ddim", "--classes", "0", "--log_dir", str(tmp_path)]
+    for ends, name in (((str(pictures), one), "init_image"), ((one, str(pictures)), "interpolate")):
+        words = [*argv, "--init_image", ends[0], "--interpolate", ends[1]]
+        assert f"--{name} holds 5 images, and --interpolate goes" in refused(image_sample.main, words, capsys)
+
+
+def test_a_guided_model_may_start_from_images_too(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unconditional"], "--classifier_path", runs["classifier"], *SAMPLING]
+    argv += ["--classes", "dog", "--init_image", str(pictures), "--mask", str(masks / "half.png")]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv)
+    rows = InitImages(str(pictures), 8, 3, masks=str(masks / "half.png")).rows([0, 1])
+    guide = classifier_guidance(runs.classifier, 1.0)
+    network = without_labels(runs.unconditional)
+    expected = by_hand(runs.process, network, [1, 1], 2, cond_fn=guide, **rows)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+
+
+def test_two_ranks_guide_paint_and_film_as_one(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--cfg_scale", "2", "--init_image", str(pictures)]
+    argv += ["--mask", str(masks), "--resample", "2", "--resample_jump", "2", "--save_intermediate", "2"]
+    argv += ["--guidance_interval", "5,30", "--device", "cpu"]
+    image_sample.main([*argv, "--log_dir", str(tmp_path / "one")])
+    script = [str(SCRIPTS / "image_sample.py"), *argv, "--log_dir", str(tmp_path / "two")]
+    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+    result = subprocess.run([mpiexec, "-n", "2", sys.executable, *script], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    for name in ("samples_5x8x8x3.npz", "film.png", "film.gif", "request.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_requests_know_guidance_and_images(
+    runs: Runs, pictures: Path, masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = ["--init_image", str(pictures / "cat_0.png")]
+    half = ["--mask", str(masks / "half.png")]
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--log_dir", str(tmp_path), "--cfg_scale", "2"]
+    image_sample.main([*argv, *image, *half])
+    for more, message in (
+        ([*image, *half, "--cfg_scale", "3"], "cfg_scale was 2.0 and is 3.0"),
+        ([*image, *half, "--cfg_rescale", "0.5"], "cfg_rescale was 0.0 and is 0.5"),
+        ([*image, *half, "--guidance_interval", "5,30"], "guidance_interval was None and is [5.0, 30.0]"),
+        ([*image, *half, "--dynamic_threshold", "0.9"], "dynamic_threshold was None and is 0.9"),
+        ([*image, *half, "--mask_invert"], "init_image was "),
+        ([*image, *half, "--strength", "0.5"], "strength was 1.0 and is 0.5"),
+        ([*image, *half, "--resample", "2"], "resample was None and is 2"),
+        (["--init_image", str(pictures / "dog_1.png"), *half], "init_image was "),
+        ([], "init_image was "),
+        ([*image, "--invert", "--use_ddim"], "sampler was Ancestral() and is DDIM(eta=0.0)"),
+    ):
+        assert message in refused(image_sample.main, [*argv, *more], capsys)
+
+
 # ---- classifier_sample
 
 
@@ -371,6 +716,22 @@ def test_enlarged_images_keep_order_and_labels(runs: Runs, base: Path, tmp_path:
         np.testing.assert_array_equal(ranks["arr_0"], saved["arr_0"])
 
 
+def test_upsamplers_are_guided_by_weaker_ones_and_by_their_null_class(runs: Runs, base: Path, tmp_path: Path) -> None:
+    config = SuperResConfig(**{**asdict(UPSAMPLER), "null_class": True})
+    weak = scrambled(build_upsampler(config, True))
+    folder = write_run(tmp_path / "weak", "super_res_train", weak, config, PROCESS)
+    argv = ["--base_samples", str(base), *SAMPLING, "--batch_size", "5"]
+    with np.load(base) as small:
+        images, labels = th.from_numpy(small["arr_0"]).movedim(-1, 1) / 127.5 - 1, small["arr_1"].tolist()
+    away = ["--model_path", runs["upsampler"], "--autoguide_path", str(folder), "--autoguide_scale", "2"]
+    free = ["--model_path", str(folder), "--cfg_scale", "2"]
+    networks = autoguidance(runs.upsampler, weak, 2.0), classifier_free(weak, 2.0)
+    for number, (words, network) in enumerate(zip((away, free), networks, strict=True)):
+        saved = saved_by(super_res_sample.main, tmp_path / str(number), *argv, *words)
+        expected = by_hand(runs.process, network, labels, 5, more={"low_res": images})
+        np.testing.assert_array_equal(saved["arr_0"], expected)
+
+
 def test_fewer_images_and_labels_from_the_command_line(runs: Runs, base: Path, tmp_path: Path) -> None:
     unlabelled = tmp_path / "base.npz"
     with np.load(base) as small:
@@ -465,7 +826,81 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
         (["--model_path", "UNET", "--sampler", "ddim", "--use_ddim", "False"], "contradicts --use_ddim False"),
         (["--model_path", "UNET", "--eta", "0.5"], "the sampler ddpm has no option eta: it is an option of ddim"),
         (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),
-        (["--model_path", "UNET", "--sampler", "dim"], "'dim' is none of"),
+        (["--model_path", "UNET", "--sampler", "dim"], "sampler 'dim' is unknown: use one of ddpm, ddim, "),
+        (["--model_path", "UNET", "--sampler", "ddin"], "did you mean ddim?"),
+        (["--sampler", "dpm++2m", "--eta", "0.5"], "the sampler dpm++2m has no option eta: it is an option of ddim, "),
+        (
+            ["--sampler", "dpm++2m", "--churn", "5"],
+            "the sampler dpm++2m has no option churn: it is an option of heun, euler",
+        ),
+        (["--sampler", "plms", "--order", "7"], "order 7"),
+        (["--sampler", "ddim_reverse"], "--sampler ddim_reverse turns images to noise: give --invert True"),
+        (["--steps", "4"], "--steps 4 and --timestep_respacing 4 both say which steps to take: give one"),
+        (["--model_path", "UNET", "--timestep_respacing", "karras0"], "timestep_respacing 'karras0' has no steps"),
+        (["--model_path", "UNET", "--timestep_respacing", "list:3,3,9"], "timesteps 3, 3, 9 are not in rising order"),
+        (["--dynamic_threshold", "1.5"], "--dynamic_threshold 1.5 is no share"),
+        (["--cfg_rescale", "0.5"], "--cfg_rescale has no effect at --cfg_scale 1"),
+        (["--cfg_scale", "2", "--cfg_rescale", "1.5"], "--cfg_rescale 1.5 is no share"),
+        (["--model_path", "UNET", "--cfg_scale", "2"], "was trained without --class_dropout"),
+        (
+            ["--model_path", "UNCONDITIONAL", "--cfg_scale", "2"],
+            "--cfg_scale 2.0 has no effect on an unconditional model",
+        ),
+        (["--autoguide_scale", "2"], "--autoguide_scale has no effect without --autoguide_path"),
+        (["--autoguide_path", "WEAK"], "--autoguide_path has no effect at --autoguide_scale 1"),
+        (["--guidance_interval", "5,20"], "--guidance_interval has no effect where nothing guides"),
+        (["--cfg_scale", "2", "--guidance_interval", "20,5"], "'20,5' is no interval: write LOW,HIGH"),
+        (["--cfg_scale", "2", "--guidance_interval", "nan,5"], "'nan,5' is no interval: write LOW,HIGH"),
+        (
+            ["--model_path", "GUIDED", "--cfg_scale", "2", "--guidance_interval", "1,2"],
+            "--guidance_interval 1,2 holds none of the steps, which are 4 from 0 to 39",
+        ),
+        (["--mask", "m.png"], "--mask has no effect without --init_image: give both or none"),
+        (["--strength", "0.5"], "--strength has no effect without --init_image"),
+        (["--invert"], "--invert has no effect without --init_image"),
+        (
+            ["--init_image", "IMAGE", "--strength", "0"],
+            "--strength 0.0 is no share of the way: give above 0 and up to 1",
+        ),
+        (["--init_image", "IMAGE", "--strength", "1.1"], "--strength 1.1 is no share of the way"),
+        (
+            ["--model_path", "UNET", "--init_image", "IMAGE", "--strength", "0.1", "--timestep_respacing", "trailing4"],
+            "--strength 0.1 takes none of the 4 steps",
+        ),
+        (["--init_image", "IMAGE", "--mask_invert"], "--mask_invert has no effect without --mask"),
+        (["--init_image", "IMAGE", "--resample", "2"], "--resample has no effect without --mask"),
+        (
+            ["--init_image", "IMAGE", "--mask", "MASK", "--resample_jump", "2"],
+            "--resample_jump has no effect at --resample 1",
+        ),
+        (
+            ["--init_image", "IMAGE", "--init_classes", "1"],
+            "--init_classes has no effect without --invert or --interpolate",
+        ),
+        (["--init_image", "IMAGE", "--invert"], "--invert needs a sampler that adds no noise, and Ancestral() does"),
+        (["--init_image", "IMAGE", "--interpolate", "IMAGE"], "--interpolate needs a sampler that adds no noise"),
+        (
+            ["--init_image", "IMAGE", "--interpolate", "IMAGE", "--mask", "MASK"],
+            "--interpolate goes all the way between two images: leave --mask out",
+        ),
+        (
+            ["--init_image", "IMAGE", "--interpolate", "IMAGE", "--num_samples", "1", "--use_ddim"],
+            "--interpolate goes from one image to another: give --num_samples 2 or more",
+        ),
+        (
+            ["--model_path", "UNET", "--init_image", "IMAGE", "--interpolate", "IMAGE", "--use_ddim"],
+            "--interpolate needs the class of every sample: give --classes",
+        ),
+        (["--model_path", "UNET", "--init_image", "nowhere.png"], "init_image 'nowhere.png' does not exist"),
+        (["--model_path", "UNET", "--init_image", "TORN"], "cannot read image"),
+        (
+            ["--model_path", "UNET", "--init_image", "IMAGE", "--mask", "TALL"],
+            "the mask tall.png is 12x8 and its image",
+        ),
+        (
+            ["--model_path", "UNCONDITIONAL", "--init_image", "IMAGE", "--invert", "--use_ddim", "--init_classes", "1"],
+            "--init_classes 1 has no effect on an unconditional model",
+        ),
         (["--model_path", "UNET", "--classes", "7"], "class 7 does not exist: the classes are 0 .. 2"),
         (["--model_path", "UNET", "--classes", ","], "classes ',' names no class"),
         (["--model_path", "UNET", "--classes", "cow"], "class 'cow' is unknown: the names are cat, dog, owl"),
@@ -490,10 +925,28 @@ def test_mistakes_in_sampling_get_one_sentence(
     (tmp_path / "torn.pt").write_bytes(Path(weights).read_bytes()[:-100])
     places = {"RUNS": str(runs.root), "UNET": runs["unet"], "UNCONDITIONAL": runs["unconditional"]}
     places |= {"OPTIMIZER": str(tmp_path / "opt000100.pt"), "TORN": str(tmp_path / "torn.pt")}
+    places |= {name: runs[name.lower()] for name in ("GUIDED", "WEAK")}
+    places |= {name: str(tmp_path / f"{name.lower()}.png") for name in ("IMAGE", "MASK", "TALL")}
+    for name, size in (("image", (8, 8)), ("mask", (8, 8)), ("tall", (8, 12))):
+        Image.new("L", size).save(tmp_path / f"{name}.png")
     words = [*SAMPLING, *(places.get(word, word) for word in argv), "--log_dir", str(tmp_path / "out")]
     assert message in refused(image_sample.main, words, capsys)
     assert not list(tmp_path.glob("out/*.npz"))
     assert not list(tmp_path.glob("out/request.json"))
+
+
+def test_impossible_steps_are_refused_before_weights_are_read(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs["unet"], tmp_path / "run")
+    (tmp_path / "run" / "ema_0.5_000100.pt").write_bytes(b"torn")
+    argv = ["--model_path", str(tmp_path / "run"), "--log_dir", str(tmp_path / "out")]
+    for more, message in (
+        (["--steps", "50"], "cannot take 50 steps from a section of 40"),
+        (["--timestep_respacing", "list:0,40"], "timesteps 0, 40 are not all in 0 .. 39"),
+        (["--steps", "4"], "cannot be read as a checkpoint"),
+    ):
+        assert message in refused(image_sample.main, [*argv, *more], capsys)
 
 
 def save_small(path: Path, *arrays: np.ndarray) -> str:

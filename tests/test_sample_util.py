@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,10 @@ from guided_diffusion import logger
 from guided_diffusion.config import UNetConfig
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.guidance import without_labels
+from guided_diffusion.jobs import Job, parse_classes
 from guided_diffusion.npz import fingerprint, read_npz, save_npz, write_npz
-from guided_diffusion.pictures import GROUP_GAP, PAD, save_grid, save_png
-from guided_diffusion.sample_util import (
-    Job,
-    generate,
-    make_shards,
-    merge,
-    parse_classes,
-    preview,
-    to_uint8,
-)
+from guided_diffusion.pictures import GROUP_GAP, PAD, save_grid, save_png, to_uint8
+from guided_diffusion.sample_util import generate, make_shards, merge, preview
 from guided_diffusion.samplers import make_sampler
 from guided_diffusion.script_util import build_unet
 from guided_diffusion.seeds import image_generator, image_seed, seeded
@@ -231,6 +224,21 @@ def test_conditions_stay_with_their_index(tmp_path: Path) -> None:
     assert np.abs(middle - to_uint8(colours.view(-1, 1))[:, 0]).max() <= 1
 
 
+def test_images_start_from_what_is_theirs(tmp_path: Path) -> None:
+    """Samples that hardly start at all stay the image of their index; labels reach the function that starts them."""
+    shades, seen = th.linspace(-0.9, 0.9, 7), []
+
+    def start(indices: Sequence[int], kwargs: dict[str, th.Tensor]) -> Any:
+        seen.append((list(indices), kwargs["y"].tolist()))
+        return {"init_image": shades[list(indices)].view(-1, 1, 1, 1).expand(-1, 3, 8, 8), "skip_timesteps": 4}
+
+    painter = Painter(STEPS, lambda y: shade(y))
+    saved = sampled(tmp_path, painter, start=start, labels=[0, 1], batch_size=4)
+    np.testing.assert_array_equal(saved["arr_0"][:, 4, 4, 0], to_uint8(shades.view(-1, 1))[:, 0])
+    assert painter.calls == 0
+    assert seen == [([0, 1, 2, 3], [0, 1, 0, 1]), ([4, 5, 6, 6], [0, 1, 0, 1])]
+
+
 def test_unlabelled_images_have_no_labels(tmp_path: Path) -> None:
     saved = sampled(tmp_path, GaussianData(STEPS), num_samples=2)
     assert set(saved) == {"arr_0"}
@@ -366,6 +374,46 @@ def test_broken_samples_are_reported_once(tmp_path: Path, value: float, message:
     text = (tmp_path / "log" / "log.txt").read_text()
     assert text.count(message) == 1
     assert "3 of the 3 samples of batch 0" in text
+
+
+# ---- films
+
+
+def test_a_film_is_made_of_the_first_batch_and_of_no_other(model: UNetModel, tmp_path: Path) -> None:
+    shared = job(tmp_path, num_classes=5, film=2)
+    make_shards(STEPS, model, shared, rank=1, world_size=2)
+    assert not (tmp_path / "film.gif").exists()
+    make_shards(STEPS, model, shared, rank=0, world_size=2)
+    with Image.open(tmp_path / "film.png") as strip:
+        assert strip.size[0] == 3 * (64 + PAD) + PAD  # steps 1 and 3, and the image
+    made = os.stat(tmp_path / "film.gif").st_mtime_ns
+    os.remove(shared.shard(2))
+    make_shards(STEPS, model, shared)
+    assert os.stat(tmp_path / "film.gif").st_mtime_ns == made
+    merge(shared)
+
+
+def test_a_film_changes_no_sample_and_calls_others_back(model: UNetModel, whole: bytes, tmp_path: Path) -> None:
+    seen: list[int] = []
+    options: Any = {"callback": lambda index, output: seen.append(index)}
+    path = generate(STEPS, model, job(tmp_path, num_classes=5, film=1), **options)
+    assert "callback" not in json.loads((tmp_path / "request.json").read_text())
+    assert Path(path).read_bytes() == whole
+    assert seen == 3 * [3, 2, 1, 0]
+
+
+def test_a_film_that_comes_too_late_is_not_made(model: UNetModel, tmp_path: Path) -> None:
+    logger.configure(str(tmp_path / "log"), format_strs=["log"])
+    generate(STEPS, model, job(tmp_path, num_classes=5))
+    generate(STEPS, model, job(tmp_path, num_classes=5, film=1))
+    assert not (tmp_path / "film.gif").exists()
+    assert "no film: the images that it shows are made already" in (tmp_path / "log" / "log.txt").read_text()
+
+
+def test_films_of_what_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"shape": (2, 8, 8), "film": 1}
+    with pytest.raises(ValueError, match=r"no film can show images of shape \(2, 8, 8\)"):
+        sampled(tmp_path, GaussianData(STEPS), **options)
 
 
 # ---- previews

@@ -23,13 +23,17 @@ from guided_diffusion.config import (
     resolve_precision,
 )
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+from guided_diffusion.guidance import dynamic_thresholding
 from guided_diffusion.image_datasets import load_classes
+from guided_diffusion.jobs import Job, parse_classes
+from guided_diffusion.loop import network_calls
 from guided_diffusion.npz import fingerprint
-from guided_diffusion.sample_util import Job, generate, parse_classes
-from guided_diffusion.samplers import SAMPLERS, Sampler, make_sampler
-from guided_diffusion.script_util import build_classifier, build_unet, build_upsampler
+from guided_diffusion.sample_util import generate
+from guided_diffusion.samplers import make_sampler
+from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from guided_diffusion.steps import Sampler
 
-SAMPLER_OPTIONS = ("eta", "order")
+SAMPLER_OPTIONS = ("eta", "order", "churn")
 NOT_IN_THE_RESULT = ("use_checkpoint", "use_fp16", "precision", "classifier_use_fp16", "classifier_precision")
 
 
@@ -46,6 +50,7 @@ class Restored:
 
     :param path: of the checkpoint.
     :param flags: the command line over what the checkpoint says.
+    :param process: of these flags.
     :param classes: class names by id, [] where none are known.
     :param identity: what the result depends on, for `Job.request`.
     """
@@ -53,6 +58,7 @@ class Restored:
     network: Any
     path: str
     flags: Flags
+    process: GaussianDiffusion
     classes: list[str]
     identity: dict[str, Any]
 
@@ -72,12 +78,30 @@ def restore_classifier(flags: Flags) -> Restored:
     return _restore(flags, "classifier_path", ClassifierConfig, lambda config, _: build_classifier(config))
 
 
-def _restore(flags: Flags, source: str, section: type[Any], build: Callable[[Any, bool], th.nn.Module]) -> Restored:
+def restore_weaker(flags: Flags) -> Restored:
+    """The network of --autoguide_path, of the same kind as that of --model_path.
+
+    Its own config says what it is; the command line speaks of the other model, and of this one in precision alone.
+    """
+    if "large_size" in flags.values:
+        return _restore(flags, "autoguide_path", SuperResConfig, build_upsampler, secondary=True)
+    return _restore(flags, "autoguide_path", UNetConfig, build_unet, secondary=True)
+
+
+def _restore(
+    flags: Flags,
+    source: str,
+    section: type[Any],
+    build: Callable[[Any, bool], th.nn.Module],
+    *,
+    secondary: bool = False,
+) -> Restored:
     """The network whose checkpoint the flag `source` names.
 
     Flags of `section` and of the process come from the config.json beside the checkpoint, without one from the shapes
     of its weights, and above all from the command line.
 
+    :param secondary: the command line says only what the checkpoint does not.
     :raises ValueError: if there is no such checkpoint, or it does not fit the flags.
     """
     if not flags.values[source]:
@@ -85,7 +109,10 @@ def _restore(flags: Flags, source: str, section: type[Any], build: Callable[[Any
     path = checkpoint.resolve_model(flags.values[source])
     saved = checkpoint.config_beside(path) or _shapes(path, flags)
     _check_kind(saved, section, f"--{source} {path}")
+    if secondary:
+        flags = _without(flags, saved, section)
     flags = flags.over(saved, section, DiffusionConfig)
+    process = build_diffusion(flags.part(DiffusionConfig))  # refuses an impossible grid before anything large is read
     config = flags.part(section)
     network: Any = build(config, flags.part(DiffusionConfig).learn_sigma)
     checkpoint.load_weights(network, path, asdict(config))
@@ -95,7 +122,13 @@ def _restore(flags: Flags, source: str, section: type[Any], build: Callable[[Any
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
     network.to(dist_util.dev()).eval().convert_to(precision)
-    return Restored(network, path, flags, load_classes(names) if names else [], identity)
+    return Restored(network, path, flags, process, load_classes(names) if names else [], identity)
+
+
+def _without(flags: Flags, saved: Mapping[str, Any], section: type[Any]) -> Flags:
+    """The command line without what a checkpoint says of itself, and without what another one said."""
+    own = {spec.name for part in (section, DiffusionConfig) for spec in fields(part) if not spec.metadata["runtime"]}
+    return Flags(flags.command, {name: value for name, value in flags.given.items() if name not in own & set(saved)})
 
 
 def _precision(config: Any) -> str:
@@ -107,11 +140,14 @@ def _precision(config: Any) -> str:
 
 
 def _check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:
-    """Refuse a classifier where a U-Net belongs, and the other way round."""
-    classifier = section is ClassifierConfig
-    if saved and ("classifier_width" in saved) != classifier:
-        kinds = ("no", "classifier") if classifier else ("a", "diffusion model")
-        raise ValueError(f"{where} is {kinds[0]} classifier: give the checkpoint of a {kinds[1]} there")
+    """Refuse a network of one kind where one of another belongs, as far as what is saved with it tells them apart."""
+    kinds = {"classifier": "classifier_width" in saved, "upsampler": "large_size" in saved}
+    wanted = {ClassifierConfig: "classifier", SuperResConfig: "upsampler"}.get(section, "diffusion model")
+    found = next((kind for kind, it_is in kinds.items() if it_is), "diffusion model")
+    told = saved and (found in kinds or wanted == "classifier" or "image_size" in saved)
+    if told and found != wanted:
+        answer = f"a {found}" if found == "classifier" else "an upsampler" if found in kinds else f"no {wanted}"
+        raise ValueError(f"{where} is {answer}: give the checkpoint of a {wanted} there")
 
 
 def _shapes(path: str, flags: Flags) -> dict[str, Any]:
@@ -134,18 +170,56 @@ def _warn_if_young(path: str) -> None:
         )
 
 
-def sampler_of(flags: Flags) -> Sampler:
-    """The sampler that --sampler, --use_ddim and its options ask for.
+def refuse_difference(pairs: Mapping[str, tuple[Any, Any]], other: str, remedy: str) -> None:
+    """Refuse another network than the model goes together with.
 
-    :raises ValueError: if they contradict each other, or an option is given that the sampler does not have.
+    :param pairs: name -> (the model's value, the other's).
+    :raises ValueError: naming both values of the first pair that differs.
+    """
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise ValueError(f"the model has {name} {ours} and the {other} {theirs}: {remedy}")
+
+
+def sampler_of(flags: Flags) -> Sampler:
+    """The sampler that --sampler, --use_ddim and its options ask for; options that are not given are its own.
+
+    :raises ValueError: if they contradict each other, there is no such sampler, or it does not have such an option; or
+        if predictions cannot be clipped as asked for.
     """
     config = flags.part(SampleConfig)
     name = config.sampler or ("ddim" if config.use_ddim else "ddpm")
+    sampler = make_sampler(name, **{word: flags.given[word] for word in SAMPLER_OPTIONS if word in flags.given})
     if "use_ddim" in flags.given and config.use_ddim != (name == "ddim"):
         raise ValueError(f"--sampler {name} contradicts --use_ddim {config.use_ddim}: give one of the two")
-    known = [spec.name for spec in fields(SAMPLERS[name])]
-    wanted = [option for option in SAMPLER_OPTIONS if option in known or option in flags.given]
-    return make_sampler(name, **{option: getattr(config, option) for option in wanted})
+    if getattr(sampler, "ascending", False):
+        raise ValueError(f"--sampler {name} turns images to noise: give --invert True and another sampler")
+    if config.dynamic_threshold > 1:
+        raise ValueError(f"--dynamic_threshold {config.dynamic_threshold} is no share: give e.g. 0.995, or 0 for none")
+    return sampler
+
+
+def on_its_grid(flags: Flags, sampler: Sampler) -> Flags:
+    """The flags with --steps as a --timestep_respacing on the grid that the sampler wants.
+
+    :raises ValueError: if both are given.
+    """
+    steps = flags.part(SampleConfig).steps
+    if not steps:
+        return flags
+    if flags.values["timestep_respacing"]:
+        given = flags.values["timestep_respacing"]
+        raise ValueError(f"--steps {steps} and --timestep_respacing {given} both say which steps to take: give one")
+    grid = f"{getattr(sampler, 'grid', '')}{steps}"
+    return Flags(flags.command, {**flags.given, "timestep_respacing": grid}, flags.saved)
+
+
+def clipping_of(flags: Flags) -> dict[str, Any]:
+    """What is done to every prediction of x_0, as options of the loop."""
+    config = flags.part(SampleConfig)
+    clip: dict[str, Any] = {"clip_denoised": config.clip_denoised}
+    threshold = config.dynamic_threshold
+    return clip | ({"denoised_fn": dynamic_thresholding(threshold)} if threshold else {})
 
 
 def job_of(flags: Flags, sampler: Sampler, shape: tuple[int, ...], request: Mapping[str, Any], **options: Any) -> Job:
@@ -157,12 +231,14 @@ def job_of(flags: Flags, sampler: Sampler, shape: tuple[int, ...], request: Mapp
     :param options: of the job, in place of those from the flags.
     """
     config = flags.part(SampleConfig)
+    threshold = {"dynamic_threshold": config.dynamic_threshold} if config.dynamic_threshold else {}
     values = {
         "num_samples": config.num_samples,
         "batch_size": config.batch_size,
         "seed": flags.part(RunConfig).seed,
         "save_images": config.save_images,
-        "request": {**asdict(flags.part(DiffusionConfig)), **request},
+        "film": config.save_intermediate,
+        "request": {**asdict(flags.part(DiffusionConfig)), **threshold, **request},
     }
     return Job(sampler=sampler, shape=shape, out_dir=logger.get_dir(), **{**values, **options})
 
@@ -183,30 +259,36 @@ def image_shape(channels: int, size: int | str, dims: int) -> tuple[int, ...]:
     return (channels, height, width) if dims == 2 else (channels, *[height] * dims)
 
 
-def announce(flags: Flags, process: GaussianDiffusion, job: Job) -> None:
-    """A line that says what is sampled and how, so that a wrong flag is seen before the samples are."""
+def announce(flags: Flags, process: GaussianDiffusion, job: Job, calls: int) -> None:
+    """A line that says what is sampled and how, so that a wrong flag is seen before the samples are.
+
+    :param calls: how often the network is asked per batch.
+    """
     config = flags.part(DiffusionConfig)
-    predicted = "x_0" if config.predict_xstart else "eps"
+    predicted = "x_0" if config.predict_xstart else "v" if config.predict_v else "eps"
     variance = "a learned" if config.learn_sigma else "a fixed"
+    grid = f" (grid {config.timestep_respacing})" if config.timestep_respacing else ""
     source = f"classes {', '.join(map(str, job.labels[:20]))}" if job.labels else f"random of {job.num_classes} classes"
     logger.log(
         f"sampling {job.num_samples} images {'x'.join(map(str, job.shape[1:]))} in batches of {job.batch_size} "
-        f"on {dist_util.world_size()} ranks: {job.sampler}, {process.num_timesteps} of {config.diffusion_steps} steps, "
-        f"{config.noise_schedule} schedule, the network predicts {predicted} with {variance} variance, "
-        f"seed {job.seed}, {source if job.labelled else 'no classes'}"
+        f"on {dist_util.world_size()} ranks: {job.sampler}, {process.num_timesteps} of {config.diffusion_steps} steps"
+        f"{grid}, {calls} evaluations of the network per batch, {config.noise_schedule} schedule, the network predicts "
+        f"{predicted} with {variance} variance, seed {job.seed}, {source if job.labelled else 'no classes'}"
     )
 
 
-def sample_and_say(flags: Flags, process: GaussianDiffusion, network: Any, job: Job, **options: Any) -> None:
+def sample_and_say(
+    flags: Flags, process: GaussianDiffusion, network: Any, job: Job, *, calls: int = 0, **options: Any
+) -> None:
     """Announce, run and report a job.
 
+    :param calls: how often a network is asked per batch besides the sampling itself.
     :param options: of the sampling loop.
     """
-    announce(flags, process, job)
-    options |= {
-        "clip_denoised": flags.part(SampleConfig).clip_denoised,
-        "device": dist_util.dev(),
-        "progress": True,
-    }
+    asked = network_calls(process, job.sampler, **options)
+    if not asked:
+        raise ValueError(f"--strength {options['strength']} takes none of the {process.num_timesteps} steps: raise it")
+    announce(flags, process, job, calls + asked)
+    options |= {**clipping_of(flags), "device": dist_util.dev(), "progress": True}
     path = generate(process, network, job, **options)
     logger.log(f"sampling complete: {path}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import cli
 from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, GuidanceConfig, UNetConfig
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SampleConfig, UNetConfig
 
 if TYPE_CHECKING:
     from guided_diffusion.commands._common import Restored
@@ -27,26 +27,28 @@ def sample(flags: cli.Flags) -> None:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion.commands import _common as common
-    from guided_diffusion.guidance import classifier_guidance, without_labels
-    from guided_diffusion.script_util import build_diffusion
+    from guided_diffusion.commands import _common as common, _editing as editing, _guidance as guidance
+    from guided_diffusion.guidance import without_labels
 
     sampler = common.sampler_of(flags)
+    flags = common.on_its_grid(flags, sampler)
+    guidance.check(flags)
+    editing.check(flags, sampler)
     common.start(flags)
     model = common.restore_unet(flags)
     classifier = common.restore_classifier(model.flags)
     check_agreement(model, classifier)
-    flags = model.flags
-    config, scale = flags.part(UNetConfig), flags.part(GuidanceConfig).classifier_scale
+    flags, config = model.flags, model.flags.part(UNetConfig)
     names = classifier.classes or model.classes
     labels = common.labels_of(flags, names, classifier.flags.part(ClassifierConfig).num_classes)
-    request = {**classifier.identity, **model.identity, "classifier_scale": scale}
+    guided = guidance.guided(model, classifier)
+    edit = editing.plan(model, labels, flags.part(SampleConfig).num_samples)
     shape = common.image_shape(config.image_channels, config.image_size, config.dims)
-    job = common.job_of(flags, sampler, shape, request, **labels)
-    # at scale 0 there is no guide, not one of zeros: from x_0 to the score and back it would round
-    guide = classifier_guidance(classifier.network, scale) if scale else None
-    network = model.network if config.class_cond else without_labels(model.network)
-    common.sample_and_say(flags, build_diffusion(flags.part(DiffusionConfig)), network, job, cond_fn=guide)
+    request = {**guided.request, **model.identity, **edit.request}
+    job = common.job_of(flags, sampler, shape, request, start=edit.start, **labels)
+    network = guided.network if config.class_cond else without_labels(guided.network)
+    loop = {**guided.options, **edit.options}
+    common.sample_and_say(flags, model.process, network, job, calls=edit.calls, **loop)
 
 
 def check_agreement(model: Restored, classifier: Restored) -> None:
@@ -54,6 +56,8 @@ def check_agreement(model: Restored, classifier: Restored) -> None:
 
     :raises ValueError: naming both values of the first flag that differs.
     """
+    from guided_diffusion.commands._common import refuse_difference
+
     conditional = model.flags.values["class_cond"]
     pairs: dict[str, tuple[type[Any], type[Any]]] = {**SHARED, **(PER_CLASS if conditional else {})}
     values = {
@@ -62,12 +66,8 @@ def check_agreement(model: Restored, classifier: Restored) -> None:
     }
     if conditional and model.classes and classifier.classes:
         values["classes"] = (model.classes, classifier.classes)
-    for name, (ours, theirs) in values.items():
-        if ours != theirs:
-            raise ValueError(
-                f"the model has {name} {ours} and the classifier {theirs}: guidance needs a classifier trained "
-                "for the same images, classes and noise as the model"
-            )
+    remedy = "guidance needs a classifier trained for the same images, classes and noise as the model"
+    refuse_difference(values, "classifier", remedy)
 
 
 main = entry("classifier_sample", sample)

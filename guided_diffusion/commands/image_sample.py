@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from guided_diffusion import cli
 from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import DiffusionConfig, SampleConfig, UNetConfig
+from guided_diffusion.config import SampleConfig, UNetConfig
 
 
 def sample(flags: cli.Flags) -> None:
@@ -12,10 +12,12 @@ def sample(flags: cli.Flags) -> None:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion.commands import _common as common
-    from guided_diffusion.script_util import build_diffusion
+    from guided_diffusion.commands import _common as common, _editing as editing, _guidance as guidance
 
     sampler = common.sampler_of(flags)
+    flags = common.on_its_grid(flags, sampler)
+    guidance.check(flags)
+    editing.check(flags, sampler)
     common.start(flags)
     model = common.restore_unet(flags)
     flags = model.flags
@@ -23,9 +25,12 @@ def sample(flags: cli.Flags) -> None:
     if options.classes and not config.class_cond:
         raise ValueError(f"--classes {options.classes} has no effect on an unconditional model: leave it out")
     labels = common.labels_of(flags, model.classes, config.num_classes) if config.class_cond else {}
+    guided, edit = guidance.guided(model), editing.plan(model, labels, options.num_samples)
     shape = common.image_shape(config.image_channels, config.image_size, config.dims)
-    job = common.job_of(flags, sampler, shape, model.identity, **labels)
-    common.sample_and_say(flags, build_diffusion(flags.part(DiffusionConfig)), model.network, job)
+    request = {**model.identity, **guided.request, **edit.request}
+    job = common.job_of(flags, sampler, shape, request, start=edit.start, **labels)
+    loop = {**guided.options, **edit.options}
+    common.sample_and_say(flags, model.process, guided.network, job, calls=edit.calls, **loop)
 
 
 main = entry("image_sample", sample)

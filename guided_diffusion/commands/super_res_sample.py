@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import cli
 from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import DiffusionConfig, SampleConfig, SuperResConfig, UpsampleConfig, parse_size
+from guided_diffusion.config import SampleConfig, SuperResConfig, UpsampleConfig, parse_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,12 +21,13 @@ def sample(flags: cli.Flags) -> None:
     """
     import torch as th
 
-    from guided_diffusion.commands import _common as common
+    from guided_diffusion.commands import _common as common, _guidance as guidance
     from guided_diffusion.guidance import without_labels
     from guided_diffusion.npz import fingerprint
-    from guided_diffusion.script_util import build_diffusion
 
     sampler = common.sampler_of(flags)
+    flags = common.on_its_grid(flags, sampler)
+    guidance.check(flags)
     common.start(flags)
     model = common.restore_upsampler(flags)
     flags = model.flags
@@ -37,12 +38,12 @@ def sample(flags: cli.Flags) -> None:
     def low_res(indices: Sequence[int]) -> dict[str, th.Tensor]:
         return {"low_res": th.from_numpy(base["arr_0"][list(indices)]).movedim(-1, 1) / 127.5 - 1}
 
-    shape = (config.image_channels, *parse_size(config.large_size))
-    request = {**model.identity, "base_samples": fingerprint(base)}
+    shape, guided = (config.image_channels, *parse_size(config.large_size)), guidance.guided(model)
+    request = {**model.identity, **guided.request, "base_samples": fingerprint(base)}
     size = {"num_samples": len(base["arr_0"]), "conditioning": low_res}
     job = common.job_of(flags, sampler, shape, request, **size, **labels)
-    network = model.network if config.class_cond else without_labels(model.network)
-    common.sample_and_say(flags, build_diffusion(flags.part(DiffusionConfig)), network, job)
+    network = guided.network if config.class_cond else without_labels(guided.network)
+    common.sample_and_say(flags, model.process, network, job, **guided.options)
 
 
 def read_base(flags: cli.Flags) -> dict[str, np.ndarray]:

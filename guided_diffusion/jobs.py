@@ -1,0 +1,138 @@
+"""Jobs: what to sample and where it goes, cut into global batches.
+
+Shapes: N images in all, B per batch, C channels, H W space (any number of space dimensions), K classes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch as th
+
+from guided_diffusion.steps import Sampler
+
+Conditioning = Callable[[Sequence[int]], Mapping[str, th.Tensor]]
+Start = Callable[[Sequence[int], dict[str, Any]], Mapping[str, Any]]
+
+LISTED = 32  # longer lists of labels and names are not spelled out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to sample, and where it goes.
+
+    :param sampler: the step rule, e.g. ``make_sampler("ddim")``.
+    :param shape: of one image, (C, H, W).
+    :param labels: class ids taken in turn: image i gets labels[i % len(labels)].
+    :param num_classes: without `labels`, image i draws its label from range(num_classes); 0: no labels at all.
+    :param class_names: names by class id, for the rows of the grid.
+    :param conditioning: indices of a batch -> further keyword arguments of the network, one row per index.
+    :param start: indices of a batch and the network's keyword arguments for it -> further options of the loop, such as
+        init_image [B, C, H, W], in place of those of `generate`.
+    :param request: what else identifies the run (weights, guidance scale, ...), as JSON values.
+    :param save_images: write one PNG per image too.
+    :param film: show the first images on their way, in film.png and film.gif, every so many steps; 0: do not.
+    """
+
+    sampler: Sampler
+    shape: tuple[int, ...]
+    num_samples: int
+    batch_size: int
+    out_dir: str
+    seed: int = 0
+    labels: Sequence[int] = ()
+    num_classes: int = 0
+    class_names: Sequence[str] = ()
+    conditioning: Conditioning | None = None
+    start: Start | None = None
+    request: Mapping[str, Any] = field(default_factory=dict)
+    save_images: bool = False
+    film: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1, the least number of images")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} is negative: give 0 or more")
+        check_labels(self.labels, self.num_classes or math.inf)
+
+    @property
+    def batches(self) -> int:
+        """Number of global batches, the last one padded."""
+        return math.ceil(self.num_samples / self.batch_size)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return bool(self.labels) or self.num_classes > 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the result, channels last."""
+        return (self.num_samples, *self.shape[1:], self.shape[0])
+
+    @property
+    def path(self) -> str:
+        """Where the merged result goes."""
+        return self.file(f"samples_{'x'.join(str(side) for side in self.stored_shape)}.npz")
+
+    def file(self, *names: str) -> str:
+        """The path of a file of this job."""
+        return os.path.join(self.out_dir, *names)
+
+    def shard(self, batch: int) -> str:
+        """Where one global batch goes until all are merged."""
+        return self.file("shards", f"{batch:06d}.npz")
+
+    def count(self, batch: int) -> int:
+        """How many images of a global batch are kept: the last one's padding is not."""
+        return min(self.batch_size, self.num_samples - batch * self.batch_size)
+
+    def draw_labels(self, indices: Sequence[int], generators: Sequence[th.Generator]) -> th.Tensor | None:
+        """Labels [B] of the images with these indices, or None; random ones are the first draw of each generator."""
+        if self.labels:
+            return th.tensor([self.labels[i % len(self.labels)] for i in indices], device=generators[0].device)
+        if not self.num_classes:
+            return None
+        draws = [th.randint(self.num_classes, (), device=g.device, generator=g) for g in generators]
+        return th.stack(draws)
+
+
+def check_labels(labels: Iterable[int], num_classes: float) -> None:
+    """Refuse labels outside of 0 .. num_classes - 1.
+
+    :raises ValueError: naming the first of them and the range.
+    """
+    for label in labels:
+        if not 0 <= label < num_classes:
+            allowed = f"0 .. {num_classes - 1}" if num_classes < math.inf else "0 or more"
+            raise ValueError(f"class {label} does not exist: the classes are {allowed}")
+
+
+def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
+    """Class ids from "207,360" or from names; a number always is an id.
+
+    :param names: names by class id, as in classes.json.
+    :raises ValueError: for an id out of range, an unknown name, or none at all.
+    """
+    labels = [_class_id(word.strip(), names) for word in text.split(",") if word.strip()]
+    if not labels:
+        raise ValueError(f"classes {text!r} names no class: write ids or names with commas in between")
+    check_labels(labels, num_classes)
+    return labels
+
+
+def _class_id(word: str, names: Sequence[str]) -> int:
+    if word.lstrip("-").isdecimal():
+        return int(word)
+    if word not in names:
+        known = (
+            f"the names are {', '.join(names[:LISTED])}" if names else "there is no classes.json with names: give ids"
+        )
+        raise ValueError(f"class {word!r} is unknown: {known}")
+    return list(names).index(word)
