@@ -23,6 +23,7 @@ MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.17"]
 DEV = ["pytest>=8.0", "pytest-cov>=5.0", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "setuptools>=77"]
+COMPARISONS = ["diffusers>=0.37", "matplotlib>=3.10.9"]
 
 setup(
     name="guided-diffusion",
@@ -47,7 +48,7 @@ setup(
         "mpi": MPI,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
-        "dev": DEV + TENSORBOARD,
+        "dev": DEV + COMPARISONS + TENSORBOARD,
     },
     entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},
 )

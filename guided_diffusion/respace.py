@@ -124,7 +124,7 @@ def _short(steps: Sequence[float]) -> str:
 
 def _trailing(last: int, count: int, _: NoiseLevels | None) -> Array:
     """From T-1 down at a stride of T / N, so that it ends one stride above -1 (Lin et al. 2024)."""
-    return np.arange(1, count + 1) * ((last + 1) / count) - 1
+    return np.arange(1, count + 1, dtype=np.float64) * ((last + 1) / count) - 1
 
 
 def _linspace(last: int, count: int, _: NoiseLevels | None) -> Array:
