@@ -9,7 +9,7 @@ READY = .venv/ready
 
 test test-slow coverage: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow coverage lint clean
+.PHONY: help setup demo test test-slow coverage lint bench clean
 
 help:
 	@echo 'make setup      make .venv, and nothing else'
@@ -18,6 +18,7 @@ help:
 	@echo 'make test-slow  lint, then every test'
 	@echo 'make coverage   the tests, and which lines they miss'
 	@echo 'make lint       style and types'
+	@echo 'make bench      measure every sampler, and write docs/samplers.md (minutes)'
 	@echo 'make clean      remove what builds and tools left behind; .venv stays'
 
 setup: $(READY)
@@ -46,6 +47,10 @@ $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mpi]'
 	@touch $@
+
+bench: export OMP_NUM_THREADS ?= 1
+bench: $(READY)
+	.venv/bin/python benchmarks/samplers.py
 
 clean:
 	rm -rf build dist *.egg-info .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache

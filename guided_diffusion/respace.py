@@ -17,13 +17,14 @@ import torch as th
 import torch.nn.functional as F
 
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.schedules import NO_SIGNAL, Array, NoiseLevels
+from guided_diffusion.schedules import Array, NoiseLevels
 
 Grid = str | Sequence[float]
 WRITE = (
     "write '250', '10,15,20', 'ddim25', 'trailing25', 'linspace25', 'quad25', 'logsnr25', 'karras25' or 'list:0,5,9'"
 )
 RHO = 7.0  # Karras et al. 2022, eq. 5
+NEARLY_NOISE, FEW = -5.1, 1 / 20  # lambda just below the end of the linear schedule, and the share of steps beyond it
 
 
 def space_timesteps(
@@ -141,12 +142,12 @@ def _quad(last: int, count: int, _: NoiseLevels | None) -> Array:
 
 
 def _logsnr(last: int, count: int, levels: NoiseLevels | None) -> Array:
-    """Evenly in the log-SNR (Lu et al. 2022, DPM-Solver, sec. 4)."""
+    """Evenly in the log-SNR (Lu et al. 2022, DPM-Solver, sec. 4), but for what is nearly pure noise."""
     return _by_level(last, count, levels, np.linspace)
 
 
 def _karras(last: int, count: int, levels: NoiseLevels | None) -> Array:
-    """Evenly in (sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5)."""
+    """Evenly in (sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5), but for what is nearly pure noise."""
 
     def spaced(start: float, end: float, count: int) -> Array:
         roots = np.linspace(np.exp(-start / RHO), np.exp(-end / RHO), count)
@@ -157,12 +158,16 @@ def _karras(last: int, count: int, levels: NoiseLevels | None) -> Array:
 
 
 def _by_level(last: int, count: int, levels: NoiseLevels | None, spaced: Callable[[float, float, int], Array]) -> Array:
-    """0 .. T-1, spaced in lambda; where there is no signal at T-1, that step and then a grid from T-2 on."""
+    """0 .. T-1, spaced in lambda down to NEARLY_NOISE.
+
+    Some schedules go much further down, where next to nothing happens: one step in twenty goes there, evenly in lambda.
+    """
     assert levels is not None
-    if levels.lam[-1] <= NO_SIGNAL and last > 1 and count > 2:
-        return np.append(_by_level(last - 1, count - 1, NoiseLevels(levels.alpha_bar[:-1]), spaced), last)
-    lam = th.from_numpy(spaced(levels.lam[0], levels.lam[-1], count))
-    inner = levels.tau(F.logsigmoid(2 * lam)).numpy()[1:-1]
+    top = levels.lam[-1]
+    few = max(1, round(count * FEW)) if top < NEARLY_NOISE and count > 2 else 0
+    lam = spaced(levels.lam[0], NEARLY_NOISE if few else top, count - few)
+    lam = np.append(lam, np.linspace(NEARLY_NOISE, top, few + 1)[1:]) if few else lam
+    inner = levels.tau(F.logsigmoid(2 * th.from_numpy(lam))).numpy()[1:-1]
     return np.concatenate([[0], inner, [last]])
 
 

@@ -12,6 +12,7 @@ alpha_bar_t.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -50,7 +51,10 @@ from guided_diffusion.steps import (
 
 @dataclass(frozen=True)
 class Ancestral:
-    """Ancestral sampling: x_{t-1} ~ N(mean, variance) (Ho et al. 2020, algorithm 2)."""
+    """Ancestral sampling: x_{t-1} ~ N(mean, variance) (Ho et al. 2020, algorithm 2).
+
+    Its own grid is even and rounded.
+    """
 
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
@@ -67,7 +71,7 @@ class Ancestral:
 class DDIM:
     """DDIM (Song et al. 2021, eq. 12); eta = 0 is deterministic, eta = 1 as noisy as ancestral sampling.
 
-    Of order 1 in the step size for eta = 0.
+    Of order 1 in the step size for eta = 0. Its own grid is even and rounded.
     """
 
     eta: float = 0.0
@@ -116,10 +120,11 @@ class PLMS:
     """Pseudo linear multistep (Liu et al. 2022): DDIM's step along a combination of the last `order` eps.
 
     The first step is a pseudo improved Euler step, so the order in the step size is 1 for `order` 1, else 2. Its state
-    is the past eps, newest last.
+    is the past eps, newest last. Its own grid is logsnr.
     """
 
     order: int = 2
+    grid: ClassVar[str] = "logsnr"
     needs_signal: ClassVar[bool] = True
 
     @property
@@ -158,7 +163,8 @@ class PLMS:
 class Euler:
     """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 without its line 7).
 
-    Without churn it is DDIM with eta = 0, and of order 1.
+    Without churn it is DDIM with eta = 0, and of order 1. Its own grid is logsnr: karras is for noise that ends at
+    sigma / alpha = 80, and that of the schedules here goes on.
 
     :param churn: S_churn, how much noise is added over all steps: 0 none; sigma grows by up to 41 % per step.
     :param churn_min: sigma / alpha below which none is added, their S_tmin; `churn_max` that above which, S_tmax.
@@ -167,12 +173,16 @@ class Euler:
 
     churn: float = 0.0
     churn_min: float = 0.0
-    churn_max: float = 1e9
+    churn_max: float = math.inf
     churn_noise: float = 1.0
-    grid: ClassVar[str] = "karras"
+    grid: ClassVar[str] = "logsnr"
 
     def __post_init__(self) -> None:
-        refuse_negative(**{spec.name: getattr(self, spec.name) for spec in fields(self)})
+        refuse_negative(churn=self.churn, churn_min=self.churn_min, churn_noise=self.churn_noise)
+        if not self.churn_max >= self.churn_min:
+            raise ValueError(
+                f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned"
+            )
 
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
@@ -204,7 +214,7 @@ class Euler:
 
 @dataclass(frozen=True)
 class Heun(Euler):
-    """Heun's method with churn (Karras et al. 2022, algorithm 2). Of order 2 without churn."""
+    """Heun's method with churn (Karras et al. 2022, algorithm 2). Of order 2 without churn. Its own grid is logsnr."""
 
     stages: ClassVar[int] = 2
     needs_signal: ClassVar[bool] = True
@@ -225,21 +235,25 @@ class Heun(Euler):
 
 @dataclass(frozen=True)
 class EulerAncestral(DDIM):
-    """Euler's method to below the next noise level, and noise up to it: in these variables, DDIM, with eta = 1."""
+    """Euler's method to below the next noise level, and noise up to it: in these variables, DDIM, with eta = 1.
+
+    Its own grid is logsnr.
+    """
 
     eta: float = 1.0
-    grid: ClassVar[str] = "karras"
+    grid: ClassVar[str] = "logsnr"
 
 
 @dataclass(frozen=True)
 class LMS:
     """Linear multistep in sigma / alpha: the polynomial through the last `order` eps (Adams-Bashforth on any grid).
 
-    The first steps have fewer eps to go by, so the order in the step size is 1 for `order` 1, else 2.
+    The first steps have fewer eps to go by, so the order in the step size is 1 for `order` 1, else 2. Its own grid is
+    logsnr.
     """
 
     order: int = 4
-    grid: ClassVar[str] = "karras"
+    grid: ClassVar[str] = "logsnr"
     needs_signal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -121,7 +121,7 @@ def data_multistep(
 
 @dataclass(frozen=True)
 class DPMSolverPP2M:
-    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2."""
+    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2. Its own grid is logsnr."""
 
     grid: ClassVar[str] = "logsnr"
 
@@ -134,7 +134,10 @@ class DPMSolverPP2M:
 
 @dataclass(frozen=True)
 class DPMSolverPP2MSDE:
-    """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M)."""
+    """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M).
+
+    Its own grid is logsnr.
+    """
 
     eta: float = 1.0
     grid: ClassVar[str] = "logsnr"
@@ -153,7 +156,8 @@ class DPMSolverPP2MSDE:
 class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
     """SDE-DPM-Solver++(3M), multistep, along the parabola through three predictions of x_0 (Lu et al. 2022b, app. B).
 
-    The published code halves the second difference and so falls back to order 2; here the parabola is exact.
+    The published code halves the second difference and so falls back to order 2; here the parabola is exact. Its own
+    grid is logsnr.
     """
 
     def step(
@@ -165,7 +169,10 @@ class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
 
 @dataclass(frozen=True)
 class DPMSolverPP2S:
-    """DPM-Solver++(2S), singlestep, by way of the middle of the step (Lu et al. 2022b, algorithm 1). Of order 2."""
+    """DPM-Solver++(2S), singlestep, by way of the middle of the step (Lu et al. 2022b, algorithm 1).
+
+    Of order 2. Its own grid is logsnr.
+    """
 
     grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 2
@@ -189,7 +196,10 @@ class DPMSolverPP2S:
 
 @dataclass(frozen=True)
 class DPMSolver2:
-    """DPM-Solver-2, singlestep, by way of the middle of the step (Lu et al. 2022a, algorithm 1). Of order 2."""
+    """DPM-Solver-2, singlestep, by way of the middle of the step (Lu et al. 2022a, algorithm 1).
+
+    Of order 2. Its own grid is logsnr.
+    """
 
     grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 2
@@ -210,7 +220,10 @@ class DPMSolver2:
 
 @dataclass(frozen=True)
 class DPMSolver3:
-    """DPM-Solver-3, singlestep, by way of one and two thirds of the step (Lu et al. 2022a, algorithm 2). Of order 3."""
+    """DPM-Solver-3, singlestep, by way of one and two thirds of the step (Lu et al. 2022a, algorithm 2).
+
+    Of order 3. Its own grid is logsnr.
+    """
 
     grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 3
@@ -232,10 +245,10 @@ class DPMSolver3:
 
 @dataclass(frozen=True)
 class DEIS:
-    """DEIS: equation (2) with the polynomial through the last `order` predictions of eps (Zhang & Chen 2022, eq. 15).
+    """DEIS, multistep: the polynomial through the last `order` eps, integrated exactly (Zhang & Chen 2022, eq. 15).
 
     The polynomial is in lambda = -log rho, where their tAB-DEIS has it in t. The first steps have fewer predictions to
-    go by, so the order in the step size is 1 for `order` 1, else 2.
+    go by, so the order in the step size is 1 for `order` 1, else 2. Its own grid is logsnr.
     """
 
     order: int = 3
@@ -282,7 +295,7 @@ def predict_and_correct(
 class UniPC:
     """UniPC with B(h) = e^h - 1: predicts a step, corrects it by the next prediction (Zhao et al. 2023, alg. 1 and 2).
 
-    A correction costs no evaluation of the network. Of order 2 for `order` 1, else 3.
+    A correction costs no evaluation of the network. Of order 2 for `order` 1, else 3. Its own grid is logsnr.
     """
 
     order: int = 2
@@ -301,6 +314,8 @@ class UniPC:
 @dataclass(frozen=True)
 class SASolver:
     """SA-Solver, stochastic Adams: a step and its correction have the same noise (Xue et al. 2023, algorithm 1).
+
+    With eta = 0 of order 2 for `order` 1, else 3. Its own grid is logsnr.
 
     :param eta: their tau^2: 0 is deterministic, 1 the reverse SDE.
     """

@@ -64,6 +64,12 @@ def test_order_of_convergence(sampler, order, schedule, mean):
     assert order > 1 or found <= 1.1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_name_the_grid(name):
+    words = {"": "even and rounded", "logsnr": "logsnr"}[getattr(SAMPLERS[name], "grid", "")]
+    assert f"Its own grid is {words}" in " ".join(SAMPLERS[name].__doc__.split())
+
+
 def test_every_deterministic_sampler_has_its_order_measured():
     measured = {type(sampler) for sampler, _ in CLAIMS}
     assert {SAMPLERS[name] for name in NAMES if name not in ("ddpm", "euler_ancestral")} <= measured
