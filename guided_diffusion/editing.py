@@ -32,8 +32,9 @@ def slerp(start: th.Tensor, end: th.Tensor, shares: th.Tensor) -> th.Tensor:
     :param start: and `end`, [C, H, W].
     :param shares: [M] from 0, the start, to 1, the end; the result is [M, C, H, W].
     """
-    cosine = (start * end).sum() / (start.norm() * end.norm())
-    angle = th.arccos(cosine.clamp(-1, 1))
+    directions = start / start.norm(), end / end.norm()
+    # not the arc cosine, which is rough where they are almost parallel
+    angle = 2 * th.atan2((directions[0] - directions[1]).norm(), (directions[0] + directions[1]).norm())
     shares = shares.to(start).view(-1, *[1] * start.ndim)
     if float(th.sin(angle)) < 1e-4:  # parallel: the circle is a line, or not one circle
         return th.lerp(start[None], end[None], shares)
