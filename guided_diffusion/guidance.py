@@ -308,7 +308,8 @@ def clip_guidance(
     cutouts: Callable[[th.Tensor], th.Tensor] | None = None,
     scale: Scale = 1.0,
 ) -> CondFn:
-    """Guidance towards an embedding, such as that of a text by CLIP: -scale * grad of the squared angle between them.
+    """Guidance towards an embedding, such as that of a text by CLIP: -scale * grad of half the squared angle between
+    them.
 
     :param image_encoder: images [N, C, H, W] in [-1, 1] -> embeddings [N, E]; it scales and normalises as it needs.
     :param target: one embedding [E], or several [M, E] to be near to on average.
@@ -322,7 +323,7 @@ def clip_guidance(
     wanted = F.normalize(target.detach().reshape(-1, target.shape[-1]), dim=-1)
 
     def loss(images: th.Tensor) -> th.Tensor:
-        """The squared angle [N], averaged over cutouts and targets."""
+        """Half the squared angle [N], averaged over cutouts and targets."""
         shown = images if cutouts is None else cutouts(images)
         embeddings = F.normalize(image_encoder(shown).float(), dim=-1).unflatten(0, (-1, len(images)))
         chord = (embeddings[:, :, None] - wanted.to(embeddings)).norm(dim=-1)

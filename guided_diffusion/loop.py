@@ -29,7 +29,7 @@ class MoreOptions(TypedDict, total=False):
         is no mask.
     strength: how far from `init_image` to start, in place of `skip_timesteps`: 1 is T-1, 0 returns the image.
     mask: [N or 1, 1 or C, H, W]: 1 keeps `init_image`, 0 paints. What is kept is noised anew for every step, from
-        generators of its own, and put back exactly at the end.
+        generators of its own, and put back exactly at the end. What lies between acts at every step, and so adds up.
     resample, jump: take every stretch of `jump` steps `resample` times, with noise added in between, so that what is
         painted can agree with what is kept (Lugmayr et al. 2022, RePaint).
     callback: called as (t, output) after every step.
@@ -160,8 +160,6 @@ def _indices(process: Process, sampler: Sampler, options: SampleOptions) -> list
 
 def _walk(indices: Sequence[int], resample: int, jump: int) -> Iterator[tuple[int, int | None]]:
     """(t of a step, t to go back to after it or None)."""
-    if resample == 1:
-        jump = max(1, len(indices))
     for start in range(0, len(indices), jump):
         stretch = indices[start : start + jump]
         for again in reversed(range(resample)):

@@ -184,6 +184,11 @@ class Euler:
                 f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned"
             )
 
+    @property
+    def needs_signal(self) -> bool:
+        """Where there is none, there is nothing to churn."""
+        return self.churn > 0
+
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
@@ -217,7 +222,11 @@ class Heun(Euler):
     """Heun's method with churn (Karras et al. 2022, algorithm 2). Of order 2 without churn. Its own grid is logsnr."""
 
     stages: ClassVar[int] = 2
-    needs_signal: ClassVar[bool] = True
+
+    @property
+    def needs_signal(self) -> bool:
+        """Without signal sigma / alpha is infinite, and a straight line in it has no slope."""
+        return True
 
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw

@@ -275,20 +275,21 @@ def predict_and_correct(
 ) -> tuple[StepOutput, State]:
     """Take the step that led to x again, now that the prediction at its end is known; then the next one.
 
-    The state begins with where that step started and with its noise.
+    The state begins with where that step started, its noise, and where it led: what was pasted over that since stays.
 
     :param options: `order`, the number of predictions that a step goes by, and those of `data_step`.
     """
     now, end = process.at(t, x), process.at(t - 1, x)
     order, noise = options.pop("order"), options.pop("noise", None)
-    values, lams = recall(state[2:] if state else None, prediction.pred_xstart, now.lam, order + 1)
+    values, lams = recall(state[3:] if state else None, prediction.pred_xstart, now.lam, order + 1)
     if state:
         before, known = process.at(t + 1, x), [1, 0, *range(2, len(values))]
         past = [values[i] for i in known], [lams[i] for i in known]
-        x = data_step(before, now, state[0], *past, noise=None if noise is None else state[1], **options)
+        corrected = data_step(before, now, state[0], *past, noise=None if noise is None else state[1], **options)
+        x = corrected.where(x == state[2], x + corrected - state[2])
     values, lams = values[:order], lams[:order]
     sample = data_step(now, end, x, values, lams, noise=noise, **options)
-    return prediction.output(sample), (x, x if noise is None else noise, *remember(values, lams))
+    return prediction.output(sample), (x, x if noise is None else noise, sample, *remember(values, lams))
 
 
 @dataclass(frozen=True)

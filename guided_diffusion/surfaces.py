@@ -193,7 +193,8 @@ class SamplingSurfaces(Process, Protocol):
         self, cond_fn: CondFn, p_mean_var: MeanVariance, x: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None
     ) -> th.Tensor:
         """`condition_mean` with a cond_fn that is called as (x, t, p_mean_var)."""
-        return shift_mean(self, p_mean_var, x, t, cond_fn(x, t, p_mean_var, **(model_kwargs or {})))["mean"]
+        gradient = cond_fn(x, t, self._fed(p_mean_var, t), **(model_kwargs or {}))
+        return shift_mean(self, p_mean_var, x, t, gradient)["mean"]
 
     def condition_score(
         self, cond_fn: CondFn, p_mean_var: MeanVariance, x: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None
@@ -205,7 +206,11 @@ class SamplingSurfaces(Process, Protocol):
         self, cond_fn: CondFn, p_mean_var: MeanVariance, x: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None
     ) -> MeanVariance:
         """`condition_score` with a cond_fn that is called as (x, t, p_mean_var)."""
-        return shift_score(self, p_mean_var, x, t, cond_fn(x, t, p_mean_var, **(model_kwargs or {})))
+        return shift_score(self, p_mean_var, x, t, cond_fn(x, t, self._fed(p_mean_var, t), **(model_kwargs or {})))
+
+    def _fed(self, p_mean_var: MeanVariance, t: th.Tensor) -> MeanVariance:
+        """The prediction with what the network was fed for it, which guides through the denoiser may ask for."""
+        return {**p_mean_var, "timesteps": self._scale_timesteps(t)}
 # fmt: on
 
 

@@ -1099,3 +1099,14 @@ def test_clipping_after_dynamic_thresholding_changes_nothing(name):
     assert all(xstart.abs().max() <= 1 for xstart in seen)
     plain = sample(process, name, data, clip_denoised=False)
     assert not th.equal(plain, both[0])
+
+
+def test_public_rules_take_guides_that_ask_for_timesteps():
+    process = make_process(respacing="10")
+    data, x, t = GaussianData(process), th.randn(SHAPE, dtype=th.float64).requires_grad_(), th.tensor([5, 5])
+    guide = loss_guidance(lambda x_0: (x_0**2).flatten(1).sum(dim=1), lambda timesteps: timesteps / 1000)
+    out = process.p_mean_variance(data, x, t)
+    mean = process.condition_mean_with_grad(guide, out, x, t)
+    score = process.condition_score_with_grad(guide, out, x, t)
+    assert (mean.abs() < out["mean"].abs()).float().mean() > 0.9
+    assert (score["pred_xstart"].abs() < out["pred_xstart"].abs()).float().mean() > 0.9

@@ -335,6 +335,16 @@ def test_from_pure_noise(name, mean):
     assert data.calls == network_calls(process, sampler)
 
 
+@pytest.mark.parametrize("kind", [Euler, Heun])
+def test_churn_from_pure_noise(kind):
+    process = make_process(1000, "trailing40", mean="VELOCITY", zero_terminal_snr=True)
+    data = GaussianData(process)
+    out = process.sample_loop(kind(churn=10.0), data, (64, 3, 4, 4), device="cpu", clip_denoised=False)
+    assert abs(float(out.mean()) - 0.3) < 0.05
+    assert abs(float(out.std()) - 0.5) < (0.05 if kind is Heun else 0.1)
+    assert data.calls == network_calls(process, kind(churn=10.0))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_images_in_float32_are_those_in_float64(name):
     process, images = make_process(respacing="logsnr30"), []
