@@ -17,7 +17,7 @@ to the image, where h is infinite, along D or eps alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -167,6 +167,20 @@ class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
         return data_multistep(process, prediction, x, t, state, points=3, eta=self.eta, noise=draw())
 
 
+def through_middle(
+    process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, advance: Callable[..., th.Tensor], what: str
+) -> StepOutput:
+    """A step along the prediction in its middle, of `what` ("pred_xstart" or "eps") that `advance` goes by."""
+    prediction = predict(x, t).guided("score")
+    now, end = process.at(t, x), process.at(t - 1, x)
+    value: th.Tensor = getattr(prediction, what)
+    if bool((t > 0).any()):
+        middle = Level.at_lam((now.lam + end.lam) / 2)
+        there = predict_at(process, predict, advance(now, middle, x, [value], [now.lam]), middle)
+        value = getattr(there, what).where(end.sigma > 0, value)
+    return prediction.output(advance(now, end, x, [value], [now.lam]))
+
+
 @dataclass(frozen=True)
 class DPMSolverPP2S:
     """DPM-Solver++(2S), singlestep, by way of the middle of the step (Lu et al. 2022b, algorithm 1).
@@ -181,14 +195,7 @@ class DPMSolverPP2S:
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
-        prediction = predict(x, t).guided("score")
-        now, end = process.at(t, x), process.at(t - 1, x)
-        data = prediction.pred_xstart
-        if bool((t > 0).any()):
-            middle = Level.at_lam((now.lam + end.lam) / 2)
-            there = predict_at(process, predict, data_step(now, middle, x, [data], [now.lam]), middle)
-            data = there.pred_xstart.where(end.sigma > 0, data)
-        return prediction.output(data_step(now, end, x, [data], [now.lam])), None
+        return through_middle(process, predict, x, t, data_step, "pred_xstart"), None
 
 
 # ---- DPM-Solver
@@ -208,14 +215,7 @@ class DPMSolver2:
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
-        prediction = predict(x, t).guided("score")
-        now, end = process.at(t, x), process.at(t - 1, x)
-        eps = prediction.eps
-        if bool((t > 0).any()):
-            middle = Level.at_lam((now.lam + end.lam) / 2)
-            there = predict_at(process, predict, noise_step(now, middle, x, [eps], [now.lam]), middle)
-            eps = there.eps.where(end.sigma > 0, eps)
-        return prediction.output(noise_step(now, end, x, [eps], [now.lam])), None
+        return through_middle(process, predict, x, t, noise_step, "eps"), None
 
 
 @dataclass(frozen=True)
