@@ -39,7 +39,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",
-        "blobfile>=2.1",
+        "blobfile>=3.0",
         "tqdm>=4.64",
         "pillow>=10.1",
         "safetensors>=0.4",

@@ -20,6 +20,7 @@ Shape = tuple[int, ...]
 Layer = dict[str, Shape]  # name within the layer -> shape
 Block = dict[int, Layer]  # position within the block -> layer
 
+MAX_EMPTY = 1000  # blocks without weights: more are no network of ours
 CLASSIFIER_NAMES = {
     "num_channels": "classifier_width",
     "num_res_blocks": "classifier_depth",
@@ -40,7 +41,7 @@ def architecture(state_dict: Mapping[str, th.Tensor], image_size: Size | None = 
         return {}
     try:
         return _read(shapes, image_size)
-    except LookupError:  # a network that only begins like one of ours, or a part of one
+    except (LookupError, ValueError, ArithmeticError):  # a network that only begins like one of ours, or a part of one
         return {}
 
 
@@ -60,6 +61,8 @@ def _blocks(shapes: Mapping[str, Shape], part: str) -> list[Block]:
         first, *words = name.split(".", 3)
         if first == part:
             found.setdefault(int(words[0]), {}).setdefault(int(words[1]), {})[words[2]] = shape
+    if len(found) <= max(found, default=0) - MAX_EMPTY:
+        raise LookupError(f"{part}.{max(found)} without those before it")
     return [found.get(index, {}) for index in range(max(found, default=-1) + 1)]
 
 

@@ -1,7 +1,9 @@
 """Files of a run: whole or absent, found by any of their names, and read together with the flags that made them.
 
 A run folder holds config.json, classes.json and, for every saved step, a set: modelNNNNNN.pt and ema_RATE_NNNNNN.pt
-(fp32 weights after N updates), optNNNNNN.pt (optimizer) and stateNNNNNN.pt (everything else), which is written last.
+(fp32 weights after N updates), optNNNNNN.pt (optimizer), stateNNNNNN.pt (everything else) and, written last, the
+manifest setNNNNNN.json. Older runs wrote no manifests: of sets before the first one, the files that must be there
+decide, of sets after it, the manifest.
 """
 
 from __future__ import annotations
@@ -9,16 +11,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any, cast
 
 import blobfile as bf
 import torch as th
 
-from guided_diffusion import dist_util
+from guided_diffusion import dist_util, manifest, untrusted
 from guided_diffusion.architecture import architecture
-from guided_diffusion.npz import replacing
+from guided_diffusion.manifest import Entry, Hashed
+from guided_diffusion.npz import explained, replacing
 
 CONFIG, CLASSES = "config.json", "classes.json"
 _NAME = re.compile(r"(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)$")
@@ -43,24 +47,31 @@ def names_in(folder: str) -> list[str]:
     return sorted(name.rstrip("/") for name in bf.listdir(folder)) if bf.isdir(folder) else []
 
 
-def _write(path: str, write: Any) -> None:
+def _write(path: str, write: Callable[[Hashed], object]) -> Entry:
     """Let `write(file)` fill a file that takes the name `path` only when it is complete."""
-    if is_remote(path):  # object stores show a file when it is closed
-        with bf.BlobFile(path, "wb") as file:
-            write(file)
-        return
+    if is_remote(path):  # object stores show a file when it is closed, and nothing of it after an error
+        with explained(path), bf.BlobFile(path, "wb", partial_writes_on_exc=False) as file:
+            hashed = Hashed(file)
+            write(hashed)
+        return hashed.entry
     with replacing(path) as file:
-        write(file)
+        hashed = Hashed(file)
+        write(hashed)
+    return hashed.entry
 
 
-def save(path: str, obj: Any) -> None:
-    """Write tensors and plain values; whoever looks at `path` sees the old file or the whole new one."""
-    _write(path, lambda file: th.save(obj, file))
+def save(path: str, obj: Any) -> Entry:
+    """Write tensors and plain values; whoever looks at `path` sees the old file or the whole new one.
+
+    :return: its size and checksum.
+    :raises OSError: naming path and reason, if that is impossible.
+    """
+    return _write(path, lambda file: th.save(obj, cast(IO[bytes], file)))
 
 
-def save_json(path: str, value: Any) -> None:
+def save_json(path: str, value: Any) -> Entry:
     """Write a JSON file as `save` writes tensors."""
-    _write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    return _write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def load(path: str, map_location: Any = "cpu") -> Any:
@@ -71,15 +82,29 @@ def load(path: str, map_location: Any = "cpu") -> Any:
     if not exists(path):
         raise FileNotFoundError(f"{path} does not exist{_neighbours(path)}")
     try:
+        if not is_remote(path):
+            untrusted.check_unpacked(path)
         if path.endswith(".safetensors"):
             return _load_safetensors(path, map_location)
-        return dist_util.load_state_dict(path, map_location=map_location)
+        state = dist_util.load_state_dict(path, map_location=map_location)
+        _check_filled(state)
+        return state
     except (MemoryError, th.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
         damaged = "it is incomplete, or holds more than tensors and plain values; copy or download it again"
         reason = error.strerror if isinstance(error, OSError) and error.strerror else damaged
         raise ValueError(f"{path} ({bf.stat(path).size} bytes) cannot be read as a checkpoint: {reason}") from error
+
+
+def _check_filled(value: Any) -> None:
+    """Refuse tensors of more numbers than the file has for them: shapes that cost nothing until they are used."""
+    if isinstance(value, th.Tensor):
+        if value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} without its numbers")
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_filled(part)
 
 
 def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
@@ -112,11 +137,12 @@ class CheckpointSet:
     opt: str = ""
     state: str = ""
     emas: dict[str, str] = field(default_factory=dict)
+    manifest: str = ""
 
     @property
     def paths(self) -> list[str]:
-        """Every file of the set, the one that makes it complete first."""
-        return [path for path in (self.state, self.opt, self.model, *self.emas.values()) if path]
+        """Every file of the set, those first without which it is never taken for complete."""
+        return [path for path in (self.manifest, self.model, self.state, self.opt, *self.emas.values()) if path]
 
     @property
     def weights(self) -> str:
@@ -126,14 +152,16 @@ class CheckpointSet:
 
 def step_of(path: str) -> int | None:
     """The number of updates that a file name tells, or None."""
-    match = _NAME.search(os.path.basename(path))
+    name = os.path.basename(path)
+    match = _NAME.search(name) or manifest.NAME.match(name)
     return int(match["step"]) if match else None
 
 
 def sets_in(folder: str) -> dict[int, CheckpointSet]:
-    """step -> the set of files of a folder, steps ascending."""
+    """step -> the set of files of a folder, steps ascending; a manifest alone is none."""
     sets: dict[int, CheckpointSet] = {}
-    for name in names_in(folder):
+    names = names_in(folder)
+    for name in names:
         match = _NAME.match(name)
         if match:
             entry = sets.setdefault(int(match["step"]), CheckpointSet(int(match["step"])))
@@ -142,26 +170,70 @@ def sets_in(folder: str) -> dict[int, CheckpointSet]:
                 entry.emas[match["rate"]] = path
             else:
                 setattr(entry, match["kind"], path)
+    for step, entry in sets.items():
+        if manifest.name_of(step) in names:
+            entry.manifest = bf.join(folder, manifest.name_of(step))
     return dict(sorted(sets.items()))
 
 
+def fault(entry: CheckpointSet, sets: Mapping[int, CheckpointSet], *, checksums: bool = False) -> str:
+    """Why a set of a folder is not complete; '' if it is.
+
+    :param sets: all of the folder.
+    :param checksums: read all that a manifest names; else only sizes are compared.
+    """
+    if entry.manifest:
+        return manifest.fault(entry.manifest, checksums=checksums)
+    if any(other.manifest and other.step < entry.step for other in sets.values() if other.step and entry.step):
+        return "it was not finished: it has no manifest"
+    last = "state" if any(other.state for other in sets.values()) else "opt"
+    absent = [name for name in ("model", last) if not getattr(entry, name)]
+    return f"it has no {absent[0]} file" if absent else _cut(entry.paths)
+
+
+def _cut(paths: Sequence[str]) -> str:
+    """Which local zip files, as torch writes them, lack their end."""
+    for path in paths:
+        with open(os.devnull if is_remote(path) else path, "rb") as file:
+            if file.read(2) == b"PK" and not zipfile.is_zipfile(file):
+                return f"{os.path.basename(path)} is cut short"
+    return ""
+
+
+def newest(folder: str, *, checksums: bool = False) -> tuple[CheckpointSet | None, list[str]]:
+    """The newest complete set of a folder, else the newest weights where nothing but weights lies; and what is newer.
+
+    :return: the set, and a sentence for each newer one that is not complete.
+    """
+    sets = sets_in(folder)
+    faults: list[str] = []
+    for step, entry in reversed(sets.items()):
+        reason = fault(entry, sets, checksums=checksums)
+        if not reason:
+            return entry, faults
+        faults.append(f"the checkpoint of step {step} is passed over: {reason}")
+    weights = [entry for entry in sets.values() if entry.model and not _cut([entry.model])]
+    if not weights or any(entry.state or entry.manifest for entry in sets.values()):
+        return None, faults
+    return weights[-1], []
+
+
 def latest(folder: str) -> CheckpointSet | None:
-    """The newest complete set of a folder: state and model, or optimizer and model where no run wrote states."""
-    sets = sets_in(folder).values()
-    last = "state" if any(entry.state for entry in sets) else "opt"
-    complete = [entry for entry in sets if entry.model and getattr(entry, last)]
-    return max(complete or [entry for entry in sets if entry.model], key=lambda e: e.step or 0, default=None)
+    """The newest complete set of a folder, by names and sizes."""
+    return newest(folder)[0]
 
 
-def find_set(path: str) -> CheckpointSet:
+def find_set(path: str, *, checksums: bool = False) -> CheckpointSet:
     """The set that a file belongs to, or the newest complete one of a folder.
 
-    :raises FileNotFoundError, ValueError: if there is no such file, or no weights to it.
+    :param checksums: read the files, and refuse altered ones.
+    :raises FileNotFoundError, ValueError: if there is no such file, no weights to it, or it is not what was written.
     """
     if bf.isdir(path):
-        entry = latest(path)
+        entry, faults = newest(path, checksums=checksums)
         if entry is None:
-            raise ValueError(f"{path} holds no modelNNNNNN.pt to go on from: give the folder or a checkpoint of a run")
+            found = f"no complete checkpoint, {', '.join(faults)}" if faults else "no modelNNNNNN.pt to go on from"
+            raise ValueError(f"{path} holds {found}; give the folder or a checkpoint of a run")
         return entry
     if not exists(path):
         raise FileNotFoundError(f"{path} does not exist{_neighbours(path)}")
@@ -169,9 +241,18 @@ def find_set(path: str) -> CheckpointSet:
     if step is None:
         return CheckpointSet(None, model=path)
     entry = sets_in(os.path.dirname(path) or ".").get(step, CheckpointSet(step))
+    reason = manifest.fault(entry.manifest, checksums=checksums, missing_is_fine=True) if entry.manifest else ""
+    if reason:
+        raise ValueError(f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder")
+    return _with_weights(entry, path, step)
+
+
+def _with_weights(entry: CheckpointSet, path: str, step: int) -> CheckpointSet:
+    """A set with a model: the path that was given where it is one, else the one beside it, else an average."""
     match = _NAME.search(os.path.basename(path))
-    assert match is not None
-    entry.model = path if match["kind"] == "model" else entry.model or (path if match["rate"] else "")
+    if match and match["kind"] == "model":
+        entry.model = path
+    entry.model = entry.model or (path if match and match["rate"] else "")
     if not entry.model:
         raise ValueError(f"{path} has no model{step:06d}.pt beside it: there are no weights to go on from")
     return entry
@@ -180,6 +261,8 @@ def find_set(path: str) -> CheckpointSet:
 def resolve_model(path: str) -> str:
     """The file to sample from: the path itself, or of a run folder the newest moving average, else the newest model.
 
+    Sets with files of other sizes than their manifests name come last.
+
     :raises FileNotFoundError, ValueError: if there is none.
     """
     if not bf.isdir(path):
@@ -187,10 +270,14 @@ def resolve_model(path: str) -> str:
             hint = _neighbours(path) or ": give the path of a checkpoint, or the folder of a run"
             raise FileNotFoundError(f"the checkpoint {path!r} does not exist{hint}")
         return path
-    found = sorted(sets_in(path).values(), key=lambda e: (bool(e.emas), bool(e.model), e.step or 0))
+    found = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not found or not found[-1].weights:
         raise ValueError(f"{path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder")
     return found[-1].weights
+
+
+def _damaged(entry: CheckpointSet) -> bool:
+    return bool(entry.manifest and manifest.fault(entry.manifest, checksums=False, missing_is_fine=True))
 
 
 def config_beside(path: str) -> dict[str, Any]:
@@ -202,11 +289,15 @@ def config_beside(path: str) -> dict[str, Any]:
     if not exists(file_path):
         return {}
     try:
-        with bf.BlobFile(file_path, "r") as file:
-            flags = json.load(file)["flags"]
-        return dict(flags)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file_path} is no config of a run: repair it, or move it away and give the flags") from error
+        flags = untrusted.parse_json(untrusted.read_file(file_path))["flags"]
+        if not isinstance(flags, dict):
+            raise TypeError("flags are names and values")
+        return flags
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = untrusted.reason(error)
+        raise ValueError(
+            f"{file_path} is no config of a run ({reason}): repair it, or move it away and give the flags"
+        ) from error
 
 
 def classes_beside(path: str) -> str:
@@ -220,11 +311,30 @@ def _beside(path: str, name: str) -> str:
 
 
 def keep_last(folder: str, count: int) -> None:
-    """Remove all sets of a folder but the newest `count`; 0 keeps all."""
-    sets = list(sets_in(folder).values())
-    for entry in sets[:-count] if count else []:
-        for path in entry.paths:
-            bf.remove(path)
+    """Remove all complete sets of a folder but the newest `count`, and what is not complete before them; 0 keeps all.
+
+    :raises OSError: naming a file that cannot be removed.
+    """
+    sets = sets_in(folder)
+    complete = [step for step, entry in sets.items() if not fault(entry, sets)] if count else []
+    for step, entry in sets.items():
+        if complete and step < complete[-1] and step not in complete[-count:]:
+            remove(entry)
+
+
+def remove(entry: CheckpointSet) -> None:
+    """Remove the files of a set, in an order that never leaves a part that passes for complete."""
+    for path in entry.paths:
+        bf.remove(path)
+
+
+def sweep(folder: str) -> None:
+    """Remove what processes that were killed while writing have left of their temporary files."""
+    names = [] if is_remote(folder) else names_in(folder)
+    for name in names:
+        kept, part, _ = name.partition(".part-")
+        if part and (_NAME.match(kept) or manifest.NAME.match(kept) or kept in (CONFIG, CLASSES)):
+            bf.remove(bf.join(folder, name))
 
 
 # ---- weights into networks
@@ -233,10 +343,18 @@ def keep_last(folder: str, count: int) -> None:
 def load_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> None:
     """Load a checkpoint into a network that was built from `flags`.
 
+    :raises ValueError: as `fitting_weights`.
+    """
+    model.load_state_dict(fitting_weights(model, path, flags))
+
+
+def fitting_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
+    """The weights of a checkpoint, as a network that was built from `flags` takes them; it may be on the meta device.
+
     :param flags: only the sizes are read, for naming attention resolutions in messages.
     :raises ValueError: if the file is no weights, or fits other flags, which the message then names.
     """
-    state = load(path)
+    state: dict[str, th.Tensor] = load(path)
     _check_weights(state, path)
     if all(name.startswith("module.") for name in state):  # saved from inside a data-parallel wrapper
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -244,7 +362,7 @@ def load_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         size = next((flags[key] for key in ("large_size", "image_size") if flags and key in flags), None)
         raise ValueError(f"{path} does not fit the flags: {_difference(state, own, size)}")
-    model.load_state_dict(state)
+    return state
 
 
 def _check_weights(state: Any, path: str) -> None:

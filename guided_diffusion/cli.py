@@ -117,10 +117,25 @@ class Flags:
         known = {spec.name: spec for section in sections for spec in fields(section)}
         taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
         for name, value in taken.items():
-            kinds = known[name].type
-            if type(value).__name__ not in (kinds if "float" not in kinds else f"{kinds} int"):
-                raise ValueError(f"the checkpoint's config.json says {name} {value!r}, which should be of type {kinds}")
+            fault = _fault(known[name], value)
+            if fault:
+                shown = f"{value!r:.200}"
+                raise ValueError(f"the checkpoint's config.json says {name} {shown}, which {fault}")
         return Flags(self.command, self.given, {**self.saved, **taken})
+
+
+def _fault(spec: Field[Any], value: Any) -> str:
+    """What is wrong with the saved value of a flag; '' if the command line would take it."""
+    kinds = f"{spec.type} int" if "float" in spec.type else spec.type
+    if type(value).__name__ not in kinds.replace("|", "").split():
+        return f"should be of type {spec.type}"
+    if value == spec.default:  # such as -1, which may be below the least value
+        return ""
+    try:
+        _converter(spec)(str(value))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        return f"is not to be used ({error})"
+    return ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,7 +151,7 @@ def _converter(spec: Field[Any]) -> Callable[[str], Any]:
     """text -> value of one flag, with its checks."""
     kind: type[Any] = type(spec.default)
     convert = spec.metadata["convert"] or (str2bool if kind is bool else kind)
-    choices, low = spec.metadata["choices"], spec.metadata["at_least"]
+    choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
 
     def read(text: str) -> Any:
         try:
@@ -151,6 +166,8 @@ def _converter(spec: Field[Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
         if low is not None and not value >= low:
             raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
+        if high is not None and not value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is above the greatest value, {high}")
         return value
 
     return read

@@ -21,6 +21,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 SCHEDULE_NAMES = ("linear", "cosine", "sigmoid", "scaled_linear")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
+BAD_IMAGE_RULES = ("error", "skip")
 
 
 def flag(
@@ -29,6 +30,7 @@ def flag(
     *,
     choices: Iterable[str] = (),
     at_least: float | None = None,
+    at_most: float | None = None,
     runtime: bool = False,
     alias: str = "",
     convert: Callable[[str], Any] | None = None,
@@ -43,6 +45,7 @@ def flag(
         "help": help,
         "choices": tuple(choices),
         "at_least": at_least,
+        "at_most": at_most,
         "runtime": runtime,
         "alias": alias,
         "convert": convert,
@@ -110,7 +113,7 @@ class DiffusionConfig:
     """The Gaussian diffusion process."""
 
     learn_sigma: bool = flag(False, "the network predicts the variance too (twice the output channels)")
-    diffusion_steps: int = flag(1000, "T, the number of noise levels in training", at_least=1)
+    diffusion_steps: int = flag(1000, "T, the number of noise levels in training", at_least=1, at_most=10**6)
     noise_schedule: str = flag("linear", "betas over t: " + ", ".join(SCHEDULE_NAMES), choices=SCHEDULE_NAMES)
     timestep_respacing: str = flag(
         "",
@@ -134,8 +137,8 @@ class DiffusionConfig:
 class ImageConfig:
     """What the images are, for every network."""
 
-    num_classes: int = flag(1000, "number of classes K; labels are 0 .. K-1", at_least=1)
-    image_channels: int = flag(3, "channels of the images: 1, 3, 4 or any N", at_least=1)
+    num_classes: int = flag(1000, "number of classes K; labels are 0 .. K-1", at_least=1, at_most=10**8)
+    image_channels: int = flag(3, "channels of the images: 1, 3, 4 or any N", at_least=1, at_most=2**20)
     dims: int = flag(2, "dimensions of the data: 1, 2 or 3", choices=("1", "2", "3"))
 
 
@@ -150,9 +153,9 @@ class SizedConfig(ImageConfig):
 class NetworkConfig(ImageConfig):
     """What a diffusion U-Net and an upsampler have in common."""
 
-    num_channels: int = flag(128, "channels of the first level", at_least=1)
-    num_res_blocks: int = flag(2, "residual blocks per level", at_least=1)
-    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1", at_least=1)
+    num_channels: int = flag(128, "channels of the first level", at_least=1, at_most=2**20)
+    num_res_blocks: int = flag(2, "residual blocks per level", at_least=1, at_most=100)
+    num_heads: int = flag(4, "attention heads, where --num_head_channels is -1", at_least=1, at_most=2**20)
     num_heads_upsample: int = flag(-1, "attention heads of the decoder; -1: as in the encoder")
     num_head_channels: int = flag(-1, "channels per attention head; -1: use --num_heads")
     attention_resolutions: str = flag("16,8", "resolutions (pixels of the longer side) with attention; '' for none")
@@ -187,8 +190,8 @@ class ClassifierConfig(SizedConfig):
     """A classifier of noisy images."""
 
     classifier_use_fp16: bool = flag(False, "alias of --classifier_precision fp16", runtime=True)
-    classifier_width: int = flag(128, "channels of the classifier's first level", at_least=1)
-    classifier_depth: int = flag(2, "residual blocks per level of the classifier", at_least=1)
+    classifier_width: int = flag(128, "channels of the classifier's first level", at_least=1, at_most=2**20)
+    classifier_depth: int = flag(2, "residual blocks per level of the classifier", at_least=1, at_most=100)
     classifier_attention_resolutions: str = flag("32,16,8", "resolutions with attention in the classifier")
     classifier_use_scale_shift_norm: bool = flag(True, "as --use_scale_shift_norm, for the classifier")
     classifier_resblock_updown: bool = flag(True, "as --resblock_updown, for the classifier")
@@ -223,6 +226,9 @@ class DataConfig:
     random_crop: bool = flag(False, "crop at random instead of the centre")
     random_flip: bool = flag(True, "mirror half of the images")
     num_workers: int = flag(2, "processes that decode images; 0: the main process does", at_least=0)
+    on_bad_image: str = flag(
+        "error", "error: an unreadable image ends the run; skip: another one takes its place", choices=BAD_IMAGE_RULES
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,9 +259,13 @@ class TrainConfig:
         "", "any file of a checkpoint, or a run's folder, to go on from; auto: the newest in --log_dir, if there is one"
     )
     val_data_dir: str = flag("", "folder or zip of validation images")
+    max_bad_steps: int = flag(
+        50, "skipped steps in a row (loss or gradient not finite) that end the training; 0: none do", at_least=0
+    )
     log_interval: int = flag(10, "steps between two lines of the log", at_least=1)
     save_interval: int = flag(10000, "steps between two checkpoints", at_least=1)
     keep_last: int = flag(0, "how many checkpoints to keep; 0: all", at_least=0)
+    async_save: bool = flag(True, "write checkpoints while training goes on, from a copy in the memory of the CPU")
 
 
 @dataclass(frozen=True, kw_only=True)

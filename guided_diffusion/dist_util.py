@@ -6,11 +6,13 @@ never called `setup_dist`: it is then rank 0 of 1.
 
 import io
 import os
+import secrets
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -18,18 +20,20 @@ import blobfile as bf
 import torch as th
 import torch.distributed as dist
 
-from guided_diffusion import launchers, logger
+from guided_diffusion import heartbeat, launchers, logger
 from guided_diffusion.launchers import Place
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks to have started
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # for the slowest rank to reach a collective: rank 0 may be merging files
+# For the slowest rank to reach a collective: rank 0 may be merging files. Lost ranks are noticed by the watch.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor alone is larger
 DEVICE_TYPES = ("cpu", "cuda", "mps")
 
 _device: th.device | None = None
+_watch: heartbeat.Watch | None = None
 
 
 # ---- joining
@@ -39,6 +43,7 @@ def setup_dist(*, device: str = "") -> None:
     """Joins the other ranks; afterwards torch.distributed is initialised, in a single process too.
 
     A single process opens no port and looks up no host name. Where a group exists already, only the device is set.
+    Several ranks watch over each other from here on (`heartbeat`): one that is lost ends the process of every other.
 
     :param device: where this rank computes: "cpu", "cuda" (each rank its own), "cuda:1" or "mps"; default: cuda where
         torch sees one, else cpu. CUDA_VISIBLE_DEVICES is respected and never written.
@@ -83,9 +88,11 @@ def _no_device(wanted: str, reason: str) -> ValueError:
 
 
 def _join(place: Place, device: th.device) -> None:
+    global _watch
     try:
         store = _meet(place)
         descriptions = _tell_each_other(store, place, _describe(device))
+        _watch = _begin_watch(store, place)
     except dist.DistError as error:
         raise TimeoutError(
             f"rank {place.rank}: {place.launcher} announced {place.size} ranks, but not all of them arrived within "
@@ -106,7 +113,30 @@ def _meet(place: Place) -> dist.Store:
         return _meet_through_mpi(place)
     url = f"tcp://{launchers.meeting_point(place)}"
     store, _, _ = next(dist.rendezvous(url, place.rank, place.size, timeout=JOIN_TIMEOUT))
-    return dist.PrefixStore("guided_diffusion", store)
+    return _fresh(dist.PrefixStore("guided_diffusion", store), place)
+
+
+def _fresh(store: dist.Store, place: Place) -> dist.Store:
+    """A part of a store in which nothing lies from before: torchrun's survives its restarts of the ranks.
+
+    Rank 0 names the part, and answers each rank that finds it with that rank's own word; to a name that an earlier
+    rank 0 left behind there is no answer.
+    """
+    own, end = secrets.token_hex(8), time.monotonic() + JOIN_TIMEOUT.total_seconds()
+    if place.rank == 0:
+        store.set("part", own)
+        part = dist.PrefixStore(own, store)
+        for rank in range(1, place.size):
+            part.set(f"answer{rank}", part.get(f"word{rank}").decode())
+        return part
+    while time.monotonic() < end:
+        part = dist.PrefixStore(store.get("part").decode(), store)
+        part.set(f"word{place.rank}", own)
+        answered = part.check([f"answer{place.rank}"]) and part.get(f"answer{place.rank}").decode() == own
+        if answered:
+            return part
+        time.sleep(0.05)
+    raise dist.DistStoreError("rank 0 gave no answer")
 
 
 def _meet_through_mpi(place: Place) -> dist.Store:
@@ -122,6 +152,19 @@ def _tell_each_other(store: dist.Store, place: Place, text: str) -> list[str]:
     """The texts of all ranks: a gather that needs no process group yet."""
     store.set(f"rank{place.rank}", text)
     return [store.get(f"rank{rank}").decode() for rank in range(place.size)]
+
+
+def _begin_watch(store: dist.Store, place: Place) -> heartbeat.Watch | None:
+    def share(text: str) -> str:
+        if place.rank == 0:
+            store.set("watch", text)
+        return str(store.get("watch").decode())
+
+    def end(sentence: str, code: int) -> None:
+        print(f"rank {place.rank} of {place.size}: {sentence}", file=sys.stderr)
+        launchers.end_job(code)
+
+    return heartbeat.begin(place.rank, place.size, host=launchers.first_host(place), share=share, end=end)
 
 
 def _describe(device: th.device) -> str:
@@ -182,10 +225,31 @@ def local_rank() -> int:
 # ---- exchanging
 
 
+@contextmanager
+def exchanging(what: str) -> Iterator[None]:
+    """Around every collective: ranks that are in different ones, or in one that another rank has left, end.
+
+    :param what: the same on every rank: the collective and the shapes that must agree.
+    """
+    if _watch is not None:
+        _watch.enter(what)
+    try:
+        yield
+    except RuntimeError as error:
+        if _watch is not None:
+            _watch.settle()
+        gone = [] if _watch is None else _watch.gone
+        if not gone:
+            raise
+        who = ", ".join(map(str, gone))
+        raise RuntimeError(f"{what} failed on rank {rank()}, as rank {who} has left already") from error
+
+
 def barrier() -> None:
     """Waits until every rank is here."""
     if world_size() > 1:
-        dist.barrier()
+        with exchanging("barrier"):
+            dist.barrier()
 
 
 def broadcast_object(obj: T) -> T:
@@ -193,8 +257,18 @@ def broadcast_object(obj: T) -> T:
     if world_size() == 1:
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, src=0)
+    with exchanging("broadcast_object"):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(obj: T) -> list[T]:
+    """The objects of all ranks by rank, on every rank; collective. Anything that pickles."""
+    found = [obj] * world_size()
+    if world_size() > 1:
+        with exchanging("gather_objects"):
+            dist.all_gather_object(found, obj)
+    return found
 
 
 def gather(tensor: th.Tensor) -> list[th.Tensor]:
@@ -203,9 +277,10 @@ def gather(tensor: th.Tensor) -> list[th.Tensor]:
         return [tensor]
     if tensor.dim() == 0:
         return [part[0] for part in gather(tensor[None])]
-    lengths = [int(length) for length in _gather_equal(th.tensor([len(tensor)], device=tensor.device))]
-    padding = tensor.new_zeros(max(lengths) - len(tensor), *tensor.shape[1:])
-    parts = _gather_equal(th.cat([tensor.detach(), padding]))
+    with exchanging(f"gather of {tensor.dtype} {['n', *tensor.shape[1:]]}"):
+        lengths = [int(length) for length in _gather_equal(th.tensor([len(tensor)], device=tensor.device))]
+        padding = tensor.new_zeros(max(lengths) - len(tensor), *tensor.shape[1:])
+        parts = _gather_equal(th.cat([tensor.detach(), padding]))
     return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
 
@@ -227,7 +302,8 @@ def sync_params(params: Iterable[th.Tensor]) -> None:
     with th.no_grad():
         for piece in _pieces(params):
             flat = th.cat([tensor.reshape(-1) for tensor in piece])
-            dist.broadcast(flat, 0)
+            with exchanging(f"sync_params of {flat.numel()} x {flat.dtype}"):
+                dist.broadcast(flat, 0)
             for tensor, values in zip(piece, flat.split([tensor.numel() for tensor in piece]), strict=True):
                 tensor.copy_(values.view_as(tensor))
 
@@ -265,6 +341,10 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
 
 def leave() -> None:
     """Leaves the group, if there is one: collectives that others still wait in fail at once."""
+    global _watch
+    if _watch is not None:
+        _watch.leave()
+        _watch = None
     if _initialized():
         # Destroying the group waits, with the interpreter locked, for gloo's threads; these need the interpreter to let
         # go of the last collective's tensors. Seen to hang about once in thirty runs without this moment for them.
@@ -297,7 +377,10 @@ def _report(error: BaseException) -> None:
     ranks = max(place.size, world_size())
     code = _exit_code(error)
     if ranks > 1 and code != 0:
-        print(f"rank {place.rank} of {ranks}: {_message(error)}", file=sys.stderr)
+        message = _message(error)
+        print(f"rank {place.rank} of {ranks}: {message}", file=sys.stderr)
+        if _watch is not None:
+            _watch.say_failed(code, message.strip().splitlines()[-1])
         launchers.end_job(code)
     if _needs_no_traceback(error) and not isinstance(error, SystemExit):
         print(_message(error), file=sys.stderr)

@@ -14,7 +14,7 @@ import torch as th
 import torch.distributed as dist
 import torch.nn as nn
 
-from guided_diffusion import logger
+from guided_diffusion import dist_util, logger
 from guided_diffusion.config import resolve_precision
 
 INITIAL_LOG_LOSS_SCALE = 20.0
@@ -168,7 +168,8 @@ def average_gradients(grads: Sequence[th.Tensor]) -> None:
         if index + 1 < len(grads) and sum(g.numel() for g in bucket) < BUCKET:
             continue
         flat = th.cat([g.flatten() for g in bucket])
-        dist.all_reduce(flat)
+        with dist_util.exchanging(f"average_gradients of {flat.numel()} x {flat.dtype}"):
+            dist.all_reduce(flat)
         parts = (flat / dist.get_world_size()).split([g.numel() for g in bucket])
         th._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
         bucket = []
@@ -189,7 +190,8 @@ class MixedPrecisionTrainer:
     """Backward passes and optimizer steps of a model in fp32, fp16 (with a loss scale) or bf16.
 
     `master_params` are what an optimizer trains: in fp32 the model's own parameters, else one fp32 copy of each, in
-    parameter order. Gradients of several backward passes add up in fp32; a step with one that is not finite is skipped.
+    parameter order. Gradients of several backward passes add up in fp32. A step in which a loss, a gradient or a weight
+    is not finite, on any rank, is skipped on all of them; `fault` then names which of the three, and is '' otherwise.
 
     :param precision: fp32, fp16 or bf16; '' is what `use_fp16` says.
     :param grad_clip: the largest norm of the gradient that is not scaled down; 0: no clipping.
@@ -214,7 +216,9 @@ class MixedPrecisionTrainer:
         self.lg_loss_scale = initial_lg_loss_scale
         self.grad_clip = grad_clip
         self.all_reduce = all_reduce
-        self.skipped_in_a_row = 0
+        self.fault, self.only_scaled = "", False
+        self._loss: th.Tensor | None = None
+        self._floor_said = False
         self.model_params = list(model.parameters())
         self.master_params = self._make_masters()
         pairs = zip(self.model_params, self.master_params, strict=True)
@@ -237,12 +241,15 @@ class MixedPrecisionTrainer:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
+        self._loss = None
         for param in (*self.model_params, *self.master_params):
             param.grad = None
 
     def backward(self, loss: th.Tensor) -> None:
         """Add the gradients of a scalar loss to those of the masters."""
         (loss * 2.0**self.lg_loss_scale if self.use_fp16 else loss).backward()
+        value = loss.detach().float()
+        self._loss = value if self._loss is None else self._loss + value
         self._collect()
 
     def _collect(self) -> None:
@@ -255,31 +262,38 @@ class MixedPrecisionTrainer:
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 param.grad = None
 
-    def _gradients(self) -> list[th.Tensor]:
-        """The gradients of all trained masters; zeros where a parameter took no part, so that ranks agree."""
+    def _gradients(self) -> tuple[list[th.Tensor], th.Tensor]:
+        """The gradients of all trained masters, and the loss, of all ranks where they are several.
+
+        Zeros stand for a parameter that took no part, so that ranks agree.
+        """
         for _, master in self._trained:
             master.grad = param_grad_or_zeros(master)
         grads = [master.grad for _, master in self._trained if master.grad is not None]
+        loss = grads[0].new_zeros(1) if self._loss is None else self._loss.to(grads[0]).reshape(1)
         if self.all_reduce:
-            average_gradients(grads)
+            average_gradients([*grads, loss])  # so that one rank's loss stops the step of all
         if self.use_fp16:
             th._foreach_mul_(grads, 2.0**-self.lg_loss_scale)
-        return grads
+        return grads, loss[0].float()
 
     @th.no_grad()
     def optimize(self, opt: th.optim.Optimizer, *, grad_clip: float | None = None) -> bool:
         """Let `opt` step on the masters and copy them to the model.
 
         :param grad_clip: for this step, instead of the constructor's.
-        :return: False if a gradient was not finite: then nothing changed but the loss scale.
+        :return: False if something was not finite: then nothing changed but the loss scale.
         """
         self._collect()
         if self.use_fp16:
             logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
-        grads = self._gradients()
-        norms = (_norm(grads), _norm([master for _, master in self._trained]))
-        grad_norm, param_norm = th.stack(norms).tolist()  # the step's one wait for the device
-        if check_overflow(grad_norm):
+        grads, loss = self._gradients()
+        norms = (loss, _norm(grads), _norm([master for _, master in self._trained]))
+        mean, grad_norm, param_norm = th.stack(norms).tolist()  # the step's one wait for the device
+        # A norm overflows long before what it is the norm of does: weights and averages never take such a value.
+        found = {"weight norm": param_norm, "loss": mean, "gradient": grad_norm}
+        self.fault = next((name for name, value in found.items() if check_overflow(value)), "")
+        if self.fault:
             return self._skip()
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv_mean("param_norm", param_norm)
@@ -291,17 +305,21 @@ class MixedPrecisionTrainer:
         return True
 
     def _skip(self) -> bool:
-        self.skipped_in_a_row += 1
-        message = "step skipped: its gradient is not finite"
+        message = f"step skipped: its {self.fault} is not finite"
+        self.only_scaled = self.use_fp16 and self.fault == "gradient" and self.lg_loss_scale > 0
         if self.use_fp16:
             self.lg_loss_scale = max(0.0, self.lg_loss_scale - 1.0)
             message += f"; lg_loss_scale is now {self.lg_loss_scale:.6g}"
         logger.log(message)
+        if self.use_fp16 and self.lg_loss_scale == 0 and not self._floor_said:
+            self._floor_said = True
+            logger.warn("the loss scale is 2^0 and falls no further: fp16 does not hold these numbers, but bf16 may")
         self.zero_grad()
         return False
 
     def _step_taken(self) -> None:
-        self.skipped_in_a_row = 0
+        self.only_scaled = False
+        self._loss = None
         self.sync_model()
         if self.use_fp16:
             self.lg_loss_scale += self.fp16_scale_growth

@@ -5,11 +5,10 @@ Shapes: N batch, C channels, H W space. A size is 64, "64x128" or (64, 128): hei
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -18,20 +17,20 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.config import Size, parse_size, size_flag
+from guided_diffusion.config import BAD_IMAGE_RULES, Size, nearest, parse_size, size_flag
+from guided_diffusion.crops import Draws, Picture, TooThin, center_crop_arr, random_crop_arr
 from guided_diffusion.image_files import (
     IMAGE_EXTENSIONS,
-    Draws,
     Listing,
-    Picture,
     UnreadableImage,
-    center_crop_arr,
     find_images,
     find_unreadable,
-    random_crop_arr,
     read_image,
 )
 from guided_diffusion.image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
+from guided_diffusion.image_order import Key, Schedule
+from guided_diffusion.interruption import leave_signals_to_the_parent
+from guided_diffusion.untrusted import printable, quoted
 
 __all__ = [
     "Batch",
@@ -46,11 +45,11 @@ __all__ = [
 ]
 
 Batch = tuple[th.Tensor, dict[str, th.Tensor]]
-Key = tuple[int, int]  # (epoch, index)
 Item = tuple[NDArray[np.float32], dict[str, Any]]
 
 SURVEY_LIMIT = 20_000  # images that are all tried once one of them turns out to be unreadable
 TABLE_ROWS = 40
+MAX_REPLACEMENTS = 100  # images tried in place of one that cannot be read
 
 
 # ---- one image at a time
@@ -66,6 +65,8 @@ class ImageDataset(Dataset[Item]):
     :param image_paths: of files, also of members of zips, as ``pets.zip/cat/1.png``.
     :param classes: the class id of each path, or None.
     :param shard: take every `num_shards`-th image from this one on.
+    :param on_bad_image: what a pair does where its image cannot be read: "error", or "skip", which takes another one
+        instead that (seed, epoch, i) chooses, with its own class. An index alone always is an error.
     """
 
     def __init__(
@@ -80,8 +81,14 @@ class ImageDataset(Dataset[Item]):
         *,
         image_channels: int = 3,
         seed: int = 0,
+        on_bad_image: str = "error",
     ) -> None:
         super().__init__()
+        if on_bad_image not in BAD_IMAGE_RULES:
+            rules = ", ".join(BAD_IMAGE_RULES)
+            raise ValueError(
+                f"on_bad_image {on_bad_image!r} is none of {rules}{nearest(on_bad_image, BAD_IMAGE_RULES)}"
+            )
         self.resolution = resolution
         self.local_images = list(image_paths[shard::num_shards])
         self.local_classes = None if classes is None else list(classes[shard::num_shards])
@@ -89,18 +96,36 @@ class ImageDataset(Dataset[Item]):
         self.random_flip = random_flip
         self.image_channels = image_channels
         self.seed = seed
+        self.on_bad_image = on_bad_image
 
     def __len__(self) -> int:
         return len(self.local_images)
 
     def __getitem__(self, idx: int | Key) -> Item:
-        draws: Draws = random
-        if isinstance(idx, tuple):
-            draws, idx = random.Random(f"{self.seed}/{idx[0]}/{idx[1]}"), idx[1]
-        array = self._crop(read_image(self.local_images[idx], self.image_channels), draws)
+        return self.take(idx)[0] if isinstance(idx, tuple) else self._item(idx, random)
+
+    def take(self, key: Key) -> tuple[Item, list[UnreadableImage]]:
+        """What a pair (epoch, i) stands for, and what could not be read before it was found."""
+        name, index = f"{self.seed}/{key[0]}/{key[1]}", key[1]
+        bad: list[UnreadableImage] = []
+        while True:
+            try:
+                return self._item(index, random.Random(name)), bad
+            except UnreadableImage as error:
+                bad.append(error)
+                if self.on_bad_image == "error" or len(bad) > MAX_REPLACEMENTS:
+                    raise
+            index = random.Random(f"{name}/instead/{len(bad)}").randrange(len(self))
+
+    def _item(self, index: int, draws: Draws) -> Item:
+        path = self.local_images[index]
+        try:
+            array = self._crop(read_image(path, self.image_channels), draws)
+        except TooThin as error:
+            raise UnreadableImage(path, str(error)) from error
         if self.random_flip and draws.random() < 0.5:
             array = array[:, ::-1]
-        label = {} if self.local_classes is None else {"y": np.array(self.local_classes[idx], dtype=np.int64)}
+        label = {} if self.local_classes is None else {"y": np.array(self.local_classes[index], dtype=np.int64)}
         return _to_channels_first(array), label
 
     def _crop(self, picture: Picture, draws: Draws) -> NDArray[Any]:
@@ -126,32 +151,6 @@ def _list_image_files_recursively(data_dir: str) -> list[str]:
 
 
 # ---- the stream of batches
-
-
-class _Schedule(Iterable[list[Key]]):
-    """Which images one rank takes: the keys of its batches from the position `taken` on, as seen when iteration begins.
-
-    It knows nothing of the stream it serves. In a cycle of references the loader's workers would outlive the stream.
-    """
-
-    def __init__(self, count: int, seed: int, *, batch_size: int, rank: int, world_size: int, shuffle: bool) -> None:
-        self.count, self.seed, self.shuffle = count, seed, shuffle
-        self.batch_size = batch_size
-        self.stride = batch_size * world_size
-        self.offset = batch_size * rank
-        self.taken = 0  # images, by all ranks together
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        orders: dict[int, NDArray[np.int64]] = {}
-        for start in itertools.count(self.taken + self.offset, self.stride):
-            places = [divmod(place, self.count) for place in range(start, start + self.batch_size)]
-            orders = {epoch: self._order(epoch) if epoch not in orders else orders[epoch] for epoch, _ in places}
-            yield [(epoch, int(orders[epoch][place])) for epoch, place in places]
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if not self.shuffle:
-            return np.arange(self.count)
-        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
 
 class ImageStream(Iterator[Batch]):
@@ -186,8 +185,9 @@ class ImageStream(Iterator[Batch]):
         self.rank = dist_util.rank() if rank is None else rank
         self.world_size = dist_util.world_size() if world_size is None else world_size
         self.low_res_size: tuple[int, int] | None = None
+        self.skipped: dict[str, str] = {}  # path of an image that could not be read -> why
         self._check()
-        self._schedule = _Schedule(
+        self._schedule = Schedule(
             len(dataset),
             dataset.seed,
             batch_size=batch_size,
@@ -195,8 +195,8 @@ class ImageStream(Iterator[Batch]):
             world_size=self.world_size,
             shuffle=not deterministic,
         )
-        self._loader: DataLoader[Batch | str] | None = None
-        self._batches: Iterator[Batch | str] | None = None
+        self._loader: DataLoader[_Loaded | str] | None = None
+        self._batches: Iterator[_Loaded | str] | None = None
 
     def _check(self) -> None:
         if self.batch_size < 1 or self.num_workers < 0:
@@ -240,18 +240,35 @@ class ImageStream(Iterator[Batch]):
             self.close()
             raise ValueError(self._refusal(batch))
         self._schedule.taken += self.global_batch
-        images, cond = batch
+        images, cond = batch.images, batch.labels
+        self._note(batch.bad)
         if self.low_res_size is not None:
             cond["low_res"] = F.interpolate(images, self.low_res_size, mode="area")
         return images, cond
 
+    def _note(self, bad: Iterable[tuple[str, str]]) -> None:
+        """Say once of each image that could not be read that others take its place."""
+        for path, reason in bad:
+            if path not in self.skipped:
+                self.skipped[path] = reason
+                error = UnreadableImage(path, reason)
+                logger.warn(
+                    f"{error}; others take its place, as on_bad_image is skip ({len(self.skipped)} such so far)"
+                )
+
     def _refusal(self, message: str) -> str:
         bad = self.dataset.unreadable() if len(self.dataset) <= SURVEY_LIMIT else []
         if len(bad) < 2:
-            return message
-        shown = ", ".join(f"{error.path!r} ({error.reason})" for error in bad[:5])
+            return f"{message}, or set on_bad_image to skip"
+        shown = ", ".join(f"{quoted(error.path)} ({error.reason})" for error in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        return f"{len(bad)} of {len(self.dataset)} images cannot be read: {shown}{more}; repair or remove them"
+        found = f"{len(bad)} of {len(self.dataset)} images cannot be read: {shown}{more}"
+        return f"{found}; repair or remove them, or set on_bad_image to skip"
+
+    def names(self) -> list[str]:
+        """The files of the images that this rank was given last; those in `skipped` had others in their place."""
+        keys = self._schedule.keys(self._schedule.taken - self.global_batch)
+        return [self.dataset.local_images[index] for _, index in keys]
 
     def state_dict(self) -> dict[str, int]:
         """The position: global batches taken, and the images in them. Batches that workers hold ready do not count."""
@@ -266,7 +283,7 @@ class ImageStream(Iterator[Batch]):
         """Stop the worker processes; asking for another batch starts new ones."""
         self._batches = self._loader = None
 
-    def _start(self) -> DataLoader[Batch | str]:
+    def _start(self) -> DataLoader[_Loaded | str]:
         return DataLoader(
             _BatchDataset(self.dataset),
             batch_size=None,
@@ -275,6 +292,7 @@ class ImageStream(Iterator[Batch]):
             collate_fn=_as_is,
             pin_memory=th.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_parent,
             generator=th.Generator(),  # else starting it would advance the generator that training draws from
         )
 
@@ -283,19 +301,29 @@ class ImageStream(Iterator[Batch]):
         return self.labels.class_table() if self.labels else []
 
 
-class _BatchDataset(Dataset[Batch | str]):
+class _Loaded(NamedTuple):
+    """A batch, and (path, reason) of the images that were passed over on the way to it."""
+
+    images: th.Tensor
+    labels: dict[str, th.Tensor]
+    bad: list[tuple[str, str]]
+
+
+class _BatchDataset(Dataset[_Loaded | str]):
     """Decodes batches, in whatever process. An unreadable image travels as text: a worker's error arrives garbled."""
 
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
 
-    def __getitem__(self, keys: list[Key]) -> Batch | str:
+    def __getitem__(self, keys: list[Key]) -> _Loaded | str:
         try:
-            arrays, labels = zip(*[self.images[key] for key in keys], strict=True)
+            items, bad = zip(*[self.images.take(key) for key in keys], strict=True)
         except UnreadableImage as error:
             return str(error)
+        arrays, labels = zip(*items, strict=True)
         stacked = {name: th.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]}
-        return th.from_numpy(np.stack(arrays)), stacked
+        passed_over = [(error.path, error.reason) for errors in bad for error in errors]
+        return _Loaded(th.from_numpy(np.stack(arrays)), stacked, passed_over)
 
 
 def _as_is(batch: Any) -> Any:
@@ -320,6 +348,7 @@ def load_data(
     image_channels: int = 3,
     num_workers: int = 0,
     seed: int = 0,
+    on_bad_image: str = "error",
     rank: int | None = None,
     world_size: int | None = None,
     log: Callable[[str], object] | None = None,
@@ -332,6 +361,8 @@ def load_data(
     :param classes: class names by id, or the path of the classes.json of an earlier run, whose rule "auto" then takes.
     :param num_classes: K of the network; more classes than that are an error.
     :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
+    :param on_bad_image: "error" ends with the name of an image that cannot be read; "skip" takes another one instead,
+        the same on every run, and says so.
     :param log: takes lines about what was found; None writes them to `logger`.
     :raises ValueError: naming what does not fit: sizes, files, labels.
     """
@@ -351,6 +382,7 @@ def load_data(
         random_flip=random_flip,
         image_channels=image_channels,
         seed=seed,
+        on_bad_image=on_bad_image,
     )
     stream = ImageStream(
         dataset,
@@ -375,7 +407,7 @@ def _images_below(data_dir: str) -> Listing:
 
 
 def _table_lines(rows: list[ClassRow]) -> list[str]:
-    lines = [f"  class {number}: {name} ({count} images)" for number, name, count in rows[:TABLE_ROWS]]
+    lines = [f"  class {number}: {printable(name)} ({count} images)" for number, name, count in rows[:TABLE_ROWS]]
     return [*lines, f"  and {len(rows) - TABLE_ROWS} classes more"] if len(rows) > TABLE_ROWS else lines
 
 

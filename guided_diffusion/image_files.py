@@ -1,35 +1,35 @@
-"""Pictures where they lie: finding files in folders, zips and buckets, decoding them, and cropping to size.
+"""Pictures where they lie: finding files in folders, zips and buckets, and decoding them.
 
 A path may lead into a zip: ``pets.zip/cat/1.png`` is the member ``cat/1.png`` of ``pets.zip``. Members are decoded in
-memory, and their names never become names on the disk.
+memory, and their names never become names on the disk. What cannot be taken is passed over and listed when files are
+found, and an `UnreadableImage` when they are read.
 
-Shapes: H W space, C channels. A size is 64, "64x128" or (64, 128): height before width.
+Shapes: H W space, C channels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
-import random
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 import blobfile as bf
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from guided_diffusion.config import Size, parse_size
-
-Picture = Image.Image | NDArray[np.float32]  # 8 bit as PIL has it; anything finer as planes [H, W, C] in [-1, 1]
+from guided_diffusion import untrusted
+from guided_diffusion.crops import MAX_PIXELS, Picture
+from guided_diffusion.untrusted import is_remote, printable, quoted, reason
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
 LABEL_FILES = {"json": "dataset.json", "csv": "labels.csv"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MAX_OPEN_ARCHIVES = 32
@@ -39,24 +39,18 @@ class UnreadableImage(ValueError):
     """A file with an image's name that is none, or not the kind asked for."""
 
     def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"cannot read image {path!r}: {reason}; repair or remove it")
+        super().__init__(path, reason)
         self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"cannot read image {quoted(self.path)}: {self.reason}; repair or remove it"
 
 
 # ---- finding and reading
 
 
-def _is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def _is_file(path: str) -> bool:
-    return bf.exists(path) and not bf.isdir(path) if _is_remote(path) else os.path.isfile(path)
-
-
-def _open(path: str) -> BinaryIO:
-    # streaming: a zip in a bucket is read piece by piece instead of being copied to the disk first
-    return bf.BlobFile(path, "rb", streaming=True) if _is_remote(path) else open(path, "rb")
+    return bf.exists(path) and not bf.isdir(path) if is_remote(path) else os.path.isfile(path)
 
 
 _archives: dict[tuple[int, str], zipfile.ZipFile] = {}
@@ -69,8 +63,8 @@ def _archive(path: str) -> zipfile.ZipFile:
         while len(_archives) >= MAX_OPEN_ARCHIVES:
             del _archives[next(iter(_archives))]
         try:
-            _archives[key] = zipfile.ZipFile(path if not _is_remote(path) else _open(path))
-        except zipfile.BadZipFile as error:
+            _archives[key] = untrusted.open_archive(path)
+        except ValueError as error:
             raise ValueError(f"{path!r} is not a readable zip ({error}); make it again, or give a folder") from error
     return _archives[key]
 
@@ -84,37 +78,98 @@ def split_archive(path: str) -> tuple[str, str] | None:
 
 
 def read_bytes(path: str) -> bytes:
-    """The content of a file on the disk, in a bucket or in a zip."""
+    """The content of a file on the disk, in a bucket or in a zip.
+
+    :raises ValueError: if it is too large, no regular file, or a member of a zip that cannot be unpacked.
+    """
     inside = split_archive(path)
-    if inside:
-        return _archive(inside[0]).read(inside[1])
-    with _open(path) as file:
-        return file.read()
+    return untrusted.read_member(_archive(inside[0]), inside[1]) if inside else untrusted.read_file(path)
 
 
-def _members(archive: str, folder: str = "") -> Iterator[str]:
-    """Names of the files of a zip below one of its folders, relative to that folder."""
-    _archives.pop((os.getpid(), archive), None)  # the file may have been rewritten since it was opened
-    start = folder.rstrip("/") + "/" if folder else ""
-    for name in dict.fromkeys(_archive(archive).namelist()):
-        if name.startswith(start) and not name.endswith("/"):
-            yield name[len(start) :]
+@dataclass
+class _Found:
+    """Names of files, and (name, reason) of what was passed over."""
 
+    names: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
-def _entries(folder: str) -> Iterable[tuple[str, bool]]:
-    """(name, whether it is a folder) of everything in a folder."""
-    if _is_remote(folder):
-        return [(entry.name.rstrip("/"), entry.is_dir) for entry in bf.scandir(folder)]
-    with os.scandir(folder) as entries:
-        return [(entry.name, entry.is_dir()) for entry in entries]
-
-
-def _files_below(root: str, folder: str = "") -> Iterator[str]:
-    for name, is_folder in _entries(f"{root}/{folder}"):
-        if is_folder:
-            yield from _files_below(root, f"{folder}{name}/")
+    def take(self, name: str, fault: str) -> None:
+        """A file, unless there is something wrong with it."""
+        if fault:
+            self.refused.append((name, fault))
         else:
-            yield folder + name
+            self.names.append(name)
+
+
+def _members(archive: str, folder: str = "") -> _Found:
+    """The files of a zip below one of its folders, by names relative to that folder; label files are not examined."""
+    _archives.pop((os.getpid(), archive), None)  # the file may have been rewritten since it was opened
+    start, found = folder.rstrip("/") + "/" if folder else "", _Found()
+    opened = _archive(archive)
+    for member in opened.infolist():
+        name = member.filename
+        if name.startswith(start) and not name.endswith("/"):
+            twice = "" if opened.NameToInfo[name] is member else "of the same name as a later one"
+            found.take(name[len(start) :], twice or (untrusted.member_fault(member) if _is_image(name) else ""))
+    return found
+
+
+Entry = tuple[str, str]  # name, and what it is: "folder", "link", "file", or why it is not taken
+
+
+def _entries(folder: str) -> Iterable[Entry]:
+    """Everything in a folder, by name."""
+    if is_remote(folder):
+        return sorted((entry.name.rstrip("/"), "folder" if entry.is_dir else "file") for entry in bf.scandir(folder))
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, _kind(entry)) for entry in entries)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    fault = untrusted.name_fault(entry.name)
+    try:
+        if fault or entry.is_file():
+            return fault or "file"
+        if entry.is_dir():
+            return "link" if entry.is_symlink() else "folder"
+    except OSError as error:  # a link to itself
+        return f"cannot be read ({reason(error)})"
+    return "no regular file"
+
+
+def _identity(folder: str) -> Any:
+    if is_remote(folder):
+        return folder
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _files_below(root: str) -> _Found:
+    """The files of a folder and the folders in it, each of which is read once.
+
+    Links to folders are followed after all else and in the order of their names, so that neither a circle of them nor
+    many ways to one place lead to a file twice.
+    """
+    found, seen = _Found(), set[Any]()
+    folders, links = [""], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            identity = _identity(f"{root}/{folder}")
+            entries = () if identity in seen else _entries(f"{root}/{folder}")
+        except OSError as error:
+            found.refused.append((folder, f"a folder that cannot be read ({reason(error)})"))
+            continue
+        if identity in seen:
+            found.refused.append((folder, "a link to a folder that is read already"))
+        seen.add(identity)
+        for name, kind in entries:
+            if kind in ("folder", "link"):
+                (folders if kind == "folder" else links).append(f"{folder}{name}/")
+            else:
+                found.take(folder + name, "" if kind == "file" else kind)
+        links.sort()
+    return found
 
 
 def _is_hidden(name: str) -> bool:
@@ -132,29 +187,36 @@ def _is_image(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder or a zip holds: names relative to `root`, "/" between folders, in the order of their parts."""
+    """What a folder or a zip holds: names relative to `root`, "/" between folders, in the order of their parts.
+
+    :param refused: (name, reason) of what is never read: see `image_files`.
+    """
 
     root: str
     images: list[str]
     others: list[str]
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
     def path(self, name: str) -> str:
         """The path that `read_bytes` takes."""
         return f"{self.root.rstrip('/')}/{name}"
 
     def skipped(self) -> str:
-        """How many files are no images, by extension."""
+        """How many files are no images, by extension, or are not taken, by reason."""
         kinds = Counter(
-            "hidden" if _is_hidden(name) else _extension(name) or "no extension"
+            "hidden" if _is_hidden(name) else printable(_extension(name)) or "no extension"
             for name in self.others
             if os.path.basename(name) not in LABEL_FILES.values()
-        )
+        ) + Counter(fault for _, fault in self.refused)
         detail = ", ".join(f"{kind}: {count}" for kind, count in sorted(kinds.items()))
         return f"skipped {kinds.total()}" + (f" ({detail})" if detail else "")
 
-    def summary(self) -> str:
-        """The line that tells a user what was found."""
-        return f"{self.root}: found {len(self.images)} images, {self.skipped()}"
+    def summary(self, shown: int = 5) -> str:
+        """The lines that tell a user what was found, and what was not taken."""
+        lines = [f"{self.root}: found {len(self.images)} images, {self.skipped()}"]
+        lines += [f"  skipped {quoted(name)}: {fault}" for name, fault in self.refused[:shown]]
+        more = len(self.refused) - shown
+        return "\n".join([*lines, *[f"  and {more} more that are not taken"] * (more > 0)])
 
 
 def find_images(data_dir: str) -> Listing:
@@ -162,27 +224,38 @@ def find_images(data_dir: str) -> Listing:
 
     Zips in a folder are entered only where the folder holds no picture itself: beside pictures they are copies of them.
 
-    :raises ValueError: if there is no such folder or zip.
+    :raises ValueError: if there is no such folder or zip, or it cannot be read.
     """
     root = data_dir if len(data_dir) < 2 else data_dir.rstrip("/")
     inside = split_archive(root)
     if inside:
-        names = list(_members(*inside))
-    elif root and (bf.isdir(root) if _is_remote(root) else os.path.isdir(root)):
-        names = _with_archives(root, list(_files_below(root)))
+        found = _members(*inside)
+    elif root and (bf.isdir(root) if is_remote(root) else os.path.isdir(root)):
+        found = _files_below(root)
+        _enter_archives(root, found)
     else:
-        raise ValueError(f"data_dir {data_dir!r} is neither a folder nor a zip; give the path of one that holds images")
-    names.sort(key=lambda name: name.split("/"))
+        raise ValueError(
+            f"data_dir {quoted(data_dir)} is neither a folder nor a zip; give the path of one that holds images"
+        )
+    for name, fault in found.refused:
+        if not name:
+            raise ValueError(f"data_dir {quoted(data_dir)} is {fault}; give one that can be read")
+    names = sorted(found.names, key=lambda name: name.split("/"))
     images = [name for name in names if _is_image(name)]
-    return Listing(root, images, [name for name in names if not _is_image(name)])
+    return Listing(root, images, [name for name in names if not _is_image(name)], sorted(found.refused))
 
 
-def _with_archives(root: str, names: list[str]) -> list[str]:
-    if any(map(_is_image, names)):
-        return names
-    zips = [name for name in names if _extension(name) == ".zip" and not _is_hidden(name)]
-    members = [f"{name}/{member}" for name in zips for member in _members(f"{root}/{name}")]
-    return members + [name for name in names if name not in set(zips)]
+def _enter_archives(root: str, found: _Found) -> None:
+    """Replace the zips of a folder without pictures by what is in them."""
+    if any(map(_is_image, found.names)):
+        return
+    zips = [name for name in found.names if _extension(name) == ".zip" and not _is_hidden(name)]
+    for archive in zips:
+        inner = _members(f"{root}/{archive}")
+        found.names += [f"{archive}/{name}" for name in inner.names]
+        found.refused += [(f"{archive}/{name}", fault) for name, fault in inner.refused]
+    entered = set(zips)
+    found.names = [name for name in found.names if name not in entered]
 
 
 # ---- decoding
@@ -197,14 +270,30 @@ def read_image(path: str, channels: int) -> Picture:
     :raises UnreadableImage: naming the file and what is wrong with it.
     """
     try:
-        data = io.BytesIO(read_bytes(path))
-        if _extension(path) == ".npy":
-            return _decode_array(np.lib.format.read_array(data, allow_pickle=False), channels)
-        return _decode_picture(Image.open(data), channels)
+        content = read_bytes(path)
+        if not content:
+            raise ValueError("it is empty")
+        return _decode(content, _extension(path), channels)
     except UnidentifiedImageError as error:
         raise UnreadableImage(path, "its content is no image") from error
-    except Exception as error:  # Pillow and zipfile do not say what they raise on a damaged file
-        raise UnreadableImage(path, str(error).partition("\n")[0] or type(error).__name__) from error
+    except Exception as error:  # Pillow does not say what it raises on a damaged file
+        raise UnreadableImage(path, reason(error)) from error
+
+
+def _decode(content: bytes, extension: str, channels: int) -> Picture:
+    if extension == ".npy":
+        return _decode_array(untrusted.read_array(content), channels)
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        _check_pixels(image.width, image.height)
+        return _decode_picture(image, channels)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
+        raise ValueError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels, where 1 to {MAX_PIXELS} are read")
 
 
 def find_unreadable(paths: Iterable[str], channels: int) -> list[UnreadableImage]:
@@ -222,6 +311,7 @@ def _decode_array(array: NDArray[Any], channels: int) -> Picture:
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3:
         raise ValueError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read")
+    _check_pixels(array.shape[1], array.shape[0])
     if array.dtype == np.uint8 and channels in MODES and array.shape[-1] in MODES:
         return _convert(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), channels)
     return _with_channels(_planes(array), channels)
@@ -229,7 +319,7 @@ def _decode_array(array: NDArray[Any], channels: int) -> Picture:
 
 def _decode_picture(image: Image.Image, channels: int) -> Picture:
     image.load()
-    with contextlib.suppress(SyntaxError):  # a damaged EXIF block takes nothing from the picture itself
+    with contextlib.suppress(Exception):  # a damaged EXIF block takes nothing from the picture itself
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return _convert(image, channels)
@@ -272,68 +362,3 @@ def _with_channels(planes: NDArray[np.float32], channels: int) -> NDArray[np.flo
     if planes.shape[-1] != channels:
         raise ValueError(f"{planes.shape[-1]} channels, where image_channels is {channels}")
     return planes
-
-
-# ---- crops
-
-
-class Draws(Protocol):
-    """What crops and flips need of `random` or of a `random.Random`."""
-
-    def random(self) -> float: ...
-
-    def randrange(self, start: int, stop: int | None = None) -> int: ...
-
-
-def center_crop_arr(pil_image: Picture, image_size: Size) -> NDArray[Any]:
-    """The middle of a picture that was scaled until it just covers the size.
-
-    :param pil_image: a PIL image, or planes [H, W, C] of float32.
-    :return: [H, W] or [H, W, C], as numpy sees the picture's mode.
-    """
-    height, width = parse_size(image_size)
-    array = _cover(pil_image, height, width)
-    return _window(array, (array.shape[0] - height) // 2, (array.shape[1] - width) // 2, height, width)
-
-
-def random_crop_arr(
-    pil_image: Picture,
-    image_size: Size,
-    min_crop_frac: float = 0.8,
-    max_crop_frac: float = 1.0,
-    *,
-    rng: Draws | None = None,
-) -> NDArray[Any]:
-    """A window anywhere in a picture that was scaled to cover a little more than the size.
-
-    :param min_crop_frac: the window's least share of the covered side; `max_crop_frac` its greatest, at most 1.
-    :param rng: None draws from the module `random`: the scale, the top, the left.
-    """
-    if not 0 < min_crop_frac <= max_crop_frac <= 1:
-        raise ValueError(
-            f"crop fractions from {min_crop_frac} to {max_crop_frac} are no part of the picture; "
-            "choose 0 < min_crop_frac <= max_crop_frac <= 1"
-        )
-    draws: Draws = random if rng is None else rng
-    height, width = parse_size(image_size)
-    short = min(height, width)
-    side = draws.randrange(math.ceil(short / max_crop_frac), math.ceil(short / min_crop_frac) + 1)
-    array = _cover(pil_image, -(-height * side // short), -(-width * side // short))
-    top = draws.randrange(array.shape[0] - height + 1)
-    left = draws.randrange(array.shape[1] - width + 1)
-    return _window(array, top, left, height, width)
-
-
-def _window(array: NDArray[Any], top: int, left: int, height: int, width: int) -> NDArray[Any]:
-    return array[top : top + height, left : left + width]
-
-
-def _cover(picture: Picture, height: int, width: int) -> NDArray[Any]:
-    """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked."""
-    if isinstance(picture, np.ndarray):
-        return np.stack([_cover(Image.fromarray(plane), height, width) for plane in np.moveaxis(picture, -1, 0)], -1)
-    while picture.width >= 2 * width and picture.height >= 2 * height:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = max(width / picture.width, height / picture.height)
-    size = round(picture.width * scale), round(picture.height * scale)
-    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))

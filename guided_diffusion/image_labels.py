@@ -20,11 +20,14 @@ import blobfile as bf
 
 from guided_diffusion.config import CLASS_RULES, nearest
 from guided_diffusion.image_files import LABEL_FILES, Listing, read_bytes
+from guided_diffusion.npz import replacing
+from guided_diffusion.untrusted import name_fault, parse_json, printable, read_file, reason
 
 Label = str | int
 ClassRow = tuple[int, str, int]  # id, name, number of images
 Pairs = Iterable[tuple[Any, Any]]  # (file, label) as a label file has them
 
+LONGEST_ID = 18  # characters of a number in a label file
 LARGEST_ID = 65536  # of numbers given as labels without num_classes: what is above is no class id
 
 
@@ -73,10 +76,17 @@ def read_labels(
         class_from, note = _choose_rule(listing)
         notes.append(note)
     found, remarks = _READERS[class_from](listing)
+    _check_names([*known, *(label for label in found if isinstance(label, str))])
     ids, names = _number(listing.images, found, known, num_classes)
     if num_classes is not None and len(names) > num_classes:
         raise ValueError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
     return Labels(ids, names, class_from, notes + remarks)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in dict.fromkeys(names):
+        if name_fault(name):
+            raise ValueError(f"the class {printable(name)} has {name_fault(name)}; give it another")
 
 
 # ---- labels -> ids
@@ -109,7 +119,7 @@ def _look_up(files: Sequence[str], found: Sequence[Label], names: Sequence[str])
     ids = {name: number for number, name in enumerate(names)}
     for file, label in zip(files, found, strict=True):
         if str(label) not in ids and not (isinstance(label, int) and 0 <= label < len(names)):
-            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            shown = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
             hint = nearest(str(label), names) or "; correct it, or leave out the known classes to number all anew"
             raise ValueError(f"class {label!r} of {file!r} is none of the {len(names)} known ones ({shown}){hint}")
     return [ids[str(label)] if str(label) in ids else int(label) for label in found]
@@ -165,7 +175,11 @@ def _from_folder(listing: Listing) -> tuple[list[Label], list[str]]:
                 "move it into the folder of its class, or use class_from filename"
             )
         folders.setdefault(_class_folder(name), set()).add(_folder(name))
-    notes = [f"class {name} unites {', '.join(sorted(of))}" for name, of in sorted(folders.items()) if len(of) > 1]
+    notes = [
+        f"class {printable(name)} unites {', '.join(map(printable, sorted(of)))}"
+        for name, of in sorted(folders.items())
+        if len(of) > 1
+    ]
     return [_class_folder(name) for name in listing.images], notes
 
 
@@ -178,7 +192,7 @@ def _label_file(listing: Listing, file: str) -> str | None:
     return next((place for place in places if place in listing.others), None)
 
 
-def _from_file(rule: str, parse: Callable[[str, set[str]], Pairs], listing: Listing) -> tuple[list[Label], list[str]]:
+def _from_file(rule: str, parse: Callable[[bytes, set[str]], Pairs], listing: Listing) -> tuple[list[Label], list[str]]:
     file = _label_file(listing, LABEL_FILES[rule])
     if file is None:
         raise ValueError(
@@ -187,7 +201,10 @@ def _from_file(rule: str, parse: Callable[[str, set[str]], Pairs], listing: List
         )
     start = len(file) - len(LABEL_FILES[rule])
     names = [name[start:] for name in listing.images]
-    table = dict(parse(read_bytes(listing.path(file)).decode("utf-8-sig"), set(names)))
+    try:
+        table = _table(parse(read_bytes(listing.path(file)), set(names)))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file!r} in {listing.root!r} cannot be used: {reason(error)}; correct it") from error
     unlabelled = [name for name in names if name not in table]
     if unlabelled:
         raise ValueError(
@@ -199,32 +216,53 @@ def _from_file(rule: str, parse: Callable[[str, set[str]], Pairs], listing: List
     return _as_numbers([table[name] for name in names]), notes
 
 
+def _table(pairs: Pairs) -> dict[str, Label]:
+    """The label of each file.
+
+    :raises ValueError: if a label is none, or a file has two.
+    """
+    table: dict[str, Label] = {}
+    for path, label in pairs:
+        if not isinstance(path, str):
+            raise ValueError(f"the path {printable(repr(path))} is no text")
+        if isinstance(label, bool) or not isinstance(label, str | int):
+            shown = printable(repr(label))
+            raise ValueError(f"the label {shown} of {printable(path)!r} is neither a class id nor a name")
+        if table.setdefault(path, label) != label:
+            raise ValueError(f"{printable(path)!r} has two labels, {printable(str(table[path]))} and {label!r}")
+    return table
+
+
 def _as_numbers(labels: Sequence[Label]) -> list[Label]:
     """Labels as numbers if all are, else all as text."""
-    texts = [str(label).strip() for label in labels]
-    return [int(text) for text in texts] if all(re.fullmatch(r"-?\d+", text) for text in texts) else list(texts)
+    texts = [label.strip() if isinstance(label, str) else label for label in labels]
+    if not all(isinstance(text, int) or re.fullmatch(r"-?\d+", text) for text in texts):
+        return [str(text) for text in texts]
+    long = [text for text in texts if isinstance(text, str) and len(text) > LONGEST_ID]
+    if long:
+        raise ValueError(f"the label {printable(long[0])} is too large for a class id; correct it")
+    return [int(text) for text in texts]
 
 
-def _parse_json(text: str, names: set[str]) -> Pairs:
+def _parse_json(content: bytes, names: set[str]) -> Pairs:
     """The pairs of EDM's ``{"labels": [[path, id], ...]}``."""
     try:
-        content = json.loads(text)["labels"] or []
-        pairs = list(content.items()) if isinstance(content, dict) else [(path, label) for path, label in content]
+        labels = parse_json(content)["labels"] or []
+        return list(labels.items()) if isinstance(labels, dict) else [(path, label) for path, label in labels]
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f'dataset.json is not {{"labels": [[path, id], ...]}} ({reason}); correct it') from error
-    for path, label in pairs:
-        if isinstance(label, bool) or not isinstance(label, str | int):
-            raise ValueError(f"label {label!r} of {path!r} in dataset.json is neither a class id nor a name; give one")
-    return pairs
+        raise ValueError(f'it is not {{"labels": [[path, id], ...]}} ({reason(error)})') from error
 
 
-def _parse_csv(text: str, names: set[str]) -> Pairs:
+def _parse_csv(content: bytes, names: set[str]) -> Pairs:
     """The pairs of a table ``file,label``; its first line is a heading unless it names an image."""
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    try:
+        text = io.StringIO(content.decode("utf-8-sig"), newline=None)  # line ends of any system
+        rows = [row for row in csv.reader(text) if row]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"it is no table of UTF-8 text ({reason(error)})") from error
     short = [row for row in rows if len(row) < 2]
     if short:
-        raise ValueError(f"the line {short[0][0]!r} of labels.csv is not 'file,label'; put a comma between the two")
+        raise ValueError(f"the line {printable(short[0][0])!r} is not 'file,label'; put a comma between the two")
     return [(row[0], row[1]) for row in (rows if rows and rows[0][0] in names else rows[1:])]
 
 
@@ -264,11 +302,9 @@ def save_classes(path: str, source: HasClasses) -> None:
     rows = source.class_table()
     names, counts = [name for _, name, _ in rows], [count for _, _, count in rows]
     table = SavedClasses(classes=names, class_from=source.class_from, counts=counts)
-    part = path if "://" in path else f"{path}.part"
-    with bf.BlobFile(part, "w") as file:
-        json.dump(table, file, indent=1)
-    if part != path:
-        os.replace(part, path)
+    content = json.dumps(table, indent=1).encode()
+    with bf.BlobFile(path, "wb") if "://" in path else replacing(path) as file:
+        file.write(content)
 
 
 def load_classes(path: str) -> list[str]:
@@ -281,15 +317,28 @@ def load_classes(path: str) -> list[str]:
 
 def _saved_classes(path: str) -> SavedClasses:
     try:
-        with bf.BlobFile(path, "r") as file:
-            table = json.load(file)
-        names = [str(name) for name in table["classes"]]
-        return SavedClasses(classes=names, class_from=table.get("class_from", "auto"), counts=table.get("counts", []))
+        table = parse_json(read_file(path))
+        rule, counts = table.get("class_from", "auto"), table.get("counts", [])
+        return SavedClasses(classes=_names(table["classes"]), class_from=_rule(rule), counts=counts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        detail = f"{type(error).__name__}: {reason(error)}"
         raise ValueError(
-            f"{path!r} is no table of classes ({reason}); give a classes.json that training wrote"
+            f"{path!r} is no table of classes ({detail}); give a classes.json that training wrote"
         ) from error
+
+
+def _names(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError("classes are a list of names")
+    if len(set(value)) < len(value):
+        raise ValueError("a class is named twice")
+    return value
+
+
+def _rule(value: Any) -> str:
+    if value not in list(CLASS_RULES):
+        raise ValueError(f"class_from is none of {', '.join(CLASS_RULES)}")
+    return str(value)
 
 
 def _known_classes(classes: Sequence[str] | str | None, class_from: str) -> tuple[Sequence[str], str]:

@@ -1,24 +1,50 @@
-"""Ending a long loop on SIGINT or SIGTERM after the step in progress, the same step on every rank."""
+"""Ending a long loop on SIGINT, SIGTERM or SIGUSR1 after the step in progress, the same step on every rank."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 import torch as th
 
 from guided_diffusion import dist_util, logger
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+ECHO = 1.0  # seconds in which a launcher passes on what the terminal has sent already: no second request
+ASK_EVERY = 2.0  # seconds between two questions to all ranks, at most one step more
+
+
+def leave_signals_to_the_parent(worker: int = 0) -> None:
+    """In a process that decodes images: end when the parent says so, and not when a launcher signals all processes.
+
+    mpiexec, torchrun, srun and terminals do; the parent needs images until its ranks agree to stop.
+
+    :param worker: its number, which is of no matter.
+    """
+    for number in set(SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by_the_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class Interruption:
-    """Inside the block the first signal is only noted, so that a loop can save and stop; a second one acts at once."""
+    """Inside the block the first signal is only noted, so that a loop can save and stop; a later one acts at once."""
 
     def __init__(self) -> None:
         self.signum = 0
         self._before: dict[int, object] = {}
+        self._noted = 0.0
+        self._asked, self._asked_at, self._next = 0, time.monotonic(), 0
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
@@ -29,24 +55,33 @@ class Interruption:
         self._restore()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._restore()
+        if not self.signum:
+            self.signum, self._noted = signum, time.monotonic()
+        elif time.monotonic() - self._noted > ECHO:
+            self._restore()
+            signal.raise_signal(signum)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
 
-    def requested(self, *, together: bool) -> bool:
-        """Whether to stop now.
+    def requested(self, step: int) -> bool:
+        """Whether to stop now, after `step`; with several ranks every one calls it after every step, and all agree.
 
-        :param together: with several ranks, ask them all (each must ask at the same step); else only a lone rank stops.
+        They ask each other every ASK_EVERY seconds, and decide from what all of them then say after how many steps
+        they will do so again: asking costs a collective.
         """
         if dist_util.world_size() == 1:
             return self.signum > 0
-        if not together:
+        if step < self._next:
             return False
-        self.signum = int(th.cat(dist_util.gather(th.tensor([self.signum], device=dist_util.dev()))).max())
+        pace = (time.monotonic() - self._asked_at) / max(1, step - self._asked)
+        said = th.tensor([[float(self.signum), pace]], device=dist_util.dev())
+        signum, pace = th.cat(dist_util.gather(said)).max(dim=0).values.tolist()
+        self.signum = int(signum)
+        self._asked, self._asked_at = step, time.monotonic()
+        self._next = step + max(1, int(ASK_EVERY / max(pace, 1e-3)))
         return self.signum > 0
 
     def end(self) -> None:

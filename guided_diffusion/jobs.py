@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch as th
 
 from guided_diffusion.steps import Sampler
+from guided_diffusion.untrusted import printable
 
 Conditioning = Callable[[Sequence[int]], Mapping[str, th.Tensor]]
 Start = Callable[[Sequence[int], dict[str, Any]], Mapping[str, Any]]
@@ -128,11 +130,10 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> lis
 
 
 def _class_id(word: str, names: Sequence[str]) -> int:
-    if word.lstrip("-").isdecimal():
+    if re.fullmatch(r"-?\d{1,18}", word):
         return int(word)
     if word not in names:
-        known = (
-            f"the names are {', '.join(names[:LISTED])}" if names else "there is no classes.json with names: give ids"
-        )
-        raise ValueError(f"class {word!r} is unknown: {known}")
+        shown = ", ".join(map(printable, names[:LISTED]))
+        known = f"the names are {shown}" if names else "there is no classes.json with names: give ids"
+        raise ValueError(f"class {printable(word)!r} is unknown: {known}")
     return list(names).index(word)

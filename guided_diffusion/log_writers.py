@@ -1,9 +1,10 @@
 """Where a row of values or a line of text can go: tables, JSON, CSV, TensorBoard, Weights & Biases.
 
-Files are appended to, never emptied, so that a resumed run keeps its history.
+Files are appended to, never emptied, so that a resumed run keeps its history; `rewind` drops what it will write again.
 """
 
 import csv
+import io
 import json
 import os
 import sys
@@ -29,6 +30,9 @@ class KVWriter(ABC):
         :param kvs: numbers, arrays of one element, or texts, by name.
         """
 
+    def rewind(self, step: int) -> None:  # noqa: B027 - most writers cannot take anything back
+        """Forgets rows of later steps, and one that a killed process did not finish; where that is possible."""
+
 
 class SeqWriter(ABC):
     """Writes one line of text per message."""
@@ -46,11 +50,42 @@ class _FileWriter:
         self._append("")
 
     def _append(self, text: str) -> None:
-        with open(self.filename, "a", encoding="utf-8", newline="") as file:
-            file.write(text)
+        self._write_to(self.filename, "a", text)
+
+    def _write_to(self, path: str, mode: str, text: str) -> None:
+        try:
+            with open(path, mode, encoding="utf-8", newline="") as file:
+                file.write(text)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error.strerror}): make room or choose another folder") from error
 
     def close(self) -> None:
         """Nothing to close: every row is on disk already."""
+
+    def _replace(self, text: str) -> None:
+        unfinished = self.filename + ".new"  # renamed when complete: a kill in between loses no row
+        self._write_to(unfinished, "w", text)
+        os.replace(unfinished, self.filename)
+
+    def _lines(self) -> list[str]:
+        """The complete lines, with their ends."""
+        with open(self.filename, encoding="utf-8", newline="") as file:
+            return [line for line in file if line.endswith("\n")]
+
+
+def _is_later(value: Any, step: int) -> bool:
+    """Whether the "step" of a row, if that is what it is, comes after another one."""
+    try:
+        return float(value) > step
+    except (TypeError, ValueError):
+        return False
+
+
+def _json_step(line: str) -> Any:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class HumanOutputFormat(KVWriter, SeqWriter):
@@ -105,6 +140,9 @@ class JSONOutputFormat(_FileWriter, KVWriter):
         row = {key: float(value) if hasattr(value, "dtype") else value for key, value in kvs.items()}
         self._append(json.dumps(row) + "\n")
 
+    def rewind(self, step: int) -> None:
+        self._replace("".join(line for line in self._lines() if not _is_later(_json_step(line), step)))
+
 
 class CSVOutputFormat(_FileWriter, KVWriter):
     """A comma-separated table; a key seen for the first time becomes a new last column, empty in the rows before."""
@@ -118,8 +156,7 @@ class CSVOutputFormat(_FileWriter, KVWriter):
             return list(csv.reader(file))
 
     def _append_row(self, row: Sequence[str]) -> None:
-        with open(self.filename, "a", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(row)
+        self._append(_csv_lines([row]))
 
     def writekvs(self, kvs: KeyValues) -> None:
         new_keys = sorted(kvs.keys() - set(self.keys))
@@ -129,11 +166,22 @@ class CSVOutputFormat(_FileWriter, KVWriter):
 
     def _add_columns(self, new_keys: list[str]) -> None:
         self.keys.extend(new_keys)
-        wider = [row + [""] * len(new_keys) for row in self._rows()[1:]]
-        unfinished = self.filename + ".new"  # renamed when complete: a kill in between loses no row
-        with open(unfinished, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([self.keys, *wider])
-        os.replace(unfinished, self.filename)
+        self._replace_rows([self.keys, *(row + [""] * len(new_keys) for row in self._rows()[1:])])
+
+    def _replace_rows(self, rows: Iterable[Sequence[str]]) -> None:
+        self._replace(_csv_lines(rows))
+
+    def rewind(self, step: int) -> None:
+        if "step" in self.keys:
+            column = self.keys.index("step")
+            rows = [row for row in csv.reader(self._lines()) if not _is_later("".join(row[column : column + 1]), step)]
+            self._replace_rows(rows)
+
+
+def _csv_lines(rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def _csv_text(value: Any) -> str:

@@ -91,6 +91,12 @@ class Logger:
         row = mpi_weighted_mean(comm, local)
         return row if comm.rank == 0 else {**row, "dummy": 1}  # ranks above 0 have nothing to say, and empty rows warn
 
+    def rewind(self, step: int) -> None:
+        """Drops the rows of later steps from the files that can, before these steps are made again."""
+        for writer in self.output_formats:
+            if isinstance(writer, KVWriter):
+                writer.rewind(step)
+
     def log(self, *args: object, level: int = INFO) -> None:
         """Writes a line of text, unless it is below the logger's level."""
         if level < self.level:
@@ -167,6 +173,11 @@ def logkvs(d: KeyValues) -> None:
 def dumpkvs() -> dict[str, Any]:
     """Writes the row, starts a new one, and returns what was written."""
     return get_current().dumpkvs()
+
+
+def rewind(step: int) -> None:
+    """Drops rows of steps after this one, which a resumed run makes again, from progress.csv and progress.json."""
+    get_current().rewind(step)
 
 
 def getkvs() -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Meter:
         self._restart()
 
     def _restart(self) -> None:
-        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._start, self._waited, self._steps, self._stalled = time.perf_counter(), 0.0, 0, 0.0
 
     def __enter__(self) -> Meter:
         self._restart()
@@ -56,9 +56,21 @@ class Meter:
         yield
         self._start += time.perf_counter() - start
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Leave the time inside out of the measured speed, and count it as standing still for a checkpoint."""
+        start = time.perf_counter()
+        with self.paused():
+            yield
+        self._stalled += time.perf_counter() - start
+
     def add_losses(self, t: th.Tensor, losses: Mapping[str, th.Tensor]) -> None:
         """Keep the losses [n] of this rank's images at steps t [n]."""
         self._losses.append({"t": t, **{name: value.detach() for name, value in losses.items()}})
+
+    def drop_losses(self) -> None:
+        """Forget the losses that were added last, of a step that was skipped for them."""
+        self._losses = self._losses[:-1]
 
     def step_done(self) -> None:
         """Count a step, and show it."""
@@ -94,9 +106,11 @@ class Meter:
         return gather_losses({name: th.cat([row[name] for row in rows]) for name in rows[0]})
 
     def log_speed(self) -> None:
-        """Log images_per_second and data_wait, and begin to measure anew."""
+        """Log images_per_second, data_wait and, after a checkpoint, save_stall; and begin to measure anew."""
         logger.logkv("images_per_second", self.images_per_second)
         logger.logkv("data_wait", self.data_wait)
+        if self._stalled:
+            logger.logkv("save_stall", self._stalled)
         self._restart()
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
+import io
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch as th
+
+from guided_diffusion import untrusted
+
+PART = ".part-"  # in the names of files that are not whole yet, before the number of the process that writes them
 
 
 def fingerprint(tensors: Mapping[str, Any]) -> str:
@@ -26,20 +30,71 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+class _Raw(io.FileIO):
+    """Keeps the first error of writing and then swallows the rest, as torch's writer in C++ cannot pass errors on."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write some bytes, or pretend to."""
+        if self.error is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def settle(self) -> None:
+        """Have everything on the disk, or raise what went wrong."""
+        if self.error is not None:
+            raise self.error
+        os.fsync(self.fileno())
+
+
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once it is whole."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = f"{path}.part-{os.getpid()}"
+    """A file to write that takes the place of `path` once it is whole and on the disk.
+
+    :raises OSError: naming path and reason, if the disk is full or nothing may be written there; `path` is as it was.
+    """
+    part = f"{path}{PART}{os.getpid()}"
     try:
-        with open(part, "wb") as file:
+        with explained(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            raw = _Raw(part, "wb")
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+            with explained(path):
+                raw.settle()
+        with explained(path):
+            os.replace(part, path)
+        _sync_folder(os.path.dirname(path) or ".")
     finally:
-        if os.path.exists(part):
+        with contextlib.suppress(OSError):
             os.remove(part)
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turn an error of the system inside the block into a sentence about the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        sentence = f"{path} cannot be written ({error.strerror or error}): make room there, or choose another folder"
+        told = OSError(sentence)
+        told.errno = error.errno
+        raise told from error
+
+
+def _sync_folder(folder: str) -> None:
+    """Have a new name on the disk too, where the file system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_npz(path: str, *arrays: tuple[tuple[int, ...], Any, Iterable[npt.NDArray[Any]]]) -> None:
@@ -74,12 +129,70 @@ def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
 
 
 def read_npz(path: str, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
-    """Chunks of `rows` rows of one array of an npz, without holding more than one of them."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(member)
-        for start in range(0, shape[0], rows):
-            size = (min(rows, shape[0] - start), *shape[1:])
-            data = member.read(math.prod(size) * dtype.itemsize)
-            yield np.frombuffer(data, dtype).reshape(size)
+    """Chunks of `rows` rows of one array of an npz, without holding more than one of them.
+
+    :raises ValueError: if it is no npz, has no such array, or is not whole.
+    """
+    with Npz(path) as archive:
+        yield from archive.chunks(name, rows)
+
+
+class Npz:
+    """The arrays of a local or remote npz that may be anybody's: their headers, and as many rows as are asked for.
+
+    :raises ValueError: if it is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._archive = untrusted.open_archive(path)
+        except ValueError as error:
+            raise self._refusal(str(error)) from error
+
+    def __enter__(self) -> Npz:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._archive.close()
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}.npy" in self._archive.NameToInfo
+
+    def header(self, name: str) -> untrusted.Header:
+        """Shape and type of an array, of which nothing is read."""
+        with self._opened(name) as (_, header):
+            return header
+
+    def chunks(self, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
+        """An array, `rows` rows at a time."""
+        with self._opened(name) as (member, header):
+            for start in range(0, header.shape[0], rows):
+                shape = (min(rows, header.shape[0] - start), *header.shape[1:])
+                yield untrusted.read_rows(member, shape, header.dtype)
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[IO[bytes], untrusted.Header]]:
+        if name not in self:
+            raise self._refusal(f"it holds no {name}")
+        try:
+            with self._archive.open(f"{name}.npy") as member:
+                header = untrusted.read_header(member)
+                if not header.shape or header.fortran:
+                    raise ValueError("it is no array of rows in the order of C")
+                yield member, header
+        except Exception as error:  # zipfile does not say what a damaged member leads it to
+            raise self._refusal(f"{name} cannot be read, {untrusted.reason(error)}") from error
+
+    def _refusal(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is no npz with rows of numbers ({reason}): make or copy it again")
+
+
+def holds(path: str, *arrays: tuple[tuple[int, ...], Any]) -> bool:
+    """Whether a file is there with arr_0, arr_1, ... of these shapes and types, by its directory and headers."""
+    try:
+        with Npz(path) as archive:
+            headers = [archive.header(f"arr_{number}") for number in range(len(arrays))]
+    except (OSError, ValueError):
+        return False
+    return [(header.shape, header.dtype) for header in headers] == [(shape, np.dtype(kind)) for shape, kind in arrays]

@@ -108,7 +108,8 @@ def _tile(images: Pixels, rows: int, columns: int, *, group: int, gap: int) -> P
 
 
 def _short(text: str) -> str:
-    """What PIL's own font can write of a name."""
+    """What PIL's own font can write of a name, in one line."""
+    text = " ".join(text.split())
     text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
     return text.encode("latin-1", "replace").decode("latin-1")
 

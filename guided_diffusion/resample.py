@@ -5,6 +5,7 @@ Shapes: T steps of the process, N images of a batch. Weights make the expected l
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -107,6 +108,8 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):
+            if not math.isfinite(loss):
+                continue  # one of them would be the whole of the distribution
             if self._counts[t] < self.history_per_term:
                 self._losses[t, self._counts[t]] = loss
                 self._counts[t] += 1

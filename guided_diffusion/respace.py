@@ -171,6 +171,7 @@ def _by_level(last: int, count: int, levels: NoiseLevels | None, spaced: Callabl
     return np.concatenate([[0], inner, [last]])
 
 
+MAX_STEPS = 10**6
 GRIDS: dict[str, Callable[[int, int, NoiseLevels | None], Array]] = {
     "trailing": _trailing,
     "linspace": _linspace,
@@ -189,6 +190,8 @@ def _named(num_timesteps: int, name: str, text: str, alphas_cumprod: npt.ArrayLi
     count = _count(text.removeprefix(name), text)
     if count < 1:
         raise ValueError(f"timestep_respacing {text!r} has no steps: write {name}1 or more")
+    if count > MAX_STEPS:
+        raise ValueError(f"timestep_respacing {text!r} has too many steps: write {name}{MAX_STEPS} or less")
     levels = None if alphas_cumprod is None else NoiseLevels(alphas_cumprod)
     if name in IN_LEVELS and levels is None:
         raise ValueError(f"timestep_respacing {text!r} depends on the noise schedule: give alphas_cumprod")

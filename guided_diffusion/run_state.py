@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import blobfile as bf
 import numpy as np
 import torch as th
 
@@ -16,22 +16,46 @@ from guided_diffusion.fp16_util import MixedPrecisionTrainer, unflatten_optimize
 from guided_diffusion.resample import ScheduleSampler
 
 
-def rng_state() -> dict[str, Any]:
-    """The states of the global generators of torch, numpy and random, as tensors and plain values."""
+def rng_state(device: th.device | None = None) -> dict[str, Any]:
+    """The states of the global generators of torch, numpy and random, and of a GPU, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
+    gpu = {"cuda": th.cuda.get_rng_state(device)} if device is not None and device.type == "cuda" else {}
     return {
         "torch": th.get_rng_state(),
         "numpy": [str(name), th.from_numpy(np.asarray(keys, np.int64)), *rest],
         "python": random.getstate(),
+        **gpu,
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any], device: th.device | None = None) -> None:
     """Put the global generators where `rng_state` found them."""
     th.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(state["python"])
+    if "cuda" in state and device is not None and device.type == "cuda":
+        th.cuda.set_rng_state(state["cuda"], device)
+
+
+def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of all ranks by rank; every rank must call it."""
+    if dist_util.world_size() == 1:
+        return [state]
+    file = io.BytesIO()
+    th.save(state, file)
+    parts = dist_util.gather(th.frombuffer(bytearray(file.getvalue()), dtype=th.uint8))
+    return [th.load(io.BytesIO(part.numpy().tobytes()), weights_only=True) for part in parts]
+
+
+def warn_of_long_averages(rates: Sequence[float], updates: int) -> None:
+    """Name the moving averages that are longer than a run of so many updates, 0 for one without end."""
+    for rate in rates:
+        if rate < 1 and 0 < updates < 1 / (1 - rate):
+            logger.warn(
+                f"EMA {rate} averages over about {1 / (1 - rate):.0f} updates and the run has {updates}: it will still "
+                "resemble the first weights; choose a smaller ema_rate"
+            )
 
 
 @dataclass
@@ -40,6 +64,7 @@ class RunState:
 
     :param ema_rate: rates of the moving averages in `ema_params`, one list of tensors each, in parameter order.
     :param lr: the learning rate before warm-up and annealing; None takes the optimizer file's.
+    :param global_batch: images per step, of all ranks.
     """
 
     trainer: MixedPrecisionTrainer
@@ -49,22 +74,22 @@ class RunState:
     schedule_sampler: ScheduleSampler
     data: Any
     lr: float | None
+    global_batch: int
 
     # ---- to files
 
-    def save(self, folder: str, step: int) -> None:
-        """Write the set of a step; its last file, the state, makes it complete. For rank 0 alone."""
+    def parts(self, step: int) -> dict[str, Any]:
+        """What each file of a set holds, by the name in front of the step, in the order in which they are written.
 
-        def write(name: str, value: Any) -> None:
-            path = str(bf.join(folder, f"{name}{step:06d}.pt"))
-            checkpoint.save(path, value)
-            logger.log(f"saved {path}")
-
-        write("model", self._weights(self.trainer.master_params))
-        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            write(f"ema_{rate}_", self._weights(params))
-        write("opt", self.opt.state_dict())
-        write("state", self._rest(step))
+        The weights come last: without them no reader takes a set for complete. Every rank must call it.
+        """
+        averages = zip(self.ema_rate, self.ema_params, strict=True)
+        return {
+            "state": self._rest(step),
+            **{f"ema_{rate}_": self._weights(params) for rate, params in averages},
+            "opt": self.opt.state_dict(),
+            "model": self._weights(self.trainer.master_params),
+        }
 
     def _weights(self, masters: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
         return {name: value.detach() for name, value in self.trainer.master_params_to_state_dict(masters).items()}
@@ -73,11 +98,16 @@ class RunState:
         return {
             "step": step,
             "lr": self.lr,
+            "global_batch": self.global_batch,
             "precision": self.trainer.state_dict(),
             "schedule_sampler": self.schedule_sampler.state_dict(),
             "data": self.data.state_dict() if hasattr(self.data, "state_dict") else {},
-            "rng": rng_state(),
+            "rng": _of_all_ranks(rng_state(self._device)),
         }
+
+    @property
+    def _device(self) -> th.device:
+        return self.trainer.master_params[0].device
 
     # ---- back
 
@@ -92,6 +122,7 @@ class RunState:
         step = int(state.get("step", files.step or 0))
         parts = [*self._restore_emas(files), *self._restore_optimizer(files.opt, state), *self._restore_rest(state)]
         logger.log(f"resuming at step {step}: weights from {files.model}; {'; '.join(parts)}")
+        self._compare(state)
         return step
 
     def _restore_emas(self, files: checkpoint.CheckpointSet) -> Iterator[str]:
@@ -113,9 +144,12 @@ class RunState:
         # Rates and decay are this run's: only the moments are taken from the file.
         state = unflatten_optimizer_state(saved["state"], self.trainer.model)
         self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
-        there = run.get("lr", saved["param_groups"][0]["lr"])  # older runs kept no more than the last step's
-        self.lr = there if self.lr is None else self.lr
-        yield "optimizer restored" + ("" if self.lr == there else f" with lr {self.lr:g} instead of its {there:g}")
+        group = saved["param_groups"][0]
+        there = {"lr": run.get("lr", group["lr"]), "weight_decay": group.get("weight_decay", 0.0)}
+        self.lr = there["lr"] if self.lr is None else self.lr  # older runs kept no more than the last step's
+        here = {"lr": self.lr, "weight_decay": self.opt.param_groups[0]["weight_decay"]}
+        other = [f"{name} {here[name]:g} instead of its {there[name]:g}" for name in here if here[name] != there[name]]
+        yield "optimizer restored" + (f" with {' and '.join(other)}" if other else "")
 
     def _restore_rest(self, state: dict[str, Any]) -> Iterator[str]:
         if state.get("precision"):
@@ -129,5 +163,28 @@ class RunState:
             yield "data position restored"
         else:
             yield "data position NOT restored, the data start anew"
-        if state and dist_util.world_size() == 1:
-            set_rng_state(state["rng"])
+        if "rng" in state:
+            yield from self._restore_generators(state["rng"])
+
+    def _restore_generators(self, saved: Any) -> Iterator[str]:
+        states = [saved] if isinstance(saved, dict) else list(saved)  # older runs kept those of rank 0
+        if len(states) == dist_util.world_size():
+            set_rng_state(states[dist_util.rank()], self._device)
+            yield "generators restored"
+        else:
+            yield "global generators NOT restored, as the number of ranks is another one"
+
+    def _compare(self, state: dict[str, Any]) -> None:
+        """Say what can no longer be exact, where a run goes on otherwise than it was begun."""
+        before, ranks = len(state["rng"]) if isinstance(state.get("rng"), list) else 0, dist_util.world_size()
+        if before not in (0, ranks):
+            logger.warn(
+                f"the number of ranks is {ranks} instead of {before}: with the same global batch, images, timesteps, "
+                "noise and dropped labels stay the same and sums are rounded otherwise, but dropout masks differ"
+            )
+        batch = state.get("global_batch", self.global_batch)
+        if batch != self.global_batch:
+            logger.warn(
+                f"the global batch is {self.global_batch} instead of {batch}: the images go on where they were, with "
+                "other timesteps and noise"
+            )

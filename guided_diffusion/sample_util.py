@@ -25,15 +25,17 @@ from guided_diffusion.gallery import draw_each, draw_grid
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.jobs import LISTED, Job, check_labels
 from guided_diffusion.loop import SampleOptions, network_calls
-from guided_diffusion.npz import fingerprint, read_npz, save_npz, write_npz
+from guided_diffusion.npz import PART, fingerprint, holds, read_npz, save_npz, write_npz
 from guided_diffusion.pictures import Pixels, can_draw, save_grid, to_uint8
 from guided_diffusion.respace import respaced, space_timesteps
 from guided_diffusion.samplers import make_sampler
 from guided_diffusion.seeds import image_generator, seeded
+from guided_diffusion.untrusted import parse_json, printable, read_file, reason
 
 Model = Callable[..., th.Tensor]
 
 PREVIEW_STEPS = 25
+REQUEST = "request.json"
 OWN_OPTIONS = ("noise", "generator", "model_kwargs")
 NOT_IN_THE_RESULT = ("device", "progress", "callback")
 
@@ -145,11 +147,12 @@ def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
 
     :raises ValueError: if the folder is another job's.
     """
-    path = job.file("request.json")
-    finished = os.path.exists(job.path)
+    path = job.file(REQUEST)
+    finished = _holds(job, job.path, job.num_samples)
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            _compare(json.load(file), manifest, job.out_dir)
+        _compare(_request_at(path), manifest, job.out_dir)
+        if os.path.exists(job.path) and not finished:
+            logger.warn(f"{job.path} was damaged after it was written: it is made again")
         return finished
     names = ("samples.png", "shards", *["images"] * job.save_images, *["film.png", "film.gif"] * (job.film > 0))
     for taken in (job.path, *(job.file(name) for name in names)):
@@ -159,10 +162,24 @@ def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
     return False
 
 
+def _request_at(path: str) -> dict[str, Any]:
+    try:
+        request = parse_json(read_file(path))
+        if not isinstance(request, dict):
+            raise ValueError("it names nothing")
+        return request
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not say whose samples lie there ({reason(error)}): give another --log_dir, or remove it"
+        ) from error
+
+
 def _compare(there: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:
     differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
     if differing:
-        words = ", ".join(f"{key} was {there.get(key)} and is {now.get(key)}" for key in differing[:4])
+        words = ", ".join(
+            f"{printable(key)} was {printable(str(there.get(key)))} and is {now.get(key)}" for key in differing[:4]
+        )
         more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise ValueError(f"{folder} holds the samples of another request ({words}{more}): give another --log_dir")
 
@@ -258,14 +275,20 @@ def _report(x: th.Tensor, batch: int) -> bool:
 
 
 def _is_whole(job: Job, batch: int) -> bool:
-    """Whether the shard of a batch is there; it was written whole or not at all."""
-    return os.path.exists(job.shard(batch))
+    """Whether the shard of a batch is there; one that a disk damaged since it was written counts as missing."""
+    return _holds(job, job.shard(batch), job.count(batch))
+
+
+def _holds(job: Job, path: str, images: int) -> bool:
+    """Whether a file has that many images of the job, and their labels."""
+    labels = [((images,), np.int64)] if job.labelled else []
+    return holds(path, ((images, *job.stored_shape[1:]), np.uint8), *labels)
 
 
 def merge(job: Job) -> None:
-    """Put the shards together, batch by batch, and remove them.
+    """Put the shards together, batch by batch.
 
-    :raises ValueError: if one is missing.
+    :raises ValueError: if one is missing or damaged.
     """
     missing = [batch for batch in range(job.batches) if not _is_whole(job, batch)]
     if missing:
@@ -276,10 +299,22 @@ def merge(job: Job) -> None:
 
     def column(name: str) -> Iterator[npt.NDArray[Any]]:
         for batch in range(job.batches):
-            yield from read_npz(job.shard(batch), name, job.batch_size)
+            yield from _shard(job, batch, name)
 
     labels = [((job.num_samples,), np.int64, column("arr_1"))] if job.labelled else []
     write_npz(job.path, (job.stored_shape, np.uint8, column("arr_0")), *labels)
+
+
+def _shard(job: Job, batch: int, name: str) -> Iterator[npt.NDArray[Any]]:
+    """One array of the shard of a batch."""
+    path = job.shard(batch)
+    try:
+        yield from read_npz(path, name, job.batch_size)
+    except ValueError as error:
+        os.remove(path)
+        raise ValueError(
+            f"{path} was damaged after it was written ({error}): it is removed, run the same command again"
+        ) from error
 
 
 def _draw_pictures(job: Job) -> None:
@@ -293,7 +328,17 @@ def _draw_pictures(job: Job) -> None:
         if job.save_images:
             draw_each(job.file("images"), job.path, labelled=job.labelled, rank=rank, world_size=world_size)
     if rank == 0:
-        shutil.rmtree(job.file("shards"), ignore_errors=True)
+        _tidy(job)
+
+
+def _tidy(job: Job) -> None:
+    """Remove the shards, and what runs that were killed left half written."""
+    shutil.rmtree(job.file("shards"), ignore_errors=True)
+    ours = (os.path.basename(job.path), REQUEST)
+    for name in os.listdir(job.out_dir):
+        stem, part, _ = name.partition(PART)
+        if part and stem in ours:
+            os.remove(job.file(name))
 
 
 def preview(

@@ -21,6 +21,7 @@ import torch as th
 import torch.nn.functional as F
 
 from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion.bad_steps import BadSteps
 from guided_diffusion.config import parse_rates
 from guided_diffusion.draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
@@ -28,14 +29,13 @@ from guided_diffusion.interruption import Interruption
 from guided_diffusion.meter import Meter, gather_losses, log_loss_dict as log_loss_dict
 from guided_diffusion.nn import update_ema
 from guided_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
-from guided_diffusion.run_state import RunState
+from guided_diffusion.run_state import RunState, warn_of_long_averages
 from guided_diffusion.sample_util import evaluating
+from guided_diffusion.saving import Saver, agree, skip_batches
 from guided_diffusion.seeds import seeded
 
 Cond = Mapping[str, th.Tensor]
 Preview = Callable[[th.nn.Module, int], object]
-
-MOST_SKIPPED = 50  # steps in a row without a finite gradient: fp16 may need 20 to find its loss scale
 
 
 # ---- the originals' functions
@@ -80,11 +80,13 @@ class TrainLoop:
     :param max_steps: updates after which the run stops; 0: without end.
     :param warmup_steps: updates over which the learning rate rises.
     :param keep_last: how many checkpoints stay in the folder; 0: all.
+    :param async_save: write checkpoints while training goes on.
     :param val_data: as `data`; its first `val_batches` batches are measured every `val_interval` updates, always with
         the same noise.
     :param preview: called as preview(model, updates) every `sample_interval` updates, on rank 0.
     :param progress: show a progress bar on stderr.
     :param config: what is saved as config.json beside the checkpoints.
+    :param max_bad_steps: skipped steps in a row after which the run ends; 0: it never does.
     :param class_dropout: probability that a label becomes the null_label of the model, never in validation.
     """
 
@@ -123,13 +125,16 @@ class TrainLoop:
         progress: bool = False,
         config: Mapping[str, Any] | None = None,
         class_dropout: float = 0.0,
+        max_bad_steps: int = 50,
+        async_save: bool = False,
     ) -> None:
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.warmup_steps = lr, lr_anneal_steps, warmup_steps
-        self.weight_decay, self.max_steps = weight_decay, max_steps
+        self.weight_decay, self.max_steps, self.max_bad_steps = weight_decay, max_steps, max_bad_steps
         self.ema_rate = parse_rates(ema_rate)
-        self.log_interval, self.save_interval, self.keep_last = log_interval, save_interval, keep_last
+        self.log_interval, self.save_interval = log_interval, save_interval
+        self.saver = Saver(asynchronous=async_save, keep_last=keep_last)
         self.val_data, self.val_interval, self.val_batches = val_data, val_interval, val_batches
         self.sample_interval, self.preview = sample_interval, preview
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
@@ -161,13 +166,14 @@ class TrainLoop:
         if files is not None:
             state = self._state()
             self.resume_step = state.restore(files)
-            self.lr = state.lr
+            self.lr, self.saver.source = state.lr, files.model
         if self.lr is None:
             raise ValueError("lr is None, and there is no optimizer file to take it from: give a learning rate")
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
         self._val_cache: list[Any] = []
         self._batches, self._saved = iter(self.data), self.updates
         self.meter = Meter(self.global_batch, done=self.updates, total=self.limit, progress=progress)
+        self.bad_steps = BadSteps(self.max_bad_steps, self.mp_trainer, self.data, self.meter)
 
     # ---- counting
 
@@ -190,7 +196,7 @@ class TrainLoop:
 
     def _load_and_sync_parameters(self) -> checkpoint.CheckpointSet | None:
         """Load the weights to go on from, on every rank; without any, every rank takes those of rank 0."""
-        files = checkpoint.find_set(self.resume_checkpoint) if self.resume_checkpoint else None
+        files = agree(self.resume_checkpoint)
         if files is not None:
             checkpoint.load_weights(self.model, files.model, (self.config or {}).get("flags", {}))
         dist_util.sync_params(self.model.parameters())
@@ -198,23 +204,21 @@ class TrainLoop:
 
     def _state(self) -> RunState:
         sampler = self.schedule_sampler
-        return RunState(self.mp_trainer, self.opt, self.ema_rate, self.ema_params, sampler, self.data, self.lr)
+        averages = self.ema_rate, self.ema_params
+        return RunState(self.mp_trainer, self.opt, *averages, sampler, self.data, self.lr, self.global_batch)
 
     def save(self) -> None:
         """Write the checkpoint of the updates made so far; every rank calls it, rank 0 writes."""
-        if dist_util.rank() == 0:
-            self._state().save(get_blob_logdir(), self.updates)
-            checkpoint.keep_last(get_blob_logdir(), self.keep_last)
-        dist_util.barrier()
+        self.saver.save(self._state(), get_blob_logdir(), self.updates)
         self._saved = self.updates
 
     # ---- the loop
 
     def run_loop(self) -> None:
-        """Train until the limit, for ever without one; SIGINT and SIGTERM end it after a step, saved."""
+        """Train until the limit, for ever without one; SIGINT, SIGTERM and SIGUSR1 end it after a step, saved."""
         self._announce()
         interruption, stopped = Interruption(), False
-        with self.meter, interruption:
+        with self.meter, interruption, self.saver:
             while not (self.done or stopped):
                 batch, cond = self._next_batch()
                 self.run_step(batch, cond)
@@ -222,7 +226,7 @@ class TrainLoop:
                 self.meter.step_done()
                 self._after_step()
                 tested = bool(os.environ.get("DIFFUSION_TRAINING_TEST")) and self._saved == self.updates
-                stopped = tested or interruption.requested(together=self._is_due(self.log_interval))
+                stopped = tested or interruption.requested(self.updates)
             self._dump()
             if self._saved != self.updates:
                 self.save()
@@ -230,6 +234,8 @@ class TrainLoop:
 
     def _announce(self) -> None:
         """Say what will be trained and how, and save the config."""
+        if self.resume_step:
+            logger.rewind(self.resume_step)
         trained = sum(param.numel() for param in self.mp_trainer.master_params if param.requires_grad)
         ranks = dist_util.world_size()
         logger.log(
@@ -239,12 +245,7 @@ class TrainLoop:
         )
         if not hasattr(self.data, "state_dict"):
             logger.log("the data iterator has no state_dict(): a resumed run will not know its position")
-        for rate in self.ema_rate:
-            if rate < 1 and 0 < self.limit < 1 / (1 - rate):
-                logger.warn(
-                    f"EMA {rate} averages over about {1 / (1 - rate):.0f} updates and the run has {self.limit}: it "
-                    "will still resemble the first weights; choose a smaller ema_rate"
-                )
+        warn_of_long_averages(self.ema_rate, self.limit)
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
         if self.config is not None and dist_util.rank() == 0:
@@ -268,13 +269,13 @@ class TrainLoop:
         with seeded(self.seed + TRAINING, key, self.device):
             self.forward_backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
+            self.bad_steps.in_a_row = 0
             self._update_ema()
             self._update_sampler()
-        elif self.mp_trainer.skipped_in_a_row >= MOST_SKIPPED:
-            raise ValueError(
-                f"no finite gradient in {MOST_SKIPPED} steps in a row, up to step {self.updates}: resume from the last "
-                "checkpoint with a lower --lr, --grad_clip or --precision bf16"
-            )
+        elif self.bad_steps.skipped(self.updates + 1, cond, self._losses_at):
+            self.saver.wait()
+            dist_util.barrier()  # no rank ends before rank 0 has written
+            raise self.bad_steps.error(self.updates + 1, get_blob_logdir(), self.resume_checkpoint)
         self.log_step()
 
     def forward_backward(self, batch: th.Tensor, cond: Cond) -> None:
@@ -352,8 +353,9 @@ class TrainLoop:
         if self._is_due(self.log_interval):
             self._dump()
         if self._is_due(self.save_interval):
-            with self.meter.paused():
+            with self.meter.saving():
                 self.save()
+        self.saver.poll()
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.updates % interval == 0
@@ -423,6 +425,7 @@ class ClassifierTrainLoop(TrainLoop):
     def __init__(self, *, noised: bool = True, **keywords: Any) -> None:
         self.noised = noised
         super().__init__(**keywords)
+        skip_batches(self.val_data, self.resume_step // max(1, self.val_interval))
 
     def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False) -> Draw:
         draw = super()._draw(batch, index, validation=validation)

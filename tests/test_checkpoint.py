@@ -43,7 +43,7 @@ def test_a_bucket_gets_whole_files_through_blobfile(monkeypatch):
     class Blob(io.BytesIO):
         written: ClassVar[dict[str, bytes]] = {}
 
-        def __init__(self, path, mode):
+        def __init__(self, path, mode, partial_writes_on_exc):
             super().__init__()
             self.path = path
 

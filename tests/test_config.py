@@ -35,11 +35,14 @@ BEYOND = {
     "device": "",  # a GPU where there is one
     "class_from": "auto",  # their rule, the file name, wherever it is not contradicted by folders
     "num_workers": 2,  # changes no number
+    "on_bad_image": "error",  # the originals end with Pillow's own error
     "random_crop": False,
     "random_flip": True,
     "warmup_steps": 0,
     "grad_clip": 0.0,
+    "max_bad_steps": 50,  # the originals trained on with numbers that are none
     "keep_last": 0,
+    "async_save": True,  # the same files, written while training goes on
     "val_data_dir": "",
     "val_interval": 1000,  # of no effect without val_data_dir
     "max_steps": 0,

@@ -110,15 +110,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(precision, bad):
     trainer.zero_grad()
     trainer.backward(loss_of(model) * bad)
     assert not trainer.optimize(opt)
-    assert trainer.skipped_in_a_row == 1
+    assert trainer.fault == "loss"
     after = (model.state_dict(), trainer.master_params, opt.state_dict())
     th.testing.assert_close(after, before, atol=0, rtol=0)
     assert trainer.lg_loss_scale == scale - (precision == "fp16")
     train(trainer, opt, 1)
-    assert trainer.skipped_in_a_row == 0
+    assert trainer.fault == ""
 
 
-def test_the_loss_scale_falls_by_one_never_below_zero_and_grows_slowly():
+def test_the_loss_scale_falls_by_one_never_below_zero_which_is_said_once_and_grows_slowly(tmp_path):
+    logger.configure(dir=str(tmp_path), format_strs=["log"])
     model, trainer, opt = make("fp16", initial_lg_loss_scale=2.5, fp16_scale_growth=0.25)
     seen = []
     for _ in range(4):
@@ -127,11 +128,39 @@ def test_the_loss_scale_falls_by_one_never_below_zero_and_grows_slowly():
         trainer.optimize(opt)
         seen.append(trainer.lg_loss_scale)
     assert seen == [1.5, 0.5, 0, 0]
+    said = (tmp_path / "log.txt").read_text()
+    assert said.count("the loss scale is 2^0 and falls no further") == 1
     train(trainer, opt, 2)
     assert trainer.lg_loss_scale == 0.5
     _, other, _ = make("fp16")
     other.load_state_dict(trainer.state_dict())
     assert other.lg_loss_scale == 0.5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_step_is_skipped_for_its_loss_its_gradient_or_its_weights(precision):
+    """A loss that is not finite counts where its gradient is; and of several backward passes each counts."""
+    model, trainer, opt = make(precision)
+
+    def fault(*losses):
+        trainer.zero_grad()
+        for loss in losses:
+            trainer.backward(loss)
+        return "" if trainer.optimize(opt) else trainer.fault
+
+    good = loss_of(model)
+    assert fault(good) == ""
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        assert fault(loss_of(model) + bad) == "loss"
+        assert fault(loss_of(model) + bad, loss_of(model)) == fault(loss_of(model), loss_of(model) + bad) == "loss"
+    root = (model.head.bias[0] - model.head.bias[0].detach()).abs().sqrt()  # 0, and its derivative infinite times 0
+    assert fault(loss_of(model) + root) == "gradient"
+    assert trainer.only_scaled == (precision == "fp16")
+    assert fault(loss_of(model)) == ""
+    assert not trainer.only_scaled
+    with th.no_grad():
+        trainer.master_params[0][0, 0] = 1e20
+    assert fault(loss_of(model)) == "weight norm"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

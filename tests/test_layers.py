@@ -12,16 +12,16 @@ ROOT = Path(__file__).parent.parent / "guided_diffusion"
 
 # a module imports only from modules before it
 ORDER = [
-    *["config", "launchers", "cli", "nn", "losses", "log_writers", "logger", "dist_util", "seeds", "npz", "pictures"],
-    *["gallery", "film"],
-    *["schedules", "steps", "solvers", "samplers", "loop", "prediction", "guidance", "editing", "surfaces"],
-    *["forward_process", "gaussian_diffusion", "respace", "resample", "blocks", "unet"],
-    *["fp16_util", "image_files", "image_labels", "image_datasets", "init_images", "architecture", "checkpoint"],
-    *["draws", "meter"],
-    *["interruption", "run_state", "jobs", "sample_util", "train_util", "script_util", "commands"],
+    *["config", "launchers", "heartbeat", "cli", "nn", "losses", "log_writers", "logger", "dist_util", "seeds"],
+    *["untrusted", "npz", "pictures", "gallery", "film", "schedules", "steps", "solvers", "samplers", "loop"],
+    *["prediction", "guidance", "editing", "surfaces", "forward_process", "gaussian_diffusion", "respace"],
+    *["resample", "blocks", "unet", "fp16_util", "interruption", "crops", "image_files", "image_labels"],
+    *["image_order", "image_datasets", "init_images", "architecture", "manifest", "checkpoint", "draws"],
+    *["meter", "bad_steps", "run_state", "saving", "jobs", "sample_util", "train_util", "script_util"],
+    *["commands"],
 ]
 NEVER_LOG = ORDER[: ORDER.index("fp16_util")]
-WITHOUT_TORCH = ["__init__", "config", "cli", "launchers", "log_writers"]
+WITHOUT_TORCH = ["__init__", "config", "cli", "launchers", "heartbeat", "log_writers"]
 MODULES = {
     path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in ROOT.rglob("*.py")
 }

@@ -303,6 +303,44 @@ def test_files_are_appended_to_and_never_emptied(tmp_path):
     assert (tmp_path / "progress.csv").read_text() == "a\n0\n1\n"
 
 
+def test_rewinding_drops_what_will_be_written_again_and_rows_that_were_not_finished(tmp_path):
+    logger.configure(str(tmp_path), ["csv", "json", "log"])
+    for row in ({"loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 4, "note": "a\nb"}, {"step": 6}):
+        logger.logkvs(row)
+        logger.dumpkvs()
+    for name, torn in (("progress.csv", "0.1,3"), ("progress.json", '{"step": 3')):
+        with open(tmp_path / name, "a") as file:
+            file.write(torn)
+    table = (tmp_path / "log.txt").read_text()
+    logger.rewind(4)
+    assert (tmp_path / "progress.csv").read_text() == 'loss,step,note\n1.0,,\n0.5,2,\n,4,"a\nb"\n'
+    lines = (tmp_path / "progress.json").read_text().splitlines()
+    assert [json.loads(line).get("step") for line in lines] == [None, 2, 4]
+    logger.logkv("step", 5)
+    logger.dumpkvs()
+    logger.rewind(2)
+    assert (tmp_path / "progress.csv").read_text() == "loss,step,note\n1.0,,\n0.5,2,\n"
+    assert (tmp_path / "log.txt").read_text().startswith(table)
+    logger.rewind(0)
+    assert (tmp_path / "progress.csv").read_text() == "loss,step,note\n1.0,,\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "progress.csv", "progress.json"]
+
+
+def test_rewinding_stands_damaged_lines(tmp_path):
+    (tmp_path / "progress.json").write_text('rubbish\n[1]\n{"step": 9}\n')
+    (tmp_path / "progress.csv").write_text("loss,step\n1\n\n1,nan\n1,9\n")
+    logger.configure(str(tmp_path), ["csv", "json"])
+    logger.rewind(3)
+    assert (tmp_path / "progress.json").read_text() == "rubbish\n[1]\n"
+    assert (tmp_path / "progress.csv").read_text() == "loss,step\n1\n\n1,nan\n"
+
+
+def test_a_full_disk_is_named(tmp_path):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"log.txt cannot be written \(No space left on device\): make room"):
+        logger.configure(str(tmp_path), ["log"])
+
+
 def test_an_impossible_folder_is_answered_by_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(

@@ -115,6 +115,70 @@ def test_a_lost_shard_is_made_again_and_no_other(model: UNetModel, whole: bytes,
     assert Path(started.path).read_bytes() == whole
 
 
+def cut(path: str) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) // 2])
+
+
+def empty(path: str) -> None:
+    Path(path).write_bytes(b"")
+
+
+def of_another_size(path: str) -> None:
+    save_npz(path, np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int64))
+
+
+def without_labels_there(path: str) -> None:
+    with np.load(path) as saved:
+        images = saved["arr_0"]
+    save_npz(path, images)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, of_another_size, without_labels_there])
+def test_a_damaged_shard_counts_as_missing(
+    model: UNetModel, whole: bytes, tmp_path: Path, damage: Callable[[str], None]
+) -> None:
+    started = job(tmp_path, num_classes=5)
+    make_shards(STEPS, model, started)
+    damage(started.shard(1))
+    with pytest.raises(ValueError, match=r"1 of 3 batches are missing in .*, the first is 1"):
+        merge(started)
+    make_shards(STEPS, model, started)
+    merge(started)
+    assert Path(started.path).read_bytes() == whole
+
+
+def test_altered_bits_are_seen_when_a_large_shard_is_read(tmp_path: Path) -> None:
+    data, large = GaussianData(STEPS), job(tmp_path, shape=(3, 64, 64))
+    make_shards(STEPS, data, large, device="cpu")
+    content = Path(large.shard(1)).read_bytes()
+    altered = bytearray(content)
+    altered[-1000] ^= 1
+    Path(large.shard(1)).write_bytes(altered)
+    message = r"000001\.npz was damaged after it was written .*: it is removed, run the same command again"
+    with pytest.raises(ValueError, match=message):
+        merge(large)
+    assert not os.path.exists(large.path)
+    make_shards(STEPS, data, large, device="cpu")
+    assert Path(large.shard(1)).read_bytes() == content
+    merge(large)
+
+
+def test_a_damaged_result_is_made_again(model: UNetModel, whole: bytes, tmp_path: Path) -> None:
+    one = job(tmp_path, num_classes=5)
+    cut(generate(STEPS, model, one))
+    assert Path(generate(STEPS, model, one)).read_bytes() == whole
+
+
+def test_what_killed_runs_left_half_written_is_removed(model: UNetModel, tmp_path: Path) -> None:
+    one = job(tmp_path, num_classes=5)
+    others = ("notes.part-1", f"{os.path.basename(one.path)}.bak")
+    for name in (f"{os.path.basename(one.path)}.part-12", "request.json.part-345", *others):
+        (tmp_path / name).write_bytes(b"half")
+    path = generate(STEPS, model, one)
+    assert set(os.listdir(tmp_path)) == {"request.json", "samples.png", os.path.basename(path), *others}
+
+
 class Interruption(Exception):
     """Stands for a killed process."""
 

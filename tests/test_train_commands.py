@@ -85,7 +85,8 @@ def test_a_run_leaves_everything_that_sampling_needs(tmp_path, pictures, monkeyp
     out = tmp_path / "run"
     more = {"max_steps": 2, "sample_interval": 2, "precision": "bf16", "log_dir": out, "data_dir": pictures}
     image_train.main(command_line(**flags, **more))
-    names = ["model000002.pt", "ema_0.5_000002.pt", "opt000002.pt", "state000002.pt", "config.json", "classes.json"]
+    names = ["model000002.pt", "ema_0.5_000002.pt", "opt000002.pt", "state000002.pt", "set000002.json"]
+    names += ["config.json", "classes.json"]
     assert set(names) | {"log.txt", "progress.csv", "previews"} == set(os.listdir(out))
     config = json.loads((out / "config.json").read_text())
     assert (config["command"], config["flags"]["class_cond"], config["flags"]["lr"]) == ("image_train", True, 1e-4)
@@ -112,6 +113,53 @@ def test_auto_begins_a_run_and_later_goes_on_with_it(tmp_path, pictures):
     for steps in (1, 2):
         image_train.main(command_line(**flags, max_steps=steps))
     assert column(tmp_path / "run", "step") == [1, 2]
+
+
+def test_auto_takes_the_newest_complete_checkpoint_and_overwrites_what_is_none(tmp_path, pictures):
+    """As processes leave it that were killed while saving, and as a disk leaves it that lost bytes."""
+    out = tmp_path / "run"
+    flags = {**TINY, "resume_checkpoint": "auto", "log_dir": out, "data_dir": pictures, "batch_size": 4}
+    flags |= {"save_interval": 1, "max_steps": 3}
+    image_train.main(command_line(**flags))
+    whole = {name: (out / name).read_bytes() for name in os.listdir(out) if name.endswith((".pt", ".json"))}
+
+    def rerun(said):
+        before = (out / "log.txt").read_text() if (out / "log.txt").exists() else ""
+        image_train.main(command_line(**flags))
+        assert said in (out / "log.txt").read_text().removeprefix(before)
+        assert column(out, "step") == [1, 2, 3]
+        assert {name: (out / name).read_bytes() for name in whole if name != "config.json"} == {
+            name: content for name, content in whole.items() if name != "config.json"
+        }
+
+    rerun("nothing to do")
+    os.remove(out / "set000003.json")
+    os.remove(out / "model000003.pt")
+    rerun("the checkpoint of step 3 is passed over: it was not finished")
+    (out / "opt000003.pt").write_bytes(bytes(len(whole["opt000003.pt"])))
+    rerun("the checkpoint of step 3 is passed over: opt000003.pt was altered")
+    for name in [name for name in whole if name.startswith(("set", "model", "opt"))]:
+        os.remove(out / name)
+    with open(out / "progress.csv", "a") as file:
+        file.write("0.5,4")  # a row that was not finished
+    rerun("the checkpoint of step 1 is passed over: it has no model file")
+
+
+def test_a_folder_whose_newest_checkpoint_is_damaged_goes_on_by_its_name_too(tmp_path, pictures, capsys):
+    out = tmp_path / "run"
+    flags = {**TINY, "log_dir": out, "data_dir": pictures, "batch_size": 4, "async_save": False}
+    image_train.main(command_line(**flags, max_steps=2, save_interval=1))
+    path = out / "model000002.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    message = refused(capsys, image_train.main, **flags, max_steps=3, resume_checkpoint=path)
+    assert "belongs to a damaged checkpoint, model000002.pt has" in message
+    assert "up to step 2: give --resume_checkpoint" in refused(capsys, image_train.main, **flags, max_steps=3)
+    image_train.main(command_line(log_dir=out, max_steps=3, resume_checkpoint=out))
+    assert column(out, "step") == [1, 2, 3]
+    os.remove(out / "set000001.json"), os.remove(out / "model000003.pt"), path.write_bytes(b"")
+    os.remove(out / "model000001.pt")
+    message = refused(capsys, image_train.main, log_dir=out, max_steps=3, resume_checkpoint=out)
+    assert "holds no complete checkpoint, the checkpoint of step 3 is passed over: model000003.pt is missing" in message
 
 
 def test_a_classifier_is_trained_and_measured(tmp_path, pictures):

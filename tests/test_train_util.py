@@ -3,7 +3,11 @@
 import csv
 import itertools
 import os
+import random
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,10 +97,10 @@ def files(folder, suffix=".pt"):
     return sorted(name for name in os.listdir(folder) if name.endswith(suffix))
 
 
-def assert_same_files(one, other, step):
+def assert_same_files(one, other, step, least=4):
     """Every file of a step's set holds the same bits in both folders."""
     names = [name for name in files(one) if f"{step:06d}" in name]
-    assert len(names) >= 4
+    assert len(names) >= least
     for name in names:
         a, b = checkpoint.load(os.path.join(one, name)), checkpoint.load(os.path.join(other, name))
         a.pop("rng", None), b.pop("rng", None)
@@ -158,6 +162,17 @@ def test_a_classifier_of_three_classes_learns_them(tmp_path, pictures):
     }  # clean images are at t = 0
     assert files(tmp_path) == ["model000025.pt", "opt000025.pt", "state000025.pt"]
 
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    for folder, steps in ((straight, 4), (parts, 2), (parts, 4)):
+        data, val_data = (stream(pictures, 6, class_cond=True, random_flip=flip) for flip in (True, False))
+        th.manual_seed(6)
+        options = {"network": build_classifier(config), "val_data": val_data, "val_interval": 1, "max_steps": steps}
+        options["resume_checkpoint"] = str(parts) if (folder, steps) == (parts, 4) else ""
+        make(folder, data, kind=ClassifierTrainLoop, batch_size=6, ema_rate="", **options).run_loop()
+    assert_same_files(straight, parts, 4, least=3)
+    for name in ("train_loss", "val_loss", "val_acc@1"):
+        assert column(straight, name) == column(parts, name)
+
     noisy = make(tmp_path / "noisy", loop.data, kind=ClassifierTrainLoop, network=loop.model, ema_rate="", batch_size=6)
     noisy.run_loop()
     assert {f"train_acc@1_q{quarter}" for quarter in range(4)} <= set(rows(tmp_path / "noisy")[0])
@@ -207,7 +222,174 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, pictures, p
     assert {value.dtype for value in weights.values()} == {th.float32}
 
 
-@pytest.mark.parametrize("name", ["ema_0.5_000002.pt", "opt000002.pt", "state000002.pt"])
+class Doomed:
+    """A stream that gives so many batches, and then does `end`."""
+
+    def __init__(self, data, count, end):
+        self.data, self.count, self.end = data, count, end
+        self.state_dict, self.load_state_dict = data.state_dict, data.load_state_dict
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.count == 0:
+            self.end()
+        self.count -= 1
+        return next(self.data)
+
+
+def fall():
+    raise KeyboardInterrupt
+
+
+def train_at_once_and_in_parts(folder, pictures, *, batch_size=4, **options):
+    """Six steps in folder/straight; in folder/parts they end after three and after five, and go on from two and four.
+
+    Everything that a run can hold is in use.
+    """
+
+    def train(name, data, **more):
+        sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=1)
+        sampler._counts[:] = 1  # it draws by losses from the first step on
+        sampler._losses[:] = np.linspace(1, 2, 40)[:, None]
+        usual = {"ema_rate": "0.5,0.9,0.999", "warmup_steps": 2, "lr_anneal_steps": 9, "max_steps": 6}
+        usual |= {"save_interval": 2, "class_dropout": 0.3, "weight_decay": 0.01, "grad_clip": 1.0, "keep_last": 2}
+        usual |= {"network": labelled(dropout=0.2), "batch_size": batch_size, "microbatch": batch_size - 1}
+        usual |= {"val_data": stream(pictures, batch_size, class_cond=True, seed=1), "val_interval": 2}
+        loop = make(folder / name, data, schedule_sampler=sampler, **usual, **options, **more)
+        loop.run_loop()
+        return loop
+
+    def data():
+        return stream(pictures, batch_size, class_cond=True)
+
+    train("straight", data())
+    for resume in ("", str(folder / "parts")):
+        with pytest.raises(KeyboardInterrupt):
+            train("parts", Doomed(data(), 3, fall), resume_checkpoint=resume)
+    return train("parts", data(), resume_checkpoint=str(folder / "parts"))
+
+
+def assert_same_bytes(one, other):
+    """Every checkpoint of a folder, manifests included, and the numbers of the log."""
+    names = files(one) + files(one, ".json")
+    assert len(names) == 2 * 7
+    assert names == files(other) + files(other, ".json")
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    for name in ("step", "samples", "loss", "mse", "lr", "grad_norm", "param_norm"):
+        assert column(one, name) == column(other, name)
+
+
+@pytest.mark.parametrize(
+    ("precision", "async_save"), [("fp32", False), ("fp32", True), ("fp16", True), ("bf16", False)]
+)
+def test_a_run_that_falls_and_goes_on_twice_leaves_the_bytes_of_an_unbroken_one(
+    tmp_path, pictures, precision, async_save
+):
+    loop = train_at_once_and_in_parts(tmp_path, pictures, precision=precision, async_save=async_save)
+    assert loop.resume_step == 4
+    assert_same_bytes(tmp_path / "straight", tmp_path / "parts")
+    assert "NOT restored" not in text(tmp_path / "parts")
+    assert column(tmp_path / "parts", "step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_newest_checkpoint_is_damaged_and_the_one_before_is_taken(tmp_path, pictures):
+    make(tmp_path / "straight", stream(pictures), max_steps=4, save_interval=2).run_loop()
+    make(tmp_path / "parts", stream(pictures), max_steps=4, save_interval=2).run_loop()
+    path = tmp_path / "parts" / "opt000004.pt"
+    path.write_bytes(path.read_bytes()[:-100] + bytes(100))
+    loop = make(tmp_path / "parts", stream(pictures), max_steps=4, resume_checkpoint=str(tmp_path / "parts"))
+    assert loop.resume_step == 2
+    loop.run_loop()
+    assert "the checkpoint of step 4 is passed over: opt000004.pt was altered" in text(tmp_path / "parts")
+    assert_same_files(tmp_path / "straight", tmp_path / "parts", 4)
+    assert column(tmp_path / "parts", "step") == [1, 2, 3, 4]
+
+
+def test_the_global_generators_go_on(tmp_path, pictures):
+    """Data of a foreign iterator may come from them."""
+
+    def random_data():
+        while True:
+            yield th.randn(4, 3, 8, 8) + random.random() + np.random.rand(), {}
+
+    def train(name, steps, **options):
+        loop = make(tmp_path / name, random_data(), max_steps=steps, **options)
+        loop.run_loop()
+
+    random.seed(1), np.random.seed(1)
+    train("straight", 4)
+    random.seed(1), np.random.seed(1)
+    train("parts", 2)
+    random.seed(2), np.random.seed(2)
+    train("parts", 4, resume_checkpoint=str(tmp_path / "parts"))
+    assert column(tmp_path / "straight", "loss") == column(tmp_path / "parts", "loss")
+    assert (tmp_path / "straight" / "state000004.pt").read_bytes() == (
+        tmp_path / "parts" / "state000004.pt"
+    ).read_bytes()
+
+
+ON_TWO_RANKS = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_train_util as tests
+from guided_diffusion import dist_util, interruption
+
+folder, pictures = Path(sys.argv[2]), sys.argv[3]
+
+
+def interrupt_rank_1():
+    if dist_util.rank() == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def main():
+    dist_util.setup_dist(device="cpu")
+    loop = tests.train_at_once_and_in_parts(folder, pictures, batch_size=2, async_save=True)
+    assert loop.resume_step == 4
+    interruption.ASK_EVERY = 0.0
+    tests.logger.configure(dir=str(folder / "stopped"), format_strs=[])
+    data = tests.Doomed(tests.stream(pictures, 2), 3, interrupt_rank_1)
+    loop = tests.make(folder / "stopped", data, batch_size=2, max_steps=0)
+    try:
+        loop.run_loop()
+    except SystemExit as end:
+        print(f"rank {dist_util.rank()} ends with {end.code} after {loop.updates}", flush=True)
+
+
+dist_util.run(main)
+"""
+
+
+def test_two_ranks_fall_and_go_on_to_the_bit_and_stop_together(tmp_path, pictures):
+    """One of two ranks gets a signal: both stop after the same step, saved. One rank goes on with the work of two."""
+    program = tmp_path / "program.py"
+    program.write_text(ON_TWO_RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [*torchrun, str(program), str(Path(__file__).parent), str(tmp_path), pictures]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_bytes(tmp_path / "straight", tmp_path / "parts")
+    assert len(checkpoint.load(str(tmp_path / "parts" / "state000006.pt"))["rng"]) == 2
+    for rank in (0, 1):
+        assert f"rank {rank} ends with {128 + signal.SIGUSR1} after 4" in done.stdout
+    assert files(tmp_path / "stopped") == sorted(f"{kind}000004.pt" for kind in ("model", "ema_0.5_", "opt", "state"))
+
+    for name, size in (("one", 4), ("smaller", 2)):
+        folder = tmp_path / name
+        options = {"resume_checkpoint": str(tmp_path / "stopped"), "batch_size": size, "max_steps": 5}
+        make(folder, stream(pictures, size), **options).run_loop()
+        assert "the number of ranks is 1 instead of 2: with the same global batch" in text(folder)
+        assert ("the global batch is 2 instead of 4" in text(folder)) == (name == "smaller")
+        assert "global generators NOT restored" in text(folder)
+    make(tmp_path / "whole", stream(pictures), max_steps=5).run_loop()
+    assert column(tmp_path / "one", "loss")[-1] == pytest.approx(column(tmp_path / "whole", "loss")[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ema_0.5_000002.pt", "opt000002.pt", "state000002.pt", "set000002.json"])
 def test_any_file_of_the_set_resumes_the_run(tmp_path, pictures, name):
     make(tmp_path, stream(pictures), max_steps=2).run_loop()
     loop = make(tmp_path, stream(pictures), resume_checkpoint=str(tmp_path / name))
@@ -242,9 +424,12 @@ def test_what_is_missing_is_said(tmp_path, pictures):
 
 def test_the_learning_rate_that_is_given_wins_and_none_takes_the_files(tmp_path, pictures):
     make(tmp_path, stream(pictures), lr=3e-3, warmup_steps=100).run_loop()
-    given = make(tmp_path, stream(pictures), lr=1e-5, resume_checkpoint=str(tmp_path), max_steps=4)
+    options = {"lr": 1e-5, "weight_decay": 0.1, "max_steps": 4}
+    given = make(tmp_path, stream(pictures), resume_checkpoint=str(tmp_path), **options)
     given.run_loop()
-    assert "optimizer restored with lr 1e-05 instead of its 0.003" in text(tmp_path)
+    said = "optimizer restored with lr 1e-05 instead of its 0.003 and weight_decay 0.1 instead of its 0;"
+    assert said in text(tmp_path)
+    assert checkpoint.load(str(tmp_path / "opt000004.pt"))["param_groups"][0]["weight_decay"] == 0.1
     assert column(tmp_path, "lr")[-1] == pytest.approx(1e-5)
     taken = make(tmp_path, stream(pictures), lr=None, resume_checkpoint=str(tmp_path / "model000003.pt"))
     assert taken.lr == 3e-3
@@ -269,7 +454,8 @@ def test_the_flat_optimizer_file_of_an_older_fp16_run_is_understood(tmp_path, pi
         for i, (group, shape) in enumerate(groups)
     }
     checkpoint.save(path, {"state": state, "param_groups": [{"lr": 1e-3, "params": [0, 1]}]})
-    os.remove(tmp_path / "state000002.pt")
+    for name in ("state000002.pt", "set000002.json"):
+        os.remove(tmp_path / name)
     loop = make(tmp_path, stream(pictures), resume_checkpoint=str(tmp_path), precision="bf16")
     th.testing.assert_close(loop.opt.state_dict()["state"], new["state"], atol=0, rtol=0)
 
@@ -325,8 +511,8 @@ def test_a_step_without_a_finite_gradient_leaves_no_trace(tmp_path, pictures, pr
     logger.configure(dir=str(tmp_path / "after"), format_strs=[])
     loop.save()
     assert_same_files(tmp_path, tmp_path / "after", 1)
-    loop.mp_trainer.skipped_in_a_row = 49
-    with pytest.raises(ValueError, match="no finite gradient in 50 steps in a row, up to step 1"):
+    loop.bad_steps.in_a_row = 49
+    with pytest.raises(ValueError, match="the last 50 steps up to step 2 were skipped, as the loss was not finite"):
         loop.run_step(broken, {})
 
 
@@ -536,6 +722,14 @@ def test_a_line_is_the_mean_over_its_steps(tmp_path, pictures):
         assert pair == pytest.approx([np.mean(each[:2]), np.mean(each[2:])], rel=1e-5)
     assert {"images_per_second", "data_wait", "lr", "samples"} <= set(rows(tmp_path / "pair")[0])
     assert 0 <= column(tmp_path / "pair", "data_wait")[0] <= 1
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_the_log_says_how_long_training_stood_still_for_a_checkpoint(tmp_path, pictures, async_save):
+    make(tmp_path, stream(pictures), max_steps=4, save_interval=2, async_save=async_save).run_loop()
+    assert [row["save_stall"] != "" for row in rows(tmp_path)] == [False, False, True, False]
+    assert 0 < float(rows(tmp_path)[2]["save_stall"]) < 10
+    assert text(tmp_path).count("saved ") == 2 * 5
 
 
 def test_an_average_longer_than_the_run_is_pointed_out(tmp_path, pictures):

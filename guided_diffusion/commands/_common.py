@@ -114,8 +114,11 @@ def _restore(
     flags = flags.over(saved, section, DiffusionConfig)
     process = build_diffusion(flags.part(DiffusionConfig))  # refuses an impossible grid before anything large is read
     config = flags.part(section)
+    with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
+        frame = build(config, flags.part(DiffusionConfig).learn_sigma)
+    weights = checkpoint.fitting_weights(frame, path, asdict(config))
     network: Any = build(config, flags.part(DiffusionConfig).learn_sigma)
-    checkpoint.load_weights(network, path, asdict(config))
+    network.load_state_dict(weights)
     logger.log(f"{source}: {path}")
     _warn_if_young(path)
     precision, names = _precision(config), checkpoint.classes_beside(path)

@@ -17,6 +17,7 @@ from guided_diffusion.cli import COMMANDS, Flags
 from guided_diffusion.config import DataConfig, ImageTrainConfig, RunConfig, TrainConfig
 from guided_diffusion.image_datasets import ImageStream, load_data, save_classes
 from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.saving import choose
 from guided_diffusion.train_util import TrainLoop
 
 Load = Callable[..., ImageStream]
@@ -31,15 +32,21 @@ def start(flags: Flags) -> Flags:
 
     :raises ValueError: if flags contradict each other, or the folder holds another run.
     """
+    auto, folder = flags.values["resume_checkpoint"] == "auto", _log_folder(flags)
     flags = _with_null_class(_over_resumed(flags))
     _check(flags)
     run = flags.part(RunConfig)
     dist_util.setup_dist(device=run.device)
-    folder = run.log_dir or os.environ.get("OPENAI_LOGDIR", "")
+    files, faults = choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
+    flags = Flags(flags.command, {**flags.given, "resume_checkpoint": files.model if files else ""}, flags.saved)
     if folder and dist_util.rank() == 0:
-        refuse_other_run(os.path.expanduser(folder), flags)
+        refuse_other_run(folder, flags, auto=auto)
     dist_util.barrier()  # nobody writes before rank 0 has looked
     logger.configure(dir=run.log_dir or None)
+    for line in faults:
+        logger.warn(line)
+    if files is None:
+        logger.rewind(0)  # of a process that was killed before its first checkpoint
     _seed(run.seed)
     if flags.values["timestep_respacing"]:
         logger.warn(
@@ -47,6 +54,11 @@ def start(flags: Flags) -> Flags:
             "and samples with them alone; leave it to sampling"
         )
     return flags
+
+
+def _log_folder(flags: Flags) -> str:
+    """The folder that the command line or the environment names; '' for a new temporary one."""
+    return os.path.expanduser(flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", ""))
 
 
 def _check(flags: Flags) -> None:
@@ -66,7 +78,7 @@ def _over_resumed(flags: Flags) -> Flags:
     """The command line over everything that the resumed run was started with."""
     path = flags.values["resume_checkpoint"]
     if path == "auto":
-        folder = flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", "")
+        folder = _log_folder(flags)
         path = folder if folder and checkpoint.latest(folder) else ""
         flags = Flags(flags.command, {**flags.given, "resume_checkpoint": path}, flags.saved)
     if not path:
@@ -97,13 +109,17 @@ def _with_null_class(flags: Flags) -> Flags:
     return Flags(flags.command, {**flags.given, "null_class": True}, saved)
 
 
-def refuse_other_run(folder: str, flags: Flags) -> None:
+def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
     """Leave a folder alone whose files this run would overwrite or mix with its own.
 
+    :param auto: what a killed process did not finish may be overwritten, even if there is nothing else.
     :raises ValueError: saying what lies there and how to go on.
     """
-    newest = max(checkpoint.sets_in(folder), default=-1)
     resumed = flags.values["resume_checkpoint"]
+    complete = checkpoint.newest(folder, checksums=bool(resumed))[0]
+    newest = -1 if complete is None else complete.step or 0
+    if not (resumed or auto):
+        newest = max(checkpoint.sets_in(folder), default=-1)
     if resumed:
         files = checkpoint.find_set(resumed)
         step = files.step or 0
@@ -164,6 +180,7 @@ def open_streams(flags: Flags, load: Load = load_data, **options: Any) -> Stream
         "batch_size": train.batch_size,
         "image_channels": flags.values["image_channels"],
         "num_classes": flags.values["num_classes"] if options["class_cond"] else None,
+        "on_bad_image": data.on_bad_image,
         "seed": flags.part(RunConfig).seed,
     }
     known = checkpoint.classes_beside(train.resume_checkpoint) if train.resume_checkpoint else ""

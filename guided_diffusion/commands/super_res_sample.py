@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from guided_diffusion.config import SampleConfig, SuperResConfig, UpsampleConfig
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from guided_diffusion.npz import Npz
 
 
 def sample(flags: cli.Flags) -> None:
@@ -49,36 +50,47 @@ def sample(flags: cli.Flags) -> None:
 def read_base(flags: cli.Flags) -> dict[str, np.ndarray]:
     """The small images arr_0 [N, h, w, C] of --base_samples, as many as are wanted, and their labels arr_1 if any.
 
+    Nothing else of the file is read, and nothing before its header fits.
+
     :raises ValueError: if there are fewer than asked for, or they do not fit the upsampler.
     """
     import blobfile as bf
-    import numpy as np
 
-    path, config = flags.part(UpsampleConfig).base_samples, flags.part(SuperResConfig)
+    from guided_diffusion.npz import Npz
+
+    path = flags.part(UpsampleConfig).base_samples
     if not path or not bf.exists(path):
         raise ValueError(f"--base_samples {path!r} does not exist: give the npz of the images to enlarge")
     try:
-        with bf.BlobFile(path, "rb") as file:
-            base = dict(np.load(file))
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--base_samples {path} is no npz: give one as the sampling scripts write") from error
-    images = base.get("arr_0", np.empty(0))
+        with Npz(path) as base:
+            count = _count(flags, path, base)
+            names = [name for name in ("arr_0", "arr_1") if name in base]
+            return {name: next(base.chunks(name, count)) for name in names}
+    except ValueError as error:
+        told = str(error)
+        raise error if told.startswith("--") else ValueError(f"--base_samples: {told}") from error
+
+
+def _count(flags: cli.Flags, path: str, base: Npz) -> int:
+    """How many images to read, once the headers fit."""
+    config = flags.part(SuperResConfig)
+    images = base.header("arr_0")
     expected = (*parse_size(config.small_size), config.image_channels)
-    if images.dtype != np.uint8 or images.shape[1:] != expected or len(images) == 0:
+    if images.dtype != "uint8" or images.shape[1:] != expected or images.shape[0] == 0:
         raise ValueError(
             f"--base_samples {path} holds arr_0 {images.shape} of {images.dtype}, and small_size {config.small_size} "
             f"with {config.image_channels} channels needs uint8 images {expected}"
         )
-    labels = base.get("arr_1", np.zeros(len(images), np.int64))
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+    labels = base.header("arr_1") if "arr_1" in base else None
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
         raise ValueError(
             f"--base_samples {path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one integer for each of "
-            f"the {len(images)} images, or none"
+            f"the {images.shape[0]} images, or none"
         )
-    count = min(len(images), flags.part(SampleConfig).num_samples)
-    if flags.given.get("num_samples", 0) > len(images):
-        raise ValueError(f"--num_samples {flags.given['num_samples']} is more than the {len(images)} images of {path}")
-    return {name: base[name][:count] for name in ("arr_0", "arr_1") if name in base}
+    if flags.given.get("num_samples", 0) > images.shape[0]:
+        given = flags.given["num_samples"]
+        raise ValueError(f"--num_samples {given} is more than the {images.shape[0]} images of {path}")
+    return min(images.shape[0], flags.part(SampleConfig).num_samples)
 
 
 def labels_of(flags: cli.Flags, base: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""Pictures cropped to size: the middle of one, or a window anywhere in it.
+
+Shapes: H W space, C channels. A size is 64, "64x128" or (64, 128): height before width.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from guided_diffusion.config import Size, parse_size
+
+Picture = Image.Image | NDArray[np.float32]  # 8 bit as PIL has it; anything finer as planes [H, W, C] in [-1, 1]
+
+MAX_PIXELS = 2**28 // 3  # of a picture as it lies there and as it is scaled: 89 megapixels, 256 MiB of RGB
+
+
+class TooThin(ValueError):
+    """A picture that has too many pixels once it covers the size."""
+
+
+class Draws(Protocol):
+    """What crops and flips need of `random` or of a `random.Random`."""
+
+    def random(self) -> float: ...
+
+    def randrange(self, start: int, stop: int | None = None) -> int: ...
+
+
+def center_crop_arr(pil_image: Picture, image_size: Size) -> NDArray[Any]:
+    """The middle of a picture that was scaled until it just covers the size.
+
+    :param pil_image: a PIL image, or planes [H, W, C] of float32.
+    :return: [H, W] or [H, W, C], as numpy sees the picture's mode.
+    """
+    height, width = parse_size(image_size)
+    array = _cover(pil_image, height, width)
+    return _window(array, (array.shape[0] - height) // 2, (array.shape[1] - width) // 2, height, width)
+
+
+def random_crop_arr(
+    pil_image: Picture,
+    image_size: Size,
+    min_crop_frac: float = 0.8,
+    max_crop_frac: float = 1.0,
+    *,
+    rng: Draws | None = None,
+) -> NDArray[Any]:
+    """A window anywhere in a picture that was scaled to cover a little more than the size.
+
+    :param min_crop_frac: the window's least share of the covered side; `max_crop_frac` its greatest, at most 1.
+    :param rng: None draws from the module `random`: the scale, the top, the left.
+    """
+    if not 0 < min_crop_frac <= max_crop_frac <= 1:
+        raise ValueError(
+            f"crop fractions from {min_crop_frac} to {max_crop_frac} are no part of the picture; "
+            "choose 0 < min_crop_frac <= max_crop_frac <= 1"
+        )
+    draws: Draws = random if rng is None else rng
+    height, width = parse_size(image_size)
+    short = min(height, width)
+    side = draws.randrange(math.ceil(short / max_crop_frac), math.ceil(short / min_crop_frac) + 1)
+    array = _cover(pil_image, -(-height * side // short), -(-width * side // short))
+    top = draws.randrange(array.shape[0] - height + 1)
+    left = draws.randrange(array.shape[1] - width + 1)
+    return _window(array, top, left, height, width)
+
+
+def _window(array: NDArray[Any], top: int, left: int, height: int, width: int) -> NDArray[Any]:
+    return array[top : top + height, left : left + width]
+
+
+def _cover(picture: Picture, height: int, width: int) -> NDArray[Any]:
+    """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked.
+
+    :raises TooThin: if it is so long and thin that this makes more than `MAX_PIXELS` of it.
+    """
+    if isinstance(picture, np.ndarray):
+        return np.stack([_cover(Image.fromarray(plane), height, width) for plane in np.moveaxis(picture, -1, 0)], -1)
+    while picture.width >= 2 * width and picture.height >= 2 * height:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = max(width / picture.width, height / picture.height)
+    size = round(picture.width * scale), round(picture.height * scale)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise TooThin(
+            f"it is so long and thin that scaled to {size[0]} x {size[1]}, which covers {width} x {height}, it has "
+            f"more than {MAX_PIXELS} pixels"
+        )
+    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))

@@ -1,0 +1,259 @@
+"""Reading what others wrote: files, members of zips, JSON and array headers that may be damaged, or made to do harm.
+
+Whatever is wrong is a ValueError of one sentence, which says what; the callers say which file. Nothing is written to
+the disk, nothing is unpickled, and no more is held in memory than the limits below allow, whatever a header claims.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Iterator
+from typing import IO, Any, BinaryIO, NamedTuple
+
+import blobfile as bf
+import numpy as np
+
+MAX_BYTES = 2**29  # of a file, or of a member of a zip, that is read as a whole
+LARGE_MEMBER = 2**26  # a member that unpacks to more than this ...
+MAX_RATIO = 200  # ... and to more than so many times its packed size is a bomb
+MAX_NAME = 1000  # characters
+PIECE = 4096  # packed bytes that are unpacked at once: bzip2 makes at most some 90 MB of so many
+SHOWN = 200  # characters of a name in a message
+
+_FOREIGN = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
+
+
+def printable(text: str) -> str:
+    """A name as it may stand in a line: control characters and what is no text are escaped, a long name is cut."""
+    text = _cut(text)
+    return text if text.isprintable() else repr(text)
+
+
+def quoted(text: str) -> str:
+    """The same between quotation marks."""
+    return repr(_cut(text))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def reason(error: BaseException) -> str:
+    """What a message says of an error that another program raised."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+    return printable(text) or type(error).__name__
+
+
+# ---- files
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL, such as gs://bucket/run."""
+    return "://" in path
+
+
+def open_file(path: str) -> BinaryIO:
+    """A local or remote file to read from; a zip in a bucket is then read piece by piece.
+
+    :raises ValueError: for a pipe, a device or a socket: to read one may wait for ever, or never end.
+    """
+    if is_remote(path):
+        return bf.BlobFile(path, "rb", streaming=True)
+    check_regular(path)
+    return open(path, "rb")
+
+
+def check_regular(path: str) -> None:
+    """Refuse a local path that is no file with an end.
+
+    :raises OSError, ValueError: if there is nothing, or something else.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
+
+
+def read_file(path: str) -> bytes:
+    """All of a file.
+
+    :raises ValueError: if it is no regular file, or larger than `MAX_BYTES`.
+    """
+    with open_file(path) as file:
+        if not is_remote(path) and os.fstat(file.fileno()).st_size > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
+        content = b"".join(_pieces(file, MAX_BYTES + 1))
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
+    return content
+
+
+# ---- zips
+
+
+def open_archive(path: str) -> zipfile.ZipFile:
+    """A zip to read from.
+
+    :raises ValueError: if it is none.
+    """
+    try:
+        if is_remote(path):
+            return zipfile.ZipFile(open_file(path))
+        check_regular(path)
+        return zipfile.ZipFile(path)
+    except Exception as error:  # zipfile does not say what a damaged directory leads it to
+        raise ValueError(reason(error)) from error
+
+
+def check_unpacked(path: str) -> None:
+    """Refuse a zip whose members claim more bytes than the file has: torch writes them as they are, never packed.
+
+    :raises OSError, ValueError: also if there is no regular file.
+    """
+    check_regular(path)
+    if zipfile.is_zipfile(path):
+        with open_archive(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+        if claimed > os.path.getsize(path):
+            raise ValueError(f"its members unpack to {claimed} bytes")
+
+
+def name_fault(name: str) -> str:
+    """Why a file of this name is not taken; '' if it may be."""
+    if len(name) > MAX_NAME:
+        return f"a name of more than {MAX_NAME} characters"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "a name that is no text"
+    return ""
+
+
+def member_fault(member: zipfile.ZipInfo) -> str:
+    """Why a member of a zip is not read, as far as its entry tells; '' if it may be."""
+    if name_fault(member.filename):
+        return name_fault(member.filename)
+    if _FOREIGN.match(member.filename):
+        return "a path that leads out of the zip"
+    if member.flag_bits & 1:
+        return "encrypted"
+    if stat.S_ISLNK(member.external_attr >> 16):
+        return "a link"
+    ratio = member.file_size / max(member.compress_size, 1)
+    if member.file_size > MAX_BYTES or (member.file_size > LARGE_MEMBER and ratio > MAX_RATIO):
+        return "unpacks to too many bytes"
+    return ""
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """All of a member of a zip, no matter what size its entry claims.
+
+    :raises ValueError: if it is not there, damaged, encrypted or a bomb.
+    """
+    try:
+        member = archive.getinfo(name)
+    except KeyError as error:
+        raise ValueError("it is not in the zip") from error
+    fault = member_fault(member)
+    if fault:
+        raise ValueError(fault)
+    try:
+        with archive.open(member) as file:
+            return b"".join(iter(lambda: file.read(PIECE), b""))
+    except Exception as error:  # nor does it say what a damaged member leads it to
+        raise ValueError(reason(error)) from error
+
+
+# ---- JSON
+
+
+def parse_json(content: bytes) -> Any:
+    """What a JSON text holds.
+
+    :raises ValueError: if it is no UTF-8, no JSON, nested too deeply, or gives a key twice in one object.
+    """
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no UTF-8") from error
+    except ValueError as error:
+        raise ValueError(reason(error).partition(";")[0]) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {printable(twice)!r} is given twice")
+    return found
+
+
+# ---- arrays
+
+
+class Header(NamedTuple):
+    """What an npy says of the numbers that follow."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran: bool
+
+
+def read_header(file: IO[bytes]) -> Header:
+    """The header of an npy, leaving the file at its first number.
+
+    :raises ValueError: if it is no npy, or holds anything but numbers.
+    """
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # a header is Python source, and numpy's parser raises what Python's does
+        raise ValueError(f"it is no npy ({reason(error)})") from error
+    if dtype.kind not in "biufc" or not all(type(side) is int and side >= 0 for side in shape):
+        what = f"{printable(str(dtype))} and shape {printable(str(shape))}"
+        raise ValueError(f"an array of type {what}, where numbers are read")
+    return Header(shape, dtype, fortran and len(shape) > 1)
+
+
+def read_array(content: bytes) -> np.ndarray[Any, Any]:
+    """The array of an npy, which cannot be written to.
+
+    :raises ValueError: if it is not whole, or holds anything but numbers.
+    """
+    file = io.BytesIO(content)
+    header = read_header(file)
+    array = read_rows(file, header.shape, header.dtype)
+    return array.reshape(-1).reshape(header.shape, order="F") if header.fortran else array
+
+
+def read_rows(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """The next numbers of an npy; what the file has not got is never allocated.
+
+    :raises ValueError: if it ends before them.
+    """
+    wanted = math.prod(shape) * dtype.itemsize
+    try:
+        content = b"".join(_pieces(file, wanted))
+    except Exception as error:  # of a damaged member of a zip
+        raise ValueError(reason(error)) from error
+    if len(content) < wanted:
+        raise ValueError(f"it ends after {len(content)} of {wanted} bytes")
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _pieces(file: IO[bytes], wanted: int) -> Iterator[bytes]:
+    while wanted > 0:
+        piece = file.read(min(wanted, 2**18))
+        if not piece:
+            return
+        wanted -= len(piece)
+        yield piece
