@@ -348,7 +348,7 @@ def leave() -> None:
     if _initialized():
         # Destroying the group waits, with the interpreter locked, for gloo's threads; these need the interpreter to let
         # go of the last collective's tensors. Seen to hang about once in thirty runs without this moment for them.
-        time.sleep(0.02 if world_size() == 1 else 0.2)
+        time.sleep(0.1 if world_size() == 1 else 0.2)
         dist.destroy_process_group()
 
 

@@ -1,11 +1,15 @@
 """Ranks: real processes under mpiexec, torchrun and srun's variables; and what a single process does without any."""
 
+import contextlib
+import csv
 import os
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +69,7 @@ COLLECTIVES = """
         assert all(map(th.equal, values, [*expected.parameters(), *expected.buffers()]))
 
         assert dist_util.broadcast_object({"from": rank, "list": [rank]}) == {"from": 0, "list": [0]}
+        assert dist_util.gather_objects({"from": rank}) == [{"from": 0}, {"from": 1}]
         dist_util.barrier()
 
         parts = [th.empty(2) for _ in range(2)]
@@ -84,7 +89,10 @@ COLLECTIVES = """
 
 FAILURES = """
     import os, signal, sys, time
+    import torch as th
     from guided_diffusion import dist_util
+
+    LOST = int(os.environ.get("LOST", "1"))
 
     def fail(how):
         if how == "raise":
@@ -97,16 +105,26 @@ FAILURES = """
             sys.exit()
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if how == "differ":
+            dist_util.gather(th.zeros(2, 3))
+        if how == "work for long":
+            time.sleep(2.5)
+            end = time.monotonic() + 2.5
+            while time.monotonic() < end:
+                pass
 
     def work(how):
         if how == "early" and os.environ.get("RANK", os.environ.get("PMI_RANK")) == "1":
             raise RuntimeError("the reason")
         dist_util.setup_dist(device="cpu")
+        open(f"process-{os.getpid()}", "w").close()
         dist_util.barrier()
-        if dist_util.rank() == 1:
+        if dist_util.rank() == LOST:
             fail(how)
         dist_util.barrier()
-        time.sleep(300)
+        time.sleep(0 if how == "work for long" else 300)
 
     dist_util.run(work, sys.argv[1])
 """
@@ -130,6 +148,63 @@ def launch(tmp_path: Path, command: list[str], code: str, *args: object, **envir
     )
 
 
+@contextlib.contextmanager
+def started(tmp_path: Path, command: list[str], code: str, *args: object, **environment: str):
+    """The same job while it runs; at the end of the block all of it is killed."""
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(code))
+    job = subprocess.Popen(
+        [*command, str(script), *map(str, args)],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield job
+    finally:
+        for pid in processes(tmp_path):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        job.kill()
+        job.wait()
+
+
+def processes(folder: Path) -> list[int]:
+    """The ranks that have begun in a folder."""
+    return [int(path.name.partition("-")[2]) for path in folder.glob("process-*")]
+
+
+def survivors(folder: Path):
+    """A function that lists which of a job's two ranks run, a stopped one left out; waits until both have begun."""
+    end = time.monotonic() + SECONDS
+    while len(processes(folder)) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return lambda: [pid for pid in processes(folder) if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZTX"
+    except OSError:
+        return False
+
+
+def assert_gone(folder: Path) -> None:
+    """None of the processes is left, stopped ones included; to be killed they may take a moment."""
+    end = time.monotonic() + SECONDS
+    while any(Path(f"/proc/{pid}").exists() for pid in processes(folder)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def slurm() -> dict[str, str]:
+    """The variables that srun sets for all tasks alike."""
+    return {"SLURM_NTASKS": "2", "MASTER_PORT": free_port()}
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -141,8 +216,8 @@ def free_port() -> str:
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun", "srun"])
 def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher):
-    slurm = {"SLURM_NTASKS": "2", "MASTER_PORT": free_port()} if launcher == "srun" else {}
-    job = launch(tmp_path, LAUNCHERS[launcher], COLLECTIVES, tmp_path, CUDA_VISIBLE_DEVICES="0,7", **slurm)
+    options = slurm() if launcher == "srun" else {}
+    job = launch(tmp_path, LAUNCHERS[launcher], COLLECTIVES, tmp_path, CUDA_VISIBLE_DEVICES="0,7", **options)
     assert job.returncode == 0, job.stdout + job.stderr
     folder = Path((tmp_path / "0").read_text())
     assert folder == Path((tmp_path / "1").read_text())
@@ -174,6 +249,71 @@ def test_one_rank_that_ends_badly_ends_the_job(tmp_path, launcher, how, code, me
 def test_a_rank_that_is_killed_ends_the_job(tmp_path, launcher):
     """Which of the launcher and the other rank notices first, and so what is printed, is open."""
     assert launch(tmp_path, LAUNCHERS[launcher], FAILURES, "kill").returncode != 0
+
+
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_is_killed_is_named_where_the_launcher_does_not_notice(tmp_path, lost):
+    job = launch(tmp_path, LAUNCHERS["srun"], FAILURES, "kill", LOST=str(lost), **slurm())
+    assert job.returncode != 0
+    assert f"rank {1 - lost} of 2: rank {lost} has ended without a word, as when it is killed: start it" in job.stderr
+    assert "Traceback" not in job.stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "lost"),
+    [
+        ("mpiexec", 1),
+        pytest.param("mpiexec", 0, marks=pytest.mark.slow),
+        pytest.param("torchrun", 1, marks=pytest.mark.slow),  # which itself waits 30 s before it kills what is stopped
+    ],
+)
+def test_a_rank_that_stops_is_named_and_ends_the_job(tmp_path, launcher, lost):
+    environment = {"LOST": str(lost), "GUIDED_DIFFUSION_STALL_TIMEOUT": "3"}
+    job = launch(tmp_path, LAUNCHERS[launcher], FAILURES, "stop", **environment)
+    assert job.returncode != 0
+    assert f"rank {1 - lost} of 2: rank {lost} has been silent for " in job.stderr
+    assert len(processes(tmp_path)) == 2
+    assert_gone(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "stop"])
+@pytest.mark.parametrize("launcher", ["mpiexec", "srun"])
+def test_with_the_usual_patience_a_lost_rank_has_been_noticed_after_half_a_minute(tmp_path, launcher, how):
+    """Of the rank itself: what bash and torchrun do with a stopped process is theirs."""
+    options = slurm() if launcher == "srun" else {}
+    start = time.monotonic()
+    with started(tmp_path, LAUNCHERS[launcher], FAILURES, how, **options):
+        alive = survivors(tmp_path)
+        while alive():
+            assert time.monotonic() - start < SECONDS
+            time.sleep(0.1)
+    assert time.monotonic() - start < 30 + 5  # for the start
+
+
+def test_a_rank_that_works_for_long_is_not_lost(tmp_path):
+    """Much longer than a rank may be silent: asleep, then without ever letting go of the processor."""
+    job = launch(tmp_path, LAUNCHERS["mpiexec"], FAILURES, "work for long", GUIDED_DIFFUSION_STALL_TIMEOUT="1")
+    assert job.returncode == 0, job.stderr
+
+
+def test_ranks_that_go_different_ways_are_told_apart_instead_of_waiting(tmp_path):
+    job = launch(tmp_path, LAUNCHERS["srun"], FAILURES, "differ", GUIDED_DIFFUSION_STALL_TIMEOUT="3", **slurm())
+    assert job.returncode != 0
+    assert "rank 0 is in barrier where rank 1 is in gather of torch.float32 ['n', 3] (exchange 3 of each)" in job.stderr
+
+
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path, launcher):
+    options = slurm() if launcher == "srun" else {}
+    with started(tmp_path, LAUNCHERS[launcher], FAILURES, "nothing", **options) as job:
+        alive = survivors(tmp_path)
+        assert alive()
+        job.kill()
+        end = time.monotonic() + SECONDS
+        while alive():
+            assert time.monotonic() < end
+            time.sleep(0.1)
 
 
 def test_mpiexec_without_mpi4py_is_refused_with_the_command_that_helps(tmp_path):
@@ -218,6 +358,52 @@ def test_unequal_devices_and_shared_gpus_are_refused():
         dist_util._refuse_unequal(["cuda GPU-1 of a", "cuda GPU-2 of a", "cuda GPU-1 of a"])
     with pytest.raises(ValueError, match="'mps' serves one process, not 2"):
         dist_util._refuse_unequal(["mps", "mps"])
+
+
+# ---- restarts
+
+RESTARTED = '''
+    """The training command; in its first life rank 1 is killed in the middle of a step."""
+    import os, signal, sys
+    from guided_diffusion import dist_util, train_util
+    from guided_diffusion.commands import image_train
+
+    class Mortal(train_util.TrainLoop):
+        def run_step(self, batch, cond):
+            if self.updates == 4 and dist_util.rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().run_step(batch, cond)
+
+    train_util.TrainLoop = Mortal
+    image_train.main(sys.argv[1:])
+'''
+TINY = "--image_size=8 --num_channels=32 --num_res_blocks=1 --channel_mult=1 --attention_resolutions= --dropout=0.1"
+STEPS = "--diffusion_steps=40 --num_workers=0 --batch_size=2 --max_steps=6 --save_interval=3 --log_interval=1 --lr=1e-3"
+
+
+def test_torchrun_starts_a_run_again_and_it_ends_as_if_nothing_had_been(tmp_path):
+    emoji = Path(__file__).parent.parent / "datasets" / "emoji64.zip"
+    torchrun = [*LAUNCHERS["torchrun"], "--max-restarts", "1"]
+    flags = [*TINY.split(), *STEPS.split(), f"--data_dir={emoji}", "--ema_rate=0.5", "--resume_checkpoint=auto"]
+    falling = launch(tmp_path, torchrun, RESTARTED, *flags, f"--log_dir={tmp_path / 'falling'}")
+    assert falling.returncode == 0, falling.stdout + falling.stderr
+    assert "resuming at step 3" in falling.stdout
+    immortal = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    unbroken = launch(
+        tmp_path, LAUNCHERS["mpiexec"], RESTARTED, *flags, f"--log_dir={tmp_path / 'unbroken'}", **immortal
+    )
+    assert unbroken.returncode == 0, unbroken.stdout + unbroken.stderr
+    assert "resuming" not in unbroken.stdout
+    for name in ("model", "ema_0.5_", "opt", "state"):
+        one, other = ((tmp_path / run / f"{name}000006.pt").read_bytes() for run in ("falling", "unbroken"))
+        assert one == other, name
+    losses = [[(row["step"], row["loss"]) for row in table(tmp_path / run)] for run in ("falling", "unbroken")]
+    assert losses[0] == losses[1]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "progress.csv") as file:
+        return list(csv.DictReader(file))
 
 
 # ---- launchers
@@ -292,6 +478,7 @@ def test_one_process_needs_neither_mpi4py_nor_setup(monkeypatch):
         [gathered] = dist_util.gather(parameter)
         assert gathered is parameter
         assert dist_util.broadcast_object(parameter) is parameter
+        assert dist_util.gather_objects("mine") == ["mine"]
 
 
 def test_one_process_has_a_group_for_code_that_asks_for_one():
