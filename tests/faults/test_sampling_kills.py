@@ -1,0 +1,161 @@
+"""Sampling that is killed (SIGKILL, at any moment) and run again, on any number of ranks, leaves the same bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from harness import (
+    TINY,
+    Killer,
+    Running,
+    Strike,
+    Tally,
+    command,
+    contents,
+    finish,
+    reached,
+    sampling_differences,
+    succeed,
+    table,
+    the_sentence,
+    unfinished,
+)
+from oracle import make_process
+
+from guided_diffusion import logger
+from guided_diffusion.commands import image_sample, image_train
+from guided_diffusion.jobs import Job
+from guided_diffusion.npz import read_npz
+from guided_diffusion.sample_util import generate
+from guided_diffusion.samplers import make_sampler
+
+BEGUN = "evaluations of the network per batch"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to sample from."""
+    folder = tmp_path_factory.mktemp("model")
+    flags = {**TINY, "batch_size": 4, "max_steps": 1, "ema_rate": 0.5, "class_cond": True, "num_classes": 9}
+    image_train.main([f"--{name}={value}" for name, value in flags.items()] + [f"--log_dir={folder}"])
+    return folder
+
+
+class Runs:
+    """The same request over and over: once unbroken by one process, then with kills, on ranks that change.
+
+    :param starts: (launcher, ranks) of which every start takes one.
+    """
+
+    def __init__(self, model: Path, folder: Path, seed: int, starts: list[tuple[str, int]], **flags: Any) -> None:
+        self.folder, self.starts, self.count = folder, starts, 0
+        self.flags = {"model_path": model, "num_samples": 61, "batch_size": 4, "steps": 8, "seed": 5, **flags}
+        self.whole, self.killer = folder / "whole", Killer(seed, BEGUN, span=1.0)
+        image_sample.main([f"--{name}={value}" for name, value in {**self.flags, "log_dir": self.whole}.items()])
+
+    def start(self, folder: Path) -> tuple[list[str], int]:
+        """A command line, and its number of ranks."""
+        launcher, ranks = self.killer.chance.choice(self.starts)
+        return command("image_sample", ranks=ranks, launcher=launcher, log_dir=folder, **self.flags), ranks
+
+    def broken(self, kills: int) -> tuple[list[Strike], list[str]]:
+        """Kill a run so often, unless it ends before, and let it end: the kills, and the files that differ then."""
+        self.count += 1
+        folder, strikes = self.killer.strikes(kills, self.folder / f"broken{self.count}", self.start)
+        succeed(self.start(folder)[0], folder.with_name(f"{folder.name}-last.txt"))
+        return strikes, sampling_differences(self.whole, folder)
+
+
+def test_one_process_and_two_ranks_in_turn(model: Path, tmp_path: Path) -> None:
+    """Killed on one process, refused with another request, killed on two ranks, ended on one."""
+    runs = Runs(model, tmp_path, 1, [("", 1)], save_images=True)
+    folder, flags = tmp_path / "broken", {**runs.flags, "log_dir": tmp_path / "broken"}
+    for number, argv in enumerate(
+        [command("image_sample", **flags), command("image_sample", ranks=2, launcher="mpiexec", **flags)]
+    ):
+        with Running(argv, tmp_path / f"{number}.txt"):
+            there = len(shards(folder))
+            assert reached(lambda there=there: len(shards(folder)) > there + 2)
+        assert there + 2 < len(shards(folder)) < 16
+
+    before = contents(folder)
+    code, text = finish(command("image_sample", **{**flags, "seed": 6}), tmp_path / "other.txt")
+    assert code == 2
+    assert f"{folder} holds the samples of another request (seed was 5 and is 6)" in the_sentence(text)
+    assert contents(folder) == before
+
+    torn = folder / "shards" / sorted(shards(folder))[1]
+    torn.write_bytes(torn.read_bytes()[:-100])  # a disk that lost its end
+    (folder / "shards" / "000002.npz.part-1").write_bytes(b"half")
+    (folder / f"{next(runs.whole.glob('*.npz')).name}.part-1").write_bytes(b"half")
+    image_sample.main([f"--{name}={value}" for name, value in flags.items()])
+    assert sampling_differences(runs.whole, folder) == []
+    assert len(contents(folder)) == 64
+
+
+def shards(folder: Path) -> set[str]:
+    """Names of the batches that are whole."""
+    return {path.name for path in folder.glob("shards/*.npz")}
+
+
+class Flat(th.nn.Module):
+    """A network that predicts no noise."""
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        return th.zeros_like(x)
+
+
+def growth(folder: Path, images: int) -> int:
+    """By how many bytes the peak of this process's memory grows while it samples and merges."""
+    shape, before = (2, 512, 512), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    job = Job(sampler=make_sampler("ddim"), shape=shape, num_samples=images, batch_size=2, out_dir=str(folder))
+    path = generate(make_process(100, "1"), Flat(), job, device="cpu", clip_denoised=False)
+    assert os.path.getsize(path) > images * math.prod(shape)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
+    logger.configure(str(tmp_path))
+    growth(tmp_path / "few", 10)
+    assert growth(tmp_path / "many", 80) < 10e6  # the 70 more are 37 MB, and as floats four times that
+    few, many = (next(read_npz(str(path), "arr_0", 10)) for path in sorted(tmp_path.glob("*/*.npz")))
+    np.testing.assert_array_equal(few, many)
+
+
+@pytest.mark.slow
+def test_forty_kills(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases: list[tuple[str, int, list[tuple[str, int]], dict[str, Any]]] = [
+        ("1 process", 10, [("", 1)], {}),
+        ("2 ranks by mpiexec or torchrun", 10, [("mpiexec", 2), ("torchrun", 2)], {"save_images": True}),
+        (
+            "1, 2 or 3 ranks in turn",
+            20,
+            [("", 1), ("mpiexec", 2), ("mpiexec", 3), ("torchrun", 2)],
+            {"sampler": "euler_ancestral", "num_samples": 70},
+        ),
+    ]
+    lines, lost = [], []
+    for number, (name, kills, starts, flags) in enumerate(cases):
+        (tmp_path / str(number)).mkdir()
+        runs = Runs(model, tmp_path / str(number), time.time_ns(), starts, **flags)
+        tally = Tally(f"SIGKILL, sampling, {name}")
+        lines.append(tally)
+        while tally.struck < kills:
+            strikes, differing = runs.broken(min(3, kills - tally.struck))
+            tally.add(strikes, differing)
+            lost += [f"{name}, run {runs.count}: {place}" for place in differing]
+        with capsys.disabled():
+            print(f"\n{table([tally])}", flush=True)
+    with capsys.disabled():
+        print(f"\n{table(lines)}", flush=True)
+    assert lost == []
+    assert not unfinished(tmp_path)
+    assert sum(tally.struck for tally in lines) >= 40
