@@ -356,8 +356,9 @@ def run(main: Callable[[*Ts], object], *args: *Ts) -> None:
     """Calls ``main(*args)`` as the whole of a command: when one rank fails, all end.
 
     A ValueError or OSError raised by this package itself is the user's mistake: one line "error: ...", exit code 2, no
-    traceback (unless GUIDED_DIFFUSION_DEBUG=1). Anything else keeps its traceback and ends with code 1. With several
-    ranks the message names the rank, and `sys.exit` or an interrupt on one rank ends the others too.
+    traceback (unless GUIDED_DIFFUSION_DEBUG=1). Too little memory is one line too, with code 1; anything else keeps its
+    traceback and ends with code 1. With several ranks the message names the rank, and `sys.exit` or an interrupt on one
+    rank ends the others too.
     """
     try:
         launchers.place()  # under mpiexec all ranks join MPI here: only then can one of them end the job
@@ -400,13 +401,23 @@ def _message(error: BaseException) -> str:
         return "".join(["failed\n", *traceback.format_exception(error)])
     if isinstance(error, SystemExit):
         return f"exit: {error.code}"
+    if _is_out_of_memory(error):
+        told = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        return f"error: out of memory{told}: take a smaller --batch_size or, in training, --microbatch"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
 
 
 def _needs_no_traceback(error: BaseException) -> bool:
     if os.environ.get("GUIDED_DIFFUSION_DEBUG") == "1":
         return False
-    return isinstance(error, SystemExit | KeyboardInterrupt) or _is_users_mistake(error)
+    ended = isinstance(error, SystemExit | KeyboardInterrupt)
+    return ended or _is_out_of_memory(error) or _is_users_mistake(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for in vain, which torch has no class of its own for on a CPU."""
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, MemoryError | th.cuda.OutOfMemoryError)
 
 
 def _is_users_mistake(error: BaseException) -> bool:
