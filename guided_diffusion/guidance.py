@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -142,7 +143,7 @@ def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[...
 # ---- guided networks
 
 
-class GuidedNetwork(th.nn.Module):
+class GuidedNetwork(th.nn.Module, ABC):
     """A network that is drawn away from a weaker one: weak + scale * (model - weak), variances being the model's own.
 
     :param model: (x, timesteps, **model_kwargs) -> [N, C or 2C, H, W]. Where the scale is 1 it is asked alone.
@@ -166,13 +167,13 @@ class GuidedNetwork(th.nn.Module):
         """The label of the model that stands for no class."""
         return getattr(self.model, "null_label", None)
 
+    @abstractmethod
     def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
         """What the model and the weaker one say."""
-        raise NotImplementedError
 
+    @abstractmethod
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
         """What the weaker one says."""
-        raise NotImplementedError
 
     def limited(self, inside: Callable[[th.Tensor], th.Tensor]) -> GuidedNetwork:
         """The same guidance where `inside(timesteps)` is true, and the model alone elsewhere."""
