@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+# A rank that a launcher started ends with it; one from a shell may outlive that.
+LAUNCHED = ("TORCHELASTIC_RUN_ID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 VARIABLE = "GUIDED_DIFFUSION_STALL_TIMEOUT"
 STALL_TIMEOUT = 25.0  # seconds: a second or two more, and all have ended within half a minute
 CONNECT_TIMEOUT = 30.0
@@ -116,7 +118,7 @@ class Watch:
         self._end, self._word, self._server = end, word, server
         self._over = threading.Event()
         self._count, self._at = 0, (0, "")
-        self._parent = os.getppid()
+        self._parent = os.getppid() if any(name in os.environ for name in LAUNCHED) else 0
         self._selector = selectors.DefaultSelector()
         self._waker, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ)
@@ -252,7 +254,7 @@ class Watch:
     def _beat(self, passed: float) -> None:
         """Say that this rank is there, and see whether the others are."""
         self._tell_all(f"at {self._at[0]} {self._at[1]}")
-        if os.getppid() != self._parent:
+        if self._parent and os.getppid() != self._parent:
             self._lose(f"what started this rank (process {self._parent}) has ended, and it ends too: {REMEDY}")
         for rank, peer in self._peers.items():
             watched = not peer.left and (self.rank == 0 or rank == 0)

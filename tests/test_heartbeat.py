@@ -162,11 +162,20 @@ def test_time_in_which_a_rank_was_stopped_itself_is_nobodys_silence(job, monkeyp
 
 
 def test_a_process_whose_launcher_has_ended_ends(job, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     job.join(0, 2)
     job.join(1, 2)
-    monkeypatch.setattr(heartbeat.os, "getppid", lambda: 1)
+    monkeypatch.setattr(heartbeat.os, "getppid", lambda: -1)
     eventually(lambda: job.ends)
     assert "what started this rank (process " in job.ends[0][1]
+
+
+def test_a_process_that_a_shell_started_may_outlive_it(job, monkeypatch):
+    job.join(0, 2)
+    job.join(1, 2)
+    monkeypatch.setattr(heartbeat.os, "getppid", lambda: -1)
+    time.sleep(2.5)
+    assert job.ends == []
 
 
 def test_the_environment_of_rank_0_decides_for_all(job, monkeypatch):

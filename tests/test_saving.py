@@ -558,9 +558,13 @@ def test_processes_that_decode_images_end_by_their_parent_alone(tmp_path):
 
 def test_a_second_signal_acts_at_once(monkeypatch):
     monkeypatch.setattr(interruption, "ECHO", -1.0)
-    with pytest.raises(KeyboardInterrupt), interruption.Interruption():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs begin with SIGINT ignored
+    try:
+        with pytest.raises(KeyboardInterrupt), interruption.Interruption():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ranks_ask_each_other_by_the_clock_and_at_the_same_steps(monkeypatch):
