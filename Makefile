@@ -6,6 +6,8 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	done)
 PACKAGES = guided_diffusion $(wildcard evaluations)
 READY = .venv/ready
+# tests of one file share what is slow to make
+PARALLEL = -n 2 --dist loadfile
 
 test test-slow coverage: export OMP_NUM_THREADS ?= 1
 
@@ -27,10 +29,10 @@ demo: $(READY)
 	.venv/bin/python scripts/demo.py
 
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(PARALLEL)
 
 test-slow: lint
-	.venv/bin/python -m pytest -m ''
+	.venv/bin/python -m pytest $(PARALLEL) -m ''
 
 coverage: $(READY)
 	.venv/bin/python -m pytest --cov --cov-report=term-missing --cov-fail-under=90
