@@ -22,7 +22,15 @@ def version() -> str:
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.17"]
-DEV = ["pytest>=8.0", "pytest-cov>=5.0", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13", "setuptools>=77"]
+DEV = [
+    "pytest>=8.0",
+    "pytest-cov>=5.0",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.13",
+    "setuptools>=77",
+]
 COMPARISONS = ["diffusers>=0.37", "matplotlib>=3.10.9"]
 
 setup(
