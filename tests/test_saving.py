@@ -587,3 +587,8 @@ def test_ranks_ask_each_other_by_the_clock_and_at_the_same_steps(monkeypatch):
             break
     assert asked == [1, 9, 17]
     assert (step, stop.signum) == (17, signal.SIGTERM)
+
+
+def test_a_pipe_in_place_of_a_manifest_is_a_fault_and_no_wait(tmp_path):
+    os.mkfifo(tmp_path / "set000004.json")
+    assert "regular file" in manifest.fault(str(tmp_path / "set000004.json"), checksums=True)
