@@ -19,6 +19,7 @@ Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 SCHEDULE_NAMES = ("linear", "cosine", "sigmoid", "scaled_linear")
+LOSS_WEIGHTS = ("", "min_snr")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
 BAD_IMAGE_RULES = ("error", "skip")
@@ -129,7 +130,7 @@ class DiffusionConfig:
     zero_terminal_snr: bool = flag(
         False, "rescale the schedule so that nothing of the image is left at T-1; with --predict_v or --predict_xstart"
     )
-    loss_weight: str = flag("", "weight of the squared error over t: '' none, or min_snr", choices=("", "min_snr"))
+    loss_weight: str = flag("", "weight of the squared error over t: '' none, or min_snr", choices=LOSS_WEIGHTS)
     min_snr_gamma: float = flag(5.0, "the signal-to-noise ratio above which --loss_weight min_snr falls")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
+from guided_diffusion.config import LOSS_WEIGHTS
 from guided_diffusion.forward_process import ForwardProcess
 from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.nn import mean_flat
@@ -28,8 +29,6 @@ from guided_diffusion.schedules import (
 )
 from guided_diffusion.steps import Predict
 from guided_diffusion.surfaces import DenoisedFn, Kwargs, Model, SamplingSurfaces
-
-LOSS_WEIGHTS = ("", "min_snr")
 
 
 class ModelMeanType(enum.Enum):
