@@ -12,7 +12,7 @@ import tracemalloc
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -276,21 +276,35 @@ def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path: Path) -> None:
     assert find_images(str(tmp_path / "data")).images == ["link/deep/1.png"]
 
 
-def test_folders_deeper_than_python_can_recurse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def descend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
+    """Makes folders within folders and goes there; takes them down again, which pytest itself cannot."""
     monkeypatch.chdir(tmp_path)
-    for _ in range(1200):
-        os.mkdir("d")
-        os.chdir("d")
+    made: list[str] = []
+
+    def go(name: str, depth: int) -> None:
+        for _ in range(depth):
+            os.mkdir(name)
+            os.chdir(name)
+            made.append(name)
+
+    yield go
+    for entry in os.listdir("."):
+        os.remove(entry)
+    for name in reversed(made):
+        os.chdir("..")
+        os.rmdir(name)
+
+
+def test_folders_deeper_than_python_can_recurse(tmp_path: Path, descend: Callable[[str, int], None]) -> None:
+    descend("d", 1200)
     Path("1.png").write_bytes(png())
     assert find_images(str(tmp_path)).images == ["d/" * 1200 + "1.png"]
 
 
-def test_a_path_longer_than_the_system_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_longer_than_the_system_takes(tmp_path: Path, descend: Callable[[str, int], None]) -> None:
     (tmp_path / "1.png").write_bytes(png())
-    monkeypatch.chdir(tmp_path)
-    for _ in range(30):
-        os.mkdir("d" * 200)
-        os.chdir("d" * 200)
+    descend("d" * 200, 30)
     listing = find_images(str(tmp_path))
     assert listing.images == ["1.png"]
     assert [reason for _, reason in listing.refused] == ["a folder that cannot be read (File name too long)"]
