@@ -1,0 +1,109 @@
+"""CIFAR-10 and CIFAR-100: the tar.gz of the Python version, or the folder that it unpacks to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from guided_diffusion import dataset_pickle, untrusted
+from guided_diffusion.commands._dataset import converter
+from guided_diffusion.dataset_config import CifarConfig
+from guided_diffusion.dataset_images import Item, Source, bad
+from guided_diffusion.dataset_planes import class_of, row_items, side_of, with_empty_classes
+from guided_diffusion.dataset_tar import members, open_tar
+from guided_diffusion.untrusted import reason
+
+TEN = [f"data_batch_{number}" for number in range(1, 6)]
+# meta file -> batches of each split
+LAYOUTS = {
+    "batches.meta": {"train": TEN, "test": ["test_batch"]},
+    "meta": {"train": ["train"], "test": ["test"]},
+}
+KEYS = {"batches.meta": ("label_names", "labels"), "meta": ("fine_label_names", "fine_labels")}
+COARSE = ("coarse_label_names", "coarse_labels")
+
+Files = dict[str, Callable[[], bytes]]  # name -> its content
+
+
+def read(config: CifarConfig) -> Source:
+    """The images of one split in the order of the batches."""
+    files = _files(config.source)
+    meta = next((name for name in LAYOUTS if name in files), "")
+    if not meta:
+        wanted = " nor ".join(LAYOUTS)
+        raise ValueError(f"{config.source} has neither {wanted}: give the tar.gz of the Python version, or its folder")
+    if config.coarse and meta != "meta":
+        raise ValueError("--coarse True is for CIFAR-100, and this is CIFAR-10: leave it out")
+    names_key, key = COARSE if config.coarse else KEYS[meta]
+    names = _names(files[meta], names_key, f"{meta} in {config.source}")
+    batches = LAYOUTS[meta][config.split]
+    items = (item for batch in batches for item in _batch(batch, files.get(batch), key, names))
+    return Source(with_empty_classes(items, names, config.source))
+
+
+def _files(source: str) -> Files:
+    wanted = {name for meta, splits in LAYOUTS.items() for name in (meta, *splits["train"], *splits["test"])}
+    if os.path.isdir(source):
+        return {name: _reader(os.path.join(source, name)) for name in sorted(wanted & set(os.listdir(source)))}
+    found: Files = {}
+    with open_tar(source) as file:
+        try:
+            for member in members(file):
+                name = os.path.basename(member.name)
+                if name in wanted and not member.fault:
+                    found.setdefault(name, _kept(member.read()))
+        except ValueError as error:
+            if not LAYOUTS.keys() & found.keys():
+                raise ValueError(f"{source}: {error}") from error
+    return found
+
+
+def _reader(path: str) -> Callable[[], bytes]:
+    return lambda: untrusted.read_file(path)
+
+
+def _kept(content: bytes) -> Callable[[], bytes]:
+    return lambda: content
+
+
+def _names(content: Callable[[], bytes], key: str, where: str) -> list[str]:
+    try:
+        names = dataset_pickle.load(content())[key]
+        return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} has no {key} ({reason(error)}): fetch it again") from error
+
+
+def _batch(name: str, content: Callable[[], bytes] | None, key: str, names: list[str]) -> Iterator[Item]:
+    try:
+        if content is None:
+            raise ValueError("it is missing, or the archive ends before it")
+        batch = dataset_pickle.load(content())
+        rows, labels = _parts(batch, key)
+    except (ValueError, OSError) as error:
+        yield bad(name, reason(error))
+        return
+    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        try:
+            yield from row_items(name, row[None], [class_of(label, names)], number)
+        except ValueError as error:
+            yield bad(f"{name}/{number}", reason(error))
+
+
+def _parts(batch: dict[str, Any], key: str) -> tuple[Any, list[Any]]:
+    if "data" not in batch or not isinstance(batch.get(key), list):
+        raise ValueError(f"it has no data and {key}")
+    rows, labels = np.asarray(batch["data"]), batch[key]
+    side_of(rows)
+    if len(rows) != len(labels):
+        raise ValueError(f"it has {len(rows)} images and {len(labels)} labels")
+    return rows, labels
+
+
+main = converter("cifar", read)
+
+if __name__ == "__main__":
+    main()

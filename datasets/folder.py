@@ -1,0 +1,31 @@
+"""Any folder or zip of images; classes as in training, or one for all."""
+
+from __future__ import annotations
+
+from guided_diffusion.commands._dataset import converter
+from guided_diffusion.dataset_config import FolderConfig
+from guided_diffusion.dataset_folder import folder_source, listing_of, numbered
+from guided_diffusion.dataset_images import Source
+
+
+def read(config: FolderConfig) -> Source:
+    """All images."""
+    from guided_diffusion.image_labels import read_labels
+
+    listing = listing_of(config.source)
+    if config.prefix:
+        return folder_source(listing, [config.prefix] * len(listing.images))
+    try:
+        labels = read_labels(listing, config.class_from)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give all images one class: --prefix NAME") from error
+    print(*labels.notes, sep="\n")
+    classes = numbered(labels.classes)
+    names = [classes[number] for number in labels.ids]
+    return folder_source(listing, names, folders_are_classes=labels.class_from == "folder")
+
+
+main = converter("folder", read)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""How every script in datasets/ begins: a name and a reader make its command line."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from guided_diffusion import cli
+from guided_diffusion.commands._entry import Main, entry
+
+if TYPE_CHECKING:
+    from guided_diffusion.dataset_images import Source
+
+
+def converter(name: str, read: Callable[[Any], Source]) -> Main:
+    """The `main(argv=None)` of a script.
+
+    :param name: in `cli.DATASETS`.
+    :param read: the flags of the script's section -> the images of the data set.
+    """
+
+    def work(flags: cli.Flags) -> None:
+        from guided_diffusion.dataset_writer import convert
+
+        config = flags.part(cli.DATASETS[name].sections[0])
+        try:
+            convert(read(config), config, name)
+        except (ValueError, OSError) as error:
+            if _comes_from(read, error):
+                raise type(error)(*error.args) from error  # here, so that it is this package's word on a wrong input
+            raise
+
+    return entry(name, work)
+
+
+def _comes_from(read: Callable[[Any], Source], error: Exception) -> bool:
+    """Whether the script itself raised an error, not some library that it called."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_globals is read.__globals__
