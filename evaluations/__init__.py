@@ -1,0 +1,1 @@
+"""Scores of generated images that agree with the published evaluator, without TensorFlow."""

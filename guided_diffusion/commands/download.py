@@ -1,0 +1,25 @@
+"""Fetch a file that evaluation needs, such as the weights of the Inception network."""
+
+from __future__ import annotations
+
+from guided_diffusion import cli
+from guided_diffusion.commands._entry import entry
+
+
+def download(flags: cli.Flags) -> None:
+    """Fetch what is asked for; of several processes one does, and the others wait.
+
+    :raises ValueError: if there is no such thing.
+    """
+    from guided_diffusion.config import nearest
+    from guided_diffusion.downloads import SOURCES, fetch
+    from guided_diffusion.evaluation_config import DownloadConfig
+
+    config = flags.part(DownloadConfig)
+    if config.name not in SOURCES:
+        hint = nearest(config.name, SOURCES) or f": name one of {', '.join(SOURCES)}"
+        raise ValueError(f"{config.name!r} is nothing that can be fetched{hint}")
+    fetch(SOURCES[config.name], config.out)
+
+
+main = entry("download", download)
