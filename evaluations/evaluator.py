@@ -1,0 +1,279 @@
+"""Samples compared with real images: the numbers, and what stands behind each of them.
+
+Shapes: N images, D pooled features.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # python evaluations/evaluator.py REF SAMPLES, as the original is called
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from guided_diffusion.commands.evaluator import main
+
+    main()
+    raise SystemExit
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from evaluations.clouds import draw_comparison
+from evaluations.feature_sets import FIELDS, Made, make
+from evaluations.features import Extractor
+from evaluations.figures import require
+from evaluations.metrics import Statistics
+from evaluations.npz import open_images, request_of
+from evaluations.scores import DEFAULT_METRICS, METRICS, FeatureSet, Metric, Options
+from evaluations.sources import ImageSource
+from guided_diffusion import dist_util
+
+FEW = 2048  # images, fewer than which are warned of, whatever the network
+# what numbers that have a name of their own are called when another network than the published one made the features
+OTHERWISE = {
+    "Inception Score": "Classifier Score",
+    "FID": "FD",
+    "sFID": "sFD",
+    "KID": "KD",
+    "KID standard error": "KD standard error",
+}
+WORDS = {
+    "pool": "features of single images",
+    "pool_statistics": "mean and covariance of features",
+    "spatial_statistics": "mean and covariance of spatial features",
+    "probs": "classes of single images",
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared.
+
+    :param features: of its images, on rank 0; the statistics may be those that were stored beside them.
+    :param notes: sentences that say which features come from where.
+    :param warnings: sentences about what is unusual.
+    """
+
+    source: ImageSource
+    features: FeatureSet
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """The scores by the names under which they are printed, in that order.
+
+    :param omitted: sentences that say which scores are not there, and why.
+    :param facts: all of it, as JSON values.
+    """
+
+    results: Mapping[str, float]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    omitted: tuple[str, ...]
+    facts: Mapping[str, Any] = field(repr=False)
+
+    def lines(self) -> list[str]:
+        """The scores as the original prints them."""
+        return [f"{name}: {value!r}" for name, value in self.results.items()]
+
+
+def evaluate(
+    reference: str | ImageSource | Side,
+    samples: str | ImageSource | Side,
+    extractor: Extractor,
+    *,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    options: Options | None = None,
+    plot: str = "",
+    **making: Any,
+) -> Report:
+    """Compare samples with a reference; collective, and the same report on every rank.
+
+    :param reference: a path, or what `prepare` made of one, so that many samples are compared with it.
+    :param metrics: names of `METRICS`.
+    :param plot: a PNG to draw the comparison to.
+    :param making: options of `feature_set`: batch_size, cache, progress.
+    :raises ValueError: if an image cannot be read, the reference is another network's, or no score can be computed.
+    """
+    chosen = {name: METRICS[name] for name in METRICS if name in metrics}
+    needs = {name for metric in chosen.values() for name in metric.needs}
+    needs_samples = {name for metric in chosen.values() for name in metric.needs_samples}
+    if plot:
+        require()
+        needs, needs_samples = needs | {"pool", "pool_statistics"}, needs_samples | {"pool", "pool_statistics"}
+    samples = open_images(samples) if isinstance(samples, str) else samples
+    if isinstance(samples, ImageSource):
+        _look(samples)  # before the reference's features, which take their time
+    one = prepare(reference, extractor, needs=needs, **making)
+    other = prepare(samples, extractor, needs=needs_samples, stored=False, **making)
+
+    def compare() -> Report:
+        report = _report(one, other, extractor, chosen, options or Options())
+        if plot:
+            draw_comparison(one.features, other.features, report.results, plot)
+        return report
+
+    return dist_util.decide(compare)
+
+
+def prepare(
+    images: str | ImageSource | Side,
+    extractor: Extractor,
+    *,
+    needs: Collection[str] = FIELDS,
+    stored: bool = True,
+    **making: Any,
+) -> Side:
+    """One side of a comparison; collective.
+
+    :param needs: the fields of its features that are wanted.
+    :param stored: take mean and covariance from the file where they are stored in it, as the original does.
+    :param making: options of `feature_set`.
+    :raises ValueError: if an image cannot be read, or the statistics are those of another network.
+    """
+    if isinstance(images, Side):
+        return images
+    source = open_images(images) if isinstance(images, str) else images
+    if not stored:
+        _look(source)
+    found = {f"{kind}_statistics": values for kind, values in source.statistics().items()}
+    used: dict[str, Any] = {name: values for name, values in found.items() if stored and name in needs}
+    warnings = _check_network(source, extractor) if used else []
+    missing = [name for name in FIELDS if name in set(needs) - set(used)] if source.count else []
+    made = make(source, extractor, needs=missing, **making) if missing else Made(FeatureSet(source.count))
+    notes = [*source.notes, *_origins(source, used, missing, made)]
+    if found and not stored:
+        notes.append(f"{source.path}: the mean and covariance in the file are not used: those of samples are computed")
+    looked = source.warnings() if source.looked else []
+    return Side(source, replace(made.features, **used), tuple(notes), (*warnings, *looked))
+
+
+def _look(source: ImageSource) -> None:
+    """Go through the images of samples; collective.
+
+    :raises ValueError: if they cannot be evaluated.
+    """
+    if not source.count:
+        raise ValueError(f"{source.path} holds statistics and no images, and samples must be images: give the images")
+    source.adopt(dist_util.decide(lambda: source.seen))
+
+
+def _check_network(source: ImageSource, extractor: Extractor) -> list[str]:
+    """Refuse stored statistics of another network; a warning where it is the same one in another precision.
+
+    Files that do not say are the original's, and those of Inception.
+    """
+    record = source.record()
+    same = record["identity"] == extractor.identity if record else extractor.published
+    if same:
+        return []
+    theirs = record.get("extractor", "Inception")
+    if extractor.published and theirs == extractor.name:
+        return [
+            f"{source.path}: its statistics were made with other weights of {theirs} or in another precision: "
+            "make it again with these, if the last digits matter"
+        ]
+    raise ValueError(
+        f"{source.path} holds the statistics of the features of {theirs}, and the samples' are those of "
+        f"{extractor.name}{' with other weights' if theirs == extractor.name else ''}: give the images themselves as "
+        "the reference, or make one by make_reference with the same --features"
+    )
+
+
+def _origins(source: ImageSource, used: Mapping[str, Statistics], missing: Sequence[str], made: Made) -> Iterator[str]:
+    """Which features come from where."""
+    for name, found in used.items():
+        of = f"{found.n} images" if found.n else "a number of images that it does not say"
+        yield f"{source.path}: {WORDS[name]} from the file, of {of}"
+    there = [WORDS[name] for name in missing if getattr(made.features, name) is not None]
+    if there:
+        where = f"kept from before in {made.kept}" if made.kept else "computed here"
+        yield f"{source.path}: {', '.join(there)} of {source.count} images, {where}"
+
+
+# ---- comparing
+
+
+def _report(
+    reference: Side, samples: Side, extractor: Extractor, metrics: Mapping[str, Metric], options: Options
+) -> Report:
+    results: dict[str, float] = {}
+    omitted: list[str] = []
+    for metric in metrics.values():
+        lacks = metric.lacks(reference.features, samples.features)
+        if lacks:
+            absent = any(getattr(samples.features, name) is None for name in metric.needs_samples)
+            omitted.append(lacks + f": {extractor.name} gives none" * absent)
+        else:
+            values = metric.compute(reference.features, samples.features, options)
+            results |= zip(_names(metric, extractor), map(float, values), strict=True)
+    if not results:
+        raise ValueError(f"nothing can be computed: {'; '.join(omitted)}")
+    notes = (*reference.notes, *samples.notes)
+    warnings = (*reference.warnings, *samples.warnings, *_few(reference), *_few(samples), *_sizes(reference, samples))
+    facts = {
+        "metrics": results,
+        "extractor": {"name": extractor.name, "identity": extractor.identity, "published": extractor.published},
+        "options": asdict(options),
+        "reference": _facts(reference),
+        "samples": {**_facts(samples), "run": request_of(samples.source.path)},
+        "notes": list(notes),
+        "warnings": list(warnings),
+        "omitted": omitted,
+    }
+    return Report(results, notes, warnings, tuple(omitted), facts)
+
+
+def _names(metric: Metric, extractor: Extractor) -> list[str]:
+    """The labels of a metric, where another network is used by names that say so."""
+    if extractor.published:
+        return list(metric.labels)
+    return [f"{OTHERWISE[label]} ({extractor.name})" if label in OTHERWISE else label for label in metric.labels]
+
+
+def _few(side: Side) -> Iterator[str]:
+    """A warning where mean and covariance are of too few images."""
+    found, pool = side.features.pool_statistics, side.features.pool
+    n = found.n if found is not None else side.features.n
+    columns = len(found.mean) if found is not None else 0 if pool is None else pool.shape[1]
+    limits = [text for limit, text in ((FEW, str(FEW)), (columns, f"the {columns} features")) if n < limit]
+    if n and limits:
+        singular = ", so that their covariance is singular" if n < columns else ""
+        yield (
+            f"{side.source.path}: {n} images are fewer than {' and '.join(limits)}{singular}: distances come out too "
+            "large, and compare with those of as many images alone"
+        )
+
+
+def _sizes(reference: Side, samples: Side) -> Iterator[str]:
+    """A warning where the images differ in height, width or channels."""
+    shapes = [reference.source.shape, samples.source.shape]
+    if None not in shapes and shapes[0] != shapes[1]:
+        one, other = ("x".join(map(str, shape or ())) for shape in shapes)
+        yield (
+            f"the images of the reference are {one} and those of the samples {other} (height, width, channels): the "
+            "network sees both at its own size, and tells the scaling apart too"
+        )
+
+
+def _facts(side: Side) -> dict[str, Any]:
+    source, labels = side.source, side.source.labels
+    return {
+        "path": source.path,
+        "images": source.count,
+        "shape": source.shape,
+        "dtype": str(source.dtype),
+        "sha256": source.digest() if source.looked else "",
+        "labels": 0 if labels is None else len(labels),
+        "classes": 0 if labels is None else len(np.unique(labels)),
+        "statistics": {
+            name: {"n": found.n, "features": len(found.mean)}
+            for name in ("pool_statistics", "spatial_statistics")
+            if (found := getattr(side.features, name)) is not None
+        },
+    }

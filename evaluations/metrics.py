@@ -1,0 +1,449 @@
+"""Scores of generated images, from features of theirs and of real ones: pure functions of numpy arrays.
+
+N images, D features, K classes. Distances are computed block by block, so that memory does not grow with N squared.
+Nothing here needs another file of this project.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+EPS = float(np.finfo(np.float64).eps)
+ROWS = 1024  # images that a covariance grows by at a time
+BLOCK = 1000  # images on each side of a block of distances; rows of a power of two would share lines of the cache
+PUBLISHED_BLOCK = 10_000  # the published evaluator's, which it computes again in float32 where float16 overflows
+DTYPES = ("float32", "float16")
+
+
+# ---- what may come in
+
+
+def _matrix(values: npt.ArrayLike, name: str, first: int = 0) -> Array:
+    """The same values, if they are finite numbers [rows, columns]; rows are counted from `first`."""
+    array = np.asarray(values)
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.size:
+        raise ValueError(f"{name} are {array.dtype} {list(array.shape)}: give real numbers [images, columns]")
+    for start in range(0, len(array), ROWS):
+        finite = (np.abs(array[start : start + ROWS]) <= np.finfo(np.float32).max).all(axis=1)
+        if not finite.all():
+            row = first + start + int(finite.argmin())
+            raise ValueError(f"row {row} of {name} is not finite in float32: look at its image, and at the network")
+    return array
+
+
+def _two_sets(reference: npt.ArrayLike, samples: npt.ArrayLike, least: int) -> tuple[Array, Array]:
+    """Features of both, if they are of one network, and of `least` images at least."""
+    first, second = _matrix(reference, "the reference's features"), _matrix(samples, "the samples' features")
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(
+            f"the reference has {first.shape[1]} features and the samples {second.shape[1]}: take one network for both"
+        )
+    for name, features in (("the reference is", first), ("the samples are", second)):
+        if len(features) < least:
+            raise ValueError(f"{name} {len(features)} images and {least} are needed: take more of them")
+    return first, second
+
+
+# ---- mean and covariance
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Mean [D] and unbiased covariance [D, D] of features; `+` gives those of two sets together.
+
+    :param n: images; 0 where that is unknown, as with a file of mean and covariance alone. The covariance of a single
+        image is 0.
+    """
+
+    n: int
+    mean: npt.NDArray[np.float64]
+    cov: npt.NDArray[np.float64]
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Chan, Golub & LeVeque 1983.
+
+        :raises ValueError: if a number of images is unknown, or they have other features.
+        """
+        if not (self.n and other.n) or self.mean.shape != other.mean.shape:
+            sizes = " and ".join(f"{of.n} images with {of.mean.size} features" for of in (self, other))
+            raise ValueError(f"statistics of {sizes} do not add up: give as many features, of 1 image or more each")
+        n, shift = self.n + other.n, other.mean - self.mean
+        cov = (self.n - 1) / (n - 1) * self.cov
+        cov += (other.n - 1) / (n - 1) * other.cov
+        cov += np.outer(self.n / n * other.n / (n - 1) * shift, shift)
+        return Statistics(n, self.mean + other.n / n * shift, cov)
+
+
+class RunningStatistics:
+    """Statistics of features that come in batches: bit for bit the same, whatever the sizes of the batches."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._total: Statistics | None = None
+        self._rows = np.empty((ROWS, 0))
+        self._filled = 0
+
+    def add(self, features: npt.ArrayLike) -> None:
+        """:param features: [N, D], or none.
+
+        :raises ValueError: naming the row, counted over all batches, that is not finite; or for another D than before.
+        """
+        if not len(np.asarray(features)):
+            return
+        batch = _matrix(features, "the features", self.n)
+        if not self.n:
+            self._rows = np.empty((ROWS, batch.shape[1]))
+        if batch.shape[1] != self._rows.shape[1]:
+            raise ValueError(f"{batch.shape[1]} features come after {self._rows.shape[1]}: take one network for all")
+        self.n += len(batch)
+        while len(batch):
+            room = self._rows[self._filled : self._filled + len(batch)]
+            room[:], batch = batch[: len(room)], batch[len(room) :]
+            self._filled += len(room)
+            if self._filled == ROWS:
+                self._total, self._filled = self.result(), 0
+
+    def result(self) -> Statistics:
+        """Of all there was so far; a ValueError if that is nothing."""
+        if self._total is not None and not self._filled:
+            return self._total
+        if not self.n:
+            raise ValueError("there are no features: give those of one image at least")
+        rows = self._rows[: self._filled]
+        mean = rows.mean(axis=0)
+        apart = rows - mean
+        latest = Statistics(len(rows), mean, apart.T @ apart / max(len(rows) - 1, 1))
+        return latest if self._total is None else self._total + latest
+
+
+def statistics(features: Array | Iterable[Array]) -> Statistics:
+    """Mean and covariance in float64.
+
+    :param features: [N, D], or batches of them.
+    :raises ValueError: naming the first row that is not finite.
+    """
+    running = RunningStatistics()
+    for batch in [features] if isinstance(features, np.ndarray) else features:
+        running.add(batch)
+    return running.result()
+
+
+def _factor(covariance: Array) -> Array:
+    """A [D, r] of rank r with A A^T = `covariance`."""
+    variances, axes = np.linalg.eigh(covariance)
+    if variances[0] < -1e-5 * abs(variances[-1]):
+        raise ValueError(f"a covariance has the eigenvalue {variances[0]:.3g}, less than 0: compute it again")
+    kept = variances > len(variances) * EPS * variances[-1]
+    return np.asarray(axes[:, kept] * np.sqrt(variances[kept]))
+
+
+def _lower_product(first: Array, second: Array) -> Array:
+    """first^T second of lower triangles [D, D], without the blocks that are zero."""
+    product = np.zeros_like(first)
+    for cut in _cuts(0, len(first), 256):
+        product[: cut.stop, : cut.stop] += first[cut, : cut.stop].T @ second[cut, : cut.stop]
+    return product
+
+
+def _trace_of_root(first: Array, second: Array) -> float:
+    """Tr (S T)^1/2 of covariances S = A A^T and T = B B^T: the sum of the singular values of A^T B.
+
+    Eigenvalues give them faster, but of small ones no more than half of the digits.
+    """
+    try:
+        product = _lower_product(np.linalg.cholesky(first), np.linalg.cholesky(second))
+    except np.linalg.LinAlgError:
+        product = _factor(first).T @ _factor(second)
+    squares = np.linalg.eigvalsh(product @ product.T if len(product) <= product.shape[1] else product.T @ product)
+    roots = np.sqrt(squares.clip(min=0))
+    noise = math.sqrt(len(first)) * EPS * float(squares.max(initial=0))
+    if noise and (noise / np.maximum(2 * roots, math.sqrt(noise))).sum() > 1e-10 * roots.sum():
+        roots = np.linalg.svd(product, compute_uv=False)
+    return float(roots.sum())
+
+
+def frechet_distance(mu1: npt.ArrayLike, sigma1: npt.ArrayLike, mu2: npt.ArrayLike, sigma2: npt.ArrayLike) -> float:
+    """Squared Wasserstein-2 distance of Gaussians, singular ones too (Dowson & Landau 1982): FID of Inception features.
+
+    :raises ValueError: for means that are not both [D] and covariances that are not both [D, D], finite and symmetric.
+    """
+    mu1, mu2, sigma1, sigma2 = (np.asarray(values, np.float64) for values in (mu1, mu2, sigma1, sigma2))
+    for name, values, sides in (("mu1", mu1, 1), ("mu2", mu2, 1), ("sigma1", sigma1, 2), ("sigma2", sigma2, 2)):
+        if not values.size or values.shape != (mu1.size,) * sides:
+            shapes = [list(each.shape) for each in (mu1, sigma1, mu2, sigma2)]
+            raise ValueError(f"mu1, sigma1, mu2, sigma2 have shapes {shapes}: give [D], [D, D], [D], [D, D] of one D")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} is not finite: compute it again, from features that are")
+        probe = np.cos(np.arange(len(values)))
+        if values.ndim == 2 and np.abs(values @ probe - probe @ values).max() > 1e-5 * np.abs(values).max():
+            raise ValueError(f"{name} is not symmetric, as a covariance is: compute it again from the features")
+    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * _trace_of_root(sigma1, sigma2)
+    return max(float(distance), 0.0)
+
+
+# ---- classes
+
+
+def inception_score(probs: npt.ArrayLike, split_size: int = 5000) -> float:
+    """exp of the mean KL divergence of each image's classes from those of all (Salimans et al. 2016), mean over splits.
+
+    :param probs: [N, K], each row a distribution.
+    :param split_size: images per split, in the order they have; the last split may be smaller.
+    """
+    rows = _matrix(probs, "the class probabilities")
+    if split_size < 1:
+        raise ValueError(f"split_size is {split_size}: take 1 or more")
+    if rows.min() < 0 or np.abs(rows.sum(axis=1, dtype=np.float64) - 1).max() > 1e-2:
+        raise ValueError("the class probabilities are no distributions of sum 1: give the softmax of the logits")
+    return float(np.mean([_score(rows[start : start + split_size]) for start in range(0, len(rows), split_size)]))
+
+
+def _score(split: Array) -> float:
+    p = split.astype(np.float64)
+    gain = np.log(p, out=np.zeros_like(p), where=p > 0)
+    marginal = p.mean(axis=0)
+    gain -= np.log(marginal, out=np.zeros_like(marginal), where=marginal > 0)
+    return math.exp(np.einsum("nk,nk->", p, gain) / len(p))
+
+
+# ---- squared distances, block by block
+
+
+class _Single:
+    """float32, from features about their mean: what is common to all would cost digits."""
+
+    def __init__(self, centre: Array | float = 0.0) -> None:
+        self.centre = np.float32(centre)
+
+    def rows(self, features: Array) -> Array:
+        """What is multiplied, float32."""
+        return np.subtract(features, self.centre, dtype=np.float32, casting="same_kind")
+
+    def norms(self, rows: Array) -> Array:
+        """Squared."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms: Array = np.einsum("nd,nd->n", rows, rows)
+        if not norms.max() <= np.finfo(np.float32).max / 4:
+            raise ValueError("the features are too large for distances in float32: divide all by their largest")
+        return norms
+
+    def doubled(self, products: Array) -> Array:
+        """In their place, as `rounded`."""
+        products *= 2
+        return products
+
+    def rounded(self, values: Array) -> Array:
+        """As far as they are kept."""
+        return values
+
+
+class _Half(_Single):
+    """float16 as TensorFlow computes on a CPU, for the published evaluator: all is rounded but sums in a product."""
+
+    lanes, strands, most = 8, 4, 1600  # terms added at a time, by turns, and in one sum: longer ones are two
+
+    def rows(self, features: Array) -> Array:
+        return self.rounded(features.astype(np.float32))
+
+    def norms(self, rows: Array) -> Array:
+        return self._sums(self.rounded(rows * rows))
+
+    def _sums(self, terms: Array) -> Array:
+        """Sums of rows, added up in that evaluator's order."""
+        d = terms.shape[1]
+        if d > self.most:
+            half = math.ceil(d / 2 / self.lanes) * self.lanes
+            return self.rounded(self._sums(terms[:, :half]) + self._sums(terms[:, half:]))
+        even = d - d % (self.lanes * self.strands)
+        strands = self._added(terms[:, :even].reshape(len(terms), -1, self.strands, self.lanes))
+        whole = d - d % self.lanes
+        rest = terms[:, even:whole].reshape(len(terms), -1, self.lanes)
+        lanes = self._added(np.concatenate([strands, rest], axis=1))
+        return self.rounded(self.rounded(lanes.sum(axis=1)) + self._added(terms[:, whole:]))
+
+    def _added(self, terms: Array) -> Array:
+        """Sums over axis 1, one term after the other."""
+        total = np.zeros_like(terms, shape=(len(terms), *terms.shape[2:]))
+        for index in range(terms.shape[1]):
+            total = self.rounded(total + terms[:, index])
+        return total
+
+    def doubled(self, products: Array) -> Array:
+        return super().doubled(self.rounded(products))
+
+    def rounded(self, values: Array) -> Array:
+        """To the nearest float16, in their place, as if it had no largest one.
+
+        A power of two 2^13 times as large, once added, leaves float32 no more digits than float16 has.
+        """
+        flat = values.reshape(-1)
+        for start in range(0, flat.size, 1 << 15):  # which stay in the cache
+            part = flat[start : start + (1 << 15)]
+            power = (part.view(np.uint32) & 0x7F800000).view(np.float32)
+            large = np.maximum(power, 2.0**-14, out=power)  # below that, float16 is evenly spaced
+            large *= 1.5 * 2**13
+            part += large
+            part -= large
+        return values
+
+
+def _cuts(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+Tile = tuple[slice, slice, Array]  # rows of one set, rows of the other, and squared distances between them
+
+
+def _tiles(x: Array, y: Array, dtype: str, block: int) -> Iterator[Tile]:
+    """All squared distances from rows of x to rows of y; if those are one array, both halves from the same products.
+
+    The distances are the taker's to overwrite.
+    """
+    if dtype not in DTYPES or block < 1:
+        raise ValueError(
+            f"distances are {dtype!r}, by blocks of {block}: choose one of {', '.join(DTYPES)}, and 1 or more"
+        )
+    single = _Single(x.mean(axis=0, dtype=np.float64))
+    for a in _cuts(0, len(x), PUBLISHED_BLOCK):
+        for b in _cuts(0, len(y), PUBLISHED_BLOCK):
+            if x is y and b.start < a.start:
+                continue
+            half = dtype == "float16" and _fit_half(x, y, a, b, block)
+            for rows, columns, distances in _tiles_of(_Half() if half else single, x, y, a, b, block):
+                yield rows, columns, np.maximum(distances, 0, out=distances)
+
+
+def _fit_half(x: Array, y: Array, a: slice, b: slice, block: int) -> bool:
+    """Whether float16 holds all distances of a block, and twice the products from which they come."""
+    most = float(np.finfo(np.float16).max)
+    cuts = [(x, cut) for cut in _cuts(a.start, a.stop, block)] + [(y, cut) for cut in _cuts(b.start, b.stop, block)]
+    with np.errstate(over="ignore"):
+        norm = max(float(np.square(features[cut], dtype=np.float32).sum(axis=1).max()) for features, cut in cuts)
+    if 2 * norm > most:
+        return False
+    return 4.1 * norm < most or all(d.max() <= most for *_, d in _tiles_of(_Half(), x, y, a, b, block))
+
+
+def _tiles_of(kind: _Single, x: Array, y: Array, a: slice, b: slice, block: int) -> Iterator[Tile]:
+    """Distances as they are computed, some below 0, between rows a of x and rows b of y."""
+    cuts = _cuts(b.start, b.stop, block)
+    norms = [kind.norms(kind.rows(y[columns])) for columns in cuts]
+    for rows in _cuts(a.start, a.stop, block):
+        left = kind.rows(x[rows])
+        norm = kind.norms(left)
+        for columns, other in zip(cuts, norms, strict=True):
+            if x is y and columns.start < rows.start:
+                continue
+            right = left if x is y and columns == rows else kind.rows(y[columns])
+            products = kind.doubled(left @ right.T)
+            if x is y and columns != rows:
+                yield columns, rows, _distances(kind, products.T.copy(), other, norm)
+            yield rows, columns, _distances(kind, products, norm, other)
+
+
+def _distances(kind: _Single, products: Array, u: Array, v: Array) -> Array:
+    """u - products + v, in that order, in the place of the products."""
+    np.subtract(u[:, None], products, out=products)
+    kind.rounded(products)
+    products += v
+    return kind.rounded(products)
+
+
+# ---- manifolds of nearest neighbours
+
+
+def manifold_radii(features: npt.ArrayLike, k: int = 3, *, dtype: str = "float32", block: int = BLOCK) -> Array:
+    """Squared distance [N] of each image from its k-th nearest neighbour, itself left out.
+
+    :param dtype: of the distances; float16 rounds as the published evaluator does.
+    """
+    rows = _matrix(features, "the features")
+    if not 1 <= k < len(rows):
+        raise ValueError(f"k is {k} of {len(rows)} images: take 1 or more, and more images than that")
+    nearest = np.full((len(rows), k + 1), np.inf, np.float32)
+    for own, _, distances in _tiles(rows, rows, dtype, block):
+        nearest[own] = _smallest(np.hstack([nearest[own], _smallest(distances, k)]), k)
+    return nearest[:, k]
+
+
+def _smallest(distances: Array, k: int) -> Array:
+    """The k + 1 smallest of each row, the largest of them last; all, if there are no more."""
+    if distances.shape[1] > k:
+        distances.partition(k, axis=1)
+    return distances[:, : k + 1]
+
+
+def precision_recall(
+    reference: npt.ArrayLike, samples: npt.ArrayLike, k: int = 3, dtype: str = "float32", *, block: int = BLOCK
+) -> tuple[float, float]:
+    """The share of each set that lies in the other's manifold (Kynkaanniemi et al. 2019), the samples' first.
+
+    :param dtype: of the distances; the published numbers are those of float16.
+    """
+    real, made = _two_sets(reference, samples, k + 1)
+    real_radii, made_radii = (manifold_radii(features, k, dtype=dtype, block=block) for features in (real, made))
+    made_inside, real_inside = np.zeros(len(made), bool), np.zeros(len(real), bool)
+    for rows, columns, distances in _tiles(real, made, dtype, block):
+        made_inside[columns] |= (distances <= real_radii[rows, None]).any(axis=0)
+        real_inside[rows] |= (distances <= made_radii[columns]).any(axis=1)
+    return float(made_inside.mean()), float(real_inside.mean())
+
+
+def density_coverage(
+    reference: npt.ArrayLike, samples: npt.ArrayLike, k: int = 5, *, block: int = BLOCK
+) -> tuple[float, float]:
+    """How often the balls about the reference hold a sample, and how many of them hold one (Naeem et al. 2020).
+
+    Equal distributions have a density of 1, which may be exceeded, and a coverage of nearly 1.
+    """
+    real, made = _two_sets(reference, samples, 1)
+    radii, held, covered = manifold_radii(real, k, block=block), 0, np.zeros(len(real), bool)
+    for rows, _, distances in _tiles(real, made, "float32", block):
+        inside = distances < radii[rows, None]
+        held += int(np.count_nonzero(inside))
+        covered[rows] |= inside.any(axis=1)
+    return held / (k * len(made)), float(covered.mean())
+
+
+# ---- kernels
+
+
+def kernel_distance(
+    reference: npt.ArrayLike, samples: npt.ArrayLike, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """KID: the unbiased squared MMD under the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), and its standard error.
+
+    Both are of the mean over the subsets, drawn from images in the order of the sums of their features, whatever order
+    they have.
+    """
+    real, made = _two_sets(reference, samples, 2)
+    fewer = min(len(real), len(made))
+    if subsets < 2 or not 2 <= subset_size <= fewer:
+        raise ValueError(
+            f"{subsets} subsets of {subset_size} images cannot be drawn from {fewer}: "
+            f"take 2 subsets or more, of 2 to {fewer} images"
+        )
+    orders = [(z, np.lexsort((z[:, 0], z.sum(axis=1, dtype=np.float64)))) for z in (real, made)]
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(subsets):
+        picked = [z[order[rng.choice(len(z), subset_size, replace=False)]] for z, order in orders]
+        values.append(_squared_mmd(*(z.astype(np.float64) for z in picked)))
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(subsets))
+
+
+def _squared_mmd(x: Array, y: Array) -> float:
+    """Unbiased, of as many rows of each."""
+    (n, d), total = x.shape, 0.0
+    for a, b, pairs in ((x, x, n * (n - 1)), (y, y, n * (n - 1)), (x, y, n * n / -2)):
+        kernel = a @ b.T / d + 1
+        kernel *= kernel * kernel
+        total += (kernel.sum() - (np.trace(kernel) if a is b else 0)) / pairs
+    return float(total)

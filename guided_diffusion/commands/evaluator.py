@@ -1,0 +1,47 @@
+"""Compare samples with real images, as the published numbers do: Inception Score, FID, sFID, precision, recall."""
+
+from __future__ import annotations
+
+from guided_diffusion import cli
+from guided_diffusion.commands._entry import entry
+from guided_diffusion.evaluation_config import EvaluatorConfig, ExtractorConfig
+
+
+def compare(flags: cli.Flags) -> None:
+    """Say where the features come from, what is unusual, and last of all the scores.
+
+    :raises ValueError: naming what is wrong with the files or the flags.
+    """
+    from evaluations.evaluator import evaluate
+    from evaluations.npz import open_images
+    from evaluations.scores import Options
+    from evaluations.sources import FileSource
+    from guided_diffusion import dist_util, logger
+    from guided_diffusion.checkpoint import save_json
+    from guided_diffusion.commands import _evaluation as common
+
+    config, network = flags.part(EvaluatorConfig), flags.part(ExtractorConfig)
+    common.start(flags)
+    for path in filter(None, (config.json, config.plot)):
+        common.check_writable(path)
+    reference, samples = (open_images(path, config.image_size or None) for path in (config.reference, config.samples))
+    if config.image_size and not any(isinstance(source, FileSource) for source in (reference, samples)):
+        raise ValueError(f"--image_size {config.image_size} has no effect, as no folder or zip is given: leave it out")
+    report = evaluate(
+        reference,
+        samples,
+        common.extractor_of(flags),
+        metrics=config.metrics.split(","),
+        options=Options(dtype=config.distances, seed=config.seed),
+        plot=config.plot,
+        batch_size=network.eval_batch_size,
+        cache=config.cache,
+        progress=True,
+    )
+    if dist_util.rank() == 0 and config.json:
+        save_json(config.json, report.facts)
+    for line in (*report.notes, *(f"warning: {text}" for text in report.warnings), *report.omitted, *report.lines()):
+        logger.log(line)
+
+
+main = entry("evaluator", compare)

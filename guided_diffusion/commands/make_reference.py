@@ -1,0 +1,38 @@
+"""Write the reference that samples are compared with: statistics of all images, and some of the images."""
+
+from __future__ import annotations
+
+from guided_diffusion import cli
+from guided_diffusion.commands._entry import entry
+from guided_diffusion.evaluation_config import ExtractorConfig, ReferenceConfig
+
+
+def make(flags: cli.Flags) -> None:
+    """Write what the flags describe.
+
+    :raises ValueError: naming what is wrong with the files or the flags.
+    """
+    from evaluations.make_reference import write_reference
+    from evaluations.npz import open_images
+    from guided_diffusion import logger
+    from guided_diffusion.commands import _evaluation as common
+
+    config = flags.part(ReferenceConfig)
+    if not config.out.endswith(".npz"):
+        raise ValueError(f"{config.out!r} is no name of an npz: give one that ends in .npz")
+    common.start(flags)
+    common.check_writable(config.out)
+    source = open_images(config.data_dir, config.image_size)
+    extractor = common.extractor_of(flags) if config.statistics else None
+    for line in write_reference(
+        source,
+        config.out,
+        extractor,
+        size=config.image_size,
+        num_samples=config.num_samples,
+        batch_size=flags.part(ExtractorConfig).eval_batch_size,
+    ):
+        logger.log(line)
+
+
+main = entry("make_reference", make)
