@@ -1,58 +1,106 @@
-"""Bits per dimension of images under a diffusion model, by the variational bound (Ho et al. 2020, eq. 5)."""
+"""Bits per dimension of images under a diffusion model: the variational bound, or the likelihood of its flow."""
 
 from __future__ import annotations
 
-import os
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import cli
 from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import DiffusionConfig, LikelihoodConfig, RunConfig, UNetConfig
+from guided_diffusion.likelihood_config import FlowConfig, MeasureConfig
 
 if TYPE_CHECKING:
-    import torch as th
-
     from guided_diffusion.commands._common import Restored
     from guided_diffusion.image_datasets import ImageDataset
-
-TERMS = ("vb", "mse", "xstart_mse")
-BPD_FILE = "bpd.npz"
+    from guided_diffusion.likelihood import Measure, Survey
 
 
 def measure(flags: cli.Flags) -> None:
-    """Measure every image once, whatever the number of ranks, and write what `report` says.
+    """Measure every image once, whatever the number of ranks.
 
     :raises ValueError: naming the flag that is wrong.
     """
-    import torch as th
-
-    from guided_diffusion import dist_util, logger
     from guided_diffusion.commands import _common as common
-    from guided_diffusion.script_util import build_diffusion
+    from guided_diffusion.likelihood import carry_out
 
+    refuse_idle(flags)
     common.start(flags)
-    if os.path.exists(os.path.join(logger.get_dir(), BPD_FILE)):
-        raise ValueError(f"{logger.get_dir()} holds the likelihoods of another run: give another --log_dir")
     model = common.restore_unet(flags)
+    carry_out(survey_of(model))
+
+
+def refuse_idle(flags: cli.Flags) -> None:
+    """:raises ValueError: for a flag that has no effect on what is measured."""
+    kind = flags.part(MeasureConfig).likelihood
+    idle = {spec.name for spec in fields(FlowConfig)} if kind == "vlb" else {"save_terms"}
+    given = sorted(idle & set(flags.given))
+    if given:
+        raise ValueError(f"--{given[0]} has no effect with --likelihood {kind}: leave it out")
+    if "flow_tolerance" in flags.given and flags.part(FlowConfig).flow_solver != "rk45":
+        raise ValueError("--flow_tolerance has no effect on --flow_solver heun: leave it out, or give rk45")
+
+
+def survey_of(model: Restored) -> Survey:
+    """What the flags ask for."""
+    from guided_diffusion import logger
+    from guided_diffusion.likelihood import Survey
+
+    options, config = model.flags.part(LikelihoodConfig), model.flags.part(MeasureConfig)
     dataset = images_of(model)
-    wanted = model.flags.part(LikelihoodConfig).num_samples
-    if wanted > len(dataset):
-        logger.log(f"{len(dataset)} images are there, not {wanted}: each is measured once")
-    process = build_diffusion(model.flags.part(DiffusionConfig))
-    rank, world_size = dist_util.rank(), dist_util.world_size()
-    count = min(wanted, len(dataset))
-    rows, sums = likelihoods(process, model, dataset, count, rank=rank, world_size=world_size)
-    every_row, every_sum = th.cat(dist_util.gather(rows)), th.cat(dist_util.gather(sums[None])).sum(dim=0)
-    if rank == 0:
-        report(every_row, every_sum / count, logger.get_dir())
+    there, count = len(dataset), min(options.num_samples, len(dataset))
+    if options.num_samples > there:
+        logger.log(f"{there} images are there, not {options.num_samples}: each is measured once")
+    elif count < there:
+        logger.log(
+            f"measuring {count} of {there} images, {'evenly over them' if config.spread else 'the first by name'}"
+        )
+    indices = [number * there // count for number in range(count)] if config.spread else range(count)
+    names = [dataset.local_images[index].removeprefix(options.data_dir).lstrip("/") for index in indices]
+    return Survey(
+        measure=measure_of(model),
+        dataset=dataset,
+        indices=indices,
+        names=names,
+        batch_size=options.batch_size,
+        out_dir=logger.get_dir(),
+        seed=model.flags.part(RunConfig).seed,
+        request={**model.identity, **asdict(model.flags.part(DiffusionConfig)), **_said(model.flags)},
+        save_terms=config.save_terms,
+    )
+
+
+def _said(flags: cli.Flags) -> dict[str, Any]:
+    """The flags of what is measured, those that have an effect on it."""
+    kind = flags.part(MeasureConfig).likelihood
+    flow = asdict(flags.part(FlowConfig)) if kind == "flow" else {}
+    return {"likelihood": kind, "clip_denoised": flags.part(LikelihoodConfig).clip_denoised, **flow}
+
+
+def measure_of(model: Restored) -> Measure:
+    """The kind of likelihood that the flags ask for."""
+    from guided_diffusion import logger
+    from guided_diffusion.flow_likelihood import FlowOptions
+    from guided_diffusion.likelihood import probability_flow, variational_bound
+
+    network, clip = model.network.requires_grad_(False), model.flags.part(LikelihoodConfig).clip_denoised
+    steps = f"{model.process.num_timesteps} of {model.flags.part(DiffusionConfig).diffusion_steps} steps"
+    if model.flags.part(MeasureConfig).likelihood == "vlb":
+        logger.log(f"measuring the variational bound over {steps}")
+        return variational_bound(model.process, network, clip_denoised=clip)
+    options = FlowOptions(**asdict(model.flags.part(FlowConfig)))
+    logger.log(f"measuring the likelihood of the probability flow between the ends of {steps}: {options}")
+    return probability_flow(model.process, network, clip_denoised=clip, options=options)
 
 
 def images_of(model: Restored) -> ImageDataset:
     """The images of --data_dir as they are: neither mirrored nor cropped at random."""
     from guided_diffusion import checkpoint
+    from guided_diffusion.commands import _conditioning as conditioning
     from guided_diffusion.image_datasets import load_data
 
     config, options = model.flags.part(UNetConfig), model.flags.part(LikelihoodConfig)
+    conditioning.check(model.flags)
     labels: dict[str, Any] = {"class_from": options.class_from}
     if config.class_cond:
         labels |= {"num_classes": config.num_classes, "classes": checkpoint.classes_beside(model.path) or None}
@@ -63,56 +111,11 @@ def images_of(model: Restored) -> ImageDataset:
         class_cond=config.class_cond,
         random_flip=False,
         image_channels=config.image_channels,
+        pairing=conditioning.pairing_of(model.flags),
         rank=0,
         world_size=1,
         **labels,
     ).dataset
-
-
-def likelihoods(
-    process: Any, model: Restored, dataset: ImageDataset, count: int, *, rank: int = 0, world_size: int = 1
-) -> tuple[th.Tensor, th.Tensor]:
-    """One rank's share: rows (index, total_bpd, prior_bpd) per image, and the sums over images of `TERMS` [3, T]."""
-    import numpy as np
-    import torch as th
-
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.seeds import seeded
-
-    options, device = model.flags.part(LikelihoodConfig), dist_util.dev()
-    seed, size = model.flags.part(RunConfig).seed, options.batch_size
-    rows, sums = [np.empty((0, 3))], th.zeros(len(TERMS), process.num_timesteps, dtype=th.float64)
-    batches = range(rank, -(-count // size), world_size)
-    for batch in logger.progress_bar(shown=rank == 0, iterable=batches, desc="measuring", unit="batch"):
-        indices = range(batch * size, min((batch + 1) * size, count))
-        images, labels = zip(*[dataset[index] for index in indices], strict=True)
-        cond = {name: th.tensor(np.stack([label[name] for label in labels]), device=device) for name in labels[0]}
-        with seeded(seed, batch, device):  # the noise of an image is that of its batch
-            out = process.calc_bpd_loop(
-                model.network, th.tensor(np.stack(images), device=device), options.clip_denoised, cond
-            )
-        bpd = [out[name].double().cpu().numpy() for name in ("total_bpd", "prior_bpd")]
-        rows.append(np.stack([np.array(indices, dtype=np.float64), *bpd], axis=1))
-        sums += th.stack([out[name].double().sum(dim=0).cpu() for name in TERMS])
-    return th.from_numpy(np.concatenate(rows)), sums
-
-
-def report(rows: th.Tensor, means: th.Tensor, folder: str) -> None:
-    """Write bpd.npz (total and prior by image) and TERM_terms.npz (means, noisiest t first), and say the mean."""
-    import numpy as np
-
-    from guided_diffusion import logger
-    from guided_diffusion.npz import save_npz
-
-    rows = rows[rows[:, 0].argsort()]
-    total, prior = rows[:, 1].numpy(), rows[:, 2].numpy()
-    for name, mean in zip(TERMS, means, strict=True):
-        save_npz(os.path.join(folder, f"{name}_terms.npz"), mean.numpy())
-    save_npz(os.path.join(folder, BPD_FILE), total, prior)
-    error = f" +- {np.std(total, ddof=1) / np.sqrt(len(total)):.4f}" if len(total) > 1 else ""
-    logger.log(
-        f"{len(total)} images: {total.mean():.4f}{error} bits per dimension (mean and standard error); in {folder}"
-    )
 
 
 main = entry("image_nll", measure)
