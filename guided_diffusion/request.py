@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from guided_diffusion.cli import COMMANDS
 from guided_diffusion.untrusted import parse_json, printable, read_file, reason
 
 REQUEST = "request.json"
@@ -28,7 +29,11 @@ def read_request(path: str, *, what: str = "samples") -> dict[str, Any]:
 
 
 def refuse_another(there: Mapping[str, Any], now: Mapping[str, Any], folder: str, *, what: str = "samples") -> None:
-    """:raises ValueError: naming what differs between the request of a folder and the one of now."""
+    """Refuse to mix results; a flag that an older request does not know had its default then.
+
+    :raises ValueError: naming what differs between the request of a folder and the one of now.
+    """
+    there = {**{key: value for key, value in _flag_defaults().items() if key in now}, **there}
     differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
     if differing:
         words = ", ".join(
@@ -36,3 +41,7 @@ def refuse_another(there: Mapping[str, Any], now: Mapping[str, Any], folder: str
         )
         more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise ValueError(f"{folder} holds the {what} of another request ({words}{more}): give another --log_dir")
+
+
+def _flag_defaults() -> dict[str, Any]:
+    return {name: spec.default for command in COMMANDS.values() for name, spec in command.flags().items()}

@@ -109,22 +109,29 @@ def sample(config: DemoConfig, scale: float) -> tuple[float, str]:
 
 
 def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> None:
-    """Print how often the judge sees the class that was asked for, and draw rows of classes."""
+    """Print how often the judge sees the class that was asked for and how far its features are, and draw the rows."""
     import numpy as np
 
+    from evaluations.evaluator import evaluate, prepare
+    from evaluations.features import make_extractor
+    from evaluations.npz import open_images
     from guided_diffusion import logger
     from guided_diffusion.commands import _common as common
     from guided_diffusion.pictures import save_grid
 
     logger.configure(dir=config.log_dir, format_strs=[])
     judge = common.restore_classifier(cli.parse("classifier_sample", [f"--classifier_path={config.log_dir}/judge"]))
+    extractor = make_extractor(f"classifier:{config.log_dir}/judge")
+    real = prepare(open_images(config.data_dir, 32), extractor, needs=("pool_statistics",), cache=False)
     columns, titles = [], []
-    print("\nHow often the separately trained classifier of clean images sees the class that was asked for:")
+    print("\nHow often the separately trained classifier of clean images sees the class that was asked for, and the")
+    print("Frechet distance (FD) of its features from those of all real images:")
     for scale, path in samples:
         with np.load(path) as file:
             images, labels = file["arr_0"], file["arr_1"]
         name = f"guided, scale {scale:g}" if scale else "unguided"
-        print(f"    {name:24s} {accuracy(judge.network, to_float(images), labels):6.1%}")
+        (distance,) = evaluate(real, path, extractor, metrics=("fid",), cache=False).results.values()
+        print(f"    {name:24s} {accuracy(judge.network, to_float(images), labels):6.1%}   FD {distance:5.2f}")
         columns.append(np.stack([images[labels == label][:SHOWN] for label in range(CLASSES)]))
         titles.append(name)
     print(f"    {'real images, for scale':24s} {accuracy(judge.network, *real_images(config)):6.1%}")
