@@ -2,113 +2,172 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion import cli
 from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import SampleConfig, SuperResConfig, UpsampleConfig, parse_size
+from guided_diffusion.config import GuidanceConfig, RunConfig, SampleConfig, SuperResConfig, parse_size
+from guided_diffusion.upsampling_config import UpsampleConfig
 
 if TYPE_CHECKING:
-    import numpy as np
+    from guided_diffusion.commands._common import Restored
+    from guided_diffusion.image_files import Listing
+    from guided_diffusion.upsampling import BaseImages
 
-    from guided_diffusion.npz import Npz
+SHARED = ("image_channels", "dims", "diffusion_steps", "noise_schedule", "rescale_timesteps")
 
 
-def sample(flags: cli.Flags) -> None:
-    """Enlarge as the flags say.
+def sample(flags: cli.Flags) -> str:
+    """Enlarge as the flags say; returns the path of the npz.
 
     :raises ValueError: naming the flag that is wrong.
     """
-    import torch as th
-
     from guided_diffusion.commands import _common as common, _guidance as guidance
     from guided_diffusion.guidance import without_labels
-    from guided_diffusion.npz import fingerprint
 
     sampler = common.sampler_of(flags)
     flags = common.on_its_grid(flags, sampler)
-    guidance.check(flags)
+    check(flags)
     common.start(flags)
     model = common.restore_upsampler(flags)
     flags = model.flags
-    config = flags.part(SuperResConfig)
-    base = read_base(flags)
-    labels = labels_of(flags, base, model.classes)
-
-    def low_res(indices: Sequence[int]) -> dict[str, th.Tensor]:
-        return {"low_res": th.from_numpy(base["arr_0"][list(indices)]).movedim(-1, 1) / 127.5 - 1}
-
-    shape, guided = (config.image_channels, *parse_size(config.large_size)), guidance.guided(model)
-    request = {**model.identity, **guided.request, "base_samples": fingerprint(base)}
-    size = {"num_samples": len(base["arr_0"]), "conditioning": low_res}
+    config, level = flags.part(SuperResConfig), level_of(flags)
+    classifier = classifier_of(model)
+    guided = guidance.guided(model, classifier)
+    names = (classifier.classes if classifier else []) or model.classes
+    wanted = config.class_cond or "cond_fn" in guided.options
+    base = read_base(flags, names, labelled=wanted)
+    request = {**guided.request, **model.identity, **base.request(), **({"cond_aug_level": level} if level else {})}
+    size = {"num_samples": len(base), "names": base.names}
+    size["conditioning"] = partial(base.conditioning, level=level, seed=flags.part(RunConfig).seed)
+    labels = labels_of(flags, base.labels, names, wanted=wanted)
+    shape = (config.image_channels, *parse_size(config.large_size))
     job = common.job_of(flags, sampler, shape, request, **size, **labels)
     network = guided.network if config.class_cond else without_labels(guided.network)
-    common.sample_and_say(flags, model.process, network, job, **guided.options)
+    return common.sample_and_say(flags, model.process, network, job, **guided.options)
 
 
-def read_base(flags: cli.Flags) -> dict[str, np.ndarray]:
-    """The small images arr_0 [N, h, w, C] of --base_samples, as many as are wanted, and their labels arr_1 if any.
+def check(flags: cli.Flags) -> None:
+    """Refuse flags of guidance that are out of range or without effect, before there are any networks.
 
-    Nothing else of the file is read, and nothing before its header fits.
-
-    :raises ValueError: if there are fewer than asked for, or they do not fit the upsampler.
+    :raises ValueError: naming the flag.
     """
-    import blobfile as bf
+    from guided_diffusion.commands import _guidance as guidance
 
-    from guided_diffusion.npz import Npz
-
-    path = flags.part(UpsampleConfig).base_samples
-    if not path or not bf.exists(path):
-        raise ValueError(f"--base_samples {path!r} does not exist: give the npz of the images to enlarge")
-    try:
-        with Npz(path) as base:
-            count = _count(flags, path, base)
-            names = [name for name in ("arr_0", "arr_1") if name in base]
-            return {name: next(base.chunks(name, count)) for name in names}
-    except ValueError as error:
-        told = str(error)
-        raise error if told.startswith("--") else ValueError(f"--base_samples: {told}") from error
+    if not flags.part(GuidanceConfig).classifier_path:
+        useless = [name for name in flags.given if name.startswith("classifier_")]
+        if useless:
+            raise ValueError(f"--{useless[0]} has no effect without --classifier_path: give both or none")
+        if "image_size" in flags.given:
+            raise ValueError("--image_size is that of a classifier: an upsampler has --large_size and --small_size")
+    guidance.check(flags)
 
 
-def _count(flags: cli.Flags, path: str, base: Npz) -> int:
-    """How many images to read, once the headers fit."""
-    config = flags.part(SuperResConfig)
-    images = base.header("arr_0")
-    expected = (*parse_size(config.small_size), config.image_channels)
-    if images.dtype != "uint8" or images.shape[1:] != expected or images.shape[0] == 0:
-        raise ValueError(
-            f"--base_samples {path} holds arr_0 {images.shape} of {images.dtype}, and small_size {config.small_size} "
-            f"with {config.image_channels} channels needs uint8 images {expected}"
-        )
-    labels = base.header("arr_1") if "arr_1" in base else None
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise ValueError(
-            f"--base_samples {path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one integer for each of "
-            f"the {images.shape[0]} images, or none"
-        )
-    if flags.given.get("num_samples", 0) > images.shape[0]:
-        given = flags.given["num_samples"]
-        raise ValueError(f"--num_samples {given} is more than the {images.shape[0]} images of {path}")
-    return min(images.shape[0], flags.part(SampleConfig).num_samples)
+def level_of(flags: cli.Flags) -> float:
+    """The noise to put on the small images.
+
+    :raises ValueError: if the upsampler was not trained with as much.
+    """
+    level, trained = flags.part(UpsampleConfig).cond_aug_level, flags.part(SuperResConfig).cond_aug
+    if level and not trained:
+        raise ValueError(f"--cond_aug_level {level} needs an upsampler trained with --cond_aug, and this one was not")
+    if level > trained:
+        raise ValueError(f"--cond_aug_level {level} is above {trained}, the greatest level of the training")
+    return level
 
 
-def labels_of(flags: cli.Flags, base: dict[str, np.ndarray], names: list[str]) -> dict[str, Any]:
-    """The labels of the job: the images' own, else those of --classes.
+def classifier_of(model: Restored) -> Restored | None:
+    """The classifier of --classifier_path, None without.
 
-    :raises ValueError: if the upsampler needs labels and there are none, or they are given twice.
+    :raises ValueError: if it was trained for other images, classes or noise than the upsampler.
     """
     from guided_diffusion.commands import _common as common
 
-    config, text = flags.part(SuperResConfig), flags.part(SampleConfig).classes
-    if text and ("arr_1" in base or not config.class_cond):
-        why = "the images have labels of their own" if config.class_cond else "the upsampler is unconditional"
+    if not model.flags.part(GuidanceConfig).classifier_path:
+        return None
+    classifier = common.restore_classifier(model.flags)
+    ours, theirs = model.flags.values, classifier.flags.values
+    pairs: dict[str, tuple[Any, Any]] = {
+        "large_size": (parse_size(ours["large_size"]), parse_size(theirs["image_size"]))
+    }
+    pairs |= {name: (ours[name], theirs[name]) for name in SHARED}
+    if ours["class_cond"]:
+        pairs["num_classes"] = ours["num_classes"], theirs["num_classes"]
+        pairs |= {"classes": (model.classes, classifier.classes)} if model.classes and classifier.classes else {}
+    remedy = "guidance needs a classifier trained for the same images, classes and noise as the upsampler's output"
+    common.refuse_difference(pairs, "classifier", remedy)
+    return classifier
+
+
+def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: bool = False) -> BaseImages:
+    """The images of --base_samples, as many as are wanted, and their labels if any.
+
+    :param classes: class names by id, where they are known.
+    :param labelled: the files of a folder or zip tell their classes, where --classes does not.
+    :raises ValueError: if there are fewer than asked for, or they do not fit the upsampler.
+    """
+    from guided_diffusion import logger
+    from guided_diffusion.upsampling import Wanted, read_base as read
+
+    config, options = flags.part(SuperResConfig), flags.part(SampleConfig)
+    labelled = (labelled and not options.classes) or flags.part(UpsampleConfig).class_from != "auto"
+    height, width = parse_size(config.small_size)
+    wanted = Wanted(
+        (height, width, config.image_channels),
+        options.num_samples,
+        all="num_samples" in flags.given,
+        label=_by_files(flags, classes or []) if labelled else None,
+    )
+    base = read(flags.part(UpsampleConfig).base_samples, wanted)
+    if base.left_out and not wanted.all:
+        logger.warn(f"the first {len(base)} images are enlarged and {base.left_out} more are not: give --num_samples")
+    return base
+
+
+def _by_files(flags: cli.Flags, classes: list[str]) -> Callable[[Listing], list[int]]:
+    """The classes of a folder's images by the rule of --class_from."""
+    from guided_diffusion.image_labels import read_labels
+
+    def label(listing: Listing) -> list[int]:
+        rule, count = flags.part(UpsampleConfig).class_from, flags.part(SuperResConfig).num_classes
+        try:
+            return read_labels(listing, rule, classes or None, len(classes) or count).ids
+        except ValueError as error:
+            raise ValueError(f"the images have no labels that fit ({error}); or give --classes") from error
+
+    return label
+
+
+def labels_of(flags: cli.Flags, own: list[int] | None, names: list[str], *, wanted: bool) -> dict[str, Any]:
+    """The labels of the job: the images' own, else those of --classes.
+
+    :param wanted: something asks for labels: the upsampler, or the classifier that guides it.
+    :raises ValueError: if labels are wanted and there are none, or they are given twice.
+    """
+    from guided_diffusion.commands import _common as common
+
+    check_labels(flags, own is not None, wanted=wanted)
+    if own is not None:
+        return {"labels": own, "class_names": names}
+    given = flags.part(SampleConfig).classes
+    return common.labels_of(flags, names, flags.values["num_classes"]) if given else {}
+
+
+def check_labels(flags: cli.Flags, labelled: bool, *, wanted: bool) -> None:
+    """Refuse labels that are missing or given twice.
+
+    :param labelled: the images have labels of their own.
+    :raises ValueError: naming --classes.
+    """
+    text = flags.part(SampleConfig).classes
+    if text and (labelled or not wanted):
+        why = "the images have labels of their own" if wanted else "the upsampler is unconditional"
         raise ValueError(f"--classes {text} has no effect, as {why}: leave it out")
-    if "arr_1" in base:
-        return {"labels": base["arr_1"].tolist(), "class_names": names}
-    if config.class_cond and not text:
-        raise ValueError("the upsampler is class-conditional and the images have no labels (arr_1): give --classes")
-    return common.labels_of(flags, names, config.num_classes) if text else {}
+    if wanted and not (labelled or text):
+        what = "is class-conditional" if flags.part(SuperResConfig).class_cond else "is guided by a classifier"
+        raise ValueError(f"the upsampler {what} and the images have no labels (arr_1): give --classes")
 
 
 main = entry("super_res_sample", sample)

@@ -17,7 +17,7 @@ def train(flags: cli.Flags) -> None:
     :raises ValueError: naming the flag that is wrong.
     """
     from guided_diffusion import dist_util
-    from guided_diffusion.commands import _training as training
+    from guided_diffusion.commands import _finetuning as finetuning, _training as training
     from guided_diffusion.image_datasets import load_superres_data
     from guided_diffusion.script_util import build_diffusion, build_upsampler
 
@@ -25,8 +25,13 @@ def train(flags: cli.Flags) -> None:
     config, schedule = flags.part(SuperResConfig), flags.part(DiffusionConfig)
     precision = resolve_precision(config.precision, config.use_fp16)
     model, diffusion = build_upsampler(config, schedule.learn_sigma).to(dist_util.dev()), build_diffusion(schedule)
-    sizes = {"large_size": config.large_size, "small_size": config.small_size}
+    sizes: dict[str, Any] = {
+        "large_size": config.large_size,
+        "small_size": config.small_size,
+        "cond_aug": config.cond_aug,
+    }
     streams = training.open_streams(flags, load_superres_data, class_cond=config.class_cond, **sizes)
+    finetuning.prepare(flags, model, streams.train.classes)
     training.train_diffusion(flags, model, diffusion, streams, precision=precision, previewer=previewer)
 
 

@@ -1,0 +1,243 @@
+"""What training and using upsamplers share: small versions of images, noise on them, and where others come from.
+
+Shapes: N images, C channels, h w the space of the small images, H W that of the large ones.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import blobfile as bf
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from guided_diffusion.crops import Picture
+from guided_diffusion.image_files import IMAGE_EXTENSIONS, Listing, find_images, read_image, split_archive
+from guided_diffusion.npz import Npz, fingerprint
+from guided_diffusion.request import REQUEST
+from guided_diffusion.seeds import image_generator
+from guided_diffusion.untrusted import parse_json, path_fault, printable, quoted, read_file, reason
+
+NAMES = "names.json"  # beside an npz: which file each of its images comes from
+
+# Added to the seed, so that noise on small images is that of nothing else.
+TRAINING_NOISE, SAMPLING_NOISE = 3 << 64, 4 << 64
+
+Pixels = NDArray[np.uint8]
+Label = Callable[[Listing], Sequence[int]]
+
+
+# ---- noise on small images (Ho et al. 2022, Cascaded diffusion models, sec. 4)
+
+
+def noised(low_res: th.Tensor, levels: th.Tensor, noise: th.Tensor) -> th.Tensor:
+    """Small images [N, C, h, w] with noise of levels [N]: sqrt(1 - level^2) low_res + level noise."""
+    levels = levels.view(-1, *[1] * (low_res.ndim - 1))
+    return (1 - levels**2).sqrt() * low_res + levels * noise
+
+
+@dataclass(frozen=True)
+class SmallVersions:
+    """Makes the small versions that an upsampler learns to enlarge.
+
+    :param size: (h, w).
+    :param cond_aug: the greatest level of noise on them, below which each image draws its own; 0: no noise.
+    """
+
+    size: tuple[int, int]
+    cond_aug: float = 0.0
+    seed: int = 0
+
+    def __call__(self, images: th.Tensor, places: Sequence[int]) -> dict[str, th.Tensor]:
+        """low_res [N, C, h, w] of images [N, C, H, W] by area, and low_res_level [N] where there is noise.
+
+        :param places: where the images stand in the sequence of all that training takes, by which noise is drawn.
+        """
+        low_res = F.interpolate(images, self.size, mode="area")
+        if not self.cond_aug:
+            return {"low_res": low_res}
+        generators = [image_generator(self.seed + TRAINING_NOISE, place) for place in places]
+        levels = self.cond_aug * th.stack([th.rand((), generator=generator) for generator in generators])
+        noise = th.stack([th.randn(low_res.shape[1:], generator=generator) for generator in generators])
+        return {"low_res": noised(low_res, levels, noise), "low_res_level": levels}
+
+
+# ---- images to enlarge
+
+
+@dataclass(frozen=True)
+class BaseImages:
+    """Images to enlarge.
+
+    :param pixels: [N, h, w, C].
+    :param labels: class ids, None where they have none.
+    :param names: the files that they come from, [] where they come from none.
+    :param left_out: how many more there are.
+    """
+
+    pixels: Pixels
+    labels: list[int] | None = None
+    names: list[str] = field(default_factory=list)
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def request(self) -> dict[str, str]:
+        """What stands for them in a sampling request."""
+        arrays = {"arr_0": self.pixels, **({} if self.labels is None else {"arr_1": np.asarray(self.labels)})}
+        text = np.frombuffer("\n".join(self.names).encode(), np.uint8)
+        named = {"names": fingerprint({"names": text})} if self.names else {}
+        return {"base_samples": fingerprint(arrays), **named}
+
+    def conditioning(self, indices: Sequence[int], *, level: float = 0.0, seed: int = 0) -> dict[str, th.Tensor]:
+        """low_res [n, C, h, w] in [-1, 1] of some of them, with noise of a level, by seed and index alone."""
+        low_res = th.from_numpy(self.pixels[list(indices)]).movedim(-1, 1) / 127.5 - 1
+        if not level:
+            return {"low_res": low_res}
+        generators = [image_generator(seed + SAMPLING_NOISE, index) for index in indices]
+        noise = th.stack([th.randn(low_res.shape[1:], generator=generator) for generator in generators])
+        levels = th.full((len(low_res),), level)
+        return {"low_res": noised(low_res, levels, noise), "low_res_level": levels}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which images to read.
+
+    :param shape: (h, w, C) of each.
+    :param count: how many, or fewer where there are fewer.
+    :param all: fewer than `count` are an error.
+    :param label: listing of a folder -> the class of each image; None leaves them without.
+    """
+
+    shape: tuple[int, int, int]
+    count: int
+    all: bool = False
+    label: Label | None = None
+
+    def of(self, there: int, path: str) -> int:
+        """How many to take.
+
+        :raises ValueError: if there are not as many as there must be.
+        """
+        if self.all and self.count > there:
+            raise ValueError(f"--num_samples {self.count} is more than the {there} images of {path}")
+        return min(there, self.count)
+
+
+def read_base(path: str, wanted: Wanted) -> BaseImages:
+    """The first images of an npz, of a run that sampled, of a folder or zip, or a single one.
+
+    :raises ValueError: if there are fewer than asked for, or they do not fit.
+    """
+    inside = split_archive(path)
+    if not inside and not (path and bf.exists(path)):
+        raise ValueError(
+            f"--base_samples {path!r} does not exist: give an npz of the images to enlarge, or a folder or zip of them"
+        )
+    try:
+        if path.lower().endswith(IMAGE_EXTENSIONS) and not bf.isdir(path):
+            return _read_files(Listing(os.path.dirname(path) or ".", [os.path.basename(path)], []), wanted)
+        if not inside and not bf.isdir(path):
+            return _read_npz(path, wanted)
+        samples = "" if inside else _samples_in(path)
+        return _read_npz(samples, wanted) if samples else _read_files(find_images(path), wanted)
+    except ValueError as error:
+        told = str(error)
+        raise error if told.startswith("--") else ValueError(f"--base_samples: {told}") from error
+
+
+def _samples_in(folder: str) -> str:
+    """The npz of a folder that sampling left, '' for any other."""
+    found = glob.glob(os.path.join(glob.escape(folder), "samples_*.npz"))
+    return found[0] if len(found) == 1 and os.path.exists(os.path.join(folder, REQUEST)) else ""
+
+
+def _read_npz(path: str, wanted: Wanted) -> BaseImages:
+    """Nothing else of the file is read, and nothing before its header fits."""
+    with Npz(path) as base:
+        shape = base.header("arr_0").shape
+        _check_headers(path, base, wanted)
+        count = wanted.of(shape[0], path)
+        pixels = next(base.chunks("arr_0", count))
+        labels = next(base.chunks("arr_1", count)).tolist() if "arr_1" in base else None
+    return BaseImages(pixels, labels, _names_beside(path, shape[0])[:count], shape[0] - count)
+
+
+def _check_headers(path: str, base: Npz, wanted: Wanted) -> None:
+    images = base.header("arr_0")
+    if images.dtype != "uint8" or images.shape[1:] != wanted.shape or images.shape[0] == 0:
+        height, width, channels = wanted.shape
+        raise ValueError(
+            f"--base_samples {path} holds arr_0 {images.shape} of {images.dtype}, and small_size {height}x{width} "
+            f"with {channels} channels needs uint8 images {wanted.shape}"
+        )
+    labels = base.header("arr_1") if "arr_1" in base else None
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
+        raise ValueError(
+            f"--base_samples {path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one integer for each of "
+            f"the {images.shape[0]} images, or none"
+        )
+
+
+def _names_beside(path: str, count: int) -> list[str]:
+    """The files that the images of an npz come from, as an upsampler that made it wrote them down."""
+    where = str(bf.join(os.path.dirname(path) or ".", NAMES))
+    if not bf.exists(where):
+        return []
+    try:
+        said = parse_json(read_file(where))
+        if not isinstance(said, dict) or said.get("file") != os.path.basename(path):
+            return []
+        names = said.get("names")
+        if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"it does not name {count} files")
+        faults = [f"{printable(name)}: {fault}" for name in names if (fault := path_fault(name, "folder"))]
+        if faults:
+            raise ValueError(faults[0])
+        return names
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} cannot be used ({reason(error)}): repair or remove it") from error
+
+
+def _read_files(listing: Listing, wanted: Wanted) -> BaseImages:
+    if not listing.images:
+        raise ValueError(f"--base_samples {listing.root} holds no images, {listing.skipped()}")
+    names = listing.images[: wanted.of(len(listing.images), listing.root)]
+    labels = None if wanted.label is None else list(wanted.label(listing))[: len(names)]
+    pictures = [_pixels(read_image(listing.path(name), wanted.shape[2])) for name in names]
+    others = [
+        (name, pixels.shape) for name, pixels in zip(names, pictures, strict=True) if pixels.shape != wanted.shape
+    ]
+    if others:
+        name, (height, width, _) = others[0]
+        raise ValueError(
+            f"--base_samples {listing.root}: {len(others)} of {len(names)} images are not of small_size "
+            f"{wanted.shape[0]}x{wanted.shape[1]}, the first is {quoted(name)} with {height}x{width}: scale them, or "
+            "leave them out"
+        )
+    return BaseImages(np.stack(pictures), labels, names, len(listing.images) - len(names))
+
+
+def _pixels(picture: Picture) -> Pixels:
+    """[h, w, C]; numbers in [-1, 1] become bytes."""
+    array = np.asarray(picture)
+    array = array[..., None] if array.ndim == 2 else array
+    return array if array.dtype == np.uint8 else np.rint((array + 1) * 127.5).clip(0, 255).astype(np.uint8)
+
+
+# ---- the files that they become
+
+
+def picture_names(names: Sequence[str]) -> list[str]:
+    """The PNG file of each of these image files: its extension replaced, or kept where that names two alike."""
+    short = [re.sub(r"\.[^./]+$", "", name) + ".png" for name in names]
+    alike = len({name.casefold() for name in short}) < len(short)
+    return [f"{name}.png" for name in names] if alike else short
