@@ -19,6 +19,7 @@ def version() -> str:
     return match[1]
 
 
+DATASETS = ["pyarrow>=17"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.17"]
@@ -30,8 +31,10 @@ DEV = [
     "ruff>=0.9",
     "mypy>=1.13",
     "setuptools>=77",
+    "lmdb>=1.5",
 ]
-COMPARISONS = ["diffusers>=0.37", "matplotlib>=3.10.9"]
+EVAL = ["matplotlib>=3.10.9"]
+COMPARISONS = ["diffusers>=0.37", "scipy>=1.13"]
 
 setup(
     name="guided-diffusion",
@@ -53,10 +56,12 @@ setup(
         "safetensors>=0.4",
     ],
     extras_require={
+        "datasets": DATASETS,
         "mpi": MPI,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
-        "dev": DEV + COMPARISONS + TENSORBOARD,
+        "eval": EVAL,
+        "dev": DEV + COMPARISONS + EVAL + TENSORBOARD + DATASETS,
     },
     entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},
 )

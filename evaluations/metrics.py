@@ -125,11 +125,7 @@ class RunningStatistics:
 
 
 def statistics(features: Array | Iterable[Array]) -> Statistics:
-    """Mean and covariance in float64.
-
-    :param features: [N, D], or batches of them.
-    :raises ValueError: naming the first row that is not finite.
-    """
+    """Of features [N, D] or batches of them, as `RunningStatistics` has it."""
     running = RunningStatistics()
     for batch in [features] if isinstance(features, np.ndarray) else features:
         running.add(batch)
@@ -138,19 +134,24 @@ def statistics(features: Array | Iterable[Array]) -> Statistics:
 
 def _factor(covariance: Array) -> Array:
     """A [D, r] of rank r with A A^T = `covariance`."""
-    variances, axes = np.linalg.eigh(covariance)
+    try:
+        return np.asarray(np.linalg.cholesky(covariance))
+    except np.linalg.LinAlgError:
+        variances, axes = np.linalg.eigh(covariance)
     if variances[0] < -1e-5 * abs(variances[-1]):
         raise ValueError(f"a covariance has the eigenvalue {variances[0]:.3g}, less than 0: compute it again")
     kept = variances > len(variances) * EPS * variances[-1]
     return np.asarray(axes[:, kept] * np.sqrt(variances[kept]))
 
 
-def _lower_product(first: Array, second: Array) -> Array:
-    """first^T second of lower triangles [D, D], without the blocks that are zero."""
-    product = np.zeros_like(first)
-    for cut in _cuts(0, len(first), 256):
-        product[: cut.stop, : cut.stop] += first[cut, : cut.stop].T @ second[cut, : cut.stop]
-    return product
+def _square(factor: Array, covariance: Array) -> Array:
+    """A^T `covariance` A of a lower triangle A, on and below the diagonal; what is zero is not multiplied."""
+    right, square, cuts = np.empty_like(factor), np.zeros_like(factor), _cuts(0, len(factor), 256)
+    for cut in cuts:
+        right[:, cut] = covariance[:, cut.start :] @ factor[cut.start :, cut]
+    for cut in cuts:
+        square[cut, : cut.stop] = factor[cut.start :, cut].T @ right[cut.start :, : cut.stop]
+    return square
 
 
 def _trace_of_root(first: Array, second: Array) -> float:
@@ -159,15 +160,13 @@ def _trace_of_root(first: Array, second: Array) -> float:
     Eigenvalues give them faster, but of small ones no more than half of the digits.
     """
     try:
-        product = _lower_product(np.linalg.cholesky(first), np.linalg.cholesky(second))
+        squares = np.linalg.eigvalsh(_square(np.linalg.cholesky(first), second).T, "U")
     except np.linalg.LinAlgError:
-        product = _factor(first).T @ _factor(second)
-    squares = np.linalg.eigvalsh(product @ product.T if len(product) <= product.shape[1] else product.T @ product)
-    roots = np.sqrt(squares.clip(min=0))
-    noise = math.sqrt(len(first)) * EPS * float(squares.max(initial=0))
-    if noise and (noise / np.maximum(2 * roots, math.sqrt(noise))).sum() > 1e-10 * roots.sum():
-        roots = np.linalg.svd(product, compute_uv=False)
-    return float(roots.sum())
+        squares = np.zeros(1)
+    noise = math.sqrt(len(squares)) * EPS * squares[-1]
+    if squares[0] > 0 and (noise / np.sqrt(squares)).sum() < 1e-10 * np.sqrt(squares).sum():
+        return float(np.sqrt(squares).sum())
+    return float(np.linalg.svd(_factor(first).T @ _factor(second), compute_uv=False).sum())
 
 
 def frechet_distance(mu1: npt.ArrayLike, sigma1: npt.ArrayLike, mu2: npt.ArrayLike, sigma2: npt.ArrayLike) -> float:
