@@ -137,11 +137,13 @@ def _unet(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     inputs, outputs = shapes["input_blocks.0.0.weight"][1], shapes["out.2.weight"][0]
     upsampler = inputs == 2 * outputs or inputs == outputs == 6
     channels = inputs // 2 if upsampler else inputs
-    flags = {
+    flags: dict[str, Any] = {
         "image_channels": channels,
         "learn_sigma": outputs == 2 * channels,
         "class_cond": "label_emb.weight" in shapes,
     }
+    if "low_res_embed.0.weight" in shapes:
+        flags["cond_aug"] = 1.0  # or less: to which level it was trained leaves no trace
     return flags | ({"num_classes": shapes["label_emb.weight"][0]} if flags["class_cond"] else {})
 
 

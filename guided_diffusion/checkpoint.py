@@ -2,8 +2,8 @@
 
 A run folder holds config.json, classes.json and, for every saved step, a set: modelNNNNNN.pt and ema_RATE_NNNNNN.pt
 (fp32 weights after N updates), optNNNNNN.pt (optimizer), stateNNNNNN.pt (everything else) and, written last, the
-manifest setNNNNNN.json. Older runs wrote no manifests: of sets before the first one, the files that must be there
-decide, of sets after it, the manifest.
+manifest setNNNNNN.json; runs with adapters also write these, loraNNNNNN.pt. Older runs wrote no manifests: of sets
+before the first one, the files that must be there decide, of sets after it, the manifest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from guided_diffusion.manifest import Entry, Hashed
 from guided_diffusion.npz import explained, replacing
 
 CONFIG, CLASSES = "config.json", "classes.json"
-_NAME = re.compile(r"(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)$")
+_NAME = re.compile(
+    r"(?:(?P<kind>model|opt|state|lora)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)$"
+)
 _SHOWN = 3
 
 
@@ -118,7 +120,7 @@ def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
 def _neighbours(path: str) -> str:
     """What a message about a missing file adds: the checkpoints beside it."""
     found = [name for name in names_in(os.path.dirname(path) or ".") if _NAME.search(name)]
-    weights = [name for name in found if not name.startswith(("opt", "state"))]
+    weights = [name for name in found if not name.startswith(("opt", "state", "lora"))]
     return f"; beside it lie {', '.join(weights[-_SHOWN:])}" if weights else ""
 
 
@@ -136,13 +138,16 @@ class CheckpointSet:
     model: str = ""
     opt: str = ""
     state: str = ""
+    lora: str = ""
     emas: dict[str, str] = field(default_factory=dict)
     manifest: str = ""
 
     @property
     def paths(self) -> list[str]:
         """Every file of the set, those first without which it is never taken for complete."""
-        return [path for path in (self.manifest, self.model, self.state, self.opt, *self.emas.values()) if path]
+        return [
+            path for path in (self.manifest, self.model, self.state, self.opt, self.lora, *self.emas.values()) if path
+        ]
 
     @property
     def weights(self) -> str:
@@ -354,14 +359,27 @@ def fitting_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | N
     :param flags: only the sizes are read, for naming attention resolutions in messages.
     :raises ValueError: if the file is no weights, or fits other flags, which the message then names.
     """
+    return fitting(model.state_dict(), path, flags)
+
+
+def fitting(own: Mapping[str, th.Tensor], path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
+    """As `fitting_weights`, of the state dict of a network."""
+    state = weights_of(path)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        size = next((flags[key] for key in ("large_size", "image_size") if flags and key in flags), None)
+        raise ValueError(f"{path} does not fit the flags: {difference(state, own, size)}")
+    return state
+
+
+def weights_of(path: str) -> dict[str, th.Tensor]:
+    """The weights in a file.
+
+    :raises ValueError: if it holds something else.
+    """
     state: dict[str, th.Tensor] = load(path)
     _check_weights(state, path)
     if all(name.startswith("module.") for name in state):  # saved from inside a data-parallel wrapper
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = model.state_dict()
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-        size = next((flags[key] for key in ("large_size", "image_size") if flags and key in flags), None)
-        raise ValueError(f"{path} does not fit the flags: {_difference(state, own, size)}")
+        return {name.removeprefix("module."): value for name, value in state.items()}
     return state
 
 
@@ -376,7 +394,7 @@ def _check_weights(state: Any, path: str) -> None:
     raise ValueError(f"{path} holds {what}: {remedy}")
 
 
-def _difference(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor], size: Any) -> str:
+def difference(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor], size: Any) -> str:
     """The flags, else the tensors, in which a checkpoint and a network differ."""
     there, here = architecture(theirs, size), architecture(ours, size)
     flags = [

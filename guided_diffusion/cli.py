@@ -13,6 +13,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from guided_diffusion.conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
 from guided_diffusion.config import (
     ClassifierConfig,
     ClassifierDataConfig,
@@ -29,12 +30,44 @@ from guided_diffusion.config import (
     SampleConfig,
     SuperResConfig,
     UNetConfig,
-    UpsampleConfig,
     defaults,
     nearest,
     str2bool,
 )
+from guided_diffusion.dataset_config import (
+    CelebaConfig,
+    CifarConfig,
+    ConversionConfig,
+    EmojiConfig,
+    FolderConfig,
+    Imagenet64Config,
+    ImagenetConfig,
+    LsunConfig,
+    MnistConfig,
+    OneClassConfig,
+    ParquetConfig,
+)
+from guided_diffusion.evaluation_config import (
+    DownloadConfig,
+    EvaluatorConfig,
+    ExtractorConfig,
+    PlaceConfig,
+    ReferenceConfig,
+    SweepConfig,
+    TrainEvaluationConfig,
+)
+from guided_diffusion.finetuning_config import AdapterConfig, InitConfig, LoraConfig
 from guided_diffusion.launchers import announced_rank
+from guided_diffusion.likelihood_config import FlowConfig, MeasureConfig
+from guided_diffusion.npz_tool_config import (
+    FromImagesConfig,
+    GridConfig,
+    InfoConfig,
+    MergeConfig,
+    NpzToolConfig,
+    ToPngConfig,
+)
+from guided_diffusion.upsampling_config import CascadeConfig, UpsampleConfig
 
 Section = TypeVar("Section", bound=object)
 
@@ -52,43 +85,107 @@ class Command:
 
     def words(self) -> list[str]:
         """Everything that may stand behind the two dashes: names and aliases."""
-        return [word for name, spec in self.flags().items() for word in (name, spec.metadata["alias"]) if word]
+        flags = {name: spec for name, spec in self.flags().items() if not spec.metadata["positional"]}
+        return [word for name, spec in flags.items() for word in (name, spec.metadata["alias"]) if word]
 
 
 COMMANDS = {
     "image_train": Command(
         "Train a diffusion model.",
-        (RunConfig, DataConfig, ImageTrainConfig, UNetConfig, DiffusionConfig),
+        (
+            *(RunConfig, DataConfig, ImageTrainConfig, InitConfig, LoraConfig, TrainEvaluationConfig, ExtractorConfig),
+            *(CondTrainConfig, UNetConfig, DiffusionConfig),
+        ),
     ),
     "image_sample": Command(
         "Sample from a diffusion model.",
-        (RunConfig, SampleConfig, FreeGuidanceConfig, EditConfig, UNetConfig, DiffusionConfig),
+        (
+            *(RunConfig, SampleConfig, AdapterConfig, FreeGuidanceConfig, EditConfig, CondSampleConfig),
+            *(UNetConfig, DiffusionConfig),
+        ),
     ),
     "image_nll": Command(
         "Bits per dimension of images under a diffusion model.",
-        (RunConfig, LikelihoodConfig, UNetConfig, DiffusionConfig),
+        (
+            *(RunConfig, LikelihoodConfig, MeasureConfig, FlowConfig, AdapterConfig, CondDataConfig),
+            *(UNetConfig, DiffusionConfig),
+        ),
     ),
     "classifier_train": Command(
         "Train a classifier of noisy images.",
-        (RunConfig, ClassifierDataConfig, ClassifierTrainConfig, ClassifierConfig, DiffusionConfig),
+        (
+            *(RunConfig, ClassifierDataConfig, ClassifierTrainConfig, InitConfig, LoraConfig),
+            *(ClassifierConfig, DiffusionConfig),
+        ),
     ),
     "classifier_sample": Command(
         "Sample from a diffusion model, guided by a classifier.",
         (
-            *(RunConfig, SampleConfig, GuidanceConfig, FreeGuidanceConfig, EditConfig),
-            *(UNetConfig, ClassifierConfig, DiffusionConfig),
+            *(RunConfig, SampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig, EditConfig),
+            *(CondSampleConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "super_res_train": Command(
         "Train an upsampler.",
-        (RunConfig, DataConfig, ImageTrainConfig, SuperResConfig, DiffusionConfig),
+        (RunConfig, DataConfig, ImageTrainConfig, InitConfig, LoraConfig, SuperResConfig, DiffusionConfig),
     ),
     "super_res_sample": Command(
         "Enlarge images.",
-        (RunConfig, SampleConfig, UpsampleConfig, FreeGuidanceConfig, SuperResConfig, DiffusionConfig),
+        (
+            *(RunConfig, SampleConfig, UpsampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig),
+            *(SuperResConfig, ClassifierConfig, DiffusionConfig),
+        ),
     ),
+    "cascade_sample": Command(
+        "Sample from a cascade: a base model (stage base) and upsamplers (up1, up2, ...). The base takes the flags of "
+        "classifier_sample.py, upsamplers those of super_res_sample.py: --base.steps 50 --up1.steps 20.",
+        (CascadeConfig,),
+    ),
+    "evaluator": Command(
+        "Compare samples with real images: Inception Score, FID, sFID, precision, recall.",
+        (EvaluatorConfig, ExtractorConfig, PlaceConfig),
+    ),
+    "make_reference": Command(
+        "Write the reference that samples are compared with.", (ReferenceConfig, ExtractorConfig, PlaceConfig)
+    ),
+    "sweep": Command(
+        "Sample at several scales of guidance, and draw what it gains and costs.",
+        (SweepConfig, ExtractorConfig, RunConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+    ),
+    "download": Command("Fetch weights to the cache.", (DownloadConfig,)),
+    "npz_tool": Command("Images to npz and back, and looking at them.", (NpzToolConfig,)),
     "demo": Command("Train on the bundled pictures for some minutes, sample with and without guidance.", (DemoConfig,)),
 }
+
+# the scripts in datasets/, which are not among the commands of the console
+DATASETS = {
+    "imagenet": Command("ImageNet (ILSVRC 2012) from its tars.", (ImagenetConfig,)),
+    "imagenet64": Command("Downsampled ImageNet from its batches.", (Imagenet64Config,)),
+    "lsun": Command("LSUN from an LMDB per class.", (LsunConfig,)),
+    "cifar": Command("CIFAR-10 and CIFAR-100 from their Python batches.", (CifarConfig,)),
+    "mnist": Command("MNIST and Fashion-MNIST from their idx files.", (MnistConfig,)),
+    "ffhq": Command("FFHQ from its folders.", (OneClassConfig,)),
+    "afhq": Command("AFHQ from its folders.", (ConversionConfig,)),
+    "celeba": Command("CelebA from its folder of aligned faces.", (CelebaConfig,)),
+    "parquet": Command("A data set of the Hugging Face Hub from its parquet files.", (ParquetConfig,)),
+    "folder": Command("Any folder or zip of images.", (FolderConfig,)),
+    "emoji": Command("emoji64.zip from the drawings of Noto Emoji and Twemoji.", (EmojiConfig,)),
+}
+
+
+# the first word after npz_tool
+NPZ_TOOLS = {
+    "npz_tool to-png": Command("Write the images of an npz as PNG files.", (ToPngConfig,)),
+    "npz_tool from-images": Command("Write a folder or zip of images as an npz.", (FromImagesConfig,)),
+    "npz_tool info": Command("Say what is in an npz.", (InfoConfig,)),
+    "npz_tool merge": Command("Put npz files one after the other.", (MergeConfig,)),
+    "npz_tool grid": Command("Draw the first images of an npz.", (GridConfig,)),
+}
+
+
+def command_of(name: str) -> Command:
+    """A command of the console, a tool of npz_tool, or a script in datasets/."""
+    return {**DATASETS, **NPZ_TOOLS, **COMMANDS}[name]
 
 
 @dataclass(frozen=True)
@@ -102,7 +199,7 @@ class Flags:
     @property
     def values(self) -> dict[str, Any]:
         """Every flag resolved, as plain JSON values."""
-        return {**defaults(*COMMANDS[self.command].sections), **self.saved, **self.given}
+        return {**defaults(*command_of(self.command).sections), **self.saved, **self.given}
 
     def part(self, section: type[Section]) -> Section:
         """The values of one config class."""
@@ -194,6 +291,11 @@ def _help(spec: Field[Any]) -> str:
 
 def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any = argparse.SUPPRESS) -> None:
     """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
+    if spec.metadata["positional"]:
+        several: dict[str, Any] = {"nargs": "+", "type": str} if isinstance(spec.default, tuple) else {}
+        convert: dict[str, Any] = {"type": _converter(spec), "metavar": spec.name.upper(), "help": _help(spec)}
+        group.add_argument(spec.name, **{**convert, **several})
+        return
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
     extra: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}
     shown = "''" if spec.default == "" else str(spec.default)
@@ -210,7 +312,7 @@ def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any =
 
 def parser(name: str) -> argparse.ArgumentParser:
     """The command line of one script; flags that are not given stay absent from the result."""
-    command, seen = COMMANDS[name], set[str]()
+    command, seen = command_of(name), set[str]()
     result = _Parser(prog=f"{name}.py", description=command.about, allow_abbrev=False)
     for section in command.sections:
         group = result.add_argument_group((section.__doc__ or section.__name__).strip().rstrip("."))
@@ -256,12 +358,16 @@ def _hint(word: str, known: Sequence[str]) -> str:
     return nearest(f"--{bare}", [f"--{name}" for name in known]) or "; --help lists the flags"
 
 
-def parse(name: str, argv: Sequence[str] | None = None) -> Flags:
-    """The flags of script `name` from a command line; a wrong one ends the process with code 2 and a sentence."""
+def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Flags:
+    """The flags of script `name` from a command line; a wrong one ends the process with code 2 and a sentence.
+
+    :param prog: how the sentence begins, where it is not the script's name.
+    """
     command_line = parser(name)
+    command_line.prog = prog or command_line.prog
     namespace, unknown = command_line.parse_known_args(argv)
     for word in unknown:
         if not word.startswith("-"):
             command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
-        command_line.error(f"unknown flag {word}{_hint(word, COMMANDS[name].words())}")
+        command_line.error(f"unknown flag {word}{_hint(word, command_of(name).words())}")
     return Flags(name, vars(namespace))

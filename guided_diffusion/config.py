@@ -23,6 +23,7 @@ LOSS_WEIGHTS = ("", "min_snr")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
 BAD_IMAGE_RULES = ("error", "skip")
+COND_TYPES = ("image", "mask", "classes")
 
 
 def flag(
@@ -35,12 +36,15 @@ def flag(
     runtime: bool = False,
     alias: str = "",
     convert: Callable[[str], Any] | None = None,
+    positional: bool = False,
 ) -> T:
     """A dataclass field that is also a flag.
 
     :param runtime: True for what may change between training and sampling (precision, memory): never taken from a
         checkpoint's config.
     :param convert: text -> value where the type of the default does not say it.
+    :param positional: True for a word that a command always needs, written without a name, in the order of the fields;
+        one with a tuple as its default takes several.
     """
     extra = {
         "help": help,
@@ -50,6 +54,7 @@ def flag(
         "runtime": runtime,
         "alias": alias,
         "convert": convert,
+        "positional": positional,
     }
     return field(default=default, metadata=extra)
 
@@ -177,6 +182,16 @@ class NetworkConfig(ImageConfig):
 class UNetConfig(NetworkConfig, SizedConfig):
     """A diffusion U-Net."""
 
+    cond_type: str = flag(
+        "",
+        "what the network also sees of each image: another image, a mask, or a map of classes",
+        choices=("", *COND_TYPES),
+    )
+    cond_channels: int = flag(
+        0, "its channels, of a map its classes; 0: as --image_channels, 1 of a mask", at_least=1, at_most=2**16
+    )
+    null_cond: bool = flag(False, "it was also trained without, on zeros in its place; --cond_dropout sets this")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResConfig(NetworkConfig):
@@ -184,6 +199,12 @@ class SuperResConfig(NetworkConfig):
 
     large_size: int | str = flag(256, "pixels of the output: 256, or HEIGHTxWIDTH", convert=size_flag)
     small_size: int | str = flag(64, "pixels of the input: 64, or HEIGHTxWIDTH", convert=size_flag)
+    cond_aug: float = flag(
+        0.0,
+        "in training, noise on the input up to this level, which the network is told, 0 to 1; 0: none",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,13 +378,6 @@ class GuidanceConfig:
 
     classifier_path: str = flag("", "the classifier's checkpoint, or the folder of its run")
     classifier_scale: float = flag(1.0, "factor of the gradient of log p(y | x_t); 0 is the unguided sampler")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpsampleConfig:
-    """The small images to enlarge."""
-
-    base_samples: str = flag("", "npz of small images (arr_0, labels in arr_1)")
 
 
 @dataclass(frozen=True, kw_only=True)

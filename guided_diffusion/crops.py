@@ -31,15 +31,38 @@ class Draws(Protocol):
 
     def randrange(self, start: int, stop: int | None = None) -> int: ...
 
+    def getstate(self) -> Any: ...
 
-def center_crop_arr(pil_image: Picture, image_size: Size) -> NDArray[Any]:
+
+def replay(draws: Draws) -> random.Random:
+    """A generator that will draw what `draws` is about to."""
+    twin = random.Random(0)
+    twin.setstate(draws.getstate())
+    return twin
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(height, width)."""
+    return picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+
+
+def channels_first(array: NDArray[Any]) -> NDArray[np.float32]:
+    """[C, H, W] in [-1, 1] of what a crop returns."""
+    array = array[..., None] if array.ndim == 2 else array
+    # bicubic interpolation overshoots: PIL has clipped bytes already, but not float planes
+    unit = array.astype(np.float32) / 127.5 - 1 if array.dtype == np.uint8 else np.clip(array, -1, 1)
+    return np.ascontiguousarray(unit.transpose(2, 0, 1), dtype=np.float32)
+
+
+def center_crop_arr(pil_image: Picture, image_size: Size, *, nearest: bool = False) -> NDArray[Any]:
     """The middle of a picture that was scaled until it just covers the size.
 
     :param pil_image: a PIL image, or planes [H, W, C] of float32.
+    :param nearest: take every pixel as it is from the nearest place, for numbers that no mean makes sense of.
     :return: [H, W] or [H, W, C], as numpy sees the picture's mode.
     """
     height, width = parse_size(image_size)
-    array = _cover(pil_image, height, width)
+    array = _cover(pil_image, height, width, nearest=nearest)
     return _window(array, (array.shape[0] - height) // 2, (array.shape[1] - width) // 2, height, width)
 
 
@@ -50,11 +73,13 @@ def random_crop_arr(
     max_crop_frac: float = 1.0,
     *,
     rng: Draws | None = None,
+    nearest: bool = False,
 ) -> NDArray[Any]:
     """A window anywhere in a picture that was scaled to cover a little more than the size.
 
     :param min_crop_frac: the window's least share of the covered side; `max_crop_frac` its greatest, at most 1.
     :param rng: None draws from the module `random`: the scale, the top, the left.
+    :param nearest: as for `center_crop_arr`.
     """
     if not 0 < min_crop_frac <= max_crop_frac <= 1:
         raise ValueError(
@@ -65,7 +90,7 @@ def random_crop_arr(
     height, width = parse_size(image_size)
     short = min(height, width)
     side = draws.randrange(math.ceil(short / max_crop_frac), math.ceil(short / min_crop_frac) + 1)
-    array = _cover(pil_image, -(-height * side // short), -(-width * side // short))
+    array = _cover(pil_image, -(-height * side // short), -(-width * side // short), nearest=nearest)
     top = draws.randrange(array.shape[0] - height + 1)
     left = draws.randrange(array.shape[1] - width + 1)
     return _window(array, top, left, height, width)
@@ -75,13 +100,15 @@ def _window(array: NDArray[Any], top: int, left: int, height: int, width: int) -
     return array[top : top + height, left : left + width]
 
 
-def _cover(picture: Picture, height: int, width: int) -> NDArray[Any]:
+def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) -> NDArray[Any]:
     """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked.
 
     :raises TooThin: if it is so long and thin that this makes more than `MAX_PIXELS` of it.
     """
     if isinstance(picture, np.ndarray):
-        return np.stack([_cover(Image.fromarray(plane), height, width) for plane in np.moveaxis(picture, -1, 0)], -1)
+        planes = map(Image.fromarray, np.moveaxis(picture, -1, 0))
+        return np.stack([_cover(plane, height, width, nearest=nearest) for plane in planes], -1)
+    whole = picture
     while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = max(width / picture.width, height / picture.height)
@@ -91,4 +118,6 @@ def _cover(picture: Picture, height: int, width: int) -> NDArray[Any]:
             f"it is so long and thin that scaled to {size[0]} x {size[1]}, which covers {width} x {height}, it has "
             f"more than {MAX_PIXELS} pixels"
         )
-    return np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
+    # step by step, the nearest pixels would drift to one corner
+    scaled = whole.resize(size, Image.Resampling.NEAREST) if nearest else picture.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(scaled)

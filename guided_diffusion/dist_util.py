@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple, cast
 
 import blobfile as bf
 import torch as th
@@ -31,6 +31,7 @@ JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks to have started
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor alone is larger
 DEVICE_TYPES = ("cpu", "cuda", "mps")
+OWN_PACKAGES = ("guided_diffusion", "evaluations")
 
 _device: th.device | None = None
 _watch: heartbeat.Watch | None = None
@@ -262,6 +263,23 @@ def broadcast_object(obj: T) -> T:
     return box[0]
 
 
+def decide(work: Callable[[], T]) -> T:
+    """What rank 0 finds, on every rank; collective. Its error is one on every rank, so that none waits for ever.
+
+    :raises ValueError: if rank 0 raised one, or an OSError.
+    """
+    answer: tuple[T | None, str] = (None, "")
+    if rank() == 0:
+        try:
+            answer = (work(), "")
+        except (ValueError, OSError) as error:
+            answer = (None, str(error))
+    result, sentence = broadcast_object(answer)
+    if sentence:
+        raise ValueError(sentence)
+    return cast(T, result)
+
+
 def gather_objects(obj: T) -> list[T]:
     """The objects of all ranks by rank, on every rank; collective. Anything that pickles."""
     found = [obj] * world_size()
@@ -421,8 +439,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_users_mistake(error: BaseException) -> bool:
-    """Whether this package itself raised it to say that an input is wrong."""
+    """Whether the packages of this project themselves raised it to say that an input is wrong."""
     if not isinstance(error, ValueError | OSError):
         return False
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return str(innermost.f_globals.get("__name__")).partition(".")[0] == __name__.partition(".")[0]
+    return str(innermost.f_globals.get("__name__")).partition(".")[0] in OWN_PACKAGES

@@ -239,6 +239,11 @@ class MixedPrecisionTrainer:
         _convert(self.model, self.precision)
         return masters
 
+    def trained(self, values: Sequence[th.Tensor] | None = None) -> list[th.Tensor]:
+        """Of one value per parameter, by default its master, those of the parameters that are trained."""
+        pairs = zip(self.master_params if values is None else values, self.master_params, strict=True)
+        return [value for value, master in pairs if master.requires_grad]
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         self._loss = None

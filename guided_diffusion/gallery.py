@@ -33,12 +33,16 @@ def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: S
     save_grid(path, images[rows.ravel()], columns, names)
 
 
-def draw_each(folder: str, samples: str, *, labelled: bool, rank: int = 0, world_size: int = 1) -> None:
-    """NNNNNN_yK.png of every world_size-th image of the npz `samples`."""
+def draw_each(
+    folder: str, samples: str, *, labelled: bool, rank: int = 0, world_size: int = 1, names: Sequence[str] = ()
+) -> None:
+    """NNNNNN_yK.png, or as `names` say, of every world_size-th image of the npz `samples`."""
     os.makedirs(folder, exist_ok=True)
     labels = np.concatenate(list(read_npz(samples, "arr_1", CHUNK))) if labelled else None
     images = (image for chunk in read_npz(samples, "arr_0", CHUNK) for image in chunk)
     for index, image in enumerate(images):
         if index % world_size == rank:
             suffix = "" if labels is None else f"_y{labels[index]}"
-            save_png(os.path.join(folder, f"{index:06d}{suffix}.png"), image)
+            path = os.path.join(folder, names[index] if names else f"{index:06d}{suffix}.png")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            save_png(path, image)

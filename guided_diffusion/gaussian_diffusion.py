@@ -27,7 +27,7 @@ from guided_diffusion.schedules import (
     betas_for_alpha_bar as betas_for_alpha_bar,
     get_named_beta_schedule as get_named_beta_schedule,
 )
-from guided_diffusion.steps import Predict
+from guided_diffusion.steps import Draw, Predict
 from guided_diffusion.surfaces import DenoisedFn, Kwargs, Model, SamplingSurfaces
 
 
@@ -301,16 +301,24 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2)
 
     def calc_bpd_loop(
-        self, model: Model, x_start: th.Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: Kwargs = None,
+        *,
+        draw: Draw | None = None,
     ) -> dict[str, th.Tensor]:
         """The variational bound of images: total_bpd and prior_bpd [N], and vb, xstart_mse, mse [N, T].
 
         All but the two mean squared errors are in bits per dimension.
+
+        :param draw: called for the noise of each step, T-1 first, in place of the global generator.
         """
         terms: dict[str, list[th.Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for index in reversed(range(self.num_timesteps)):
             t = th.full((len(x_start),), index, device=x_start.device)
-            noise = th.randn_like(x_start)
+            noise = th.randn_like(x_start) if draw is None else draw()
             x_t = self.q_sample(x_start, t, noise)
             with th.no_grad():
                 out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)

@@ -207,15 +207,27 @@ class GuidedNetwork(th.nn.Module, ABC):
 
 
 class ClassifierFree(GuidedNetwork):
-    """Guided by itself without the label, in one forward pass of both (Ho & Salimans 2022, eq. 6)."""
+    """Guided by itself without the label, in one forward pass of both (Ho & Salimans 2022, eq. 6).
 
-    def __init__(self, model: Callable[..., th.Tensor], scale: Scale, null_class: int, rescale: float = 0.0) -> None:
+    :param null_class: None leaves labels, if there are any, as they are.
+    :param null_cond: without the conditioning image as well, in whose place there are zeros.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., th.Tensor],
+        scale: Scale,
+        null_class: int | None,
+        rescale: float = 0.0,
+        *,
+        null_cond: bool = False,
+    ) -> None:
         super().__init__(model, scale, rescale)
-        self.null_class = null_class
+        self.null_class, self.null_cond = null_class, null_cond
 
     def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
         """What the model says with and without the labels."""
-        without = {**kwargs, "y": self._null(kwargs)}
+        without = {**kwargs, **self._null(kwargs)}
         rows = [
             name for name, value in kwargs.items() if isinstance(value, th.Tensor) and value.shape[:1] == x.shape[:1]
         ]
@@ -225,12 +237,18 @@ class ClassifierFree(GuidedNetwork):
 
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
         """What the model says without the labels."""
-        return self.model(x, timesteps, **{**kwargs, "y": self._null(kwargs)})
+        return self.model(x, timesteps, **{**kwargs, **self._null(kwargs)})
 
-    def _null(self, kwargs: dict[str, Any]) -> th.Tensor:
-        if kwargs.get("y") is None:
-            raise ValueError('classifier-free guidance needs labels: give model_kwargs={"y": labels}')
-        return th.full_like(kwargs["y"], self.null_class)
+    def _null(self, kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
+        """What stands for nothing, in place of labels and conditioning images."""
+        hidden = {"y": self.null_class, "cond_image": 0 if self.null_cond else None}
+        found: dict[str, th.Tensor] = {}
+        for name, value in hidden.items():
+            if value is not None and kwargs.get(name) is None:
+                what = {"y": "labels"}.get(name, "conditioning images")
+                raise ValueError(f'classifier-free guidance needs {what}: give model_kwargs={{"{name}": ...}}')
+            found |= {} if value is None else {name: th.full_like(kwargs[name], value)}
+        return found
 
 
 def classifier_free(
@@ -244,12 +262,13 @@ def classifier_free(
     :raises ValueError: if the network has none: it was trained without --class_dropout.
     """
     null_class = getattr(model, "null_label", None) if null_class is None else null_class
-    if null_class is None:
+    null_cond = bool(getattr(model, "null_cond", False))
+    if null_class is None and not null_cond:
         raise ValueError(
             "classifier-free guidance needs a network that was trained without labels too: train with class_dropout "
             "above 0, or give the null_class that it has"
         )
-    return ClassifierFree(model, scale, null_class, rescale)
+    return ClassifierFree(model, scale, null_class, rescale, null_cond=null_cond)
 
 
 class Autoguided(GuidedNetwork):

@@ -8,29 +8,24 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from guided_diffusion import dist_util, logger
+from guided_diffusion.conditioning import Pairing, Partners
 from guided_diffusion.config import BAD_IMAGE_RULES, Size, nearest, parse_size, size_flag
-from guided_diffusion.crops import Draws, Picture, TooThin, center_crop_arr, random_crop_arr
-from guided_diffusion.image_files import (
-    IMAGE_EXTENSIONS,
-    Listing,
-    UnreadableImage,
-    find_images,
-    find_unreadable,
-    read_image,
-)
+from guided_diffusion.crops import Draws, Picture, TooThin, center_crop_arr, channels_first, random_crop_arr, replay
+from guided_diffusion.image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images, read_image
 from guided_diffusion.image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
 from guided_diffusion.image_order import Key, Schedule
 from guided_diffusion.interruption import leave_signals_to_the_parent
 from guided_diffusion.untrusted import printable, quoted
+from guided_diffusion.upsampling import SmallVersions
 
 __all__ = [
     "Batch",
@@ -67,6 +62,7 @@ class ImageDataset(Dataset[Item]):
     :param shard: take every `num_shards`-th image from this one on.
     :param on_bad_image: what a pair does where its image cannot be read: "error", or "skip", which takes another one
         instead that (seed, epoch, i) chooses, with its own class. An index alone always is an error.
+    :param partners: conditioning images, which come as "cond_image" beside "y".
     """
 
     def __init__(
@@ -82,6 +78,7 @@ class ImageDataset(Dataset[Item]):
         image_channels: int = 3,
         seed: int = 0,
         on_bad_image: str = "error",
+        partners: Partners | None = None,
     ) -> None:
         super().__init__()
         if on_bad_image not in BAD_IMAGE_RULES:
@@ -97,6 +94,7 @@ class ImageDataset(Dataset[Item]):
         self.image_channels = image_channels
         self.seed = seed
         self.on_bad_image = on_bad_image
+        self.partners = partners.shard(shard, num_shards) if partners else None
 
     def __len__(self) -> int:
         return len(self.local_images)
@@ -118,31 +116,36 @@ class ImageDataset(Dataset[Item]):
             index = random.Random(f"{name}/instead/{len(bad)}").randrange(len(self))
 
     def _item(self, index: int, draws: Draws) -> Item:
-        path = self.local_images[index]
+        path, again = self.local_images[index], replay(draws)
         try:
-            array = self._crop(read_image(path, self.image_channels), draws)
+            picture = read_image(path, self.image_channels)
+            array = self._place(picture, draws)
         except TooThin as error:
             raise UnreadableImage(path, str(error)) from error
-        if self.random_flip and draws.random() < 0.5:
-            array = array[:, ::-1]
-        label = {} if self.local_classes is None else {"y": np.array(self.local_classes[index], dtype=np.int64)}
-        return _to_channels_first(array), label
+        label: dict[str, Any] = (
+            {} if self.local_classes is None else {"y": np.array(self.local_classes[index], dtype=np.int64)}
+        )
+        if self.partners is not None:  # placed by the very draws that the image took
+            label |= self.partners.item(index, picture, partial(self._place, draws=again), again)
+        return channels_first(array), label
 
-    def _crop(self, picture: Picture, draws: Draws) -> NDArray[Any]:
+    def _place(self, picture: Picture, draws: Draws, *, nearest: bool = False) -> NDArray[Any]:
+        """A picture cropped and mirrored."""
         if self.random_crop:
-            return random_crop_arr(picture, self.resolution, rng=draws)
-        return center_crop_arr(picture, self.resolution)
+            array = random_crop_arr(picture, self.resolution, rng=draws, nearest=nearest)
+        else:
+            array = center_crop_arr(picture, self.resolution, nearest=nearest)
+        return array[:, ::-1] if self.random_flip and draws.random() < 0.5 else array
 
     def unreadable(self) -> list[UnreadableImage]:
         """Try every image: what is wrong with those that cannot be read."""
-        return find_unreadable(self.local_images, self.image_channels)
-
-
-def _to_channels_first(array: NDArray[Any]) -> NDArray[np.float32]:
-    array = array[..., None] if array.ndim == 2 else array
-    # bicubic interpolation overshoots: PIL has clipped bytes already, but not float planes
-    unit = array.astype(np.float32) / 127.5 - 1 if array.dtype == np.uint8 else np.clip(array, -1, 1)
-    return np.ascontiguousarray(unit.transpose(2, 0, 1), dtype=np.float32)
+        found = []
+        for index in range(len(self)):
+            try:
+                self._item(index, random.Random(0))
+            except UnreadableImage as error:
+                found.append(error)
+        return found
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
@@ -184,7 +187,7 @@ class ImageStream(Iterator[Batch]):
         self.num_workers = num_workers
         self.rank = dist_util.rank() if rank is None else rank
         self.world_size = dist_util.world_size() if world_size is None else world_size
-        self.low_res_size: tuple[int, int] | None = None
+        self.small_versions: SmallVersions | None = None
         self.skipped: dict[str, str] = {}  # path of an image that could not be read -> why
         self._check()
         self._schedule = Schedule(
@@ -239,11 +242,12 @@ class ImageStream(Iterator[Batch]):
         if isinstance(batch, str):
             self.close()
             raise ValueError(self._refusal(batch))
+        first = self._schedule.taken + self._schedule.offset
         self._schedule.taken += self.global_batch
         images, cond = batch.images, batch.labels
         self._note(batch.bad)
-        if self.low_res_size is not None:
-            cond["low_res"] = F.interpolate(images, self.low_res_size, mode="area")
+        if self.small_versions is not None:
+            cond |= self.small_versions(images, range(first, first + len(images)))
         return images, cond
 
     def _note(self, bad: Iterable[tuple[str, str]]) -> None:
@@ -349,6 +353,7 @@ def load_data(
     num_workers: int = 0,
     seed: int = 0,
     on_bad_image: str = "error",
+    pairing: Pairing | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     log: Callable[[str], object] | None = None,
@@ -363,12 +368,14 @@ def load_data(
     :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
     :param on_bad_image: "error" ends with the name of an image that cannot be read; "skip" takes another one instead,
         the same on every run, and says so.
+    :param pairing: where the images have conditioning images.
     :param log: takes lines about what was found; None writes them to `logger`.
     :raises ValueError: naming what does not fit: sizes, files, labels.
     """
     say = logger.log if log is None else log
     listing = _images_below(data_dir)
     say(listing.summary())
+    listing, partners = pairing.match(listing, say) if pairing else (listing, None)
     labels = None
     if class_cond:
         labels = read_labels(listing, class_from, classes, num_classes)
@@ -383,6 +390,7 @@ def load_data(
         image_channels=image_channels,
         seed=seed,
         on_bad_image=on_bad_image,
+        partners=partners,
     )
     stream = ImageStream(
         dataset,
@@ -417,10 +425,13 @@ def load_superres_data(
     large_size: Size,
     small_size: Size,
     class_cond: bool = False,
+    *,
+    cond_aug: float = 0.0,
     **options: Any,
 ) -> ImageStream:
     """A stream as `load_data` gives, with cond["low_res"]: the same images averaged down to `small_size`.
 
+    :param cond_aug: above 0 there is noise on them, and cond["low_res_level"] says how much, up to this.
     :param options: further keywords of `load_data`.
     """
     (height, width), (small_height, small_width) = parse_size(large_size), parse_size(small_size)
@@ -429,5 +440,5 @@ def load_superres_data(
     stream = load_data(
         data_dir=data_dir, batch_size=batch_size, image_size=large_size, class_cond=class_cond, **options
     )
-    stream.low_res_size = small_height, small_width
+    stream.small_versions = SmallVersions((small_height, small_width), cond_aug, stream.dataset.seed)
     return stream

@@ -15,9 +15,9 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import blobfile as bf
 import numpy as np
@@ -27,6 +27,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from guided_diffusion import untrusted
 from guided_diffusion.crops import MAX_PIXELS, Picture
 from guided_diffusion.untrusted import is_remote, printable, quoted, reason
+
+T = TypeVar("T")
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
@@ -269,24 +271,60 @@ def read_image(path: str, channels: int) -> Picture:
 
     :raises UnreadableImage: naming the file and what is wrong with it.
     """
+    return _read(path, lambda content, extension: decode(content, extension, channels))
+
+
+def read_ids(path: str) -> NDArray[np.float32]:
+    """A map of classes, whole numbers [H, W, 1]: grey values or places in a palette, or an .npy [H, W] of integers.
+
+    :raises UnreadableImage: naming the file and what is wrong with it.
+    """
+    return _read(path, _decode_ids)
+
+
+def _read(path: str, decoder: Callable[[bytes, str], T]) -> T:
     try:
         content = read_bytes(path)
         if not content:
             raise ValueError("it is empty")
-        return _decode(content, _extension(path), channels)
+        return decoder(content, _extension(path))
     except UnidentifiedImageError as error:
         raise UnreadableImage(path, "its content is no image") from error
     except Exception as error:  # Pillow does not say what it raises on a damaged file
         raise UnreadableImage(path, reason(error)) from error
 
 
-def _decode(content: bytes, extension: str, channels: int) -> Picture:
+def decode(content: bytes, extension: str, channels: int) -> Picture:
+    """What `read_image` makes of the content of a file; whatever Pillow raises on a damaged one comes out as it is."""
     if extension == ".npy":
         return _decode_array(untrusted.read_array(content), channels)
+    return _decode_picture(_open(content), channels)
+
+
+def _decode_ids(content: bytes, extension: str) -> NDArray[np.float32]:
+    if extension == ".npy":
+        array = untrusted.read_array(content)
+    else:
+        image = _open(content)
+        if image.format == "JPEG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16L", "I;16B"):
+            raise ValueError(f"a {image.format} of mode {image.mode}, where maps of classes are PNG, grey or palette")
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        array = np.asarray(image)
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if array.ndim != 2 or array.dtype.kind not in "biu" or np.abs(array.astype(np.int64)).max(initial=0) >= 2**24:
+        raise ValueError(f"numbers {array.shape} of {array.dtype}, where maps of classes are [H, W] of small integers")
+    _check_pixels(array.shape[1], array.shape[0])
+    return array[..., None].astype(np.float32)
+
+
+def _open(content: bytes) -> Image.Image:
+    """A picture, loaded."""
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         _check_pixels(image.width, image.height)
-        return _decode_picture(image, channels)
+        image.load()
+        return image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
         raise ValueError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
 
@@ -294,17 +332,6 @@ def _decode(content: bytes, extension: str, channels: int) -> Picture:
 def _check_pixels(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"it has {width} x {height} pixels, where 1 to {MAX_PIXELS} are read")
-
-
-def find_unreadable(paths: Iterable[str], channels: int) -> list[UnreadableImage]:
-    """What is wrong with those of the files that `read_image` refuses."""
-    found = []
-    for path in paths:
-        try:
-            read_image(path, channels)
-        except UnreadableImage as error:
-            found.append(error)
-    return found
 
 
 def _decode_array(array: NDArray[Any], channels: int) -> Picture:
@@ -318,7 +345,6 @@ def _decode_array(array: NDArray[Any], channels: int) -> Picture:
 
 
 def _decode_picture(image: Image.Image, channels: int) -> Picture:
-    image.load()
     with contextlib.suppress(Exception):  # a damaged EXIF block takes nothing from the picture itself
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):

@@ -16,6 +16,7 @@ import torch as th
 from numpy.typing import NDArray
 
 from guided_diffusion.config import Size
+from guided_diffusion.crops import size_of
 from guided_diffusion.image_datasets import ImageDataset
 from guided_diffusion.image_files import IMAGE_EXTENSIONS, find_images, read_image, split_archive
 from guided_diffusion.npz import fingerprint
@@ -107,8 +108,7 @@ class InitImages:
 
 def _size_of(path: str, channels: int) -> tuple[int, int]:
     """Height and width of an image before it is cropped."""
-    picture = read_image(path, channels)
-    return picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+    return size_of(read_image(path, channels))
 
 
 def _reversible(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -37,6 +37,8 @@ class Job:
         init_image [B, C, H, W], in place of those of `generate`.
     :param request: what else identifies the run (weights, guidance scale, ...), as JSON values.
     :param save_images: write one PNG per image too.
+    :param names: the file that each image comes from, where they come from files: kept in names.json, and their PNG
+        files are called like them.
     :param film: show the first images on their way, in film.png and film.gif, every so many steps; 0: do not.
     """
 
@@ -53,6 +55,7 @@ class Job:
     start: Start | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
     save_images: bool = False
+    names: Sequence[str] = ()
     film: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +64,8 @@ class Job:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1, the least number of images")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed} is negative: give 0 or more")
+        if len(self.names) not in (0, self.num_samples):
+            raise ValueError(f"{len(self.names)} names are given for {self.num_samples} images: give one for each")
         check_labels(self.labels, self.num_classes or math.inf)
 
     @property

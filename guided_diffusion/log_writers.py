@@ -145,11 +145,16 @@ class JSONOutputFormat(_FileWriter, KVWriter):
 
 
 class CSVOutputFormat(_FileWriter, KVWriter):
-    """A comma-separated table; a key seen for the first time becomes a new last column, empty in the rows before."""
+    """A comma-separated table; a key seen for the first time becomes a new last column, empty in the rows before.
 
-    def __init__(self, filename: str) -> None:
+    :param keys: the first columns of a new table.
+    """
+
+    def __init__(self, filename: str, keys: Iterable[str] = ()) -> None:
         super().__init__(filename)
         self.keys = next(iter(self._rows()), [])
+        if not self.keys and (first := list(keys)):
+            self._add_columns(first)
 
     def _rows(self) -> list[list[str]]:
         with open(self.filename, encoding="utf-8", newline="") as file:

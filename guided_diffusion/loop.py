@@ -103,7 +103,7 @@ def sample_loop(
     # like x in dtype and memory layout, which decides the order in which the global generator's numbers fill it
     draw: Draw = lambda: th.randn_like(x)  # noqa: E731 - it sees the x of its step
     if generator is not None:
-        draw = _drawer(partial(th.randn, dtype=x.dtype), shape, device, generator)
+        draw = drawer(partial(th.randn, dtype=x.dtype), shape, device, generator)
     state: State = None
     walk = list(_walk(indices, options.get("resample", 1), options.get("jump", 10)))
     for index, back in tqdm(walk) if options.get("progress") else walk:
@@ -196,7 +196,7 @@ def _start(
         assert x is not None
         return x, _fitted(image, x, "init_image")
     noise = options.get("noise")
-    x = _drawer(th.randn, shape, device, options.get("generator"))() if noise is None else noise.to(device)
+    x = drawer(th.randn, shape, device, options.get("generator"))() if noise is None else noise.to(device)
     image = _fitted(image, x, "init_image")
     if image is None and len(indices) == process.num_timesteps:
         return x, None
@@ -234,7 +234,7 @@ class _Kept:
         if not bool(mask.any()) and options.get("resample", 1) == 1:
             return None
         own = _own(options.get("generator"), x)
-        return cls(process, image, mask, _drawer(partial(th.randn, dtype=x.dtype), x.shape, x.device, own))
+        return cls(process, image, mask, drawer(partial(th.randn, dtype=x.dtype), x.shape, x.device, own))
 
     def paste(self, x: th.Tensor, level: int) -> th.Tensor:
         """The samples at `level` with what is kept at the same level of noise."""
@@ -261,7 +261,7 @@ def _own(generator: Generators, x: th.Tensor) -> Generators:
 # ---- draws and checks
 
 
-def _drawer(
+def drawer(
     make: Callable[..., th.Tensor], shape: Sequence[int], device: th.device, generator: Generators
 ) -> Callable[[], th.Tensor]:
     """A function that draws a tensor of `shape` from one source of randomness, or image by image from N."""
@@ -289,7 +289,7 @@ def _class_drawer(model: Any, labels: th.Tensor, device: th.device, generator: G
     classes = getattr(model, "num_classes", None)
     if classes is None:
         raise ValueError("randomize_class needs a class-conditional network: one with a number in .num_classes")
-    return _drawer(lambda size, **kw: th.randint(classes, size, **kw), tuple(labels.shape), device, generator)
+    return drawer(lambda size, **kw: th.randint(classes, size, **kw), tuple(labels.shape), device, generator)
 
 
 def _check(sampler: Sampler, options: SampleOptions) -> None:

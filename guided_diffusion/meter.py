@@ -6,7 +6,7 @@ Shapes: N images of all ranks, n of one rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -103,7 +103,7 @@ class Meter:
     def take_losses(self) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """(t, losses) of all ranks since the last call; every rank must call it."""
         rows, self._losses = self._losses, []
-        return gather_losses({name: th.cat([row[name] for row in rows]) for name in rows[0]})
+        return gather_losses(join(rows))
 
     def log_speed(self) -> None:
         """Log images_per_second, data_wait and, after a checkpoint, save_stall; and begin to measure anew."""
@@ -112,6 +112,11 @@ class Meter:
         if self._stalled:
             logger.logkv("save_stall", self._stalled)
         self._restart()
+
+
+def join(rows: Sequence[Mapping[str, th.Tensor]]) -> dict[str, th.Tensor]:
+    """The entries of all rows, one after the other."""
+    return {name: th.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def gather_losses(local: Mapping[str, th.Tensor]) -> tuple[th.Tensor, dict[str, th.Tensor]]:

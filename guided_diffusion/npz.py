@@ -97,14 +97,19 @@ def _sync_folder(folder: str) -> None:
             os.close(handle)
 
 
-def write_npz(path: str, *arrays: tuple[tuple[int, ...], Any, Iterable[npt.NDArray[Any]]]) -> None:
-    """Write arr_0, arr_1, ... chunk by chunk; the same arrays give the same bytes.
+Rows = tuple[tuple[int, ...], Any, Iterable[npt.NDArray[Any]]]  # shape, dtype, chunks along the first axis
 
-    :param arrays: (shape, dtype, chunks along the first axis) of each.
-    """
+
+def write_npz(path: str, *arrays: Rows) -> None:
+    """Write arr_0, arr_1, ... chunk by chunk; the same arrays give the same bytes."""
+    write_arrays(path, {f"arr_{number}": array for number, array in enumerate(arrays)})
+
+
+def write_arrays(path: str, arrays: Mapping[str, Rows]) -> None:
+    """Write arrays by name, chunk by chunk; the same arrays give the same bytes."""
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for number, (shape, dtype, chunks) in enumerate(arrays):
-            _write_member(archive, f"arr_{number}.npy", shape, np.dtype(dtype), chunks)
+        for name, (shape, dtype, chunks) in arrays.items():
+            _write_member(archive, f"{name}.npy", shape, np.dtype(dtype), chunks)
 
 
 def _write_member(
@@ -163,6 +168,10 @@ class Npz:
         """Shape and type of an array, of which nothing is read."""
         with self._opened(name) as (_, header):
             return header
+
+    def names(self) -> list[str]:
+        """Of the arrays, as they lie in the file."""
+        return [name.removesuffix(".npy") for name in self._archive.NameToInfo if name.endswith(".npy")]
 
     def chunks(self, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
         """An array, `rows` rows at a time."""

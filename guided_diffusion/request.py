@@ -37,10 +37,14 @@ def refuse_another(there: Mapping[str, Any], now: Mapping[str, Any], folder: str
     differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
     if differing:
         words = ", ".join(
-            f"{printable(key)} was {printable(str(there.get(key)))} and is {now.get(key)}" for key in differing[:4]
+            f"{printable(key)} was {_shown(there.get(key))} and is {_shown(now.get(key))}" for key in differing[:4]
         )
         more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise ValueError(f"{folder} holds the {what} of another request ({words}{more}): give another --log_dir")
+
+
+def _shown(value: Any) -> str:
+    return printable(str(value)) or "''"
 
 
 def _flag_defaults() -> dict[str, Any]:

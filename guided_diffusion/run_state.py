@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch as th
 
-from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion import checkpoint, dist_util, logger, lora
 from guided_diffusion.fp16_util import MixedPrecisionTrainer, unflatten_optimizer_state
 from guided_diffusion.resample import ScheduleSampler
 
@@ -58,6 +58,29 @@ def warn_of_long_averages(rates: Sequence[float], updates: int) -> None:
             )
 
 
+def load_weights(model: th.nn.Module, files: checkpoint.CheckpointSet, flags: Mapping[str, Any]) -> None:
+    """Load the weights to go on from, those below adapters and the adapters apart.
+
+    :param flags: that the network was built from, for messages.
+    :raises ValueError: if they are of another network, or of other adapters.
+    """
+    adapted = lora.adapters(model)
+    if not adapted:
+        checkpoint.load_weights(model, files.model, flags)
+        return
+    if not (files.lora and files.state):
+        raise ValueError(
+            f"{files.model} is no checkpoint of a run with adapters: give --init_from {files.model} to start one, or "
+            "leave out --lora_rank"
+        )
+    own = {name: value for name, value in model.state_dict().items() if not lora.is_part(name)}
+    plain, pack = checkpoint.fitting(own, files.model, flags), lora.read(files.lora)
+    below = checkpoint.load(files.state).get("base", {})
+    if {adapter.scale for adapter in adapted.values()} != {pack.scale}:
+        raise ValueError(f"the adapters of {files.lora} are scaled by {pack.scale:g}: leave --lora_alpha as it was")
+    model.load_state_dict(lora.joined(model, plain, below, pack.weights["model"]))
+
+
 @dataclass
 class RunState:
     """The parts of a training run that change with its steps.
@@ -83,16 +106,22 @@ class RunState:
 
         The weights come last: without them no reader takes a set for complete. Every rank must call it.
         """
-        averages = zip(self.ema_rate, self.ema_params, strict=True)
+        model, (now, *averages) = self.trainer.model, self._weights()
+        averaged = dict(zip(map(str, self.ema_rate), averages, strict=True))
+        adapted = bool(lora.adapters(model))
         return {
-            "state": self._rest(step),
-            **{f"ema_{rate}_": self._weights(params) for rate, params in averages},
+            "state": {**self._rest(step), **({"base": lora.base(model, now)} if adapted else {})},
+            **{f"ema_{rate}_": lora.merged(model, weights) for rate, weights in averaged.items()},
             "opt": self.opt.state_dict(),
-            "model": self._weights(self.trainer.master_params),
+            **({"lora": lora.content(model, {"model": now, **averaged})} if adapted else {}),
+            "model": lora.merged(model, now),
         }
 
-    def _weights(self, masters: Sequence[th.Tensor]) -> dict[str, th.Tensor]:
-        return {name: value.detach() for name, value in self.trainer.master_params_to_state_dict(masters).items()}
+    def _weights(self) -> Iterator[dict[str, th.Tensor]]:
+        """The state dicts of the masters and of each average."""
+        for masters in [list[th.Tensor](self.trainer.master_params), *self.ema_params]:
+            state = self.trainer.master_params_to_state_dict(masters)
+            yield {name: value.detach() for name, value in state.items()}
 
     def _rest(self, step: int) -> dict[str, Any]:
         return {
@@ -127,12 +156,17 @@ class RunState:
 
     def _restore_emas(self, files: checkpoint.CheckpointSet) -> Iterator[str]:
         paths = {float(text): path for text, path in files.emas.items()}
+        model, now = self.trainer.model, next(self._weights())
+        adapters = lora.read(files.lora).weights if lora.adapters(model) else {}
         for index, rate in enumerate(self.ema_rate):
             if rate not in paths:
                 yield f"EMA {rate} NOT restored, it starts from the weights"
                 continue
             device = self.ema_params[index][0].device
-            weights = checkpoint.load(paths[rate], map_location=device)
+            weights = checkpoint.load(paths[rate], map_location="cpu" if adapters else device)
+            if adapters:
+                weights = lora.joined(model, weights, lora.base(model, now), adapters.get(str(rate), {}))
+                weights = {name: value.to(device) for name, value in weights.items()}
             self.ema_params[index] = list(self.trainer.state_dict_to_master_params(weights))
             yield f"EMA {rate} restored"
 

@@ -27,15 +27,15 @@ from guided_diffusion.jobs import LISTED, Job, check_labels
 from guided_diffusion.loop import SampleOptions, network_calls
 from guided_diffusion.npz import PART, fingerprint, holds, read_npz, save_npz, write_npz
 from guided_diffusion.pictures import Pixels, can_draw, save_grid, to_uint8
+from guided_diffusion.request import REQUEST, read_request, refuse_another
 from guided_diffusion.respace import respaced, space_timesteps
 from guided_diffusion.samplers import make_sampler
 from guided_diffusion.seeds import image_generator, seeded
-from guided_diffusion.untrusted import parse_json, printable, read_file, reason
+from guided_diffusion.upsampling import NAMES, picture_names
 
 Model = Callable[..., th.Tensor]
 
 PREVIEW_STEPS = 25
-REQUEST = "request.json"
 OWN_OPTIONS = ("noise", "generator", "model_kwargs")
 NOT_IN_THE_RESULT = ("device", "progress", "callback")
 
@@ -66,7 +66,7 @@ def generate(process: GaussianDiffusion, model: Model, job: Job, **options: Unpa
     :raises ValueError: if the folder holds another request, or the labels do not fit the network.
     """
     _check(job, model, options)
-    finished = _broadcast(lambda: _claim(job, _manifest(process, model, job, options)))
+    finished = dist_util.decide(lambda: _claim(job, _manifest(process, model, job, options)))
     if job.film and (finished or _is_whole(job, 0)) and not os.path.exists(job.file("film.gif")):
         logger.warn(
             f"no film: the images that it shows are made already; for a film give another folder than {job.out_dir}"
@@ -77,7 +77,7 @@ def generate(process: GaussianDiffusion, model: Model, job: Job, **options: Unpa
         rank, world_size = dist_util.rank(), dist_util.world_size()
         make_shards(process, model, job, rank=rank, world_size=world_size, **options)
         dist_util.barrier()
-        _broadcast(lambda: merge(job))
+        dist_util.decide(lambda: merge(job))
     _draw_pictures(job)
     dist_util.barrier()
     return job.path
@@ -96,20 +96,6 @@ def _check(job: Job, model: Model, options: SampleOptions) -> None:
         raise ValueError("the network is unconditional: give no labels, or hide them by guidance.without_labels(model)")
     if classes is not None:
         check_labels([*job.labels, job.num_classes - 1 if job.num_classes else 0], classes)
-
-
-def _broadcast(decide: Callable[[], Any]) -> Any:
-    """What rank 0 decides, on every rank; its error is a ValueError on every rank, so that none waits for ever."""
-    answer: tuple[Any, str] = (None, "")
-    if dist_util.rank() == 0:
-        try:
-            answer = (decide(), "")
-        except (ValueError, OSError) as error:
-            answer = (None, str(error))
-    result, error_text = dist_util.broadcast_object(answer)
-    if error_text:
-        raise ValueError(error_text)
-    return result
 
 
 def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: SampleOptions) -> dict[str, Any]:
@@ -150,38 +136,22 @@ def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
     path = job.file(REQUEST)
     finished = _holds(job, job.path, job.num_samples)
     if os.path.exists(path):
-        _compare(_request_at(path), manifest, job.out_dir)
+        refuse_another(read_request(path), manifest, job.out_dir)
         if os.path.exists(job.path) and not finished:
             logger.warn(f"{job.path} was damaged after it was written: it is made again")
         return finished
-    names = ("samples.png", "shards", *["images"] * job.save_images, *["film.png", "film.gif"] * (job.film > 0))
+    names = (
+        "samples.png",
+        "shards",
+        *["images"] * job.save_images,
+        *["film.png", "film.gif"] * (job.film > 0),
+        *[NAMES] * bool(job.names),
+    )
     for taken in (job.path, *(job.file(name) for name in names)):
         if os.path.exists(taken):
             raise ValueError(f"{taken} exists and no request.json says what it is: give another --log_dir or remove it")
     save_json(path, manifest)
     return False
-
-
-def _request_at(path: str) -> dict[str, Any]:
-    try:
-        request = parse_json(read_file(path))
-        if not isinstance(request, dict):
-            raise ValueError("it names nothing")
-        return request
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} does not say whose samples lie there ({reason(error)}): give another --log_dir, or remove it"
-        ) from error
-
-
-def _compare(there: Mapping[str, Any], now: Mapping[str, Any], folder: str) -> None:
-    differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-    if differing:
-        words = ", ".join(
-            f"{printable(key)} was {printable(str(there.get(key)))} and is {now.get(key)}" for key in differing[:4]
-        )
-        more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise ValueError(f"{folder} holds the samples of another request ({words}{more}): give another --log_dir")
 
 
 def make_shards(
@@ -320,13 +290,16 @@ def _shard(job: Job, batch: int, name: str) -> Iterator[npt.NDArray[Any]]:
 def _draw_pictures(job: Job) -> None:
     """samples.png and, where asked for, one PNG per image, shared out among the ranks; then the shards may go."""
     rank, world_size = dist_util.rank(), dist_util.world_size()
+    if job.names and rank == 0:
+        save_json(job.file(NAMES), {"file": os.path.basename(job.path), "names": list(job.names)})
     if not can_draw(job.shape):
         logger.log(f"no pictures: images of shape {job.shape} cannot be drawn, with 1, 3 or 4 channels they can")
     else:
         if rank == 0:
             draw_grid(job.file("samples.png"), job.path, job.labels, job.class_names)
         if job.save_images:
-            draw_each(job.file("images"), job.path, labelled=job.labelled, rank=rank, world_size=world_size)
+            share = {"rank": rank, "world_size": world_size}
+            draw_each(job.file("images"), job.path, labelled=job.labelled, names=picture_names(job.names), **share)
     if rank == 0:
         _tidy(job)
 
@@ -339,6 +312,21 @@ def _tidy(job: Job) -> None:
         stem, part, _ = name.partition(PART)
         if part and stem in ours:
             os.remove(job.file(name))
+
+
+def sampled(
+    process: GaussianDiffusion,
+    model: Model,
+    job: Job,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Unpack[SampleOptions],
+) -> Iterator[tuple[int, Pixels]]:
+    """The batches of one rank as `make_shards` would write them, in memory: (batch, uint8 [n, H, W, C])."""
+    with evaluating(model), logger.progress_bar(shown=False) as bar:
+        for batch in range(rank, job.batches, world_size):
+            yield batch, to_uint8(_sample_batch(process, model, job, batch, bar, options)[0])
 
 
 def preview(
@@ -358,8 +346,7 @@ def preview(
         seed=seed,
         labels=labels,
     )
-    with evaluating(model), logger.progress_bar(shown=False) as bar:
-        images = to_uint8(_sample_batch(_few_steps(process), model, job, 0, bar, {})[0])
+    [(_, images)] = sampled(_few_steps(process), model, job)
     save_grid(path, images, math.ceil(math.sqrt(len(images))))
     return images
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from guided_diffusion import gaussian_diffusion as gd
+from guided_diffusion.conditioning import ConditionedModel, cond_kind
 from guided_diffusion.config import (
     ClassifierConfig,
     DiffusionConfig,
@@ -164,13 +165,18 @@ def _network_arguments(
 def build_unet(config: UNetConfig, learn_sigma: bool) -> UNetModel:
     """The U-Net of a config, in float32."""
     size = parse_size(config.image_size)
-    return UNetModel(**_network_arguments(config, size, learn_sigma, CHANNEL_MULT))
+    network = _network_arguments(config, size, learn_sigma, CHANNEL_MULT)
+    kind = cond_kind(config.cond_type, config.cond_channels, config.image_channels)
+    if kind is None:
+        return UNetModel(**network)
+    return ConditionedModel(**network, cond_channels=kind.channels, null_cond=config.null_cond)
 
 
 def build_upsampler(config: SuperResConfig, learn_sigma: bool) -> SuperResModel:
     """The upsampler of a config, in float32."""
     size = parse_size(config.large_size)
-    return SuperResModel(**_network_arguments(config, size, learn_sigma, UPSAMPLER_CHANNEL_MULT))
+    network = _network_arguments(config, size, learn_sigma, UPSAMPLER_CHANNEL_MULT)
+    return SuperResModel(**network, cond_aug=config.cond_aug > 0)
 
 
 def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:

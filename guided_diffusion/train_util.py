@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import blobfile as bf
 import numpy as np
@@ -26,16 +26,23 @@ from guided_diffusion.config import parse_rates
 from guided_diffusion.draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from guided_diffusion.interruption import Interruption
-from guided_diffusion.meter import Meter, gather_losses, log_loss_dict as log_loss_dict
+from guided_diffusion.meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
 from guided_diffusion.nn import update_ema
 from guided_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
-from guided_diffusion.run_state import RunState, warn_of_long_averages
+from guided_diffusion.run_state import RunState, load_weights, warn_of_long_averages
 from guided_diffusion.sample_util import evaluating
 from guided_diffusion.saving import Saver, agree, skip_batches
 from guided_diffusion.seeds import seeded
 
 Cond = Mapping[str, th.Tensor]
-Preview = Callable[[th.nn.Module, int], object]
+
+
+class Hook(NamedTuple):
+    """A look at the averaged weights every `interval` updates, as look(model, updates), on rank 0 or on all ranks."""
+
+    interval: int
+    look: Callable[[th.nn.Module, int], object]
+    on_all_ranks: bool = False
 
 
 # ---- the originals' functions
@@ -83,7 +90,7 @@ class TrainLoop:
     :param async_save: write checkpoints while training goes on.
     :param val_data: as `data`; its first `val_batches` batches are measured every `val_interval` updates, always with
         the same noise.
-    :param preview: called as preview(model, updates) every `sample_interval` updates, on rank 0.
+    :param hooks: looks at the model now and then, such as previews.
     :param progress: show a progress bar on stderr.
     :param config: what is saved as config.json beside the checkpoints.
     :param max_bad_steps: skipped steps in a row after which the run ends; 0: it never does.
@@ -120,8 +127,7 @@ class TrainLoop:
         val_batches: int = 8,
         seed: int = 0,
         keep_last: int = 0,
-        sample_interval: int = 0,
-        preview: Preview | None = None,
+        hooks: Sequence[Hook] = (),
         progress: bool = False,
         config: Mapping[str, Any] | None = None,
         class_dropout: float = 0.0,
@@ -136,10 +142,9 @@ class TrainLoop:
         self.log_interval, self.save_interval = log_interval, save_interval
         self.saver = Saver(asynchronous=async_save, keep_last=keep_last)
         self.val_data, self.val_interval, self.val_batches = val_data, val_interval, val_batches
-        self.sample_interval, self.preview = sample_interval, preview
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
-        self.seed, self.config = seed, config
+        self.seed, self.config, self.hooks = seed, config, hooks
         self.label_dropout = LabelDropout(class_dropout, getattr(model, "null_label", None))
         self.step = self.resume_step = 0
         self.global_batch = batch_size * dist_util.world_size()
@@ -198,7 +203,7 @@ class TrainLoop:
         """Load the weights to go on from, on every rank; without any, every rank takes those of rank 0."""
         files = agree(self.resume_checkpoint)
         if files is not None:
-            checkpoint.load_weights(self.model, files.model, (self.config or {}).get("flags", {}))
+            load_weights(self.model, files, (self.config or {}).get("flags", {}))
         dist_util.sync_params(self.model.parameters())
         return files
 
@@ -288,7 +293,7 @@ class TrainLoop:
             mean = (losses["loss"] * part.weights).mean()
             self.mp_trainer.backward(mean * (len(images) / len(batch)))
             rows.append({name: value.detach() for name, value in losses.items()})
-        losses = _join(rows)
+        losses = join(rows)
         self._losses_at = draw.t, losses["loss"]
         self.meter.add_losses(draw.t, {name: value * draw.weights for name, value in losses.items()})
 
@@ -318,7 +323,7 @@ class TrainLoop:
 
     def _update_ema(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            update_ema(params, self.mp_trainer.master_params, rate=rate)
+            update_ema(self.mp_trainer.trained(params), self.mp_trainer.trained(), rate=rate)
 
     def _update_sampler(self) -> None:
         if isinstance(self.schedule_sampler, LossAwareSampler) and self._losses_at is not None:
@@ -343,13 +348,14 @@ class TrainLoop:
         logger.logkv("lr", self.opt.param_groups[0]["lr"])
 
     def _after_step(self) -> None:
-        """What happens every so many updates: validation, previews, a line of the log, a checkpoint."""
+        """What happens every so many updates: validation, hooks, a line of the log, a checkpoint."""
         with self.meter.paused():
             if self.val_data is not None and self._is_due(self.val_interval):
                 self.validate()
-            if self.preview is not None and self._is_due(self.sample_interval) and dist_util.rank() == 0:
+            due = [h for h in self.hooks if self._is_due(h.interval) and (h.on_all_ranks or dist_util.rank() == 0)]
+            for hook in due:
                 with self.evaluation_model() as model:
-                    self.preview(model, self.updates)
+                    hook.look(model, self.updates)
         if self._is_due(self.log_interval):
             self._dump()
         if self._is_due(self.save_interval):
@@ -403,13 +409,8 @@ class TrainLoop:
             for index, (batch, cond) in self.validation_batches():
                 draw = self._draw(batch, index, validation=True)
                 rows = [self.compute_losses(*part, model) for part in self._microbatches(batch, cond, draw)]
-                t, losses = gather_losses({"t": draw.t, **_join(rows)})
+                t, losses = gather_losses({"t": draw.t, **join(rows)})
                 log_loss_dict(self.diffusion, t, {f"val_{name}": value for name, value in losses.items()})
-
-
-def _join(rows: Sequence[Mapping[str, th.Tensor]]) -> dict[str, th.Tensor]:
-    """The losses of all microbatches, one after the other."""
-    return {name: th.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 class ClassifierTrainLoop(TrainLoop):

@@ -279,8 +279,11 @@ class UNetModel(UNetBackbone):
         :param timesteps: [N], in the units of training, may be fractional.
         :param y: [N] int64 labels, if and only if num_classes was given.
         """
+        return self._predict(x, self._embed(x, timesteps, y))
+
+    def _predict(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
+        """The output for images and the embedding [N, E] of all else."""
         self._check_size(x)
-        emb = self._embed(x, timesteps, y)
         skips = list(self._encode(x, emb))
         h = skips.pop()
         for block in self.output_blocks:
@@ -293,22 +296,45 @@ class SuperResModel(UNetModel):
     """A U-Net that also sees a smaller version of its image, enlarged to the same size.
 
     :param in_channels: of one of the two images.
+    :param cond_aug: there is noise on the small images, and the network is told how much (Ho et al. 2022, sec. 4).
     """
 
-    def __init__(self, image_size: int | Sequence[int], in_channels: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, image_size: int | Sequence[int], in_channels: int, *args: Any, cond_aug: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(image_size, in_channels * 2, *args, **kwargs)
+        self.cond_aug = cond_aug
+        if cond_aug:  # the last parameters; at 0 the network is the one without them
+            size = 4 * self.model_channels
+            self.low_res_embed = nn.Sequential(
+                linear(self.model_channels, size), SiLU(), zero_module(linear(size, size))
+            )
 
     def forward(  # type: ignore[override]
-        self, x: th.Tensor, timesteps: th.Tensor, low_res: th.Tensor | None = None, **kwargs: Any
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        low_res: th.Tensor | None = None,
+        *,
+        low_res_level: th.Tensor | None = None,
+        **kwargs: Any,
     ) -> th.Tensor:
         """Predict from noisy images and their small versions.
 
         :param low_res: [N, C, ...] of any resolution.
+        :param low_res_level: [N] of the noise on them, 0 to 1; None: there is none.
         """
         if low_res is None:
             raise ValueError("low_res is missing: give the small images, [N, C, ...].")
         mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
-        return super().forward(th.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1), timesteps, **kwargs)
+        if low_res_level is not None and not self.cond_aug:
+            raise ValueError("low_res_level was given to an upsampler without cond_aug; leave it out.")
+        emb = self._embed(x, timesteps, **{"y": None, **kwargs})
+        if self.cond_aug:
+            level = x.new_zeros(len(x)) if low_res_level is None else low_res_level
+            waves = timestep_embedding(1000 * level, self.model_channels)
+            emb = emb + self.low_res_embed(waves.to(next(self.low_res_embed.parameters()).dtype))
+        return self._predict(th.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1), emb)
 
 
 class EncoderUNetModel(UNetBackbone):

@@ -134,12 +134,18 @@ def name_fault(name: str) -> str:
     return ""
 
 
+def path_fault(name: str, archive: str) -> str:
+    """Why a member of this name is not taken; '' if it may be.
+
+    :param archive: what it is a member of: "zip".
+    """
+    return name_fault(name) or (f"a path that leads out of the {archive}" if _FOREIGN.match(name) else "")
+
+
 def member_fault(member: zipfile.ZipInfo) -> str:
     """Why a member of a zip is not read, as far as its entry tells; '' if it may be."""
-    if name_fault(member.filename):
-        return name_fault(member.filename)
-    if _FOREIGN.match(member.filename):
-        return "a path that leads out of the zip"
+    if path_fault(member.filename, "zip"):
+        return path_fault(member.filename, "zip")
     if member.flag_bits & 1:
         return "encrypted"
     if stat.S_ISLNK(member.external_attr >> 16):

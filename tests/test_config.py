@@ -47,6 +47,9 @@ BEYOND = {
     "val_interval": 1000,  # of no effect without val_data_dir
     "max_steps": 0,
     "sample_interval": 0,
+    "eval_interval": 0,
+    **{"eval_metrics": "fid", "eval_samples": 1000, "eval_sampler": "dpm++2m", "eval_steps": 20, "eval_reference": ""},
+    **{"features": "inception", "inception_weights": "", "eval_batch_size": 64, "eval_precision": "fp32"},
     "precision": "",
     "classifier_precision": "",
     "num_classes": 1000,
@@ -58,6 +61,8 @@ BEYOND = {
     "loss_weight": "",
     "min_snr_gamma": 5.0,  # of no effect without loss_weight
     "null_class": False,
+    "cond_aug": 0.0,
+    "cond_aug_level": 0.0,
     "class_dropout": 0.0,
     "classifier_channel_mult": "",
     "sampler": "",
@@ -69,6 +74,14 @@ BEYOND = {
     "classes": "",
     "save_images": False,
     "save_intermediate": 0,
+    "likelihood": "vlb",
+    "spread": False,
+    "save_terms": False,
+    "dequantize": "uniform",  # this and what follows are of no effect without likelihood flow
+    "probes": 1,
+    "probe_noise": "rademacher",
+    "flow_solver": "rk45",
+    "flow_tolerance": 1e-4,
     "cfg_scale": 1.0,  # the conditional model, left as it is
     "cfg_rescale": 0.0,
     "autoguide_path": "",
@@ -83,7 +96,21 @@ BEYOND = {
     "invert": False,
     "interpolate": "",
     "init_classes": "",
+    **{"init_from": "", "init_mismatch": "error", "freeze": ""},
+    **{"lora_rank": 0, "lora_alpha": 0.0, "lora_on": "attention,convolutions", "lora_train": ""},
+    **{"lora_path": "", "lora_scale": 1.0},
+    "cond_type": "",
+    "cond_channels": 0,
+    "null_cond": False,
+    "cond_dir": "",
+    "val_cond_dir": "",
+    "skip_unpaired": False,
+    "cond_dropout": 0.0,
+    "cond_images": "",
+    "cond_class_from": "",
     # an original's flag, new to some of its scripts
+    **{"classifier_path": "", "classifier_scale": 1.0},  # of no effect, the second, without the first
+    **defaults(ClassifierConfig),  # and neither these
     "ema_rate": "",
     "fp16_scale_growth": 0.001,
     "channel_mult": "",
@@ -205,7 +232,7 @@ def test_a_wrong_flag_is_answered_by_a_sentence(line, answer, capsys):
         ("image_sample", "--num_steps", "steps"),
         ("image_train", "--num_steps", "max_steps"),
         ("image_sample", "--guidance_scale", "cfg_scale"),
-        ("super_res_sample", "--guidance_scale", "cfg_scale"),
+        ("super_res_sample", "--guidance_scale", "classifier_scale"),
         ("classifier_sample", "--guidance_scale", "classifier_scale"),
         ("image_sample", "--scheduler", "sampler"),
     ],
@@ -292,7 +319,8 @@ def test_help_shows_every_flag(command, capsys):
         cli.parse(command, ["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(f"--{name} " in shown for name in cli.COMMANDS[command].flags())
+    flags = cli.COMMANDS[command].flags().items()
+    assert all((name.upper() if spec.metadata["positional"] else f"--{name} ") in shown for name, spec in flags)
 
 
 def test_flags_need_no_torch():

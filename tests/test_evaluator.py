@@ -539,7 +539,7 @@ def test_the_page_on_evaluation_runs_from_top_to_bottom(tmp_path, monkeypatch):
     exec(compile(code, "docs/evaluation.md", "exec", dont_inherit=True), names)
     assert names["report"].results["FD (colours)"] > 0
     told = re.findall(r"^\| `--(\w+)", page, re.MULTILINE)
-    assert set(told) <= set(COMMANDS["evaluator"].flags())
+    assert set(told) <= {*COMMANDS["evaluator"].flags(), *COMMANDS["image_train"].flags()}
 
 
 # ---- real networks

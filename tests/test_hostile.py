@@ -564,7 +564,7 @@ def test_what_is_not_asked_for_is_not_unpacked(tmp_path: Path) -> None:
     del rows
     flags = cli.Flags("super_res_sample", {**base_flags(path).given, "num_samples": 7}, {})
     assert peak(lambda: read_base(flags)) < 4 * MIB
-    assert read_base(flags)["arr_0"].shape == (7, 4, 4, 3)
+    assert read_base(flags).pixels.shape == (7, 4, 4, 3)
 
 
 def test_damaged_npz(tmp_path: Path) -> None:

@@ -4,27 +4,91 @@ from __future__ import annotations
 
 import ast
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "guided_diffusion"
+EVALUATIONS = ROOT.parent / "evaluations"
 
 # a module imports only from modules before it
 ORDER = [
-    *["config", "launchers", "heartbeat", "cli", "nn", "losses", "log_writers", "logger", "dist_util", "seeds"],
-    *["untrusted", "npz", "pictures", "gallery", "film", "schedules", "steps", "solvers", "samplers", "loop"],
-    *["prediction", "guidance", "editing", "surfaces", "forward_process", "gaussian_diffusion", "respace"],
-    *["resample", "blocks", "unet", "fp16_util", "interruption", "crops", "image_files", "image_labels"],
-    *["image_order", "image_datasets", "init_images", "architecture", "manifest", "checkpoint", "draws"],
-    *["meter", "bad_steps", "run_state", "saving", "jobs", "sample_util", "train_util", "script_util"],
-    *["commands"],
+    *[
+        "config",
+        "evaluation_config",
+        "dataset_config",
+        "likelihood_config",
+        "upsampling_config",
+        "finetuning_config",
+        "conditioning_config",
+        "npz_tool_config",
+        "launchers",
+        "heartbeat",
+        "cli",
+        "nn",
+        "losses",
+        "log_writers",
+        "logger",
+        "dist_util",
+        "seeds",
+    ],
+    *[
+        "untrusted",
+        "request",
+        "npz",
+        "pictures",
+        "gallery",
+        "film",
+        "schedules",
+        "steps",
+        "solvers",
+        "samplers",
+        "loop",
+    ],
+    *[
+        "prediction",
+        "guidance",
+        "editing",
+        "surfaces",
+        "forward_process",
+        "gaussian_diffusion",
+        "flow_likelihood",
+        "respace",
+    ],
+    *["resample", "blocks", "unet", "fp16_util", "interruption", "crops", "image_files", "upsampling", "image_labels"],
+    *["conditioning"],
+    *["image_order", "image_datasets", "init_images", "architecture", "manifest", "downloads", "checkpoint"],
+    *["lora", "finetuning", "draws"],
+    *["meter", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood", "train_util", "script_util"],
+    *["dataset_images", "dataset_folder", "dataset_planes", "dataset_tar", "dataset_pickle", "dataset_lmdb"],
+    *["dataset_output", "dataset_writer", "npz_tools", "npz_look", "commands"],
+]
+# the same for the package evaluations, which stands above all of guided_diffusion but its commands
+EVALUATION_ORDER = [
+    *["metrics", "scores", "figures", "clouds", "plots", "levels", "inception", "frozen_graph", "weights", "vit"],
+    *["programs", "features", "sources", "npz", "feature_sets", "evaluator", "make_reference", "training", "sweep"],
 ]
 NEVER_LOG = ORDER[: ORDER.index("fp16_util")]
-WITHOUT_TORCH = ["__init__", "config", "cli", "launchers", "heartbeat", "log_writers"]
+WITHOUT_TORCH = [
+    "__init__",
+    "config",
+    "evaluation_config",
+    "dataset_config",
+    "likelihood_config",
+    "upsampling_config",
+    "finetuning_config",
+    "conditioning_config",
+    "npz_tool_config",
+    "cli",
+    "launchers",
+    "heartbeat",
+    "log_writers",
+]
 MODULES = {
     path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in ROOT.rglob("*.py")
 }
+EVALUATION_MODULES = {path.stem: ast.parse(path.read_text()) for path in EVALUATIONS.glob("*.py")}
 
 
 def imports(tree, *, nested):
@@ -37,17 +101,18 @@ def imports(tree, *, nested):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def ours(tree, *, nested=True):
+def ours(tree, *, nested=True, package="guided_diffusion", order=ORDER):
     """Modules of the package that a module imports."""
     for name in imports(tree, nested=nested):
         parts = name.split(".")
-        if parts[0] == "guided_diffusion" and len(parts) > 1 and parts[1] in ORDER:
+        if parts[0] == package and len(parts) > 1 and parts[1] in order:
             yield parts[1]
 
 
 def test_every_module_has_its_place():
     top = {name.split("/")[0] for name in MODULES} - {"__init__", "__main__"}
     assert top == set(ORDER)
+    assert set(EVALUATION_MODULES) - {"__init__"} == set(EVALUATION_ORDER)
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(MODULES) if not name.startswith("__")])
@@ -57,6 +122,26 @@ def test_modules_import_only_from_earlier_ones(name):
     assert later == []
 
 
+@pytest.mark.parametrize("name", EVALUATION_ORDER)
+def test_modules_of_evaluations_import_only_from_earlier_ones(name):
+    found = ours(EVALUATION_MODULES[name], package="evaluations", order=EVALUATION_ORDER)
+    here = EVALUATION_ORDER.index(name)
+    assert [other for other in found if EVALUATION_ORDER.index(other) >= here] == []
+
+
+def test_only_functions_of_commands_import_evaluations():
+    def uses(tree, *, nested):
+        return any(full.split(".")[0] == "evaluations" for full in imports(tree, nested=nested))
+
+    assert [name for name, tree in MODULES.items() if uses(tree, nested=False)] == []
+    assert {name.split("/")[0] for name, tree in MODULES.items() if uses(tree, nested=True)} <= {"commands"}
+
+
+def test_metrics_are_a_lone_file_of_numpy():
+    standard = sys.stdlib_module_names | {"numpy"}
+    assert {full.split(".")[0] for full in imports(EVALUATION_MODULES["metrics"], nested=True)} <= standard
+
+
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_help_needs_does_not_import_torch(name):
     assert not any(full.split(".")[0] == "torch" for full in imports(MODULES[name], nested=False))
@@ -64,7 +149,15 @@ def test_what_help_needs_does_not_import_torch(name):
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("commands/") and "/_" not in name))
 def test_commands_parse_before_they_import_torch(name):
-    assert set(ours(MODULES[name], nested=False)) <= {"cli", "config", "commands"}
+    assert set(ours(MODULES[name], nested=False)) <= {
+        "cli",
+        "config",
+        "evaluation_config",
+        "likelihood_config",
+        "upsampling_config",
+        "npz_tool_config",
+        "commands",
+    }
     assert not any(full.split(".")[0] == "torch" for full in imports(MODULES[name], nested=False))
 
 
@@ -77,7 +170,7 @@ def test_the_lower_layers_never_log(name):
 
 
 def functions():
-    for name, tree in MODULES.items():
+    for name, tree in [*MODULES.items(), *((f"evaluations.{key}", tree) for key, tree in EVALUATION_MODULES.items())]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 yield f"{name}.{node.name}", node
@@ -101,7 +194,8 @@ def depth(node):
 
 
 def test_modules_are_short():
-    sizes = {path.name: len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
+    paths = [*ROOT.rglob("*.py"), *EVALUATIONS.glob("*.py")]
+    sizes = {str(path.relative_to(ROOT.parent)): len(path.read_text().splitlines()) for path in paths}
     assert {name: lines for name, lines in sizes.items() if lines > 450} == {}
 
 

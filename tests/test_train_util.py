@@ -19,7 +19,7 @@ from guided_diffusion.config import ClassifierConfig, DiffusionConfig, UNetConfi
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import LossSecondMomentResampler, ScheduleSampler
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet
-from guided_diffusion.train_util import ClassifierTrainLoop, TrainLoop, log_loss_dict
+from guided_diffusion.train_util import ClassifierTrainLoop, Hook, TrainLoop, log_loss_dict
 
 DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=40))
 UNET = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": ""}
@@ -557,7 +557,7 @@ def test_a_signal_ends_a_run_with_everything_saved(tmp_path, pictures):
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    loop = make(tmp_path, stream(pictures), max_steps=0, sample_interval=2, preview=interrupt, ema_rate="")
+    loop = make(tmp_path, stream(pictures), max_steps=0, hooks=[Hook(2, interrupt)], ema_rate="")
     with pytest.raises(SystemExit) as caught:
         loop.run_loop()
     assert caught.value.code == 128 + signal.SIGTERM
@@ -646,8 +646,7 @@ def test_previews_and_validation_leave_the_training_alone(tmp_path, pictures):
     loop = make(
         tmp_path / "busy",
         random_data(),
-        preview=preview,
-        sample_interval=2,
+        hooks=[Hook(2, preview)],
         val_data=stream(pictures, seed=1),
         val_interval=1,
         progress=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion import checkpoint, dist_util, logger, lora
 from guided_diffusion.architecture import architecture
 from guided_diffusion.cli import Flags
 from guided_diffusion.config import (
@@ -22,6 +22,7 @@ from guided_diffusion.config import (
     parse_size,
     resolve_precision,
 )
+from guided_diffusion.finetuning_config import AdapterConfig
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.guidance import dynamic_thresholding
 from guided_diffusion.image_datasets import load_classes
@@ -73,9 +74,9 @@ def restore_upsampler(flags: Flags) -> Restored:
     return _restore(flags, "model_path", SuperResConfig, build_upsampler)
 
 
-def restore_classifier(flags: Flags) -> Restored:
-    """The classifier of --classifier_path."""
-    return _restore(flags, "classifier_path", ClassifierConfig, lambda config, _: build_classifier(config))
+def restore_classifier(flags: Flags, source: str = "classifier_path") -> Restored:
+    """The classifier of --classifier_path, or of what else says where it is."""
+    return _restore(flags, source, ClassifierConfig, lambda config, _: build_classifier(config))
 
 
 def restore_weaker(flags: Flags) -> Restored:
@@ -96,27 +97,16 @@ def _restore(
     *,
     secondary: bool = False,
 ) -> Restored:
-    """The network whose checkpoint the flag `source` names.
+    """The network whose checkpoint the flag `source` names, by its own flags, as `described` has them.
 
-    Flags of `section` and of the process come from the config.json beside the checkpoint, without one from the shapes
-    of its weights, and above all from the command line.
-
-    :param secondary: the command line says only what the checkpoint does not.
     :raises ValueError: if there is no such checkpoint, or it does not fit the flags.
     """
-    if not flags.values[source]:
-        raise ValueError(f"--{source} is missing: give a checkpoint or the folder of a run")
-    path = checkpoint.resolve_model(flags.values[source])
-    saved = checkpoint.config_beside(path) or _shapes(path, flags)
-    _check_kind(saved, section, f"--{source} {path}")
-    if secondary:
-        flags = _without(flags, saved, section)
-    flags = flags.over(saved, section, DiffusionConfig)
+    path, flags = described(flags, source, section, secondary=secondary)
     process = build_diffusion(flags.part(DiffusionConfig))  # refuses an impossible grid before anything large is read
     config = flags.part(section)
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
         frame = build(config, flags.part(DiffusionConfig).learn_sigma)
-    weights = checkpoint.fitting_weights(frame, path, asdict(config))
+    weights = _adapted(flags, source, checkpoint.fitting_weights(frame, path, asdict(config)))
     network: Any = build(config, flags.part(DiffusionConfig).learn_sigma)
     network.load_state_dict(weights)
     logger.log(f"{source}: {path}")
@@ -126,6 +116,40 @@ def _restore(
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
     network.to(dist_util.dev()).eval().convert_to(precision)
     return Restored(network, path, flags, process, load_classes(names) if names else [], identity)
+
+
+def _adapted(flags: Flags, source: str, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+    """The weights of --model_path with the adapters of --lora_path; other weights as they are."""
+    path = flags.values.get("lora_path", "") if source == "model_path" else ""
+    if not path and "lora_scale" in flags.given and source == "model_path":
+        raise ValueError("--lora_scale has no effect without --lora_path: give both or none")
+    if not path:
+        return weights
+    scale = flags.part(AdapterConfig).lora_scale
+    weights, doubt = lora.applied(weights, lora.read(path), scale=scale)
+    logger.log(f"lora_path: {path}, times {scale:g}")
+    if doubt:
+        logger.warn(doubt)
+    return weights
+
+
+def described(flags: Flags, source: str, section: type[Any], *, secondary: bool = False) -> tuple[str, Flags]:
+    """The checkpoint that the flag `source` names, and the command line over what it says of itself.
+
+    Flags of `section` and of the process come from the config.json beside the checkpoint, without one from the shapes
+    of its weights, and above all from the command line.
+
+    :param secondary: the command line says only what the checkpoint does not.
+    :raises ValueError: if there is no such checkpoint, or it is of another kind of network.
+    """
+    if not flags.values[source]:
+        raise ValueError(f"--{source} is missing: give a checkpoint or the folder of a run")
+    path = checkpoint.resolve_model(flags.values[source])
+    saved = checkpoint.config_beside(path) or _shapes(path, flags)
+    _check_kind(saved, section, f"--{source} {path}")
+    if secondary:
+        flags = _without(flags, saved, section)
+    return path, flags.over(saved, section, DiffusionConfig)
 
 
 def _without(flags: Flags, saved: Mapping[str, Any], section: type[Any]) -> Flags:
@@ -239,11 +263,12 @@ def job_of(flags: Flags, sampler: Sampler, shape: tuple[int, ...], request: Mapp
         "num_samples": config.num_samples,
         "batch_size": config.batch_size,
         "seed": flags.part(RunConfig).seed,
+        "out_dir": logger.get_dir(),
         "save_images": config.save_images,
         "film": config.save_intermediate,
         "request": {**asdict(flags.part(DiffusionConfig)), **threshold, **request},
     }
-    return Job(sampler=sampler, shape=shape, out_dir=logger.get_dir(), **{**values, **options})
+    return Job(sampler=sampler, shape=shape, **{**values, **options})
 
 
 def labels_of(flags: Flags, classes: list[str], num_classes: int) -> dict[str, Any]:
@@ -282,8 +307,8 @@ def announce(flags: Flags, process: GaussianDiffusion, job: Job, calls: int) -> 
 
 def sample_and_say(
     flags: Flags, process: GaussianDiffusion, network: Any, job: Job, *, calls: int = 0, **options: Any
-) -> None:
-    """Announce, run and report a job.
+) -> str:
+    """Announce, run and report a job; returns the path of the npz.
 
     :param calls: how often a network is asked per batch besides the sampling itself.
     :param options: of the sampling loop.
@@ -295,3 +320,4 @@ def sample_and_say(
     options |= {**clipping_of(flags), "device": dist_util.dev(), "progress": True}
     path = generate(process, network, job, **options)
     logger.log(f"sampling complete: {path}")
+    return path

@@ -11,7 +11,7 @@ from guided_diffusion.commands._common import Restored, refuse_difference, resto
 from guided_diffusion.config import DiffusionConfig, FreeGuidanceConfig, GuidanceConfig
 from guided_diffusion.guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
 
-SAME_IMAGES = ("image_size", "large_size", "small_size", "image_channels", "dims")
+SAME_IMAGES = ("image_size", "large_size", "small_size", "image_channels", "dims", "cond_type", "cond_channels")
 SAME_NOISE = ("diffusion_steps", "noise_schedule", "rescale_timesteps", "zero_terminal_snr")
 SAME_OUTPUT = ("predict_xstart", "predict_v", "learn_sigma")
 
@@ -45,7 +45,8 @@ def check(flags: Flags) -> None:
         raise ValueError("--autoguide_path has no effect at --autoguide_scale 1, the model alone: give another, e.g. 2")
     if config.guidance_interval:
         parse_interval(config.guidance_interval)
-        if config.cfg_scale == 1 and not config.autoguide_path and not flags.values.get("classifier_scale"):
+        by_classifier = flags.values.get("classifier_path") and flags.values["classifier_scale"]
+        if config.cfg_scale == 1 and not config.autoguide_path and not by_classifier:
             raise ValueError("--guidance_interval has no effect where nothing guides: give a scale of guidance as well")
 
 
@@ -88,13 +89,15 @@ def guided(model: Restored, classifier: Restored | None = None) -> Guided:
 
 
 def _free(model: Restored, config: FreeGuidanceConfig) -> Guided:
-    """Classifier-free guidance by the network's own null class."""
-    if not model.flags.values["class_cond"]:
+    """Classifier-free guidance by the network's own null class and null conditioning image."""
+    seen = model.flags.values.get("cond_type", "")
+    if not model.flags.values["class_cond"] and not seen:
         raise ValueError(f"--cfg_scale {config.cfg_scale} has no effect on an unconditional model: leave it out")
-    if getattr(model.network, "null_label", None) is None:
+    if getattr(model.network, "null_label", None) is None and not getattr(model.network, "null_cond", False):
+        dropout = "--cond_dropout" if seen and not model.flags.values["class_cond"] else "--class_dropout"
         raise ValueError(
             f"--cfg_scale {config.cfg_scale} needs a network that knows 'no class', and {model.path} was trained "
-            "without --class_dropout: train with --class_dropout 0.1, or guide with a classifier"
+            f"without {dropout}: train with {dropout} 0.1, or guide with a classifier"
         )
     network = classifier_free(model.network, config.cfg_scale, rescale=config.cfg_rescale)
     return Guided(network, {}, {"cfg_scale": config.cfg_scale, "cfg_rescale": config.cfg_rescale})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,17 +14,18 @@ import torch as th
 
 from guided_diffusion import __version__, checkpoint, dist_util, logger
 from guided_diffusion.cli import COMMANDS, Flags
-from guided_diffusion.config import DataConfig, ImageTrainConfig, RunConfig, TrainConfig
+from guided_diffusion.commands import _conditioning as conditioning, _finetuning as finetuning
+from guided_diffusion.config import DataConfig, ImageTrainConfig, RunConfig, TrainConfig, defaults
+from guided_diffusion.evaluation_config import ExtractorConfig, TrainEvaluationConfig
 from guided_diffusion.image_datasets import ImageStream, load_data, save_classes
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.saving import choose
-from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.train_util import Hook, TrainLoop
 
 Load = Callable[..., ImageStream]
 
 OF_A_PROCESS = ("log_dir", "device", "resume_checkpoint")  # never taken from an earlier part of the run
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
-NEED_VALIDATION = ("val_interval", "eval_interval")
 
 
 def start(flags: Flags) -> Flags:
@@ -33,8 +34,11 @@ def start(flags: Flags) -> Flags:
     :raises ValueError: if flags contradict each other, or the folder holds another run.
     """
     auto, folder = flags.values["resume_checkpoint"] == "auto", _log_folder(flags)
-    flags = _with_null_class(_over_resumed(flags))
+    finetuning.check_beginning(flags)
+    flags = conditioning.with_null_cond(_with_null_class(finetuning.over_source(_over_resumed(flags))))
     _check(flags)
+    finetuning.check(flags)
+    conditioning.check(flags)
     run = flags.part(RunConfig)
     dist_util.setup_dist(device=run.device)
     files, faults = choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
@@ -69,9 +73,16 @@ def _check(flags: Flags) -> None:
             f"--dims {flags.values['dims']} does not fit pictures, which have 2: leave it out, or give "
             "guided_diffusion.train_util.TrainLoop data of your own"
         )
-    useless = [name for name in NEED_VALIDATION if name in flags.given and not flags.values["val_data_dir"]]
-    if useless:
-        raise ValueError(f"--{useless[0]} has no effect without --val_data_dir: give both or none")
+    samples = set(defaults(TrainEvaluationConfig)) <= set(flags.values)  # else --eval_interval is that of validation
+    _refuse_useless(flags, ["val_interval", *([] if samples else ["eval_interval"])], "val_data_dir")
+    if samples:
+        _refuse_useless(flags, defaults(TrainEvaluationConfig, ExtractorConfig), "eval_interval")
+
+
+def _refuse_useless(flags: Flags, names: Iterable[str], without: str) -> None:
+    useless = [name for name in names if name in flags.given and name != without]
+    if useless and not flags.values[without]:
+        raise ValueError(f"--{useless[0]} has no effect without --{without}: give both or none")
 
 
 def _over_resumed(flags: Flags) -> Flags:
@@ -101,7 +112,7 @@ def _with_null_class(flags: Flags) -> Flags:
         raise ValueError(f"--class_dropout {rate} has no effect without --class_cond True: give both or none")
     if flags.given.get("null_class") is False:
         raise ValueError(f"--class_dropout {rate} contradicts --null_class False: give one of the two")
-    if saved and not saved.get("null_class"):
+    if values["resume_checkpoint"] and saved and not saved.get("null_class"):
         raise ValueError(
             f"--class_dropout {rate} needs a null class, and the network of {values['resume_checkpoint']} has none: "
             "start a new run with it, or leave it out"
@@ -170,9 +181,12 @@ class Streams:
     validation: ImageStream | None
 
 
-def open_streams(flags: Flags, load: Load = load_data, **options: Any) -> Streams:
+def open_streams(
+    flags: Flags, load: Load = load_data, *, validation: Mapping[str, Any] | None = None, **options: Any
+) -> Streams:
     """The streams that the data flags describe; writes classes.json where the images have labels.
 
+    :param validation: keywords of `load` that are others for the validation images.
     :param options: further keywords of `load`: sizes, class_cond.
     """
     data, train = flags.part(DataConfig), flags.part(TrainConfig)
@@ -200,6 +214,7 @@ def open_streams(flags: Flags, load: Load = load_data, **options: Any) -> Stream
         )
     if stream.classes and dist_util.rank() == 0:
         save_classes(os.path.join(logger.get_dir(), checkpoint.CLASSES), stream)
+    options |= validation or {}
     return Streams(stream, _validation(train.val_data_dir, stream, load, options) if train.val_data_dir else None)
 
 
@@ -242,22 +257,30 @@ def loop_keywords(flags: Flags, diffusion: Any, streams: Streams) -> dict[str, A
 
 
 def train_diffusion(
-    flags: Flags, model: Any, diffusion: Any, streams: Streams, *, precision: str, previewer: Callable[..., Any]
+    flags: Flags,
+    model: Any,
+    diffusion: Any,
+    streams: Streams,
+    *,
+    precision: str,
+    previewer: Callable[..., Any],
+    hooks: Sequence[Hook] = (),
 ) -> None:
     """Run the loop of a diffusion model or an upsampler to its end.
 
     :param previewer: (flags, diffusion, stream) -> the function that draws previews, asked for where there are any.
+    :param hooks: further looks at the model.
     """
     loop = flags.part(ImageTrainConfig)
+    previews = [Hook(loop.sample_interval, previewer(flags, diffusion, streams.train))] if loop.sample_interval else []
     TrainLoop(
         model=model,
         precision=precision,
         max_steps=loop.max_steps,
         lr_anneal_steps=loop.lr_anneal_steps,
         val_interval=loop.val_interval,
-        sample_interval=loop.sample_interval,
         class_dropout=loop.class_dropout,
-        preview=previewer(flags, diffusion, streams.train) if loop.sample_interval else None,
+        hooks=[*previews, *hooks],
         **loop_keywords(flags, diffusion, streams),
     ).run_loop()
     finish()
@@ -265,9 +288,14 @@ def train_diffusion(
 
 def preview_path(step: int) -> str:
     """Where the preview grid of a step goes."""
-    path = str(bf.join(logger.get_dir(), "previews", f"{step:06d}.png"))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    return path
+    return str(bf.join(previews_folder(), f"{step:06d}.png"))
+
+
+def previews_folder() -> str:
+    """Where all previews go."""
+    folder = str(bf.join(logger.get_dir(), "previews"))
+    os.makedirs(folder, exist_ok=True)
+    return folder
 
 
 def compare_colours(step: int, samples: Any, images: th.Tensor) -> None:

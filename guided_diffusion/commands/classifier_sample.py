@@ -22,18 +22,24 @@ SHARED = {
 PER_CLASS = {"num_classes": (UNetConfig, ClassifierConfig)}
 
 
-def sample(flags: cli.Flags) -> None:
-    """Sample as the flags say; the classifier's flags come from its own folder.
+def sample(flags: cli.Flags) -> str:
+    """Sample as the flags say; returns the path of the npz. The classifier's flags come from its own folder.
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion.commands import _common as common, _editing as editing, _guidance as guidance
+    from guided_diffusion.commands import (
+        _common as common,
+        _conditioning as conditioning,
+        _editing as editing,
+        _guidance as guidance,
+    )
     from guided_diffusion.guidance import without_labels
 
     sampler = common.sampler_of(flags)
     flags = common.on_its_grid(flags, sampler)
     guidance.check(flags)
     editing.check(flags, sampler)
+    conditioning.check_sampling(flags)
     common.start(flags)
     model = common.restore_unet(flags)
     classifier = common.restore_classifier(model.flags)
@@ -41,14 +47,15 @@ def sample(flags: cli.Flags) -> None:
     flags, config = model.flags, model.flags.part(UNetConfig)
     names = classifier.classes or model.classes
     labels = common.labels_of(flags, names, classifier.flags.part(ClassifierConfig).num_classes)
+    given = conditioning.condition(model, labels, names)
     guided = guidance.guided(model, classifier)
     edit = editing.plan(model, labels, flags.part(SampleConfig).num_samples)
     shape = common.image_shape(config.image_channels, config.image_size, config.dims)
-    request = {**guided.request, **model.identity, **edit.request}
-    job = common.job_of(flags, sampler, shape, request, start=edit.start, **labels)
+    request = {**guided.request, **model.identity, **edit.request, **given.request}
+    job = common.job_of(flags, sampler, shape, request, start=edit.start, **given.job)
     network = guided.network if config.class_cond else without_labels(guided.network)
     loop = {**guided.options, **edit.options}
-    common.sample_and_say(flags, model.process, network, job, calls=edit.calls, **loop)
+    return common.sample_and_say(flags, model.process, network, job, calls=edit.calls, **loop)
 
 
 def check_agreement(model: Restored, classifier: Restored) -> None:

@@ -15,7 +15,7 @@ def train(flags: cli.Flags) -> None:
     :raises ValueError: naming the flag that is wrong.
     """
     from guided_diffusion import dist_util
-    from guided_diffusion.commands import _training as training
+    from guided_diffusion.commands import _finetuning as finetuning, _training as training
     from guided_diffusion.script_util import build_classifier, build_diffusion
     from guided_diffusion.train_util import ClassifierTrainLoop
 
@@ -27,6 +27,7 @@ def train(flags: cli.Flags) -> None:
     precision = resolve_precision(config.classifier_precision, config.classifier_use_fp16, *names)
     model, diffusion = build_classifier(config).to(dist_util.dev()), build_diffusion(flags.part(DiffusionConfig))
     streams = training.open_streams(flags, image_size=config.image_size, class_cond=True)
+    finetuning.prepare(flags, model, streams.train.classes)
     ClassifierTrainLoop(
         model=model,
         precision=precision,

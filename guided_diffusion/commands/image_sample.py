@@ -7,17 +7,23 @@ from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import SampleConfig, UNetConfig
 
 
-def sample(flags: cli.Flags) -> None:
-    """Sample as the flags say.
+def sample(flags: cli.Flags) -> str:
+    """Sample as the flags say; returns the path of the npz.
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion.commands import _common as common, _editing as editing, _guidance as guidance
+    from guided_diffusion.commands import (
+        _common as common,
+        _conditioning as conditioning,
+        _editing as editing,
+        _guidance as guidance,
+    )
 
     sampler = common.sampler_of(flags)
     flags = common.on_its_grid(flags, sampler)
     guidance.check(flags)
     editing.check(flags, sampler)
+    conditioning.check_sampling(flags)
     common.start(flags)
     model = common.restore_unet(flags)
     flags = model.flags
@@ -25,12 +31,13 @@ def sample(flags: cli.Flags) -> None:
     if options.classes and not config.class_cond:
         raise ValueError(f"--classes {options.classes} has no effect on an unconditional model: leave it out")
     labels = common.labels_of(flags, model.classes, config.num_classes) if config.class_cond else {}
+    given = conditioning.condition(model, labels, model.classes)
     guided, edit = guidance.guided(model), editing.plan(model, labels, options.num_samples)
     shape = common.image_shape(config.image_channels, config.image_size, config.dims)
-    request = {**model.identity, **guided.request, **edit.request}
-    job = common.job_of(flags, sampler, shape, request, start=edit.start, **labels)
+    request = {**model.identity, **guided.request, **edit.request, **given.request}
+    job = common.job_of(flags, sampler, shape, request, start=edit.start, **given.job)
     loop = {**guided.options, **edit.options}
-    common.sample_and_say(flags, model.process, guided.network, job, calls=edit.calls, **loop)
+    return common.sample_and_say(flags, model.process, guided.network, job, calls=edit.calls, **loop)
 
 
 main = entry("image_sample", sample)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 from guided_diffusion import cli
@@ -18,15 +20,36 @@ def train(flags: cli.Flags) -> None:
     :raises ValueError: naming the flag that is wrong.
     """
     from guided_diffusion import dist_util
-    from guided_diffusion.commands import _training as training
+    from guided_diffusion.commands import (
+        _conditioning as conditioning,
+        _finetuning as finetuning,
+        _training as training,
+    )
     from guided_diffusion.script_util import build_diffusion, build_unet
 
     flags = training.start(flags)
     config, schedule = flags.part(UNetConfig), flags.part(DiffusionConfig)
     precision = resolve_precision(config.precision, config.use_fp16)
     model, diffusion = build_unet(config, schedule.learn_sigma).to(dist_util.dev()), build_diffusion(schedule)
-    streams = training.open_streams(flags, image_size=config.image_size, class_cond=config.class_cond)
-    training.train_diffusion(flags, model, diffusion, streams, precision=precision, previewer=previewer)
+    beside = conditioning.stream_options(flags)
+    streams = training.open_streams(flags, image_size=config.image_size, class_cond=config.class_cond, **beside)
+    finetuning.prepare(flags, model, streams.train.classes)
+    hooks = evaluations(flags, streams.train)
+    training.train_diffusion(flags, model, diffusion, streams, precision=precision, previewer=previewer, hooks=hooks)
+
+
+def evaluations(flags: cli.Flags, stream: Any) -> list[Any]:
+    """The hook that measures samples, where the flags ask for it.
+
+    :raises ValueError: if it could not do that later.
+    """
+    interval = flags.values["eval_interval"]
+    if not interval:
+        return []
+    from evaluations.training import Evaluation
+    from guided_diffusion.train_util import Hook
+
+    return [Hook(interval, Evaluation(flags, stream), on_all_ranks=True)]
 
 
 def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
@@ -45,12 +68,36 @@ def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
     shape = (PREVIEWED, *image_shape(config.image_channels, config.image_size, config.dims))
     labels = list(range(min(PREVIEWED, len(stream.classes)))) if config.class_cond else []
     seed, (images, _) = flags.part(RunConfig).seed, first_images(stream, min(COMPARED, len(stream.dataset)))
+    labels, beside = condition_previews(flags, stream, labels)
 
     def draw(model: Any, step: int) -> None:
-        samples = preview(diffusion, model, shape, labels=labels, seed=seed, path=preview_path(step))
+        network = partial(model, **beside) if beside else model
+        samples = preview(diffusion, network, shape, labels=labels, seed=seed, path=preview_path(step))
         compare_colours(step, samples, images)
 
     return draw
+
+
+def condition_previews(flags: cli.Flags, stream: Any, labels: list[int]) -> tuple[list[int], dict[str, Any]]:
+    """The labels of previews, and what else the network sees: the conditioning images of some images, with their own.
+
+    These are drawn in previews/cond_images.png, and the images that they belong to in previews/images.png.
+    """
+    from guided_diffusion import dist_util
+    from guided_diffusion.commands import _conditioning as conditioning
+    from guided_diffusion.commands._training import first_images, previews_folder
+    from guided_diffusion.pictures import save_grid, to_uint8
+
+    kind = conditioning.kind_of(flags)
+    if kind is None:
+        return labels, {}
+    images, beside = first_images(stream, PREVIEWED)
+    pictures = {"images.png": to_uint8(images), "cond_images.png": conditioning.drawn(kind, beside["cond_image"])}
+    for name, pixels in pictures.items() if dist_util.rank() == 0 else ():
+        if pixels is not None:
+            save_grid(f"{previews_folder()}/{name}", pixels, math.isqrt(PREVIEWED))
+    own = beside["y"].tolist() if labels else []
+    return own, {"cond_image": beside["cond_image"].to(dist_util.dev())}
 
 
 main = entry("image_train", train)
