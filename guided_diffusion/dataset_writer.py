@@ -155,7 +155,7 @@ def _write(
 
 def _check_unchanged(config: ConversionConfig, entry: Entry, item: Item | None, names: ClassNames) -> None:
     """Refuse to go on with another source than the one begun with."""
-    if item is None or (item.key, names(item.label)) != (entry["key"], entry["class"]):
+    if item is None or (printable(item.key), names(item.label)) != (entry["key"], entry["class"]):
         there = "nothing" if item is None else quoted(item.key)
         part = part_of(config.out.rstrip("/"))
         raise ValueError(

@@ -245,8 +245,8 @@ class ClassifierFree(GuidedNetwork):
         found: dict[str, th.Tensor] = {}
         for name, value in hidden.items():
             if value is not None and kwargs.get(name) is None:
-                what = {"y": "labels"}.get(name, "conditioning images")
-                raise ValueError(f'classifier-free guidance needs {what}: give model_kwargs={{"{name}": ...}}')
+                what, how = {"y": ("labels", "labels")}.get(name, ("conditioning images", "images"))
+                raise ValueError(f'classifier-free guidance needs {what}: give model_kwargs={{"{name}": {how}}}')
             found |= {} if value is None else {name: th.full_like(kwargs[name], value)}
         return found
 
