@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 DRAWN, MANIFOLD, NEIGHBOURS = 800, 10_000, 3  # points of a cloud, points of a manifold, the k of its radii
+LABEL = 16  # letters of a metric's name for which there is room without more
 CELLS = 96  # of a density, along one side
 SHARES = (0.5, 0.8, 0.95)  # of the images, inside the outlines of a density
 
@@ -41,10 +42,12 @@ def draw_comparison(reference: FeatureSet, samples: FeatureSet, results: Mapping
         raise ValueError("the picture compares features, and there are none: leave it out, or give images")
     axes = _principal(reference)
     panels, bounds = [*_panels(reference, samples, axes, results)], _bounds(reference, samples, axes)
-    lines = [f"{samples.n:,} samples", f"{reference.n:,} reference images"]
+    known = f"{reference.n:,} reference images" if reference.n else "statistics of the reference"
+    lines = [f"{samples.n:,} samples", known]
+    more = 0.5 * any(len(base(label)) > LABEL for label in results)
 
     def fill(figure: Figure) -> None:
-        ratios = [*[1.0] * len(panels), 0.5]
+        ratios = [*[1.0] * len(panels), 0.5 + more / 4.1]
         grid: Any = figure.subplots(1, len(panels) + 1, width_ratios=ratios)
         for axis, draw in zip(grid, panels, strict=False):
             draw(axis)
@@ -52,7 +55,7 @@ def draw_comparison(reference: FeatureSet, samples: FeatureSet, results: Mapping
         _write_table(grid[-1], lines, results)
         legend(figure, _cloud_legend(len(panels) == 2), 4)
 
-    write(path, 4.1 * len(panels) + 2.1, 4.7, fill)
+    write(path, 4.1 * len(panels) + 2.1 + more, 4.7, fill)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from evaluations.clouds import draw_comparison
-from evaluations.feature_sets import FIELDS, Made, make
+from evaluations.feature_sets import COLUMNS, FIELDS, Made, make
 from evaluations.features import Extractor
 from evaluations.figures import require
 from evaluations.metrics import Statistics
@@ -143,7 +143,7 @@ def prepare(
         _look(source)
     found = {f"{kind}_statistics": values for kind, values in source.statistics().items()}
     used: dict[str, Any] = {name: values for name, values in found.items() if stored and name in needs}
-    warnings = _check_network(source, extractor) if used else []
+    warnings = _check_network(source, extractor, used) if used else []
     missing = [name for name in FIELDS if name in set(needs) - set(used)] if source.count else []
     made = make(source, extractor, needs=missing, **making) if missing else Made(FeatureSet(source.count))
     notes = [*source.notes, *_origins(source, used, missing, made)]
@@ -163,13 +163,15 @@ def _look(source: ImageSource) -> None:
     source.adopt(dist_util.decide(lambda: source.seen))
 
 
-def _check_network(source: ImageSource, extractor: Extractor) -> list[str]:
+def _check_network(source: ImageSource, extractor: Extractor, used: Mapping[str, Statistics]) -> list[str]:
     """Refuse stored statistics of another network; a warning where it is the same one in another precision.
 
     Files that do not say are the original's, and those of Inception.
     """
     record = source.record()
     same = record["identity"] == extractor.identity if record else extractor.published
+    if extractor.published:
+        _check_columns(source, extractor, used)
     if same:
         return []
     theirs = record.get("extractor", "Inception")
@@ -183,6 +185,18 @@ def _check_network(source: ImageSource, extractor: Extractor) -> list[str]:
         f"{extractor.name}{' with other weights' if theirs == extractor.name else ''}: give the images themselves as "
         "the reference, or make one by make_reference with the same --features"
     )
+
+
+def _check_columns(source: ImageSource, extractor: Extractor, used: Mapping[str, Statistics]) -> None:
+    """Refuse statistics of more or fewer features than there will be, before those of the samples are made."""
+    tried = extractor(np.full((1, 32, 32, 3), 128, np.uint8))
+    for name, found in used.items():
+        values, there = getattr(tried, COLUMNS[name]), len(found.mean)
+        if values is not None and values.shape[1] != there:
+            raise ValueError(
+                f"{source.path} holds {WORDS[name].replace('of', f'of {there}', 1)}, and {extractor.name} gives "
+                f"{values.shape[1]}: they are another network's; give the images themselves as the reference"
+            )
 
 
 def _origins(source: ImageSource, used: Mapping[str, Statistics], missing: Sequence[str], made: Made) -> Iterator[str]:

@@ -261,18 +261,27 @@ def _find_array(archive: Npz) -> tuple[str, list[str]]:
 
     :raises ValueError: if there is neither, or more than one may be meant.
     """
+    halves = list(_halves(archive))
     if "arr_0" in archive:
-        return "arr_0", []
+        return "arr_0", halves
     statistics = [name for pair in STATISTICS.values() for name in pair]
-    names = [name for name in archive.names() if name not in (*statistics, RECORD)]
-    found = [name for name in names if len(archive.header(name).shape) == 4]
+    names = [name for name in archive.names() if name != RECORD]
+    found = [name for name in names if name not in statistics and len(archive.header(name).shape) == 4]
     if len(found) == 1:
-        return found[0], [f"{archive.path}: the images are those of the array {printable(found[0])}"]
-    if not found and all(name in archive for name in STATISTICS["pool"]):
-        return "", []
+        return found[0], [f"{archive.path}: the images are those of the array {printable(found[0])}", *halves]
+    if not found and any(set(pair) <= set(names) for pair in STATISTICS.values()):
+        return "", halves
     held = ", ".join(map(printable, names[:8])) or "no array"
     what = "more than one array of images" if found else "neither images nor statistics"
     raise ValueError(f"{archive.path} holds {what} ({held}): save the images as arr_0, [N, H, W, C] of uint8")
+
+
+def _halves(archive: Npz) -> Iterator[str]:
+    """A sentence about each mean without its covariance, and the reverse."""
+    for pair in STATISTICS.values():
+        there, missing = ([name for name in pair if (name in archive) == held] for held in (True, False))
+        if there and missing:
+            yield f"{archive.path}: {there[0]} is there without {missing[0]}, and not used"
 
 
 def request_of(path: str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ N images, D features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,7 +121,10 @@ def _manifolds(reference: Any, samples: Any, options: Options) -> tuple[float, .
 
 
 def _kernel(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    size = min(options.subset_size, len(reference.pool) // 2, len(samples.pool) // 2)
+    fewer = min(len(reference.pool), len(samples.pool))
+    if fewer < 4:
+        raise ValueError(f"KID needs 4 images of each, to draw subsets of 2 of them, and there are {fewer}: take more")
+    size = min(options.subset_size, fewer // 2)
     return kernel_distance(reference.pool, samples.pool, subsets=options.subsets, subset_size=size, seed=options.seed)
 
 
@@ -138,3 +141,15 @@ METRICS = {  # in the order in which they are printed
     "dc": Metric(("Density", "Coverage"), ("pool",), ("pool",), _density),
 }
 DEFAULT_METRICS = ("is", "fid", "sfid", "pr")  # the published evaluator's
+REHEARSED = 64  # images, by which is seen whether a reference can be used
+
+
+def rehearse(reference: FeatureSet, metrics: Iterable[Metric], options: Options) -> None:
+    """Compare a few images of a reference with themselves.
+
+    :raises ValueError: if no samples could be compared with it, as with too few images.
+    """
+    few = reference if reference.pool is None else replace(reference, pool=reference.pool[:REHEARSED])
+    for metric in metrics:
+        if not metric.lacks(few, few):
+            metric.compute(few, few, options)

@@ -29,7 +29,7 @@ from evaluations.features import Extractor
 from evaluations.figures import require
 from evaluations.npz import open_images
 from evaluations.plots import draw_sweep
-from evaluations.scores import METRICS, Options
+from evaluations.scores import METRICS, Options, rehearse
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoint import save_json
 from guided_diffusion.cli import COMMANDS, Flags
@@ -104,6 +104,7 @@ def run(flags: Flags) -> None:
     reference = prepare(source, extractor, needs=needs, progress=True, batch_size=batch_size)
     for line in (*reference.notes, *reference.warnings):
         logger.log(line)
+    dist_util.decide(lambda: rehearse(reference.features, chosen, Options(dtype=config.distances)))
     sweep = _Sweep(flags, config, networks, extractor, reference)
     rows = []
     for number, cell in enumerate(cells, start=1):

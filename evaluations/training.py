@@ -19,7 +19,7 @@ from evaluations.evaluator import Report, Side, evaluate, prepare
 from evaluations.figures import base, best, require
 from evaluations.levels import Images, to_rgb
 from evaluations.plots import draw_progress
-from evaluations.scores import METRICS
+from evaluations.scores import METRICS, Options, rehearse
 from evaluations.sources import ImageSource, Look
 from guided_diffusion import checkpoint, dist_util, logger
 from guided_diffusion.cli import Flags
@@ -141,6 +141,10 @@ class Evaluation:
                     f"--eval_metrics {metric} needs the images of a reference, and {side.source.path} holds their "
                     f"statistics: give images, or leave {metric} out"
                 )
+        try:
+            rehearse(side.features, [METRICS[metric] for metric in self._metrics], Options())
+        except ValueError as error:
+            raise ValueError(f"{side.source.path} cannot be the reference: {error}") from error
 
     def _own(self, config: TrainEvaluationConfig) -> dict[str, Any]:
         """Features of the training data are not kept: their content would have to be read to know them again."""

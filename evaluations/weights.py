@@ -124,11 +124,12 @@ def likeness(state: State) -> str:
 
 
 def kind_of(path: str) -> str:
-    """What a local file is, if its content shows that it is no weights; '' where it may be.
+    """What lies at a local path, if that shows that it is no weights; '' where it may be.
 
-    :raises OSError, ValueError: if there is no regular file.
+    :raises OSError: if there is nothing.
     """
-    untrusted.check_regular(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "a folder" if os.path.isdir(path) else "no regular file"
     with open(path, "rb") as file:
         head = file.read(64)
     if head.lstrip()[:1] == b"<":

@@ -124,6 +124,7 @@ class Watch:
         self._selector.register(self._woken, selectors.EVENT_READ)
         if connection is None:
             assert server is not None
+            server.setblocking(False)
             self._selector.register(server, selectors.EVENT_READ)
             self._peers = {other: _Peer() for other in range(1, size)}
         else:
@@ -283,11 +284,21 @@ class Watch:
         """End the job, unless this rank is ending by its own word; `patient` waits for that a moment."""
         if self._over.is_set():
             return
+        self._let_in()
         self._pass_on(f"lost {code} {sentence}", source)
         time.sleep(GRACE if patient else GRACE / 5)  # the others at least read what was passed on
         if not self._over.is_set():
             self._over.set()
             self._end(sentence, code)
+
+    def _let_in(self) -> None:
+        """Know those that have connected and were not heard yet: they are to be told too."""
+        for _ in range(self.size):  # a round for each connection, then one for the first line of the last
+            for key, _ in self._selector.select(0):
+                if key.fileobj is self._server:
+                    self._accept()
+                elif key.data is not None and key.data.rank is None:
+                    self._introduced(key.data, key.data.read()[0])
 
     def _close(self) -> None:
         for key in list((self._selector.get_map() or {}).values()):

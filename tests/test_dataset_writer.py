@@ -232,6 +232,14 @@ def test_another_source_is_not_mixed(config, monkeypatch):
         convert(Source([]), config, "script")
 
 
+def test_items_whose_names_are_no_plain_text_are_the_same_when_a_run_goes_on(config, monkeypatch):
+    """As with the narrow space in the names of macOS's screenshots, or with bytes that are no UTF-8."""
+    named = ["9.41\u202fAM.png", "caf\udce9.png", "long" * 100]
+    source = Source([replace(made, key=f"{made.key}{named[n % 3]}") for n, made in enumerate(items().items)])
+    begun(config, monkeypatch, source=source)
+    assert result(config, "out", source) == result(config, "whole", source)
+
+
 def test_two_runs_do_not_write_the_same(config):
     journal = Journal(config.out, {})
     with pytest.raises(ValueError, match="another run is writing"):

@@ -189,6 +189,16 @@ def test_mistakes_are_answered_before_the_first_step(flags, tmp_path, monkeypatc
     assert not list(tmp_path.glob("run/*.pt"))
 
 
+def test_a_reference_of_too_few_images_is_refused_before_the_first_step(flags, tmp_path, capsys):
+    np.savez(tmp_path / "one.npz", np.full((1, 8, 8, 3), 99, np.uint8))
+    flags |= {"eval_interval": 2, "eval_reference": tmp_path / "one.npz", "log_dir": tmp_path / "run"}
+    with pytest.raises(SystemExit) as end:
+        image_train.main(command_line(**flags, max_steps=2, save_interval=1))
+    assert end.value.code == 2
+    assert "one.npz cannot be the reference: one image has no covariance" in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/*.pt"))
+
+
 def test_a_reference_of_statistics_alone_gives_distances_and_no_precision(flags, places, tmp_path, capsys):
     _, judge = places
     reference = tmp_path / "statistics.npz"

@@ -315,6 +315,18 @@ def test_statistics_of_a_file_and_what_they_are_of(tmp_path):
     assert known.count == 23
 
 
+def test_a_mean_without_its_covariance_is_not_used_and_said(tmp_path):
+    whole = {"mu": np.zeros(4), "sigma": np.eye(4)}
+    source = open_images(saved(tmp_path / "a.npz", **whole, mu_s=np.zeros(2)))
+    assert set(source.statistics()) == {"pool"}
+    assert "mu_s is there without sigma_s, and not used" in source.notes[0]
+    source = open_images(saved(tmp_path / "b.npz", arr_0=IMAGES, sigma=np.eye(4)))
+    assert (source.count, source.statistics()) == (23, {})
+    assert "sigma is there without mu, and not used" in source.notes[0]
+    spatial = open_images(saved(tmp_path / "c.npz", mu_s=np.zeros(2), sigma_s=np.eye(2)))
+    assert (spatial.count, set(spatial.statistics()), spatial.notes) == (0, {"spatial"}, [])
+
+
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
     [
@@ -372,6 +384,7 @@ def test_what_holds_no_images_is_refused_in_a_sentence(tmp_path):
         saved(tmp_path / "many.npz", arr_0=IMAGES[..., [0] * 7]): "where images are",
         saved(tmp_path / "two.npz", a=IMAGES, b=IMAGES): "more than one array of images",
         saved(tmp_path / "other.npz", a=np.arange(3)): "holds neither images nor statistics",
+        saved(tmp_path / "half.npz", mu=np.zeros(3)): "holds neither images nor statistics \\(mu\\)",
     }
     for path, sentence in cases.items():
         with pytest.raises(ValueError, match=sentence) as refusal:

@@ -24,7 +24,7 @@ from evaluations.feature_sets import feature_set, kept_path
 from evaluations.features import Features, make_extractor
 from evaluations.inception import InceptionNetwork
 from evaluations.make_reference import write_reference
-from evaluations.npz import RECORD, open_images
+from evaluations.npz import RECORD, STATISTICS, open_images
 from evaluations.scores import METRICS, Options
 from guided_diffusion import checkpoint
 from guided_diffusion.cli import COMMANDS
@@ -212,6 +212,18 @@ def test_statistics_of_another_network_are_refused(tmp_path, pair):
     report = evaluate(own, pair[1], replace(inception, identity="in bf16"), metrics=("fid",))
     assert "with other weights of Inception or in another precision" in report.warnings[0]
     assert evaluate(own, pair[1], Cheap(), metrics=("pr",)).results  # for which its images are enough
+
+
+@pytest.mark.parametrize(("kind", "of"), [("pool", "8 features"), ("spatial", "8 spatial features")])
+def test_statistics_of_another_number_of_features_are_refused_before_the_samples_are_seen(tmp_path, pair, kind, of):
+    network = Cheap(name="Inception", identity="inception", published=True)
+    sizes = {"pool": 12, "spatial": 6, kind: 8}
+    arrays = {name: np.zeros(sizes[part]) for part, (name, _) in STATISTICS.items()}
+    arrays |= {name: np.eye(sizes[part]) for part, (_, name) in STATISTICS.items()}
+    np.savez(tmp_path / "stats.npz", **arrays)
+    with pytest.raises(ValueError, match=f"stats.npz holds mean and covariance of {of}, and Inception gives"):
+        evaluate(str(tmp_path / "stats.npz"), pair[1], network)
+    assert sum(network.seen) == 1
 
 
 # ---- what is kept

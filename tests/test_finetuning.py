@@ -188,9 +188,13 @@ def test_a_classifier_takes_the_encoder_of_a_diffusion_model() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ({}, {"image_channels": 1}, r"input_blocks.0.0.weight it was \[32, 3, 3, 3\] and is \[32, 1, 3, 3\]"),
-        ({}, {"num_res_blocks": 2}, r"input_blocks.2.0.in_layers.0.weight the checkpoint has none"),
-        ({}, {"num_channels": 64}, r"time_embed.0.weight it was \[128, 32\] and is \[256, 64\]"),
+        (
+            {},
+            {"image_channels": 1},
+            r"input_blocks.0.0.weight does not fit, as it was \[32, 3, 3, 3\] and is \[32, 1, 3, 3\]",
+        ),
+        ({}, {"num_res_blocks": 2}, r"input_blocks.2.0.in_layers.0.weight does not fit, as the checkpoint has none"),
+        ({}, {"num_channels": 64}, r"time_embed.0.weight does not fit, as it was \[128, 32\] and is \[256, 64\]"),
     ],
 )
 def test_what_cannot_grow_is_refused_and_leaves_the_network_alone(old: Any, new: Any, said: str) -> None:
@@ -264,6 +268,7 @@ def test_adapters_are_named_rightly(capsys: pytest.CaptureFixture[str]) -> None:
         ("out.*,midle_block.1.qkv.weight", "did you mean middle_block.1.qkv.weight?"),
         ("xyz", "--freeze xyz matches no parameter: there are time_embed.*, input_blocks.*, middle_block.*"),
         ("*", "--freeze * leaves nothing to train"),
+        (" , ", "--freeze ' , ' names no parameter"),
     ],
 )
 def test_patterns_that_make_no_sense(text: str, said: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import threading
 import time
 from types import SimpleNamespace
 
@@ -104,6 +105,19 @@ def test_a_rank_that_leaves_is_missed_by_nobody_and_known_to_have_left(job):
     eventually(lambda: first.gone == [2])
     time.sleep(1.5)
     assert job.ends == []
+
+
+def test_a_rank_that_joins_while_another_fails_is_told_why(job, monkeypatch):
+    waiting = []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: waiting.append(thread))
+        job.join(0, 4)
+    job.bare("{} 1", "failed 7 the reason")
+    job.join(2, 4)
+    job.join(3, 4)
+    waiting[0].start()
+    eventually(lambda: len(job.ends) == 3)
+    assert sorted(job.ends) == [(rank, "rank 1 has failed (the reason), and all end with it", 7) for rank in (0, 2, 3)]
 
 
 def test_an_error_of_one_rank_ends_the_others_with_its_code_and_its_words(job):

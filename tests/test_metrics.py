@@ -28,7 +28,7 @@ from evaluations.metrics import (
     precision_recall,
     statistics,
 )
-from evaluations.scores import DEFAULT_METRICS, METRICS, FeatureSet, Options
+from evaluations.scores import DEFAULT_METRICS, METRICS, FeatureSet, Options, rehearse
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "metrics.npz")
 
@@ -490,6 +490,18 @@ def test_one_image_has_no_frechet_distance():
     one = feature_set(*(array[:1] for array in arrays("one")))
     with pytest.raises(ValueError, match="take 2 images or more"):
         METRICS["fid"].compute(one, feature_set(*arrays("whole")), OPTIONS)
+
+
+@pytest.mark.parametrize(("name", "least"), [("fid", 2), ("pr", 4), ("kid", 4), ("dc", 6)])
+def test_a_reference_of_too_few_images_is_noticed_without_samples(name, least):
+    for count in (least - 1, least, 99):
+        features = np.random.default_rng(count).normal(size=(count, 3)).astype(np.float32)
+        reference = FeatureSet(count, features, statistics(features))
+        if count < least:
+            with pytest.raises(ValueError, match="take"):
+                rehearse(reference, [METRICS[name]], OPTIONS)
+        else:
+            rehearse(reference, [METRICS[name], METRICS["is"]], OPTIONS)
 
 
 def test_the_table_is_in_the_published_order_and_starts_with_the_published_scores():

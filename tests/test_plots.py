@@ -3,6 +3,7 @@
 import builtins
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,12 +104,22 @@ def test_the_first_axis_is_the_direction_in_which_the_reference_varies_most(show
 
 def test_a_reference_of_statistics_alone_is_drawn_as_its_gaussian(shown):
     reference = cloud(4000, 0)
-    clouds.draw_comparison(features(reference, images=False), features(cloud(50, 1)), {"FID": 1.0}, "unused.png")
-    axis, _ = shown[0].axes
+    known = replace(features(reference, images=False), n=0)
+    clouds.draw_comparison(known, features(cloud(50, 1)), {"FID": 1.0}, "unused.png")
+    axis, table = shown[0].axes
+    assert [text.get_text() for text in table.texts][:2] == ["50 samples", "statistics of the reference"]
     one, two = (patch.get_xy() for patch in axis.patches)
     np.testing.assert_allclose(np.abs(two).max(axis=0), 2 * np.abs(one).max(axis=0), rtol=1e-9)
     deviations = np.sqrt(np.sort(np.linalg.eigvalsh(np.cov(reference, rowvar=False)))[::-1][:2])
     np.testing.assert_allclose(np.abs(one).max(axis=0), deviations, rtol=1e-3)
+
+
+def test_names_and_values_of_metrics_have_room(shown):
+    results = {"KID": 0.0012345, "KID standard error": 0.00012345, "Inception Score": 215.83}
+    clouds.draw_comparison(features(cloud(60, 0)), features(cloud(40, 1)), results, "unused.png")
+    boxes = {text.get_text(): text.get_window_extent() for text in shown[0].axes[-1].texts}
+    assert boxes["KID standard error"].x1 + 10 < boxes["0.0001234"].x0
+    assert boxes["0.0001234"].x1 <= shown[0].bbox.x1
 
 
 def test_without_features_there_is_no_comparison(tmp_path):

@@ -1,6 +1,7 @@
 """What docs/samplers.md says: the comparison in small, the measures behind it, and that it knows every sampler."""
 
 import math
+import runpy
 from pathlib import Path
 
 import mixture
@@ -109,3 +110,14 @@ def test_the_picture_is_drawn(tmp_path):
     rows = {name: [(5, 0.5), (10, 0.05)] for name in [*report.LOOKS, report.EXACT]}
     report.draw({key: rows for key, _ in report.PANELS}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("word", "status"), [("--help", 0), ("--quik", 2)])
+def test_asking_for_help_measures_nothing(word, status, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["samplers.py", word])
+    monkeypatch.setattr(report, "overview", lambda process: pytest.fail("it measured"))
+    monkeypatch.setattr("guided_diffusion.samplers.make_sampler", lambda *_, **__: pytest.fail("it measured"))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(benchmark.__file__)), run_name="__main__")
+    assert end.value.code == status
+    assert "samplers.py" in "".join(capsys.readouterr())

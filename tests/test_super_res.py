@@ -228,6 +228,12 @@ def test_every_source_gives_the_same_images(folder: Path, tmp_path: Path) -> Non
     assert one.names == [paths[2].name]
 
 
+def test_labels_that_no_tensor_can_hold_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3), np.uint8), np.array([1, 2**64 - 1], np.uint64))
+    with pytest.raises(ValueError, match=r"a\.npz holds a label 18446744073709551615, which is no class"):
+        read_base(str(tmp_path / "a.npz"), SMALL)
+
+
 def test_grey_alpha_and_deep_pictures_become_bytes(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 77, np.uint8)).save(tmp_path / "a.png")
     np.save(tmp_path / "b.npy", np.full((4, 4), 65535, np.uint16))

@@ -223,6 +223,7 @@ def test_another_reference_is_measured_anew_with_the_same_samples(flags, places,
     [
         ({"reference": ""}, "--reference is missing"),
         ({"reference": "nowhere"}, "'nowhere' does not exist"),
+        ({"reference": "{one}"}, "one image has no covariance: take 2 images or more"),
         ({"model_path": ""}, "--model_path is missing"),
         ({"classifier_path": ""}, "--classifier_path is missing"),
         ({"guidance": "cfg"}, "--classifier_path has no effect with --guidance cfg"),
@@ -239,6 +240,8 @@ def test_another_reference_is_measured_anew_with_the_same_samples(flags, places,
     ],
 )
 def test_mistakes_are_answered_with_a_sentence(flags, tmp_path, capsys, changed, sentence):
+    np.savez(tmp_path / "one.npz", np.full((1, 8, 8, 3), 99, np.uint8))
+    changed = {name: str(value).format(one=tmp_path / "one.npz") for name, value in changed.items()}
     errors = refused(capsys, **{**flags, "log_dir": tmp_path / "run", **changed})
     assert sentence in errors.splitlines()[-1]
     assert not list(tmp_path.glob("run/*/samples*"))

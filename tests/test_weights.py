@@ -379,4 +379,4 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "graph.pb").write_bytes(b"no graph")
     assert "no frozen TensorFlow graph" in refused(tmp_path / "graph.pb")
     assert "do not exist" in sentence_of(weights.load_inception, str(tmp_path / "gone"))
-    assert "it is a folder" in sentence_of(weights.load_inception, str(tmp_path))
+    assert "but a folder: give the file as" in refused(tmp_path)
