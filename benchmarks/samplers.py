@@ -9,6 +9,7 @@ fine solution from the same noise. Any sampler is to draw from the data's distri
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -240,5 +241,6 @@ def write() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Measure every sampler (minutes), and write docs/samplers.md.").parse_args()
     th.set_num_threads(1)
     write()

@@ -216,7 +216,7 @@ class _Fitting:
                 what = f"{'inputs' if axis else 'outputs'}"
                 return grown, f"{fresh.shape[axis]} {what} from {old.shape[axis]}, the others start at 0"
         raise ValueError(
-            f"{self.source.path} cannot be inflated: {name} {_why(old, fresh).removeprefix('as ')}; give "
+            f"{self.source.path} cannot be inflated: {name} does not fit, {_why(old, fresh)}; give "
             "--init_mismatch reinit, or the flags of the checkpoint"
         )
 
@@ -275,6 +275,10 @@ def matching(model: nn.Module, text: str, flag: str) -> list[str]:
     :raises ValueError: for a pattern that matches nothing, naming the nearest.
     """
     names = [name for name, _ in model.named_parameters()]
+    if text and not patterns_of(text):
+        raise ValueError(
+            f"--{flag} {text!r} names no parameter: write patterns such as input_blocks.*, or leave it out"
+        )
     for pattern in patterns_of(text):
         if not any(fnmatchcase(name, pattern) for name in names):
             hint = nearest(pattern, _branches(names)) or f": there are {_listed(_branches(names)[:_SHOWN])}"

@@ -84,8 +84,10 @@ def calc_flow_bpd(
 
     :param x_start: pixels that are levels of [-1, 1] in steps of 2/255.
     :param generator: source of all randomness; a sequence of N draws each image from its own.
-    :raises ValueError: if the solver cannot follow the flow.
+    :raises ValueError: if the solver cannot follow the flow, or there is none.
     """
+    if process.num_timesteps < 2:
+        raise ValueError("one step has no flow between its ends: give --timestep_respacing 2 or more, or none")
     x, data = _dequantized(process, model, x_start, clip_denoised, model_kwargs, options=options, generator=generator)
     probes = _probes(x, options, generator)
     slope = partial(_slope, process, model, clip_denoised=clip_denoised, kwargs=model_kwargs or {}, probes=probes)

@@ -168,6 +168,8 @@ def _read_npz(path: str, wanted: Wanted) -> BaseImages:
         count = wanted.of(shape[0], path)
         pixels = next(base.chunks("arr_0", count))
         labels = next(base.chunks("arr_1", count)).tolist() if "arr_1" in base else None
+    if labels and max(labels) >= 2**63:
+        raise ValueError(f"--base_samples {path} holds a label {max(labels)}, which is no class: give ids of classes")
     return BaseImages(pixels, labels, _names_beside(path, shape[0])[:count], shape[0] - count)
 
 

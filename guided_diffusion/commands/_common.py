@@ -174,7 +174,8 @@ def _check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> Non
     told = saved and (found in kinds or wanted == "classifier" or "image_size" in saved)
     if told and found != wanted:
         answer = f"a {found}" if found == "classifier" else "an upsampler" if found in kinds else f"no {wanted}"
-        raise ValueError(f"{where} is {answer}: give the checkpoint of a {wanted} there")
+        article = "an" if wanted == "upsampler" else "a"
+        raise ValueError(f"{where} is {answer}: give the checkpoint of {article} {wanted} there")
 
 
 def _shapes(path: str, flags: Flags) -> dict[str, Any]:
