@@ -13,7 +13,8 @@ from guided_diffusion.config import nearest
 def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.about}" for name, command in COMMANDS.items()]
+    told = {name: command.about.partition(". ")[0].rstrip(".") for name, command in COMMANDS.items()}
+    lines = [f"  {name:<{width}}  {about}." for name, about in told.items()]
     first, last = "usage: guided-diffusion COMMAND [--FLAG VALUE ...]", "COMMAND --help lists its flags"
     return "\n".join([first, "", *lines, "", last])
 
