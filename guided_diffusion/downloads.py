@@ -1,6 +1,6 @@
 """Files that are fetched from the network once, and kept in the cache.
 
-A file has its name only when it is whole and its checksum is right. Until then it is FILE.part-XXXXXXXX beside it, by
+A file has its name only when it is whole and its checksum is right. Until then it is FILE.part-ID beside it, by
 the address that it comes from: a later run goes on with what an interrupted one has left there, and of several
 processes that want the same file one fetches it and the others wait.
 """
