@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch as th
 
@@ -17,7 +17,6 @@ from guided_diffusion.downloads import SOURCES, kept_at
 VARIABLE = "GUIDED_DIFFUSION_INCEPTION"  # of the environment, with the path of the file
 KEPT = ("inception", "inception_graph")  # what is taken from the cache, in this order
 COUNTER = "num_batches_tracked"  # a number that some files have for each layer, and no prediction depends on
-SHOWN = 3
 TORCHSCRIPT = "a TorchScript archive, which --features torchscript:PATH takes"
 
 State = Mapping[str, th.Tensor]
@@ -63,10 +62,11 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
     network = InceptionNetwork(dtype=dtype)
     own = network.state_dict()
     state = {name: value for name, value in state.items() if name in own or not name.endswith(COUNTER)}
-    faults = list(_faults(state, own))
+    whole = {**{name: own[name] for name in own if name.endswith(COUNTER)}, **state}
+    faults = list(checkpoint.tensor_differences(whole, own))
     if faults:
         raise _refusal(path, f"{likeness(state)}; {'; '.join(faults)}")
-    network.load_state_dict({**{name: own[name] for name in own if name.endswith(COUNTER)}, **state})
+    network.load_state_dict(whole)
     return network
 
 
@@ -96,20 +96,6 @@ def _of_graph(path: str) -> dict[str, th.Tensor]:
 
 def _refusal(path: str, what: str) -> ValueError:
     return ValueError(f"{path} does not hold the weights of the Inception network but {what}: {_remedy()}")
-
-
-def _faults(state: State, own: State) -> Iterator[str]:
-    missing = [name for name in own if name not in state and not name.endswith(COUNTER)]
-    unknown = [name for name in state if name not in own]
-    other = [
-        f"{name} is {list(state[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    for names, what in ((missing, "missing are "), (unknown, "not known are "), (other, "")):
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            yield f"{what}{', '.join(map(untrusted.printable, names[:SHOWN]))}{more}"
 
 
 def likeness(state: State) -> str:

@@ -404,7 +404,7 @@ def difference(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor], s
     ]
     if set(there) - set(here) and not set(here) & set(there) - {"image_channels", "dims", "num_classes", "image_size"}:
         flags = ["the checkpoint is of another kind of network"]
-    return "; ".join(flags or _tensor_differences(theirs, ours))
+    return "; ".join(flags or tensor_differences(theirs, ours))
 
 
 def _about(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
@@ -417,7 +417,8 @@ def _shown(value: Any) -> str:
     return str(value) or "''"
 
 
-def _tensor_differences(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor]) -> Iterator[str]:
+def tensor_differences(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor]) -> Iterator[str]:
+    """Names and shapes in which a state dict, perhaps a stranger's, differs from ours; nothing where it fits."""
     missing = [name for name in ours if name not in theirs]
     unknown = [name for name in theirs if name not in ours]
     other = [
@@ -428,4 +429,4 @@ def _tensor_differences(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.T
     for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape")):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"{what}: {', '.join(names[:_SHOWN])}{more}"
+            yield f"{what}: {', '.join(map(untrusted.printable, names[:_SHOWN]))}{more}"

@@ -116,7 +116,7 @@ class ImageDataset(Dataset[Item]):
             index = random.Random(f"{name}/instead/{len(bad)}").randrange(len(self))
 
     def _item(self, index: int, draws: Draws) -> Item:
-        path, again = self.local_images[index], replay(draws)
+        path, again = self.local_images[index], replay(draws) if self.partners else draws
         try:
             picture = read_image(path, self.image_channels)
             array = self._place(picture, draws)

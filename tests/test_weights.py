@@ -357,11 +357,14 @@ def test_weights_of_another_network_are_named(tmp_path: Path, state: dict[str, t
     classifier = build_classifier(ClassifierConfig(image_size=8, **{f"classifier_{k}": v for k, v in config.items()}))
     kinds: list[tuple[Any, str]] = [
         ({**small, "AuxLogits.fc.bias": th.zeros(1000)}, "torchvision's Inception"),
-        (classifier.state_dict(), "those of a classifier for diffusion; missing are Conv2d_1a_3x3"),
+        (classifier.state_dict(), "those of a classifier for diffusion; missing: Conv2d_1a_3x3"),
         ({"visual.conv1.weight": th.zeros(1)}, "those of CLIP"),
         (th.optim.Adam([th.zeros(1, requires_grad=True)]).state_dict(), "the state of an optimizer"),
         ([1, 2], "something else than a state dict"),
-        ({**state, "fc.bias": th.zeros(7)}, "those of another network; fc.bias is [7] instead of [1008]"),
+        (
+            {**state, "fc.bias": th.zeros(7)},
+            "those of another network; of another shape: fc.bias [7] instead of [1008]",
+        ),
     ]
     for content, message in kinds:
         th.save(content, path)
