@@ -1,9 +1,10 @@
 """What the scores cost, beside the plain formulas for them, and the network that makes features, in fp32 and bf16.
 
-    python benchmarks/evaluation.py [--quick] [--only frechet,manifolds,extractor] [--json PATH]
+    python benchmarks/evaluation.py [--quick] [--only frechet,manifolds,extractor] [--json PATH] [--write]
 
-Every measurement is made in a process of its own, on one thread: its time is that of the processor, which others on the
-same machine change little, and its memory is the most that the process had, features and libraries with it.
+A few minutes. Every measurement is made in a process of its own, on one thread: its time is that of the processor,
+which others on the same machine change little, and its memory is the most that the process had, features and libraries
+with it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pages
 
 from evaluations.metrics import Statistics, frechet_distance, precision_recall, statistics
 
@@ -236,14 +238,38 @@ def line(row: Row) -> str:
     )
 
 
+def block(rows: Sequence[Row]) -> str:
+    """All rows for docs/benchmarks.md: a table of what stands beside a plain formula, and sentences."""
+    from harness import cpu_model, megabytes, times
+
+    columns = ["what", "ours, s", "plain, s", "time", "ours, MB", "plain, MB", "memory", "difference"]
+    lines = []
+    for row in rows:
+        if "change" in row:
+            continue
+        ours, theirs = row["seconds"], row["plain_seconds"]
+        room, more = row["bytes"], row["plain_bytes"]
+        spent = [f"{ours:.2f}", f"{theirs:.2f}", times(theirs / ours)]
+        lines.append(
+            [row["what"], *spent, megabytes(room), megabytes(more), times(more / room), f"{row['difference']:.0e}"]
+        )
+    sentences = [f"{line(row)}." for row in rows if "change" in row]
+    about = f"{cpu_model()}, one thread, processor time; numpy {np.__version__}."
+    tables = [pages.table(columns, lines)] if lines else []
+    return "\n\n".join(["    python benchmarks/evaluation.py", about, *tables, *sentences])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, and write what was found where a file is given."""
+    """Measure, print, and write what was found where it is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes: to see that it works")
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {','.join(SECTIONS)}")
     parser.add_argument("--json", default="", help="file to write")
+    parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    if given.quick and given.write:
+        parser.error("--write contradicts --quick, which measures nothing: give one of the two")
     if given.child:
         return _child(given.child[0], json.loads(given.child[1]))
     rows = []
@@ -253,6 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(row)
     if given.json:
         Path(given.json).write_text(json.dumps({"numpy": np.__version__, "rows": rows}, indent=2) + "\n")
+    if given.write:
+        pages.write(pages.SPEED, "evaluation", block(rows))
     return None
 
 

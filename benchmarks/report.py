@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pages
 from PIL import Image
 
 matplotlib.use("Agg")
@@ -68,10 +69,6 @@ def number(value: float) -> str:
     return np.format_float_positional(value, precision=2, unique=False, fractional=False, trim="-")
 
 
-def _lines(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
 def table(rows: Rows, budgets: Sequence[int]) -> str:
     """Errors by sampler and budget, the smallest of each budget in bold."""
     samplers = [row for name, row in rows.items() if name != EXACT]
@@ -82,7 +79,7 @@ def table(rows: Rows, budgets: Sequence[int]) -> str:
             _bold(number(error), error == least and name != EXACT) for (_, error), least in zip(row, best, strict=True)
         )
         lines.append([name, *marked])
-    return _lines(lines)
+    return pages.lines(lines)
 
 
 def grid_table(rows: Mapping[str, Sequence[float]], grids: Sequence[str]) -> str:
@@ -91,7 +88,7 @@ def grid_table(rows: Mapping[str, Sequence[float]], grids: Sequence[str]) -> str
     for name, row in rows.items():
         own = [" (own)" if grid == own_grid(name) else "" for grid in grids]
         lines.append([name, *(_bold(number(e), e == min(row)) + mark for e, mark in zip(row, own, strict=True))])
-    return _lines(lines)
+    return pages.lines(lines)
 
 
 def _bold(text: str, bold: bool) -> str:
@@ -107,19 +104,7 @@ def overview(process: Any) -> str:
         calls = network_calls(process, make_sampler(name))
         rule = (inspect.getdoc(kind) or "").splitlines()[0]
         lines.append([f"`{name}`", options, f"`{own_grid(name)}N`", str(calls), rule])
-    return _lines(lines)
-
-
-def replaced(text: str, key: str, block: str) -> str:
-    """The text with a block between the markers of a key.
-
-    :raises ValueError: if it does not have both.
-    """
-    start, end = f"<!-- {key} -->\n", f"<!-- end of {key} -->"
-    if start not in text or end not in text:
-        raise ValueError(f"the text has no place for {key}: write {start.strip()!r} and {end.strip()!r}")
-    before, rest = text.split(start, 1)
-    return before + start + block + "\n" + end + rest.split(end, 1)[1]
+    return pages.lines(lines)
 
 
 def draw(tables: Mapping[str, Rows], path: Path) -> None:

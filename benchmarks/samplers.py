@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pages
 import report
 import torch as th
 from mixture import Mixture, Oracle, images, ring
@@ -230,12 +231,12 @@ def write() -> None:
     for key, (problem, distance) in spreads.items():
         tables[key] = with_exact_samples(problem, distance, measure(problem, distance, list(ALL)))
     text = (DOCS / "samplers.md").read_text()
-    text = report.replaced(text, "overview", report.overview(make_process("cosine", "20")))
+    text = pages.replaced(text, "overview", report.overview(make_process("cosine", "20")))
     for schedule in ("linear", "cosine"):
         errors = measure_grids(flows[f"flow-images{'' if schedule == 'linear' else '-cosine'}"], 20)
-        text = report.replaced(text, f"grids-{schedule}", report.grid_table(errors, ["", *GRIDS]))
+        text = pages.replaced(text, f"grids-{schedule}", report.grid_table(errors, ["", *GRIDS]))
     for key, rows in tables.items():
-        text = report.replaced(text, key, report.table(rows, BUDGETS))
+        text = pages.replaced(text, key, report.table(rows, BUDGETS))
     (DOCS / "samplers.md").write_text(text)
     report.draw(tables, DOCS / "samplers.png")
 

@@ -19,7 +19,7 @@ from guided_diffusion.commands._dataset import converter
 from guided_diffusion.crops import center_crop_arr
 from guided_diffusion.dataset_config import EmojiConfig
 from guided_diffusion.dataset_images import Item, Source, bad
-from guided_diffusion.image_files import decode
+from guided_diffusion.decoding import decode
 
 SIZE = 64
 CLASSES = {

@@ -22,7 +22,8 @@ from evaluations.metrics import Statistics
 from guided_diffusion import untrusted
 from guided_diffusion.config import Size, parse_size
 from guided_diffusion.crops import Picture, TooThin, center_crop_arr
-from guided_diffusion.image_files import FORMATS, Listing, UnreadableImage, read_bytes, read_image
+from guided_diffusion.decoding import FORMATS
+from guided_diffusion.image_files import Listing, UnreadableImage, read_bytes, read_image
 from guided_diffusion.untrusted import reason
 
 ORIENTATION = 0x112  # the EXIF tag

@@ -23,6 +23,7 @@ from guided_diffusion.nn import (
     normalization,
     zero_module,
 )
+from guided_diffusion.ops import attention, norm_silu
 
 
 def strides(dims: int, stride: int) -> tuple[int, ...]:
@@ -136,8 +137,9 @@ class ResBlock(TimestepBlock):
         return out
 
     def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        norm, act, conv = self.in_layers
-        h = act(norm(x))
+        layers: Any = self.in_layers
+        norm, _, conv = layers
+        h = norm_silu(x, norm)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self._condition(conv(h), emb)
@@ -145,17 +147,17 @@ class ResBlock(TimestepBlock):
         return out
 
     def _condition(self, h: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        norm, *rest = self.out_layers
+        layers: Any = self.out_layers
+        norm, _, dropout, conv = layers
         film = self.emb_layers(emb).to(h.dtype)
         film = film.view(*film.shape, *[1] * (h.ndim - 2))
         if self.use_scale_shift_norm:
             scale, shift = film.chunk(2, dim=1)
-            h = th.addcmul(shift, norm(h), 1 + scale)
+            h = norm_silu(h, norm, (1 + scale, shift))
         else:
-            h = norm(h + film)
-        for layer in rest:
-            h = layer(h)
-        return h
+            h = norm_silu(h + film, norm)
+        out: th.Tensor = conv(dropout(h))
+        return out
 
 
 def count_flops_attn(model: Any, _x: Any, y: Any) -> None:
@@ -205,7 +207,7 @@ class QKVAttention(nn.Module):
             raise ValueError(f"qkv must have 3 * n_heads * D channels, got {qkv.shape[1]} for n_heads {self.n_heads}.")
         q, k, v = self._heads(qkv.transpose(1, 2).contiguous()).unbind()
         mask = self.get_neighborhood_mask(spatial, qkv.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [N, H, T, D]
+        out = attention(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2).flatten(2).transpose(1, 2)
 
     def _heads(self, tokens: th.Tensor) -> th.Tensor:

@@ -67,6 +67,7 @@ from guided_diffusion.npz_tool_config import (
     NpzToolConfig,
     ToPngConfig,
 )
+from guided_diffusion.performance_config import CompileConfig, LoaderConfig, TrainSpeedConfig
 from guided_diffusion.upsampling_config import CascadeConfig, UpsampleConfig
 
 Section = TypeVar("Section", bound=object)
@@ -93,47 +94,50 @@ COMMANDS = {
     "image_train": Command(
         "Train a diffusion model.",
         (
-            *(RunConfig, DataConfig, ImageTrainConfig, InitConfig, LoraConfig, TrainEvaluationConfig, ExtractorConfig),
-            *(CondTrainConfig, UNetConfig, DiffusionConfig),
+            *(RunConfig, DataConfig, LoaderConfig, ImageTrainConfig, TrainSpeedConfig, InitConfig, LoraConfig),
+            *(TrainEvaluationConfig, ExtractorConfig, CondTrainConfig, UNetConfig, DiffusionConfig),
         ),
     ),
     "image_sample": Command(
         "Sample from a diffusion model.",
         (
             *(RunConfig, SampleConfig, AdapterConfig, FreeGuidanceConfig, EditConfig, CondSampleConfig),
-            *(UNetConfig, DiffusionConfig),
+            *(CompileConfig, UNetConfig, DiffusionConfig),
         ),
     ),
     "image_nll": Command(
         "Bits per dimension of images under a diffusion model.",
         (
             *(RunConfig, LikelihoodConfig, MeasureConfig, FlowConfig, AdapterConfig, CondDataConfig),
-            *(UNetConfig, DiffusionConfig),
+            *(CompileConfig, UNetConfig, DiffusionConfig),
         ),
     ),
     "classifier_train": Command(
         "Train a classifier of noisy images.",
         (
-            *(RunConfig, ClassifierDataConfig, ClassifierTrainConfig, InitConfig, LoraConfig),
-            *(ClassifierConfig, DiffusionConfig),
+            *(RunConfig, ClassifierDataConfig, LoaderConfig, ClassifierTrainConfig, TrainSpeedConfig),
+            *(InitConfig, LoraConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "classifier_sample": Command(
         "Sample from a diffusion model, guided by a classifier.",
         (
             *(RunConfig, SampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig, EditConfig),
-            *(CondSampleConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+            *(CondSampleConfig, CompileConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "super_res_train": Command(
         "Train an upsampler.",
-        (RunConfig, DataConfig, ImageTrainConfig, InitConfig, LoraConfig, SuperResConfig, DiffusionConfig),
+        (
+            *(RunConfig, DataConfig, LoaderConfig, ImageTrainConfig, TrainSpeedConfig, InitConfig, LoraConfig),
+            *(SuperResConfig, DiffusionConfig),
+        ),
     ),
     "super_res_sample": Command(
         "Enlarge images.",
         (
             *(RunConfig, SampleConfig, UpsampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig),
-            *(SuperResConfig, ClassifierConfig, DiffusionConfig),
+            *(CompileConfig, SuperResConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "cascade_sample": Command(
@@ -345,6 +349,9 @@ SYNONYMS = {
     **dict.fromkeys(("jump", "jump_length"), ("resample_jump",)),
     **dict.fromkeys(("label", "labels", "class", "prompt"), ("classes",)),
     **dict.fromkeys(("fp16", "half"), ("use_fp16",)),
+    **dict.fromkeys(("dtype", "amp", "mixed_precision"), ("precision", "classifier_precision")),
+    **dict.fromkeys(("gradient_checkpointing", "grad_checkpoint"), ("use_checkpoint", "checkpoint_resolutions")),
+    **dict.fromkeys(("torch_compile", "compile_model"), ("compile",)),
     **dict.fromkeys(("gpu", "cuda"), ("device",)),
 }
 

@@ -175,18 +175,20 @@ class Partners:
     paths: Sequence[str]
     dropout: float = 0.0
 
-    def item(self, index: int, image: Picture, place: Callable[..., NDArray[Any]], draws: Draws) -> dict[str, Array]:
+    def item(
+        self, index: int, size: tuple[int, int], place: Callable[..., NDArray[Any]], draws: Draws
+    ) -> dict[str, Array]:
         """cond_image [K, H, W] of one image.
 
-        :param image: as it lies there.
+        :param size: (height, width) of the image in its file.
         :param place: (picture, nearest=) crops and mirrors a picture as the image was.
         :param draws: of this image, behind those of its crop and its mirroring.
         :raises UnreadableImage: if it cannot be read, or is of another size.
         """
         path = self.paths[index]
         picture = self.kind.read(path)
-        if size_of(picture) != size_of(image):
-            own, theirs = ("x".join(map(str, size_of(one))) for one in (picture, image))
+        if size_of(picture) != size:
+            own, theirs = ("x".join(map(str, one)) for one in (size_of(picture), size))
             raise UnreadableImage(path, f"it is {own} and its image {theirs} (height x width)")
         seen = self.kind.encode(place(picture, nearest=self.kind.nearest))
         return {"cond_image": np.zeros_like(seen) if self.dropout and draws.random() < self.dropout else seen}

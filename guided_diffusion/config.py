@@ -18,6 +18,7 @@ T = TypeVar("T")
 Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISION_CHOICES = ("", *PRECISIONS, "auto")
 SCHEDULE_NAMES = ("linear", "cosine", "sigmoid", "scaled_linear")
 LOSS_WEIGHTS = ("", "min_snr")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -105,6 +106,18 @@ def parse_rates(text: str | float) -> list[float]:
     return rates
 
 
+def parse_microbatch(text: str) -> int | str:
+    """A number of images, or "auto".
+
+    :raises ValueError: if it is neither.
+    """
+    if text == "auto":
+        return text
+    if not text.removeprefix("-").isdecimal() or int(text) < -1:
+        raise ValueError(f"{text!r} is no number of images: write a number, -1 for the whole batch, or auto")
+    return int(text)
+
+
 def size_flag(text: Size) -> int | str:
     """The plain JSON form of a size: an int for squares, else the text HxW."""
     height, width = parse_size(text)
@@ -175,7 +188,12 @@ class NetworkConfig(ImageConfig):
     use_fp16: bool = flag(False, "alias of --precision fp16", runtime=True)
     use_new_attention_order: bool = flag(False, "channels of qkv: q, k, v first, then heads")
     use_neighborhood_attention: bool = flag(False, "attend to a window of the training size in larger images")
-    precision: str = flag("", "fp32, fp16 or bf16; '' is what --use_fp16 says", choices=("", *PRECISIONS), runtime=True)
+    precision: str = flag(
+        "",
+        "fp32, fp16 or bf16; auto: what this hardware is fastest in; '' is what --use_fp16 says",
+        choices=PRECISION_CHOICES,
+        runtime=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +239,8 @@ class ClassifierConfig(SizedConfig):
     classifier_channel_mult: str = flag("", "as --channel_mult, for the classifier")
     classifier_precision: str = flag(
         "",
-        "fp32, fp16 or bf16 for the classifier; '' is what --classifier_use_fp16 says",
-        choices=("", *PRECISIONS),
+        "fp32, fp16, bf16 or auto for the classifier; '' is what --classifier_use_fp16 says",
+        choices=PRECISION_CHOICES,
         runtime=True,
     )
 
@@ -265,7 +283,11 @@ class TrainConfig:
     """The training loop."""
 
     batch_size: int = flag(1, "images per step and rank", at_least=1)
-    microbatch: int = flag(-1, "images per forward pass; -1: the whole batch", at_least=-1)
+    microbatch: int | str = flag(
+        -1,
+        "images per forward pass; -1: the whole batch; auto: as many of it as the memory holds",
+        convert=parse_microbatch,
+    )
     lr: float = flag(1e-4, "learning rate of AdamW", at_least=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", at_least=0)
     warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", at_least=0)
@@ -417,7 +439,7 @@ def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def resolve_precision(precision: str, use_fp16: bool, name: str = "precision", alias: str = "use_fp16") -> str:
-    """fp32, fp16 or bf16 from the flag and its older alias.
+    """fp32, fp16 or bf16 from the flag and its older alias; "auto" must have become one of them before.
 
     :raises ValueError: if both are given and contradict each other, or the precision is unknown.
     """

@@ -17,6 +17,7 @@ from guided_diffusion.config import Size, parse_size
 
 Picture = Image.Image | NDArray[np.float32]  # 8 bit as PIL has it; anything finer as planes [H, W, C] in [-1, 1]
 
+MIN_CROP_FRAC, MAX_CROP_FRAC = 0.8, 1.0  # of random crops: a window's least and greatest share of the covered side
 MAX_PIXELS = 2**28 // 3  # of a picture as it lies there and as it is scaled: 89 megapixels, 256 MiB of RGB
 
 
@@ -69,8 +70,8 @@ def center_crop_arr(pil_image: Picture, image_size: Size, *, nearest: bool = Fal
 def random_crop_arr(
     pil_image: Picture,
     image_size: Size,
-    min_crop_frac: float = 0.8,
-    max_crop_frac: float = 1.0,
+    min_crop_frac: float = MIN_CROP_FRAC,
+    max_crop_frac: float = MAX_CROP_FRAC,
     *,
     rng: Draws | None = None,
     nearest: bool = False,
@@ -90,14 +91,53 @@ def random_crop_arr(
     height, width = parse_size(image_size)
     short = min(height, width)
     side = draws.randrange(math.ceil(short / max_crop_frac), math.ceil(short / min_crop_frac) + 1)
-    array = _cover(pil_image, -(-height * side // short), -(-width * side // short), nearest=nearest)
+    array = _cover(pil_image, *_scaled((height, width), side, short), nearest=nearest)
     top = draws.randrange(array.shape[0] - height + 1)
     left = draws.randrange(array.shape[1] - width + 1)
     return _window(array, top, left, height, width)
 
 
+def _scaled(size: tuple[int, int], side: int, short: int) -> tuple[int, int]:
+    """A size whose short side is to be `side` instead."""
+    return -(-size[0] * side // short), -(-size[1] * side // short)
+
+
+def largest_cover(image_size: Size, *, random_crop: bool) -> tuple[int, int]:
+    """The (height, width) that a picture is scaled to cover at the most before it is cropped."""
+    size = parse_size(image_size)
+    short = min(size)
+    return _scaled(size, math.ceil(short / MIN_CROP_FRAC), short) if random_crop else size
+
+
+def shrunk(picture: Image.Image, image_size: Size, *, random_crop: bool) -> Image.Image:
+    """A smaller picture that all crops to a size are taken from with the same result, bit for bit.
+
+    :param random_crop: crops anywhere in it, with fractions as they are where none are given; else the middle.
+    """
+    if random_crop:
+        return _halved(picture, *largest_cover(image_size, random_crop=True))
+    return Image.fromarray(center_crop_arr(picture, image_size))
+
+
+def shrunk_size(size: tuple[int, int], image_size: Size, *, random_crop: bool) -> tuple[int, int]:
+    """(height, width) of what `shrunk` makes of a picture of a size."""
+    height, width = largest_cover(image_size, random_crop=random_crop)
+    if not random_crop:
+        return height, width
+    while size[0] >= 2 * height and size[1] >= 2 * width:
+        size = size[0] // 2, size[1] // 2
+    return size
+
+
 def _window(array: NDArray[Any], top: int, left: int, height: int, width: int) -> NDArray[Any]:
     return array[top : top + height, left : left + width]
+
+
+def _halved(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Halve both sides for as long as neither becomes shorter than asked."""
+    while picture.width >= 2 * width and picture.height >= 2 * height:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    return picture
 
 
 def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) -> NDArray[Any]:
@@ -108,9 +148,7 @@ def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) 
     if isinstance(picture, np.ndarray):
         planes = map(Image.fromarray, np.moveaxis(picture, -1, 0))
         return np.stack([_cover(plane, height, width, nearest=nearest) for plane in planes], -1)
-    whole = picture
-    while picture.width >= 2 * width and picture.height >= 2 * height:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    whole, picture = picture, _halved(picture, height, width)
     scale = max(width / picture.width, height / picture.height)
     size = round(picture.width * scale), round(picture.height * scale)
     if size[0] * size[1] > MAX_PIXELS:

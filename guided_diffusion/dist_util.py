@@ -419,7 +419,7 @@ def _message(error: BaseException) -> str:
         return "".join(["failed\n", *traceback.format_exception(error)])
     if isinstance(error, SystemExit):
         return f"exit: {error.code}"
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         told = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return f"error: out of memory{told}: take a smaller --batch_size or, in training, --microbatch"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
@@ -429,10 +429,10 @@ def _needs_no_traceback(error: BaseException) -> bool:
     if os.environ.get("GUIDED_DIFFUSION_DEBUG") == "1":
         return False
     ended = isinstance(error, SystemExit | KeyboardInterrupt)
-    return ended or _is_out_of_memory(error) or _is_users_mistake(error)
+    return ended or is_out_of_memory(error) or _is_users_mistake(error)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was asked for in vain, which torch has no class of its own for on a CPU."""
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return on_cpu or isinstance(error, MemoryError | th.cuda.OutOfMemoryError)

@@ -14,7 +14,7 @@ import torch as th
 
 from guided_diffusion import dist_util
 from guided_diffusion.resample import ScheduleSampler
-from guided_diffusion.seeds import image_generator
+from guided_diffusion.seeds import image_generator, to_device
 
 # Added to the seed, so that training, validation and sampling never draw the same numbers.
 TRAINING, VALIDATION = 1 << 64, 2 << 64
@@ -53,7 +53,7 @@ def draw_for_validation(batch: th.Tensor, num_timesteps: int, seed: int, index: 
     """This rank's part of validation batch `index`: steps spread evenly, so that a few images see every noise level."""
     count, seed = len(batch) * dist_util.world_size(), seed + VALIDATION
     steps = (np.random.default_rng([seed, index]).permutation(count) + 0.5) * num_timesteps / count
-    t = th.from_numpy(steps).long().to(device)
+    t = to_device(th.from_numpy(steps).long(), device)
     weights = th.ones(count, device=device)
     return Draw(t, weights, _noise(batch, count, seed, index, device)).cut(_own(len(batch)))
 
@@ -88,4 +88,4 @@ class LabelDropout:
         # spawned, unlike the key of t: another stream
         rng = np.random.default_rng(np.random.SeedSequence(seed + TRAINING, spawn_key=(2, index)))
         dropped = rng.random(len(labels) * dist_util.world_size())[_own(len(labels))] < self.rate
-        return {**cond, "y": labels.masked_fill(th.from_numpy(dropped).to(labels.device), self.null_label)}
+        return {**cond, "y": labels.masked_fill(to_device(th.from_numpy(dropped), labels.device), self.null_label)}

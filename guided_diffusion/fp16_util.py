@@ -6,19 +6,19 @@ Shapes: masters and their gradients have the shapes of the parameters, in parame
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch as th
-import torch.distributed as dist
 import torch.nn as nn
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import logger
 from guided_diffusion.config import resolve_precision
+from guided_diffusion.gradients import AveragedGradients, Gradients, laid_out_as
 
 INITIAL_LOG_LOSS_SCALE = 20.0
-BUCKET = 2**24  # values per all-reduce: large enough to fill a link, small enough to copy
 
 NamedParams = list[tuple[str, th.Tensor]]
 Groups = Sequence[tuple[NamedParams, Any]]  # (named parameters, shape of their flat master)
@@ -130,7 +130,7 @@ def state_dict_to_master_params(
 
 
 def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.Module) -> dict[int, dict[str, Any]]:
-    """Adam's state with one entry per parameter, in parameter order.
+    """Adam's state with one entry per parameter, in parameter order and with the parameters' strides.
 
     :param state: the same, or that of the two flat masters of an older fp16 run, which is recognised by its sizes.
     :raises ValueError: if it fits the model in neither layout.
@@ -139,7 +139,7 @@ def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.
     groups = get_param_groups_and_shapes(named)
     sizes = {index: entry["exp_avg"].numel() for index, entry in state.items() if "exp_avg" in entry}
     if all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
-        return {index: dict(entry) for index, entry in state.items()}
+        return {index: _laid_out(entry, named[index][1]) for index, entry in state.items()}
     if sizes != {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
         raise ValueError(
             f"the optimizer state ({sum(sizes.values())} values in {len(sizes)} tensors) is not that of this model "
@@ -154,48 +154,55 @@ def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.
             values = [value] * len(group) if whole else unflatten_master_params(group, value)
             for (name, _), part in zip(group, values, strict=True):
                 result[index_of[name]][key] = part.clone() if isinstance(part, th.Tensor) else part
-    return result
+    return {index: _laid_out(entry, named[index][1]) for index, entry in result.items()}
+
+
+def _laid_out(entry: Mapping[str, Any], param: th.Tensor) -> dict[str, Any]:
+    """The state of a parameter with its strides, where it has its shape."""
+
+    def moment(value: Any) -> bool:
+        return isinstance(value, th.Tensor) and value.shape == param.shape
+
+    return {key: laid_out_as(value, param) if moment(value) else value for key, value in entry.items()}
 
 
 # ---- the trainer
 
 
-def average_gradients(grads: Sequence[th.Tensor]) -> None:
-    """Replace gradients by their means over all ranks, the same bits on each; every rank must call it."""
-    bucket: list[th.Tensor] = []
-    for index, grad in enumerate(grads):
-        bucket.append(grad)
-        if index + 1 < len(grads) and sum(g.numel() for g in bucket) < BUCKET:
-            continue
-        flat = th.cat([g.flatten() for g in bucket])
-        with dist_util.exchanging(f"average_gradients of {flat.numel()} x {flat.dtype}"):
-            dist.all_reduce(flat)
-        parts = (flat / dist.get_world_size()).split([g.numel() for g in bucket])
-        th._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
-        bucket = []
+def convert(model: nn.Module, precision: str) -> None:
+    """Let a network compute in a precision, by its own convert_to or convert_to_fp16.
 
-
-def _convert(model: nn.Module, precision: str) -> None:
-    convert: Callable[[str], object] | None = getattr(model, "convert_to", None)
+    :raises TypeError: if it has no such method.
+    """
+    convert_to: Callable[[str], object] | None = getattr(model, "convert_to", None)
     convert_to_fp16: Callable[[], object] | None = getattr(model, "convert_to_fp16", None)
-    if convert is not None:
-        convert(precision)
+    if convert_to is not None:
+        convert_to(precision)
     elif precision == "fp16" and convert_to_fp16 is not None:
         convert_to_fp16()
     else:
         raise TypeError(f"{type(model).__name__} cannot train in {precision}: it has no method convert_to(precision)")
 
 
+def _master(param: nn.Parameter, value: th.Tensor) -> nn.Parameter:
+    """An fp32 master of a parameter, with the strides that its conversion gave it."""
+    return nn.Parameter(laid_out_as(value, param), param.requires_grad)
+
+
 class MixedPrecisionTrainer:
     """Backward passes and optimizer steps of a model in fp32, fp16 (with a loss scale) or bf16.
 
-    `master_params` are what an optimizer trains: in fp32 the model's own parameters, else one fp32 copy of each, in
-    parameter order. Gradients of several backward passes add up in fp32. A step in which a loss, a gradient or a weight
-    is not finite, on any rank, is skipped on all of them; `fault` then names which of the three, and is '' otherwise.
+    `master_params` are what an optimizer trains, in parameter order: the model's own parameters where these are fp32,
+    an fp32 copy of each other one, with its strides. Gradients of several backward passes add up in fp32. A step in
+    which a loss, a gradient or a weight is not finite, on any rank, is skipped on all of them; `fault` then names which
+    of the three, and is '' otherwise.
+
+    The ranks average gradients of masters here and not in torch's DistributedDataParallel, which would do it in the
+    precision of the weights and would wrap the model.
 
     :param precision: fp32, fp16 or bf16; '' is what `use_fp16` says.
     :param grad_clip: the largest norm of the gradient that is not scaled down; 0: no clipping.
-    :param all_reduce: average the gradients over all ranks in `optimize`, which then every rank must call.
+    :param all_reduce: average the gradients over all ranks; then every rank must call `optimize`.
     """
 
     def __init__(
@@ -217,7 +224,6 @@ class MixedPrecisionTrainer:
         self.grad_clip = grad_clip
         self.all_reduce = all_reduce
         self.fault, self.only_scaled = "", False
-        self._loss: th.Tensor | None = None
         self._floor_said = False
         self.model_params = list(model.parameters())
         self.master_params = self._make_masters()
@@ -225,6 +231,10 @@ class MixedPrecisionTrainer:
         self._trained = [(param, master) for param, master in pairs if param.requires_grad]
         if not self._trained:
             raise ValueError("the model has no parameter that requires a gradient: nothing can be trained")
+        self.gradients = self._make_gradients()
+
+    def _make_gradients(self) -> Gradients:
+        return AveragedGradients(self._trained) if self.all_reduce else Gradients(self._trained)
 
     def _make_masters(self) -> list[nn.Parameter]:
         if self.precision == "fp32":
@@ -235,9 +245,10 @@ class MixedPrecisionTrainer:
                 )
             return self.model_params
         # Copied before the conversion, or the masters would start from rounded values.
-        masters = [nn.Parameter(param.detach().float().clone(), param.requires_grad) for param in self.model_params]
-        _convert(self.model, self.precision)
-        return masters
+        copies = [param.detach().float().clone() for param in self.model_params]
+        convert(self.model, self.precision)
+        pairs = zip(self.model_params, copies, strict=True)
+        return [param if param.dtype == th.float32 else _master(param, copy) for param, copy in pairs]
 
     def trained(self, values: Sequence[th.Tensor] | None = None) -> list[th.Tensor]:
         """Of one value per parameter, by default its master, those of the parameters that are trained."""
@@ -246,41 +257,27 @@ class MixedPrecisionTrainer:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        self._loss = None
-        for param in (*self.model_params, *self.master_params):
+        for param in self.model_params:
             param.grad = None
+        self.gradients.reset()
 
-    def backward(self, loss: th.Tensor) -> None:
-        """Add the gradients of a scalar loss to those of the masters."""
-        (loss * 2.0**self.lg_loss_scale if self.use_fp16 else loss).backward()
-        value = loss.detach().float()
-        self._loss = value if self._loss is None else self._loss + value
-        self._collect()
+    def backward(self, loss: th.Tensor, *, last: bool = False) -> None:
+        """Add the gradients of a scalar loss to those of the masters.
 
-    def _collect(self) -> None:
-        """Move the model's gradients to the masters, so that they add up in fp32."""
-        if self.precision == "fp32":
-            return
-        for param, master in self._trained:
-            if param.grad is not None:
-                grad = param.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                param.grad = None
+        :param last: no other call follows before `optimize`: ranks begin to average while this one goes on.
+        """
+        with self.gradients.collecting(loss.float(), last=last):
+            (loss * 2.0**self.lg_loss_scale if self.use_fp16 else loss).backward()
 
     def _gradients(self) -> tuple[list[th.Tensor], th.Tensor]:
         """The gradients of all trained masters, and the loss, of all ranks where they are several.
 
-        Zeros stand for a parameter that took no part, so that ranks agree.
+        Zeros stand for a parameter that took no part, and one rank's loss stops the step of all.
         """
-        for _, master in self._trained:
-            master.grad = param_grad_or_zeros(master)
-        grads = [master.grad for _, master in self._trained if master.grad is not None]
-        loss = grads[0].new_zeros(1) if self._loss is None else self._loss.to(grads[0]).reshape(1)
-        if self.all_reduce:
-            average_gradients([*grads, loss])  # so that one rank's loss stops the step of all
+        grads, loss = self.gradients.finish()
         if self.use_fp16:
             th._foreach_mul_(grads, 2.0**-self.lg_loss_scale)
-        return grads, loss[0].float()
+        return grads, loss.float()
 
     @th.no_grad()
     def optimize(self, opt: th.optim.Optimizer, *, grad_clip: float | None = None) -> bool:
@@ -289,12 +286,10 @@ class MixedPrecisionTrainer:
         :param grad_clip: for this step, instead of the constructor's.
         :return: False if something was not finite: then nothing changed but the loss scale.
         """
-        self._collect()
         if self.use_fp16:
             logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
         grads, loss = self._gradients()
-        norms = (loss, _norm(grads), _norm([master for _, master in self._trained]))
-        mean, grad_norm, param_norm = th.stack(norms).tolist()  # the step's one wait for the device
+        mean, grad_norm, param_norm = self._measures(grads, loss).tolist()  # the step's one wait for the device
         # A norm overflows long before what it is the norm of does: weights and averages never take such a value.
         found = {"weight norm": param_norm, "loss": mean, "gradient": grad_norm}
         self.fault = next((name for name, value in found.items() if check_overflow(value)), "")
@@ -308,6 +303,10 @@ class MixedPrecisionTrainer:
         opt.step()
         self._step_taken()
         return True
+
+    def _measures(self, grads: list[th.Tensor], loss: th.Tensor) -> th.Tensor:
+        """[3]: the loss, and the norms of gradients and weights."""
+        return th.stack((loss, _norm(grads), _norm([master for _, master in self._trained])))
 
     def _skip(self) -> bool:
         message = f"step skipped: its {self.fault} is not finite"
@@ -324,7 +323,6 @@ class MixedPrecisionTrainer:
 
     def _step_taken(self) -> None:
         self.only_scaled = False
-        self._loss = None
         self.sync_model()
         if self.use_fp16:
             self.lg_loss_scale += self.fp16_scale_growth
@@ -332,16 +330,40 @@ class MixedPrecisionTrainer:
     @th.no_grad()
     def sync_model(self) -> None:
         """Copy the masters to the model, in the model's precision."""
-        if self.precision != "fp32":
-            th._foreach_copy_([param.detach() for param in self.model_params], list[th.Tensor](self.master_params))
+        both = zip(self.model_params, self.master_params, strict=True)
+        pairs = [(param.detach(), master) for param, master in both if param is not master]
+        if pairs:
+            th._foreach_copy_([param for param, _ in pairs], [master for _, master in pairs])
 
     def master_params_to_state_dict(self, master_params: Sequence[th.Tensor]) -> dict[str, Any]:
         """The model's fp32 state dict with these values (the masters themselves, or a moving average of them)."""
         return master_params_to_state_dict(self.model, None, master_params, use_fp16=False)
 
     def state_dict_to_master_params(self, state_dict: Mapping[str, th.Tensor]) -> Sequence[th.Tensor]:
-        """The parameters of a state dict as fp32 tensors, in parameter order."""
-        return [value.float() for value in state_dict_to_master_params(self.model, state_dict, use_fp16=False)]
+        """The parameters of a state dict as fp32 tensors, in parameter order and with the strides of the masters."""
+        values = state_dict_to_master_params(self.model, state_dict, use_fp16=False)
+        pairs = zip(values, self.master_params, strict=True)
+        return [laid_out_as(value.detach().to(master.device, th.float32), master) for value, master in pairs]
+
+    def weights_for_files(self, master_params: Sequence[th.Tensor]) -> dict[str, Any]:
+        """`master_params_to_state_dict` on rank 0, which writes files; every rank must call it."""
+        return self.master_params_to_state_dict(master_params)
+
+    def state_for_files(self, opt: th.optim.Optimizer) -> dict[str, Any]:
+        """The state dict of an optimizer of the masters on rank 0; every rank must call it."""
+        return opt.state_dict()
+
+    def state_from_files(self, state: Mapping[int, Mapping[str, Any]]) -> Mapping[int, Mapping[str, Any]]:
+        """What `state_for_files` has under "state", as an optimizer of the masters takes it."""
+        return state
+
+    def plain_model(self, values: Sequence[th.Tensor] | None) -> nn.Module:
+        """A network to look at: a copy with the values of a moving average; None: the model as it is."""
+        if values is None:
+            return self.model
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.master_params_to_state_dict(values))
+        return model
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run needs beside the weights: the loss scale."""

@@ -6,24 +6,21 @@ Shapes: N batch, C channels, H W space. A size is 64, "64x128" or (64, 128): hei
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch as th
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.conditioning import Pairing, Partners
-from guided_diffusion.config import BAD_IMAGE_RULES, Size, nearest, parse_size, size_flag
-from guided_diffusion.crops import Draws, Picture, TooThin, center_crop_arr, channels_first, random_crop_arr, replay
-from guided_diffusion.image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images, read_image
+from guided_diffusion.conditioning import Pairing
+from guided_diffusion.config import Size, parse_size, size_flag
+from guided_diffusion.crops import center_crop_arr, random_crop_arr
+from guided_diffusion.image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images
+from guided_diffusion.image_items import BatchDataset, ImageDataset, Loaded, batches
 from guided_diffusion.image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
-from guided_diffusion.image_order import Key, Schedule
-from guided_diffusion.interruption import leave_signals_to_the_parent
+from guided_diffusion.image_order import Schedule
+from guided_diffusion.pictures import to_unit
 from guided_diffusion.untrusted import printable, quoted
 from guided_diffusion.upsampling import SmallVersions
 
@@ -40,112 +37,9 @@ __all__ = [
 ]
 
 Batch = tuple[th.Tensor, dict[str, th.Tensor]]
-Item = tuple[NDArray[np.float32], dict[str, Any]]
 
 SURVEY_LIMIT = 20_000  # images that are all tried once one of them turns out to be unreadable
 TABLE_ROWS = 40
-MAX_REPLACEMENTS = 100  # images tried in place of one that cannot be read
-
-
-# ---- one image at a time
-
-
-class ImageDataset(Dataset[Item]):
-    """Images cropped to one size, as (float32 [C, H, W] in [-1, 1], {"y": class id} or {}).
-
-    An index i draws its augmentation from the module `random`. A pair (epoch, i) draws it from (seed, epoch, i), which
-    is the same in any process and in any order.
-
-    :param resolution: the size.
-    :param image_paths: of files, also of members of zips, as ``pets.zip/cat/1.png``.
-    :param classes: the class id of each path, or None.
-    :param shard: take every `num_shards`-th image from this one on.
-    :param on_bad_image: what a pair does where its image cannot be read: "error", or "skip", which takes another one
-        instead that (seed, epoch, i) chooses, with its own class. An index alone always is an error.
-    :param partners: conditioning images, which come as "cond_image" beside "y".
-    """
-
-    def __init__(
-        self,
-        resolution: Size,
-        image_paths: Sequence[str],
-        classes: Sequence[int] | None = None,
-        shard: int = 0,
-        num_shards: int = 1,
-        random_crop: bool = False,
-        random_flip: bool = True,
-        *,
-        image_channels: int = 3,
-        seed: int = 0,
-        on_bad_image: str = "error",
-        partners: Partners | None = None,
-    ) -> None:
-        super().__init__()
-        if on_bad_image not in BAD_IMAGE_RULES:
-            rules = ", ".join(BAD_IMAGE_RULES)
-            raise ValueError(
-                f"on_bad_image {on_bad_image!r} is none of {rules}{nearest(on_bad_image, BAD_IMAGE_RULES)}"
-            )
-        self.resolution = resolution
-        self.local_images = list(image_paths[shard::num_shards])
-        self.local_classes = None if classes is None else list(classes[shard::num_shards])
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-        self.image_channels = image_channels
-        self.seed = seed
-        self.on_bad_image = on_bad_image
-        self.partners = partners.shard(shard, num_shards) if partners else None
-
-    def __len__(self) -> int:
-        return len(self.local_images)
-
-    def __getitem__(self, idx: int | Key) -> Item:
-        return self.take(idx)[0] if isinstance(idx, tuple) else self._item(idx, random)
-
-    def take(self, key: Key) -> tuple[Item, list[UnreadableImage]]:
-        """What a pair (epoch, i) stands for, and what could not be read before it was found."""
-        name, index = f"{self.seed}/{key[0]}/{key[1]}", key[1]
-        bad: list[UnreadableImage] = []
-        while True:
-            try:
-                return self._item(index, random.Random(name)), bad
-            except UnreadableImage as error:
-                bad.append(error)
-                if self.on_bad_image == "error" or len(bad) > MAX_REPLACEMENTS:
-                    raise
-            index = random.Random(f"{name}/instead/{len(bad)}").randrange(len(self))
-
-    def _item(self, index: int, draws: Draws) -> Item:
-        path, again = self.local_images[index], replay(draws) if self.partners else draws
-        try:
-            picture = read_image(path, self.image_channels)
-            array = self._place(picture, draws)
-        except TooThin as error:
-            raise UnreadableImage(path, str(error)) from error
-        label: dict[str, Any] = (
-            {} if self.local_classes is None else {"y": np.array(self.local_classes[index], dtype=np.int64)}
-        )
-        if self.partners is not None:  # placed by the very draws that the image took
-            label |= self.partners.item(index, picture, partial(self._place, draws=again), again)
-        return channels_first(array), label
-
-    def _place(self, picture: Picture, draws: Draws, *, nearest: bool = False) -> NDArray[Any]:
-        """A picture cropped and mirrored."""
-        if self.random_crop:
-            array = random_crop_arr(picture, self.resolution, rng=draws, nearest=nearest)
-        else:
-            array = center_crop_arr(picture, self.resolution, nearest=nearest)
-        return array[:, ::-1] if self.random_flip and draws.random() < 0.5 else array
-
-    def unreadable(self) -> list[UnreadableImage]:
-        """Try every image: what is wrong with those that cannot be read."""
-        found = []
-        for index in range(len(self)):
-            try:
-                self._item(index, random.Random(0))
-            except UnreadableImage as error:
-                found.append(error)
-        return found
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
@@ -165,6 +59,8 @@ class ImageStream(Iterator[Batch]):
 
     :param batch_size: of one rank.
     :param labels: of the data set's images; None leaves the stream without a class table.
+    :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer, a quarter of the memory;
+        `pictures.to_unit` makes [-1, 1] of them, on any device.
     :param rank: None, like `world_size`, asks `dist_util`.
     :raises ValueError: if there are fewer images than one global batch, and, while iterating, if one cannot be read.
     """
@@ -177,9 +73,11 @@ class ImageStream(Iterator[Batch]):
         deterministic: bool = False,
         labels: Labels | None = None,
         num_workers: int = 0,
+        as_bytes: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
+        self.as_bytes = as_bytes
         self.dataset = dataset
         self.batch_size = batch_size
         self.deterministic = deterministic
@@ -198,8 +96,8 @@ class ImageStream(Iterator[Batch]):
             world_size=self.world_size,
             shuffle=not deterministic,
         )
-        self._loader: DataLoader[_Loaded | str] | None = None
-        self._batches: Iterator[_Loaded | str] | None = None
+        self._loader: DataLoader[Loaded | ValueError] | None = None
+        self._batches: Iterator[Loaded | ValueError] | None = None
 
     def _check(self) -> None:
         if self.batch_size < 1 or self.num_workers < 0:
@@ -236,18 +134,20 @@ class ImageStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._loader = self._start() if self._loader is None else self._loader
+            if self._loader is None:
+                made = BatchDataset(self.dataset, as_bytes=self.as_bytes)
+                self._loader = batches(made, self._schedule, self.num_workers)
             self._batches = iter(self._loader)
         batch = next(self._batches)
-        if isinstance(batch, str):
+        if isinstance(batch, ValueError):
             self.close()
-            raise ValueError(self._refusal(batch))
+            raise ValueError(self._refusal(str(batch)) if isinstance(batch, UnreadableImage) else str(batch))
         first = self._schedule.taken + self._schedule.offset
         self._schedule.taken += self.global_batch
         images, cond = batch.images, batch.labels
         self._note(batch.bad)
         if self.small_versions is not None:
-            cond |= self.small_versions(images, range(first, first + len(images)))
+            cond |= self.small_versions(to_unit(images), range(first, first + len(images)))
         return images, cond
 
     def _note(self, bad: Iterable[tuple[str, str]]) -> None:
@@ -287,51 +187,9 @@ class ImageStream(Iterator[Batch]):
         """Stop the worker processes; asking for another batch starts new ones."""
         self._batches = self._loader = None
 
-    def _start(self) -> DataLoader[_Loaded | str]:
-        return DataLoader(
-            _BatchDataset(self.dataset),
-            batch_size=None,
-            sampler=self._schedule,
-            num_workers=self.num_workers,
-            collate_fn=_as_is,
-            pin_memory=th.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_signals_to_the_parent,
-            generator=th.Generator(),  # else starting it would advance the generator that training draws from
-        )
-
     def class_table(self) -> list[ClassRow]:
         """The classes by id and how many images each has; [] without labels."""
         return self.labels.class_table() if self.labels else []
-
-
-class _Loaded(NamedTuple):
-    """A batch, and (path, reason) of the images that were passed over on the way to it."""
-
-    images: th.Tensor
-    labels: dict[str, th.Tensor]
-    bad: list[tuple[str, str]]
-
-
-class _BatchDataset(Dataset[_Loaded | str]):
-    """Decodes batches, in whatever process. An unreadable image travels as text: a worker's error arrives garbled."""
-
-    def __init__(self, images: ImageDataset) -> None:
-        self.images = images
-
-    def __getitem__(self, keys: list[Key]) -> _Loaded | str:
-        try:
-            items, bad = zip(*[self.images.take(key) for key in keys], strict=True)
-        except UnreadableImage as error:
-            return str(error)
-        arrays, labels = zip(*items, strict=True)
-        stacked = {name: th.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]}
-        passed_over = [(error.path, error.reason) for errors in bad for error in errors]
-        return _Loaded(th.from_numpy(np.stack(arrays)), stacked, passed_over)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 # ---- from a folder or a zip to a stream
@@ -354,6 +212,9 @@ def load_data(
     seed: int = 0,
     on_bad_image: str = "error",
     pairing: Pairing | None = None,
+    fast_decode: bool = False,
+    cache_images: bool = False,
+    as_bytes: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
     log: Callable[[str], object] | None = None,
@@ -369,6 +230,11 @@ def load_data(
     :param on_bad_image: "error" ends with the name of an image that cannot be read; "skip" takes another one instead,
         the same on every run, and says so.
     :param pairing: where the images have conditioning images.
+    :param fast_decode: decode JPEGs at a half, a quarter or an eighth where that covers the crop: pixels differ a
+        little from those of halving them afterwards, and windows and flips do not.
+    :param cache_images: keep the decoded images in memory, which the processes of `num_workers` share: the batches are
+        the same. Conditioning images are read each time.
+    :param as_bytes: of the `ImageStream`.
     :param log: takes lines about what was found; None writes them to `logger`.
     :raises ValueError: naming what does not fit: sizes, files, labels.
     """
@@ -391,13 +257,18 @@ def load_data(
         seed=seed,
         on_bad_image=on_bad_image,
         partners=partners,
+        fast_decode=fast_decode,
+        cache_images=cache_images,
     )
+    if dataset.cache:
+        say(f"  the decoded images are kept in memory, {dataset.cache.bytes / 1e9:.3g} GB when all of them are read")
     stream = ImageStream(
         dataset,
         batch_size,
         deterministic=deterministic,
         labels=labels,
         num_workers=num_workers,
+        as_bytes=as_bytes,
         rank=rank,
         world_size=world_size,
     )

@@ -1,4 +1,4 @@
-"""Pictures where they lie: finding files in folders, zips and buckets, and decoding them.
+"""Pictures where they lie: finding files in folders, zips and buckets, and reading them.
 
 A path may lead into a zip: ``pets.zip/cat/1.png`` is the member ``cat/1.png`` of ``pets.zip``. Members are decoded in
 memory, and their names never become names on the disk. What cannot be taken is passed over and listed when files are
@@ -9,11 +9,8 @@ Shapes: H W space, C channels.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,18 +19,18 @@ from typing import Any, TypeVar
 import blobfile as bf
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from guided_diffusion import untrusted
-from guided_diffusion.crops import MAX_PIXELS, Picture
+from guided_diffusion.archives import Archive
+from guided_diffusion.crops import Picture
+from guided_diffusion.decoding import Whole, decode_ids, decode_whole, size_in
 from guided_diffusion.untrusted import is_remote, printable, quoted, reason
 
 T = TypeVar("T")
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy")
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
 LABEL_FILES = {"json": "dataset.json", "csv": "labels.csv"}
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MAX_OPEN_ARCHIVES = 32
 
 
@@ -48,33 +45,32 @@ class UnreadableImage(ValueError):
         return f"cannot read image {quoted(self.path)}: {self.reason}; repair or remove it"
 
 
-# ---- finding and reading
+# ---- files
 
 
 def _is_file(path: str) -> bool:
     return bf.exists(path) and not bf.isdir(path) if is_remote(path) else os.path.isfile(path)
 
 
-_archives: dict[tuple[int, str], zipfile.ZipFile] = {}
+_archives: dict[str, Archive] = {}
 
 
-def _archive(path: str) -> zipfile.ZipFile:
-    """The open zip of this process: a handle inherited through fork would share its file position with the parent."""
-    key = os.getpid(), path
-    if key not in _archives:
+def _archive(path: str) -> Archive:
+    """The open zip, of which processes that are forked inherit the handle and the directory."""
+    if path not in _archives:
         while len(_archives) >= MAX_OPEN_ARCHIVES:
-            del _archives[next(iter(_archives))]
+            _archives.pop(next(iter(_archives))).close()
         try:
-            _archives[key] = untrusted.open_archive(path)
+            _archives[path] = Archive(path)
         except ValueError as error:
             raise ValueError(f"{path!r} is not a readable zip ({error}); make it again, or give a folder") from error
-    return _archives[key]
+    return _archives[path]
 
 
 def split_archive(path: str) -> tuple[str, str] | None:
     """(zip, member) of a path that leads into a zip, with member "" for the zip itself; None for any other path."""
     for end in (found.end() for found in re.finditer(r"\.zip(?=/|$)", path, re.IGNORECASE)):
-        if (os.getpid(), path[:end]) in _archives or _is_file(path[:end]):
+        if path[:end] in _archives or _is_file(path[:end]):
             return path[:end], path[end + 1 :]
     return None
 
@@ -85,7 +81,7 @@ def read_bytes(path: str) -> bytes:
     :raises ValueError: if it is too large, no regular file, or a member of a zip that cannot be unpacked.
     """
     inside = split_archive(path)
-    return untrusted.read_member(_archive(inside[0]), inside[1]) if inside else untrusted.read_file(path)
+    return _archive(inside[0]).read(inside[1]) if inside else untrusted.read_file(path)
 
 
 @dataclass
@@ -105,13 +101,14 @@ class _Found:
 
 def _members(archive: str, folder: str = "") -> _Found:
     """The files of a zip below one of its folders, by names relative to that folder; label files are not examined."""
-    _archives.pop((os.getpid(), archive), None)  # the file may have been rewritten since it was opened
+    known = _archives.pop(archive, None)
+    if known is not None:  # the file may have been rewritten since it was opened
+        known.close()
     start, found = folder.rstrip("/") + "/" if folder else "", _Found()
-    opened = _archive(archive)
-    for member in opened.infolist():
+    for member, again in _archive(archive).members():
         name = member.filename
         if name.startswith(start) and not name.endswith("/"):
-            twice = "" if opened.NameToInfo[name] is member else "of the same name as a later one"
+            twice = "of the same name as a later one" if again else ""
             found.take(name[len(start) :], twice or (untrusted.member_fault(member) if _is_image(name) else ""))
     return found
 
@@ -260,7 +257,7 @@ def _enter_archives(root: str, found: _Found) -> None:
     found.names = [name for name in found.names if name not in entered]
 
 
-# ---- decoding
+# ---- reading pictures
 
 
 def read_image(path: str, channels: int) -> Picture:
@@ -271,7 +268,20 @@ def read_image(path: str, channels: int) -> Picture:
 
     :raises UnreadableImage: naming the file and what is wrong with it.
     """
-    return _read(path, lambda content, extension: decode(content, extension, channels))
+    return read_whole(path, channels).picture
+
+
+def read_whole(path: str, channels: int, at_least: tuple[int, int] | None = None) -> Whole:
+    """What `read_image` gives, and its size; with `at_least`, JPEGs perhaps at a part of it: see `decoding`."""
+    return _read(path, lambda content, extension: decode_whole(content, extension, channels, at_least))
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """The (height, width) of a picture, from its header.
+
+    :raises UnreadableImage: as `read_image` does, but for what is wrong behind the header.
+    """
+    return _read(path, size_in)
 
 
 def read_ids(path: str) -> NDArray[np.float32]:
@@ -279,7 +289,7 @@ def read_ids(path: str) -> NDArray[np.float32]:
 
     :raises UnreadableImage: naming the file and what is wrong with it.
     """
-    return _read(path, _decode_ids)
+    return _read(path, decode_ids)
 
 
 def _read(path: str, decoder: Callable[[bytes, str], T]) -> T:
@@ -292,99 +302,3 @@ def _read(path: str, decoder: Callable[[bytes, str], T]) -> T:
         raise UnreadableImage(path, "its content is no image") from error
     except Exception as error:  # Pillow does not say what it raises on a damaged file
         raise UnreadableImage(path, reason(error)) from error
-
-
-def decode(content: bytes, extension: str, channels: int) -> Picture:
-    """What `read_image` makes of the content of a file; whatever Pillow raises on a damaged one comes out as it is."""
-    if extension == ".npy":
-        return _decode_array(untrusted.read_array(content), channels)
-    return _decode_picture(_open(content), channels)
-
-
-def _decode_ids(content: bytes, extension: str) -> NDArray[np.float32]:
-    if extension == ".npy":
-        array = untrusted.read_array(content)
-    else:
-        image = _open(content)
-        if image.format == "JPEG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16L", "I;16B"):
-            raise ValueError(f"a {image.format} of mode {image.mode}, where maps of classes are PNG, grey or palette")
-        with contextlib.suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
-        array = np.asarray(image)
-    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-    if array.ndim != 2 or array.dtype.kind not in "biu" or np.abs(array.astype(np.int64)).max(initial=0) >= 2**24:
-        raise ValueError(f"numbers {array.shape} of {array.dtype}, where maps of classes are [H, W] of small integers")
-    _check_pixels(array.shape[1], array.shape[0])
-    return array[..., None].astype(np.float32)
-
-
-def _open(content: bytes) -> Image.Image:
-    """A picture, loaded."""
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        _check_pixels(image.width, image.height)
-        image.load()
-        return image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
-        raise ValueError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels, where 1 to {MAX_PIXELS} are read")
-
-
-def _decode_array(array: NDArray[Any], channels: int) -> Picture:
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3:
-        raise ValueError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read")
-    _check_pixels(array.shape[1], array.shape[0])
-    if array.dtype == np.uint8 and channels in MODES and array.shape[-1] in MODES:
-        return _convert(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), channels)
-    return _with_channels(_planes(array), channels)
-
-
-def _decode_picture(image: Image.Image, channels: int) -> Picture:
-    with contextlib.suppress(Exception):  # a damaged EXIF block takes nothing from the picture itself
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return _convert(image, channels)
-    array = np.asarray(image)[..., None]
-    if image.mode == "I" and array.min() >= 0 and array.max() <= 65535:
-        array = array.astype(np.uint16)  # how Pillow hands out some 16 bit greys
-    return _with_channels(_planes(array), channels)
-
-
-def _convert(image: Image.Image, channels: int) -> Image.Image:
-    if channels not in MODES:
-        raise ValueError(f"a picture of mode {image.mode}, where image_channels {channels} is read from .npy alone")
-    mode = MODES[channels]
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if mode != "RGBA":
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif mode == "RGBA":
-        image = image.convert("RGB")  # Pillow knows no way from CMYK to RGBA but this
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _planes(array: NDArray[Any]) -> NDArray[np.float32]:
-    """Numbers of any declared range -> [-1, 1]."""
-    if array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and np.abs(array).max(initial=0) <= 1):
-            raise ValueError("floats outside [-1, 1], the range that floats must have")
-        return array.astype(np.float32)
-    top = {"b1": 1, "u1": 255, "u2": 65535}.get(array.dtype.str[1:])
-    if top is None:
-        raise ValueError(f"numbers of type {array.dtype}, where uint8, uint16, bool or floats in [-1, 1] are read")
-    return array.astype(np.float32) / np.float32(top / 2) - 1
-
-
-def _with_channels(planes: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
-    if planes.shape[-1] == 1 and channels in (3, 4):
-        planes = np.repeat(planes, 3, -1)
-    if planes.shape[-1] == 3 and channels == 4:
-        planes = np.concatenate([planes, np.ones_like(planes[..., :1])], -1)
-    if planes.shape[-1] != channels:
-        raise ValueError(f"{planes.shape[-1]} channels, where image_channels is {channels}")
-    return planes

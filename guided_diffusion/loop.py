@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from guided_diffusion.config import nearest
 from guided_diffusion.samplers import DDIM
-from guided_diffusion.steps import Draw, Generators, Process, Sampler, State, StepOutput
+from guided_diffusion.steps import Draw, Generators, Process, Sampler, State, StepOutput, same_index
 
 Image = th.Tensor | None
 OWN_STREAM = 0x6D61736B  # sets the noise of what is kept apart from that of what is painted
@@ -110,7 +110,7 @@ def sample_loop(
         if new_classes is not None:
             kwargs["y"] = new_classes()
         with th.no_grad():
-            t = th.full((shape[0],), index, device=device)
+            t = same_index(index, shape[0], device)
             rule = DDIM() if _is_blind(process, sampler, index) else sampler
             output, state = rule.step(process, predict, x, t, state, draw)
             if kept is not None:

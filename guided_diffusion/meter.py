@@ -106,9 +106,12 @@ class Meter:
         return gather_losses(join(rows))
 
     def log_speed(self) -> None:
-        """Log images_per_second, data_wait and, after a checkpoint, save_stall; and begin to measure anew."""
+        """Log images_per_second, data_wait and, after a checkpoint, save_stall; and begin to measure anew.
+
+        Every rank must call it: data_wait is that of the rank that waited longest, for which the others wait in turn.
+        """
         logger.logkv("images_per_second", self.images_per_second)
-        logger.logkv("data_wait", self.data_wait)
+        logger.logkv("data_wait", max(dist_util.gather_objects(self.data_wait)))
         if self._stalled:
             logger.logkv("save_stall", self._stalled)
         self._restart()

@@ -32,8 +32,8 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         # The CPU's kernel sums bfloat16 in float32 by itself, three times as fast as the way round by a float32 copy;
-        # its channels-last form does not gain, and other devices want weights of the input's dtype.
-        if x.dtype == th.bfloat16 and x.device.type == "cpu" and x.is_contiguous():
+        # other devices want weights of the input's dtype.
+        if x.dtype == th.bfloat16 and x.device.type == "cpu":
             return super().forward(x)
         return super().forward(x.to(th.promote_types(x.dtype, th.float32))).to(x.dtype)
 
@@ -102,8 +102,8 @@ def update_ema(target_params: Iterable[th.Tensor], source_params: Iterable[th.Te
             "give the parameters of the same network."
         )
     if targets:
-        th._foreach_mul_(targets, rate)
-        th._foreach_add_(targets, sources, alpha=1 - rate)
+        sources = [source.to(target.dtype) for target, source in zip(targets, sources, strict=True)]
+        th._foreach_lerp_(targets, sources, 1 - rate)
 
 
 @th.no_grad()

@@ -30,6 +30,15 @@ def to_uint8(x: th.Tensor) -> Pixels:
     return pixels
 
 
+def to_unit(images: th.Tensor) -> th.Tensor:
+    """Bytes as float32 in [-1, 1], the same bits on every device; what is no byte is left as it is."""
+    if images.dtype != th.uint8:
+        return images
+    # CUDA would multiply by the inverse of a number of Python's; a tensor it divides by
+    half = th.full((), 127.5, device=images.device)
+    return images.to(th.float32).div_(half).sub_(1)
+
+
 def can_draw(shape: Sequence[int]) -> bool:
     """Whether images of a shape (C, H, W) can be drawn."""
     return len(shape) == 3 and shape[0] in DRAWN_CHANNELS

@@ -16,6 +16,7 @@ import torch as th
 
 from guided_diffusion import dist_util
 from guided_diffusion.config import nearest
+from guided_diffusion.seeds import to_device
 
 Array = npt.NDArray[np.float64]
 
@@ -52,7 +53,7 @@ class ScheduleSampler(ABC):
         choice = np.random.choice if rng is None else rng.choice
         t = choice(len(p), size=(batch_size,), p=p)
         weights = 1 / (len(p) * p[t])
-        return th.from_numpy(t).long().to(device), th.from_numpy(weights).float().to(device)
+        return to_device(th.from_numpy(t).long(), device), to_device(th.from_numpy(weights).float(), device)
 
     def state_dict(self) -> dict[str, Any]:
         """What the distribution has learned, as tensors."""
@@ -78,9 +79,9 @@ class LossAwareSampler(ScheduleSampler):
 
     def update_with_local_losses(self, local_ts: th.Tensor, local_losses: th.Tensor) -> None:
         """Take in this rank's losses [n] at steps [n]; every rank calls it, n may differ, and all learn the same."""
-        ts = th.cat(dist_util.gather(local_ts))
-        losses = th.cat(dist_util.gather(local_losses.detach()))
-        self.update_with_all_losses(ts.tolist(), losses.tolist())
+        table = th.stack([local_ts.float(), local_losses.detach().float()], dim=1)  # holds every t below 2^24
+        ts, losses = th.cat(dist_util.gather(table)).T.tolist()
+        self.update_with_all_losses([int(t) for t in ts], losses)
 
     @abstractmethod
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:

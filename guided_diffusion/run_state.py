@@ -104,15 +104,19 @@ class RunState:
     def parts(self, step: int) -> dict[str, Any]:
         """What each file of a set holds, by the name in front of the step, in the order in which they are written.
 
-        The weights come last: without them no reader takes a set for complete. Every rank must call it.
+        The weights come last: without them no reader takes a set for complete. Every rank must call it, and rank 0,
+        which writes, has them.
         """
         model, (now, *averages) = self.trainer.model, self._weights()
+        rest, opt = self._rest(step), self.trainer.state_for_files(self.opt)
+        if dist_util.rank() > 0:
+            return {}
         averaged = dict(zip(map(str, self.ema_rate), averages, strict=True))
         adapted = bool(lora.adapters(model))
         return {
-            "state": {**self._rest(step), **({"base": lora.base(model, now)} if adapted else {})},
+            "state": {**rest, **({"base": lora.base(model, now)} if adapted else {})},
             **{f"ema_{rate}_": lora.merged(model, weights) for rate, weights in averaged.items()},
-            "opt": self.opt.state_dict(),
+            "opt": opt,
             **({"lora": lora.content(model, {"model": now, **averaged})} if adapted else {}),
             "model": lora.merged(model, now),
         }
@@ -120,7 +124,7 @@ class RunState:
     def _weights(self) -> Iterator[dict[str, th.Tensor]]:
         """The state dicts of the masters and of each average."""
         for masters in [list[th.Tensor](self.trainer.master_params), *self.ema_params]:
-            state = self.trainer.master_params_to_state_dict(masters)
+            state = self.trainer.weights_for_files(masters)
             yield {name: value.detach() for name, value in state.items()}
 
     def _rest(self, step: int) -> dict[str, Any]:
@@ -156,17 +160,16 @@ class RunState:
 
     def _restore_emas(self, files: checkpoint.CheckpointSet) -> Iterator[str]:
         paths = {float(text): path for text, path in files.emas.items()}
-        model, now = self.trainer.model, next(self._weights())
+        model = self.trainer.model
         adapters = lora.read(files.lora).weights if lora.adapters(model) else {}
+        now = self.trainer.master_params_to_state_dict(self.trainer.master_params) if adapters else {}
         for index, rate in enumerate(self.ema_rate):
             if rate not in paths:
                 yield f"EMA {rate} NOT restored, it starts from the weights"
                 continue
-            device = self.ema_params[index][0].device
-            weights = checkpoint.load(paths[rate], map_location="cpu" if adapters else device)
+            weights = checkpoint.load(paths[rate])
             if adapters:
                 weights = lora.joined(model, weights, lora.base(model, now), adapters.get(str(rate), {}))
-                weights = {name: value.to(device) for name, value in weights.items()}
             self.ema_params[index] = list(self.trainer.state_dict_to_master_params(weights))
             yield f"EMA {rate} restored"
 
@@ -176,7 +179,7 @@ class RunState:
             return
         saved = checkpoint.load(path)
         # Rates and decay are this run's: only the moments are taken from the file.
-        state = unflatten_optimizer_state(saved["state"], self.trainer.model)
+        state = self.trainer.state_from_files(unflatten_optimizer_state(saved["state"], self.trainer.model))
         self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
         group = saved["param_groups"][0]
         there = {"lr": run.get("lr", group["lr"]), "weight_decay": group.get("weight_decay", 0.0)}

@@ -40,6 +40,7 @@ from guided_diffusion.steps import (
     Sampler,
     State,
     StepOutput,
+    ends_noisy,
     mix,
     polynomial_weights,
     predict_at,
@@ -140,7 +141,7 @@ class PLMS:
     ) -> tuple[StepOutput, State]:
         prediction = predict(x, t).guided("score")
         history = (*(state or ()), prediction.eps)[-self.order :]
-        if state is None and self.order > 1 and bool((t > 0).any()):
+        if state is None and self.order > 1 and ends_noisy(t):
             ahead = self._move(process, x, t, prediction.eps)
             eps = (prediction.eps + predict(ahead, (t - 1).clamp(min=0)).guided("score").eps) / 2
         else:
@@ -234,7 +235,7 @@ class Heun(Euler):
         prediction, x, now = self._noisier(process, predict, x, t, draw)
         end = process.at(t - 1, x)
         sample = self._along(end, prediction)
-        if bool((t > 0).any()):
+        if ends_noisy(t):
             there = predict(sample, (t - 1).clamp(min=0)).guided("score")
             slope = (prediction.eps + there.eps) / 2
             average = mix((end.alpha / now.alpha, x), (end.alpha * (end.ratio - now.ratio), slope))

@@ -77,7 +77,10 @@ def map_tensors(value: Any, change: Callable[[th.Tensor], th.Tensor]) -> Any:
 
 
 class Snapshot:
-    """Copies of tensors in CPU memory, which is kept for the next copies: page-locked where a GPU writes to it."""
+    """Copies of tensors in CPU memory, which is kept for the next copies: page-locked where a GPU writes to it.
+
+    They are contiguous, as those in files are, whatever the layout that a network computes in.
+    """
 
     def __init__(self) -> None:
         self._buffers: list[th.Tensor] = []
@@ -91,9 +94,8 @@ class Snapshot:
         return copied
 
     def _copy(self, tensor: th.Tensor, buffer: th.Tensor | None) -> th.Tensor:
-        fits = buffer is not None and (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
-        if buffer is None or not fits or buffer.stride() != tensor.stride():
-            buffer = th.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self._buffers.append(buffer)
         return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
 
@@ -140,7 +142,7 @@ class Saver:
             self._pending = pool.submit(self._write, folder, step, self._snapshot.take(parts))
             pool.shutdown(wait=False)
         elif dist_util.rank() == 0:
-            _report(self._write(folder, step, map_tensors(parts, th.Tensor.cpu)))
+            _report(self._write(folder, step, map_tensors(parts, lambda tensor: tensor.cpu().contiguous())))
         if not self.asynchronous:
             dist_util.barrier()
 

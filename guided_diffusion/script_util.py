@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from guided_diffusion import gaussian_diffusion as gd
+from guided_diffusion import dist_util, gaussian_diffusion as gd
 from guided_diffusion.conditioning import ConditionedModel, cond_kind
 from guided_diffusion.config import (
     ClassifierConfig,
@@ -28,6 +28,7 @@ from guided_diffusion.config import (
     parse_size,
     str2bool,
 )
+from guided_diffusion.hardware import fastest_precision
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from guided_diffusion.schedules import rescale_zero_terminal_snr
 from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -242,7 +243,9 @@ def _pick(section: type[T], flags: Mapping[str, Any]) -> T:
 
 
 def _in_precision(model: T, precision: str) -> T:
-    """The model converted where a precision is asked for by name."""
+    """The model converted where a precision is asked for by name; "auto" is that of the device of `dist_util.dev`."""
+    if precision == "auto":
+        precision = fastest_precision(dist_util.dev()).precision
     if precision:
         model.convert_to(precision)  # type: ignore[attr-defined]
     return model

@@ -27,6 +27,13 @@ def image_generator(seed: int, index: int, device: th.device | str = "cpu") -> t
     return th.Generator(device).manual_seed(image_seed(seed, index))
 
 
+def to_device(tensor: th.Tensor, device: th.device | str) -> th.Tensor:
+    """A tensor on a device. A GPU fetches it when it comes to it, and the host does not wait."""
+    if th.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @contextlib.contextmanager
 def seeded(seed: int, batch: int, device: th.device | str = "cpu") -> Iterator[None]:
     """torch's global generators seeded by (seed, batch), and afterwards as they were.

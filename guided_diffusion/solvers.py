@@ -31,6 +31,7 @@ from guided_diffusion.steps import (
     Process,
     State,
     StepOutput,
+    ends_noisy,
     mix,
     polynomial_weights,
     predict_at,
@@ -174,7 +175,7 @@ def through_middle(
     prediction = predict(x, t).guided("score")
     now, end = process.at(t, x), process.at(t - 1, x)
     value: th.Tensor = getattr(prediction, what)
-    if bool((t > 0).any()):
+    if ends_noisy(t):
         middle = Level.at_lam((now.lam + end.lam) / 2)
         there = predict_at(process, predict, advance(now, middle, x, [value], [now.lam]), middle)
         value = getattr(there, what).where(end.sigma > 0, value)
@@ -235,7 +236,7 @@ class DPMSolver3:
         prediction = predict(x, t).guided("score")
         now, end = process.at(t, x), process.at(t - 1, x)
         values, lams = [prediction.eps], [now.lam]
-        if bool((t > 0).any()):
+        if ends_noisy(t):
             for share in (1 / 3, 2 / 3):
                 between = Level.at_lam(now.lam + share * (end.lam - now.lam))
                 there = predict_at(process, predict, noise_step(now, between, x, values, lams), between)

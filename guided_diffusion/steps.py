@@ -127,6 +127,19 @@ class Sampler(Protocol):
     ) -> tuple[StepOutput, State]: ...
 
 
+def same_index(index: int, count: int, device: th.device) -> th.Tensor:
+    """t [N] for images all at one step; it remembers the number, since to ask a GPU for it would be to wait for it."""
+    t = th.full((count,), index, device=device)
+    t._index = index  # type: ignore[attr-defined]
+    return t
+
+
+def ends_noisy(t: th.Tensor) -> bool:
+    """Whether a step at t ends, for any of the images, before the image itself."""
+    index = getattr(t, "_index", None)
+    return bool((t > 0).any()) if index is None else index > 0
+
+
 def where_noisy(t: th.Tensor, x: th.Tensor) -> th.Tensor:
     """True [N, 1, ...] where t > 0: the last step goes to the image and adds no noise."""
     return (t > 0).view(-1, *[1] * (x.ndim - 1))

@@ -8,7 +8,6 @@ parts included.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,21 +17,23 @@ from typing import Any, NamedTuple
 import blobfile as bf
 import numpy as np
 import torch as th
-import torch.nn.functional as F
 
 from guided_diffusion import checkpoint, dist_util, logger
+from guided_diffusion.adamw import AdamW
 from guided_diffusion.bad_steps import BadSteps
-from guided_diffusion.config import parse_rates
+from guided_diffusion.config import parse_microbatch, parse_rates
 from guided_diffusion.draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from guided_diffusion.interruption import Interruption
 from guided_diffusion.meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
+from guided_diffusion.microbatches import halve_until_it_fits
 from guided_diffusion.nn import update_ema
+from guided_diffusion.pictures import to_unit
 from guided_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from guided_diffusion.run_state import RunState, load_weights, warn_of_long_averages
 from guided_diffusion.sample_util import evaluating
-from guided_diffusion.saving import Saver, agree, skip_batches
-from guided_diffusion.seeds import seeded
+from guided_diffusion.saving import Saver, agree
+from guided_diffusion.seeds import seeded, to_device
 
 Cond = Mapping[str, th.Tensor]
 
@@ -74,12 +75,25 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
 # ---- the loop
 
 
+def _trainer(fsdp: bool, auto_microbatch: bool) -> type[MixedPrecisionTrainer]:
+    if not fsdp:
+        return MixedPrecisionTrainer
+    if auto_microbatch:
+        raise ValueError(
+            "microbatch auto does not go with fsdp, where no rank can begin a step anew by itself: give a number"
+        )
+    from guided_diffusion.sharding import ShardedTrainer  # not for others: it imports much of torch.distributed
+
+    return ShardedTrainer
+
+
 class TrainLoop:
     """Trains a diffusion model; subclasses override `compute_losses` to train something else.
 
-    :param data: endless iterator of (images [n, C, H, W] in [-1, 1], model keywords). One with state_dict() and
-        load_state_dict() goes on where it stopped when a run is resumed.
-    :param batch_size: images per step and rank; `microbatch` of them at a time, -1: all.
+    :param data: endless iterator of (images [n, C, H, W] in [-1, 1], or uint8, model keywords). One with state_dict()
+        and load_state_dict() goes on where it stopped when a run is resumed.
+    :param batch_size: images per step and rank; `microbatch` of them at a time, -1: all, "auto": as many as the memory
+        holds, by halves.
     :param lr: None takes the one in the optimizer file that is resumed from.
     :param ema_rate: one rate, or several as text separated by commas; '' for none.
     :param resume_checkpoint: any file of a run's checkpoint, or its folder; '' starts anew.
@@ -95,6 +109,7 @@ class TrainLoop:
     :param config: what is saved as config.json beside the checkpoints.
     :param max_bad_steps: skipped steps in a row after which the run ends; 0: it never does.
     :param class_dropout: probability that a label becomes the null_label of the model, never in validation.
+    :param fsdp: split weights, gradients, optimizer state and averages over the ranks; the model is changed.
     """
 
     loss_prefix = ""
@@ -106,7 +121,7 @@ class TrainLoop:
         diffusion: Any,
         data: Any,
         batch_size: int,
-        microbatch: int,
+        microbatch: int | str,
         lr: float | None,
         ema_rate: float | str,
         log_interval: int,
@@ -133,9 +148,12 @@ class TrainLoop:
         class_dropout: float = 0.0,
         max_bad_steps: int = 50,
         async_save: bool = False,
+        fsdp: bool = False,
     ) -> None:
         self.model, self.diffusion, self.data = model, diffusion, data
-        self.batch_size, self.microbatch = batch_size, microbatch if microbatch > 0 else batch_size
+        wanted = parse_microbatch(str(microbatch))
+        self.batch_size, self.auto_microbatch = batch_size, wanted == "auto"
+        self.microbatch = wanted if isinstance(wanted, int) and wanted > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.warmup_steps = lr, lr_anneal_steps, warmup_steps
         self.weight_decay, self.max_steps, self.max_bad_steps = weight_decay, max_steps, max_bad_steps
         self.ema_rate = parse_rates(ema_rate)
@@ -146,10 +164,10 @@ class TrainLoop:
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
         self.seed, self.config, self.hooks = seed, config, hooks
         self.label_dropout = LabelDropout(class_dropout, getattr(model, "null_label", None))
-        self.step = self.resume_step = 0
+        self.step, self.resume_step, self.fsdp = 0, 0, fsdp
         self.global_batch = batch_size * dist_util.world_size()
         files = self._load_and_sync_parameters()
-        self.mp_trainer = MixedPrecisionTrainer(
+        self.mp_trainer = _trainer(fsdp, self.auto_microbatch)(
             model=model,
             use_fp16=use_fp16,
             fp16_scale_growth=fp16_scale_growth,
@@ -166,7 +184,7 @@ class TrainLoop:
         # Gradients are averaged in fp32 by the trainer: nothing wraps the model, and forks that ask find it so.
         self.use_ddp, self.ddp_model = False, self.model
         masters, fused = self.mp_trainer.master_params, self.device.type in ("cpu", "cuda")
-        self.opt = th.optim.AdamW(masters, lr=self.lr or 0.0, weight_decay=self.weight_decay, fused=fused)
+        self.opt = AdamW(masters, lr=self.lr or 0.0, weight_decay=self.weight_decay, fused=fused)
         self.ema_params = [[param.detach().clone() for param in masters] for _ in self.ema_rate]
         if files is not None:
             state = self._state()
@@ -241,11 +259,12 @@ class TrainLoop:
         """Say what will be trained and how, and save the config."""
         if self.resume_step:
             logger.rewind(self.resume_step)
-        trained = sum(param.numel() for param in self.mp_trainer.master_params if param.requires_grad)
+        trained = sum(param.numel() for param in self.mp_trainer.trained(self.mp_trainer.model_params))
         ranks = dist_util.world_size()
         logger.log(
-            f"training {trained:,} parameters in {self.mp_trainer.precision} on {self.device}: global batch "
-            f"{self.global_batch} ({ranks} ranks x {self.batch_size}, in microbatches of {self.microbatch}), "
+            f"training {trained:,} parameters{', split over all ranks,' if self.fsdp else ''} in "
+            f"{self.mp_trainer.precision} on {self.device}: global batch {self.global_batch} ({ranks} ranks x "
+            f"{self.batch_size}, in microbatches of {self.microbatch}), "
             f"step {self.updates} to {self.limit or 'no end'}, lr {self.lr:g}, EMA {self.ema_rate or 'none'}"
         )
         if not hasattr(self.data, "state_dict"):
@@ -269,10 +288,7 @@ class TrainLoop:
     def run_step(self, batch: th.Tensor, cond: Cond) -> None:
         """One update from a batch of this rank."""
         self._anneal_lr()
-        # Dropout draws from the global generator: keyed too, and another mask on every rank.
-        key = self.updates * dist_util.world_size() + dist_util.rank()
-        with seeded(self.seed + TRAINING, key, self.device):
-            self.forward_backward(batch, cond)
+        self._backward(batch, cond)
         if self.mp_trainer.optimize(self.opt):
             self.bad_steps.in_a_row = 0
             self._update_ema()
@@ -283,15 +299,33 @@ class TrainLoop:
             raise self.bad_steps.error(self.updates + 1, get_blob_logdir(), self.resume_checkpoint)
         self.log_step()
 
+    def _backward(self, batch: th.Tensor, cond: Cond) -> None:
+        """`forward_backward` with generators of its own, and in parts that the memory holds if these are automatic."""
+        # Dropout draws from the global generator: keyed too, and another mask on every rank.
+        key = self.updates * dist_util.world_size() + dist_util.rank()
+
+        def attempt(size: int) -> None:
+            self.microbatch = size
+            with seeded(self.seed + TRAINING, key, self.device):
+                self.forward_backward(batch, cond)
+
+        if self.auto_microbatch:
+            halve_until_it_fits(attempt, self.microbatch)
+        else:
+            attempt(self.microbatch)
+
     def forward_backward(self, batch: th.Tensor, cond: Cond) -> None:
         """Gradients of the mean loss of a batch, microbatch by microbatch."""
         self.mp_trainer.zero_grad()
         draw, cond = self._draw(batch, self.updates), self.label_dropout(cond, self.seed, self.updates)
-        rows = []
+        rows, done = [], 0
         for images, keywords, part in self._microbatches(batch, cond, draw):
             losses = self.compute_losses(images, keywords, part)
             mean = (losses["loss"] * part.weights).mean()
-            self.mp_trainer.backward(mean * (len(images) / len(batch)))
+            done += len(images)
+            # A rank that may yet begin anew must not have sent anything.
+            last = done == len(batch) and not self.auto_microbatch
+            self.mp_trainer.backward(mean * (len(images) / len(batch)), last=last)
             rows.append({name: value.detach() for name, value in losses.items()})
         losses = join(rows)
         self._losses_at = draw.t, losses["loss"]
@@ -306,8 +340,8 @@ class TrainLoop:
     def _microbatches(self, batch: th.Tensor, cond: Cond, draw: Draw) -> Iterator[tuple[th.Tensor, Cond, Draw]]:
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
-            keywords = {name: value[part].to(self.device, non_blocking=True) for name, value in cond.items()}
-            yield batch[part].to(self.device, non_blocking=True), keywords, draw.cut(part)
+            keywords = {name: to_device(value[part], self.device) for name, value in cond.items()}
+            yield to_unit(to_device(batch[part], self.device)), keywords, draw.cut(part)
 
     def compute_losses(
         self, batch: th.Tensor, cond: Cond, draw: Draw, model: th.nn.Module | None = None
@@ -352,16 +386,22 @@ class TrainLoop:
         with self.meter.paused():
             if self.val_data is not None and self._is_due(self.val_interval):
                 self.validate()
-            due = [h for h in self.hooks if self._is_due(h.interval) and (h.on_all_ranks or dist_util.rank() == 0)]
-            for hook in due:
-                with self.evaluation_model() as model:
-                    hook.look(model, self.updates)
+            for hook in self.hooks:
+                if self._is_due(hook.interval):
+                    self._look(hook)
         if self._is_due(self.log_interval):
             self._dump()
         if self._is_due(self.save_interval):
             with self.meter.saving():
                 self.save()
         self.saver.poll()
+
+    def _look(self, hook: Hook) -> None:
+        looks = hook.on_all_ranks or dist_util.rank() == 0
+        if looks or self.fsdp:  # with fsdp no rank has the whole model, and all of them must give their part of it
+            with self.evaluation_model() as model:
+                if looks:
+                    hook.look(model, self.updates)
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.updates % interval == 0
@@ -383,11 +423,7 @@ class TrainLoop:
 
         Inside the block there are no gradients, and the generators of the training are left alone.
         """
-        model = self.model
-        if self.ema_params:
-            slowest = self.ema_params[int(np.argmax(self.ema_rate))]
-            model = copy.deepcopy(model)
-            model.load_state_dict(self.mp_trainer.master_params_to_state_dict(slowest))
+        model = self.mp_trainer.plain_model(self.ema_params[int(np.argmax(self.ema_rate))] if self.ema_params else None)
         with th.no_grad(), evaluating(model), seeded(self.seed + VALIDATION, self.updates, self.device):
             yield model
 
@@ -411,39 +447,3 @@ class TrainLoop:
                 rows = [self.compute_losses(*part, model) for part in self._microbatches(batch, cond, draw)]
                 t, losses = gather_losses({"t": draw.t, **join(rows)})
                 log_loss_dict(self.diffusion, t, {f"val_{name}": value for name, value in losses.items()})
-
-
-class ClassifierTrainLoop(TrainLoop):
-    """Trains a classifier of noisy images: model(x_t, timesteps) returns logits [n, K], cond holds labels y [n].
-
-    Logs train_loss, train_acc@1, train_acc@5 (at most K) and, from the next batch of `val_data` each time, val_ ones.
-
-    :param noised: False trains on clean images, at t = 0.
-    """
-
-    loss_prefix = "train_"
-
-    def __init__(self, *, noised: bool = True, **keywords: Any) -> None:
-        self.noised = noised
-        super().__init__(**keywords)
-        skip_batches(self.val_data, self.resume_step // max(1, self.val_interval))
-
-    def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False) -> Draw:
-        draw = super()._draw(batch, index, validation=validation)
-        return draw if self.noised else Draw(th.zeros_like(draw.t), th.ones_like(draw.weights), draw.noise)
-
-    def compute_losses(
-        self, batch: th.Tensor, cond: Cond, draw: Draw, model: th.nn.Module | None = None
-    ) -> dict[str, th.Tensor]:
-        """Cross-entropy [n], and 1 or 0 for each image whose label is among the first 1 and 5 guesses."""
-        noisy = self.diffusion.q_sample(batch, draw.t, draw.noise) if self.noised else batch
-        network = self.ddp_model if model is None else model
-        logits = network(noisy, timesteps=self.diffusion._scale_timesteps(draw.t))
-        labels = cond["y"]
-        ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        accuracies = {f"acc@{k}": ranks[:, :k].any(dim=1).float() for k in (1, ranks.shape[1])}
-        return {"loss": F.cross_entropy(logits, labels, reduction="none"), **accuracies}
-
-    def validation_batches(self) -> Iterable[tuple[int, tuple[th.Tensor, Cond]]]:
-        """The next batch, with noise of its own."""
-        return [(self.updates, next(self.val_data))]

@@ -24,6 +24,7 @@ LARGE_MEMBER = 2**26  # a member that unpacks to more than this ...
 MAX_RATIO = 200  # ... and to more than so many times its packed size is a bomb
 MAX_NAME = 1000  # characters
 PIECE = 4096  # packed bytes that are unpacked at once: bzip2 makes at most some 90 MB of so many
+PIECE_OF_FILE = 2**18  # bytes of a file of unknown size that are read at once
 SHOWN = 200  # characters of a name in a message
 
 _FOREIGN = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
@@ -85,9 +86,10 @@ def read_file(path: str) -> bytes:
     :raises ValueError: if it is no regular file, or larger than `MAX_BYTES`.
     """
     with open_file(path) as file:
-        if not is_remote(path) and os.fstat(file.fileno()).st_size > MAX_BYTES:
+        size = PIECE_OF_FILE if is_remote(path) else os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
-        content = b"".join(_pieces(file, MAX_BYTES + 1))
+        content = b"".join(_pieces(file, MAX_BYTES + 1, piece=size + 1))  # mostly one, which is not copied
     if len(content) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
     return content
@@ -256,10 +258,10 @@ def read_rows(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
     return np.frombuffer(content, dtype).reshape(shape)
 
 
-def _pieces(file: IO[bytes], wanted: int) -> Iterator[bytes]:
+def _pieces(file: IO[bytes], wanted: int, piece: int = PIECE_OF_FILE) -> Iterator[bytes]:
     while wanted > 0:
-        piece = file.read(min(wanted, 2**18))
-        if not piece:
+        read = file.read(min(wanted, piece))
+        if not read:
             return
-        wanted -= len(piece)
-        yield piece
+        wanted -= len(read)
+        yield read

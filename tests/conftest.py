@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
+from ranks import Nursery
 
 th.set_num_threads(1)
 
@@ -34,9 +35,15 @@ def clean_state(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     yield
     th.set_default_dtype(default_dtype)
     close_logger()
-    dist_util = sys.modules.get("guided_diffusion.dist_util")
-    if dist_util is not None:
-        dist_util.leave()
+    leave_group()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts ranks without the seconds in which torch is imported."""
+    nursery = Nursery(tmp_path_factory.mktemp("ranks"))
+    yield nursery
+    nursery.close()
 
 
 def close_logger() -> None:
@@ -47,3 +54,15 @@ def close_logger() -> None:
     for current in {logger.Logger.CURRENT, logger.Logger.DEFAULT} - {None}:
         current.close()
     logger.Logger.CURRENT = logger.Logger.DEFAULT = None
+
+
+def leave_group() -> None:
+    """Leaves the group of this process, if it is in one."""
+    dist_util = sys.modules.get("guided_diffusion.dist_util")
+    if dist_util is None:
+        return
+    if th.distributed.is_initialized() and dist_util.world_size() == 1:
+        group = th.distributed.group.WORLD
+        if group._get_sequence_number_for_group() == 0:  # no exchange, and so no thread to wait for as `leave` does
+            th.distributed.destroy_process_group()
+    dist_util.leave()

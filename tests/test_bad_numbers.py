@@ -278,8 +278,8 @@ def test_a_stream_over_its_own_arrays_trains_with_names(tmp_path, pictures):
     """The real stream in the real loop: the bad image is made bad on its way."""
 
     class Spoiled(ImageDataset):
-        def _item(self, index, draws):
-            image, _ = super()._item(index, draws)
+        def _crop(self, index, draws):
+            image, _ = super()._crop(index, draws)
             return (image * NAN if self.local_images[index].endswith("3.png") else image), {"y": np.array(index % 4)}
 
     paths = [os.path.join(pictures, f"{index}.png") for index in range(7)]

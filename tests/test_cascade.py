@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ranks import Nursery
 from test_sample_commands import NAMES as CLASSES, NETWORK, PROCESS, SCRIPTS, scrambled, write_run
 
 from guided_diffusion import checkpoint
@@ -155,18 +156,9 @@ def test_an_interrupted_cascade_goes_on_where_it_stopped(
     assert contents(tmp_path) == contents(made)
 
 
-def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path) -> None:
-    script = [
-        str(SCRIPTS / "cascade_sample.py"),
-        *SHARED,
-        *runs.stages(),
-        "--log_dir",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
-    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
-    result = subprocess.run([mpiexec, "-n", "2", sys.executable, *script], capture_output=True, text=True, timeout=200)
+def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path, ranks: Nursery) -> None:
+    flags = [*SHARED, *runs.stages(), "--log_dir", tmp_path, "--device", "cpu"]
+    result = ranks.run([SCRIPTS / "cascade_sample.py", *flags])
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path) == contents(made)
 

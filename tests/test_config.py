@@ -30,6 +30,12 @@ COMMANDS = sorted(cli.COMMANDS)
 
 # flags beyond the originals', and what makes each do what the originals did
 BEYOND = {
+    "compile": False,
+    "checkpoint_resolutions": "",
+    "fsdp": False,
+    "dry_run": False,
+    "fast_decode": False,
+    "cache_images": False,
     "log_dir": "",  # $OPENAI_LOGDIR or a temporary folder
     "seed": 0,  # the originals drew theirs from the system: any seed is one of their runs
     "device": "",  # a GPU where there is one

@@ -14,10 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch as th
+from cases import EMOJI32, IMAGES64
 from mixture import Oracle, images
 from oracle import make_process
 
 from guided_diffusion.samplers import make_sampler
+from guided_diffusion.script_util import build_unet
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -275,3 +277,13 @@ def test_dpm_single_step(process, name, algorithm, rules, inner):
         x = theirs.step(network(x, t.expand(len(x))), t, x).prev_sample
         steps.append(x)
     assert distance(ours(process, name)[:-1], steps[order - 1 :: order]) < EXACT
+
+
+@pytest.mark.parametrize("case", [EMOJI32, IMAGES64], ids=lambda case: case.name)
+def test_the_unet_that_benchmarks_compare_with_is_of_the_same_size(case):
+    with th.device("meta"):
+        ours, theirs = build_unet(case.unet, case.learn_sigma), case.diffusers_unet()
+        sizes = [sum(param.numel() for param in network.parameters()) for network in (ours, theirs)]
+        out = theirs(th.zeros(1, 3, case.size, case.size), th.zeros(1), th.zeros(1, dtype=th.long))
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-3)
+    assert out.shape == (1, 6 if case.learn_sigma else 3, case.size, case.size)

@@ -1,4 +1,8 @@
-"""Ranks: real processes under mpiexec, torchrun and srun's variables; and what a single process does without any."""
+"""Ranks: real processes under mpiexec, torchrun and srun's variables; and what a single process does without any.
+
+The ways in which a rank ends badly are tried with srun's variables (`ranks`), as such ranks start in no time; what the
+other launchers make of it, with one of them.
+"""
 
 import contextlib
 import csv
@@ -15,15 +19,13 @@ from pathlib import Path
 import pytest
 import torch as th
 import torch.distributed as dist
+from ranks import Nursery, free_port
 
 from guided_diffusion import dist_util, launchers
 
-# What srun does for each of two tasks on one machine.
-TWO_TASKS = 'SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wait $!'
 LAUNCHERS = {
     "mpiexec": [str(Path(sysconfig.get_path("scripts"), "mpiexec")), "-n", "2", sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    "srun": ["bash", "-c", TWO_TASKS, "srun", sys.executable],
 }
 SECONDS = 60  # a job that has not ended by then hangs
 
@@ -110,8 +112,8 @@ FAILURES = """
         if how == "differ":
             dist_util.gather(th.zeros(2, 3))
         if how == "work for long":
-            time.sleep(2.5)
-            end = time.monotonic() + 2.5
+            time.sleep(1.5)
+            end = time.monotonic() + 1.5
             while time.monotonic() < end:
                 pass
 
@@ -130,16 +132,25 @@ FAILURES = """
 """
 
 
-def launch(tmp_path: Path, command: list[str], code: str, *args: object, **environment: str):
-    """Runs `code` as a script in an empty folder, and waits for its end."""
+def written(tmp_path: Path, code: str) -> Path:
+    """`code` as a script."""
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(code))
+    return script
+
+
+def launch(tmp_path: Path, launcher: Nursery | list[str], code: str, *args: object, **environment: str):
+    """Runs `code` as a script in an empty folder, and waits for its end; a nursery stands for srun."""
+    script = written(tmp_path, code)
     temporary = tmp_path / "temporary"
     temporary.mkdir(exist_ok=True)
-    variables = {**os.environ, "TMPDIR": str(temporary), **environment}
+    environment = {"TMPDIR": str(temporary), **environment}
+    if isinstance(launcher, Nursery):
+        return launcher.run([script, *args], cwd=tmp_path, timeout=SECONDS, OPENAI_LOGDIR="", **environment)
+    variables = {**os.environ, **environment}
     del variables["OPENAI_LOGDIR"]
     return subprocess.run(
-        [*command, str(script), *map(str, args)],
+        [*launcher, str(script), *map(str, args)],
         cwd=tmp_path,
         env=variables,
         capture_output=True,
@@ -149,18 +160,14 @@ def launch(tmp_path: Path, command: list[str], code: str, *args: object, **envir
 
 
 @contextlib.contextmanager
-def started(tmp_path: Path, command: list[str], code: str, *args: object, **environment: str):
+def started(tmp_path: Path, launcher: Nursery | list[str], code: str, *args: object):
     """The same job while it runs; at the end of the block all of it is killed."""
-    script = tmp_path / "worker.py"
-    script.write_text(textwrap.dedent(code))
-    job = subprocess.Popen(
-        [*command, str(script), *map(str, args)],
-        cwd=tmp_path,
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    argv = [str(written(tmp_path, code)), *map(str, args)]
+    if isinstance(launcher, Nursery):
+        job = launcher.start(argv, cwd=tmp_path)
+    else:
+        nowhere = subprocess.DEVNULL
+        job = subprocess.Popen([*launcher, *argv], cwd=tmp_path, stdout=nowhere, stderr=nowhere, start_new_session=True)
     try:
         yield job
     finally:
@@ -168,7 +175,7 @@ def started(tmp_path: Path, command: list[str], code: str, *args: object, **envi
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         job.kill()
-        job.wait()
+        job.wait(SECONDS)
 
 
 def processes(folder: Path) -> list[int]:
@@ -200,24 +207,12 @@ def assert_gone(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def slurm() -> dict[str, str]:
-    """The variables that srun sets for all tasks alike."""
-    return {"SLURM_NTASKS": "2", "MASTER_PORT": free_port()}
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 # ---- several ranks
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun", "srun"])
-def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher):
-    options = slurm() if launcher == "srun" else {}
-    job = launch(tmp_path, LAUNCHERS[launcher], COLLECTIVES, tmp_path, CUDA_VISIBLE_DEVICES="0,7", **options)
+def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher, ranks):
+    job = launch(tmp_path, LAUNCHERS.get(launcher, ranks), COLLECTIVES, tmp_path, CUDA_VISIBLE_DEVICES="0,7")
     assert job.returncode == 0, job.stdout + job.stderr
     folder = Path((tmp_path / "0").read_text())
     assert folder == Path((tmp_path / "1").read_text())
@@ -231,29 +226,33 @@ def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher):
 @pytest.mark.parametrize(
     ("launcher", "how", "code", "message"),
     [
-        ("mpiexec", "raise", 1, "RuntimeError: the reason"),
-        ("mpiexec", "mistake", 2, "rank 1 of 2: error: [Errno 2] No such file or directory: 'no-such-file.pt'"),
+        ("srun", "raise", 1, "RuntimeError: the reason"),
+        ("srun", "mistake", 2, "rank 1 of 2: error: [Errno 2] No such file or directory: 'no-such-file.pt'"),
+        ("srun", "exit", 3, "rank 1 of 2: exit: 3"),
+        ("srun", "quiet exit", 1, "rank 0 of 2: failed"),
         ("mpiexec", "exit", 3, "rank 1 of 2: exit: 3"),
-        ("mpiexec", "quiet exit", 1, "rank 0 of 2: failed"),
         ("mpiexec", "early", 1, "rank 1 of 2: failed"),
         ("torchrun", "exit", 1, "rank 1 of 2: exit: 3"),
     ],
 )
-def test_one_rank_that_ends_badly_ends_the_job(tmp_path, launcher, how, code, message):
-    job = launch(tmp_path, LAUNCHERS[launcher], FAILURES, how)
+def test_one_rank_that_ends_badly_ends_the_job(tmp_path, ranks, launcher, how, code, message):
+    job = launch(tmp_path, LAUNCHERS.get(launcher, ranks), FAILURES, how)
     assert message in job.stderr
     assert job.returncode == code
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher",
+    ["mpiexec", pytest.param("torchrun", marks=pytest.mark.slow)],  # the restarts below show it of torchrun
+)
 def test_a_rank_that_is_killed_ends_the_job(tmp_path, launcher):
     """Which of the launcher and the other rank notices first, and so what is printed, is open."""
     assert launch(tmp_path, LAUNCHERS[launcher], FAILURES, "kill").returncode != 0
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_rank_that_is_killed_is_named_where_the_launcher_does_not_notice(tmp_path, lost):
-    job = launch(tmp_path, LAUNCHERS["srun"], FAILURES, "kill", LOST=str(lost), **slurm())
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_killed_is_named_where_the_launcher_does_not_notice(tmp_path, ranks, lost):
+    job = launch(tmp_path, ranks, FAILURES, "kill", LOST=str(lost))
     assert job.returncode != 0
     assert f"rank {1 - lost} of 2: rank {lost} has ended without a word, as when it is killed: start it" in job.stderr
     assert "Traceback" not in job.stderr
@@ -268,7 +267,7 @@ def test_a_rank_that_is_killed_is_named_where_the_launcher_does_not_notice(tmp_p
     ],
 )
 def test_a_rank_that_stops_is_named_and_ends_the_job(tmp_path, launcher, lost):
-    environment = {"LOST": str(lost), "GUIDED_DIFFUSION_STALL_TIMEOUT": "3"}
+    environment = {"LOST": str(lost), "GUIDED_DIFFUSION_STALL_TIMEOUT": "1.5"}
     job = launch(tmp_path, LAUNCHERS[launcher], FAILURES, "stop", **environment)
     assert job.returncode != 0
     assert f"rank {1 - lost} of 2: rank {lost} has been silent for " in job.stderr
@@ -279,11 +278,10 @@ def test_a_rank_that_stops_is_named_and_ends_the_job(tmp_path, launcher, lost):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "stop"])
 @pytest.mark.parametrize("launcher", ["mpiexec", "srun"])
-def test_with_the_usual_patience_a_lost_rank_has_been_noticed_after_half_a_minute(tmp_path, launcher, how):
-    """Of the rank itself: what bash and torchrun do with a stopped process is theirs."""
-    options = slurm() if launcher == "srun" else {}
+def test_with_the_usual_patience_a_lost_rank_has_been_noticed_after_half_a_minute(tmp_path, ranks, launcher, how):
+    """Of the rank itself: what torchrun does with a stopped process is its own affair."""
     start = time.monotonic()
-    with started(tmp_path, LAUNCHERS[launcher], FAILURES, how, **options):
+    with started(tmp_path, LAUNCHERS.get(launcher, ranks), FAILURES, how):
         alive = survivors(tmp_path)
         while alive():
             assert time.monotonic() - start < SECONDS
@@ -291,25 +289,24 @@ def test_with_the_usual_patience_a_lost_rank_has_been_noticed_after_half_a_minut
     assert time.monotonic() - start < 30 + 5  # for the start
 
 
-def test_a_rank_that_works_for_long_is_not_lost(tmp_path):
-    """Much longer than a rank may be silent: asleep, then without ever letting go of the processor."""
-    job = launch(tmp_path, LAUNCHERS["mpiexec"], FAILURES, "work for long", GUIDED_DIFFUSION_STALL_TIMEOUT="1")
+def test_a_rank_that_works_for_long_is_not_lost(tmp_path, ranks):
+    """Twice as long as a rank may be silent: asleep, then without ever letting go of the processor."""
+    job = launch(tmp_path, ranks, FAILURES, "work for long", GUIDED_DIFFUSION_STALL_TIMEOUT="0.75")
     assert job.returncode == 0, job.stderr
 
 
-def test_ranks_that_go_different_ways_are_told_apart_instead_of_waiting(tmp_path):
-    job = launch(tmp_path, LAUNCHERS["srun"], FAILURES, "differ", GUIDED_DIFFUSION_STALL_TIMEOUT="3", **slurm())
+def test_ranks_that_go_different_ways_are_told_apart_instead_of_waiting(tmp_path, ranks):
+    job = launch(tmp_path, ranks, FAILURES, "differ", GUIDED_DIFFUSION_STALL_TIMEOUT="3")
     assert job.returncode != 0
     assert "rank 0 is in barrier where rank 1 is in gather of torch.float32 ['n', 3] (exchange 3 of each)" in job.stderr
 
 
 @pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path, launcher):
-    options = slurm() if launcher == "srun" else {}
-    with started(tmp_path, LAUNCHERS[launcher], FAILURES, "nothing", **options) as job:
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path, ranks, launcher):
+    with started(tmp_path, LAUNCHERS.get(launcher, ranks), FAILURES, "nothing") as job:
         alive = survivors(tmp_path)
         assert alive()
-        job.kill()
+        os.kill(job.pid, signal.SIGKILL)
         end = time.monotonic() + SECONDS
         while alive():
             assert time.monotonic() < end
@@ -381,7 +378,7 @@ TINY = "--image_size=8 --num_channels=32 --num_res_blocks=1 --channel_mult=1 --a
 STEPS = "--diffusion_steps=40 --num_workers=0 --batch_size=2 --max_steps=6 --save_interval=3 --log_interval=1 --lr=1e-3"
 
 
-def test_torchrun_starts_a_run_again_and_it_ends_as_if_nothing_had_been(tmp_path):
+def test_torchrun_starts_a_run_again_and_it_ends_as_if_nothing_had_been(tmp_path, ranks):
     emoji = Path(__file__).parent.parent / "datasets" / "emoji64.zip"
     torchrun = [*LAUNCHERS["torchrun"], "--max-restarts", "1"]
     flags = [*TINY.split(), *STEPS.split(), f"--data_dir={emoji}", "--ema_rate=0.5", "--resume_checkpoint=auto"]
@@ -389,9 +386,7 @@ def test_torchrun_starts_a_run_again_and_it_ends_as_if_nothing_had_been(tmp_path
     assert falling.returncode == 0, falling.stdout + falling.stderr
     assert "resuming at step 3" in falling.stdout
     immortal = {"TORCHELASTIC_RESTART_COUNT": "1"}
-    unbroken = launch(
-        tmp_path, LAUNCHERS["mpiexec"], RESTARTED, *flags, f"--log_dir={tmp_path / 'unbroken'}", **immortal
-    )
+    unbroken = launch(tmp_path, ranks, RESTARTED, *flags, f"--log_dir={tmp_path / 'unbroken'}", **immortal)
     assert unbroken.returncode == 0, unbroken.stdout + unbroken.stderr
     assert "resuming" not in unbroken.stdout
     for name in ("model", "ema_0.5_", "opt", "state"):

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -150,14 +149,12 @@ def test_a_resumed_run_makes_the_same_table_as_an_unbroken_one(flags, tmp_path):
     assert (broken / "evaluation.csv").read_bytes() == (tmp_path / "whole" / "evaluation.csv").read_bytes()
 
 
-def test_two_ranks_come_to_the_numbers_of_one(flags, tmp_path):
+def test_two_ranks_come_to_the_numbers_of_one(flags, tmp_path, ranks):
     """At a learning rate of 0, so that it is the samples and their features alone that are shared out."""
     options = {**flags, "lr": 0, "max_steps": 1, "eval_metrics": "fid,kid,pr"}
     image_train.main(command_line(**options, log_dir=tmp_path / "one"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).parent.parent / "scripts" / "image_train.py"
-    argv = [*launcher, str(script), *command_line(**{**options, "batch_size": 2}, log_dir=tmp_path / "two")]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = ranks.run([script, *command_line(**{**options, "batch_size": 2}, log_dir=tmp_path / "two")], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "two" / "evaluation.csv").read_bytes() == (tmp_path / "one" / "evaluation.csv").read_bytes()
 

@@ -6,9 +6,6 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from ranks import Nursery
 
 from guided_diffusion import checkpoint, cli, finetuning, logger
 from guided_diffusion.commands import (
@@ -457,18 +455,13 @@ def test_upsamplers_and_classifiers_start_from_a_bare_file(tmp_path: Path, pictu
     assert "of the checkpoint, not used: output_blocks.0.0.in_layers.0.weight" in said
 
 
-def test_two_ranks_learn_what_one_does(tmp_path: Path, pictures: str, trained: Path) -> None:
+def test_two_ranks_learn_what_one_does(tmp_path: Path, pictures: str, trained: Path, ranks: Nursery) -> None:
     flags = {**COMMAND, "data_dir": pictures, "init_from": trained, "max_steps": 2, "lr": 0.01, "ema_rate": 0.5}
     flags |= {"lora_rank": 2, "batch_size": 4}
     image_train.main(command_line(**flags, log_dir=tmp_path / "one"))
-    script = [sys.executable, str(ROOT / "scripts" / "image_train.py")]
     words = command_line(**{**flags, "batch_size": 2, "log_dir": tmp_path / "two"})
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **place} for rank in range(2)]
-    jobs = [subprocess.Popen([*script, *words], env={**os.environ, **rank}) for rank in ranks]
-    assert [job.wait(timeout=300) for job in jobs] == [0, 0]
+    done = ranks.run([ROOT / "scripts" / "image_train.py", *words])
+    assert done.returncode == 0, done.stderr
     base = loaded(trained, "ema_0.5_000001.pt")
     for name in ("model000002.pt", "ema_0.5_000002.pt"):
         one, two = (loaded(tmp_path / folder, name) for folder in ("one", "two"))

@@ -1,13 +1,18 @@
-"""Mixed precision: masters, loss scale, skipped steps, and the flat layout of older fp16 runs."""
+"""Mixed precision: masters, loss scale, skipped steps, gradients on their way, and the layouts in memory and files."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch as th
+import torch.distributed as dist
 from torch import nn
 
-from guided_diffusion import fp16_util, logger
+from guided_diffusion import dist_util, fp16_util, gradients, logger
+from guided_diffusion.adamw import AdamW
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
+from guided_diffusion.nn import update_ema
 
 DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
 
@@ -224,6 +229,201 @@ def test_a_model_that_only_knows_fp16_trains_in_it():
     trainer = MixedPrecisionTrainer(model=model, use_fp16=True, initial_lg_loss_scale=10.0)
     train(trainer, th.optim.SGD(trainer.master_params, lr=0.1), 1)
     assert model.body.weight.dtype == th.float16
+
+
+# ---- gradients on their way
+
+
+def step_by_step(trainer: MixedPrecisionTrainer, losses: list[th.Tensor], *, last: bool = True) -> list[th.Tensor]:
+    """The gradients of some backward passes, copied; `last`: the last of them is said to be it."""
+    trainer.zero_grad()
+    for index, loss in enumerate(losses):
+        trainer.backward(loss, last=last and index + 1 == len(losses))
+    return [grad.clone() for grad in trainer._gradients()[0]]
+
+
+def test_a_gradient_leaves_the_model_as_soon_as_it_is_there():
+    """Those of the first layer come last: by then those of the second have moved."""
+    model = Picture()
+    trainer = MixedPrecisionTrainer(model=model, precision="bf16")
+    first, second = model.body
+    there = []
+    first.weight.register_post_accumulate_grad_hook(lambda _: there.append(second.weight.grad))
+    trainer.zero_grad()
+    trainer.backward(picture_loss(model))
+    assert there == [None]
+    assert all(master.grad is not None and master.grad.dtype == th.float32 for master in trainer.master_params)
+
+
+def test_a_parameter_that_stays_in_fp32_is_its_own_master():
+    model, trainer, _ = make("bf16")
+    kept = [param is master for param, master in zip(model.parameters(), trainer.master_params, strict=True)]
+    assert kept == [False, False, True, True]
+    trainer.zero_grad()
+    trainer.backward(loss_of(model))
+    assert [param.grad is None for param in model.parameters()] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_trainers_of_one_model_and_passes_without_one_do_not_disturb_each_other(precision):
+    model, first, _ = make(precision)
+    second = MixedPrecisionTrainer(model=model, precision=precision)
+    expected = step_by_step(first, [loss_of(model)])
+    assert all(th.equal(a, b) for a, b in zip(step_by_step(second, [loss_of(model)]), expected, strict=True))
+    second.zero_grad()
+    loss_of(model).backward()
+    assert all(param.grad is not None for param in model.parameters())
+    found, loss = second._gradients()
+    assert loss == 0
+    assert all(th.equal(a, b) for a, b in zip(found, expected, strict=True))
+    reference = weakref.ref(first.gradients)
+    del first
+    gc.collect()
+    assert reference() is None
+    loss_of(model).backward()
+
+
+@pytest.fixture
+def buckets(monkeypatch):
+    """A group of one rank, small buckets, and a list of the sizes that are sent."""
+    dist_util.setup_dist(device="cpu")
+    sent = []
+    all_reduce = dist.all_reduce
+
+    def send(tensor, **options):
+        sent.append(len(tensor))
+        return all_reduce(tensor, **options)
+
+    monkeypatch.setattr(gradients, "BUCKET", 12)
+    monkeypatch.setattr(dist, "all_reduce", send)
+    return sent
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("last", [False, True])
+def test_buckets_of_ranks_hold_the_gradients_of_one_process(buckets, precision, last):
+    """Bit for bit, over several passes and steps; sent while the last pass goes on, or after it."""
+    model, alone, _ = make(precision)
+    shared = MixedPrecisionTrainer(model=model, precision=precision, initial_lg_loss_scale=10.0, all_reduce=True)
+    for _ in range(2):
+        expected = step_by_step(alone, [loss_of(model), loss_of(model) * 2])
+        assert buckets == []
+        shared.zero_grad()
+        shared.backward(loss_of(model))
+        assert buckets == []
+        shared.backward(loss_of(model) * 2, last=last)
+        assert buckets == ([4 + 4 + 8, 4 + 4, 4 + 12] if last else [])
+        found, loss = shared._gradients()
+        assert len(buckets) == 3
+        assert loss == 3 * loss_of(model)
+        assert all(th.equal(a, b) for a, b in zip(found, expected, strict=True))
+        buckets.clear()
+
+
+def test_buckets_are_sent_in_one_order_with_zeros_for_what_took_no_part(buckets):
+    """The first of two buckets has the second weight and the first bias, whose gradient the last pass does not see."""
+    model, _, _ = make("fp32")
+    model.head.bias.requires_grad_(False)
+    trainer = MixedPrecisionTrainer(model=model, precision="fp32", all_reduce=True)
+    trainer.zero_grad()
+    trainer.backward(model.head.weight.sum() + model.body.bias.sum())
+    trainer.backward(model.head.weight.sum() + model.body.weight.sum(), last=True)
+    assert buckets == []  # the second is complete, and waits for the first
+    assert [float(grad.mean()) for grad in trainer._gradients()[0]] == [1, 1, 2]
+    assert len(buckets) == 2
+    assert [float(grad.mean()) for grad in step_by_step(trainer, [model.body.weight.sum()])] == [1, 0, 0]
+    assert len(buckets) == 4
+    trainer.backward(model.head.weight.sum() + model.body.bias.sum(), last=True)
+    assert len(buckets) == 5
+    with pytest.raises(RuntimeError, match="a gradient came after its bucket was sent"):
+        trainer.backward(model.head.weight.sum(), last=True)
+
+
+# ---- layouts in memory
+
+
+class Picture(Toy):
+    """Convolutions of kernels 1 and 3 that are channels-last after the conversion, and a vector that stays in fp32."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.body = nn.Sequential(nn.Conv2d(2, 8, 3), nn.Conv2d(8, 4, 1))
+        self.head = nn.Conv2d(4, 2, 3)
+        self.scale = nn.Parameter(th.ones(2))
+
+    def convert_to(self, precision: str) -> None:
+        self.body.to(DTYPES[precision])
+        self.to(memory_format=th.channels_last)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.head(self.body(x.to(self.body[0].weight.dtype)).float()) * self.scale[:, None, None]
+
+
+def picture_loss(model: nn.Module) -> th.Tensor:
+    return ((model(th.linspace(-1, 1, 3 * 2 * 8 * 8).view(3, 2, 8, 8)) - 1) ** 2).mean()
+
+
+@pytest.mark.parametrize("all_reduce", [False, True])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_all_that_belongs_to_a_weight_lies_in_memory_as_it_does(precision, all_reduce):
+    dist_util.setup_dist(device="cpu")
+    th.manual_seed(1)
+    model = Picture()
+    trainer = MixedPrecisionTrainer(model=model, precision=precision, initial_lg_loss_scale=8.0, all_reduce=all_reduce)
+    opt = AdamW(trainer.master_params, lr=0.1, fused=True)
+    for _ in range(2):
+        trainer.zero_grad()
+        for _ in range(2):
+            trainer.backward(picture_loss(model))
+        assert trainer.optimize(opt)
+    assert not model.body[0].weight.is_contiguous()
+    for param, master in zip(model.parameters(), trainer.master_params, strict=True):
+        moments = [opt.state[master][name] for name in ("exp_avg", "exp_avg_sq")]
+        for tensor in (master, master.grad, *moments):
+            assert gradients.laid_out_as(tensor, param) is tensor
+
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    for value, master in zip(trainer.state_dict_to_master_params(state), trainer.master_params, strict=True):
+        assert gradients.laid_out_as(value, master) is value
+    saved = copy.deepcopy(opt.state_dict()["state"])
+    files = {i: {name: value.contiguous() for name, value in entry.items()} for i, entry in saved.items()}
+    th.testing.assert_close(fp16_util.unflatten_optimizer_state(files, model), saved, check_stride=True)
+
+
+@pytest.mark.parametrize("weights", [th.contiguous_format, th.channels_last])
+@pytest.mark.parametrize("grads", [th.contiguous_format, th.channels_last])
+def test_the_optimizer_updates_weights_in_any_order_of_memory(weights, grads):
+    """torch's own fused kernel takes a gradient for another weight's where the two orders differ."""
+    found = []
+    for kind, options in ((AdamW, {"fused": True}), (th.optim.AdamW, {"fused": False})):
+        generator = th.Generator().manual_seed(0)
+        shapes = [(5, 3, 3, 3), (4, 3, 1, 1), (7,), ()]
+        params = [nn.Parameter(th.randn(shape, generator=generator)) for shape in shapes]
+        params[0] = nn.Parameter(params[0].detach().to(memory_format=weights))
+        opt = kind(params, lr=0.1, weight_decay=0.1, **options)
+        for _ in range(3):
+            for param in params:
+                param.grad = th.randn(param.shape, generator=generator)
+            params[0].grad = params[0].grad.to(memory_format=grads)
+            opt.step()
+        found.append((params, [opt.state[param] for param in params]))
+    th.testing.assert_close(*found)
+
+
+def test_the_optimizer_and_the_averages_are_one_call_without_a_copy():
+    model = Picture()
+    trainer = MixedPrecisionTrainer(model=model, precision="bf16")
+    opt = AdamW(trainer.master_params, lr=0.1, fused=True)
+    average = [master.detach().clone() for master in trainer.master_params]
+    trainer.zero_grad()
+    trainer.backward(picture_loss(model))
+    opt.step()  # the first one makes the moments
+    with th.profiler.profile() as profile:
+        opt.step()
+        update_ema(average, trainer.master_params, rate=0.9)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::_fused_adamw_"] == calls["aten::_foreach_lerp_"] == 1
+    assert not {"aten::clone", "aten::contiguous"} & set(calls)
 
 
 # ---- the functions of the flat layout

@@ -25,8 +25,8 @@ def eventually(condition):
 
 @pytest.fixture
 def job(monkeypatch):
-    """A job whose ranks `join`, allowed to be silent for a second; `ends` fills with (rank, sentence, code)."""
-    monkeypatch.setenv(heartbeat.VARIABLE, "1")
+    """A job whose ranks `join`, allowed to be silent for half a second; `ends` fills with (rank, sentence, code)."""
+    monkeypatch.setenv(heartbeat.VARIABLE, "0.5")
     told, ends, watches, sockets = [], [], [], []
 
     def share(text):
@@ -58,7 +58,7 @@ def job(monkeypatch):
 def test_ranks_that_are_heard_are_left_alone_however_little_they_do(job):
     for rank in range(3):
         job.join(rank, 3).enter("the same")
-    time.sleep(2.5)
+    time.sleep(1.25)
     assert job.ends == []
 
 
@@ -103,7 +103,7 @@ def test_a_rank_that_leaves_is_missed_by_nobody_and_known_to_have_left(job):
     first, _, third = (job.join(rank, 3) for rank in range(3))
     third.leave()
     eventually(lambda: first.gone == [2])
-    time.sleep(1.5)
+    time.sleep(0.75)
     assert job.ends == []
 
 
@@ -144,7 +144,7 @@ def test_a_rank_that_is_ahead_is_not_in_a_different_exchange(job):
     watches[0].enter("gather")
     watches[1].enter("gather")
     watches[0].enter("barrier")
-    time.sleep(1.5)
+    time.sleep(0.75)
     assert job.ends == []
 
 
@@ -156,7 +156,7 @@ def test_strangers_at_the_port_are_turned_away(job):
     job.bare("{} one", "failed 1 nothing")
     job.bare().sendall(b"\xff" * 100_000)
     job.bare().close()
-    time.sleep(1.5)
+    time.sleep(0.75)
     assert job.ends == []
     watches[1].say_failed(1, "still heard")
     eventually(lambda: job.ends)
@@ -169,9 +169,9 @@ def test_time_in_which_a_rank_was_stopped_itself_is_nobodys_silence(job, monkeyp
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock() + hour[0])
     for rank in range(2):
         job.join(rank, 2)
-    time.sleep(0.5)
+    time.sleep(0.25)
     hour[0] = 3600.0
-    time.sleep(1.5)
+    time.sleep(0.75)
     assert job.ends == []
 
 
@@ -188,7 +188,7 @@ def test_a_process_that_a_shell_started_may_outlive_it(job, monkeypatch):
     job.join(0, 2)
     job.join(1, 2)
     monkeypatch.setattr(heartbeat.os, "getppid", lambda: -1)
-    time.sleep(2.5)
+    time.sleep(1.25)
     assert job.ends == []
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch as th
 from PIL import Image
 
-from guided_diffusion import checkpoint, cli, crops, dist_util, image_files, untrusted
+from guided_diffusion import checkpoint, cli, crops, decoding, dist_util, image_files, untrusted
 from guided_diffusion.architecture import architecture
 from guided_diffusion.commands import image_sample
 from guided_diffusion.commands.super_res_sample import read_base
@@ -479,7 +479,7 @@ def test_pictures_of_too_many_pixels_cost_nothing(tmp_path: Path, size: tuple[in
 
 
 def test_the_limit_of_pixels_is_the_largest_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 12)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 12)
     (tmp_path / "1.png").write_bytes(png(size=(4, 3)))
     (tmp_path / "2.png").write_bytes(png(size=(13, 1)))
     read_image(str(tmp_path / "1.png"), 3)

@@ -6,9 +6,6 @@ import csv
 import json
 import math
 import shutil
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,6 +18,7 @@ import pytest
 import torch as th
 from oracle import GaussianData, make_process
 from PIL import Image
+from ranks import Nursery
 from test_docs import run as run_snippet, snippets
 
 from guided_diffusion import checkpoint, cli, logger
@@ -323,13 +321,11 @@ def test_ranks_and_batches_change_nothing_and_count_each_image_once(
     assert means == pytest.approx([means[0]] * 5, rel=1e-6)
 
 
-def test_three_processes_measure_what_one_does(run: Path, folder: Path, tmp_path: Path) -> None:
+def test_three_processes_measure_what_one_does(run: Path, folder: Path, tmp_path: Path, ranks: Nursery) -> None:
     argv = words(run, folder)
     image_nll.main([*argv, "--log_dir", str(tmp_path / "one")])
-    mpiexec = [str(Path(sysconfig.get_path("scripts"), "mpiexec")), "-n", "3", sys.executable]
     script = Path(__file__).parent.parent / "scripts" / "image_nll.py"
-    command = [*mpiexec, str(script), *argv, "--log_dir", str(tmp_path / "three")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = ranks.run([script, *argv, "--log_dir", tmp_path / "three"], ranks=3)
     assert done.returncode == 0, done.stderr
     one, three = contents(tmp_path / "one"), contents(tmp_path / "three")
     assert one == three

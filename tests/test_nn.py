@@ -77,14 +77,15 @@ def test_token_conv_is_a_convolution_that_leaves_channels_innermost(inner: str) 
 # ---- parameters in place
 
 
-def test_ema_of_a_constant_approaches_it_geometrically() -> None:
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])
+def test_ema_of_a_constant_approaches_it_geometrically(rate: float) -> None:
     starts = [th.randn(3, 2, dtype=th.float64), th.randn(4, dtype=th.float64)]
     goals = [th.nn.Parameter(th.randn_like(start)) for start in starts]
     averages = [start.clone() for start in starts]
     for _ in range(7):
-        nn.update_ema(iter(averages), iter(goals), rate=0.9)
+        nn.update_ema(iter(averages), iter(goals), rate=rate)
     for average, start, goal in zip(averages, starts, goals, strict=True):
-        th.testing.assert_close(average, goal + (start - goal) * 0.9**7)
+        th.testing.assert_close(average, goal + (start - goal) * rate**7)
         assert not average.requires_grad
 
 

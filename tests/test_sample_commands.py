@@ -17,6 +17,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 from PIL import Image
+from ranks import Nursery
 
 from guided_diffusion import checkpoint, cli, dist_util
 from guided_diffusion.commands import classifier_sample, image_nll, image_sample, super_res_sample
@@ -575,14 +576,14 @@ def test_a_guided_model_may_start_from_images_too(runs: Runs, pictures: Path, ma
     np.testing.assert_array_equal(saved["arr_0"][:2], expected)
 
 
-def test_two_ranks_guide_paint_and_film_as_one(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+def test_two_ranks_guide_paint_and_film_as_one(
+    runs: Runs, pictures: Path, masks: Path, tmp_path: Path, ranks: Nursery
+) -> None:
     argv = ["--model_path", runs["guided"], *SAMPLING, "--cfg_scale", "2", "--init_image", str(pictures)]
     argv += ["--mask", str(masks), "--resample", "2", "--resample_jump", "2", "--save_intermediate", "2"]
     argv += ["--guidance_interval", "5,30", "--device", "cpu"]
     image_sample.main([*argv, "--log_dir", str(tmp_path / "one")])
-    script = [str(SCRIPTS / "image_sample.py"), *argv, "--log_dir", str(tmp_path / "two")]
-    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
-    result = subprocess.run([mpiexec, "-n", "2", sys.executable, *script], capture_output=True, text=True, timeout=100)
+    result = ranks.run([SCRIPTS / "image_sample.py", *argv, "--log_dir", tmp_path / "two"])
     assert result.returncode == 0, result.stderr
     for name in ("samples_5x8x8x3.npz", "film.png", "film.gif", "request.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
@@ -696,7 +697,7 @@ def test_classifiers_of_other_classes_or_sizes_are_refused(
 # ---- super_res_sample
 
 
-def test_enlarged_images_keep_order_and_labels(runs: Runs, base: Path, tmp_path: Path) -> None:
+def test_enlarged_images_keep_order_and_labels(runs: Runs, base: Path, tmp_path: Path, ranks: Nursery) -> None:
     argv = ["--model_path", runs["upsampler"], "--base_samples", str(base), "--batch_size", "2"]
     argv += ["--timestep_respacing", "4", "--use_ddim", "True"]
     saved = saved_by(super_res_sample.main, tmp_path / "one", *argv)
@@ -708,12 +709,11 @@ def test_enlarged_images_keep_order_and_labels(runs: Runs, base: Path, tmp_path:
     assert np.abs(saved["arr_0"].astype(int) - expected).max() <= 1
     assert "5 images 8x8" in (tmp_path / "one" / "log.txt").read_text()
 
-    script = [str(SCRIPTS / "super_res_sample.py"), *argv, "--log_dir", str(tmp_path / "two"), "--device", "cpu"]
-    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
-    result = subprocess.run([mpiexec, "-n", "2", sys.executable, *script], capture_output=True, text=True, timeout=100)
+    script = [SCRIPTS / "super_res_sample.py", *argv, "--log_dir", tmp_path / "two", "--device", "cpu"]
+    result = ranks.run(script)
     assert result.returncode == 0, result.stderr
-    with np.load(tmp_path / "two" / "samples_5x8x8x3.npz") as ranks:
-        np.testing.assert_array_equal(ranks["arr_0"], saved["arr_0"])
+    with np.load(tmp_path / "two" / "samples_5x8x8x3.npz") as two:
+        np.testing.assert_array_equal(two["arr_0"], saved["arr_0"])
 
 
 def test_upsamplers_are_guided_by_weaker_ones_and_by_their_null_class(runs: Runs, base: Path, tmp_path: Path) -> None:

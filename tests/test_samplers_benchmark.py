@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import mixture
+import pages
 import pytest
 import report
 import samplers as benchmark
@@ -94,14 +95,14 @@ def test_a_table_marks_the_best():
 
 def test_blocks_are_replaced_between_their_markers():
     text = "before\n<!-- a -->\nold\n<!-- end of a -->\nafter"
-    assert report.replaced(text, "a", "new\\1\nlines") == text.replace("old", "new\\1\nlines")
+    assert pages.replaced(text, "a", "new\\1\nlines") == text.replace("old", "new\\1\nlines")
     with pytest.raises(ValueError, match="no place for b: write '<!-- b -->'"):
-        report.replaced(text, "b", "new")
+        pages.replaced(text, "b", "new")
 
 
 def test_the_overview_is_that_of_the_samplers_as_they_are():
     block = report.overview(benchmark.make_process("cosine", "20"))
-    assert report.replaced(TEXT, "overview", block) == TEXT, "run python benchmarks/samplers.py"
+    assert pages.replaced(TEXT, "overview", block) == TEXT, "run python benchmarks/samplers.py"
     for name in SAMPLERS:
         assert f"| `{name}` |" in block
 

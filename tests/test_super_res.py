@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 from PIL import Image
+from ranks import Nursery
 from test_sample_commands import (
     CLASSIFIER,
     NAMES as CLASSES,
@@ -289,7 +288,9 @@ def test_the_request_tells_images_labels_and_names_apart() -> None:
 # ---- enlarging
 
 
-def test_three_ranks_enlarge_ten_images_in_order_as_one_does(models: Models, folder: Path, tmp_path: Path) -> None:
+def test_three_ranks_enlarge_ten_images_in_order_as_one_does(
+    models: Models, folder: Path, tmp_path: Path, ranks: Nursery
+) -> None:
     argv = ["--model_path", models["labelled"], "--base_samples", str(folder), "--batch_size", "4", "--save_images"]
     argv += ["--class_from", "filename"]
     argv += ["--sampler", "dpm++2m", "--steps", "3"]
@@ -308,9 +309,8 @@ def test_three_ranks_enlarge_ten_images_in_order_as_one_does(models: Models, fol
     for name, image in zip(names, saved["arr_0"], strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "one" / "images" / name)), image)
 
-    script = [str(SCRIPTS / "super_res_sample.py"), *argv, "--log_dir", str(tmp_path / "three"), "--device", "cpu"]
-    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
-    result = subprocess.run([mpiexec, "-n", "3", sys.executable, *script], capture_output=True, text=True, timeout=200)
+    script = [SCRIPTS / "super_res_sample.py", *argv, "--log_dir", tmp_path / "three", "--device", "cpu"]
+    result = ranks.run(script, ranks=3)
     assert result.returncode == 0, result.stderr
     for name in ("samples_10x8x8x3.npz", "names.json", *(f"images/{name}" for name in names)):
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()

@@ -21,6 +21,7 @@ UNET = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention
 CLASSIFIER = {"classifier_width": 64, "classifier_depth": 1, "classifier_channel_mult": "1"}
 CLASSIFIER |= {"classifier_attention_resolutions": "8"}
 FD = "FD (judge classifier)"
+THREE = {"scales": "0,2,4"}  # cells
 
 
 def command_line(**flags):
@@ -48,10 +49,24 @@ def places(tmp_path_factory):
 def flags(places, monkeypatch, tmp_path):
     """Of a sweep of two cells."""
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    return two_cells(places)
+
+
+def two_cells(places):
     networks = {"model_path": places / "model", "classifier_path": places / "classifier"}
     features = {"reference": places / "pictures", "features": f"classifier:{places / 'judge'}"}
     grid = {"samplers": "ddim", "steps": "3", "scales": "0,4", "num_samples": 10, "batch_size": 4}
     return {**networks, **features, **grid}
+
+
+@pytest.fixture(scope="module")
+def whole(places, tmp_path_factory):
+    """A sweep of three cells that was not broken off."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GUIDED_DIFFUSION_CACHE", str(folder / "cache"))
+        sweep.main(command_line(**two_cells(places) | THREE, log_dir=folder / "sweep"))
+    return folder / "sweep"
 
 
 @pytest.fixture
@@ -151,11 +166,8 @@ def test_networks_are_loaded_once(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("killed_in", ["sampling", "measuring", "writing"])
-def test_a_sweep_that_was_killed_comes_to_the_same_table(flags, tmp_path, monkeypatch, sampled, killed_in):
-    options = {**flags, "scales": "0,2,4"}
-    sweep.main(command_line(**options, log_dir=tmp_path / "whole"))
-    cells = len(sampled)
-    assert cells == 9
+def test_a_sweep_that_was_killed_comes_to_the_same_table(flags, tmp_path, monkeypatch, sampled, whole, killed_in):
+    options, batches = flags | THREE, 9
     place = {"sampling": (sample_util, "save_npz"), "measuring": (sweep_module, "evaluate")}
     target, name = place.get(killed_in, (sweep_module, "save_json"))
     real, calls = getattr(target, name), []
@@ -170,13 +182,12 @@ def test_a_sweep_that_was_killed_comes_to_the_same_table(flags, tmp_path, monkey
         patch.setattr(target, name, killed)
         with pytest.raises(SystemExit):
             sweep.main(command_line(**options, log_dir=tmp_path / "broken"))
-    done = len(sampled) - cells
-    assert 0 < done < cells
+    assert 0 < len(sampled) < batches
     sweep.main(command_line(**options, log_dir=tmp_path / "broken"))
     lost = 1 if killed_in == "sampling" else 0  # the batch that was sampled and not yet written
-    assert len(sampled) == 2 * cells + lost
+    assert len(sampled) == batches + lost
     for file in ("results.csv", "sweep.png"):
-        assert (tmp_path / "broken" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert (tmp_path / "broken" / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_what_is_there_is_neither_sampled_nor_measured_again(flags, tmp_path, monkeypatch, sampled):

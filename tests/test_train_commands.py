@@ -381,26 +381,22 @@ image_train.main(sys.argv[1:])
 '''
 
 
-def launch(tmp_path, launcher, **flags):
+def launch(tmp_path, ranks, **flags):
     program = tmp_path / "checked_run.py"
     program.write_text(CHECKED_RUN)
-    argv = [*launcher, str(program), *command_line(**flags)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = ranks.run([program, *command_line(**flags)], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in (0, 1):
         assert f"rank {rank} agrees" in done.stdout
 
 
-def test_two_ranks_train_what_one_process_trains(tmp_path):
-    """mpiexec begins, torchrun goes on; one process makes all the steps at once, with the same global batch."""
+def test_two_ranks_train_what_one_process_trains(tmp_path, ranks):
+    """Two begin, and two others go on; one process makes all the steps at once, with the same global batch."""
     flags = {**TINY, "data_dir": EMOJI, "lr": 1e-3, "schedule_sampler": "loss-second-moment", "random_crop": True}
     flags |= {"class_cond": True, "num_classes": 9, "class_dropout": 0.5}
     image_train.main(command_line(**flags, batch_size=6, max_steps=4, log_dir=tmp_path / "one"))
-    bin_folder = Path(sys.executable).parent
-    mpiexec = [str(bin_folder / "mpiexec"), "-n", "2", sys.executable]
-    launch(tmp_path, mpiexec, **flags, batch_size=3, microbatch=2, max_steps=2, log_dir=tmp_path / "two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch(tmp_path, torchrun, resume_checkpoint=tmp_path / "two", log_dir=tmp_path / "two", max_steps=4)
+    launch(tmp_path, ranks, **flags, batch_size=3, microbatch=2, max_steps=2, log_dir=tmp_path / "two")
+    launch(tmp_path, ranks, resume_checkpoint=tmp_path / "two", log_dir=tmp_path / "two", max_steps=4)
 
     for name in ("loss", "grad_norm", "samples"):
         assert column(tmp_path / "two", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-4)

@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
+import torch.distributed as dist
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
-from guided_diffusion import checkpoint, fp16_util, logger, train_util
+from guided_diffusion import checkpoint, dist_util, fp16_util, gradients, logger, saving, train_util
+from guided_diffusion.classifier_training import ClassifierTrainLoop
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import LossSecondMomentResampler, ScheduleSampler
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet
-from guided_diffusion.train_util import ClassifierTrainLoop, Hook, TrainLoop, log_loss_dict
+from guided_diffusion.train_util import Hook, TrainLoop, log_loss_dict
 
 DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=40))
 UNET = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": ""}
@@ -295,6 +298,40 @@ def test_a_run_that_falls_and_goes_on_twice_leaves_the_bytes_of_an_unbroken_one(
     assert column(tmp_path / "parts", "step") == [1, 2, 3, 4, 5, 6]
 
 
+def channels_last(network):
+    """A network whose weights are all channels-last where they are converted."""
+    convert = network.convert_to
+    network.convert_to = lambda precision: (convert(precision), network.to(memory_format=th.channels_last))
+    return network
+
+
+def test_a_channels_last_run_leaves_contiguous_files_and_goes_on_from_them_to_the_bit(tmp_path, pictures):
+    def run(name, steps, **options):
+        network = channels_last(labelled(dropout=0.2))
+        data = stream(pictures, class_cond=True)
+        loop = make(tmp_path / name, data, network=network, precision="bf16", max_steps=steps, **options)
+        loop.run_loop()
+        return loop
+
+    straight = run("straight", 4)
+    assert not all(param.is_contiguous() for param in straight.model.parameters())
+    run("parts", 2, async_save=True)
+    parts = run("parts", 4, resume_checkpoint=str(tmp_path / "parts"), async_save=True)
+    for name in files(tmp_path / "straight"):
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+        saving.map_tensors(checkpoint.load(str(tmp_path / "parts" / name)), check_contiguous)
+    for loop in (straight, parts):
+        moments = [loop.opt.state[master]["exp_avg"] for master in loop.mp_trainer.master_params]
+        for tensors in (loop.mp_trainer.master_params, loop.ema_params[0], moments):
+            pairs = zip(tensors, loop.model.parameters(), strict=True)
+            assert all(gradients.laid_out_as(tensor, param) is tensor for tensor, param in pairs)
+
+
+def check_contiguous(tensor):
+    assert tensor.is_contiguous()
+    return tensor
+
+
 def test_the_newest_checkpoint_is_damaged_and_the_one_before_is_taken(tmp_path, pictures):
     make(tmp_path / "straight", stream(pictures), max_steps=4, save_interval=2).run_loop()
     make(tmp_path / "parts", stream(pictures), max_steps=4, save_interval=2).run_loop()
@@ -331,6 +368,33 @@ def test_the_global_generators_go_on(tmp_path, pictures):
     ).read_bytes()
 
 
+def compare_gradients(folder, pictures):
+    """On one of several ranks: what they have together is the mean of what each has alone, and was sent on the way."""
+    sent, all_reduce = [], dist.all_reduce
+
+    def send(tensor, **options):
+        sent.append(tensor.numel())
+        return all_reduce(tensor, **options)
+
+    dist.all_reduce, gradients.BUCKET = send, 2**14
+    network = channels_last(labelled())
+    for param in network.parameters():  # a new network has layers of zeros, before which there are no gradients
+        th.nn.init.normal_(param, std=0.1)
+    loop = make(folder / "averaged", iter([]), network=network, batch_size=2, microbatch=1, precision="bf16")
+    batch, cond = next(stream(pictures, 2, class_cond=True))
+    loop.forward_backward(batch, cond)
+    on_the_way = len(sent)
+    together, _ = loop.mp_trainer._gradients()
+    assert on_the_way == len(sent) > 5, (on_the_way, len(sent))
+    loop.mp_trainer = fp16_util.MixedPrecisionTrainer(model=loop.model, precision="bf16")
+    loop.forward_backward(batch, cond)
+    alone, _ = loop.mp_trainer._gradients()
+    pairs = [dist_util.gather(own.contiguous()) for own in alone]
+    assert all(th.equal(mean, (one + other) / 2) for mean, (one, other) in zip(together, pairs, strict=True))
+    assert not any(th.equal(one, other) for one, other in pairs)
+    dist.all_reduce = all_reduce
+
+
 ON_TWO_RANKS = """
 import os, signal, sys
 from pathlib import Path
@@ -348,6 +412,7 @@ def interrupt_rank_1():
 
 def main():
     dist_util.setup_dist(device="cpu")
+    tests.compare_gradients(folder, pictures)
     loop = tests.train_at_once_and_in_parts(folder, pictures, batch_size=2, async_save=True)
     assert loop.resume_step == 4
     interruption.ASK_EVERY = 0.0
@@ -470,7 +535,7 @@ def test_weights_of_other_flags_are_refused(tmp_path, pictures):
 # ---- steps
 
 
-def gradients(loop, batch):
+def gradients_of(loop, batch):
     loop.forward_backward(batch, {})
     return [param.grad.clone() for param in loop.mp_trainer.master_params]
 
@@ -478,8 +543,8 @@ def gradients(loop, batch):
 @pytest.mark.parametrize("microbatch", [1, 3])
 def test_microbatches_of_any_size_give_the_gradient_of_the_batch(tmp_path, pictures, microbatch):
     batch, _ = next(stream(pictures, deterministic=True))
-    whole = gradients(make(tmp_path, iter([])), batch)
-    parts = gradients(make(tmp_path, iter([]), microbatch=microbatch), batch)
+    whole = gradients_of(make(tmp_path, iter([])), batch)
+    parts = gradients_of(make(tmp_path, iter([]), microbatch=microbatch), batch)
     assert max(grad.abs().max() for grad in whole) > 1e-2
     th.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-4)
 
@@ -491,13 +556,118 @@ def test_the_gradient_is_that_of_the_importance_weighted_mean(tmp_path, pictures
 
     batch, _ = next(stream(pictures, deterministic=True))
     loop = make(tmp_path, iter([]), schedule_sampler=Skewed())
-    found = gradients(loop, batch)
+    found = gradients_of(loop, batch)
     draw = loop._draw(batch, 0)
     assert th.allclose(draw.weights, 40 * 41 / 2 / 40 / (draw.t + 1))
     loop.model.zero_grad()
     losses = DIFFUSION.training_losses(loop.model, batch, draw.t, noise=draw.noise)["loss"]
     (losses * draw.weights).mean().backward()
     th.testing.assert_close(found, [param.grad for param in loop.model.parameters()], atol=1e-6, rtol=1e-4)
+
+
+class Small:
+    """A network's forward pass, or its backward pass, in a memory that holds so many images and no more."""
+
+    def __init__(self, network, images, error, *, backward):
+        self.images, self.error, self.backward = images, error, backward
+        self.seen = []
+        network.register_forward_hook(self.look)
+
+    def look(self, module, args, output):
+        self.seen.append(len(output))
+        if len(output) > self.images and self.backward:
+            output.register_hook(self.fail)
+        elif len(output) > self.images:
+            raise self.error
+
+    def fail(self, gradient):
+        raise self.error
+
+
+ON_A_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to 1 TB")
+
+
+@pytest.mark.parametrize(
+    ("precision", "error", "backward", "images"),
+    [
+        ("fp32", ON_A_CPU, False, 2),
+        ("bf16", RuntimeError("could not create a primitive"), True, 1),
+        ("fp16", th.cuda.OutOfMemoryError("CUDA out of memory"), True, 2),
+    ],
+)
+def test_an_automatic_microbatch_is_the_half_that_fits_to_the_bit(
+    tmp_path, pictures, precision, error, backward, images
+):
+    """With dropout, and of five images: the first step is done again and the others begin with what fitted."""
+
+    def train(name, network, microbatch, batch_size=5):
+        options = {"network": network, "batch_size": batch_size, "class_dropout": 0.3, "precision": precision}
+        options |= {"max_steps": 2, "initial_lg_loss_scale": 8.0}
+        loop = make(tmp_path / name, stream(pictures, 5, class_cond=True), microbatch=microbatch, **options)
+        loop.run_loop()
+        return loop
+
+    train("number", labelled(dropout=0.3), images)
+    network = labelled(dropout=0.3)
+    small = Small(network, images, error, backward=backward)
+    loop = train("auto", network, "auto")
+    assert_same_files(tmp_path / "number", tmp_path / "auto", 2)
+    assert column(tmp_path / "number", "loss") == column(tmp_path / "auto", "loss")
+    assert loop.microbatch == images
+    tried = [5, 3, 2] if images == 2 else [5, 3, 2, 1]
+    passes = {2: [2, 2, 1], 1: [1] * 5}[images]
+    assert small.seen == [*tried[:-1], *passes * 2]
+    lines = [line for line in text(tmp_path / "auto").splitlines() if "out of memory" in line]
+    assert lines == [f"out of memory: the step is repeated in microbatches of {size}" for size in tried[1:]]
+
+
+@pytest.mark.parametrize(("microbatch", "tried"), [("auto", [4, 2, 1]), (-1, [4])])
+def test_memory_for_not_even_one_image_is_the_error_itself(tmp_path, pictures, microbatch, tried):
+    network = labelled()
+    small = Small(network, 0, ON_A_CPU, backward=False)
+    loop = make(tmp_path, stream(pictures, class_cond=True), network=network, microbatch=microbatch)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        loop.run_loop()
+    assert small.seen == tried
+    other = Small(network, 8, None, backward=False)
+    small.error = RuntimeError("a shape does not fit")
+    loop = make(tmp_path, stream(pictures, class_cond=True), network=network, microbatch="auto")
+    with pytest.raises(RuntimeError, match="a shape does not fit"):
+        loop.run_loop()
+    assert other.seen == []
+    assert small.seen == [*tried, 4]
+    with pytest.raises(ValueError, match="'some' is no number of images"):
+        make(tmp_path, iter([]), microbatch="some")
+
+
+class HostReads(TorchFunctionMode):
+    """The names of all calls by which a program would wait for a GPU."""
+
+    WAITING = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.WAITING:
+            self.calls.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_step_reads_from_its_device_once(tmp_path, pictures, precision):
+    """The loss and the norms, by which it is skipped or clipped; a sampler that follows the losses reads them too."""
+    options = {"class_dropout": 0.5, "grad_clip": 0.1, "ema_rate": "0.9,0.5", "microbatch": 2, "warmup_steps": 5}
+    options |= {"precision": precision, "initial_lg_loss_scale": 8.0}
+    for sampler, reads in ((None, 1), (LossSecondMomentResampler(DIFFUSION), 2)):
+        loop = make(tmp_path, iter([]), network=labelled(dropout=0.1), schedule_sampler=sampler, **options)
+        batch, cond = next(stream(pictures, class_cond=True))
+        with HostReads() as mode:
+            loop.run_step(batch, cond)
+        assert mode.calls == ["tolist"] * reads
+        assert logger.getkvs()["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -12,6 +12,8 @@ import torch as th
 from guided_diffusion import checkpoint, dist_util, logger, lora
 from guided_diffusion.architecture import architecture
 from guided_diffusion.cli import Flags
+from guided_diffusion.commands import _performance as performance
+from guided_diffusion.compiling import compile_network
 from guided_diffusion.config import (
     ClassifierConfig,
     DiffusionConfig,
@@ -20,7 +22,6 @@ from guided_diffusion.config import (
     SuperResConfig,
     UNetConfig,
     parse_size,
-    resolve_precision,
 )
 from guided_diffusion.finetuning_config import AdapterConfig
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -115,6 +116,9 @@ def _restore(
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
     network.to(dist_util.dev()).eval().convert_to(precision)
+    if flags.values.get("compile"):
+        compile_network(network, f"the network of --{source}", sampling=True)
+        identity["compile"] = True  # it rounds otherwise
     return Restored(network, path, flags, process, load_classes(names) if names else [], identity)
 
 
@@ -160,10 +164,11 @@ def _without(flags: Flags, saved: Mapping[str, Any], section: type[Any]) -> Flag
 
 def _precision(config: Any) -> str:
     """The precision that a network's own flags ask for."""
-    if isinstance(config, ClassifierConfig):
-        names = ("classifier_precision", "classifier_use_fp16")
-        return resolve_precision(config.classifier_precision, config.classifier_use_fp16, *names)
-    return resolve_precision(config.precision, config.use_fp16)
+    name = "classifier_precision" if isinstance(config, ClassifierConfig) else "precision"
+    precision, line = performance.settled(name, asdict(config))
+    if line:
+        logger.log(line)
+    return precision
 
 
 def _check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:

@@ -64,8 +64,16 @@ def prepare(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> None:
     :param classes: names of the data's classes by id.
     :raises ValueError: if something does not fit.
     """
+    resumed = flags.values["resume_checkpoint"] or not flags.part(InitConfig).init_from
+    choose_trained(flags, model, [] if resumed else _start(flags, model, classes))
+
+
+def choose_trained(flags: Flags, model: th.nn.Module, changed: Sequence[str] = ()) -> None:
+    """Freeze what --freeze names, or attach the adapters of --lora_rank.
+
+    :param changed: parameters that are not those of --init_from.
+    """
     config, adapt = flags.part(InitConfig), flags.part(LoraConfig)
-    changed = [] if flags.values["resume_checkpoint"] or not config.init_from else _start(flags, model, classes)
     if adapt.lora_rank:
         _adapt(model, adapt, changed)
     elif config.freeze:

@@ -14,10 +14,15 @@ import torch as th
 
 from guided_diffusion import __version__, checkpoint, dist_util, logger
 from guided_diffusion.cli import COMMANDS, Flags
-from guided_diffusion.commands import _conditioning as conditioning, _finetuning as finetuning
+from guided_diffusion.commands import (
+    _conditioning as conditioning,
+    _finetuning as finetuning,
+    _performance as performance,
+)
 from guided_diffusion.config import DataConfig, ImageTrainConfig, RunConfig, TrainConfig, defaults
 from guided_diffusion.evaluation_config import ExtractorConfig, TrainEvaluationConfig
 from guided_diffusion.image_datasets import ImageStream, load_data, save_classes
+from guided_diffusion.performance_config import LoaderConfig, TrainSpeedConfig
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.saving import choose
 from guided_diffusion.train_util import Hook, TrainLoop
@@ -34,19 +39,18 @@ def start(flags: Flags) -> Flags:
     :raises ValueError: if flags contradict each other, or the folder holds another run.
     """
     auto, folder = flags.values["resume_checkpoint"] == "auto", _log_folder(flags)
-    finetuning.check_beginning(flags)
-    flags = conditioning.with_null_cond(_with_null_class(finetuning.over_source(_over_resumed(flags))))
-    _check(flags)
-    finetuning.check(flags)
-    conditioning.check(flags)
+    flags = resolved(flags)
     run = flags.part(RunConfig)
     dist_util.setup_dist(device=run.device)
+    flags, choices = performance.with_precision(flags)
     files, faults = choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
     flags = Flags(flags.command, {**flags.given, "resume_checkpoint": files.model if files else ""}, flags.saved)
     if folder and dist_util.rank() == 0:
         refuse_other_run(folder, flags, auto=auto)
     dist_util.barrier()  # nobody writes before rank 0 has looked
     logger.configure(dir=run.log_dir or None)
+    for line in choices:
+        logger.log(line)
     for line in faults:
         logger.warn(line)
     if files is None:
@@ -60,13 +64,27 @@ def start(flags: Flags) -> Flags:
     return flags
 
 
+def resolved(flags: Flags) -> Flags:
+    """The flags over those of the run that is resumed, or of the network that a run starts from.
+
+    :raises ValueError: if they contradict each other.
+    """
+    finetuning.check_beginning(flags)
+    flags = conditioning.with_null_cond(_with_null_class(finetuning.over_source(_over_resumed(flags))))
+    _check(flags)
+    finetuning.check(flags)
+    conditioning.check(flags)
+    performance.check(flags)
+    return flags
+
+
 def _log_folder(flags: Flags) -> str:
     """The folder that the command line or the environment names; '' for a new temporary one."""
     return os.path.expanduser(flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", ""))
 
 
 def _check(flags: Flags) -> None:
-    if not flags.values["data_dir"]:
+    if not (flags.values["data_dir"] or flags.values["dry_run"]):
         raise ValueError("--data_dir is missing: give a folder or a zip of images")
     if flags.values["dims"] != 2:
         raise ValueError(
@@ -189,13 +207,15 @@ def open_streams(
     :param validation: keywords of `load` that are others for the validation images.
     :param options: further keywords of `load`: sizes, class_cond.
     """
-    data, train = flags.part(DataConfig), flags.part(TrainConfig)
+    data, train, loader = flags.part(DataConfig), flags.part(TrainConfig), flags.part(LoaderConfig)
     options |= {
         "batch_size": train.batch_size,
         "image_channels": flags.values["image_channels"],
         "num_classes": flags.values["num_classes"] if options["class_cond"] else None,
         "on_bad_image": data.on_bad_image,
         "seed": flags.part(RunConfig).seed,
+        "fast_decode": loader.fast_decode,
+        "as_bytes": True,
     }
     known = checkpoint.classes_beside(train.resume_checkpoint) if train.resume_checkpoint else ""
     stream = load(
@@ -205,6 +225,7 @@ def open_streams(
         random_crop=data.random_crop,
         random_flip=data.random_flip,
         num_workers=data.num_workers,
+        cache_images=loader.cache_images,
         **options,
     )
     if len(stream.classes) < (options["num_classes"] or 0):
@@ -245,6 +266,7 @@ def loop_keywords(flags: Flags, diffusion: Any, streams: Streams) -> dict[str, A
     resumed = checkpoint.find_set(train.resume_checkpoint).opt if train.resume_checkpoint else ""
     return {
         **{name: values[name] for name in names},
+        "fsdp": flags.part(TrainSpeedConfig).fsdp,
         "lr": train.lr if said or not resumed else None,
         "seed": flags.part(RunConfig).seed,
         "diffusion": diffusion,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from guided_diffusion import cli
 from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import ClassifierConfig, ClassifierTrainConfig, DiffusionConfig, resolve_precision
+from guided_diffusion.performance_config import TrainSpeedConfig
 
 INITIAL_LOG_LOSS_SCALE = 16.0  # gradients of a cross-entropy are larger than those of a mean square
 
@@ -15,10 +16,18 @@ def train(flags: cli.Flags) -> None:
     :raises ValueError: naming the flag that is wrong.
     """
     from guided_diffusion import dist_util
-    from guided_diffusion.commands import _finetuning as finetuning, _training as training
+    from guided_diffusion.classifier_training import ClassifierTrainLoop
+    from guided_diffusion.commands import (
+        _finetuning as finetuning,
+        _performance as performance,
+        _training as training,
+    )
+    from guided_diffusion.commands._dry_run import rehearse
     from guided_diffusion.script_util import build_classifier, build_diffusion
-    from guided_diffusion.train_util import ClassifierTrainLoop
 
+    if flags.part(TrainSpeedConfig).dry_run:
+        rehearse(flags)
+        return
     flags = training.start(flags)
     config, loop = flags.part(ClassifierConfig), flags.part(ClassifierTrainConfig)
     if not loop.noised and loop.schedule_sampler != "uniform":
@@ -28,6 +37,7 @@ def train(flags: cli.Flags) -> None:
     model, diffusion = build_classifier(config).to(dist_util.dev()), build_diffusion(flags.part(DiffusionConfig))
     streams = training.open_streams(flags, image_size=config.image_size, class_cond=True)
     finetuning.prepare(flags, model, streams.train.classes)
+    performance.prepare(flags, model)
     ClassifierTrainLoop(
         model=model,
         precision=precision,

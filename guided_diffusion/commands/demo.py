@@ -17,14 +17,14 @@ IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_st
 TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1".split()
 DIFFUSION = (
     "--class_cond True --predict_xstart True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2,4 "
-    "--attention_resolutions= --num_head_channels 64 --precision bf16 --lr 1e-3 --warmup_steps 100 "
+    "--attention_resolutions= --num_head_channels 64 --precision auto --lr 1e-3 --warmup_steps 100 "
     "--ema_rate 0.99 --lr_anneal_steps 1200 --sample_interval 600"
 ).split()
 CLASSIFIER = (
     "--classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,2,4 --classifier_attention_resolutions 8 "
-    "--classifier_precision bf16 --lr 1e-3 --weight_decay 0.05 --anneal_lr True"
+    "--classifier_precision auto --lr 1e-3 --weight_decay 0.05 --anneal_lr True"
 ).split()
-SAMPLING = "--timestep_respacing 50 --num_samples 144 --precision bf16 --classifier_precision bf16".split()
+SAMPLING = "--timestep_respacing 50 --num_samples 144 --precision auto --classifier_precision auto".split()
 BATCH = {"image_train": 32, "classifier_train": 64, "classifier_sample": 36}  # of all processes; in sampling, of each
 SCALES = (0.0, 3.0, 10.0)
 CLASSES, SHOWN = 9, 6  # rows, and columns per scale

@@ -9,6 +9,7 @@ from typing import Any
 from guided_diffusion import cli
 from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import DiffusionConfig, RunConfig, UNetConfig, resolve_precision
+from guided_diffusion.performance_config import TrainSpeedConfig
 
 PREVIEWED = 16  # images in a preview grid
 COMPARED = 64  # images of the data whose colours are compared with it
@@ -23,10 +24,15 @@ def train(flags: cli.Flags) -> None:
     from guided_diffusion.commands import (
         _conditioning as conditioning,
         _finetuning as finetuning,
+        _performance as performance,
         _training as training,
     )
+    from guided_diffusion.commands._dry_run import rehearse
     from guided_diffusion.script_util import build_diffusion, build_unet
 
+    if flags.part(TrainSpeedConfig).dry_run:
+        rehearse(flags)
+        return
     flags = training.start(flags)
     config, schedule = flags.part(UNetConfig), flags.part(DiffusionConfig)
     precision = resolve_precision(config.precision, config.use_fp16)
@@ -34,6 +40,7 @@ def train(flags: cli.Flags) -> None:
     beside = conditioning.stream_options(flags)
     streams = training.open_streams(flags, image_size=config.image_size, class_cond=config.class_cond, **beside)
     finetuning.prepare(flags, model, streams.train.classes)
+    performance.prepare(flags, model)
     hooks = evaluations(flags, streams.train)
     training.train_diffusion(flags, model, diffusion, streams, precision=precision, previewer=previewer, hooks=hooks)
 

@@ -7,6 +7,7 @@ from typing import Any
 from guided_diffusion import cli
 from guided_diffusion.commands._entry import entry
 from guided_diffusion.config import DiffusionConfig, RunConfig, SuperResConfig, resolve_precision
+from guided_diffusion.performance_config import TrainSpeedConfig
 
 PREVIEWED = 16  # images in a preview grid
 
@@ -17,10 +18,18 @@ def train(flags: cli.Flags) -> None:
     :raises ValueError: naming the flag that is wrong.
     """
     from guided_diffusion import dist_util
-    from guided_diffusion.commands import _finetuning as finetuning, _training as training
+    from guided_diffusion.commands import (
+        _finetuning as finetuning,
+        _performance as performance,
+        _training as training,
+    )
+    from guided_diffusion.commands._dry_run import rehearse
     from guided_diffusion.image_datasets import load_superres_data
     from guided_diffusion.script_util import build_diffusion, build_upsampler
 
+    if flags.part(TrainSpeedConfig).dry_run:
+        rehearse(flags)
+        return
     flags = training.start(flags)
     config, schedule = flags.part(SuperResConfig), flags.part(DiffusionConfig)
     precision = resolve_precision(config.precision, config.use_fp16)
@@ -32,6 +41,7 @@ def train(flags: cli.Flags) -> None:
     }
     streams = training.open_streams(flags, load_superres_data, class_cond=config.class_cond, **sizes)
     finetuning.prepare(flags, model, streams.train.classes)
+    performance.prepare(flags, model)
     training.train_diffusion(flags, model, diffusion, streams, precision=precision, previewer=previewer)
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -392,11 +391,6 @@ def sampling_differences(whole: Path, broken: Path) -> list[str]:
 
 
 # ---- limits, for `before`
-
-
-def limited_files(size: int) -> Callable[[], object]:
-    """No file may become larger than so many bytes: as on a full disk, what is written is cut off."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def bound_by_permissions() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,20 @@ from harness import (
     command,
     contents,
     finish,
-    limited_files,
     on_small_disk,
     sampling_differences,
     the_sentence,
     training_differences,
     unfinished,
 )
+from ranks import Nursery
 
 from guided_diffusion import checkpoint
 from guided_diffusion.commands import image_sample, image_train
 
 FLAGS: dict[str, Any] = {**TINY, "batch_size": 4, "save_interval": 2, "ema_rate": "0.5"}
 SAMPLES: dict[str, Any] = {"num_samples": 61, "batch_size": 4, "steps": 2}
-Limit = Callable[[list[str], Path], tuple[int, str]]
+Limit = Callable[[list[str], Path, Nursery], tuple[int, str]]
 
 
 def run(main: Callable[[Sequence[str]], None], **flags: Any) -> None:
@@ -59,22 +58,30 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if any(map(str.isdigit, path.stem))}
 
 
-def file_limit(argv: list[str], folder: Path) -> tuple[int, str]:
+def file_limit(argv: list[str], folder: Path, ranks: Nursery, size: int = 1_000_000) -> tuple[int, str]:
     """Weights of 720 kB fit, the optimizer's 1450 kB do not."""
-    return finish(argv, folder.with_suffix(".txt"), limited_files(1_000_000))
+    return forked(LITTLE_FILES, [str(size), *argv[1:]], folder, ranks)
 
 
-def small_disk(argv: list[str], folder: Path) -> tuple[int, str]:
+def forked(program: str, argv: list[str], folder: Path, ranks: Nursery) -> tuple[int, str]:
+    """What a program of its own returns and prints."""
+    script = folder.with_suffix(".py")
+    script.write_text(program)
+    done = ranks.run([script, *argv], ranks=1)
+    return done.returncode, done.stdout + done.stderr
+
+
+def small_disk(argv: list[str], folder: Path, _: Nursery) -> tuple[int, str]:
     """One more checkpoint of 3 MB fits in part."""
     there = sum(path.stat().st_size for path in folder.rglob("*"))
     return finish(on_small_disk(argv, folder, str(there + 2_500_000)), folder.with_suffix(".txt"))
 
 
-def read_only_disk(argv: list[str], folder: Path) -> tuple[int, str]:
+def read_only_disk(argv: list[str], folder: Path, _: Nursery) -> tuple[int, str]:
     return finish(on_small_disk(argv, folder, "64m", options="ro"), folder.with_suffix(".txt"))
 
 
-def read_only_folder(argv: list[str], folder: Path) -> tuple[int, str]:
+def read_only_folder(argv: list[str], folder: Path, _: Nursery) -> tuple[int, str]:
     folder.chmod(0o555)
     try:
         return finish(argv, folder.with_suffix(".txt"), bound_by_permissions)
@@ -82,6 +89,12 @@ def read_only_folder(argv: list[str], folder: Path) -> tuple[int, str]:
         folder.chmod(0o755)
 
 
+LITTLE_FILES = """
+import resource, runpy, sys
+del sys.argv[0]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(0)),) * 2)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 LITTLE_MEMORY = """
 import resource, sys
 from guided_diffusion import train_util
@@ -101,21 +114,21 @@ MOUNTED: dict[str, tuple[Limit, str]] = {
 
 
 @pytest.mark.parametrize("name", DISKS)
-def test_training_ends_with_a_sentence_and_goes_on_later(runs: Path, half: Path, name: str) -> None:
-    refuse_to_write(runs, half, *DISKS[name])
+def test_training_ends_with_a_sentence_and_goes_on_later(runs: Path, half: Path, ranks: Nursery, name: str) -> None:
+    refuse_to_write(runs, half, ranks, *DISKS[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MOUNTED if can_mount() else [])  # the cases above stand for them elsewhere
-def test_training_on_a_disk_that_is_full_or_read_only(runs: Path, half: Path, name: str) -> None:
-    refuse_to_write(runs, half, *MOUNTED[name])
+def test_training_on_a_disk_that_is_full_or_read_only(runs: Path, half: Path, ranks: Nursery, name: str) -> None:
+    refuse_to_write(runs, half, ranks, *MOUNTED[name])
 
 
-def refuse_to_write(runs: Path, half: Path, limit: Limit, reason: str) -> None:
+def refuse_to_write(runs: Path, half: Path, ranks: Nursery, limit: Limit, reason: str) -> None:
     """Let a resumed run fail by a limit, and then go on without it."""
     before = checkpoints(half)
     argv = command("image_train", **FLAGS, log_dir=half, max_steps=8, resume_checkpoint="auto")
-    code, text = limit(argv, half)
+    code, text = limit(argv, half, ranks)
     assert code == 2, text
     sentence = the_sentence(text)
     assert reason in sentence
@@ -127,10 +140,10 @@ def refuse_to_write(runs: Path, half: Path, limit: Limit, reason: str) -> None:
     assert training_differences(runs / "whole", half, 8) == []
 
 
-def test_sampling_ends_with_a_sentence_and_goes_on_later(runs: Path, tmp_path: Path) -> None:
+def test_sampling_ends_with_a_sentence_and_goes_on_later(runs: Path, tmp_path: Path, ranks: Nursery) -> None:
     """All shards of 1 kB are written, their npz of 12 kB cannot be."""
     flags = {**SAMPLES, "model_path": runs / "whole", "log_dir": tmp_path / "samples"}
-    code, text = finish(command("image_sample", **flags), tmp_path / "first.txt", limited_files(9_000))
+    code, text = file_limit(command("image_sample", **flags), tmp_path / "first", ranks, 9_000)
     assert code == 2, text
     assert "samples_61x8x8x3.npz cannot be written (File too large)" in the_sentence(text)
     there = contents(tmp_path / "samples")
@@ -139,11 +152,10 @@ def test_sampling_ends_with_a_sentence_and_goes_on_later(runs: Path, tmp_path: P
     assert sampling_differences(runs / "samples", tmp_path / "samples") == []
 
 
-def test_out_of_memory(runs: Path, half: Path) -> None:
+def test_out_of_memory(runs: Path, half: Path, ranks: Nursery) -> None:
     before = checkpoints(half)
     flags = {**FLAGS, "log_dir": half, "max_steps": 8, "resume_checkpoint": "auto", "batch_size": 2048}
-    argv = [sys.executable, "-c", LITTLE_MEMORY, *(f"--{name}={value}" for name, value in flags.items())]
-    code, text = finish(argv, half.with_suffix(".txt"))
+    code, text = forked(LITTLE_MEMORY, [f"--{name}={value}" for name, value in flags.items()], half, ranks)
     assert code != 0
     assert "memory" in the_sentence(text)
     assert checkpoints(half) == before

@@ -20,7 +20,6 @@ from harness import (
     Tally,
     command,
     contents,
-    finish,
     reached,
     sampling_differences,
     succeed,
@@ -69,7 +68,7 @@ class Runs:
         return strikes, sampling_differences(self.whole, folder)
 
 
-def test_one_process_and_two_ranks_in_turn(model: Path, tmp_path: Path) -> None:
+def test_one_process_and_two_ranks_in_turn(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed on one process, refused with another request, killed on two ranks, ended on one."""
     runs = Runs(model, tmp_path, 1, [("", 1)], save_images=True)
     folder, flags = tmp_path / "broken", {**runs.flags, "log_dir": tmp_path / "broken"}
@@ -82,9 +81,12 @@ def test_one_process_and_two_ranks_in_turn(model: Path, tmp_path: Path) -> None:
         assert there + 2 < len(shards(folder)) < 16
 
     before = contents(folder)
-    code, text = finish(command("image_sample", **{**flags, "seed": 6}), tmp_path / "other.txt")
-    assert code == 2
-    assert f"{folder} holds the samples of another request (seed was 5 and is 6)" in the_sentence(text)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        image_sample.main([f"--{name}={value}" for name, value in {**flags, "seed": 6}.items()])
+    assert caught.value.code == 2
+    said = the_sentence(capsys.readouterr().err)
+    assert f"{folder} holds the samples of another request (seed was 5 and is 6)" in said
     assert contents(folder) == before
 
     torn = folder / "shards" / sorted(shards(folder))[1]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import TINY, Killer, Strike, Tally, command, succeed, table, training_differences
+from harness import ROOT, TINY, Killer, Strike, Tally, command, table, training_differences
+from ranks import Nursery
 
 from guided_diffusion.commands import image_train
 
@@ -32,26 +33,39 @@ BEGUN = "parameters in "
 class Runs:
     """The same training over and over: once unbroken, then with kills.
 
+    :param launchers: of those that are killed.
     :param flags: in place of FLAGS.
     """
 
-    def __init__(self, folder: Path, seed: int, *, ranks: int = 1, launchers: tuple[str, ...] = ("",), **flags: Any):
-        self.folder, self.ranks, self.launchers, self.count = folder, ranks, launchers, 0
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        nursery: Nursery,
+        *,
+        ranks: int = 1,
+        launchers: tuple[str, ...] = ("",),
+        **flags: Any,
+    ) -> None:
+        self.folder, self.nursery, self.ranks, self.launchers, self.count = folder, nursery, ranks, launchers, 0
         self.flags = {**FLAGS, **flags}
         self.whole = folder / "whole"
         self.killer = Killer(seed, BEGUN, span=1.0)
-        self.end(self.whole, folder / "whole.txt")
+        self.end(self.whole)
 
     def argv(self, folder: Path, **more: Any) -> list[str]:
-        launcher = self.launchers[0] if folder == self.whole else self.killer.chance.choice(self.launchers)
+        launcher = self.killer.chance.choice(self.launchers)
         return command("image_train", ranks=self.ranks, launcher=launcher, log_dir=folder, **{**self.flags, **more})
 
-    def end(self, folder: Path, output: Path, **more: Any) -> None:
-        """A run to its end: its numbers are the same in this process, which need not load everything first."""
+    def end(self, folder: Path, **more: Any) -> None:
+        """A run to its end: its numbers are the same in processes that need not load everything first."""
+        words = [f"--{name}={value}" for name, value in {**self.flags, "log_dir": folder, **more}.items()]
         if self.ranks == 1:
-            image_train.main([f"--{name}={value}" for name, value in {**self.flags, "log_dir": folder, **more}.items()])
-        else:
-            assert BEGUN in succeed(self.argv(folder, **more), output)
+            image_train.main(words)
+            return
+        done = self.nursery.run([ROOT / "scripts" / "image_train.py", *words], ranks=self.ranks)
+        assert done.returncode == 0, done.stderr
+        assert BEGUN in done.stdout
 
     def broken(self, kills: int) -> tuple[list[Strike], list[str]]:
         """Kill a run so often, unless it ends before, and let it end: the kills, and how it differs then."""
@@ -61,22 +75,22 @@ class Runs:
             return self.argv(folder, resume_checkpoint="auto"), self.ranks
 
         folder, strikes = self.killer.strikes(kills, self.folder / f"broken{self.count}", start)
-        self.end(folder, folder.with_name(f"{folder.name}-last.txt"), resume_checkpoint="auto")
+        self.end(folder, resume_checkpoint="auto")
         return strikes, training_differences(self.whole, folder, STEPS)
 
 
-def test_one_process(tmp_path: Path) -> None:
-    _, lost = Runs(tmp_path, seed=1).broken(kills=2)
+def test_one_process(tmp_path: Path, ranks: Nursery) -> None:
+    _, lost = Runs(tmp_path, 1, ranks).broken(kills=2)
     assert lost == []
 
 
-def test_two_ranks(tmp_path: Path) -> None:
-    _, lost = Runs(tmp_path, seed=2, ranks=2, launchers=("mpiexec",)).broken(kills=1)
+def test_two_ranks(tmp_path: Path, ranks: Nursery) -> None:
+    _, lost = Runs(tmp_path, 2, ranks, ranks=2, launchers=("mpiexec",)).broken(kills=1)
     assert lost == []
 
 
 @pytest.mark.slow
-def test_forty_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forty_kills(tmp_path: Path, ranks: Nursery, capsys: pytest.CaptureFixture[str]) -> None:
     """Every 2 or 3 steps a checkpoint; whole jobs and single ranks are killed."""
     both = ("mpiexec", "torchrun")
     cases: list[tuple[str, int, dict[str, Any]]] = [
@@ -102,7 +116,8 @@ def test_forty_kills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     lines, lost = [], []
     for number, (name, kills, options) in enumerate(cases):
         (tmp_path / str(number)).mkdir()
-        runs, tally = Runs(tmp_path / str(number), seed=time.time_ns(), **options), Tally(f"SIGKILL, training, {name}")
+        runs = Runs(tmp_path / str(number), time.time_ns(), ranks, **options)
+        tally = Tally(f"SIGKILL, training, {name}")
         lines.append(tally)
         while tally.struck < kills:
             strikes, differing = runs.broken(min(3, kills - tally.struck))

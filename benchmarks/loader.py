@@ -1,0 +1,175 @@
+"""How many images a second are read, cropped and handed to training, against the originals' way.
+
+    python benchmarks/loader.py
+
+The originals' way: Pillow decodes all of a picture, halves it and scales it, numpy makes float32 of it, and one worker
+process hands over batches of those. Ours makes the same pixels, bit for bit, but where --fast_decode is named. The
+pictures are made here: noise with the spectrum of photographs, 500x375, about as large as those of ImageNet.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from harness import Bench, Turns, times
+from numpy.typing import NDArray
+from PIL import Image
+from plain import PlainImages, plain_batches
+
+from guided_diffusion.image_datasets import load_data
+from guided_diffusion.pictures import to_unit
+
+EMOJI = Path(__file__).parent.parent / "datasets" / "emoji64.zip"
+PLAIN = "originals' way"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured: photographs, images of a batch, and batches."""
+
+    photographs: int
+    batch: int
+    batches: int
+
+
+FULL, QUICK = Sizes(256, 32, 16), Sizes(16, 8, 2)
+
+
+# ---- pictures
+
+
+def photograph(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """[H, W, 3] whose amplitudes fall off with the frequency, as those of photographs do, under fine grain."""
+    frequencies = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequencies[0, 0] = 1
+
+    def plane(power: float) -> NDArray[np.float64]:
+        waves = rng.normal(size=frequencies.shape) + 1j * rng.normal(size=frequencies.shape)
+        values = np.fft.irfft2(waves / frequencies**power, (height, width))
+        return np.asarray((values - values.mean()) / values.std())
+
+    light = plane(1.1)
+    colours = [45 * light + 20 * plane(1.5) + 4 * rng.normal(size=light.shape) for _ in range(3)]
+    return np.clip(np.stack(colours, -1) + rng.uniform(90, 160, 3), 0, 255).astype(np.uint8)
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    """JPEGs, one in four of them upright."""
+    for index in range(count):
+        height, width = (500, 375) if index % 4 == 3 else (375, 500)
+        picture = Image.fromarray(photograph(np.random.default_rng(index), height, width))
+        picture.save(folder / f"{index % 10}_{index:05}.jpg", quality=92)
+
+
+# ---- ways to read them
+
+
+Opened = tuple[Iterator[Any], Callable[[], object]]  # batches, and what ends the processes that make them
+
+
+def plain(folder: Path, size: int, batch: int) -> Opened:
+    """Endless batches of the originals' way."""
+    paths = sorted(str(path) for path in folder.rglob("*.*") if path.suffix in (".jpg", ".png"))
+    batches = plain_batches(PlainImages(paths, [0] * len(paths), size), batch)
+    return batches, batches.close
+
+
+def ours(path: Path, size: int, batch: int, **options: Any) -> Opened:
+    """Endless batches as the commands that train take them, as floats."""
+    stream = load_data(
+        data_dir=str(path), batch_size=batch, image_size=size, as_bytes=True, log=lambda _: None, **options
+    )
+    if options.get("cache_images"):  # what counts is what comes after the first epoch
+        for _ in range(len(stream.dataset) // batch + 1):
+            next(stream)
+    return ((to_unit(images), cond) for images, cond in stream), stream.close
+
+
+# ---- measuring
+
+
+def seconds(open_batches: Callable[[], Opened], count: int) -> float:
+    """For so many batches, once the processes run."""
+    batches, close = open_batches()
+    next(batches)
+    began = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    taken = time.perf_counter() - began
+    close()
+    return taken
+
+
+def compare(bench: Bench, title: str, ways: dict[str, Callable[[], Opened]], sizes: Sizes) -> None:
+    """A table of ways, taken in turns; the first is what the others are compared with."""
+    rounds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(bench.rounds):
+        for name, way in ways.items():
+            rounds[name].append(seconds(way, sizes.batches))
+        bench.say("  ".join(f"{name} {values[-1]:.4g} s" for name, values in rounds.items()))
+    turns, images = Turns(rounds), sizes.batches * sizes.batch
+    rows = [[name, f"{images / turns.seconds(name):,.0f}", times(turns.ratio(PLAIN, name))] for name in turns.names]
+    bench.add(title, ["way", "images/s", "speed-up"], rows, seconds=rounds)
+
+
+def photographs(bench: Bench, sizes: Sizes, folder: Path) -> None:
+    """JPEGs to 64x64."""
+    write_photographs(folder, sizes.photographs)
+    packed = folder.parent / "photographs.zip"
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.write(path, path.name)
+    read = partial(ours, folder, 64, sizes.batch)
+    ways: dict[str, Callable[[], Opened]] = {
+        PLAIN: partial(plain, folder, 64, sizes.batch),
+        "exact, 1 worker": partial(read, num_workers=1),
+        "exact, 2 workers": partial(read, num_workers=2),
+        "exact, 2 workers, zip": partial(ours, packed, 64, sizes.batch, num_workers=2),
+        "--fast_decode, 1 worker": partial(read, num_workers=1, fast_decode=True),
+        "--fast_decode, 2 workers": partial(read, num_workers=2, fast_decode=True),
+        "--cache_images, 2 workers": partial(read, num_workers=2, cache_images=True),
+    }
+    kilobytes = sum(path.stat().st_size for path in folder.iterdir()) / sizes.photographs / 1000
+    compare(bench, f"JPEGs of 500x375, {kilobytes:.0f} kB each, to 64x64, batches of {sizes.batch}", ways, sizes)
+
+
+def emoji(bench: Bench, sizes: Sizes, folder: Path) -> None:
+    """The bundled pictures to 32x32."""
+    with zipfile.ZipFile(EMOJI) as archive:
+        archive.extractall(folder)
+    read = partial(ours, EMOJI, 32, sizes.batch)
+    ways: dict[str, Callable[[], Opened]] = {
+        f"{PLAIN}": partial(plain, folder, 32, sizes.batch),
+        "exact, 1 worker, zip": partial(read, num_workers=1),
+        "exact, 2 workers, zip": partial(read, num_workers=2),
+        "--cache_images, 2 workers, zip": partial(read, num_workers=2, cache_images=True),
+    }
+    longer = sizes if bench.quick else Sizes(0, sizes.batch, 8 * sizes.batches)
+    compare(bench, f"Emoji, PNGs of 64x64, to 32x32, batches of {sizes.batch}", ways, longer)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, write."""
+    bench = Bench.begin(__doc__, "loader", argv, parts=("photographs", "emoji"))
+    th.set_num_threads(1)  # what reads pictures takes one in each process; --threads is of no matter here
+    sizes = QUICK if bench.quick else FULL
+    with tempfile.TemporaryDirectory() as root:
+        for name, measure in (("photographs", photographs), ("emoji", emoji)):
+            if bench.wants(name):
+                os.mkdir(os.path.join(root, name))
+                measure(bench, sizes, Path(root, name))
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

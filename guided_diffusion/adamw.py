@@ -1,0 +1,36 @@
+"""AdamW for weights in any order of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+
+from guided_diffusion.gradients import laid_out_as
+
+
+class AdamW(th.optim.AdamW):
+    """torch's, whose fused kernel for CPUs takes all tensors by their memory, and copies what is not contiguous first.
+
+    Here they lie in memory as their parameter does, and those of channels-last weights are given to it as rows: the
+    same numbers in half of the time.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        if group["fused"]:
+            _align(*[tensors for tensors in lists if isinstance(tensors, list)])
+        return has_complex
+
+
+def _align(params: list[th.Tensor], *others: list[th.Tensor]) -> None:
+    """Replace what the lists hold for parameters on a CPU: one place of each list is one parameter's."""
+    for index, param in enumerate(params):
+        if param.device.type != "cpu":
+            continue
+        there = [tensors for tensors in others if tensors and tensors[index].shape == param.shape]
+        for tensors in there:
+            tensors[index] = laid_out_as(tensors[index], param)
+        if not param.is_contiguous():
+            for tensors in (params, *there):
+                tensors[index] = tensors[index].as_strided((param.numel(),), (1,))

@@ -1,0 +1,185 @@
+"""What the bytes of image files hold: pictures, whole or decoded at a part of their size, and maps of classes.
+
+Whatever Pillow raises on a damaged file comes out as it is.
+
+Shapes: H W space, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from guided_diffusion import untrusted
+from guided_diffusion.crops import MAX_PIXELS, Picture, size_of
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+SIDEWAYS = (5, 6, 7, 8)  # values of EXIF's orientation that swap height and width
+PARTS = (8, 4, 2)  # pixels in a row of which libjpeg can make one
+_TOO_MANY = f"it has too many pixels, more than {MAX_PIXELS} are not read"
+
+
+class Whole(NamedTuple):
+    """A picture, and the (height, width) that it has in its file, upright."""
+
+    picture: Picture
+    size: tuple[int, int]
+
+
+def decode(content: bytes, extension: str, channels: int) -> Picture:
+    """A picture, as `image_files.read_image` describes it."""
+    return decode_whole(content, extension, channels).picture
+
+
+def decode_whole(content: bytes, extension: str, channels: int, at_least: tuple[int, int] | None = None) -> Whole:
+    """A picture and its size.
+
+    :param at_least: a (height, width) that is enough: a JPEG is then decoded at a half, a quarter or an eighth of its
+        size where that covers it. Its pixels differ a little from those that halving it afterwards makes.
+    """
+    if extension == ".npy":
+        picture = _decode_array(untrusted.read_array(content), channels)
+        return Whole(picture, size_of(picture))
+    image = _opened(content)
+    if at_least and isinstance(image, JpegImageFile):
+        size = _upright_size(image)
+        return Whole(_decode_picture(_reduced(image, _parts(size, at_least)), channels), size)
+    picture = _decode_picture(_loaded(image), channels)
+    return Whole(picture, size_of(picture))
+
+
+def size_in(content: bytes, extension: str) -> tuple[int, int]:
+    """(height, width) of a picture, upright, without its pixels."""
+    if extension != ".npy":
+        return _upright_size(_opened(content))
+    shape = untrusted.read_header(io.BytesIO(content)).shape
+    return shape[0], shape[1]
+
+
+def decode_ids(content: bytes, extension: str) -> NDArray[np.float32]:
+    """A map of classes, as `image_files.read_ids` describes it."""
+    if extension == ".npy":
+        array = untrusted.read_array(content)
+    else:
+        image = _loaded(_opened(content))
+        if image.format == "JPEG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16L", "I;16B"):
+            raise ValueError(f"a {image.format} of mode {image.mode}, where maps of classes are PNG, grey or palette")
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        array = np.asarray(image)
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    if array.ndim != 2 or array.dtype.kind not in "biu" or np.abs(array.astype(np.int64)).max(initial=0) >= 2**24:
+        raise ValueError(f"numbers {array.shape} of {array.dtype}, where maps of classes are [H, W] of small integers")
+    _check_pixels(array.shape[1], array.shape[0])
+    return array[..., None].astype(np.float32)
+
+
+def _opened(content: bytes) -> Image.Image:
+    """A picture of which the header is read."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
+        raise ValueError(_TOO_MANY) from error
+    _check_pixels(image.width, image.height)
+    return image
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(_TOO_MANY) from error
+    return image
+
+
+def _parts(size: tuple[int, int], at_least: tuple[int, int]) -> int:
+    """Of how many pixels in a row one may be made: what is left covers all that is needed."""
+    return next((n for n in PARTS if size[0] >= n * at_least[0] and size[1] >= n * at_least[1]), 1)
+
+
+def _reduced(image: JpegImageFile, parts: int) -> Image.Image:
+    """A JPEG of which the decoder makes one pixel of so many in a row."""
+    size, box = (image.width // parts, image.height // parts), (0, 0, image.width / parts, image.height / parts)
+    if parts == 1 or image.draft(None, size) is None:
+        return _loaded(image)
+    # The decoder rounds sizes up, the last pixels being parts of some, and halving stretches what is odd over the lower
+    # size: as this does, so that crops of either are of the same places.
+    return _loaded(image).resize(size, Image.Resampling.BICUBIC, box)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) once a picture is turned by its EXIF tag."""
+    turned = False
+    if "exif" in image.info or not isinstance(image, PngImageFile):  # else Pillow looks for one behind the pixels
+        with contextlib.suppress(Exception):
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels, where 1 to {MAX_PIXELS} are read")
+
+
+def _decode_array(array: NDArray[Any], channels: int) -> Picture:
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3:
+        raise ValueError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read")
+    _check_pixels(array.shape[1], array.shape[0])
+    if array.dtype == np.uint8 and channels in MODES and array.shape[-1] in MODES:
+        return _convert(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), channels)
+    return _with_channels(_planes(array), channels)
+
+
+def _decode_picture(image: Image.Image, channels: int) -> Picture:
+    with contextlib.suppress(Exception):  # a damaged EXIF block takes nothing from the picture itself
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return _convert(image, channels)
+    array = np.asarray(image)[..., None]
+    if image.mode == "I" and array.min() >= 0 and array.max() <= 65535:
+        array = array.astype(np.uint16)  # how Pillow hands out some 16 bit greys
+    return _with_channels(_planes(array), channels)
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    if channels not in MODES:
+        raise ValueError(f"a picture of mode {image.mode}, where image_channels {channels} is read from .npy alone")
+    mode = MODES[channels]
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if mode != "RGBA":
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif mode == "RGBA":
+        image = image.convert("RGB")  # Pillow knows no way from CMYK to RGBA but this
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _planes(array: NDArray[Any]) -> NDArray[np.float32]:
+    """Numbers of any declared range -> [-1, 1]."""
+    if array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and np.abs(array).max(initial=0) <= 1):
+            raise ValueError("floats outside [-1, 1], the range that floats must have")
+        return array.astype(np.float32)
+    top = {"b1": 1, "u1": 255, "u2": 65535}.get(array.dtype.str[1:])
+    if top is None:
+        raise ValueError(f"numbers of type {array.dtype}, where uint8, uint16, bool or floats in [-1, 1] are read")
+    return array.astype(np.float32) / np.float32(top / 2) - 1
+
+
+def _with_channels(planes: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
+    if planes.shape[-1] == 1 and channels in (3, 4):
+        planes = np.repeat(planes, 3, -1)
+    if planes.shape[-1] == 3 and channels == 4:
+        planes = np.concatenate([planes, np.ones_like(planes[..., :1])], -1)
+    if planes.shape[-1] != channels:
+        raise ValueError(f"{planes.shape[-1]} channels, where image_channels is {channels}")
+    return planes

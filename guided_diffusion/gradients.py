@@ -1,0 +1,239 @@
+"""Gradients on their way from a backward pass to the optimizer: moved to fp32, added up, averaged over the ranks.
+
+Each is moved as soon as autograd has it, so that the model's own gradients are never there all at once. On several
+ranks those of a bucket are averaged while the backward pass goes on with the others, in the precision of the masters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch as th
+import torch.distributed as dist
+
+from guided_diffusion import dist_util
+
+BUCKET = 2**22  # values per all-reduce: enough to fill a link, few enough for the last one, which nothing hides
+ALIGNED = 4  # values: a gradient begins at a multiple of them, for kernels that read 16 bytes at once
+
+Pairs = Sequence[tuple[th.Tensor, th.Tensor]]
+
+
+def laid_out_as(value: th.Tensor, like: th.Tensor) -> th.Tensor:
+    """A tensor in the order of memory of another one of its shape; the tensor itself where it has it.
+
+    Kernels over many tensors at once take their fast way where weights, gradients and moments lie alike in memory;
+    torch's fused AdamW on a CPU is right only there.
+    """
+    alike = (size == 1 or a == b for size, a, b in zip(like.shape, value.stride(), like.stride(), strict=True))
+    return value if all(alike) else th.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _hook(gradients: Gradients, index: int) -> Callable[[th.Tensor], None]:
+    """What tells of gradient `index` as long as there is somebody to tell: a model may outlive its trainers."""
+    reference = weakref.ref(gradients)
+
+    def arrived(_: th.Tensor) -> None:
+        found = reference()
+        if found is not None and found.collects:
+            found.arrived(index)
+
+    return arrived
+
+
+class Gradients:
+    """The gradients of one process.
+
+    :param pairs: (parameter, its master) of all that is trained; the same tensor twice where it is its own master.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs, self.collects, self._last = pairs, False, False
+        self._loss: th.Tensor | None = None
+        for index in self._watched():
+            pairs[index][0].register_post_accumulate_grad_hook(_hook(self, index))
+
+    def _watched(self) -> list[int]:
+        """Which gradients are moved: in fp32 none is."""
+        return [index for index, (param, master) in enumerate(self.pairs) if param is not master]
+
+    def reset(self) -> None:
+        """Forget all gradients, and the loss."""
+        self._loss = None
+        for param, master in self.pairs:
+            param.grad = master.grad = None
+
+    @contextmanager
+    def collecting(self, loss: th.Tensor, *, last: bool) -> Iterator[None]:
+        """Around a backward pass; whatever else is done with the model is none of our business.
+
+        :param loss: [], which is added up and averaged as the gradients are.
+        :param last: no other pass follows before `finish`.
+        """
+        value = loss.detach().reshape(())
+        self._loss = value if self._loss is None else self._loss + value
+        self.collects, self._last = True, last
+        try:
+            yield
+        finally:
+            self.collects = False
+
+    def arrived(self, index: int) -> None:
+        """Autograd has a gradient."""
+        self._move(index)
+
+    def _move(self, index: int) -> None:
+        """Add the gradient of a parameter to its master's, and let go of it."""
+        param, master = self.pairs[index]
+        if param is master or param.grad is None:
+            return
+        if master.grad is None:
+            master.grad = laid_out_as(param.grad.to(master.dtype), master)
+        else:
+            master.grad.add_(param.grad)
+        param.grad = None
+
+    def finish(self) -> tuple[list[th.Tensor], th.Tensor]:
+        """The gradients of all masters, zeros for one that took no part, and the loss []."""
+        for index, (_, master) in enumerate(self.pairs):
+            self._move(index)  # what came without `collecting`
+            if master.grad is None:
+                master.grad = th.zeros_like(master)
+        return self._found(), self._total()
+
+    def _found(self) -> list[th.Tensor]:
+        return [master.grad for _, master in self.pairs if master.grad is not None]
+
+    def _total(self) -> th.Tensor:
+        """The loss of all passes; 0 where there was none."""
+        return self.pairs[0][1].new_zeros(()) if self._loss is None else self._loss
+
+
+class _Bucket:
+    """Gradients that travel together: parts of one vector, which is there from the first of them to the end of a step.
+
+    :param masters: by index, in the order in which a backward pass reaches them; of one dtype, on one device.
+    """
+
+    def __init__(self, masters: dict[int, th.Tensor]) -> None:
+        self._masters = masters
+        self._starts, self._size = {}, ALIGNED  # the first few values are for the loss
+        for index, master in masters.items():
+            self._starts[index] = self._size
+            self._size += -(-master.numel() // ALIGNED) * ALIGNED
+        self.vector: th.Tensor | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Wait for all gradients again."""
+        self.missing = set(self._masters)
+        self.work: dist.Work | None = None
+
+    def flat(self) -> th.Tensor:
+        """The vector; made when it is first asked for, so that the forward pass has the memory."""
+        if self.vector is None:
+            like = next(iter(self._masters.values()))
+            self.vector = th.empty(self._size, dtype=like.dtype, device=like.device)
+        return self.vector
+
+    def part(self, index: int) -> th.Tensor:
+        """Where a gradient belongs, with the shape and the strides of its master."""
+        master = self._masters[index]
+        strides = th.empty_like(master, device="meta").stride()  # of memory without gaps, whatever the master's is
+        return self.flat().as_strided(master.shape, strides, self._starts[index])
+
+    def send(self, what: str, loss: th.Tensor) -> None:
+        """Begin to add up over the ranks: the gradients, zeros for one that took no part, and a loss []."""
+        for index, master in self._masters.items():
+            if master.grad is None:
+                master.grad = self.part(index).zero_()
+        flat = self.flat()
+        flat[0] = loss
+        with dist_util.exchanging(f"{what}: {flat.numel()} x {flat.dtype}"):
+            self.work = dist.all_reduce(flat, async_op=True)
+
+
+class AveragedGradients(Gradients):
+    """The means of the gradients of all ranks, the same bits on each; every rank must call `finish`.
+
+    A bucket is sent when the last backward pass has all of its gradients and the buckets before it are on their way:
+    in the same order on every rank, last parameters first, as a backward pass reaches them.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        super().__init__(pairs)
+        self._buckets = [_Bucket({i: pairs[i][1] for i in indices}) for indices in _grouped(pairs)]
+        self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.missing}
+        self._sent = 0
+
+    def _watched(self) -> list[int]:
+        return list(range(len(self.pairs)))
+
+    def reset(self) -> None:
+        super().reset()
+        self._begin()
+        for bucket in self._buckets:
+            bucket.vector = None
+
+    def _begin(self) -> None:
+        self._sent = 0
+        for bucket in self._buckets:
+            bucket.begin()
+
+    def arrived(self, index: int) -> None:
+        bucket = self._bucket_of[index]
+        if bucket.work is not None:
+            raise RuntimeError(
+                "a gradient came after its bucket was sent to other ranks: only one pass can be the last"
+            )
+        self._move(index)
+        if self._last:
+            bucket.missing.discard(index)
+            while self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
+                self._send()
+
+    def _move(self, index: int) -> None:
+        param, master = self.pairs[index]
+        grad = param.grad
+        if grad is None:
+            return
+        if param is not master and master.grad is not None:
+            master.grad.add_(grad)
+        else:
+            part = self._bucket_of[index].part(index)
+            master.grad = part if part.data_ptr() == grad.data_ptr() else part.copy_(grad)
+        if param is not master:
+            param.grad = None
+
+    def _send(self) -> None:
+        self._buckets[self._sent].send(f"bucket {self._sent} of gradients", self._total())
+        self._sent += 1
+
+    def finish(self) -> tuple[list[th.Tensor], th.Tensor]:
+        for index in range(len(self.pairs)):
+            self._move(index)
+        while self._sent < len(self._buckets):
+            self._send()
+        with dist_util.exchanging(f"{self._sent} buckets of gradients"):
+            for bucket in self._buckets:
+                assert bucket.work is not None
+                bucket.work.wait()
+        vectors = [bucket.flat() for bucket in self._buckets]
+        th._foreach_div_(vectors, float(dist.get_world_size()))
+        self._begin()
+        return self._found(), vectors[0][0]
+
+
+def _grouped(pairs: Pairs) -> Iterator[list[int]]:
+    """Which gradients share a bucket, by index."""
+    group: list[int] = []
+    for index in reversed(range(len(pairs))):
+        master = pairs[index][1]
+        kinds = {(pairs[i][1].dtype, pairs[i][1].device) for i in (*group, index)}
+        if group and (len(kinds) > 1 or sum(pairs[i][1].numel() for i in group) + master.numel() > BUCKET):
+            yield group
+            group = []
+        group.append(index)
+    yield group

@@ -1,0 +1,165 @@
+"""What torch does slowly, or keeps too much for, in bfloat16 on a CPU; everything else goes the plain way.
+
+Shapes: N batch, C channels, G groups, [N, C, ...] feature maps; H heads of D channels each, T tokens, B = N * H.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+CHUNK = 2**20  # attention weights that are held at a time: what a core's cache takes
+
+Pair = tuple[th.Tensor, th.Tensor]
+Film = Pair | None
+Gradients = tuple[th.Tensor | None, ...]
+
+
+def takes(x: th.Tensor) -> bool:
+    """Whether what is written here serves x: a compiler makes its own of the plain steps."""
+    return x.dtype == th.bfloat16 and x.device.type == "cpu" and not th.compiler.is_compiling()
+
+
+# ---- group normalization, scale and shift, SiLU
+
+
+def norm_silu(x: th.Tensor, norm: nn.GroupNorm, film: Film = None) -> th.Tensor:
+    """silu(norm(x) * scale + shift), [N, C, ...] -> [N, C, ...].
+
+    Where `takes` x, one feature map is kept for the gradient, which computes the others again, instead of three.
+
+    :param film: (scale, shift), both [N, C, 1, ...] in the dtype of x; None leaves them out.
+    """
+    if takes(x):
+        shape = *(film or (None, None)), norm.num_groups, norm.eps
+        out: th.Tensor = _NormSiLU.apply(_dense(x), norm.weight, norm.bias, *shape)  # type: ignore[no-untyped-call]
+        return out
+    h = norm(x)
+    return F.silu(h if film is None else th.addcmul(film[1], h, film[0]))
+
+
+def _dense(x: th.Tensor) -> th.Tensor:
+    """x in one of the layouts that the kernels take; of a single image they look at the first stride all the same."""
+    layout = {4: th.channels_last, 5: th.channels_last_3d}.get(x.ndim)
+    if x.is_contiguous() or layout is None or not x.is_contiguous(memory_format=layout):
+        return x.contiguous()
+    return x.as_strided(x.shape, (x[0].numel(), *x.stride()[1:]))
+
+
+class _NormSiLU(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, *rest: Any) -> th.Tensor:
+        scale, shift, ctx.groups, ctx.eps = rest
+        h, mean, rstd = _modulated(x, (weight, bias), (scale, shift), ctx)
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
+        return F.silu(h, inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: th.Tensor) -> Gradients:
+        x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        g = th.ops.aten.silu_backward(grad, _modulated(x, (weight, bias), (scale, shift), ctx)[0])
+        factor = 1 if scale is None else scale.flatten(1).float()
+        gain = (weight * factor).expand(x.shape[:2])
+        own, of_gain, of_offset = (_by_kernel if x.is_contiguous() else _by_sums)(g, x, gain, mean, rstd)
+        film: tuple[th.Tensor | None, ...] = None, None
+        if scale is not None:
+            of_scale = of_gain * weight + of_offset * bias
+            film = of_scale.to(x.dtype).view_as(scale), of_offset.to(x.dtype).view_as(scale)
+        return own, (of_gain * factor).sum(0), (of_offset * factor).sum(0), *film, None, None
+
+
+def _modulated(x: th.Tensor, affine: Pair, film: tuple[th.Tensor | None, ...], ctx: Any) -> tuple[th.Tensor, ...]:
+    """(x normalized, scaled and shifted, means [N, G], reciprocal deviations [N, G]); the sums are float32."""
+    (n, channels), (weight, bias), (scale, shift) = x.shape[:2], affine, film
+    size = x[0, 0].numel()
+    if scale is None or shift is None:
+        return th.native_group_norm(x, weight, bias, n, channels, size, ctx.groups, ctx.eps)
+    if not x.is_contiguous():
+        h, mean, rstd = th.native_group_norm(x, weight, bias, n, channels, size, ctx.groups, ctx.eps)
+        return th.addcmul(shift, h, scale), mean, rstd
+    # As one image of N * C channels, each with weights of its own: in one pass.
+    factor, offset = scale.flatten(1).float(), shift.flatten(1).float()
+    gains = (weight * factor).flatten(), th.addcmul(offset, bias, factor).flatten()
+    h, mean, rstd = th.native_group_norm(
+        x.view(1, -1, *x.shape[2:]), *gains, 1, n * channels, size, n * ctx.groups, ctx.eps
+    )
+    return h.view_as(x), mean.view(n, -1), rstd.view(n, -1)
+
+
+def _by_kernel(g: th.Tensor, x: th.Tensor, gain: th.Tensor, mean: th.Tensor, rstd: th.Tensor) -> tuple[th.Tensor, ...]:
+    """Gradients of x, gain and offset [N, C] from that of x normalized * gain + offset, for contiguous x."""
+    rows, flat = gain.numel(), (g.contiguous().view(1, -1, *g.shape[2:]), x.view(1, -1, *x.shape[2:]))
+    own, of_gain, of_offset = th.ops.aten.native_group_norm_backward(
+        *flat, mean.view(1, -1), rstd.view(1, -1), gain.reshape(-1), 1, rows, x[0, 0].numel(), mean.numel(), [True] * 3
+    )
+    return own.view_as(x), of_gain.view_as(gain), of_offset.view_as(gain)
+
+
+def _by_sums(g: th.Tensor, x: th.Tensor, gain: th.Tensor, mean: th.Tensor, rstd: th.Tensor) -> tuple[th.Tensor, ...]:
+    """The same for channels innermost, from two sums over space: the kernel takes no vectors if groups are small."""
+    space, each = tuple(range(2, x.ndim)), x.shape[1] // mean.shape[1]
+    mean, rstd = (values.repeat_interleave(each, 1) for values in (mean, rstd))
+    sums = g.sum(space, dtype=th.float32)
+    products = ((g * x).sum(space, dtype=th.float32) - sums * mean) * rstd
+    level, slope = (
+        (gain * value).unflatten(1, (-1, each)).mean(2).repeat_interleave(each, 1) / x[0, 0].numel()
+        for value in (sums, products)
+    )
+    slope = slope * rstd.square()
+    rows = (slope * mean - level * rstd, -slope, gain * rstd)
+    offset, of_x, of_g = (row.to(x.dtype).view(*row.shape, *[1] * (x.ndim - 2)) for row in rows)
+    return th.addcmul(th.addcmul(offset, x, of_x), g, of_g), products, sums
+
+
+# ---- attention
+
+
+def attention(q: th.Tensor, k: th.Tensor, v: th.Tensor) -> th.Tensor:
+    """Scaled dot-product attention without a mask, [N, H, T, D] each."""
+    if takes(q) and th.is_grad_enabled():
+        out: th.Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
+        return out
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class _Attention(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: th.Tensor, k: th.Tensor, v: th.Tensor) -> th.Tensor:
+        out, logsumexp = th.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        result: th.Tensor = out
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: th.Tensor) -> Gradients:
+        """Dao et al. 2022, appendix B.4; what is subtracted from products is so within their float32 sums.
+
+        There it is two further columns, high and low part, that meet ones; a scaled q is in two parts likewise.
+        """
+        q, k, v, out, logsumexp = (value.flatten(0, 1) for value in ctx.saved_tensors)
+        shape, scale, grad = grad.shape, grad.shape[-1] ** -0.5, grad.flatten(0, 1)
+        inner = (grad.float() * out.float()).sum(-1, keepdim=True)
+        ones = k.new_ones(*k.shape[:2], 2)
+        logits = th.cat([*_parts(q.float() * scale), *_parts(-logsumexp[..., None])], -1), th.cat([k, k, ones], -1)
+        slopes = th.cat([grad, *_parts(-inner)], -1), th.cat([v, ones], -1)
+        of_q, of_k, of_v = (th.empty_like(k) for _ in range(3))
+        step = max(1, CHUNK // k.shape[1] ** 2)
+        for part in (slice(start, start + step) for start in range(0, len(k), step)):
+            weights = th.bmm(logits[0][part], logits[1][part].transpose(1, 2)).exp_()
+            th.bmm(weights.transpose(1, 2), grad[part], out=of_v[part])
+            of_logits = th.bmm(slopes[0][part], slopes[1][part].transpose(1, 2)).mul_(weights)
+            th.bmm(of_logits, k[part], out=of_q[part])
+            th.bmm(of_logits.transpose(1, 2), q[part], out=of_k[part])
+        return of_q.mul_(scale).view(shape), of_k.mul_(scale).view(shape), of_v.view(shape)
+
+
+def _parts(values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """float32 as the sum of two bfloat16."""
+    high = values.bfloat16()
+    return high, (values - high).bfloat16()
