@@ -270,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if given.quick and given.write:
         parser.error("--write contradicts --quick, which measures nothing: give one of the two")
+    if given.write and set(given.only.split(",")) != set(SECTIONS):
+        parser.error("--write contradicts --only, as the section of the page has all parts: give one of the two")
     if given.child:
         return _child(given.child[0], json.loads(given.child[1]))
     rows = []

@@ -61,16 +61,26 @@ class Turns:
 
 
 def in_turns(
-    ways: Ways, *, rounds: int, warm_up: int = 1, device: th.device | str = "cpu", say: Callable[[str], object] = print
+    ways: Ways,
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    lead: int = 0,
+    device: th.device | str = "cpu",
+    say: Callable[[str], object] = print,
 ) -> Turns:
     """Take every way once, then every way again, and so on.
 
     :param warm_up: rounds that are not measured.
+    :param lead: how often a way is taken right before it is measured: a system takes memory back from what rests, and
+        the first step of a way that holds gigabytes would pay for that.
     :param say: is told what each measured round took.
     """
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warm_up + rounds):
         for name, way in ways.items():
+            for _ in range(lead if number >= warm_up else 0):
+                way()
             synchronize(device)
             began = time.perf_counter()
             way()
@@ -248,10 +258,10 @@ class Bench:
         """Tell how it goes, on stderr."""
         print(f"    {text}", file=sys.stderr, flush=True)
 
-    def turns(self, ways: Ways, *, rounds: int | None = None, warm_up: int = 1) -> Turns:
+    def turns(self, ways: Ways, *, rounds: int | None = None, warm_up: int = 1, lead: int = 0) -> Turns:
         """`in_turns` on this benchmark's device."""
         count = self.rounds if rounds is None or self.quick else rounds
-        return in_turns(ways, rounds=count, warm_up=warm_up, device=self.device, say=self.say)
+        return in_turns(ways, rounds=count, warm_up=warm_up, lead=lead, device=self.device, say=self.say)
 
     @cached_property
     def ceiling(self) -> Ceiling:

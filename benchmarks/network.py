@@ -118,7 +118,7 @@ def report(bench: Bench, title: str, turns: Turns, flops: float) -> None:
 
 def measure(case: Case, bench: Bench) -> None:
     """All tables of a case."""
-    fewer, batch = max(1, bench.rounds - 1), f"{case.name}, batch {case.batch}"
+    batch = f"{case.name}, batch {case.batch}"
     inputs = case.inputs(bench.device)
     counted = plain(case.make_unet(), "fp32").to(bench.device)
     once, twice = (count_flops(counted, *inputs, backward=which) for which in ("", "weights"))
@@ -127,9 +127,9 @@ def measure(case: Case, bench: Bench) -> None:
     ways = {name: forward(network, inputs) for name, network in (networks | compiled(case, bench, inputs)).items()}
     report(bench, f"U-Net forward, {batch}", bench.turns(ways), once)
     ways = {name: backward(network, inputs) for name, network in networks.items()}
-    report(bench, f"U-Net forward and backward, {batch}", bench.turns(ways, rounds=fewer), twice)
+    report(bench, f"U-Net forward and backward, {batch}", bench.turns(ways), twice)
     del networks, ways
-    report(bench, f"U-Net training step, {batch}", bench.turns(training_steps(case, bench), rounds=fewer), twice)
+    report(bench, f"U-Net training step, {batch}", bench.turns(training_steps(case, bench), lead=1), twice)
     ways = {name: gradient(network, inputs[:2]) for name, network in classifiers(case, bench).items()}
     counted = plain(case.make_classifier(), "fp32").to(bench.device)
     work = count_flops(counted, *inputs[:2], backward="image")

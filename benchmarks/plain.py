@@ -1,8 +1,8 @@
 """The plain path: networks, guidance, training steps and pictures computed operation for operation as the originals do.
 
 Contiguous tensors, attention by two matrix products with a float32 softmax between them, SiLU as a product with a
-sigmoid, every intermediate result in memory of its own; AdamW and moving averages parameter by parameter, norms and
-losses fetched one by one. The weights are those of our own networks, so that results can be compared.
+sigmoid, every intermediate result in memory of its own; AdamW as torch has it, moving averages parameter by parameter,
+norms and losses fetched one by one. The weights are those of our own networks, so that results can be compared.
 
 Shapes: N images, C channels, H W space, T = H * W tokens, E embedding.
 """

@@ -47,6 +47,15 @@ def own_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ddpm", type=int, default=0, help="measure so many steps of ddpm in fp32 too; 0: do not")
 
 
+def near(command: str, given: argparse.Namespace) -> str:
+    """A command with the paths of what lies in this repository as they are from its root, where it is run."""
+    paths = (path for path in (given.model_path, given.classifier_path, given.data_dir) if os.path.exists(path))
+    short = {path: os.path.relpath(os.path.realpath(path), os.path.realpath(ROOT)) for path in paths}
+    words = (word.rpartition("=") for word in command.split(" "))
+    inside = {path: name for path, name in short.items() if name.split(os.sep)[0] != os.pardir}
+    return " ".join(flag + sign + inside.get(value, value) for flag, sign, value in words)
+
+
 @dataclass(frozen=True)
 class Way:
     """How samples are made."""
@@ -159,6 +168,7 @@ def verdict(found: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Sample, compare, say."""
     bench = Bench.begin(__doc__, "precision", argv, flags=own_flags)
+    bench.command = near(bench.command, bench.given)
     given, seeds = bench.given, [int(word) for word in bench.given.seeds.split(",")]
     if bench.quick:
         given.num_samples, given.batch_size, given.steps = 8, 8, 2

@@ -17,10 +17,20 @@ class AdamW(th.optim.AdamW):
     """
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        if group["fused"]:
+            self._lay_out(group["params"])
         has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
         if group["fused"]:
             _align(*[tensors for tensors in lists if isinstance(tensors, list)])
         return has_complex
+
+    def _lay_out(self, params: list[th.Tensor]) -> None:
+        """Replace the moments that do not lie as their parameter: what is loaded lies as it did in its file."""
+        for param in params:
+            state = self.state.get(param, {})
+            for key, value in state.items():
+                if th.is_tensor(value) and value.shape == param.shape and value.stride() != param.stride():
+                    state[key] = laid_out_as(value, param)
 
 
 def _align(params: list[th.Tensor], *others: list[th.Tensor]) -> None:

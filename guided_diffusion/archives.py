@@ -37,8 +37,9 @@ class Archive:
         self._size = os.fstat(self._file).st_size if file else 0
 
     def close(self) -> None:
-        """Nothing is read from it any more."""
+        """Nothing is read from it any more; the system may give the number of its handle to another file."""
         self._zip.close()
+        self._file, self._size = -1, 0
 
     def members(self) -> Iterator[tuple[zipfile.ZipInfo, bool]]:
         """All entries, and whether a later one has the same name."""
@@ -51,7 +52,10 @@ class Archive:
         :raises ValueError: if it is not there, damaged, encrypted or a bomb.
         """
         member = self._zip.NameToInfo.get(name)
-        content = self._content(member) if member is not None else None
+        try:
+            content = self._content(member) if member is not None else None
+        except OSError:  # zipfile tries it again, and says what is wrong
+            content = None
         return self._read_otherwise(name) if content is None else content
 
     def _read_otherwise(self, name: str) -> bytes:
@@ -72,7 +76,8 @@ class Archive:
 
     def _end(self, member: zipfile.ZipInfo) -> int:
         """Where its bytes end at the latest; where zipfile tells, that is where the next member begins."""
-        return min(getattr(member, "_end_offset", None) or self._size, self._size)
+        end: int | None = getattr(member, "_end_offset", None)
+        return self._size if end is None else min(end, self._size)
 
     def _start(self, member: zipfile.ZipInfo) -> int | None:
         """Where its bytes begin, behind a header of its own that must agree with its entry."""

@@ -10,17 +10,19 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch as th
+import torch._functorch.config as autograd_config
 from torch import nn
 
 from guided_diffusion import logger
 from guided_diffusion.downloads import cache_folder
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # the compiler's own variable
+SHAPES = 64  # that networks may be compiled for, all of them together: theirs is one function to the compiler
 Key = tuple[Any, ...]
 
 
@@ -41,10 +43,13 @@ def compile_network(
     device = next(network.parameters()).device
     if backend == "inductor":
         _check_compiler(device)
+    th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, SHAPES)
     options: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
     recorded = sampling and device.type == "cuda"
     if sampling:
         network.requires_grad_(False)
+        # Guidance and likelihoods go back through a graph twice; its backward pass is made when it is first needed.
+        autograd_config.donated_buffer = False
     if recorded:
         options["mode"] = "reduce-overhead"
     constants = sampling and device.type == "cpu" and backend == "inductor"
@@ -83,12 +88,22 @@ class _Compiled:
         try:
             with th._inductor.config.patch(freezing=True) if self.constants else nullcontext():
                 out = self.call(*args, **kwargs)
-        except th._dynamo.exc.TorchDynamoException as error:
+        except (th._dynamo.exc.TorchDynamoException, th._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise ValueError(f"{self.name} could not be compiled ({reason}): leave out --compile") from error
         logger.log(f"compiled {self.name}: its first call took {time.monotonic() - began:.1f} s")
         self.known.add(key)
         return out
+
+
+@contextmanager
+def eagerly(network: nn.Module) -> Iterator[None]:
+    """Inside, the calls of a network run as if `compile_network` had not been there."""
+    compiled, network._compiled_call_impl = network._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = compiled
 
 
 def _shapes(values: list[Any]) -> list[tuple[Any, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,7 @@ def decode_whole(content: bytes, extension: str, channels: int, at_least: tuple[
     if extension == ".npy":
         picture = _decode_array(untrusted.read_array(content), channels)
         return Whole(picture, size_of(picture))
-    image = _opened(content)
+    image = _opened(io.BytesIO(content))
     if at_least and isinstance(image, JpegImageFile):
         size = _upright_size(image)
         return Whole(_decode_picture(_reduced(image, _parts(size, at_least)), channels), size)
@@ -56,11 +56,11 @@ def decode_whole(content: bytes, extension: str, channels: int, at_least: tuple[
     return Whole(picture, size_of(picture))
 
 
-def size_in(content: bytes, extension: str) -> tuple[int, int]:
-    """(height, width) of a picture, upright, without its pixels."""
+def size_in(file: IO[bytes], extension: str) -> tuple[int, int]:
+    """(height, width) of a picture, upright, without its pixels, of which no more than the header is read."""
     if extension != ".npy":
-        return _upright_size(_opened(content))
-    shape = untrusted.read_header(io.BytesIO(content)).shape
+        return _upright_size(_opened(file))
+    shape = untrusted.read_header(file).shape
     return shape[0], shape[1]
 
 
@@ -69,7 +69,7 @@ def decode_ids(content: bytes, extension: str) -> NDArray[np.float32]:
     if extension == ".npy":
         array = untrusted.read_array(content)
     else:
-        image = _loaded(_opened(content))
+        image = _loaded(_opened(io.BytesIO(content)))
         if image.format == "JPEG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16L", "I;16B"):
             raise ValueError(f"a {image.format} of mode {image.mode}, where maps of classes are PNG, grey or palette")
         with contextlib.suppress(Exception):
@@ -82,10 +82,10 @@ def decode_ids(content: bytes, extension: str) -> NDArray[np.float32]:
     return array[..., None].astype(np.float32)
 
 
-def _opened(content: bytes) -> Image.Image:
+def _opened(file: IO[bytes]) -> Image.Image:
     """A picture of which the header is read."""
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
         raise ValueError(_TOO_MANY) from error
     _check_pixels(image.width, image.height)

@@ -58,7 +58,8 @@ class Footprint:
         """The same with --fsdp: a rank has its share of all that is in fp32, and gathers the weights part by part."""
         share = {name: getattr(self, name) // ranks for name in ("gradients", "optimizer", "averages")}
         masters = 4 * sum(self.parts.values()) // ranks
-        return replace(self, **share, masters=masters, weights=0)
+        activations = self.activations - self.gradients + share["gradients"]
+        return replace(self, **share, masters=masters, weights=0, activations=activations)
 
 
 def measure(network: nn.Module, loss: Loss, sizes: Iterable[int], device: th.device, averages: int = 1) -> Footprint:

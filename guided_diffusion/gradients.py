@@ -7,11 +7,12 @@ ranks those of a bucket are averaged while the backward pass goes on with the ot
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch as th
 import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
 from guided_diffusion import dist_util
 
@@ -43,6 +44,11 @@ def _hook(gradients: Gradients, index: int) -> Callable[[th.Tensor], None]:
     return arrived
 
 
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
 class Gradients:
     """The gradients of one process.
 
@@ -52,8 +58,9 @@ class Gradients:
     def __init__(self, pairs: Pairs) -> None:
         self.pairs, self.collects, self._last = pairs, False, False
         self._loss: th.Tensor | None = None
-        for index in self._watched():
-            pairs[index][0].register_post_accumulate_grad_hook(_hook(self, index))
+        hook_of = {index: _hook(self, index) for index in self._watched()}
+        handles = [pairs[index][0].register_post_accumulate_grad_hook(hook) for index, hook in hook_of.items()]
+        weakref.finalize(self, _remove, handles)
 
     def _watched(self) -> list[int]:
         """Which gradients are moved: in fp32 none is."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -19,12 +20,26 @@ from guided_diffusion.decoding import MODES, Whole
 from guided_diffusion.image_files import UnreadableImage, read_size
 from guided_diffusion.untrusted import quoted
 
-# where launchers write how many processes they started on this machine: torchrun, MPICH, Open MPI, Slurm
-RANKS_HERE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
-# the limit of a container, and the word before what its processes take of it themselves, files in memory apart
+# where launchers write how many processes they started on this machine: torchrun, MPICH, Open MPI; and Slurm, which
+# lists those of all its machines, as "4(x2),3"
+RANKS_HERE = (
+    "LOCAL_WORLD_SIZE",
+    "MPI_LOCALNRANKS",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_TASKS_PER_NODE",
+    "SLURM_NTASKS_PER_NODE",
+)
+COUNTS = re.compile(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*")
+# the limit of a container, and the words before what cannot be taken back from its processes: memory of their own, and
+# shared memory, which counts among files elsewhere
 LIMITS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", "anon"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat", "total_rss"),
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", ("anon", "shmem")),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+        ("total_rss", "total_shmem"),
+    ),
 )
 
 
@@ -98,8 +113,7 @@ class ImageCache:
 
 def _check_memory(wanted: int, count: int) -> None:
     """:raises ValueError: if there is less memory than the ranks on this machine want, each for itself."""
-    ranks = next((int(os.environ[name]) for name in RANKS_HERE if os.environ.get(name, "").isdigit()), 1)
-    free = free_memory()
+    ranks, free = ranks_here(), free_memory()
     if wanted * ranks > free:
         raise ValueError(
             f"cache_images takes {wanted / 1e9:.3g} GB for {count} images, in each of {ranks} ranks on this machine, "
@@ -107,13 +121,20 @@ def _check_memory(wanted: int, count: int) -> None:
         )
 
 
+def ranks_here() -> int:
+    """Processes of this run on this machine, or on the one with most where that is all that is known."""
+    said = (os.environ.get(name, "") for name in RANKS_HERE)
+    counts = next(filter(COUNTS.fullmatch, said), "1")
+    return max(int(part.partition("(")[0]) for part in counts.split(","))
+
+
 def free_memory() -> int:
     """Bytes that may still be taken, by the word of the system and by the limit of a container."""
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     free += [1024 * value for value in _numbers("/proc/meminfo", "MemAvailable:")]
-    for limit, table, word in LIMITS:
-        limits, taken = _numbers(limit), _numbers(table, word)
-        free += [most - used for most, used in zip(limits, taken, strict=False)]
+    for limit, table, words in LIMITS:
+        taken = sum(number for word in words for number in _numbers(table, word))
+        free += [most - taken for most in _numbers(limit)]
     return min(free)
 
 

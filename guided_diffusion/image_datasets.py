@@ -247,6 +247,8 @@ def load_data(
         labels = read_labels(listing, class_from, classes, num_classes)
     elif class_from != "auto" or classes:
         raise ValueError(f"class_from {class_from!r} and classes {classes!r} have no effect; set class_cond to True")
+    if cache_images and random_crop:
+        say(f"  reading the sizes of {len(listing.images)} images, which say how much memory they take")
     dataset = ImageDataset(
         size_flag(image_size),
         [listing.path(name) for name in listing.images],

@@ -9,10 +9,12 @@ Shapes: H W space, C channels.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,7 +33,8 @@ T = TypeVar("T")
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 LABEL_FILES = {"json": "dataset.json", "csv": "labels.csv"}
-MAX_OPEN_ARCHIVES = 32
+MAX_OPEN_ARCHIVES = 512  # one for each class, often: to open a zip again is to read all of its directory again
+EMPTY = "it is empty"
 
 
 class UnreadableImage(ValueError):
@@ -55,10 +58,20 @@ def _is_file(path: str) -> bool:
 _archives: dict[str, Archive] = {}
 
 
+def _most_open() -> int:
+    """Zips that may be open at once, which leave half of the handles of a process to all else."""
+    try:
+        import resource
+    except ImportError:  # a system that sets no such limit
+        return MAX_OPEN_ARCHIVES
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN_ARCHIVES if limit == resource.RLIM_INFINITY else max(1, min(MAX_OPEN_ARCHIVES, limit // 2))
+
+
 def _archive(path: str) -> Archive:
     """The open zip, of which processes that are forked inherit the handle and the directory."""
     if path not in _archives:
-        while len(_archives) >= MAX_OPEN_ARCHIVES:
+        while len(_archives) >= _most_open():
             _archives.pop(next(iter(_archives))).close()
         try:
             _archives[path] = Archive(path)
@@ -277,11 +290,16 @@ def read_whole(path: str, channels: int, at_least: tuple[int, int] | None = None
 
 
 def read_size(path: str) -> tuple[int, int]:
-    """The (height, width) of a picture, from its header.
+    """The (height, width) of a picture, from its header, which is all that is read of a file on the disk.
 
     :raises UnreadableImage: as `read_image` does, but for what is wrong behind the header.
     """
-    return _read(path, size_in)
+    if is_remote(path) or split_archive(path):
+        return _read(path, lambda content, extension: size_in(io.BytesIO(content), extension))
+    with _naming(path), untrusted.open_file(path) as file:
+        if not untrusted.local_size(file):
+            raise ValueError(EMPTY)
+        return size_in(file, _extension(path))
 
 
 def read_ids(path: str) -> NDArray[np.float32]:
@@ -293,11 +311,18 @@ def read_ids(path: str) -> NDArray[np.float32]:
 
 
 def _read(path: str, decoder: Callable[[bytes, str], T]) -> T:
-    try:
+    with _naming(path):
         content = read_bytes(path)
         if not content:
-            raise ValueError("it is empty")
+            raise ValueError(EMPTY)
         return decoder(content, _extension(path))
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """What goes wrong is an `UnreadableImage`."""
+    try:
+        yield
     except UnidentifiedImageError as error:
         raise UnreadableImage(path, "its content is no image") from error
     except Exception as error:  # Pillow does not say what it raises on a damaged file

@@ -13,15 +13,17 @@ from guided_diffusion import dist_util, logger
 NO_PRIMITIVE = ("could not create a primitive", "could not execute a primitive")
 
 
-def halve_until_it_fits(attempt: Callable[[int], None], size: int) -> None:
+def halve_until_it_fits(attempt: Callable[[int], None], size: int, forget: Callable[[], None]) -> None:
     """Call attempt(size), then with half of it and so on, until it does not ask for memory in vain.
 
-    :param attempt: begins anew each time, and holds nothing when it has failed.
+    :param attempt: begins anew each time.
+    :param forget: lets go of what an attempt has left, such as the gradients of its first microbatches.
     :raises RuntimeError, MemoryError: that of the attempt with a single image.
     """
     while not _fits(attempt, size):
         size = -(-size // 2)
         logger.log(f"out of memory: the step is repeated in microbatches of {size}")
+        forget()
         gc.collect()
         if th.cuda.is_initialized():
             th.cuda.empty_cache()  # what is left are pieces of other sizes

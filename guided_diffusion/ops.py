@@ -36,7 +36,7 @@ def norm_silu(x: th.Tensor, norm: nn.GroupNorm, film: Film = None) -> th.Tensor:
     """
     if takes(x):
         shape = *(film or (None, None)), norm.num_groups, norm.eps
-        out: th.Tensor = _NormSiLU.apply(_dense(x), norm.weight, norm.bias, *shape)  # type: ignore[no-untyped-call]
+        out: th.Tensor = _NormSiLU.apply(x, norm.weight, norm.bias, *shape)  # type: ignore[no-untyped-call]
         return out
     h = norm(x)
     return F.silu(h if film is None else th.addcmul(film[1], h, film[0]))
@@ -54,6 +54,7 @@ class _NormSiLU(th.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor, *rest: Any) -> th.Tensor:
         scale, shift, ctx.groups, ctx.eps = rest
+        x = _dense(x)
         h, mean, rstd = _modulated(x, (weight, bias), (scale, shift), ctx)
         ctx.save_for_backward(x, weight, bias, scale, shift, mean, rstd)
         return F.silu(h, inplace=True)
@@ -104,16 +105,23 @@ def _by_sums(g: th.Tensor, x: th.Tensor, gain: th.Tensor, mean: th.Tensor, rstd:
     """The same for channels innermost, from two sums over space: the kernel takes no vectors if groups are small."""
     space, each = tuple(range(2, x.ndim)), x.shape[1] // mean.shape[1]
     mean, rstd = (values.repeat_interleave(each, 1) for values in (mean, rstd))
+    middle = _over_space(mean, x)
+    centred, rest = x - middle, mean - middle.flatten(1)  # means may be far larger than what they are the means of
     sums = g.sum(space, dtype=th.float32)
-    products = ((g * x).sum(space, dtype=th.float32) - sums * mean) * rstd
+    products = ((g * centred).sum(space, dtype=th.float32) - sums * rest) * rstd
     level, slope = (
         (gain * value).unflatten(1, (-1, each)).mean(2).repeat_interleave(each, 1) / x[0, 0].numel()
         for value in (sums, products)
     )
     slope = slope * rstd.square()
-    rows = (slope * mean - level * rstd, -slope, gain * rstd)
-    offset, of_x, of_g = (row.to(x.dtype).view(*row.shape, *[1] * (x.ndim - 2)) for row in rows)
-    return th.addcmul(th.addcmul(offset, x, of_x), g, of_g), products, sums
+    rows = (slope * rest - level * rstd, -slope, gain * rstd)
+    offset, of_x, of_g = (_over_space(row, x) for row in rows)
+    return th.addcmul(th.addcmul(offset, centred, of_x), g, of_g), products, sums
+
+
+def _over_space(row: th.Tensor, x: th.Tensor) -> th.Tensor:
+    """[N, C] as [N, C, 1, ...] in the dtype of x."""
+    return row.to(x.dtype).view(*row.shape, *[1] * (x.ndim - 2))
 
 
 # ---- attention

@@ -1,5 +1,5 @@
-"""The flags of speed and memory, none of which changes what is computed but --fast_decode. As in config.py, a field is
-a flag, without torch.
+"""The flags of speed and memory. What is computed changes with --fast_decode, and with --compile, which rounds
+otherwise and draws other masks of dropout. As in config.py, a field is a flag, without torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ class CompileConfig:
     """Compiling the networks."""
 
     compile: bool = flag(
-        False, "compile the networks before their first use, which takes minutes: for long runs; needs a C++ compiler"
+        False,
+        "compile the networks before their first use, which takes minutes: for long runs; needs a C++ compiler; rounds "
+        "otherwise, and draws other masks of dropout",
     )
 
 

@@ -28,10 +28,10 @@ def image_generator(seed: int, index: int, device: th.device | str = "cpu") -> t
 
 
 def to_device(tensor: th.Tensor, device: th.device | str) -> th.Tensor:
-    """A tensor on a device. A GPU fetches it when it comes to it, and the host does not wait."""
+    """A tensor on a device. A CUDA device fetches it from pinned memory when it comes to it: the host does not wait."""
     if th.device(device).type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)  # elsewhere a copy that is not waited for could read memory that is another's by then
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.blocks import TimestepBlock, TimestepEmbedSequential
 from guided_diffusion.fp16_util import MixedPrecisionTrainer, convert
 from guided_diffusion.gradients import Gradients, laid_out_as
+from guided_diffusion.unet import UNetBackbone
 
 OLDEST_TORCH = "2.7"
 _DTYPES = {"fp16": th.float16, "bf16": th.bfloat16}
@@ -131,10 +132,16 @@ class ShardedTrainer(MixedPrecisionTrainer):
         self._names = [name for name, _ in self.model.named_parameters()]
         self._plain, self._rows_by_name = _without_memory(self.model), _without_memory(self.model)
         if self.precision != "fp32":
-            convert(self._plain, self.precision)
+            self._convert_plain()
         shard(self.model, self._plain, self.precision)
         self.model_params = list(self.model.parameters())
         return [nn.Parameter(_rows_of(param), param.requires_grad) for param in self.model_params]
+
+    def _convert_plain(self) -> None:
+        if isinstance(self._plain, UNetBackbone):  # whose layout is that of the device where it would have values
+            self._plain.convert_to(self.precision, self.model_params[0].device)
+        else:
+            convert(self._plain, self.precision)
 
     def _make_gradients(self) -> Gradients:
         return ShardedGradients(self._trained)

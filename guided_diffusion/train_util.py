@@ -21,6 +21,7 @@ import torch as th
 from guided_diffusion import checkpoint, dist_util, logger
 from guided_diffusion.adamw import AdamW
 from guided_diffusion.bad_steps import BadSteps
+from guided_diffusion.compiling import eagerly
 from guided_diffusion.config import parse_microbatch, parse_rates
 from guided_diffusion.draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
@@ -310,7 +311,7 @@ class TrainLoop:
                 self.forward_backward(batch, cond)
 
         if self.auto_microbatch:
-            halve_until_it_fits(attempt, self.microbatch)
+            halve_until_it_fits(attempt, self.microbatch, self.mp_trainer.zero_grad)
         else:
             attempt(self.microbatch)
 
@@ -424,7 +425,7 @@ class TrainLoop:
         Inside the block there are no gradients, and the generators of the training are left alone.
         """
         model = self.mp_trainer.plain_model(self.ema_params[int(np.argmax(self.ema_rate))] if self.ema_params else None)
-        with th.no_grad(), evaluating(model), seeded(self.seed + VALIDATION, self.updates, self.device):
+        with th.no_grad(), eagerly(model), evaluating(model), seeded(self.seed + VALIDATION, self.updates, self.device):
             yield model
 
     def validation_batches(self) -> Iterable[tuple[int, tuple[th.Tensor, Cond]]]:

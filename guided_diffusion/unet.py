@@ -203,23 +203,25 @@ class UNetBackbone(nn.Module):
         """What the blocks compute in, read off their weights."""
         return next(self.input_blocks.parameters()).dtype
 
-    def convert_to(self, precision: str) -> None:
+    def convert_to(self, precision: str, device: th.device | None = None) -> None:
         """Cast the convolutions of the blocks, and nothing else: embeddings, normalizations and the head stay float32.
 
         In two dimensions the weights of 16 bits lie with their channels innermost, and so do feature maps then, as the
         units for matrix products take them; on a CPU only in wide networks, as normalization is slower so.
 
         :param precision: fp32, fp16 or bf16.
+        :param device: that the network will be on, where it is on the meta device, without values.
         """
         if precision not in _DTYPES:
             raise ValueError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}.")
+        on_cpu = (device or next(self.parameters()).device).type in ("cpu", "meta")
+        innermost = precision != "fp32" and (min(self._widths) >= WIDE or not on_cpu)
+        layout = th.channels_last if innermost else th.contiguous_format
         blocks = [child for name, child in self.named_children() if name in _CONVERTED]
         for module in chain.from_iterable(block.modules() for block in blocks):
             if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 module.to(_DTYPES[precision])
             if isinstance(module, nn.Conv2d):
-                innermost = precision != "fp32" and (min(self._widths) >= WIDE or module.weight.device.type != "cpu")
-                layout = th.channels_last if innermost else th.contiguous_format
                 module.to(memory_format=layout)  # type: ignore[call-overload]
 
     def convert_to_fp16(self) -> None:

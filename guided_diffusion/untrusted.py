@@ -86,13 +86,22 @@ def read_file(path: str) -> bytes:
     :raises ValueError: if it is no regular file, or larger than `MAX_BYTES`.
     """
     with open_file(path) as file:
-        size = PIECE_OF_FILE if is_remote(path) else os.fstat(file.fileno()).st_size
-        if size > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
+        size = PIECE_OF_FILE if is_remote(path) else local_size(file)
         content = b"".join(_pieces(file, MAX_BYTES + 1, piece=size + 1))  # mostly one, which is not copied
     if len(content) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
     return content
+
+
+def local_size(file: BinaryIO) -> int:
+    """Bytes of a file on the disk.
+
+    :raises ValueError: if they are more than `MAX_BYTES`.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
+    return size
 
 
 # ---- zips

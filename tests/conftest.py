@@ -17,7 +17,17 @@ from ranks import Nursery
 th.set_num_threads(1)
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LAUNCHER_PREFIXES = ("PMI_", "PMIX_", "OMPI_", "SLURM_", "TORCHELASTIC_", "OPENAI_", "DIFFUSION_", "GUIDED_DIFFUSION_")
+LAUNCHER_PREFIXES = (
+    "MPI_",
+    "PMI_",
+    "PMIX_",
+    "OMPI_",
+    "SLURM_",
+    "TORCHELASTIC_",
+    "OPENAI_",
+    "DIFFUSION_",
+    "GUIDED_DIFFUSION_",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ Nothing here looks at how long something takes.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import evaluation
 import harness
+import loader
 import network as network_benchmark
 import numpy as np
 import pages
@@ -265,6 +267,25 @@ def test_training_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert 0 <= run["waited"] < run["seconds"]
 
 
+def test_the_loader_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No epoch of the originals' way ends meanwhile, as it would start its worker anew."""
+    epochs: list[int] = []
+
+    def batches(images: plain.PlainImages, size: int) -> Any:
+        epochs.append(len(images) // size)
+        return plain.plain_batches(images, size)
+
+    monkeypatch.setattr(loader, "plain_batches", batches)
+    photographs, emoji = measured(loader.main, tmp_path)
+    assert min(epochs) > loader.QUICK.batches + 2
+    assert (len(photographs["rows"]), len(emoji["rows"])) == (7, 4)
+    for table in (photographs, emoji):
+        assert table["rows"][0][0] == "originals' way"
+        assert all(float(row[1].replace(",", "")) > 0 for row in table["rows"])
+    (note,) = json.loads((tmp_path / "found.json").read_text())["notes"]
+    assert 0.5 < float(note.split(" by ")[1].split()[0]) < 10  # of other pixels, but not of other pictures
+
+
 def test_start_up_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for outcome in ("true", "false"):  # in place of Python
         monkeypatch.setattr(startup.sys, "executable", shutil.which(outcome))
@@ -273,7 +294,7 @@ def test_start_up_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 measured(startup.main, tmp_path)
         else:
             (table,) = measured(startup.main, tmp_path)
-            assert table["rows"][1][2] == "1.00"
+            assert [row[0].split()[-1] for row in table["rows"]] == ["pass`", "torch'`", "--help`"]
 
 
 def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) -> str:
@@ -304,6 +325,25 @@ def test_precisions_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert 0 < other["away"] < 3 < third["away"]
     assert full[0]["FD"] != full[1]["FD"]
     assert "bf16 moves the mean FD by" in capsys.readouterr().out
+
+
+def test_paths_in_the_repository_are_short_in_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are named as from its root, and others as they are."""
+    (tmp_path / "tree" / "runs").mkdir(parents=True)
+    monkeypatch.setattr(precision, "ROOT", tmp_path / "tree")
+    inside, outside, data = str(tmp_path / "tree" / "runs"), str(tmp_path), "gs://a/b"
+    given = argparse.Namespace(model_path=inside, classifier_path=outside, data_dir=data)
+    command = f"python --model_path={inside} --model_path {inside} --classifier_path {outside} --data_dir {data}"
+    expected = f"python --model_path=runs --model_path runs --classifier_path {outside} --data_dir {data}"
+    assert precision.near(command, given) == expected
+
+
+def test_a_part_of_the_evaluators_section_is_not_written(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = page.read_text()
+    with pytest.raises(SystemExit):
+        evaluation.main(["--only", "frechet", "--write"])
+    assert "--write contradicts --only" in capsys.readouterr().err
+    assert page.read_text() == before
 
 
 def test_a_verdict_sets_the_change_beside_chance() -> None:

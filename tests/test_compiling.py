@@ -11,19 +11,28 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch as th
+import torch._functorch.config as autograd_config
 
 from guided_diffusion import checkpoint, compiling, logger
-from guided_diffusion.commands import _common as common, _performance as performance, classifier_train, image_sample
+from guided_diffusion.commands import (
+    _common as common,
+    _performance as performance,
+    classifier_train,
+    image_sample,
+    image_train,
+)
 from guided_diffusion.compiling import compile_network
 from guided_diffusion.config import DiffusionConfig, UNetConfig, defaults
 from guided_diffusion.guidance import classifier_guidance
-from guided_diffusion.script_util import build_unet
+from guided_diffusion.script_util import build_diffusion, build_unet
+from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 EMOJI = str(Path(__file__).parent.parent / "datasets" / "emoji64.zip")
@@ -97,6 +106,65 @@ def test_guidance_by_a_compiled_classifier_has_the_same_gradient() -> None:
     assert expected is not None
     assert expected.any()
     th.testing.assert_close(found, expected)
+
+
+@autograd_config.patch(donated_buffer=True)  # as it is in a new process
+def test_a_compiled_network_is_gone_back_through_twice() -> None:
+    network = random_weights(UNetModel(**OPTIONS))
+    plain = copy.deepcopy(network)
+    traced(network, "the U-Net", sampling=True)
+    found = []
+    for model in (network, plain):
+        x = X.clone().requires_grad_()
+        th.autograd.grad(model(x, T).sum(), x)  # the backward pass is made, for a graph that is gone through once
+        out = model(x, T)
+        probes = (th.ones_like(out), out.detach())
+        found.append([th.autograd.grad(out, x, probe, retain_graph=probe is probes[0])[0] for probe in probes])
+    th.testing.assert_close(*found)
+    assert not th.equal(*found[0])
+
+
+def test_more_shapes_than_the_compiler_takes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger.configure(str(tmp_path), ["log"])
+    monkeypatch.setattr(compiling, "SHAPES", 2)
+    with th._dynamo.config.patch(recompile_limit=1), th.no_grad():
+        network = random_weights(UNetModel(**OPTIONS))
+        traced(network, "the U-Net")
+        network(X, T), network(X[:1], T[:1])
+        with pytest.raises(ValueError, match=r"^the U-Net could not be compiled \(.+\): leave out --compile$"):
+            network(th.cat([X, X[:1]]), th.zeros(3))
+
+
+def test_a_network_that_is_looked_at_is_not_compiled(tmp_path: Path) -> None:
+    """In a training without averages, where it is the one in training itself."""
+    logger.configure(str(tmp_path), ["log"])
+    process = build_diffusion(DiffusionConfig(diffusion_steps=40))
+    network = random_weights(UNetModel(**OPTIONS))
+    compiled = traced(network, "the network in training")
+    usual: dict[str, Any] = {"batch_size": 2, "microbatch": -1, "lr": 1e-3, "log_interval": 1, "save_interval": 9}
+    usual |= {"ema_rate": "", "resume_checkpoint": "", "max_steps": 1, "data": repeat((X.clamp(-1, 1), {}))}
+    loop = TrainLoop(model=network, diffusion=process, **usual)
+    with loop.evaluation_model() as model:
+        assert model is network
+        model(X[:1], T[:1])
+        assert not compiled.known
+    model(X, T)
+    assert len(compiled.known) == 1
+
+
+REFUSED = {
+    "--microbatch=auto --compile": "--microbatch auto does not go with --compile, which takes minutes for each size",
+    "--microbatch=auto --fsdp": "--microbatch auto does not go with --fsdp, where no rank can begin a step anew",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_flags_that_contradict_each_other_are_refused_before_a_run_and_in_a_dry_one(
+    flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        image_train.main([*flags.split(), "--dry_run", "--image_size=8"])
+    assert REFUSED[flags] in capsys.readouterr().err
 
 
 def test_weights_that_change_are_those_that_compiled_code_uses() -> None:

@@ -75,6 +75,14 @@ def test_ranks_share_what_is_in_fp32() -> None:
     assert (found.masters, found.optimizer, found.averages, found.weights) == (4 * 7, 8 * 7, 4 * 7, 0)
 
 
+def test_gradients_that_ranks_share_are_not_in_the_peak() -> None:
+    whole = measure(on_meta(chain), of_chain, [1], CPU)
+    found = whole.spread(2)
+    assert found.gradients == 2 * 49
+    assert found.activations == whole.activations - 2 * 49
+    assert found.peak == found.lasting + found.activations
+
+
 def loss_of(network: nn.Module, n: int) -> th.Tensor:
     generator = th.Generator().manual_seed(n)
     x = th.randn(n, 3, 16, 16, generator=generator)

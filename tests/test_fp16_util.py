@@ -410,6 +410,37 @@ def test_the_optimizer_updates_weights_in_any_order_of_memory(weights, grads):
     th.testing.assert_close(*found)
 
 
+def test_the_optimizer_goes_on_from_moments_in_another_order_of_memory():
+    """Those of a file are contiguous."""
+    found = []
+    for kind, options in ((AdamW, {"fused": True}), (th.optim.AdamW, {"fused": False})):
+        generator = th.Generator().manual_seed(0)
+        values = th.randn(5, 3, 3, 3, generator=generator).to(memory_format=th.channels_last)
+        param = nn.Parameter(values.clone())
+        opt = kind([param], lr=0.1, weight_decay=0.1, **options)
+        moments = {name: th.rand(param.shape, generator=generator) for name in ("exp_avg", "exp_avg_sq")}
+        state = {0: {"step": th.tensor(3.0), **moments}}
+        opt.load_state_dict({"state": state, "param_groups": opt.state_dict()["param_groups"]})
+        opt.state[param].update({name: value.clone() for name, value in moments.items()})  # in whatever order
+        for _ in range(2):
+            param.grad = th.randn(param.shape, generator=generator)
+            opt.step()
+        found.append((param, opt.state[param]["exp_avg"], opt.state[param]["exp_avg_sq"]))
+    th.testing.assert_close(*found)
+    assert all(value.stride() == found[0][0].stride() for value in found[0])
+
+
+def test_a_model_is_not_left_with_the_hooks_of_its_trainers():
+    model = Toy()
+    trainer = MixedPrecisionTrainer(model=model, precision="bf16")
+    trainer.backward(loss_of(model))
+    hooked = [param for param in model.parameters() if param._post_accumulate_grad_hooks]
+    assert hooked == list(model.body.parameters())
+    del trainer
+    gc.collect()
+    assert not any(param._post_accumulate_grad_hooks for param in model.parameters())
+
+
 def test_the_optimizer_and_the_averages_are_one_call_without_a_copy():
     model = Picture()
     trainer = MixedPrecisionTrainer(model=model, precision="bf16")

@@ -26,6 +26,7 @@ def doubles(values):
 
 
 @pytest.mark.parametrize("film", [True, False])
+@pytest.mark.parametrize("mean", [2, 30])
 @pytest.mark.parametrize(
     ("shape", "layout"),
     [
@@ -36,13 +37,13 @@ def doubles(values):
         ((2, 64, 2, 6, 6), th.channels_last_3d),
     ],
 )
-def test_the_gradients_of_norm_and_silu_are_those_of_the_plain_steps(shape, layout, film):
+def test_the_gradients_of_norm_and_silu_are_those_of_the_plain_steps(shape, layout, mean, film):
     th.manual_seed(0)
     norm = normalization(shape[1])
     th.nn.init.normal_(norm.weight)
     th.nn.init.normal_(norm.bias)
     broad = (*shape[:2], *[1] * (len(shape) - 2))
-    x, grad = ((th.randn(shape) + mean).bfloat16().contiguous(memory_format=layout) for mean in (2, 0))
+    x, grad = ((th.randn(shape) + mean).bfloat16().contiguous(memory_format=layout) for mean in (mean, 0))
     given = [x.requires_grad_(), *[(th.randn(broad) + 1).bfloat16().requires_grad_() for _ in range(2 * film)]]
     out = ops.norm_silu(given[0], norm, tuple(given[1:]) or None)
     exact, reference = copy.deepcopy(norm).double(), doubles(given)

@@ -1,5 +1,6 @@
 """Parameters split over ranks: what is learned, saved and seen is what a whole run learns, saves and sees."""
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import test_train_util as training
 import torch as th
 
-from guided_diffusion import checkpoint, dist_util, lora, sharding
+from guided_diffusion import checkpoint, dist_util, lora, sharding, unet
 from guided_diffusion.config import ClassifierConfig, SuperResConfig, UNetConfig
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.script_util import build_classifier, build_unet, build_upsampler
@@ -243,6 +244,21 @@ def test_a_split_network_computes_to_the_bit_what_it_did(kind):
         gradients.append(dict(enumerate(trainer.gradients.finish()[0])))
     assert th.equal(*outputs)
     assert distance(*gradients, dict.fromkeys(gradients[0], 0)) < 0.02
+
+
+@pytest.mark.parametrize("width", [32, unet.WIDE])
+def test_the_copy_without_values_lies_as_a_network_with_values_would(width):
+    dist_util.setup_dist(device="cpu")
+    model = build_unet(
+        UNetConfig(image_size=8, **{**TINY, "num_channels": width, "channel_mult": "1", "attention_resolutions": "8"}),
+        True,
+    )
+    real = copy.deepcopy(model)
+    real.convert_to("bf16")
+    trainer = ShardedTrainer(model=model, precision="bf16")
+    layout = [(param.dtype, param.stride()) for param in real.parameters()]
+    assert [(param.dtype, param.stride()) for param in trainer._plain.parameters()] == layout
+    assert all(param.is_contiguous() for param in real.parameters()) == (width < unet.WIDE)
 
 
 # ---- what cannot be split

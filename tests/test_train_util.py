@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from guided_diffusion import checkpoint, dist_util, fp16_util, gradients, logger, saving, train_util
+from guided_diffusion import checkpoint, dist_util, fp16_util, gradients, logger, microbatches, saving, train_util
 from guided_diffusion.classifier_training import ClassifierTrainLoop
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from guided_diffusion.image_datasets import load_data
@@ -619,6 +620,28 @@ def test_an_automatic_microbatch_is_the_half_that_fits_to_the_bit(
     assert small.seen == [*tried[:-1], *passes * 2]
     lines = [line for line in text(tmp_path / "auto").splitlines() if "out of memory" in line]
     assert lines == [f"out of memory: the step is repeated in microbatches of {size}" for size in tried[1:]]
+
+
+def test_memory_is_given_back_without_the_gradients_of_what_did_not_fit(tmp_path, pictures, monkeypatch):
+    """Of two microbatches the first has fitted."""
+    network, held = labelled(), []
+    loop = make(tmp_path, stream(pictures, class_cond=True), network=network, microbatch="auto", precision="bf16")
+    attempt = loop.forward_backward
+
+    def once(batch, cond):
+        attempt(batch, cond)
+        if loop.microbatch == 4:
+            held.append(sum(master.grad is not None for master in loop.mp_trainer.master_params))
+            raise ON_A_CPU
+
+    def collect():
+        held.append(sum(master.grad is not None for master in loop.mp_trainer.master_params))
+
+    monkeypatch.setattr(loop, "forward_backward", once)
+    monkeypatch.setattr(microbatches, "gc", SimpleNamespace(collect=collect))
+    loop.run_step(*next(iter(loop.data)))
+    assert held[0] > 0
+    assert held[1:] == [0]
 
 
 @pytest.mark.parametrize(("microbatch", "tried"), [("auto", [4, 2, 1]), (-1, [4])])

@@ -446,6 +446,14 @@ def test_conversion_casts_the_convolutions_of_the_blocks_and_back(kind: Callable
         assert th.equal(value, before[name].to(dtype).float() if name in half else before[name])
 
 
+@pytest.mark.parametrize(("device", "innermost"), [(None, False), ("cpu", False), ("cuda", True)])
+def test_a_network_without_values_is_laid_out_for_the_device_it_will_be_on(device: str | None, innermost: bool) -> None:
+    with th.device("meta"):
+        model = small()
+    model.convert_to("bf16", th.device(device) if device else None)
+    assert model.middle_block[0].out_layers[3].weight.is_contiguous(memory_format=th.channels_last) == innermost
+
+
 def test_the_originals_conversions_and_their_flag() -> None:
     model = small(use_fp16=True)
     assert model.dtype == th.float32, "weights must load, and masters be copied, in float32"

@@ -115,7 +115,7 @@ def _restore(
     precision, names = _precision(config), checkpoint.classes_beside(path)
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
-    network.to(dist_util.dev()).eval().convert_to(precision)
+    network.to(dist_util.dev()).eval().requires_grad_(False).convert_to(precision)
     if flags.values.get("compile"):
         compile_network(network, f"the network of --{source}", sampling=True)
         identity["compile"] = True  # it rounds otherwise

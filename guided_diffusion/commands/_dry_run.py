@@ -41,7 +41,7 @@ Keywords = Callable[[int], dict[str, th.Tensor]]
 def rehearse(flags: Flags) -> None:
     """Say what the training of these flags would take; nothing is read but the config that it goes on from.
 
-    :raises ValueError: as the training itself would.
+    :raises ValueError: as the training itself would, but for what only weights or data show.
     """
     flags = training.resolved(flags)
     dist_util.setup_dist(device=flags.part(RunConfig).device)
@@ -54,7 +54,7 @@ def rehearse(flags: Flags) -> None:
         performance.recompute(flags, network)
         name = "precision" if "precision" in flags.values else "classifier_precision"
         precision = performance.settled(name, flags.values)[0]
-        network.convert_to(precision)
+        network.convert_to(precision, dist_util.dev())
         averages = len(parse_rates(flags.part(TrainConfig).ema_rate))
         sizes = _microbatches(flags)
         found = measure(network, loss, sizes[:SEEN], dist_util.dev(), averages)
@@ -157,6 +157,7 @@ def report(flags: Flags, found: Footprint, precision: str, microbatch: int) -> I
         yield f"arithmetic of {name}: {_flops(each)} an image, {_flops(each * batch)} a batch of {batch}"
     shared = f", on each of {ranks} ranks" if ranks > 1 else ""
     yield f"memory of a step in {precision} on {dist_util.dev().type}{shared}, in microbatches of {microbatch}:"
+    copies = total * 4 + found.optimizer + found.averages  # which one rank gathers, even of what is split
     if flags.part(TrainSpeedConfig).fsdp:
         found = found.spread(ranks)
     rows = {
@@ -169,7 +170,6 @@ def report(flags: Flags, found: Footprint, precision: str, microbatch: int) -> I
     }
     yield from (f"  {name:<50} {_bytes(size):>10}" for name, size in rows.items() if size)
     if flags.part(TrainConfig).async_save:
-        copies = total * 4 + found.optimizer + found.averages
         yield f"  {'while a checkpoint is written, on the CPU':<50} {_bytes(copies):>10}"
 
 

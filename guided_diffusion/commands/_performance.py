@@ -8,7 +8,7 @@ from typing import Any
 from guided_diffusion import dist_util, logger
 from guided_diffusion.cli import Flags
 from guided_diffusion.compiling import compile_network
-from guided_diffusion.config import resolve_precision
+from guided_diffusion.config import TrainConfig, resolve_precision
 from guided_diffusion.hardware import fastest_precision
 from guided_diffusion.performance_config import TrainSpeedConfig
 from guided_diffusion.recomputing import recompute_at
@@ -44,6 +44,17 @@ def check(flags: Flags) -> None:
     config = flags.part(TrainSpeedConfig)
     if config.compile and config.fsdp:
         raise ValueError("--compile does not go with --fsdp, whose gathering of weights breaks the graph: give one")
+    if flags.part(TrainConfig).microbatch == "auto":
+        if config.fsdp:
+            raise ValueError(
+                "--microbatch auto does not go with --fsdp, where no rank can begin a step anew by itself: give a "
+                "number"
+            )
+        if config.compile:
+            raise ValueError(
+                "--microbatch auto does not go with --compile, which takes minutes for each size that is tried: give a "
+                "number"
+            )
     if config.checkpoint_resolutions and flags.values.get("use_checkpoint"):
         raise ValueError(
             f"--checkpoint_resolutions {config.checkpoint_resolutions} has no effect with --use_checkpoint True, which "
