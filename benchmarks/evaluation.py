@@ -240,7 +240,7 @@ def line(row: Row) -> str:
 
 def block(rows: Sequence[Row]) -> str:
     """All rows for docs/benchmarks.md: a table of what stands beside a plain formula, and sentences."""
-    from harness import cpu_model, megabytes, times
+    from benching import cpu_model, megabytes, times
 
     columns = ["what", "ours, s", "plain, s", "time", "ours, MB", "plain, MB", "memory", "difference"]
     lines = []

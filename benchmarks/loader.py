@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from harness import Bench, Turns, times
+from benching import Bench, Turns, times
 from numpy.typing import NDArray
 from PIL import Image
 from plain import PlainImages, plain_batches

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
+from benching import Bench, Turns, milliseconds, times
 from cases import ADM256, EMOJI32, IMAGES64, TINY, Case, count_flops, diffusers_flag, ours, plain, theirs
-from harness import Bench, Turns, milliseconds, times
 from ours import Training, silent
 from plain import PlainTraining
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from harness import Bench
+from benching import Bench
 from ours import silent
 
 from evaluations.evaluator import evaluate, prepare

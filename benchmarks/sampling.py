@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import plain as originals
+from benching import Bench, milliseconds, times
 from cases import EMOJI32, IMAGES64, TINY, Case, diffusers_flag, ours, plain, theirs
-from harness import Bench, milliseconds, times
 
 from guided_diffusion.guidance import classifier_guidance
 from guided_diffusion.loop import network_calls

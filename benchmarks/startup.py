@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from harness import Bench, milliseconds
+from benching import Bench, milliseconds
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("image_sample", "image_train", "evaluator")

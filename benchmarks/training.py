@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch as th
+from benching import Bench, megabytes, synchronize, times
 from cases import ADM256, EMOJI32, IMAGES64, TINY, Case, plain
-from harness import Bench, megabytes, synchronize, times
 from ours import Enough, Training, Watched, silent
 from plain import PlainImages, PlainTraining, plain_batches
 

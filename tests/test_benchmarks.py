@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import benching
 import evaluation
-import harness
 import loader
 import network as network_benchmark
 import numpy as np
@@ -27,8 +27,8 @@ import sampling
 import startup
 import torch as th
 import training
+from benching import Bench, Turns, in_turns
 from cases import EMOJI32, IMAGES64, TINY, Case, count_flops
-from harness import Bench, Turns, in_turns
 from PIL import Image
 
 from guided_diffusion import checkpoint, cli
@@ -199,7 +199,7 @@ def test_tables_go_to_the_file_and_to_the_page(page: Path, tmp_path: Path, capsy
     written = text.split("<!-- network -->\n")[1].split("\n<!-- end of network -->")[0]
     command, about, title, rows = written.split("\n\n")
     assert (command, title, rows) == ("    python benchmarks/network.py --threads=1", "How fast:", table)
-    assert about.startswith(f"Said. {harness.cpu_model()}")
+    assert about.startswith(f"Said. {benching.cpu_model()}")
     assert text.split("<!-- end of network -->")[1] == before.split("<!-- end of network -->")[1]
 
 
