@@ -1,6 +1,6 @@
 """``python -m guided_diffusion`` is the console command ``guided-diffusion``."""
 
-from guided_diffusion.commands import main
+from .commands import main
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion.gradients import laid_out_as
+from .gradients import laid_out_as
 
 
 class AdamW(th.optim.AdamW):

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion.config import Size, parse_size
+from .config import Size, parse_size
 
 Shape = tuple[int, ...]
 Layer = dict[str, Shape]  # name within the layer -> shape

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 
-from guided_diffusion import untrusted
+from . import untrusted
 
 LOCAL_HEADER = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, and the lengths of the name and the rest
 UTF8_NAME = 0x800

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch as th
 
-from guided_diffusion import checkpoint, dist_util, logger
-from guided_diffusion.fp16_util import MixedPrecisionTrainer
-from guided_diffusion.meter import Meter
+from . import checkpoint, dist_util, logger
+from .fp16_util import MixedPrecisionTrainer
+from .meter import Meter
 
 SHOWN = 8  # images in a line of the log
 COLUMN = "skipped_steps"

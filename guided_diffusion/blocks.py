@@ -12,7 +12,7 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
-from guided_diffusion.nn import (
+from .nn import (
     SiLU,
     TokenConv,
     avg_pool_nd,
@@ -23,7 +23,7 @@ from guided_diffusion.nn import (
     normalization,
     zero_module,
 )
-from guided_diffusion.ops import attention, norm_silu
+from .ops import attention, norm_silu
 
 
 def strides(dims: int, stride: int) -> tuple[int, ...]:

@@ -19,10 +19,10 @@ from typing import IO, Any, cast
 import blobfile as bf
 import torch as th
 
-from guided_diffusion import dist_util, manifest, untrusted
-from guided_diffusion.architecture import architecture
-from guided_diffusion.manifest import Entry, Hashed
-from guided_diffusion.npz import explained, replacing
+from . import dist_util, manifest, untrusted
+from .architecture import architecture
+from .manifest import Entry, Hashed
+from .npz import explained, replacing
 
 CONFIG, CLASSES = "config.json", "classes.json"
 _NAME = re.compile(

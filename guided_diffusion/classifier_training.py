@@ -11,9 +11,9 @@ from typing import Any
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion.draws import Draw
-from guided_diffusion.saving import skip_batches
-from guided_diffusion.train_util import Cond, TrainLoop
+from .draws import Draw
+from .saving import skip_batches
+from .train_util import Cond, TrainLoop
 
 
 class ClassifierTrainLoop(TrainLoop):

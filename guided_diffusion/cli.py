@@ -13,8 +13,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from guided_diffusion.conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
-from guided_diffusion.config import (
+from .conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
+from .config import (
     ClassifierConfig,
     ClassifierDataConfig,
     ClassifierTrainConfig,
@@ -34,7 +34,7 @@ from guided_diffusion.config import (
     nearest,
     str2bool,
 )
-from guided_diffusion.dataset_config import (
+from .dataset_config import (
     CelebaConfig,
     CifarConfig,
     ConversionConfig,
@@ -47,7 +47,7 @@ from guided_diffusion.dataset_config import (
     OneClassConfig,
     ParquetConfig,
 )
-from guided_diffusion.evaluation_config import (
+from .evaluation_config import (
     DownloadConfig,
     EvaluatorConfig,
     ExtractorConfig,
@@ -56,10 +56,10 @@ from guided_diffusion.evaluation_config import (
     SweepConfig,
     TrainEvaluationConfig,
 )
-from guided_diffusion.finetuning_config import AdapterConfig, InitConfig, LoraConfig
-from guided_diffusion.launchers import announced_rank
-from guided_diffusion.likelihood_config import FlowConfig, MeasureConfig
-from guided_diffusion.npz_tool_config import (
+from .finetuning_config import AdapterConfig, InitConfig, LoraConfig
+from .launchers import announced_rank
+from .likelihood_config import FlowConfig, MeasureConfig
+from .npz_tool_config import (
     FromImagesConfig,
     GridConfig,
     InfoConfig,
@@ -67,8 +67,8 @@ from guided_diffusion.npz_tool_config import (
     NpzToolConfig,
     ToPngConfig,
 )
-from guided_diffusion.performance_config import CompileConfig, LoaderConfig, TrainSpeedConfig
-from guided_diffusion.upsampling_config import CascadeConfig, UpsampleConfig
+from .performance_config import CompileConfig, LoaderConfig, TrainSpeedConfig
+from .upsampling_config import CascadeConfig, UpsampleConfig
 
 Section = TypeVar("Section", bound=object)
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from guided_diffusion.config import COND_TYPES, Size, nearest, parse_size
-from guided_diffusion.crops import Draws, Picture, TooThin, center_crop_arr, channels_first, size_of
-from guided_diffusion.image_files import (
+from .config import COND_TYPES, Size, nearest, parse_size
+from .crops import Draws, Picture, TooThin, center_crop_arr, channels_first, size_of
+from .image_files import (
     IMAGE_EXTENSIONS,
     Listing,
     UnreadableImage,
@@ -31,9 +31,9 @@ from guided_diffusion.image_files import (
     read_image,
     split_archive,
 )
-from guided_diffusion.npz import Npz, fingerprint
-from guided_diffusion.unet import UNetModel
-from guided_diffusion.untrusted import quoted
+from .npz import Npz, fingerprint
+from .unet import UNetModel
+from .untrusted import quoted
 
 NO_CLASS = 255  # in a map: none of the classes, zeros in all channels
 NAMED = 5  # files in a message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_diffusion.config import CLASS_RULES, flag
+from .config import CLASS_RULES, flag
 
 
 @dataclass(frozen=True, kw_only=True)

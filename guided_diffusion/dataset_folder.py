@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from guided_diffusion import untrusted
-from guided_diffusion.dataset_images import Content, Item, Source, bad
-from guided_diffusion.image_files import Listing, find_images, read_bytes
+from . import untrusted
+from .dataset_images import Content, Item, Source, bad
+from .image_files import Listing, find_images, read_bytes
 
 
 def folder_name(path: str) -> str:

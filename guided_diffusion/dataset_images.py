@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from guided_diffusion.config import Size, parse_size
-from guided_diffusion.crops import MAX_PIXELS, TooThin, center_crop_arr
-from guided_diffusion.decoding import FORMATS, decode
-from guided_diffusion.untrusted import reason
+from .config import Size, parse_size
+from .crops import MAX_PIXELS, TooThin, center_crop_arr
+from .decoding import FORMATS, decode
+from .untrusted import reason
 
 Content = bytes | NDArray[np.uint8]  # a file of any format that is read, or [H, W] or [H, W, 3]
 

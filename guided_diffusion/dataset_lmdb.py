@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from guided_diffusion.untrusted import MAX_BYTES, check_regular
+from .untrusted import MAX_BYTES, check_regular
 
 MAGIC, FORMAT = 0xBEEFC0DE, 1
 HEADER = 16  # bytes of the header of a page

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from guided_diffusion import npz
+from . import npz
 
 DATE = (2026, 1, 1, 0, 0, 0)  # of everything in a zip
 

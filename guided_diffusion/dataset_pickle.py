@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from guided_diffusion.untrusted import printable, reason
+from .untrusted import printable, reason
 
 _Plain = pickle._Unpickler  # the one in Python: what the one in C allocates is up to the file
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion import untrusted
-from guided_diffusion.dataset_images import Item, bad, of_pixels
-from guided_diffusion.untrusted import printable
+from . import untrusted
+from .dataset_images import Item, bad, of_pixels
+from .untrusted import printable
 
 
 def side_of(rows: NDArray[Any]) -> int:

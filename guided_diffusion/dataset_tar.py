@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from guided_diffusion import untrusted
-from guided_diffusion.untrusted import MAX_BYTES, path_fault, reason
+from . import untrusted
+from .untrusted import MAX_BYTES, path_fault, reason
 
 BLOCK = tarfile.BLOCKSIZE
 

@@ -19,11 +19,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from guided_diffusion import logger, npz, untrusted
-from guided_diffusion.dataset_config import ConversionConfig
-from guided_diffusion.dataset_images import Content, Encoded, Item, Recipe, Source, encode_all, end_with_parent
-from guided_diffusion.dataset_output import Entry, Journal, Sink, open_sink, part_of
-from guided_diffusion.untrusted import printable, quoted, reason
+from . import logger, npz, untrusted
+from .dataset_config import ConversionConfig
+from .dataset_images import Content, Encoded, Item, Recipe, Source, encode_all, end_with_parent
+from .dataset_output import Entry, Journal, Sink, open_sink, part_of
+from .untrusted import printable, quoted, reason
 
 CHUNK = 16  # images that go to a worker at once ...
 CHUNK_BYTES = 2**24  # ... and the bytes that are enough for it

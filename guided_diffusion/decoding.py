@@ -17,8 +17,8 @@ from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
-from guided_diffusion import untrusted
-from guided_diffusion.crops import MAX_PIXELS, Picture, size_of
+from . import untrusted
+from .crops import MAX_PIXELS, Picture, size_of
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -20,8 +20,8 @@ import blobfile as bf
 import torch as th
 import torch.distributed as dist
 
-from guided_diffusion import heartbeat, launchers, logger
-from guided_diffusion.launchers import Place
+from . import heartbeat, launchers, logger
+from .launchers import Place
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

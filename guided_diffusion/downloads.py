@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO
 
-from guided_diffusion import __version__, logger, untrusted
-from guided_diffusion.npz import PART, explained
+from . import __version__, logger, untrusted
+from .npz import PART, explained
 
 try:
     import fcntl

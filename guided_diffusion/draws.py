@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 
-from guided_diffusion import dist_util
-from guided_diffusion.resample import ScheduleSampler
-from guided_diffusion.seeds import image_generator, to_device
+from . import dist_util
+from .resample import ScheduleSampler
+from .seeds import image_generator, to_device
 
 # Added to the seed, so that training, validation and sampling never draw the same numbers.
 TRAINING, VALIDATION = 1 << 64, 2 << 64

@@ -6,9 +6,9 @@ from typing import Any, Unpack
 
 import torch as th
 
-from guided_diffusion.loop import SampleOptions, sample_loop
-from guided_diffusion.samplers import DDIMReverse
-from guided_diffusion.steps import Process
+from .loop import SampleOptions, sample_loop
+from .samplers import DDIMReverse
+from .steps import Process
 
 
 def invert(process: Process, model: Any, images: th.Tensor, **options: Unpack[SampleOptions]) -> th.Tensor:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from guided_diffusion.config import PRECISIONS, flag, size_flag
+from .config import PRECISIONS, flag, size_flag
 
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 

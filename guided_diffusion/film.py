@@ -9,8 +9,8 @@ import numpy as np
 import torch as th
 from PIL import Image
 
-from guided_diffusion.npz import replacing
-from guided_diffusion.pictures import Pixels, grid, to_uint8
+from .npz import replacing
+from .pictures import Pixels, grid, to_uint8
 
 FILM_IMAGES = 8
 GIF_ROW = 4  # images side by side in the animation

@@ -15,10 +15,10 @@ from typing import Any
 import torch as th
 import torch.nn as nn
 
-from guided_diffusion import checkpoint
-from guided_diffusion.architecture import CLASSIFIER_NAMES, architecture
-from guided_diffusion.config import Size, nearest
-from guided_diffusion.image_datasets import load_classes
+from . import checkpoint
+from .architecture import CLASSIFIER_NAMES, architecture
+from .config import Size, nearest
+from .image_datasets import load_classes
 
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 POSSIBLE = {(UNET, UNET), (UNET, UPSAMPLER), (UNET, CLASSIFIER), (UPSAMPLER, UPSAMPLER), (CLASSIFIER, CLASSIFIER)}

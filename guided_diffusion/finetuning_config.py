@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_diffusion.config import flag, nearest
+from .config import flag, nearest
 
 MISMATCHES = ("error", "reinit", "inflate")
 LORA_KINDS = ("attention", "convolutions")

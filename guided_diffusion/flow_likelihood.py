@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 import torch as th
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.loop import drawer
-from guided_diffusion.losses import HALF_BIN, discretized_gaussian_log_likelihood
-from guided_diffusion.nn import mean_flat
-from guided_diffusion.steps import Generators, Level
-from guided_diffusion.surfaces import Kwargs, Model
+from .gaussian_diffusion import GaussianDiffusion
+from .loop import drawer
+from .losses import HALF_BIN, discretized_gaussian_log_likelihood
+from .nn import mean_flat
+from .steps import Generators, Level
+from .surfaces import Kwargs, Model
 
 MAX_STEPS = 10_000
 FASTER, SLOWER, SAFETY = 5.0, 0.2, 0.9  # bounds of how a step's length changes, and how much of the allowed is used

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion.gradients import Gradients
+from .gradients import Gradients
 
 Loss = Callable[[nn.Module, int], th.Tensor]  # (network, n) -> the mean loss of n images
 ADAM_MOMENTS = 2

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from guided_diffusion.schedules import NoiseLevels, interpolate
-from guided_diffusion.steps import Level
+from .schedules import NoiseLevels, interpolate
+from .steps import Level
 
 # coefficients at real timesteps, from log alpha_bar
 FROM_LEVEL: dict[str, Callable[[th.Tensor], th.Tensor]] = {

@@ -14,9 +14,9 @@ from typing import Any
 import torch as th
 import torch.nn as nn
 
-from guided_diffusion import logger
-from guided_diffusion.config import resolve_precision
-from guided_diffusion.gradients import AveragedGradients, Gradients, laid_out_as
+from . import logger
+from .config import resolve_precision
+from .gradients import AveragedGradients, Gradients, laid_out_as
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from guided_diffusion.npz import read_npz
-from guided_diffusion.pictures import save_grid, save_png
+from .npz import read_npz
+from .pictures import save_grid, save_png
 
 GRID_IMAGES = 100
 CHUNK = 64  # images in memory at a time

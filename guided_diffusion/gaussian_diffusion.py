@@ -17,18 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from guided_diffusion.config import LOSS_WEIGHTS
-from guided_diffusion.forward_process import ForwardProcess
-from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
-from guided_diffusion.nn import mean_flat
-from guided_diffusion.prediction import CondFn, MeanVariance, Prediction, detached
-from guided_diffusion.schedules import (
+from .config import LOSS_WEIGHTS
+from .forward_process import ForwardProcess
+from .losses import discretized_gaussian_log_likelihood, normal_kl
+from .nn import mean_flat
+from .prediction import CondFn, MeanVariance, Prediction, detached
+from .schedules import (
     Array,
     betas_for_alpha_bar as betas_for_alpha_bar,
     get_named_beta_schedule as get_named_beta_schedule,
 )
-from guided_diffusion.steps import Draw, Predict
-from guided_diffusion.surfaces import DenoisedFn, Kwargs, Model, SamplingSurfaces
+from .steps import Draw, Predict
+from .surfaces import DenoisedFn, Kwargs, Model, SamplingSurfaces
 
 
 class ModelMeanType(enum.Enum):

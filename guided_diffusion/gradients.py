@@ -14,7 +14,7 @@ import torch as th
 import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from guided_diffusion import dist_util
+from . import dist_util
 
 BUCKET = 2**22  # values per all-reduce: enough to fill a link, few enough for the last one, which nothing hides
 ALIGNED = 4  # values: a gradient begins at a multiple of them, for kernels that read 16 bytes at once

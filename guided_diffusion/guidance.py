@@ -20,7 +20,7 @@ from typing import Any
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion.prediction import CondFn, MeanVariance
+from .prediction import CondFn, MeanVariance
 
 Scale = float | Callable[[th.Tensor], th.Tensor | float]
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from guided_diffusion.config import Size
-from guided_diffusion.crops import shrunk, shrunk_size
-from guided_diffusion.decoding import MODES, Whole
-from guided_diffusion.image_files import UnreadableImage, read_size
-from guided_diffusion.untrusted import quoted
+from .config import Size
+from .crops import shrunk, shrunk_size
+from .decoding import MODES, Whole
+from .image_files import UnreadableImage, read_size
+from .untrusted import quoted
 
 # where launchers write how many processes they started on this machine: torchrun, MPICH, Open MPI; and Slurm, which
 # lists those of all its machines, as "4(x2),3"

@@ -12,17 +12,17 @@ from typing import Any
 import torch as th
 from torch.utils.data import DataLoader
 
-from guided_diffusion import dist_util, logger
-from guided_diffusion.conditioning import Pairing
-from guided_diffusion.config import Size, parse_size, size_flag
-from guided_diffusion.crops import center_crop_arr, random_crop_arr
-from guided_diffusion.image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images
-from guided_diffusion.image_items import BatchDataset, ImageDataset, Loaded, batches
-from guided_diffusion.image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
-from guided_diffusion.image_order import Schedule
-from guided_diffusion.pictures import to_unit
-from guided_diffusion.untrusted import printable, quoted
-from guided_diffusion.upsampling import SmallVersions
+from . import dist_util, logger
+from .conditioning import Pairing
+from .config import Size, parse_size, size_flag
+from .crops import center_crop_arr, random_crop_arr
+from .image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images
+from .image_items import BatchDataset, ImageDataset, Loaded, batches
+from .image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
+from .image_order import Schedule
+from .pictures import to_unit
+from .untrusted import printable, quoted
+from .upsampling import SmallVersions
 
 __all__ = [
     "Batch",

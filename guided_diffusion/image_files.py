@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
-from guided_diffusion import untrusted
-from guided_diffusion.archives import Archive
-from guided_diffusion.crops import Picture
-from guided_diffusion.decoding import Whole, decode_ids, decode_whole, size_in
-from guided_diffusion.untrusted import is_remote, printable, quoted, reason
+from . import untrusted
+from .archives import Archive
+from .crops import Picture
+from .decoding import Whole, decode_ids, decode_whole, size_in
+from .untrusted import is_remote, printable, quoted, reason
 
 T = TypeVar("T")
 

@@ -15,9 +15,9 @@ import torch as th
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from guided_diffusion.conditioning import Partners
-from guided_diffusion.config import BAD_IMAGE_RULES, Size, nearest
-from guided_diffusion.crops import (
+from .conditioning import Partners
+from .config import BAD_IMAGE_RULES, Size, nearest
+from .crops import (
     Draws,
     Picture,
     TooThin,
@@ -27,12 +27,12 @@ from guided_diffusion.crops import (
     random_crop_arr,
     replay,
 )
-from guided_diffusion.decoding import Whole
-from guided_diffusion.image_cache import ImageCache, NotKept
-from guided_diffusion.image_files import UnreadableImage, read_whole
-from guided_diffusion.image_order import Key
-from guided_diffusion.interruption import leave_signals_to_the_parent
-from guided_diffusion.pictures import to_unit
+from .decoding import Whole
+from .image_cache import ImageCache, NotKept
+from .image_files import UnreadableImage, read_whole
+from .image_order import Key
+from .interruption import leave_signals_to_the_parent
+from .pictures import to_unit
 
 Item = tuple[NDArray[np.float32], dict[str, Any]]
 Crop = tuple[NDArray[Any], dict[str, Any]]

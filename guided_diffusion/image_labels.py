@@ -18,10 +18,10 @@ from typing import Any, Protocol, TypedDict
 
 import blobfile as bf
 
-from guided_diffusion.config import CLASS_RULES, nearest
-from guided_diffusion.image_files import LABEL_FILES, Listing, read_bytes
-from guided_diffusion.npz import replacing
-from guided_diffusion.untrusted import name_fault, parse_json, printable, read_file, reason
+from .config import CLASS_RULES, nearest
+from .image_files import LABEL_FILES, Listing, read_bytes
+from .npz import replacing
+from .untrusted import name_fault, parse_json, printable, read_file, reason
 
 Label = str | int
 ClassRow = tuple[int, str, int]  # id, name, number of images

@@ -15,11 +15,11 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from guided_diffusion.config import Size
-from guided_diffusion.crops import size_of
-from guided_diffusion.image_datasets import ImageDataset
-from guided_diffusion.image_files import IMAGE_EXTENSIONS, find_images, read_image, split_archive
-from guided_diffusion.npz import fingerprint
+from .config import Size
+from .crops import size_of
+from .image_datasets import ImageDataset
+from .image_files import IMAGE_EXTENSIONS, find_images, read_image, split_archive
+from .npz import fingerprint
 
 
 def images_at(path: str, name: str) -> list[str]:

@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 
 import torch as th
 
-from guided_diffusion import dist_util, logger
+from . import dist_util, logger
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 ECHO = 1.0  # seconds in which a launcher passes on what the terminal has sent already: no second request

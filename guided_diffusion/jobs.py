@@ -14,8 +14,8 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion.steps import Sampler
-from guided_diffusion.untrusted import printable
+from .steps import Sampler
+from .untrusted import printable
 
 Conditioning = Callable[[Sequence[int]], Mapping[str, th.Tensor]]
 Start = Callable[[Sequence[int], dict[str, Any]], Mapping[str, Any]]

@@ -21,17 +21,17 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from guided_diffusion import dist_util, logger
-from guided_diffusion.checkpoint import save_json
-from guided_diffusion.flow_likelihood import FlowOptions, calc_flow_bpd
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.image_datasets import ImageDataset
-from guided_diffusion.loop import drawer
-from guided_diffusion.npz import PART, holds, read_npz, replacing, save_npz, write_npz
-from guided_diffusion.request import REQUEST, read_request, refuse_another
-from guided_diffusion.seeds import image_generator
-from guided_diffusion.surfaces import Kwargs, Model
-from guided_diffusion.untrusted import quoted
+from . import dist_util, logger
+from .checkpoint import save_json
+from .flow_likelihood import FlowOptions, calc_flow_bpd
+from .gaussian_diffusion import GaussianDiffusion
+from .image_datasets import ImageDataset
+from .loop import drawer
+from .npz import PART, holds, read_npz, replacing, save_npz, write_npz
+from .request import REQUEST, read_request, refuse_another
+from .seeds import image_generator
+from .surfaces import Kwargs, Model
+from .untrusted import quoted
 
 BPD_FILE, TABLE, SUMMARY = "bpd.npz", "images.csv", "bpd.json"
 Rows = npt.NDArray[np.float64]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from guided_diffusion.config import flag
+from .config import flag
 
 
 @dataclass(frozen=True, kw_only=True)

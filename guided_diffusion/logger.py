@@ -17,8 +17,8 @@ from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
-from guided_diffusion import launchers
-from guided_diffusion.log_writers import (
+from . import launchers
+from .log_writers import (
     CSVOutputFormat as CSVOutputFormat,
     HumanOutputFormat as HumanOutputFormat,
     JSONOutputFormat as JSONOutputFormat,

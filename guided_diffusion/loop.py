@@ -13,9 +13,9 @@ from typing import Any, TypedDict, Unpack
 import torch as th
 from tqdm.auto import tqdm
 
-from guided_diffusion.config import nearest
-from guided_diffusion.samplers import DDIM
-from guided_diffusion.steps import Draw, Generators, Process, Sampler, State, StepOutput, same_index
+from .config import nearest
+from .samplers import DDIM
+from .steps import Draw, Generators, Process, Sampler, State, StepOutput, same_index
 
 Image = th.Tensor | None
 OWN_STREAM = 0x6D61736B  # sets the noise of what is kept apart from that of what is painted

@@ -19,10 +19,10 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
-from guided_diffusion import checkpoint
-from guided_diffusion.blocks import AttentionBlock, ResBlock
-from guided_diffusion.finetuning_config import LORA_KINDS
-from guided_diffusion.npz import fingerprint
+from . import checkpoint
+from .blocks import AttentionBlock, ResBlock
+from .finetuning_config import LORA_KINDS
+from .npz import fingerprint
 
 FORMAT = 1
 NAME = "lora"  # of the adapter within its convolution

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 
 import blobfile as bf
 
-from guided_diffusion import untrusted
+from . import untrusted
 
 FORMAT = 1
 NAME = re.compile(r"set(?P<step>\d+)\.json$")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from guided_diffusion import dist_util, logger
+from . import dist_util, logger
 
 
 class Meter:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch as th
 
-from guided_diffusion import dist_util, logger
+from . import dist_util, logger
 
 # oneDNN's words for memory that it asked for in vain, among other things: these fail with a single image too
 NO_PRIMITIVE = ("could not create a primitive", "could not execute a primitive")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from guided_diffusion import untrusted
+from . import untrusted
 
 PART = ".part-"  # in the names of files that are not whole yet, before the number of the process that writes them
 

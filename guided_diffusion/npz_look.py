@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion.npz import Npz, replacing
-from guided_diffusion.npz_tools import CHUNK, headers_of, open_npz, refuse_existing
-from guided_diffusion.pictures import DRAWN_CHANNELS, grid
-from guided_diffusion.untrusted import Header, printable, reason
+from .npz import Npz, replacing
+from .npz_tools import CHUNK, headers_of, open_npz, refuse_existing
+from .pictures import DRAWN_CHANNELS, grid
+from .untrusted import Header, printable, reason
 
 GRID_SIDE = 10
 COUNTED = 2**16  # different labels that are counted

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion import logger
-from guided_diffusion.checkpoint import save_json
-from guided_diffusion.config import Size, size_flag
-from guided_diffusion.crops import TooThin, center_crop_arr
-from guided_diffusion.image_files import Listing, UnreadableImage, find_images, read_bytes, read_image
-from guided_diffusion.image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
-from guided_diffusion.npz import PART, Npz, Rows, explained, write_arrays
-from guided_diffusion.pictures import DRAWN_CHANNELS, Pixels, save_png
-from guided_diffusion.untrusted import Header, parse_json, printable, quoted, reason
+from . import logger
+from .checkpoint import save_json
+from .config import Size, size_flag
+from .crops import TooThin, center_crop_arr
+from .image_files import Listing, UnreadableImage, find_images, read_bytes, read_image
+from .image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
+from .npz import PART, Npz, Rows, explained, write_arrays
+from .pictures import DRAWN_CHANNELS, Pixels, save_png
+from .untrusted import Header, parse_json, printable, quoted, reason
 
 CHUNK = 2**24  # bytes of images in memory at a time
 ORDER = "names.json"  # in a folder from an npz: its images in their order, and their shape

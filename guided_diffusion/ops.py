@@ -1,6 +1,6 @@
 """What torch does slowly, or keeps too much for, in bfloat16 on a CPU; everything else goes the plain way.
 
-Shapes: N batch, C channels, G groups, [N, C, ...] feature maps; H heads of D channels each, T tokens, B = N * H.
+Shapes: N batch, C channels, G groups, [N, C, ...] feature maps; H heads of D channels each, T tokens.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import NotRequired, TypedDict, cast
 
 import torch as th
 
-from guided_diffusion.steps import Process, StepOutput, mix
+from .steps import Process, StepOutput, mix
 
 Gradient = Callable[[], th.Tensor | None]
 CondFn = Callable[..., th.Tensor | None]

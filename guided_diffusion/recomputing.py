@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from guided_diffusion.blocks import AttentionBlock, ResBlock, Upsample
-from guided_diffusion.unet import UNetBackbone, UNetModel
+from .blocks import AttentionBlock, ResBlock, Upsample
+from .unet import UNetBackbone, UNetModel
 
 
 def recompute_at(network: UNetBackbone, resolutions: str) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from guided_diffusion.cli import COMMANDS
-from guided_diffusion.untrusted import parse_json, printable, read_file, reason
+from .cli import COMMANDS
+from .untrusted import parse_json, printable, read_file, reason
 
 REQUEST = "request.json"
 

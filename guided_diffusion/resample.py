@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from guided_diffusion import dist_util
-from guided_diffusion.config import nearest
-from guided_diffusion.seeds import to_device
+from . import dist_util
+from .config import nearest
+from .seeds import to_device
 
 Array = npt.NDArray[np.float64]
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.schedules import Array, NoiseLevels
+from .gaussian_diffusion import GaussianDiffusion
+from .schedules import Array, NoiseLevels
 
 Grid = str | Sequence[float]
 WRITE = (

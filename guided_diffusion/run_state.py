@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from guided_diffusion import checkpoint, dist_util, logger, lora
-from guided_diffusion.fp16_util import MixedPrecisionTrainer, unflatten_optimizer_state
-from guided_diffusion.resample import ScheduleSampler
+from . import checkpoint, dist_util, logger, lora
+from .fp16_util import MixedPrecisionTrainer, unflatten_optimizer_state
+from .resample import ScheduleSampler
 
 
 def rng_state(device: th.device | None = None) -> dict[str, Any]:

@@ -18,20 +18,20 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from guided_diffusion import dist_util, logger
-from guided_diffusion.checkpoint import save_json
-from guided_diffusion.film import FILM_IMAGES, Film
-from guided_diffusion.gallery import draw_each, draw_grid
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.jobs import LISTED, Job, check_labels
-from guided_diffusion.loop import SampleOptions, network_calls
-from guided_diffusion.npz import PART, fingerprint, holds, read_npz, save_npz, write_npz
-from guided_diffusion.pictures import Pixels, can_draw, save_grid, to_uint8
-from guided_diffusion.request import REQUEST, read_request, refuse_another
-from guided_diffusion.respace import respaced, space_timesteps
-from guided_diffusion.samplers import make_sampler
-from guided_diffusion.seeds import image_generator, seeded
-from guided_diffusion.upsampling import NAMES, picture_names
+from . import dist_util, logger
+from .checkpoint import save_json
+from .film import FILM_IMAGES, Film
+from .gallery import draw_each, draw_grid
+from .gaussian_diffusion import GaussianDiffusion
+from .jobs import LISTED, Job, check_labels
+from .loop import SampleOptions, network_calls
+from .npz import PART, fingerprint, holds, read_npz, save_npz, write_npz
+from .pictures import Pixels, can_draw, save_grid, to_uint8
+from .request import REQUEST, read_request, refuse_another
+from .respace import respaced, space_timesteps
+from .samplers import make_sampler
+from .seeds import image_generator, seeded
+from .upsampling import NAMES, picture_names
 
 Model = Callable[..., th.Tensor]
 

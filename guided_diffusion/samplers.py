@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 
 import torch as th
 
-from guided_diffusion.config import nearest
-from guided_diffusion.solvers import (
+from .config import nearest
+from .solvers import (
     DEIS,
     DPMSolver2,
     DPMSolver3,
@@ -32,7 +32,7 @@ from guided_diffusion.solvers import (
     recall,
     remember,
 )
-from guided_diffusion.steps import (
+from .steps import (
     Draw,
     Level,
     Predict,

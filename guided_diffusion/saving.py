@@ -11,10 +11,10 @@ from typing import Any
 import blobfile as bf
 import torch as th
 
-from guided_diffusion import checkpoint, dist_util, logger, manifest
-from guided_diffusion.checkpoint import CheckpointSet
-from guided_diffusion.image_datasets import ImageStream
-from guided_diffusion.run_state import RunState
+from . import checkpoint, dist_util, logger, manifest
+from .checkpoint import CheckpointSet
+from .image_datasets import ImageStream
+from .run_state import RunState
 
 
 def choose(path: str, *, auto: bool = False) -> tuple[CheckpointSet | None, list[str]]:

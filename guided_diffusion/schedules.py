@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion.config import nearest
+from .config import nearest
 
 Array = npt.NDArray[np.float64]
 

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from guided_diffusion import dist_util, gaussian_diffusion as gd
-from guided_diffusion.conditioning import ConditionedModel, cond_kind
-from guided_diffusion.config import (
+from . import dist_util, gaussian_diffusion as gd
+from .conditioning import ConditionedModel, cond_kind
+from .config import (
     ClassifierConfig,
     DiffusionConfig,
     NetworkConfig,
@@ -28,10 +28,10 @@ from guided_diffusion.config import (
     parse_size,
     str2bool,
 )
-from guided_diffusion.hardware import fastest_precision
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
-from guided_diffusion.schedules import rescale_zero_terminal_snr
-from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
+from .hardware import fastest_precision
+from .respace import SpacedDiffusion, space_timesteps
+from .schedules import rescale_zero_terminal_snr
+from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 __all__ = ["NUM_CLASSES", "str2bool"]
 

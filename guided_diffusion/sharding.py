@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from guided_diffusion import dist_util
-from guided_diffusion.blocks import TimestepBlock, TimestepEmbedSequential
-from guided_diffusion.fp16_util import MixedPrecisionTrainer, convert
-from guided_diffusion.gradients import Gradients, laid_out_as
-from guided_diffusion.unet import UNetBackbone
+from . import dist_util
+from .blocks import TimestepBlock, TimestepEmbedSequential
+from .fp16_util import MixedPrecisionTrainer, convert
+from .gradients import Gradients, laid_out_as
+from .unet import UNetBackbone
 
 OLDEST_TORCH = "2.7"
 _DTYPES = {"fp16": th.float16, "bf16": th.bfloat16}

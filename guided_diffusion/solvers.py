@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import torch as th
 
-from guided_diffusion.steps import (
+from .steps import (
     Draw,
     Level,
     Predict,

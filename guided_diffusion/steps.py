@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion.schedules import NO_SIGNAL
+from .schedules import NO_SIGNAL
 
 State = tuple[th.Tensor, ...] | None
 Draw = Callable[[], th.Tensor]

@@ -12,10 +12,10 @@ from typing import Any, Protocol, Unpack
 
 import torch as th
 
-from guided_diffusion.loop import MoreOptions, SampleOptions, sample_loop
-from guided_diffusion.prediction import CondFn, MeanVariance, shift_mean, shift_score
-from guided_diffusion.samplers import DDIM, PLMS, Ancestral, DDIMReverse
-from guided_diffusion.steps import Process, Sampler, State, StepOutput
+from .loop import MoreOptions, SampleOptions, sample_loop
+from .prediction import CondFn, MeanVariance, shift_mean, shift_score
+from .samplers import DDIM, PLMS, Ancestral, DDIMReverse
+from .steps import Process, Sampler, State, StepOutput
 
 Model = Callable[..., th.Tensor]
 Kwargs = dict[str, Any] | None

@@ -18,23 +18,23 @@ import blobfile as bf
 import numpy as np
 import torch as th
 
-from guided_diffusion import checkpoint, dist_util, logger
-from guided_diffusion.adamw import AdamW
-from guided_diffusion.bad_steps import BadSteps
-from guided_diffusion.compiling import eagerly
-from guided_diffusion.config import parse_microbatch, parse_rates
-from guided_diffusion.draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
-from guided_diffusion.fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
-from guided_diffusion.interruption import Interruption
-from guided_diffusion.meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
-from guided_diffusion.microbatches import halve_until_it_fits
-from guided_diffusion.nn import update_ema
-from guided_diffusion.pictures import to_unit
-from guided_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
-from guided_diffusion.run_state import RunState, load_weights, warn_of_long_averages
-from guided_diffusion.sample_util import evaluating
-from guided_diffusion.saving import Saver, agree
-from guided_diffusion.seeds import seeded, to_device
+from . import checkpoint, dist_util, logger
+from .adamw import AdamW
+from .bad_steps import BadSteps
+from .compiling import eagerly
+from .config import parse_microbatch, parse_rates
+from .draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
+from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from .interruption import Interruption
+from .meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
+from .microbatches import halve_until_it_fits
+from .nn import update_ema
+from .pictures import to_unit
+from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
+from .run_state import RunState, load_weights, warn_of_long_averages
+from .sample_util import evaluating
+from .saving import Saver, agree
+from .seeds import seeded, to_device
 
 Cond = Mapping[str, th.Tensor]
 
@@ -83,7 +83,7 @@ def _trainer(fsdp: bool, auto_microbatch: bool) -> type[MixedPrecisionTrainer]:
         raise ValueError(
             "microbatch auto does not go with fsdp, where no rank can begin a step anew by itself: give a number"
         )
-    from guided_diffusion.sharding import ShardedTrainer  # not for others: it imports much of torch.distributed
+    from .sharding import ShardedTrainer  # not for others: it imports much of torch.distributed
 
     return ShardedTrainer
 

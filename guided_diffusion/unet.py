@@ -14,7 +14,7 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
-from guided_diffusion.blocks import (
+from .blocks import (
     AttentionBlock,
     AttentionPool2d,
     Downsample,
@@ -27,8 +27,8 @@ from guided_diffusion.blocks import (
     count_flops_attn,
     strides,
 )
-from guided_diffusion.config import POOLS, PRECISIONS
-from guided_diffusion.nn import SiLU, conv_nd, linear, normalization, timestep_embedding, zero_module
+from .config import POOLS, PRECISIONS
+from .nn import SiLU, conv_nd, linear, normalization, timestep_embedding, zero_module
 
 __all__ = [
     "AttentionBlock",

@@ -17,12 +17,12 @@ import torch as th
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from guided_diffusion.crops import Picture
-from guided_diffusion.image_files import IMAGE_EXTENSIONS, Listing, find_images, read_image, split_archive
-from guided_diffusion.npz import Npz, fingerprint
-from guided_diffusion.request import REQUEST
-from guided_diffusion.seeds import image_generator
-from guided_diffusion.untrusted import parse_json, path_fault, printable, quoted, read_file, reason
+from .crops import Picture
+from .image_files import IMAGE_EXTENSIONS, Listing, find_images, read_image, split_archive
+from .npz import Npz, fingerprint
+from .request import REQUEST
+from .seeds import image_generator
+from .untrusted import parse_json, path_fault, printable, quoted, read_file, reason
 
 NAMES = "names.json"  # beside an npz: which file each of its images comes from
 

@@ -164,6 +164,10 @@ def test_ways_take_turns() -> None:
     turns = in_turns(ways, rounds=2, warm_up=1, say=lambda _: None)
     assert "".join(order) == "abcabcabc"
     assert {name: len(values) for name, values in turns.rounds.items()} == {"a": 2, "b": 2, "c": 2}
+    order.clear()
+    turns = in_turns(ways, rounds=2, warm_up=1, lead=1, say=lambda _: None)
+    assert "".join(order) == "abcaabbccaabbcc"
+    assert [len(values) for values in turns.rounds.values()] == [2, 2, 2]
 
 
 def test_drifts_cancel_in_ratios() -> None:

@@ -11,6 +11,7 @@ from oracle import GaussianData, make_process
 from guided_diffusion.guidance import combine, loss_guidance
 from guided_diffusion.loop import OWN_STREAM, network_calls, sample_loop
 from guided_diffusion.samplers import DDIM, PLMS, SAMPLERS, Ancestral, DDIMReverse, make_sampler
+from guided_diffusion.steps import ends_noisy, same_index
 
 SHAPE = (2, 3, 4, 4)
 NAMES = sorted(set(SAMPLERS) - {"ddim_reverse"})  # from noise to images
@@ -604,3 +605,11 @@ def test_corrections_keep_what_a_soft_mask_did(name):
         )
         found.append(float(out.mean()))
     assert found[0] == pytest.approx(found[1], abs=0.01)
+
+
+@pytest.mark.parametrize("index", [0, 1, 7])
+def test_a_step_knows_where_it_ends_without_asking_the_device(index):
+    t = same_index(index, 3, th.device("cpu"))
+    assert t.tolist() == [index] * 3
+    assert ends_noisy(t) == ends_noisy(t.clone()) == (index > 0)
+    assert ends_noisy(same_index(index, 3, th.device("meta"))) == (index > 0)  # whose values nobody can ask for

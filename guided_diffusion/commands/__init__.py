@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from guided_diffusion.cli import COMMANDS
-from guided_diffusion.config import nearest
+from ..cli import COMMANDS
+from ..config import nearest
 
 
 def usage() -> str:
@@ -29,4 +29,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = nearest(name, COMMANDS) or f": use one of {', '.join(COMMANDS)}"
         print(f"guided-diffusion: error: unknown command {name}{hint}", file=sys.stderr)
         raise SystemExit(2)
-    import_module(f"guided_diffusion.commands.{name}").main(rest)
+    import_module(f".{name}", __name__).main(rest)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from guided_diffusion import cli
-from guided_diffusion.upsampling_config import CascadeConfig
+from .. import cli
+from ..upsampling_config import CascadeConfig
 
 NAME = "cascade_sample"
 BASE, UPSAMPLER = "base", "up"
@@ -84,7 +84,7 @@ def _words_of_file(path: str) -> Words:
     """What the file of --stages says, as words of a command line."""
     if not path:
         return {}
-    from guided_diffusion.untrusted import reason
+    from ..untrusted import reason
 
     try:
         stages = _read(path)
@@ -98,7 +98,7 @@ def _words_of_file(path: str) -> Words:
 def _read(path: str) -> Any:
     import tomllib
 
-    from guided_diffusion.untrusted import parse_json, read_file
+    from ..untrusted import parse_json, read_file
 
     content = read_file(path)
     return tomllib.loads(content.decode()) if path.lower().endswith(".toml") else parse_json(content)

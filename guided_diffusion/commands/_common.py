@@ -9,12 +9,11 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion import checkpoint, dist_util, logger, lora
-from guided_diffusion.architecture import architecture
-from guided_diffusion.cli import Flags
-from guided_diffusion.commands import _performance as performance
-from guided_diffusion.compiling import compile_network
-from guided_diffusion.config import (
+from .. import checkpoint, dist_util, logger, lora
+from ..architecture import architecture
+from ..cli import Flags
+from ..compiling import compile_network
+from ..config import (
     ClassifierConfig,
     DiffusionConfig,
     RunConfig,
@@ -23,17 +22,18 @@ from guided_diffusion.config import (
     UNetConfig,
     parse_size,
 )
-from guided_diffusion.finetuning_config import AdapterConfig
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.guidance import dynamic_thresholding
-from guided_diffusion.image_datasets import load_classes
-from guided_diffusion.jobs import Job, parse_classes
-from guided_diffusion.loop import network_calls
-from guided_diffusion.npz import fingerprint
-from guided_diffusion.sample_util import generate
-from guided_diffusion.samplers import make_sampler
-from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
-from guided_diffusion.steps import Sampler
+from ..finetuning_config import AdapterConfig
+from ..gaussian_diffusion import GaussianDiffusion
+from ..guidance import dynamic_thresholding
+from ..image_datasets import load_classes
+from ..jobs import Job, parse_classes
+from ..loop import network_calls
+from ..npz import fingerprint
+from ..sample_util import generate
+from ..samplers import make_sampler
+from ..script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from ..steps import Sampler
+from . import _performance as performance
 
 SAMPLER_OPTIONS = ("eta", "order", "churn")
 NOT_IN_THE_RESULT = ("use_checkpoint", "use_fp16", "precision", "classifier_use_fp16", "classifier_precision")

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion.cli import Flags
-from guided_diffusion.commands._common import Restored
-from guided_diffusion.conditioning import CondImages, CondKind, CondSource, Pairing, cond_kind
-from guided_diffusion.conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
-from guided_diffusion.config import EditConfig, SampleConfig, TrainConfig, UNetConfig, defaults
-from guided_diffusion.image_files import Listing
-from guided_diffusion.image_labels import read_labels
-from guided_diffusion.pictures import DRAWN_CHANNELS, Pixels, to_uint8
+from ..cli import Flags
+from ..conditioning import CondImages, CondKind, CondSource, Pairing, cond_kind
+from ..conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
+from ..config import EditConfig, SampleConfig, TrainConfig, UNetConfig, defaults
+from ..image_files import Listing
+from ..image_labels import read_labels
+from ..pictures import DRAWN_CHANNELS, Pixels, to_uint8
+from ._common import Restored
 
 
 def kind_of(flags: Flags) -> CondKind | None:

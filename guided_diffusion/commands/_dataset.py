@@ -6,11 +6,11 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import Main, entry
+from .. import cli
+from ._entry import Main, entry
 
 if TYPE_CHECKING:
-    from guided_diffusion.dataset_images import Source
+    from ..dataset_images import Source
 
 
 def converter(name: str, read: Callable[[Any], Source]) -> Main:
@@ -21,7 +21,7 @@ def converter(name: str, read: Callable[[Any], Source]) -> Main:
     """
 
     def work(flags: cli.Flags) -> None:
-        from guided_diffusion.dataset_writer import convert
+        from ..dataset_writer import convert
 
         config = flags.part(cli.DATASETS[name].sections[0])
         try:

@@ -10,16 +10,9 @@ from typing import Any
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion import dist_util, logger
-from guided_diffusion.cli import Flags
-from guided_diffusion.commands import (
-    _conditioning as conditioning,
-    _finetuning as finetuning,
-    _performance as performance,
-    _training as training,
-)
-from guided_diffusion.commands._common import image_shape
-from guided_diffusion.config import (
+from .. import dist_util, logger
+from ..cli import Flags
+from ..config import (
     ClassifierConfig,
     DiffusionConfig,
     RunConfig,
@@ -29,10 +22,17 @@ from guided_diffusion.config import (
     parse_rates,
     parse_size,
 )
-from guided_diffusion.footprint import Footprint, Loss, measure
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.performance_config import TrainSpeedConfig
-from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from ..footprint import Footprint, Loss, measure
+from ..gaussian_diffusion import GaussianDiffusion
+from ..performance_config import TrainSpeedConfig
+from ..script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from . import (
+    _conditioning as conditioning,
+    _finetuning as finetuning,
+    _performance as performance,
+    _training as training,
+)
+from ._common import image_shape
 
 SEEN = 2  # microbatches of a step that are looked at: the gradients of the first are there in the second
 Keywords = Callable[[int], dict[str, th.Tensor]]

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion import dist_util
-from guided_diffusion.cli import Flags
-from guided_diffusion.commands._common import Restored, clipping_of
-from guided_diffusion.config import DiffusionConfig, EditConfig, SampleConfig, UNetConfig
-from guided_diffusion.editing import invert, slerp
-from guided_diffusion.init_images import InitImages
-from guided_diffusion.jobs import Start, parse_classes
-from guided_diffusion.loop import network_calls
-from guided_diffusion.samplers import make_sampler
-from guided_diffusion.script_util import build_diffusion
-from guided_diffusion.steps import Sampler
+from .. import dist_util
+from ..cli import Flags
+from ..config import DiffusionConfig, EditConfig, SampleConfig, UNetConfig
+from ..editing import invert, slerp
+from ..init_images import InitImages
+from ..jobs import Start, parse_classes
+from ..loop import network_calls
+from ..samplers import make_sampler
+from ..script_util import build_diffusion
+from ..steps import Sampler
+from ._common import Restored, clipping_of
 
 NEED_IMAGE = ("mask", "strength", "invert", "interpolate")
 NEED_MASK = ("mask_invert", "resample", "resample_jump")

@@ -6,9 +6,9 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from guided_diffusion import dist_util, logger
-from guided_diffusion.cli import Flags
-from guided_diffusion.evaluation_config import ExtractorConfig, PlaceConfig
+from .. import dist_util, logger
+from ..cli import Flags
+from ..evaluation_config import ExtractorConfig, PlaceConfig
 
 if TYPE_CHECKING:
     from evaluations.features import Extractor

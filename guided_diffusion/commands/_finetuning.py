@@ -9,10 +9,10 @@ from typing import Any
 
 import torch as th
 
-from guided_diffusion import checkpoint, dist_util, finetuning, logger, lora
-from guided_diffusion.cli import Flags
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
-from guided_diffusion.finetuning_config import InitConfig, LoraConfig
+from .. import checkpoint, dist_util, finetuning, logger, lora
+from ..cli import Flags
+from ..config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
+from ..finetuning_config import InitConfig, LoraConfig
 
 REPORT = "init.json"
 KINDS: dict[str, tuple[str, type[Any]]] = {

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from guided_diffusion.cli import Flags
-from guided_diffusion.commands._common import Restored, refuse_difference, restore_weaker
-from guided_diffusion.config import DiffusionConfig, FreeGuidanceConfig, GuidanceConfig
-from guided_diffusion.guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
+from ..cli import Flags
+from ..config import DiffusionConfig, FreeGuidanceConfig, GuidanceConfig
+from ..guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
+from ._common import Restored, refuse_difference, restore_weaker
 
 SAME_IMAGES = ("image_size", "large_size", "small_size", "image_channels", "dims", "cond_type", "cond_channels")
 SAME_NOISE = ("diffusion_steps", "noise_schedule", "rescale_timesteps", "zero_terminal_snr")

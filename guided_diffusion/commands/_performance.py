@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from guided_diffusion import dist_util, logger
-from guided_diffusion.cli import Flags
-from guided_diffusion.compiling import compile_network
-from guided_diffusion.config import TrainConfig, resolve_precision
-from guided_diffusion.hardware import fastest_precision
-from guided_diffusion.performance_config import TrainSpeedConfig
-from guided_diffusion.recomputing import recompute_at
+from .. import dist_util, logger
+from ..cli import Flags
+from ..compiling import compile_network
+from ..config import TrainConfig, resolve_precision
+from ..hardware import fastest_precision
+from ..performance_config import TrainSpeedConfig
+from ..recomputing import recompute_at
 
 ALIASES = {"precision": "use_fp16", "classifier_precision": "classifier_use_fp16"}
 

@@ -12,20 +12,20 @@ import blobfile as bf
 import numpy as np
 import torch as th
 
-from guided_diffusion import __version__, checkpoint, dist_util, logger
-from guided_diffusion.cli import COMMANDS, Flags
-from guided_diffusion.commands import (
+from .. import __version__, checkpoint, dist_util, logger
+from ..cli import COMMANDS, Flags
+from ..config import DataConfig, ImageTrainConfig, RunConfig, TrainConfig, defaults
+from ..evaluation_config import ExtractorConfig, TrainEvaluationConfig
+from ..image_datasets import ImageStream, load_data, save_classes
+from ..performance_config import LoaderConfig, TrainSpeedConfig
+from ..resample import create_named_schedule_sampler
+from ..saving import choose
+from ..train_util import Hook, TrainLoop
+from . import (
     _conditioning as conditioning,
     _finetuning as finetuning,
     _performance as performance,
 )
-from guided_diffusion.config import DataConfig, ImageTrainConfig, RunConfig, TrainConfig, defaults
-from guided_diffusion.evaluation_config import ExtractorConfig, TrainEvaluationConfig
-from guided_diffusion.image_datasets import ImageStream, load_data, save_classes
-from guided_diffusion.performance_config import LoaderConfig, TrainSpeedConfig
-from guided_diffusion.resample import create_named_schedule_sampler
-from guided_diffusion.saving import choose
-from guided_diffusion.train_util import Hook, TrainLoop
 
 Load = Callable[..., ImageStream]
 

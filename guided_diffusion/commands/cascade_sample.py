@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from guided_diffusion import cli
-from guided_diffusion.commands._cascade import Stage, parse
-from guided_diffusion.config import (
+from .. import cli
+from ..config import (
     ClassifierConfig,
     DiffusionConfig,
     GuidanceConfig,
@@ -24,7 +23,8 @@ from guided_diffusion.config import (
     UNetConfig,
     parse_size,
 )
-from guided_diffusion.upsampling_config import CascadeConfig
+from ..upsampling_config import CascadeConfig
+from ._cascade import Stage, parse
 
 
 def sample(shared: cli.Flags, stages: Sequence[Stage]) -> None:
@@ -32,8 +32,8 @@ def sample(shared: cli.Flags, stages: Sequence[Stage]) -> None:
 
     :raises ValueError: naming the stage and the flag that is wrong, before anything is sampled where that can be seen.
     """
-    from guided_diffusion import logger
-    from guided_diffusion.commands import _common as common
+    from .. import logger
+    from . import _common as common
 
     common.start(shared)
     folder, config = logger.get_dir(), shared.part(CascadeConfig)
@@ -47,7 +47,7 @@ def sample(shared: cli.Flags, stages: Sequence[Stage]) -> None:
         placed = stage.placed(**own)
         logger.log(f"stage {stage.name}, {number + 1} of {len(stages)}: {placed.command_line()}")
         with _told(stage.name), _log_restored():
-            path = import_module(f"guided_diffusion.commands.{placed.flags.command}").sample(placed.flags)
+            path = import_module(f".{placed.flags.command}", __package__).sample(placed.flags)
     logger.log(f"cascade complete: {path}")
 
 
@@ -63,7 +63,7 @@ def _told(name: str) -> Iterator[None]:
 @contextmanager
 def _log_restored() -> Iterator[None]:
     """The log of the cascade after that of a stage."""
-    from guided_diffusion.logger import Logger
+    from ..logger import Logger
 
     outer = Logger.CURRENT
     try:
@@ -105,7 +105,7 @@ def check(stages: Sequence[Stage]) -> None:
 
 
 def _made_by_base(flags: cli.Flags) -> Made:
-    from guided_diffusion.commands import _common as common, _editing as editing, _guidance as guidance
+    from . import _common as common, _editing as editing, _guidance as guidance
 
     guidance.check(flags)
     editing.check(flags, common.sampler_of(flags))
@@ -118,7 +118,7 @@ def _made_by_base(flags: cli.Flags) -> Made:
 
 
 def _made_by_upsampler(flags: cli.Flags, before: Made) -> Made:
-    from guided_diffusion.commands import _common as common, super_res_sample as upsampler
+    from . import _common as common, super_res_sample as upsampler
 
     upsampler.check(flags)
     path, flags = _described(flags, SuperResConfig)
@@ -140,8 +140,8 @@ def _made_by_upsampler(flags: cli.Flags, before: Made) -> Made:
 
 def _described(flags: cli.Flags, section: type[Any]) -> tuple[str, cli.Flags]:
     """The checkpoint of --model_path and the flags over its own, once sampler and steps are possible."""
-    from guided_diffusion.commands import _common as common
-    from guided_diffusion.script_util import build_diffusion
+    from ..script_util import build_diffusion
+    from . import _common as common
 
     path, flags = common.described(common.on_its_grid(flags, common.sampler_of(flags)), "model_path", section)
     build_diffusion(flags.part(DiffusionConfig))
@@ -150,8 +150,8 @@ def _described(flags: cli.Flags, section: type[Any]) -> tuple[str, cli.Flags]:
 
 def _classes(path: str) -> list[str]:
     """The class names that lie beside a checkpoint."""
-    from guided_diffusion import checkpoint
-    from guided_diffusion.image_datasets import load_classes
+    from .. import checkpoint
+    from ..image_datasets import load_classes
 
     names = checkpoint.classes_beside(path)
     return load_classes(names) if names else []
@@ -164,6 +164,6 @@ def _short(classes: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``cascade_sample`` with a command line."""
     shared, stages = parse(argv)
-    from guided_diffusion import dist_util
+    from .. import dist_util
 
     dist_util.run(sample, shared, stages)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SampleConfig, UNetConfig
+from .. import cli
+from ..config import ClassifierConfig, DiffusionConfig, SampleConfig, UNetConfig
+from ._entry import entry
 
 if TYPE_CHECKING:
-    from guided_diffusion.commands._common import Restored
+    from ._common import Restored
 
 SHARED = {
     "image_size": (UNetConfig, ClassifierConfig),
@@ -27,13 +27,13 @@ def sample(flags: cli.Flags) -> str:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion.commands import (
+    from ..guidance import without_labels
+    from . import (
         _common as common,
         _conditioning as conditioning,
         _editing as editing,
         _guidance as guidance,
     )
-    from guided_diffusion.guidance import without_labels
 
     sampler = common.sampler_of(flags)
     flags = common.on_its_grid(flags, sampler)
@@ -63,7 +63,7 @@ def check_agreement(model: Restored, classifier: Restored) -> None:
 
     :raises ValueError: naming both values of the first flag that differs.
     """
-    from guided_diffusion.commands._common import refuse_difference
+    from ._common import refuse_difference
 
     conditional = model.flags.values["class_cond"]
     pairs: dict[str, tuple[type[Any], type[Any]]] = {**SHARED, **(PER_CLASS if conditional else {})}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import ClassifierConfig, ClassifierTrainConfig, DiffusionConfig, resolve_precision
-from guided_diffusion.performance_config import TrainSpeedConfig
+from .. import cli
+from ..config import ClassifierConfig, ClassifierTrainConfig, DiffusionConfig, resolve_precision
+from ._entry import entry
 
 INITIAL_LOG_LOSS_SCALE = 16.0  # gradients of a cross-entropy are larger than those of a mean square
 
@@ -15,19 +14,15 @@ def train(flags: cli.Flags) -> None:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion import dist_util
-    from guided_diffusion.classifier_training import ClassifierTrainLoop
-    from guided_diffusion.commands import (
+    from .. import dist_util
+    from ..classifier_training import ClassifierTrainLoop
+    from ..script_util import build_classifier, build_diffusion
+    from . import (
         _finetuning as finetuning,
         _performance as performance,
         _training as training,
     )
-    from guided_diffusion.commands._dry_run import rehearse
-    from guided_diffusion.script_util import build_classifier, build_diffusion
 
-    if flags.part(TrainSpeedConfig).dry_run:
-        rehearse(flags)
-        return
     flags = training.start(flags)
     config, loop = flags.part(ClassifierConfig), flags.part(ClassifierTrainConfig)
     if not loop.noised and loop.schedule_sampler != "uniform":

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from guided_diffusion import cli
-from guided_diffusion.config import DemoConfig
+from .. import cli
+from ..config import DemoConfig
 
 IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False".split()
 TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1".split()
@@ -33,7 +33,7 @@ CLASSES, SHOWN = 9, 6  # rows, and columns per scale
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``demo`` with a command line."""
     flags = cli.parse("demo", argv)
-    from guided_diffusion import dist_util
+    from .. import dist_util
 
     dist_util.run(show, flags.part(DemoConfig))
 
@@ -67,7 +67,14 @@ def launch(command: str, *flags: str) -> None:
     import torch as th
 
     ranks = 1 if th.cuda.is_available() else process_count()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "guided_diffusion"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "-m",
+        __package__.split(".commands")[0],
+    ]
     # tables go to files, not to the screen
     environment = {**os.environ, "OPENAI_LOG_FORMAT": "log,csv", "OPENAI_LOG_FORMAT_MPI": "log", "OMP_NUM_THREADS": "1"}
     batch = [f"--batch_size={BATCH[command] // (ranks if 'train' in command else 1)}"]
@@ -115,9 +122,10 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
     from evaluations.evaluator import evaluate, prepare
     from evaluations.features import make_extractor
     from evaluations.npz import open_images
-    from guided_diffusion import logger
-    from guided_diffusion.commands import _common as common
-    from guided_diffusion.pictures import save_grid
+
+    from .. import logger
+    from ..pictures import save_grid
+    from . import _common as common
 
     logger.configure(dir=config.log_dir, format_strs=[])
     judge = common.restore_classifier(cli.parse("classifier_sample", [f"--classifier_path={config.log_dir}/judge"]))
@@ -143,7 +151,7 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
 
 def real_images(config: DemoConfig) -> tuple[Any, Any]:
     """Some of the images that all three were trained on, [N, C, H, W] in [-1, 1], and their labels [N]."""
-    from guided_diffusion.image_datasets import load_data
+    from ..image_datasets import load_data
 
     stream = load_data(data_dir=config.data_dir, batch_size=512, image_size=32, class_cond=True, random_flip=False)
     images, cond = next(stream)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
+from .. import cli
+from ._entry import entry
 
 
 def download(flags: cli.Flags) -> None:
@@ -11,9 +11,9 @@ def download(flags: cli.Flags) -> None:
 
     :raises ValueError: if there is no such thing.
     """
-    from guided_diffusion.config import nearest
-    from guided_diffusion.downloads import SOURCES, fetch
-    from guided_diffusion.evaluation_config import DownloadConfig
+    from ..config import nearest
+    from ..downloads import SOURCES, fetch
+    from ..evaluation_config import DownloadConfig
 
     config = flags.part(DownloadConfig)
     if config.name not in SOURCES:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
-from guided_diffusion.evaluation_config import EvaluatorConfig, ExtractorConfig
+from .. import cli
+from ..evaluation_config import EvaluatorConfig, ExtractorConfig
+from ._entry import entry
 
 
 def compare(flags: cli.Flags) -> None:
@@ -16,9 +16,10 @@ def compare(flags: cli.Flags) -> None:
     from evaluations.npz import open_images
     from evaluations.scores import Options
     from evaluations.sources import FileSource
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.checkpoint import save_json
-    from guided_diffusion.commands import _evaluation as common
+
+    from .. import dist_util, logger
+    from ..checkpoint import save_json
+    from . import _evaluation as common
 
     config, network = flags.part(EvaluatorConfig), flags.part(ExtractorConfig)
     common.start(flags)

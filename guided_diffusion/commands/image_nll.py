@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import DiffusionConfig, LikelihoodConfig, RunConfig, UNetConfig
-from guided_diffusion.likelihood_config import FlowConfig, MeasureConfig
+from .. import cli
+from ..config import DiffusionConfig, LikelihoodConfig, RunConfig, UNetConfig
+from ..likelihood_config import FlowConfig, MeasureConfig
+from ._entry import entry
 
 if TYPE_CHECKING:
-    from guided_diffusion.commands._common import Restored
-    from guided_diffusion.image_datasets import ImageDataset
-    from guided_diffusion.likelihood import Measure, Survey
+    from ..image_datasets import ImageDataset
+    from ..likelihood import Measure, Survey
+    from ._common import Restored
 
 
 def measure(flags: cli.Flags) -> None:
@@ -21,8 +21,8 @@ def measure(flags: cli.Flags) -> None:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion.commands import _common as common
-    from guided_diffusion.likelihood import carry_out
+    from ..likelihood import carry_out
+    from . import _common as common
 
     refuse_idle(flags)
     common.start(flags)
@@ -43,8 +43,8 @@ def refuse_idle(flags: cli.Flags) -> None:
 
 def survey_of(model: Restored) -> Survey:
     """What the flags ask for."""
-    from guided_diffusion import logger
-    from guided_diffusion.likelihood import Survey
+    from .. import logger
+    from ..likelihood import Survey
 
     options, config = model.flags.part(LikelihoodConfig), model.flags.part(MeasureConfig)
     dataset = images_of(model)
@@ -79,11 +79,11 @@ def _said(flags: cli.Flags) -> dict[str, Any]:
 
 def measure_of(model: Restored) -> Measure:
     """The kind of likelihood that the flags ask for."""
-    from guided_diffusion import logger
-    from guided_diffusion.flow_likelihood import FlowOptions
-    from guided_diffusion.likelihood import probability_flow, variational_bound
+    from .. import logger
+    from ..flow_likelihood import FlowOptions
+    from ..likelihood import probability_flow, variational_bound
 
-    network, clip = model.network.requires_grad_(False), model.flags.part(LikelihoodConfig).clip_denoised
+    network, clip = model.network, model.flags.part(LikelihoodConfig).clip_denoised
     steps = f"{model.process.num_timesteps} of {model.flags.part(DiffusionConfig).diffusion_steps} steps"
     if model.flags.part(MeasureConfig).likelihood == "vlb":
         logger.log(f"measuring the variational bound over {steps}")
@@ -95,9 +95,9 @@ def measure_of(model: Restored) -> Measure:
 
 def images_of(model: Restored) -> ImageDataset:
     """The images of --data_dir as they are: neither mirrored nor cropped at random."""
-    from guided_diffusion import checkpoint
-    from guided_diffusion.commands import _conditioning as conditioning
-    from guided_diffusion.image_datasets import load_data
+    from .. import checkpoint
+    from ..image_datasets import load_data
+    from . import _conditioning as conditioning
 
     config, options = model.flags.part(UNetConfig), model.flags.part(LikelihoodConfig)
     conditioning.check(model.flags)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import SampleConfig, UNetConfig
+from .. import cli
+from ..config import SampleConfig, UNetConfig
+from ._entry import entry
 
 
 def sample(flags: cli.Flags) -> str:
@@ -12,7 +12,7 @@ def sample(flags: cli.Flags) -> str:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion.commands import (
+    from . import (
         _common as common,
         _conditioning as conditioning,
         _editing as editing,

@@ -6,10 +6,9 @@ import math
 from functools import partial
 from typing import Any
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import DiffusionConfig, RunConfig, UNetConfig, resolve_precision
-from guided_diffusion.performance_config import TrainSpeedConfig
+from .. import cli
+from ..config import DiffusionConfig, RunConfig, UNetConfig, resolve_precision
+from ._entry import entry
 
 PREVIEWED = 16  # images in a preview grid
 COMPARED = 64  # images of the data whose colours are compared with it
@@ -20,19 +19,15 @@ def train(flags: cli.Flags) -> None:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion import dist_util
-    from guided_diffusion.commands import (
+    from .. import dist_util
+    from ..script_util import build_diffusion, build_unet
+    from . import (
         _conditioning as conditioning,
         _finetuning as finetuning,
         _performance as performance,
         _training as training,
     )
-    from guided_diffusion.commands._dry_run import rehearse
-    from guided_diffusion.script_util import build_diffusion, build_unet
 
-    if flags.part(TrainSpeedConfig).dry_run:
-        rehearse(flags)
-        return
     flags = training.start(flags)
     config, schedule = flags.part(UNetConfig), flags.part(DiffusionConfig)
     precision = resolve_precision(config.precision, config.use_fp16)
@@ -54,7 +49,8 @@ def evaluations(flags: cli.Flags, stream: Any) -> list[Any]:
     if not interval:
         return []
     from evaluations.training import Evaluation
-    from guided_diffusion.train_util import Hook
+
+    from ..train_util import Hook
 
     return [Hook(interval, Evaluation(flags, stream), on_all_ranks=True)]
 
@@ -64,10 +60,10 @@ def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
 
     :raises ValueError: if such images cannot be drawn.
     """
-    from guided_diffusion.commands._common import image_shape
-    from guided_diffusion.commands._training import compare_colours, first_images, preview_path
-    from guided_diffusion.pictures import DRAWN_CHANNELS
-    from guided_diffusion.sample_util import preview
+    from ..pictures import DRAWN_CHANNELS
+    from ..sample_util import preview
+    from ._common import image_shape
+    from ._training import compare_colours, first_images, preview_path
 
     config = flags.part(UNetConfig)
     if config.dims != 2 or config.image_channels not in DRAWN_CHANNELS:
@@ -90,10 +86,10 @@ def condition_previews(flags: cli.Flags, stream: Any, labels: list[int]) -> tupl
 
     These are drawn in previews/cond_images.png, and the images that they belong to in previews/images.png.
     """
-    from guided_diffusion import dist_util
-    from guided_diffusion.commands import _conditioning as conditioning
-    from guided_diffusion.commands._training import first_images, previews_folder
-    from guided_diffusion.pictures import save_grid, to_uint8
+    from .. import dist_util
+    from ..pictures import save_grid, to_uint8
+    from . import _conditioning as conditioning
+    from ._training import first_images, previews_folder
 
     kind = conditioning.kind_of(flags)
     if kind is None:

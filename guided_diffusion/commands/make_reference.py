@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
-from guided_diffusion.evaluation_config import ExtractorConfig, ReferenceConfig
+from .. import cli
+from ..evaluation_config import ExtractorConfig, ReferenceConfig
+from ._entry import entry
 
 
 def make(flags: cli.Flags) -> None:
@@ -14,8 +14,9 @@ def make(flags: cli.Flags) -> None:
     """
     from evaluations.make_reference import write_reference
     from evaluations.npz import open_images
-    from guided_diffusion import logger
-    from guided_diffusion.commands import _evaluation as common
+
+    from .. import logger
+    from . import _evaluation as common
 
     config = flags.part(ReferenceConfig)
     if not config.out.endswith(".npz"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from guided_diffusion import cli
-from guided_diffusion.npz_tool_config import (
+from .. import cli
+from ..npz_tool_config import (
     FromImagesConfig,
     GridConfig,
     InfoConfig,
@@ -18,7 +18,7 @@ from guided_diffusion.npz_tool_config import (
 
 def to_png(flags: cli.Flags) -> None:
     """An npz as a folder."""
-    from guided_diffusion import npz_tools
+    from .. import npz_tools
 
     config = flags.part(ToPngConfig)
     print(npz_tools.to_png(config.file, config.out, config.classes))
@@ -26,7 +26,7 @@ def to_png(flags: cli.Flags) -> None:
 
 def from_images(flags: cli.Flags) -> None:
     """A folder or zip as an npz."""
-    from guided_diffusion import npz_tools
+    from .. import npz_tools
 
     config = flags.part(FromImagesConfig)
     wanted = npz_tools.Wanted(config.image_size, config.image_channels, config.class_from, config.classes)
@@ -35,14 +35,14 @@ def from_images(flags: cli.Flags) -> None:
 
 def info(flags: cli.Flags) -> None:
     """What is in an npz."""
-    from guided_diffusion import npz_look
+    from .. import npz_look
 
     print(*npz_look.describe(flags.part(InfoConfig).file), sep="\n")
 
 
 def merge(flags: cli.Flags) -> None:
     """Several npz as one."""
-    from guided_diffusion import npz_tools
+    from .. import npz_tools
 
     config = flags.part(MergeConfig)
     print(*npz_tools.merge(config.files, config.out), sep="\n")
@@ -50,7 +50,7 @@ def merge(flags: cli.Flags) -> None:
 
 def grid(flags: cli.Flags) -> None:
     """The first images of an npz as a picture."""
-    from guided_diffusion import npz_look
+    from .. import npz_look
 
     config = flags.part(GridConfig)
     print(npz_look.draw(config.file, config.out, config.rows, config.columns))
@@ -70,6 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     first, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     tool = cli.parse("npz_tool", [first]).part(NpzToolConfig).tool
     flags = cli.parse(f"npz_tool {tool}", rest, prog=f"npz_tool.py {tool}")
-    from guided_diffusion import dist_util
+    from .. import dist_util
 
     dist_util.run(WORK[tool], flags)

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import GuidanceConfig, RunConfig, SampleConfig, SuperResConfig, parse_size
-from guided_diffusion.upsampling_config import UpsampleConfig
+from .. import cli
+from ..config import GuidanceConfig, RunConfig, SampleConfig, SuperResConfig, parse_size
+from ..upsampling_config import UpsampleConfig
+from ._entry import entry
 
 if TYPE_CHECKING:
-    from guided_diffusion.commands._common import Restored
-    from guided_diffusion.image_files import Listing
-    from guided_diffusion.upsampling import BaseImages
+    from ..image_files import Listing
+    from ..upsampling import BaseImages
+    from ._common import Restored
 
 SHARED = ("image_channels", "dims", "diffusion_steps", "noise_schedule", "rescale_timesteps")
 
@@ -24,8 +24,8 @@ def sample(flags: cli.Flags) -> str:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion.commands import _common as common, _guidance as guidance
-    from guided_diffusion.guidance import without_labels
+    from ..guidance import without_labels
+    from . import _common as common, _guidance as guidance
 
     sampler = common.sampler_of(flags)
     flags = common.on_its_grid(flags, sampler)
@@ -54,7 +54,7 @@ def check(flags: cli.Flags) -> None:
 
     :raises ValueError: naming the flag.
     """
-    from guided_diffusion.commands import _guidance as guidance
+    from . import _guidance as guidance
 
     if not flags.part(GuidanceConfig).classifier_path:
         useless = [name for name in flags.given if name.startswith("classifier_")]
@@ -83,7 +83,7 @@ def classifier_of(model: Restored) -> Restored | None:
 
     :raises ValueError: if it was trained for other images, classes or noise than the upsampler.
     """
-    from guided_diffusion.commands import _common as common
+    from . import _common as common
 
     if not model.flags.part(GuidanceConfig).classifier_path:
         return None
@@ -108,8 +108,8 @@ def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: b
     :param labelled: the files of a folder or zip tell their classes, where --classes does not.
     :raises ValueError: if there are fewer than asked for, or they do not fit the upsampler.
     """
-    from guided_diffusion import logger
-    from guided_diffusion.upsampling import Wanted, read_base as read
+    from .. import logger
+    from ..upsampling import Wanted, read_base as read
 
     config, options = flags.part(SuperResConfig), flags.part(SampleConfig)
     labelled = (labelled and not options.classes) or flags.part(UpsampleConfig).class_from != "auto"
@@ -128,7 +128,7 @@ def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: b
 
 def _by_files(flags: cli.Flags, classes: list[str]) -> Callable[[Listing], list[int]]:
     """The classes of a folder's images by the rule of --class_from."""
-    from guided_diffusion.image_labels import read_labels
+    from ..image_labels import read_labels
 
     def label(listing: Listing) -> list[int]:
         rule, count = flags.part(UpsampleConfig).class_from, flags.part(SuperResConfig).num_classes
@@ -146,7 +146,7 @@ def labels_of(flags: cli.Flags, own: list[int] | None, names: list[str], *, want
     :param wanted: something asks for labels: the upsampler, or the classifier that guides it.
     :raises ValueError: if labels are wanted and there are none, or they are given twice.
     """
-    from guided_diffusion.commands import _common as common
+    from . import _common as common
 
     check_labels(flags, own is not None, wanted=wanted)
     if own is not None:

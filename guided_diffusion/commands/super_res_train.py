@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
-from guided_diffusion.config import DiffusionConfig, RunConfig, SuperResConfig, resolve_precision
-from guided_diffusion.performance_config import TrainSpeedConfig
+from .. import cli
+from ..config import DiffusionConfig, RunConfig, SuperResConfig, resolve_precision
+from ._entry import entry
 
 PREVIEWED = 16  # images in a preview grid
 
@@ -17,19 +16,15 @@ def train(flags: cli.Flags) -> None:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from guided_diffusion import dist_util
-    from guided_diffusion.commands import (
+    from .. import dist_util
+    from ..image_datasets import load_superres_data
+    from ..script_util import build_diffusion, build_upsampler
+    from . import (
         _finetuning as finetuning,
         _performance as performance,
         _training as training,
     )
-    from guided_diffusion.commands._dry_run import rehearse
-    from guided_diffusion.image_datasets import load_superres_data
-    from guided_diffusion.script_util import build_diffusion, build_upsampler
 
-    if flags.part(TrainSpeedConfig).dry_run:
-        rehearse(flags)
-        return
     flags = training.start(flags)
     config, schedule = flags.part(SuperResConfig), flags.part(DiffusionConfig)
     precision = resolve_precision(config.precision, config.use_fp16)
@@ -49,10 +44,10 @@ def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
     """The function (model, step) that enlarges the same images of the data set every time."""
     import torch.nn.functional as F
 
-    from guided_diffusion import dist_util
-    from guided_diffusion.commands._training import first_images, preview_path
-    from guided_diffusion.config import parse_size
-    from guided_diffusion.sample_util import preview
+    from .. import dist_util
+    from ..config import parse_size
+    from ..sample_util import preview
+    from ._training import first_images, preview_path
 
     images, labels = first_images(stream, PREVIEWED)
     small_size = parse_size(flags.part(SuperResConfig).small_size)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from guided_diffusion import cli
-from guided_diffusion.commands._entry import entry
+from .. import cli
+from ._entry import entry
 
 
 def sweep(flags: cli.Flags) -> None:
