@@ -17,27 +17,15 @@ import torch.nn as nn
 from . import logger
 from .config import resolve_precision
 from .gradients import AveragedGradients, Gradients, laid_out_as
+from .nn import convert_module_to_f16 as convert_module_to_f16, convert_module_to_f32 as convert_module_to_f32
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 
 NamedParams = list[tuple[str, th.Tensor]]
 Groups = Sequence[tuple[NamedParams, Any]]  # (named parameters, shape of their flat master)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 # ---- single modules and parameters
-
-
-def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741
-    """Turn a convolution's weight and bias into fp16; every other module stays as it is."""
-    if isinstance(l, _CONVOLUTIONS):
-        l.half()
-
-
-def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741
-    """Turn a convolution's weight and bias back into fp32."""
-    if isinstance(l, _CONVOLUTIONS):
-        l.float()
 
 
 def param_grad_or_zeros(param: th.Tensor) -> th.Tensor:

@@ -74,18 +74,21 @@ def linear(*args: Any, **kwargs: Any) -> nn.Linear:
     return nn.Linear(*args, **kwargs)
 
 
-class TokenConv(nn.Conv1d):
-    """A convolution of kernel 1 over tokens [N, C, T], with Conv1d's parameters, computed with channels innermost.
+def dtype_of(module: nn.Module) -> th.dtype:
+    """The dtype of a module's first weights in floating point; float32 where it has none."""
+    return next((param.dtype for param in module.parameters() if param.is_floating_point()), th.float32)
 
-    The output is a view of [N, T, C] memory: attention reads its heads from it without a copy, and a channels-last
-    input is never rearranged.
-    """
 
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__(channels, out_channels, 1)
+def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741
+    """Turn a convolution's weight and bias into fp16; every other module stays as it is."""
+    if isinstance(l, tuple(_CONVOLUTIONS.values())):
+        l.half()
 
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return F.linear(x.transpose(1, 2).contiguous(), self.weight.squeeze(2), self.bias).transpose(1, 2)
+
+def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741
+    """Turn a convolution's weight and bias back into fp32."""
+    if isinstance(l, tuple(_CONVOLUTIONS.values())):
+        l.float()
 
 
 @th.no_grad()
