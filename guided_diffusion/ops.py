@@ -14,11 +14,10 @@ from typing import Any, TypeVar
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import _has_any_global_hook
 
-from .nn import GroupNorm32
+from .nn import GroupNorm32, transformed
 
 CHUNK = 2**20  # attention weights that are held at a time: what a core's cache takes
 
@@ -56,11 +55,6 @@ def _is_plain(module: nn.Module) -> bool:
     kind = type(module)
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return _FORWARDS.get(kind) is kind.forward and "forward" not in module.__dict__ and not any(hooks)
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode derivatives are at work, which custom functions and fused kernels lack."""
-    return bool(th._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def takes(x: th.Tensor) -> bool:
@@ -229,7 +223,7 @@ def attention(q: th.Tensor, k: th.Tensor, v: th.Tensor, mask: th.Tensor | None =
     Gradients of gradients (create_graph) need torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the call, as no
     fused kernel has them; under `transformed` it is taken here.
     """
-    if not th.compiler.is_compiling() and transformed():
+    if transformed():
         return _by_products(q, k, v, mask)
     if mask is None and takes(q) and th.is_grad_enabled() and th.backends.cuda.flash_sdp_enabled():
         out: th.Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
