@@ -31,6 +31,7 @@ JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks to have started
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor alone is larger
 DEVICE_TYPES = ("cpu", "cuda", "mps")
+GPUS_PER_NODE, SETUP_RETRY_COUNT = 8, 3  # names of the originals; the launcher says how many there are
 OWN_PACKAGES = ("guided_diffusion", "evaluations")
 
 _device: th.device | None = None

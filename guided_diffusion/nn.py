@@ -77,7 +77,14 @@ def linear(*args: Any, **kwargs: Any) -> nn.Linear:
 
 def dtype_of(module: nn.Module) -> th.dtype:
     """The dtype of a module's first weights in floating point; float32 where it has none."""
-    return next((param.dtype for param in module.parameters() if param.is_floating_point()), th.float32)
+    for part in module.modules():
+        copies: dict[str, th.Tensor] = getattr(
+            part, "_former_parameters", {}
+        )  # where a replica of DataParallel has them
+        for weights in (*part.parameters(recurse=False), *copies.values()):
+            if weights.is_floating_point():
+                return weights.dtype
+    return th.float32
 
 
 def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741

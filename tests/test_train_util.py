@@ -255,8 +255,8 @@ def train_at_once_and_in_parts(folder, pictures, *, batch_size=4, **options):
 
     def train(name, data, **more):
         sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=1)
-        sampler._counts[:] = 1  # it draws by losses from the first step on
-        sampler._losses[:] = np.linspace(1, 2, 40)[:, None]
+        sampler._loss_counts[:] = 1  # it draws by losses from the first step on
+        sampler._loss_history[:] = np.linspace(1, 2, 40)[:, None]
         usual = {"ema_rate": "0.5,0.9,0.999", "warmup_steps": 2, "lr_anneal_steps": 9, "max_steps": 6}
         usual |= {"save_interval": 2, "class_dropout": 0.3, "weight_decay": 0.01, "grad_clip": 1.0, "keep_last": 2}
         usual |= {"network": labelled(dropout=0.2), "batch_size": batch_size, "microbatch": batch_size - 1}
