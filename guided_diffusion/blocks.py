@@ -150,7 +150,8 @@ class ResBlock(TimestepBlock):
             h = conv(h)
         else:
             h = through(self.in_layers, x)
-        out: th.Tensor = self.skip_connection(x) + self._condition(h, emb)
+        h = self._condition(h, emb)
+        out: th.Tensor = self.skip_connection(x) + h
         return out
 
     def _condition(self, h: th.Tensor, emb: th.Tensor) -> th.Tensor:
