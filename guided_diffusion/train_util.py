@@ -214,7 +214,8 @@ class TrainLoop:
     def _resume(self, files: checkpoint.CheckpointSet) -> None:
         """Take up everything of a checkpoint but the weights."""
         self._files, self._resumed = files, self._state()
-        self.resume_step = self._resumed.open(files)
+        step = self._resumed.open(files)
+        self.resume_step = self.resume_step or step
         self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
         self._load_optimizer_state()
         self.lr, self.saver.source = self._resumed.close(self.resume_step), files.model
