@@ -359,12 +359,13 @@ class SuperResModel(UNetModel):
         mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
         if low_res_level is not None and not self.cond_aug:
             raise ValueError("low_res_level was given to an upsampler without cond_aug; leave it out.")
+        both = th.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1)
+        if not self.cond_aug:
+            return super().forward(both, timesteps, **kwargs)
+        level = x.new_zeros(len(x)) if low_res_level is None else low_res_level
+        waves = timestep_embedding(1000 * level, self.model_channels)
         emb = self._embed(x, timesteps, **{"y": None, **kwargs})
-        if self.cond_aug:
-            level = x.new_zeros(len(x)) if low_res_level is None else low_res_level
-            waves = timestep_embedding(1000 * level, self.model_channels)
-            emb = emb + self.low_res_embed(waves.to(dtype_of(self.low_res_embed)))
-        return self._predict(th.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1), emb)
+        return self._predict(both, emb + self.low_res_embed(waves.to(dtype_of(self.low_res_embed))))
 
 
 class EncoderUNetModel(UNetBackbone):

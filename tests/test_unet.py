@@ -698,6 +698,16 @@ class Fork(UNetModel):
         return out
 
 
+def test_an_upsampler_goes_through_the_forward_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = small(SuperResModel), list[th.Size]()
+    forward = UNetModel.forward
+    monkeypatch.setattr(
+        UNetModel, "forward", lambda self, x, t, y=None: given.append(x.shape) or forward(self, x, t, y)
+    )
+    model(images(), T, low_res=images(4, 4))
+    assert given == [(2, 6, 8, 8)]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_subclass_with_its_own_forward_computes_the_same(precision: str) -> None:
     ours, fork, x = small(), small(Fork), images()
