@@ -171,16 +171,16 @@ def make_neighborhood_mask(
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode derivatives are at work, outside of a compiler, which some kernels lack."""
+    """Whether torch.func, forward-mode derivatives or torch.jit.trace are at work, for which some kernels are not."""
     if th.compiler.is_compiling():
         return False
-    return bool(th._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    return bool(th._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or th.jit.is_tracing())
 
 
 def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Any], flag: bool) -> Any:
     """Call func(*inputs); with flag, its activations are computed again in the backward pass and not kept.
 
-    Under transforms of torch.func, which have no such thing, they are kept.
+    They are kept where there is no such thing (`transformed`).
 
     :param params: accepted for compatibility: what func closes over needs no listing, frozen or not.
     """

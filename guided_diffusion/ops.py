@@ -60,7 +60,7 @@ def _is_plain(module: nn.Module) -> bool:
 def takes(x: th.Tensor) -> bool:
     """Whether the arithmetic in bfloat16 serves x."""
     here = x.dtype == th.bfloat16 and x.device.type == "cpu"
-    return here and not (th.compiler.is_compiling() or th.jit.is_tracing() or transformed())
+    return here and not (th.compiler.is_compiling() or transformed())
 
 
 def _with_graph(function: Callable[..., th.Tensor], inputs: Sequence[Any], grad: th.Tensor) -> Gradients:
