@@ -78,9 +78,7 @@ def linear(*args: Any, **kwargs: Any) -> nn.Linear:
 def dtype_of(module: nn.Module) -> th.dtype:
     """The dtype of a module's first weights in floating point; float32 where it has none."""
     for part in module.modules():
-        copies: dict[str, th.Tensor] = getattr(
-            part, "_former_parameters", {}
-        )  # where a replica of DataParallel has them
+        copies: dict[str, th.Tensor] = getattr(part, "_former_parameters", {})  # those of a replica (DataParallel)
         for weights in (*part.parameters(recurse=False), *copies.values()):
             if weights.is_floating_point():
                 return weights.dtype

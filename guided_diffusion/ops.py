@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .nn import GroupNorm32, transformed
 
+_FUSED = [GroupNorm32, nn.SiLU]
 CHUNK = 2**20  # attention weights that are held at a time: what a core's cache takes
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
@@ -104,13 +105,7 @@ def through(layers: Any, x: th.Tensor, film: Film = None) -> th.Tensor:
         whole: th.Tensor = layers(x)
         return whole
     norm, *rest = layers
-    if (
-        takes(x)
-        and rest
-        and isinstance(norm, GroupNorm32)
-        and isinstance(rest[0], nn.SiLU)
-        and untouched(norm, rest[0])
-    ):
+    if takes(x) and [type(layer) for layer in (norm, *rest[:1])] == _FUSED and untouched(norm, rest[0]):
         shape = *(film or (None, None)), norm.num_groups, norm.eps
         h: th.Tensor = _NormSiLU.apply(x, norm.weight, norm.bias, *shape)  # type: ignore[no-untyped-call]
         rest = rest[1:]

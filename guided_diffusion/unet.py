@@ -53,7 +53,7 @@ class _Door(ModuleType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in vars(blocks):
+        if name in vars(blocks) and not name.startswith("__"):
             setattr(blocks, name, value)
 
 
