@@ -255,6 +255,7 @@ class RunConfig:
     log_dir: str = flag("", "folder of everything the run writes; '' is $OPENAI_LOGDIR, else a new temporary folder")
     seed: int = flag(0, "seed of all randomness", at_least=0)
     device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
+    dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -115,6 +115,7 @@ class PlaceConfig:
 
     log_dir: str = flag("", "folder to keep log.txt in, with all that is said; '' keeps none")
     device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
+    dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ Shapes: N batch, C channels, H W space. A size is 64, "64x128" or (64, 128): hei
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ from .decoding import Whole
 from .image_cache import ImageCache, NotKept
 from .image_files import UnreadableImage, read_whole
 from .image_order import Key
-from .interruption import leave_signals_to_the_parent
 from .pictures import to_unit
 
 Item = tuple[NDArray[np.float32], dict[str, Any]]
@@ -210,10 +210,20 @@ def batches(dataset: BatchDataset, order: Iterable[list[Key]], num_workers: int)
         collate_fn=_as_is,
         pin_memory=th.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if num_workers and dataset.images.cache else None,
         generator=th.Generator(),  # else starting it would advance the generator that training draws from
     )
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """Ignore the signals that end training, in a process that decodes images: launchers send them to all processes.
+
+    The training needs images until its ranks have agreed to stop; the processes end with their loader or its process.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

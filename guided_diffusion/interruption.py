@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -15,26 +14,6 @@ from . import dist_util, logger
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 ECHO = 1.0  # seconds in which a launcher passes on what the terminal has sent already: no second request
 ASK_EVERY = 2.0  # seconds between two questions to all ranks, at most one step more
-
-
-def leave_signals_to_the_parent(worker: int = 0) -> None:
-    """In a process that decodes images: end when the parent says so, and not when a launcher signals all processes.
-
-    mpiexec, torchrun, srun and terminals do; the parent needs images until its ranks agree to stop.
-
-    :param worker: its number, which is of no matter.
-    """
-    for number in set(SIGNALS) - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_the_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_by_the_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 class Interruption:

@@ -25,7 +25,6 @@ ORDER = [
         "npz_tool_config",
         "performance_config",
         "launchers",
-        "heartbeat",
         "cli",
         "ops",
         "nn",
@@ -100,7 +99,6 @@ WITHOUT_TORCH = [
     "performance_config",
     "cli",
     "launchers",
-    "heartbeat",
     "log_writers",
 ]
 MODULES = {

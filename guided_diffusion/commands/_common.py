@@ -42,7 +42,7 @@ NOT_IN_THE_RESULT = ("use_checkpoint", "use_fp16", "precision", "classifier_use_
 def start(flags: Flags) -> None:
     """Join the other ranks and log, all to one folder."""
     run = flags.part(RunConfig)
-    dist_util.setup_dist(device=run.device)
+    dist_util.setup_dist(device=run.device, timeout=run.dist_timeout)
     logger.configure(dir=run.log_dir or None)
 
 

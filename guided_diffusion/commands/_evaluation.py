@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def start(flags: Flags) -> None:
     """Join the other ranks; rank 0 says what there is to say, and keeps it in log.txt where --log_dir is given."""
     place = flags.part(PlaceConfig)
-    dist_util.setup_dist(device=place.device)
+    dist_util.setup_dist(device=place.device, timeout=place.dist_timeout)
     first = dist_util.rank() == 0
     if place.log_dir:
         logger.configure(dir=place.log_dir, format_strs=["stdout", "log"] if first else [])

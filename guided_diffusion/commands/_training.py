@@ -29,7 +29,7 @@ from . import (
 
 Load = Callable[..., ImageStream]
 
-OF_A_PROCESS = ("log_dir", "device", "resume_checkpoint")  # never taken from an earlier part of the run
+OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "resume_checkpoint")  # never taken from an earlier part of the run
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
 
 
@@ -41,7 +41,7 @@ def start(flags: Flags) -> Flags:
     auto, folder = flags.values["resume_checkpoint"] == "auto", _log_folder(flags)
     flags = resolved(flags)
     run = flags.part(RunConfig)
-    dist_util.setup_dist(device=run.device)
+    dist_util.setup_dist(device=run.device, timeout=run.dist_timeout)
     flags, choices = performance.with_precision(flags)
     files, faults = choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
     flags = Flags(flags.command, {**flags.given, "resume_checkpoint": files.model if files else ""}, flags.saved)
