@@ -76,7 +76,7 @@ ORDER = [
     *["image_datasets", "init_images", "architecture", "manifest", "downloads", "compiling", "checkpoint"],
     *["lora", "finetuning", "draws"],
     *["meter", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood", "train_util"],
-    *["classifier_training", "script_util", "footprint"],
+    *["classifier_training", "script_util"],
     *["dataset_images", "dataset_folder", "dataset_planes", "dataset_tar", "dataset_pickle", "dataset_lmdb"],
     *["dataset_output", "dataset_writer", "npz_tools", "npz_look", "commands"],
 ]
