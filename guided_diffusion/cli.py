@@ -59,14 +59,7 @@ from .evaluation_config import (
 from .finetuning_config import AdapterConfig, InitConfig, LoraConfig
 from .launchers import announced_rank
 from .likelihood_config import FlowConfig, MeasureConfig
-from .npz_tool_config import (
-    FromImagesConfig,
-    GridConfig,
-    InfoConfig,
-    MergeConfig,
-    NpzToolConfig,
-    ToPngConfig,
-)
+from .npz_tool_config import FromImagesConfig, NpzToolConfig, ToPngConfig
 from .performance_config import CompileConfig, LoaderConfig, TrainSpeedConfig
 from .upsampling_config import CascadeConfig, UpsampleConfig
 
@@ -157,7 +150,7 @@ COMMANDS = {
         (SweepConfig, ExtractorConfig, RunConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
     ),
     "download": Command("Fetch weights to the cache.", (DownloadConfig,)),
-    "npz_tool": Command("Images to npz and back, and looking at them.", (NpzToolConfig,)),
+    "npz_tool": Command("Images of an npz to PNG files and back.", (NpzToolConfig,)),
     "demo": Command("Train on the bundled pictures for some minutes, sample with and without guidance.", (DemoConfig,)),
 }
 
@@ -181,9 +174,6 @@ DATASETS = {
 NPZ_TOOLS = {
     "npz_tool to-png": Command("Write the images of an npz as PNG files.", (ToPngConfig,)),
     "npz_tool from-images": Command("Write a folder or zip of images as an npz.", (FromImagesConfig,)),
-    "npz_tool info": Command("Say what is in an npz.", (InfoConfig,)),
-    "npz_tool merge": Command("Put npz files one after the other.", (MergeConfig,)),
-    "npz_tool grid": Command("Draw the first images of an npz.", (GridConfig,)),
 }
 
 
@@ -296,9 +286,7 @@ def _help(spec: Field[Any]) -> str:
 def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any = argparse.SUPPRESS) -> None:
     """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
     if spec.metadata["positional"]:
-        several: dict[str, Any] = {"nargs": "+", "type": str} if isinstance(spec.default, tuple) else {}
-        convert: dict[str, Any] = {"type": _converter(spec), "metavar": spec.name.upper(), "help": _help(spec)}
-        group.add_argument(spec.name, **{**convert, **several})
+        group.add_argument(spec.name, type=_converter(spec), metavar=spec.name.upper(), help=_help(spec))
         return
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
     extra: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}

@@ -51,16 +51,16 @@ class ExtractorConfig:
 
     features: str = flag(
         "inception",
-        "inception; classifier:PATH, a run of classifier_train; dinov2:PATH or clip:PATH, their published weights; "
-        "torchscript:PATH or export:PATH, a program from float32 [N, 3, H, W] in [-1, 1] to [N, D]",
+        "inception; classifier:PATH, a run of classifier_train; dinov2:FOLDER or clip:FOLDER, a local folder that "
+        "transformers reads",
     )
     inception_weights: str = flag(
         "",
-        "file of the Inception network, .pth, .safetensors or .pb; '' for $GUIDED_DIFFUSION_INCEPTION, then the cache "
-        "that download fills",
+        "file of the Inception network, .pth or .safetensors; '' for $GUIDED_DIFFUSION_INCEPTION, then the cache that "
+        "download fills",
     )
     eval_batch_size: int = flag(64, "images per pass of the network", at_least=1)
-    eval_precision: str = flag("fp32", "precision of that network; programs have their own", choices=PRECISIONS)
+    eval_precision: str = flag("fp32", "precision of that network", choices=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,6 @@ class EvaluatorConfig:
         "is,fid,sfid,pr", f"metrics, separated by commas: {','.join(METRIC_NAMES)}", convert=parse_metrics
     )
     json: str = flag("", "file to write the results to, as JSON")
-    plot: str = flag("", "PNG file to draw the comparison to")
     distances: str = flag(
         "float16",
         "type of the distances of precision and recall: the published numbers' is float16",
@@ -160,8 +159,7 @@ class DownloadConfig:
 
     name: str = flag(
         "",
-        "what to fetch: inception (torch weights), or inception_graph (the same network as the published evaluator's "
-        "TensorFlow graph)",
+        "what to fetch: inception, the weights of the network of FID",
         positional=True,
     )
     out: str = flag("", "file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion")

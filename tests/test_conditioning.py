@@ -542,12 +542,12 @@ def test_flags_of_no_effect_are_refused(trained: Path, tmp_path: Path, capsys: p
 
 
 def test_samples_in_training_are_for_the_images_whose_labels_they_have(tmp_path: Path) -> None:
-    from evaluations.training import _job
+    from guided_diffusion.commands._evaluation import evaluation_job
 
     images, conds = write_pairs(tmp_path, "mask")
     stream = opened(images, Pairing(str(conds), KINDS["mask"]), class_cond=True, class_from="filename")
     words = ["--image_size", "8", "--class_cond", "True", "--cond_type", "mask", "--eval_samples", "12"]
-    job = _job(cli.parse("image_train", words), make_sampler("ddim"), stream)
+    job = evaluation_job(cli.parse("image_train", words), make_sampler("ddim"), stream)
     assert job.conditioning is not None
     rows = job.conditioning(range(12))["cond_image"]
     known = [stream.dataset[0, index] for index in range(6)]
@@ -562,8 +562,8 @@ def test_the_commands_of_the_page_parse_and_its_example_runs(
 ) -> None:
     text = (ROOT / "docs" / "conditioning.md").read_text().replace("\\\n", " ")
     found = re.findall(r"^    python scripts/(\w+)\.py (.*)$", text, re.MULTILINE)
-    assert [name for name, _ in found] == ["image_train", "image_sample", "image_sample", "npz_tool"]
-    for name, words in found[:3]:
+    assert [name for name, _ in found] == ["image_train", "image_sample", "image_sample"]
+    for name, words in found:
         assert cli.parse(name, shlex.split(words)).given
     monkeypatch.chdir(tmp_path)
     (tmp_path / "datasets").mkdir()

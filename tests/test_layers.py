@@ -78,12 +78,12 @@ ORDER = [
     *["meter", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood", "train_util"],
     *["classifier_training", "script_util"],
     *["dataset_images", "dataset_folder", "dataset_planes", "dataset_tar", "dataset_pickle", "dataset_lmdb"],
-    *["dataset_output", "dataset_writer", "npz_tools", "npz_look", "commands"],
+    *["dataset_output", "dataset_writer", "commands"],
 ]
 # the same for the package evaluations, which stands above all of guided_diffusion but its commands
 EVALUATION_ORDER = [
-    *["metrics", "scores", "figures", "clouds", "plots", "levels", "inception", "frozen_graph", "weights", "vit"],
-    *["programs", "features", "sources", "npz", "feature_sets", "evaluator", "make_reference", "training", "sweep"],
+    *["metrics", "scores", "plots", "images", "inception", "weights", "features", "feature_sets", "references"],
+    *["evaluator", "training", "sweep"],
 ]
 NEVER_LOG = ORDER[: ORDER.index("fp16_util")]
 WITHOUT_TORCH = [
@@ -168,6 +168,19 @@ def test_only_functions_of_commands_import_evaluations():
 
     assert [name for name, tree in MODULES.items() if uses(tree, nested=False)] == []
     assert {name.split("/")[0] for name, tree in MODULES.items() if uses(tree, nested=True)} <= {"commands"}
+
+
+def test_evaluations_stand_below_the_commands():
+    """All but the file that is called as the original's script."""
+    uses = {
+        name
+        for name, tree in EVALUATION_MODULES.items()
+        if any(full.startswith("guided_diffusion.commands") for full in imports(tree, nested=True))
+    }
+    assert uses == {"evaluator"}
+    assert not any(
+        full.startswith("guided_diffusion.commands") for full in imports(EVALUATION_MODULES["evaluator"], nested=False)
+    )
 
 
 def test_metrics_are_a_lone_file_of_numpy():

@@ -121,7 +121,7 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
 
     from evaluations.evaluator import evaluate, prepare
     from evaluations.features import make_extractor
-    from evaluations.npz import open_images
+    from evaluations.images import open_images
 
     from .. import logger
     from ..pictures import save_grid

@@ -12,8 +12,8 @@ def make(flags: cli.Flags) -> None:
 
     :raises ValueError: naming what is wrong with the files or the flags.
     """
-    from evaluations.make_reference import write_reference
-    from evaluations.npz import open_images
+    from evaluations.images import open_images
+    from evaluations.references import write_reference
 
     from .. import logger
     from . import _evaluation as common
