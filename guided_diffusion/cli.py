@@ -205,6 +205,12 @@ class Flags:
         """Every flag resolved, as plain JSON values."""
         return {**defaults(*command_of(self.command).sections), **self.saved, **self.given}
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What the command line gives otherwise than by default: what a flag "without effect" is said of."""
+        usual = defaults(*command_of(self.command).sections)
+        return {name: value for name, value in self.given.items() if value != usual.get(name)}
+
     def part(self, section: type[Section]) -> Section:
         """The values of one config class."""
         values = self.values
@@ -230,8 +236,6 @@ def _fault(spec: Field[Any], value: Any) -> str:
     kinds = f"{spec.type} int" if "float" in spec.type else spec.type
     if type(value).__name__ not in kinds.replace("|", "").split():
         return f"should be of type {spec.type}"
-    if value == spec.default:  # such as -1, which may be below the least value
-        return ""
     try:
         _converter(spec)(str(value))
     except (ValueError, argparse.ArgumentTypeError) as error:
@@ -249,29 +253,49 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _converter(spec: Field[Any]) -> Callable[[str], Any]:
-    """text -> value of one flag, with its checks."""
-    kind: type[Any] = type(spec.default)
-    convert = spec.metadata["convert"] or (str2bool if kind is bool else kind)
-    choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
+    """text -> value of one flag, with its checks; the default always passes, such as -1 for "not given"."""
 
     def read(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError as error:
-            detail = str(error) if spec.metadata["convert"] else f"{text!r} is not of type {kind.__name__}"
-            raise argparse.ArgumentTypeError(detail) from error
-        if isinstance(value, float) and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        if choices and str(value) not in choices:
-            allowed = ", ".join(choice or "''" for choice in choices)
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
-        if low is not None and not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
-        if high is not None and not value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is above the greatest value, {high}")
+        if text == str(spec.default):
+            return spec.default
+        value = _converted(spec, text)
+        if value != spec.default:
+            _check_limits(spec, text, value)
         return value
 
     return read
+
+
+def _converted(spec: Field[Any], text: str) -> Any:
+    kind: type[Any] = type(spec.default)
+    convert = spec.metadata["convert"] or (str2bool if kind is bool else kind)
+    try:
+        return convert(text)
+    except ValueError as error:
+        detail = str(error) if spec.metadata["convert"] else f"{text!r} is not of type {kind.__name__}"
+        raise argparse.ArgumentTypeError(detail) from error
+
+
+def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
+    choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    if choices and str(value) not in choices:
+        allowed = ", ".join(choice or "''" for choice in choices)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
+    if low is not None and not value >= low:
+        raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
+    if high is not None and not value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is above the greatest value, {high}")
+
+
+def _means_not_given(spec: Field[Any], value: Any) -> bool:
+    """Whether a value is a default that no other value could be: --steps 0, --eta -1, --image_size ''."""
+    try:
+        _check_limits(spec, str(value), _converted(spec, str(value)))
+    except argparse.ArgumentTypeError:
+        return bool(value == spec.default)
+    return False
 
 
 def sampler_names() -> list[str]:
@@ -377,4 +401,5 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
         if not word.startswith("-"):
             command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
         command_line.error(f"unknown flag {word}{_hint(word, command_of(name).words())}")
-    return Flags(name, vars(namespace))
+    flags = command_of(name).flags()
+    return Flags(name, {k: v for k, v in vars(namespace).items() if not _means_not_given(flags[k], v)})

@@ -216,11 +216,11 @@ def test_published_command_lines_parse_unchanged(command, line):
         ("--cfg 3", "unknown flag --cfg; did you mean --cfg_scale?"),
         ("--num_inference_steps 3", "unknown flag --num_inference_steps; did you mean --steps?"),
         ("--init_img a.png", "unknown flag --init_img; did you mean --init_image?"),
-        ("--steps 0", "argument --steps: 0 is below the least value, 1"),
-        ("--eta -1", "argument --eta: -1 is below the least value, 0"),
-        ("--churn -1", "argument --churn: -1 is below the least value, 0"),
-        ("--order 0", "argument --order: 0 is below the least value, 1"),
-        ("--strength -1", "argument --strength: -1 is below the least value, 0"),
+        ("--steps -3", "argument --steps: -3 is below the least value, 1"),
+        ("--eta -0.5", "argument --eta: -0.5 is below the least value, 0"),
+        ("--churn -2", "argument --churn: -2 is below the least value, 0"),
+        ("--order -1", "argument --order: -1 is below the least value, 1"),
+        ("--strength -0.5", "argument --strength: -0.5 is below the least value, 0"),
         ("--cfg_scale nan", "argument --cfg_scale: nan is not a finite number"),
         ("--autoguide_scale inf", "argument --autoguide_scale: inf is not a finite number"),
         ("--dynamic_threshold nan", "argument --dynamic_threshold: nan is not a finite number"),
@@ -287,6 +287,75 @@ def test_one_rank_answers_for_all(variable, capsys, monkeypatch):
 @pytest.mark.parametrize("word", ["--use_ddim", "--use_ddim True", "--use_ddim=yes", "--use_ddim 1"])
 def test_booleans_take_a_word_or_stand_alone(word):
     assert cli.parse("image_sample", word.split()).given == {"use_ddim": True}
+
+
+EVERY = {**cli.COMMANDS, **cli.DATASETS, **cli.NPZ_TOOLS}
+# where nothing else can mean what the default does: these never stand above what a checkpoint says
+NOT_GIVEN = {
+    *(("steps", 0), ("order", 0), ("eta", -1.0), ("churn", -1.0), ("strength", -1.0)),
+    *(("cond_channels", 0), ("image_size", ""), ("rows", 0), ("columns", 0)),
+}
+
+
+def spelled_out(command):
+    """A command line of what a command always needs, and of every other flag with the default that --help shows."""
+    flags = EVERY[command].flags()
+    words = [spec.metadata["choices"][0] if spec.metadata["choices"] else name for name, spec in flags.items()]
+    needed = [word for word, spec in zip(words, flags.values(), strict=True) if spec.metadata["positional"]]
+    optional = {name: spec for name, spec in flags.items() if not spec.metadata["positional"]}
+    return needed, [word for name, spec in optional.items() for word in (f"--{name}", str(spec.default))]
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_a_default_that_is_given_is_as_if_it_were_not(command):
+    needed, defaults_of_all = spelled_out(command)
+    bare, given = cli.parse(command, needed), cli.parse(command, needed + defaults_of_all)
+    assert (given.values, given.changed) == (bare.values, bare.changed)
+    absent = set(EVERY[command].flags()) - set(given.given)
+    assert absent == {name for name in absent if (name, EVERY[command].flags()[name].default) in NOT_GIVEN}
+
+
+def checks_of_sampling(flags):
+    """What the sampling commands look at before there are networks."""
+    from guided_diffusion.commands import _common, _conditioning, _editing, _guidance, super_res_sample
+
+    sampler = _common.sampler_of(flags)
+    found = [_common.on_its_grid(flags, sampler).values, sampler]
+    if flags.command == "super_res_sample":
+        super_res_sample.check(flags)
+    else:
+        _guidance.check(flags)
+        _editing.check(flags, sampler)
+        _conditioning.check_sampling(flags)
+    return found
+
+
+def checks_of_training(flags):
+    from guided_diffusion.commands import _training
+
+    return _training.resolved(cli.Flags(flags.command, {**flags.given, "data_dir": "images"})).values
+
+
+def checks_of_measuring(flags):
+    from guided_diffusion.commands import _conditioning, image_nll
+
+    image_nll.refuse_idle(flags)
+    _conditioning.check(flags)
+
+
+CHECKS = {
+    **dict.fromkeys(("image_sample", "classifier_sample", "super_res_sample"), checks_of_sampling),
+    **dict.fromkeys(("image_train", "classifier_train", "super_res_train"), checks_of_training),
+    "image_nll": checks_of_measuring,
+}
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_no_rule_about_flags_without_effect_minds_a_default(command):
+    bare, given = CHECKS[command](cli.parse(command, [])), cli.parse(command, spelled_out(command)[1]).given
+    for said in ({name: value} for name, value in given.items()):
+        assert CHECKS[command](cli.Flags(command, said)) == bare, said
+    assert CHECKS[command](cli.Flags(command, given)) == bare
 
 
 def test_iterations_and_max_steps_are_one_flag():

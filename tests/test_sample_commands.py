@@ -766,7 +766,6 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
             ["--model_path", "UNET", "--sampler", "ddpm", "--use_ddim", "True"],
             "--sampler ddpm contradicts --use_ddim True",
         ),
-        (["--model_path", "UNET", "--sampler", "ddim", "--use_ddim", "False"], "contradicts --use_ddim False"),
         (["--model_path", "UNET", "--eta", "0.5"], "the sampler ddpm has no option eta: it is an option of ddim"),
         (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),
         (["--model_path", "UNET", "--sampler", "dim"], "sampler 'dim' is unknown: use one of ddpm, ddim, "),

@@ -125,7 +125,7 @@ def _restore(
 def _adapted(flags: Flags, source: str, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
     """The weights of --model_path with the adapters of --lora_path; other weights as they are."""
     path = flags.values.get("lora_path", "") if source == "model_path" else ""
-    if not path and "lora_scale" in flags.given and source == "model_path":
+    if not path and "lora_scale" in flags.changed and source == "model_path":
         raise ValueError("--lora_scale has no effect without --lora_path: give both or none")
     if not path:
         return weights
@@ -223,8 +223,8 @@ def sampler_of(flags: Flags) -> Sampler:
     config = flags.part(SampleConfig)
     name = config.sampler or ("ddim" if config.use_ddim else "ddpm")
     sampler = make_sampler(name, **{word: flags.given[word] for word in SAMPLER_OPTIONS if word in flags.given})
-    if "use_ddim" in flags.given and config.use_ddim != (name == "ddim"):
-        raise ValueError(f"--sampler {name} contradicts --use_ddim {config.use_ddim}: give one of the two")
+    if config.use_ddim and name != "ddim":
+        raise ValueError(f"--sampler {name} contradicts --use_ddim True: give one of the two")
     if getattr(sampler, "ascending", False):
         raise ValueError(f"--sampler {name} turns images to noise: give --invert True and another sampler")
     if config.dynamic_threshold > 1:

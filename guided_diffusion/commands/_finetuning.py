@@ -33,7 +33,7 @@ def check_beginning(flags: Flags) -> None:
 
 def check(flags: Flags) -> None:
     """:raises ValueError: for flags that contradict each other, or have no effect."""
-    given, values = flags.given, flags.values
+    given, values = flags.changed, flags.values
     for without, section in (("init_from", ("init_mismatch",)), ("lora_rank", defaults(LoraConfig))):
         useless = [name for name in section if name in given and name != without]
         if useless and not values[without]:
