@@ -20,7 +20,7 @@ from PIL import Image
 
 from evaluations.programs import load_exported, load_torchscript
 from evaluations.vit import CLIP, DINOV2, Family, prepare, read_vit
-from evaluations.weights import TORCHSCRIPT, find_inception, kind_of, load_inception
+from evaluations.weights import find_inception, kind_of, load_inception
 from guided_diffusion import checkpoint, logger, untrusted
 from guided_diffusion.cli import Flags
 from guided_diffusion.config import PRECISIONS, ClassifierConfig, nearest, parse_size
@@ -287,7 +287,7 @@ def _vit(family: Family, kind: str) -> Callable[[str, th.device, str], NetworkEx
 def _state_dict(path: str) -> dict[str, th.Tensor]:
     """Names and tensors of a .pth, .pt or .safetensors, or of a TorchScript archive, as OpenAI publishes CLIP."""
     kind = kind_of(path) if os.path.exists(path) else ""
-    if kind == TORCHSCRIPT:
+    if kind.startswith(untrusted.TORCHSCRIPT):
         return dict(load_torchscript(path, th.device("cpu")).state_dict())
     if kind:
         raise ValueError(f"it is {kind}")

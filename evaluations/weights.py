@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 
 import torch as th
 
 from evaluations.frozen_graph import inception_state_dict, read_frozen_graph
 from evaluations.inception import InceptionNetwork
-from guided_diffusion import checkpoint, untrusted
+from guided_diffusion import checkpoint, untrusted, weight_files
 from guided_diffusion.architecture import architecture
 from guided_diffusion.downloads import SOURCES, kept_at
 
 VARIABLE = "GUIDED_DIFFUSION_INCEPTION"  # of the environment, with the path of the file
 KEPT = ("inception", "inception_graph")  # what is taken from the cache, in this order
 COUNTER = "num_batches_tracked"  # a number that some files have for each layer, and no prediction depends on
-TORCHSCRIPT = "a TorchScript archive, which --features torchscript:PATH takes"
+TAKEN_AS = {untrusted.TORCHSCRIPT: "torchscript", untrusted.EXPORTED: "export"}
 
 State = Mapping[str, th.Tensor]
 
@@ -63,7 +62,7 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
     own = network.state_dict()
     state = {name: value for name, value in state.items() if name in own or not name.endswith(COUNTER)}
     whole = {**{name: own[name] for name in own if name.endswith(COUNTER)}, **state}
-    faults = list(checkpoint.tensor_differences(whole, own))
+    faults = list(weight_files.tensor_differences(whole, own))
     if faults:
         raise _refusal(path, f"{likeness(state)}; {'; '.join(faults)}")
     network.load_state_dict(whole)
@@ -110,28 +109,6 @@ def likeness(state: State) -> str:
 
 
 def kind_of(path: str) -> str:
-    """What lies at a local path, if that shows that it is no weights; '' where it may be.
-
-    :raises OSError: if there is nothing.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        return "a folder" if os.path.isdir(path) else "no regular file"
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head.lstrip()[:1] == b"<":
-        return "a web page"
-    if head.startswith(b"version https://git-lfs"):
-        return "the pointer that Git LFS leaves in place of a file"
-    return _kind_of_zip(path) if head.startswith(b"PK") and zipfile.is_zipfile(path) else "" if head else "nothing"
-
-
-def _kind_of_zip(path: str) -> str:
-    with untrusted.open_archive(path) as archive:
-        names = archive.namelist()
-    if names and all(name.endswith(".npy") for name in names):
-        return "an npz, which is images or their statistics"
-    if any(name.endswith("models/model.json") for name in names):
-        return "an exported program, which --features export:PATH takes"
-    if any(name.endswith("/constants.pkl") for name in names):
-        return TORCHSCRIPT
-    return ""
+    """As `untrusted.kind_of_file`, and what takes such a file."""
+    kind = untrusted.kind_of_file(path)
+    return f"{kind}, which --features {TAKEN_AS[kind]}:PATH takes" if kind in TAKEN_AS else kind

@@ -8,11 +8,15 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from . import __version__
 from .conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
 from .config import (
     ClassifierConfig,
@@ -71,6 +75,8 @@ from .performance_config import CompileConfig, LoaderConfig, TrainSpeedConfig
 from .upsampling_config import CascadeConfig, UpsampleConfig
 
 Section = TypeVar("Section", bound=object)
+
+SAVED = (UNetConfig, SuperResConfig, ClassifierConfig, DiffusionConfig)  # what a checkpoint's config.json says
 
 
 @dataclass(frozen=True)
@@ -298,8 +304,26 @@ def _means_not_given(spec: Field[Any], value: Any) -> bool:
     return False
 
 
+def run_plugins(argv: Sequence[str] | None, prog: str) -> None:
+    """Run the files of --plugin in a command line, each once."""
+    reader = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    reader.add_argument("--plugin", action="append", default=[])
+    for path in ",".join(reader.parse_known_args(argv)[0].plugin).split(","):
+        name = f"plugin {os.path.abspath(path)}"
+        if not path or name in sys.modules:
+            continue
+        spec = spec_from_file_location(name, path) if os.path.isfile(path) else None
+        if spec is None or spec.loader is None:
+            reader.error(f"argument --plugin: {path} is no Python file")
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
 def sampler_names() -> list[str]:
-    """The names in `samplers.SAMPLERS`, read off its source: importing it would import torch."""
+    """The names in `samplers.SAMPLERS`, read off its source as long as nobody has imported it, and torch with it."""
+    loaded = sys.modules.get(f"{__package__}.samplers")
+    if loaded is not None:
+        return list(loaded.SAMPLERS)
     tree = ast.parse(Path(__file__).with_name("samplers.py").read_text(encoding="utf-8"))
     tables = [node.value for node in tree.body if isinstance(node, ast.AnnAssign | ast.Assign) and _is_table(node)]
     return [ast.literal_eval(key) for table in tables if isinstance(table, ast.Dict) for key in table.keys if key]
@@ -317,8 +341,11 @@ def _help(spec: Field[Any]) -> str:
     return text.format(samplers=", ".join(sampler_names())) if "{samplers}" in text else text
 
 
-def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any = argparse.SUPPRESS) -> None:
-    """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
+def add_flag(group: argparse._ActionsContainer, spec: Field[Any], *, saved: bool = False) -> None:
+    """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``).
+
+    :param saved: what a checkpoint says of it comes before its default.
+    """
     if spec.metadata["positional"]:
         several: dict[str, Any] = {"nargs": "+", "type": str} if isinstance(spec.default, tuple) else {}
         convert: dict[str, Any] = {"type": _converter(spec), "metavar": spec.name.upper(), "help": _help(spec)}
@@ -326,14 +353,14 @@ def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any =
         return
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
     extra: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}
-    shown = "''" if spec.default == "" else str(spec.default)
+    shown = ("from the checkpoint, else " if saved else "default: ") + (str(spec.default) or "''")
     group.add_argument(
         *names,
         dest=spec.name,
-        default=default,
+        default=argparse.SUPPRESS,
         type=_converter(spec),
         metavar=type(spec.default).__name__.upper(),
-        help=f"{_help(spec)} (default: {shown})".replace("%", "%%"),
+        help=f"{_help(spec)} ({shown})".replace("%", "%%"),
         **extra,
     )
 
@@ -342,11 +369,13 @@ def parser(name: str) -> argparse.ArgumentParser:
     """The command line of one script; flags that are not given stay absent from the result."""
     command, seen = command_of(name), set[str]()
     result = _Parser(prog=f"{name}.py", description=command.about, allow_abbrev=False)
+    result.add_argument("--version", action="version", version=f"guided-diffusion {__version__}")
     for section in command.sections:
         group = result.add_argument_group((section.__doc__ or section.__name__).strip().rstrip("."))
         for spec in fields(section):
             if spec.name not in seen:
-                add_flag(group, spec)
+                saved = section in SAVED and "model_path" in command.flags() and not spec.metadata["runtime"]
+                add_flag(group, spec, saved=saved)
         seen |= set(defaults(section))
     return result
 
@@ -394,6 +423,7 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
 
     :param prog: how the sentence begins, where it is not the script's name.
     """
+    run_plugins(argv, prog or f"{name}.py")
     command_line = parser(name)
     command_line.prog = prog or command_line.prog
     namespace, unknown = command_line.parse_known_args(argv)

@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,7 @@ PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor
 DEVICE_TYPES = ("cpu", "cuda", "mps")
 OWN_PACKAGES = ("guided_diffusion", "evaluations")
 
+_joining = threading.Lock()  # commands may run in threads of one process
 _device: th.device | None = None
 _watch: heartbeat.Watch | None = None
 
@@ -52,15 +54,15 @@ def setup_dist(*, device: str = "") -> None:
     :raises TimeoutError: if some rank does not arrive.
     """
     global _device
-    _device = _choose_device(device)
-    if _initialized():
-        return
-    place = launchers.place()
-    if place.size == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        _join(place, _device)
-        logger.share_dir(broadcast_object(logger.new_dir()))
+    with _joining:
+        _device = _choose_device(device)
+        if _initialized():
+            return
+        if (place := launchers.place()).size == 1:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            _join(place, _device)
+            logger.share_dir(broadcast_object(logger.new_dir()))
 
 
 def _initialized() -> bool:
@@ -401,6 +403,8 @@ def _report(error: BaseException) -> None:
         if _watch is not None:
             _watch.say_failed(code, message.strip().splitlines()[-1])
         launchers.end_job(code)
+    if code == 2 and ranks == 1:
+        logger.discard()
     if _needs_no_traceback(error) and not isinstance(error, SystemExit):
         print(_message(error), file=sys.stderr)
         raise SystemExit(code) from error

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .config import PRECISIONS, flag, size_flag
+from .config import PLUGIN_HELP, PRECISIONS, flag, size_flag
 
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 
@@ -115,6 +115,7 @@ class PlaceConfig:
 
     log_dir: str = flag("", "folder to keep log.txt in, with all that is said; '' keeps none")
     device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
+    plugin: str = flag("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)

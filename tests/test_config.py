@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import guided_diffusion.commands
 from guided_diffusion import cli
 from guided_diffusion.config import (
     ClassifierConfig,
@@ -51,6 +53,7 @@ BEYOND = {
     "async_save": True,  # the same files, written while training goes on
     "val_data_dir": "",
     "val_interval": 1000,  # of no effect without val_data_dir
+    "plugin": "",
     "max_steps": 0,
     "sample_interval": 0,
     "eval_interval": 0,
@@ -410,6 +413,59 @@ def test_help_shows_every_flag(command, capsys):
     shown = capsys.readouterr().out
     flags = cli.COMMANDS[command].flags().items()
     assert all((name.upper() if spec.metadata["positional"] else f"--{name} ") in shown for name, spec in flags)
+
+
+def test_help_says_what_a_checkpoint_decides():
+    text = " ".join(cli.parser("image_sample").format_help().split())
+    for shown in (
+        "pixels: 64, or HEIGHTxWIDTH (from the checkpoint, else 64)",
+        "condition the network on class labels (from the checkpoint, else False)",
+        "'' chooses by size (from the checkpoint, else '')",
+        "images per pass of the network (default: 16)",
+        "recompute activations in the backward pass to save memory (default: False)",
+    ):
+        assert shown in text
+    assert "from the checkpoint" not in cli.parser("image_train").format_help()
+
+
+@pytest.mark.parametrize("words", [["--version"], *([name, "--version"] for name in cli.COMMANDS)])
+def test_version(words, capsys):
+    with contextlib.suppress(SystemExit):
+        guided_diffusion.commands.main(words)
+    assert capsys.readouterr().out == f"guided-diffusion {guided_diffusion.__version__}\n"
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from guided_diffusion.samplers import SAMPLERS, make_sampler
+
+@dataclass(frozen=True)
+class Mine:
+    def step(self, *args):
+        return make_sampler("ddim").step(*args)
+
+SAMPLERS["mine"] = Mine
+"""
+
+
+def test_a_plugin_adds_a_sampler_before_the_flags_are_checked(tmp_path, capsys, monkeypatch):
+    from guided_diffusion import samplers
+    from guided_diffusion.commands import _common
+
+    monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "other.py").write_text(PLUGIN.replace("mine", "other"))
+    with pytest.raises(ValueError, match="sampler 'mine' is unknown"):
+        _common.sampler_of(cli.parse("image_sample", ["--sampler", "mine"]))
+    files = ["--plugin", f"{tmp_path}/mine.py", "--plugin", f"{tmp_path}/other.py"]
+    for words in (files, ["--plugin", f"{files[1]},{files[3]}"]):
+        sampler = _common.sampler_of(cli.parse("image_sample", [*words, "--sampler", "mine"]))
+        assert type(sampler).__name__ == "Mine"
+    assert cli.sampler_names()[-2:] == ["mine", "other"]
+    with pytest.raises(SystemExit) as stop:
+        cli.parse("image_sample", ["--plugin", str(tmp_path / "absent.py")])
+    assert stop.value.code == 2
+    assert "absent.py is no Python file" in capsys.readouterr().err
 
 
 def test_flags_need_no_torch():

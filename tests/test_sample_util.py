@@ -430,14 +430,29 @@ def test_images_and_grid_show_the_samples(tmp_path: Path) -> None:
         np.testing.assert_array_equal(grid[top : top + 64, left : left + 64], image.repeat(8, 0).repeat(8, 1))
 
 
-@pytest.mark.parametrize(("value", "message"), [(math.nan, "not finite"), (0.0, "of one colour")])
-def test_broken_samples_are_reported_once(tmp_path: Path, value: float, message: str) -> None:
+def test_samples_of_one_colour_are_reported_once(tmp_path: Path) -> None:
     logger.configure(str(tmp_path / "log"), format_strs=["log"])
-    saved = sampled(tmp_path / "out", Painter(STEPS, lambda: th.full((1, 1, 1, 1), value)))
+    saved = sampled(tmp_path / "out", Painter(STEPS, lambda: th.zeros(1, 1, 1, 1)))
     assert len(np.unique(saved["arr_0"])) == 1
     text = (tmp_path / "log" / "log.txt").read_text()
-    assert text.count(message) == 1
+    assert text.count("of one colour") == 1
     assert "3 of the 3 samples of batch 0" in text
+
+
+def test_samples_that_are_not_finite_end_the_run_which_goes_on_later(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def paint() -> th.Tensor:
+        calls.append(0)
+        return th.full((1, 1, 1, 1), math.nan if STEPS.num_timesteps < len(calls) <= 2 * STEPS.num_timesteps else 0.5)
+
+    with pytest.raises(
+        ValueError, match="3 of the 3 samples of batch 1 have values that are not finite, and no result"
+    ):
+        sampled(tmp_path, Painter(STEPS, paint))
+    assert not list(tmp_path.glob("*.npz"))
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["000000.npz"]
+    assert sampled(tmp_path, Painter(STEPS, paint))["arr_0"].shape[0] == 7
 
 
 # ---- films

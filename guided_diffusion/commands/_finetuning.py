@@ -92,7 +92,11 @@ def _start(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> list[st
         for name, value in asdict(flags.part(DiffusionConfig)).items()
         if source.flags.get(name, value) != value and not _is_runtime(DiffusionConfig, name)
     ]
-    lines = [*report.lines(), *([f"  other flags than the checkpoint's: {'; '.join(other)}"] if other else [])]
+    lines = [
+        *filter(None, [source.choice]),
+        *report.lines(),
+        *([f"  other flags than the checkpoint's: {'; '.join(other)}"] if other else []),
+    ]
     for line in lines:
         logger.log(line)
     if dist_util.rank() == 0:

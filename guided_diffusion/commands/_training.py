@@ -29,7 +29,7 @@ from . import (
 
 Load = Callable[..., ImageStream]
 
-OF_A_PROCESS = ("log_dir", "device", "resume_checkpoint")  # never taken from an earlier part of the run
+OF_A_PROCESS = ("log_dir", "device", "plugin", "resume_checkpoint")  # never taken from an earlier part of the run
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
 
 
