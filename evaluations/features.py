@@ -311,15 +311,18 @@ EXTRACTORS: dict[str, Callable[[str, th.device, str], NetworkExtractor]] = {
 
 
 def make_extractor(
-    kind: str, *, weights: str = "", device: th.device | str = "cpu", precision: str = "fp32"
-) -> NetworkExtractor:
+    kind: str | Extractor, *, weights: str = "", device: th.device | str = "cpu", precision: str = "fp32"
+) -> Extractor:
     """The extractor that --features names.
 
-    :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:vits14.pth".
+    :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:vits14.pth"; an
+        extractor stays what it is.
     :param weights: the file of Inception, as `find_inception` has it.
     :param precision: fp32, fp16 or bf16 for the network's convolutions or matrices.
     :raises OSError, ValueError: if there is no such kind or file, or the file is of another network.
     """
+    if not isinstance(kind, str):
+        return kind
     name, colon, path = kind.partition(":")
     if name not in EXTRACTORS:
         hint = nearest(name, EXTRACTORS) or f": give inception, or {', '.join(list(EXTRACTORS)[1:])} and :PATH"

@@ -15,11 +15,13 @@ if __name__ == "__main__":  # python evaluations/make_reference.py DIR OUT.npz
     main()
     raise SystemExit
 
+import os
+
 import numpy as np
 
 from evaluations.feature_sets import collect
-from evaluations.features import Extractor
-from evaluations.npz import RECORD, STATISTICS, record_bytes
+from evaluations.features import Extractor, make_extractor
+from evaluations.npz import RECORD, STATISTICS, open_images, record_bytes
 from evaluations.scores import FeatureSet
 from evaluations.sources import ImageSource
 from guided_diffusion import dist_util
@@ -28,9 +30,9 @@ from guided_diffusion.npz import Rows, write_arrays
 
 
 def write_reference(
-    source: ImageSource,
+    source: str | os.PathLike[str] | ImageSource,
     out: str,
-    extractor: Extractor | None,
+    extractor: str | Extractor | None,
     *,
     size: Size,
     num_samples: int = 10_000,
@@ -40,12 +42,13 @@ def write_reference(
 
     The original's evaluator reads it, and so does `np.load`.
 
-    :param source: images that are cropped to `size` already, which is in their hands.
-    :param extractor: None for no statistics.
+    :param source: a path, or images that are cropped to `size` already.
+    :param extractor: one, or its name; None for no statistics.
     :param num_samples: images to keep, evenly over all; 0 for all of them.
     :return: sentences that say what was written.
     :raises ValueError: if an image cannot be read, or there are no images of that size.
     """
+    source = open_images(source, size)
     if not source.count:
         raise ValueError(f"{source.path} holds statistics and no images: a reference is made of images")
     source.adopt(dist_util.decide(lambda: source.seen))
@@ -57,6 +60,7 @@ def write_reference(
         )
     features = None
     if extractor is not None:
+        extractor = make_extractor(extractor, device=dist_util.dev())
         needs = ("pool_statistics", "spatial_statistics")
         features = collect(source, extractor, needs=needs, batch_size=batch_size, progress=True)
     kept = source.count if not num_samples else min(num_samples, source.count)

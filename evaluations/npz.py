@@ -198,12 +198,16 @@ def _record(archive: Npz) -> dict[str, Any]:
 # ---- finding out what there is
 
 
-def open_images(path: str, size: Size | None = None) -> ImageSource:
+def open_images(path: str | os.PathLike[str] | ImageSource, size: Size | None = None) -> ImageSource:
     """What lies at a path: an npz, a folder or a zip of images, or the folder of a sampling run.
 
+    :param path: what is open already stays what it is.
     :param size: images of files are scaled and cropped to it as in training; None: they are taken as they are.
     :raises ValueError: if nothing there can be evaluated.
     """
+    if isinstance(path, ImageSource):
+        return path
+    path = os.fspath(path)
     if _is_folder(path):
         run = _of_a_run(path)
         return run if run is not None else _files(path, size)

@@ -354,12 +354,28 @@ def test_class_lists() -> None:
     names = ["cat", "dog", "7"]
     assert parse_classes("2, 0", 3) == [2, 0]
     assert parse_classes("dog,1,cat", 3, names) == [1, 1, 0]
+    assert parse_classes(",".join(["dog"] * 30000), 3, names) == [1] * 30000
     with pytest.raises(ValueError, match=r"class 7 does not exist: the classes are 0 \.\. 2"):
         parse_classes("7", 3, names)
     with pytest.raises(ValueError, match="class 'cow' is unknown: the names are cat, dog"):
         parse_classes("cow", 3, names)
     with pytest.raises(ValueError, match="class 'cow' is unknown: there is no"):
         parse_classes("cow", 3)
+
+
+def test_names_of_classes_may_hold_commas() -> None:
+    names = ["tench, Tinca tinca", "cock", "great grey owl, great gray owl, Strix nebulosa", "Tinca tinca, cock"]
+    assert parse_classes("tench, Tinca tinca", 4, names) == [0]
+    assert parse_classes("3,tench,Tinca tinca , 1,great grey owl,great gray owl,Strix nebulosa,cock", 4, names) == [
+        *(3, 0, 1, 2, 1)
+    ]
+    with pytest.raises(ValueError, match="class 'tench' is unknown: the names are tench, Tinca tinca, cock"):
+        parse_classes("tench", 4, names)
+    with pytest.raises(ValueError, match="class 'Tinca tinca' is unknown"):
+        parse_classes("Tinca tinca, 1", 4, names)
+    with pytest.raises(ValueError, match=r"classes 'a, b, 1' may be \[a\]\[b\]\[b\] or \[a, b\]\[b\]: give ids"):
+        parse_classes("a, b, 1", 3, ["a", "b", "a, b"])
+    assert parse_classes("2,0,1", 3, ["a", "b", "a, b"]) == [2, 0, 1]
 
 
 # ---- one folder, one request
