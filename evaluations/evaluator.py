@@ -15,6 +15,7 @@ if __name__ == "__main__":  # python evaluations/evaluator.py REF SAMPLES, as th
     main()
     raise SystemExit
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from evaluations.feature_sets import COLUMNS, FIELDS, feature_set
-from evaluations.features import Extractor
+from evaluations.features import Extractor, make_extractor
 from evaluations.images import ImageSet, open_images, request_of
 from evaluations.metrics import Statistics
 from evaluations.references import read_statistics
@@ -82,26 +83,32 @@ class Report:
 
 
 def evaluate(
-    reference: str | ImageSet | Side,
-    samples: str | ImageSet | Side,
-    extractor: Extractor,
+    reference: str | os.PathLike[str] | ImageSet | Side,
+    samples: str | os.PathLike[str] | ImageSet | Side,
+    extractor: str | Extractor,
     *,
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: str | Sequence[str] = DEFAULT_METRICS,
     options: Options | None = None,
     **making: Any,
 ) -> Report:
     """Compare samples with a reference; collective, and the same report on every rank.
 
     :param reference: a path, or what `prepare` made of one, so that many samples are compared with it.
-    :param metrics: names of `METRICS`.
+    :param extractor: one, or its name as `make_extractor` has it, e.g. "classifier:PATH".
+    :param metrics: names of `METRICS`, or a text of them with commas.
     :param making: options of `feature_set`: batch_size, cache, progress.
     :raises ValueError: if an image cannot be read, the reference is another network's, or no score can be computed.
     """
+    extractor = make_extractor(extractor, device=dist_util.dev())
+    metrics = metrics.split(",") if isinstance(metrics, str) else metrics
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"metric {name!r} is unknown: use some of {', '.join(METRICS)}")
     chosen = {name: METRICS[name] for name in METRICS if name in metrics}
     needs = {name for metric in chosen.values() for name in metric.needs}
     needs_samples = {name for metric in chosen.values() for name in metric.needs_samples}
-    samples = open_images(samples) if isinstance(samples, str) else samples
-    if isinstance(samples, ImageSet):
+    if not isinstance(samples, Side):
+        samples = open_images(samples)
         _scan_samples(samples)  # before the reference's features, which take their time
     one = prepare(reference, extractor, needs=needs, **making)
     other = prepare(samples, extractor, needs=needs_samples, stored=False, **making)
@@ -109,8 +116,8 @@ def evaluate(
 
 
 def prepare(
-    images: str | ImageSet | Side,
-    extractor: Extractor,
+    images: str | os.PathLike[str] | ImageSet | Side,
+    extractor: str | Extractor,
     *,
     needs: Collection[str] = FIELDS,
     stored: bool = True,
@@ -125,7 +132,7 @@ def prepare(
     """
     if isinstance(images, Side):
         return images
-    images = open_images(images) if isinstance(images, str) else images
+    images, extractor = open_images(images), make_extractor(extractor, device=dist_util.dev())
     if not stored:
         _scan_samples(images)
     statistics, record = read_statistics(images)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evaluations.weights import find_inception, load_inception
-from guided_diffusion import checkpoint, logger, untrusted
+from guided_diffusion import checkpoint, logger, untrusted, weight_files
 from guided_diffusion.architecture import architecture
 from guided_diffusion.config import PRECISIONS, ClassifierConfig, nearest, parse_size
 from guided_diffusion.crops import center_crop_arr
@@ -173,14 +173,14 @@ def read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
     from guided_diffusion.cli import Flags
 
     path = checkpoint.resolve_model(path)
-    saved = checkpoint.config_beside(path) or _flags_of(checkpoint.weights_of(path))
+    saved = checkpoint.config_beside(path) or _flags_of(weight_files.weights_of(path)[0])
     if "classifier_width" not in saved:
         raise ValueError(f"--features classifier:{path} is no classifier: give the checkpoint of a classifier there")
     flags = Flags("classifier_sample", {"classifier_precision": precision}).over(saved, ClassifierConfig)
     config = flags.part(ClassifierConfig)
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
         frame = build_classifier(config)
-    weights = checkpoint.fitting_weights(frame, path, asdict(config))
+    weights = weight_files.fitting_weights(frame, path, asdict(config))
     network = build_classifier(config)
     network.load_state_dict(weights)
     logger.log(f"features classifier: {path}")
@@ -319,15 +319,18 @@ EXTRACTORS: dict[str, Callable[[str, th.device, str], NetworkExtractor]] = {
 
 
 def make_extractor(
-    kind: str, *, weights: str = "", device: th.device | str = "cpu", precision: str = "fp32"
-) -> NetworkExtractor:
+    kind: str | Extractor, *, weights: str = "", device: th.device | str = "cpu", precision: str = "fp32"
+) -> Extractor:
     """The extractor that --features names.
 
-    :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:dinov2-base".
+    :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:dinov2-base"; an
+        extractor stays what it is.
     :param weights: the file of Inception, as `find_inception` has it.
     :param precision: fp32, fp16 or bf16 for the network's convolutions or matrices.
     :raises OSError, ValueError: if there is no such kind or file, or the file is of another network.
     """
+    if not isinstance(kind, str):
+        return kind
     name, colon, path = kind.partition(":")
     if name not in EXTRACTORS:
         hint = nearest(name, EXTRACTORS) or f": give inception, or {', '.join(list(EXTRACTORS)[1:])} and :PATH"

@@ -360,12 +360,16 @@ def _header(path: str, name: str) -> untrusted.Header:
 # ---- opening
 
 
-def open_images(path: str, size: Size | None = None) -> ImageSet:
+def open_images(path: str | os.PathLike[str] | ImageSet, size: Size | None = None) -> ImageSet:
     """The images of an npz, of a folder or zip of images, or of the folder of a sampling run.
 
     :param size: images of files are scaled and cropped to it as in training; None: they are taken as they are.
+    :param path: what is open already stays what it is.
     :raises ValueError: if there is nothing that can be evaluated.
     """
+    if isinstance(path, ImageSet):
+        return path
+    path = os.fspath(path)
     if _is_folder(path):
         return _open_run(path) or _open_files(path, size)
     if split_archive(path):

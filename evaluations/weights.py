@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 
 import torch as th
 
 from evaluations.inception import InceptionNetwork
-from guided_diffusion import checkpoint, untrusted
+from guided_diffusion import checkpoint, untrusted, weight_files
 from guided_diffusion.architecture import architecture
 from guided_diffusion.downloads import SOURCES, kept_at
 
@@ -51,7 +50,7 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
     own = network.state_dict()
     state = {name: value for name, value in state.items() if name in own or not name.endswith(COUNTER)}
     whole = {**{name: own[name] for name in own if name.endswith(COUNTER)}, **state}
-    faults = list(checkpoint.tensor_differences(whole, own))
+    faults = list(weight_files.tensor_differences(whole, own))
     if faults:
         raise _refusal(path, f"{likeness(state)}; {'; '.join(faults)}")
     network.load_state_dict(whole)
@@ -61,7 +60,7 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
 def _read(path: str) -> dict[str, th.Tensor]:
     if not checkpoint.exists(path):
         raise FileNotFoundError(f"the Inception weights {untrusted.quoted(path)} do not exist: {_remedy()}")
-    kind = "" if checkpoint.is_remote(path) else kind_of(path)
+    kind = "" if checkpoint.is_remote(path) else untrusted.kind_of_file(path)
     if kind:
         raise _refusal(path, kind)
     state = checkpoint.load(path)
@@ -84,29 +83,3 @@ def likeness(state: Mapping[str, th.Tensor]) -> str:
     if found:
         return f"those of a {'classifier' if 'classifier_width' in found else 'U-Net'} for diffusion"
     return "those of another network"
-
-
-def kind_of(path: str) -> str:
-    """What lies at a local path, if that shows that it is no weights; '' where it may be.
-
-    :raises OSError: if there is nothing.
-    """
-    if not os.path.isfile(path):
-        return "a folder" if os.path.isdir(path) else "no regular file"
-    if path.endswith(".pb"):
-        return "a TensorFlow graph"
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head.lstrip()[:1] == b"<":
-        return "a web page"
-    if head.startswith(b"version https://git-lfs"):
-        return "the pointer that Git LFS leaves in place of a file"
-    return _kind_of_zip(path) if head.startswith(b"PK") and zipfile.is_zipfile(path) else "" if head else "nothing"
-
-
-def _kind_of_zip(path: str) -> str:
-    with untrusted.open_archive(path) as archive:
-        names = archive.namelist()
-    if names and all(name.endswith(".npy") for name in names):
-        return "an npz, which is images or their statistics"
-    return "a TorchScript archive" if any(name.endswith("/constants.pkl") for name in names) else ""

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
@@ -20,23 +20,19 @@ import blobfile as bf
 import torch as th
 
 from . import dist_util, manifest, untrusted
-from .architecture import architecture
 from .manifest import Entry, Hashed
 from .npz import explained, replacing
+from .untrusted import is_remote as is_remote
 
 CONFIG, CLASSES = "config.json", "classes.json"
 _NAME = re.compile(
     r"(?:(?P<kind>model|opt|state|lora)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)$"
 )
 _SHOWN = 3
+_MAX_FOREIGN = 1000  # names of classes in a file
 
 
 # ---- files
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL, such as gs://bucket/run."""
-    return "://" in path
 
 
 def exists(path: str) -> bool:
@@ -76,9 +72,39 @@ def save_json(path: str, value: Any) -> Entry:
     return _write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
-def load(path: str, map_location: Any = "cpu") -> Any:
+class Inert:
+    """Stands in for an object of a class that is not loaded, and does nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+
+def _stand_ins(path: str) -> list[Any]:
+    """A class like `Inert` for each that a file names."""
+    names = (name.rpartition(".") for name in _foreign_names(path))
+    return [type(name, (Inert,), {"__module__": module}) for module, _, name in names]
+
+
+def _foreign_names(path: str) -> list[str]:
+    """The classes and functions that a local file written by torch.save names, and `load` does not load."""
+    if is_remote(path):
+        return []
+    try:
+        return sorted(th.serialization.get_unsafe_globals_in_checkpoint(path))[:_MAX_FOREIGN]
+    except Exception:  # as in `load`
+        return []
+
+
+def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     """What a .pt or .safetensors file holds, provided that it is tensors and plain values.
 
+    :param inert: objects of any other class are replaced by objects of a class of its name that does nothing.
     :raises FileNotFoundError, ValueError: if the file is missing, incomplete, or holds anything else.
     """
     if not exists(path):
@@ -88,15 +114,28 @@ def load(path: str, map_location: Any = "cpu") -> Any:
             untrusted.check_unpacked(path)
         if path.endswith(".safetensors"):
             return _load_safetensors(path, map_location)
-        state = dist_util.load_state_dict(path, map_location=map_location)
+        with th.serialization.safe_globals(_stand_ins(path) if inert else []):
+            state = dist_util.load_state_dict(path, map_location=map_location)
         _check_filled(state)
         return state
     except (MemoryError, th.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
-        damaged = "it is incomplete, or holds more than tensors and plain values; copy or download it again"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else damaged
-        raise ValueError(f"{path} ({bf.stat(path).size} bytes) cannot be read as a checkpoint: {reason}") from error
+        told = f"{path} ({bf.stat(path).size} bytes) cannot be read as a checkpoint"
+        raise ValueError(f"{told}: {_reason(path, error)}") from error
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Why a file could not be read."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    kind = "" if is_remote(path) else untrusted.kind_of_file(path)
+    if kind:
+        return f"it is {kind}"
+    foreign = _foreign_names(path)
+    if foreign:
+        return f"it holds more than tensors and plain values: {', '.join(map(untrusted.printable, foreign[:_SHOWN]))}"
+    return "it is damaged, or torch.save did not write it; copy or download it again"
 
 
 def _check_filled(value: Any) -> None:
@@ -160,6 +199,13 @@ def step_of(path: str) -> int | None:
     name = os.path.basename(path)
     match = _NAME.search(name) or manifest.NAME.match(name)
     return int(match["step"]) if match else None
+
+
+def weights_beside(path: str) -> str:
+    """The best weights of the step that a file name tells, '' where there are none."""
+    step = step_of(path)
+    sets = {} if step is None else sets_in(os.path.dirname(path) or ".")
+    return sets[step].weights if step in sets else ""
 
 
 def sets_in(folder: str) -> dict[int, CheckpointSet]:
@@ -340,93 +386,3 @@ def sweep(folder: str) -> None:
         kept, part, _ = name.partition(".part-")
         if part and (_NAME.match(kept) or manifest.NAME.match(kept) or kept in (CONFIG, CLASSES)):
             bf.remove(bf.join(folder, name))
-
-
-# ---- weights into networks
-
-
-def load_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> None:
-    """Load a checkpoint into a network that was built from `flags`.
-
-    :raises ValueError: as `fitting_weights`.
-    """
-    model.load_state_dict(fitting_weights(model, path, flags))
-
-
-def fitting_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
-    """The weights of a checkpoint, as a network that was built from `flags` takes them; it may be on the meta device.
-
-    :param flags: only the sizes are read, for naming attention resolutions in messages.
-    :raises ValueError: if the file is no weights, or fits other flags, which the message then names.
-    """
-    return fitting(model.state_dict(), path, flags)
-
-
-def fitting(own: Mapping[str, th.Tensor], path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
-    """As `fitting_weights`, of the state dict of a network."""
-    state = weights_of(path)
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-        size = next((flags[key] for key in ("large_size", "image_size") if flags and key in flags), None)
-        raise ValueError(f"{path} does not fit the flags: {difference(state, own, size)}")
-    return state
-
-
-def weights_of(path: str) -> dict[str, th.Tensor]:
-    """The weights in a file.
-
-    :raises ValueError: if it holds something else.
-    """
-    state: dict[str, th.Tensor] = load(path)
-    _check_weights(state, path)
-    if all(name.startswith("module.") for name in state):  # saved from inside a data-parallel wrapper
-        return {name.removeprefix("module."): value for name, value in state.items()}
-    return state
-
-
-def _check_weights(state: Any, path: str) -> None:
-    optimizer = isinstance(state, dict) and {"state", "param_groups"} <= set(state)
-    if isinstance(state, dict) and not optimizer and all(isinstance(value, th.Tensor) for value in state.values()):
-        return
-    step = step_of(path)
-    beside = sets_in(os.path.dirname(path) or ".").get(-1 if step is None else step, CheckpointSet(step)).weights
-    what = "optimizer state" if optimizer else "no weights of a network"
-    remedy = f"use {beside} beside it" if beside else "use a file ema_RATE_NNNNNN.pt or modelNNNNNN.pt"
-    raise ValueError(f"{path} holds {what}: {remedy}")
-
-
-def difference(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor], size: Any) -> str:
-    """The flags, else the tensors, in which a checkpoint and a network differ."""
-    there, here = architecture(theirs, size), architecture(ours, size)
-    flags = [
-        f"the checkpoint has {name} {_shown(there[name])}, you gave {_shown(here[name])}{_about(name, there, here)}"
-        for name in here
-        if name in there and there[name] != here[name]
-    ]
-    if set(there) - set(here) and not set(here) & set(there) - {"image_channels", "dims", "num_classes", "image_size"}:
-        flags = ["the checkpoint is of another kind of network"]
-    return "; ".join(flags or tensor_differences(theirs, ours))
-
-
-def _about(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What a message adds where the numbers of classes differ as if one of them counted a null class."""
-    counted = name == "num_classes" and "class_cond" in here and abs(there[name] - here[name]) == 1
-    return " (counting the row that --null_class True adds)" if counted else ""
-
-
-def _shown(value: Any) -> str:
-    return str(value) or "''"
-
-
-def tensor_differences(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor]) -> Iterator[str]:
-    """Names and shapes in which a state dict, perhaps a stranger's, differs from ours; nothing where it fits."""
-    missing = [name for name in ours if name not in theirs]
-    unknown = [name for name in theirs if name not in ours]
-    other = [
-        f"{name} {list(theirs[name].shape)} instead of {list(ours[name].shape)}"
-        for name in ours
-        if name in theirs and theirs[name].shape != ours[name].shape
-    ]
-    for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape")):
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"{what}: {', '.join(map(untrusted.printable, names[:_SHOWN]))}{more}"

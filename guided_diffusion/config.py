@@ -24,6 +24,7 @@ LOSS_WEIGHTS = ("", "min_snr")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
 BAD_IMAGE_RULES = ("error", "skip")
+PLUGIN_HELP = "Python files that run first and may add samplers, grids and the like, separated by commas or by flags"
 COND_TYPES = ("image", "mask", "classes")
 
 
@@ -256,6 +257,7 @@ class RunConfig:
     seed: int = flag(0, "seed of all randomness", at_least=0)
     device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
     dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
+    plugin: str = flag("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,11 +295,7 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "weight decay of AdamW", at_least=0)
     warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", at_least=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", at_least=0)
-    schedule_sampler: str = flag(
-        "uniform",
-        "how timesteps are drawn",
-        choices=("uniform", "loss-second-moment"),
-    )
+    schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment"))
     ema_rate: str = flag("0.9999", "rates of the moving averages of the weights, separated by commas; '' for none")
     fp16_scale_growth: float = flag(1e-3, "growth of the logarithmic loss scale per step, with fp16", at_least=0)
     resume_checkpoint: str = flag(

@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,7 @@ PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor
 DEVICE_TYPES = ("cpu", "cuda", "mps")
 OWN_PACKAGES = ("guided_diffusion", "evaluations")
 
+_joining = threading.Lock()  # commands may run in threads of one process
 _device: th.device | None = None
 
 
@@ -49,15 +51,15 @@ def setup_dist(*, device: str = "", timeout: float = COLLECTIVE_TIMEOUT) -> None
     :raises TimeoutError: if some rank does not arrive.
     """
     global _device
-    _device = _choose_device(device)
-    if _initialized():
-        return
-    place = launchers.place()
-    if place.size == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        _join(place, _device, timedelta(minutes=timeout))
-        logger.share_dir(broadcast_object(logger.new_dir()))
+    with _joining:
+        _device = _choose_device(device)
+        if _initialized():
+            return
+        if (place := launchers.place()).size == 1:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            _join(place, _device, timedelta(minutes=timeout))
+            logger.share_dir(broadcast_object(logger.new_dir()))
 
 
 def _initialized() -> bool:
@@ -350,6 +352,8 @@ def _report(error: BaseException) -> None:
         message = _message(error)
         print(f"rank {place.rank} of {ranks}: {message}", file=sys.stderr)
         launchers.end_job(code)
+    if code == 2 and ranks == 1:
+        logger.discard()
     if _needs_no_traceback(error) and not isinstance(error, SystemExit):
         print(_message(error), file=sys.stderr)
         raise SystemExit(code) from error

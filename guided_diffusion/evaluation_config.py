@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .config import PRECISIONS, flag, size_flag
+from .config import PLUGIN_HELP, PRECISIONS, flag, size_flag
 
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 
@@ -116,6 +116,7 @@ class PlaceConfig:
     log_dir: str = flag("", "folder to keep log.txt in, with all that is said; '' keeps none")
     device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
     dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
+    plugin: str = flag("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)

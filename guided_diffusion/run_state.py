@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from . import checkpoint, dist_util, logger, lora
+from . import checkpoint, dist_util, logger, lora, weight_files
 from .fp16_util import MixedPrecisionTrainer, unflatten_optimizer_state
 from .resample import ScheduleSampler
 
@@ -66,7 +66,7 @@ def load_weights(model: th.nn.Module, files: checkpoint.CheckpointSet, flags: Ma
     """
     adapted = lora.adapters(model)
     if not adapted:
-        checkpoint.load_weights(model, files.model, flags)
+        weight_files.load_weights(model, files.model, flags)
         return
     if not (files.lora and files.state):
         raise ValueError(
@@ -74,7 +74,7 @@ def load_weights(model: th.nn.Module, files: checkpoint.CheckpointSet, flags: Ma
             "leave out --lora_rank"
         )
     own = {name: value for name, value in model.state_dict().items() if not lora.is_part(name)}
-    plain, pack = checkpoint.fitting(own, files.model, flags), lora.read(files.lora)
+    plain, pack = weight_files.fitting(own, files.model, flags), lora.read(files.lora)
     below = checkpoint.load(files.state).get("base", {})
     if {adapter.scale for adapter in adapted.values()} != {pack.scale}:
         raise ValueError(f"the adapters of {files.lora} are scaled by {pack.scale:g}: leave --lora_alpha as it was")

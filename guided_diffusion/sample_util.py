@@ -163,7 +163,10 @@ def make_shards(
     world_size: int = 1,
     **options: Unpack[SampleOptions],
 ) -> None:
-    """Sample and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay."""
+    """Sample and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay.
+
+    :raises ValueError: if images are not finite.
+    """
     own = range(rank, job.batches, world_size)
     missing = [batch for batch in own if not _is_whole(job, batch)]
     if len(missing) < len(own):
@@ -177,6 +180,7 @@ def make_shards(
     ):
         for batch in missing:
             x, labels = _sample_batch(process, model, job, batch, bar, options)
+            _check_finite(x, batch)
             reported = reported or _report(x, batch)
             save_npz(job.shard(batch), to_uint8(x), *([] if labels is None else [labels.cpu().numpy()]))
 
@@ -230,18 +234,27 @@ def _device(model: Model, options: SampleOptions) -> th.device:
     return th.device(given) if given is not None else dist_util.dev() if parameter is None else parameter.device
 
 
+def _check_finite(x: th.Tensor, batch: int) -> None:
+    """:raises ValueError: if images are not finite; nothing of their batch is kept, and those before it are."""
+    broken = int((~x.flatten(1).isfinite().all(dim=1)).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of the {len(x)} samples of batch {batch} have values that are not finite, and no result is "
+            "written: do the diffusion flags fit those of the training? Else give --precision fp32 or a lower scale of "
+            "guidance, and another --log_dir"
+        )
+
+
 def _report(x: th.Tensor, batch: int) -> bool:
-    """Warn of images that are not finite or of one colour; True if there are any."""
+    """Warn of images that are of one colour; True if there are any."""
     pixels = x.flatten(1)
-    broken = int((~pixels.isfinite().all(dim=1)).sum())
     plain = int((pixels.amax(dim=1) - pixels.amin(dim=1) < 1 / 127.5).sum())
-    for count, what in ((broken, "have values that are not finite"), (plain, "are of one colour")):
-        if count:
-            logger.warn(
-                f"{count} of the {len(x)} samples of batch {batch} {what}: do the diffusion flags fit those of the "
-                "training, and is the model trained long enough? (said once per rank)"
-            )
-    return broken + plain > 0
+    if plain:
+        logger.warn(
+            f"{plain} of the {len(x)} samples of batch {batch} are of one colour: do the diffusion flags fit those of "
+            "the training, and is the model trained long enough? (said once per rank)"
+        )
+    return plain > 0
 
 
 def _is_whole(job: Job, batch: int) -> bool:

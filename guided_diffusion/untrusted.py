@@ -104,6 +104,36 @@ def local_size(file: BinaryIO) -> int:
     return size
 
 
+def kind_of_file(path: str) -> str:
+    """What lies at a local path, if that shows that it is no weights; '' where it may be.
+
+    :raises OSError: if there is nothing.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "a folder" if os.path.isdir(path) else "no regular file"
+    if path.endswith(".pb"):
+        return "a TensorFlow graph"
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.lstrip()[:1] == b"<":
+        return "a web page"
+    if head.startswith(b"version https://git-lfs"):
+        return "the pointer that Git LFS leaves in place of a file"
+    return _kind_of_zip(path) if head.startswith(b"PK") and zipfile.is_zipfile(path) else "" if head else "nothing"
+
+
+def _kind_of_zip(path: str) -> str:
+    with open_archive(path) as archive:
+        names = archive.namelist()
+    if names and all(name.endswith(".npy") for name in names):
+        return "an npz, which is images or their statistics"
+    if any(name.endswith("models/model.json") for name in names):
+        return "an exported program"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript archive"
+    return ""
+
+
 # ---- zips
 
 

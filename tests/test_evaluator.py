@@ -129,6 +129,19 @@ def test_nothing_but_the_images_and_the_network_counts(pair, tmp_path, change):
     assert second == pytest.approx(first, rel=tolerance, abs=tolerance)
 
 
+def test_names_stand_for_sources_extractors_and_metrics(pair, tmp_path, script):
+    """Whatever is opened or built from a name may be given by its name, and what is open already as it is."""
+    (reference, samples), name, built = pair, script, make_extractor(script)
+    expected = evaluate(open_images(reference), open_images(samples), built, metrics=("fid", "kid"), cache=False)
+    for one, other in ((reference, samples), (Path(reference), Path(samples)), (prepare(reference, name), samples)):
+        found = evaluate(one, other, name, metrics="fid,kid", cache=False)
+        assert found.results == expected.results
+    write_reference(Path(reference), str(tmp_path / "out.npz"), name, size=8)
+    assert evaluate(tmp_path / "out.npz", samples, name, metrics="fid,kid", cache=False).results == expected.results
+    with pytest.raises(ValueError, match="metric 'fdi' is unknown: use some of is, fid"):
+        evaluate(reference, samples, built, metrics=("fdi",))
+
+
 def test_a_set_has_no_distance_from_itself(pair):
     report = evaluate(pair[0], pair[0], Cheap(), metrics=("fid", "sfid", "pr"))
     assert report.results["FD (cheap)"] < 1e-6

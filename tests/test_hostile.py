@@ -21,7 +21,7 @@ import pytest
 import torch as th
 from PIL import Image
 
-from guided_diffusion import checkpoint, cli, crops, decoding, dist_util, image_files, untrusted
+from guided_diffusion import checkpoint, cli, crops, decoding, dist_util, image_files, untrusted, weight_files
 from guided_diffusion.architecture import architecture
 from guided_diffusion.commands import image_sample
 from guided_diffusion.commands.super_res_sample import read_base
@@ -620,7 +620,7 @@ def test_no_pickle_runs_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(paths) == 5
     for path in paths:
         assert "cannot be read as a checkpoint" in sentence_of(checkpoint.load, str(path))
-        sentence_of(checkpoint.load_weights, th.nn.Linear(1, 1), str(path))
+        sentence_of(weight_files.load_weights, th.nn.Linear(1, 1), str(path))
     array = np.array([[[Command()]]], object)
     np.save("1.npy", array, allow_pickle=True)
     np.savez("1.npz", arr_0=array)

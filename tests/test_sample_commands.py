@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from ranks import Nursery
 
-from guided_diffusion import checkpoint, cli, dist_util
-from guided_diffusion.commands import classifier_sample, image_nll, image_sample, super_res_sample
+from guided_diffusion import checkpoint, cli, dist_util, logger
+from guided_diffusion.commands import _common, classifier_sample, image_nll, image_sample, super_res_sample
 from guided_diffusion.commands._common import labels_of
 from guided_diffusion.commands._editing import adds_noise
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
@@ -742,6 +744,43 @@ def test_fewer_images_and_labels_from_the_command_line(runs: Runs, base: Path, t
     assert saved["arr_1"].tolist() == [2, 0, 2]
 
 
+def test_two_commands_run_in_threads_of_one_process(runs: Runs, tmp_path: Path) -> None:
+    def run(seed: int, folder: Path) -> bytes:
+        image_sample.main(["--model_path", runs["unet"], *SAMPLING, "--seed", str(seed), "--log_dir", str(folder)])
+        return next(folder.glob("*.npz")).read_bytes()
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, (1, 2), (tmp_path / "a", tmp_path / "b")))
+    assert together == [run(seed, tmp_path / f"alone{seed}") for seed in (1, 2)]
+    for name in ("a", "b"):
+        assert f"sampling complete: {tmp_path / name}" in (tmp_path / name / "log.txt").read_text()
+
+
+def test_a_command_that_fails_leaves_no_temporary_folder_but_one_with_results(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_LOGDIR")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    refused(image_sample.main, ["--model_path", runs["unet"], "--classes", "cow"], capsys)
+    assert list(tmp_path.iterdir()) == []
+    refused(image_sample.main, ["--model_path", runs["unet"], "--classes", "cow", "--log_dir", f"{tmp_path}/a"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    image_sample.main(["--model_path", runs["unet"], *SAMPLING])
+    assert len(list(tmp_path.glob("openai-*/*.npz"))) == 1
+
+
+@pytest.mark.parametrize(("words", "told"), [([], 1), (["--num_samples", "10000"], 0), (["--batch_size", "1000"], 0)])
+def test_a_long_run_that_nobody_asked_for_says_how_to_ask_for_less(
+    runs: Runs, tmp_path: Path, words: list[str], told: int
+) -> None:
+    flags = cli.parse("image_sample", words)
+    logger.configure(str(tmp_path), ["log"])
+    job = _common.job_of(flags, make_sampler("ddpm"), (3, 8, 8), {})
+    _common.announce(flags, runs.process, job, 40)
+    hint = "these are 25000 evaluations, the bar says how long they take: for a first look give --num_samples 16 --samp"
+    assert (tmp_path / "log.txt").read_text().count(hint) == told
+
+
 # ---- mistakes
 
 
@@ -766,7 +805,6 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
             ["--model_path", "UNET", "--sampler", "ddpm", "--use_ddim", "True"],
             "--sampler ddpm contradicts --use_ddim True",
         ),
-        (["--model_path", "UNET", "--sampler", "ddim", "--use_ddim", "False"], "contradicts --use_ddim False"),
         (["--model_path", "UNET", "--eta", "0.5"], "the sampler ddpm has no option eta: it is an option of ddim"),
         (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),
         (["--model_path", "UNET", "--sampler", "dim"], "sampler 'dim' is unknown: use one of ddpm, ddim, "),

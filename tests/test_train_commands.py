@@ -277,7 +277,6 @@ def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
         ({"ema_rate": "often"}, "ema_rate 'often' is not a list of rates"),
         ({"dims": 3}, "--dims 3 does not fit pictures"),
         ({"class_dropout": 0.1}, "--class_dropout 0.1 has no effect without --class_cond True"),
-        ({"class_cond": True, "class_dropout": 0.1, "null_class": False}, "contradicts --null_class False"),
         ({"class_cond": True, "num_classes": 2, "class_dropout": 1.5}, "class_dropout 1.5 is no probability"),
         ({"null_class": True}, "null_class needs a network with classes: give num_classes (by flags: class_cond True)"),
         ({"lr": "fast"}, "'fast' is not of type float"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch as th
 
-from .. import checkpoint, dist_util, logger, lora
+from .. import checkpoint, dist_util, logger, lora, weight_files
 from ..architecture import architecture
 from ..cli import Flags
 from ..compiling import compile_network
@@ -35,6 +35,7 @@ from ..script_util import build_classifier, build_diffusion, build_unet, build_u
 from ..steps import Sampler
 from . import _performance as performance
 
+LONG = 10000  # evaluations of the network, from which on a run that was given no --num_samples is remarked on
 SAMPLER_OPTIONS = ("eta", "order", "churn")
 NOT_IN_THE_RESULT = ("use_checkpoint", "use_fp16", "precision", "classifier_use_fp16", "classifier_precision")
 
@@ -107,7 +108,7 @@ def _restore(
     config = flags.part(section)
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
         frame = build(config, flags.part(DiffusionConfig).learn_sigma)
-    weights = _adapted(flags, source, checkpoint.fitting_weights(frame, path, asdict(config)))
+    weights = _adapted(flags, source, weight_files.fitting_weights(frame, path, asdict(config)))
     network: Any = build(config, flags.part(DiffusionConfig).learn_sigma)
     network.load_state_dict(weights)
     logger.log(f"{source}: {path}")
@@ -125,7 +126,7 @@ def _restore(
 def _adapted(flags: Flags, source: str, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
     """The weights of --model_path with the adapters of --lora_path; other weights as they are."""
     path = flags.values.get("lora_path", "") if source == "model_path" else ""
-    if not path and "lora_scale" in flags.given and source == "model_path":
+    if not path and "lora_scale" in flags.changed and source == "model_path":
         raise ValueError("--lora_scale has no effect without --lora_path: give both or none")
     if not path:
         return weights
@@ -185,9 +186,7 @@ def _check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> Non
 
 def _shapes(path: str, flags: Flags) -> dict[str, Any]:
     """The flags that can be read off the weights themselves."""
-    state = checkpoint.load(path)
-    if not isinstance(state, dict) or not all(isinstance(value, th.Tensor) for value in state.values()):
-        return {}  # no weights: loading them says so
+    state, _ = weight_files.weights_of(path)
     size = flags.values.get("large_size", flags.values.get("image_size"))
     found = architecture(state)  # an attention pool knows its size
     return architecture(state, found.get("image_size", size)) | found
@@ -223,8 +222,8 @@ def sampler_of(flags: Flags) -> Sampler:
     config = flags.part(SampleConfig)
     name = config.sampler or ("ddim" if config.use_ddim else "ddpm")
     sampler = make_sampler(name, **{word: flags.given[word] for word in SAMPLER_OPTIONS if word in flags.given})
-    if "use_ddim" in flags.given and config.use_ddim != (name == "ddim"):
-        raise ValueError(f"--sampler {name} contradicts --use_ddim {config.use_ddim}: give one of the two")
+    if config.use_ddim and name != "ddim":
+        raise ValueError(f"--sampler {name} contradicts --use_ddim True: give one of the two")
     if getattr(sampler, "ascending", False):
         raise ValueError(f"--sampler {name} turns images to noise: give --invert True and another sampler")
     if config.dynamic_threshold > 1:
@@ -309,6 +308,11 @@ def announce(flags: Flags, process: GaussianDiffusion, job: Job, calls: int) -> 
         f"{grid}, {calls} evaluations of the network per batch, {config.noise_schedule} schedule, the network predicts "
         f"{predicted} with {variance} variance, seed {job.seed}, {source if job.labelled else 'no classes'}"
     )
+    if "num_samples" not in flags.given and job.batches * calls >= LONG:
+        logger.log(
+            f"these are {job.batches * calls} evaluations, the bar says how long they take: for a first look give "
+            "--num_samples 16 --sampler dpm++2m --steps 20"
+        )
 
 
 def sample_and_say(

@@ -31,8 +31,6 @@ def with_null_cond(flags: Flags) -> Flags:
     """The flags with the null conditioning image that --cond_dropout makes."""
     if not flags.values.get("cond_dropout"):
         return flags
-    if flags.given.get("null_cond") is False:
-        raise ValueError("--cond_dropout contradicts --null_cond False: give one of the two")
     return Flags(flags.command, {**flags.given, "null_cond": True}, flags.saved)
 
 
@@ -42,7 +40,7 @@ def check(flags: Flags) -> None:
         return
     kind, values = kind_of(flags), flags.values
     names = [name for name in (*defaults(CondTrainConfig), "null_cond") if name in values]
-    useless = [name for name in names if flags.given.get(name)]
+    useless = [name for name in names if name in flags.changed]
     if kind is None and useless:
         raise ValueError(f"--{useless[0]} has no effect without --cond_type: give both or none")
     if kind is not None and not values["cond_dir"]:
@@ -93,7 +91,7 @@ class Condition:
 
 def check_sampling(flags: Flags) -> None:
     """:raises ValueError: for flags without effect."""
-    if "cond_class_from" in flags.given and not flags.values["cond_images"]:
+    if "cond_class_from" in flags.changed and not flags.values["cond_images"]:
         raise ValueError("--cond_class_from has no effect without --cond_images: give both or none")
     if flags.values["cond_class_from"] and flags.part(SampleConfig).classes:
         raise ValueError("--cond_class_from and --classes both say the classes: give one of the two")
@@ -121,7 +119,7 @@ def condition(model: Restored, labels: dict[str, Any], names: list[str]) -> Cond
         kind,
         model.flags.part(UNetConfig).image_size,
         options.num_samples,
-        all="num_samples" in model.flags.given,
+        all="num_samples" in model.flags.changed,
         label=_by_files(rule, names, model.flags.part(UNetConfig).num_classes) if rule else None,
     )
     images = source.open(path)

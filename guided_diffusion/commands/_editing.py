@@ -45,13 +45,13 @@ def check(flags: Flags, sampler: Sampler) -> None:
 
     :raises ValueError: naming the flag.
     """
-    config, wanted = flags.part(EditConfig), [name for name in flags.given if flags.values[name]]
+    config, wanted = flags.part(EditConfig), list(flags.changed)
     _check_needs(wanted, NEED_IMAGE, "init_image" if config.init_image else "", "--init_image")
     _check_needs(wanted, NEED_MASK, config.mask, "--mask")
     _check_needs(wanted, ["init_classes"], config.interpolate or config.invert, "--invert or --interpolate")
     if "resample_jump" in wanted and config.resample == 1:
         raise ValueError("--resample_jump has no effect at --resample 1, every step once: give --resample 2 or more")
-    if "strength" in flags.given and not 0 < config.strength <= 1:
+    if "strength" in flags.changed and not 0 < config.strength <= 1:
         raise ValueError(f"--strength {config.strength} is no share of the way: give above 0 and up to 1")
     for name in ("invert", "mask", "strength"):
         if config.interpolate and name in wanted:

@@ -39,7 +39,7 @@ def check(flags: Flags) -> None:
         raise ValueError(f"--cfg_rescale {config.cfg_rescale} is no share: give a number from 0 (none) to 1")
     if config.cfg_rescale and config.cfg_scale == 1:
         raise ValueError("--cfg_rescale has no effect at --cfg_scale 1, where nothing guides: give both or none")
-    if "autoguide_scale" in flags.given and not config.autoguide_path:
+    if "autoguide_scale" in flags.changed and not config.autoguide_path:
         raise ValueError("--autoguide_scale has no effect without --autoguide_path: give both or none")
     if config.autoguide_path and config.autoguide_scale == 1:
         raise ValueError("--autoguide_path has no effect at --autoguide_scale 1, the model alone: give another, e.g. 2")

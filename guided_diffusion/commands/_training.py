@@ -29,7 +29,8 @@ from . import (
 
 Load = Callable[..., ImageStream]
 
-OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "resume_checkpoint")  # never taken from an earlier part of the run
+# never taken from an earlier part of the run
+OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "plugin", "resume_checkpoint")
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
 
 
@@ -98,7 +99,7 @@ def _check(flags: Flags) -> None:
 
 
 def _refuse_useless(flags: Flags, names: Iterable[str], without: str) -> None:
-    useless = [name for name in names if name in flags.given and name != without]
+    useless = [name for name in names if name in flags.changed and name != without]
     if useless and not flags.values[without]:
         raise ValueError(f"--{useless[0]} has no effect without --{without}: give both or none")
 
@@ -128,8 +129,6 @@ def _with_null_class(flags: Flags) -> Flags:
         return flags
     if not values["class_cond"]:
         raise ValueError(f"--class_dropout {rate} has no effect without --class_cond True: give both or none")
-    if flags.given.get("null_class") is False:
-        raise ValueError(f"--class_dropout {rate} contradicts --null_class False: give one of the two")
     if values["resume_checkpoint"] and saved and not saved.get("null_class"):
         raise ValueError(
             f"--class_dropout {rate} needs a null class, and the network of {values['resume_checkpoint']} has none: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -39,7 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def show(config: DemoConfig) -> None:
-    """Train what is not trained yet, sample what is not sampled yet, and say what comes out."""
+    """Train what is not trained yet, sample what is not sampled yet, and say what comes out.
+
+    :raises ValueError: if the images are not there.
+    """
+    import blobfile as bf
+
+    if not bf.exists(config.data_dir):
+        raise ValueError(
+            f"--data_dir {config.data_dir} does not exist: the pictures come with a checkout of the repository and not "
+            "with the installed package; run this in a checkout, or give a folder or zip of images in up to 9 classes"
+        )
     began = time.time()
     print(f"Everything goes to {os.path.abspath(config.log_dir)}; a second run goes on where the first one ended.")
     train(config)
@@ -67,20 +78,28 @@ def launch(command: str, *flags: str) -> None:
     import torch as th
 
     ranks = 1 if th.cuda.is_available() else process_count()
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        "-m",
-        __package__.split(".commands")[0],
-    ]
+    package = __package__.rpartition(".")[0]
+    start = ["-c", f"from {__name__} import torchrun; torchrun()", "--standalone", f"--nproc_per_node={ranks}"]
     # tables go to files, not to the screen
     environment = {**os.environ, "OPENAI_LOG_FORMAT": "log,csv", "OPENAI_LOG_FORMAT_MPI": "log", "OMP_NUM_THREADS": "1"}
     batch = [f"--batch_size={BATCH[command] // (ranks if 'train' in command else 1)}"]
-    done = subprocess.run([sys.executable, *launcher, command, *batch, *flags], env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, *start, "-m", package, command, *batch, *flags], env=environment, check=False
+    )
     if done.returncode:
         raise SystemExit(done.returncode)
+
+
+def torchrun() -> None:
+    """What the command torchrun does, without its traceback around what the processes say when they fail."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.ERROR)
+    try:
+        run.run(run.parse_args(sys.argv[1:]))
+    except ChildFailedError as error:
+        raise SystemExit(error.get_first_failure()[1].exitcode) from None
 
 
 def process_count() -> int:

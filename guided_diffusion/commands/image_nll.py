@@ -34,10 +34,10 @@ def refuse_idle(flags: cli.Flags) -> None:
     """:raises ValueError: for a flag that has no effect on what is measured."""
     kind = flags.part(MeasureConfig).likelihood
     idle = {spec.name for spec in fields(FlowConfig)} if kind == "vlb" else {"save_terms"}
-    given = sorted(idle & set(flags.given))
+    given = sorted(idle & set(flags.changed))
     if given:
         raise ValueError(f"--{given[0]} has no effect with --likelihood {kind}: leave it out")
-    if "flow_tolerance" in flags.given and flags.part(FlowConfig).flow_solver != "rk45":
+    if "flow_tolerance" in flags.changed and flags.part(FlowConfig).flow_solver != "rk45":
         raise ValueError("--flow_tolerance has no effect on --flow_solver heun: leave it out, or give rk45")
 
 

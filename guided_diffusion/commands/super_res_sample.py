@@ -57,10 +57,10 @@ def check(flags: cli.Flags) -> None:
     from . import _guidance as guidance
 
     if not flags.part(GuidanceConfig).classifier_path:
-        useless = [name for name in flags.given if name.startswith("classifier_")]
+        useless = [name for name in flags.changed if name.startswith("classifier_")]
         if useless:
             raise ValueError(f"--{useless[0]} has no effect without --classifier_path: give both or none")
-        if "image_size" in flags.given:
+        if "image_size" in flags.changed:
             raise ValueError("--image_size is that of a classifier: an upsampler has --large_size and --small_size")
     guidance.check(flags)
 
@@ -117,7 +117,7 @@ def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: b
     wanted = Wanted(
         (height, width, config.image_channels),
         options.num_samples,
-        all="num_samples" in flags.given,
+        all="num_samples" in flags.changed,
         label=_by_files(flags, classes or []) if labelled else None,
     )
     base = read(flags.part(UpsampleConfig).base_samples, wanted)
