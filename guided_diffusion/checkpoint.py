@@ -29,6 +29,7 @@ _NAME = re.compile(
     r"(?:(?P<kind>model|opt|state|lora)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)$"
 )
 _SHOWN = 3
+_REMEDY = ": give the path of a checkpoint, or the folder of a run"
 _MAX_FOREIGN = 1000  # names of classes in a file
 
 
@@ -135,7 +136,11 @@ def _reason(path: str, error: Exception) -> str:
     foreign = _foreign_names(path)
     if foreign:
         return f"it holds more than tensors and plain values: {', '.join(map(untrusted.printable, foreign[:_SHOWN]))}"
-    return "it is damaged, or torch.save did not write it; copy or download it again"
+    with bf.BlobFile(path, "rb") as file:
+        ours = path.endswith(".safetensors") or file.read(2)[:1] in (b"P", b"\x80")  # zip, pickle
+    if ours:
+        return "it is damaged or cut short, copy or download it again"
+    return f"it is of another kind, and no file of weights{_neighbours(path)}"
 
 
 def _check_filled(value: Any) -> None:
@@ -287,7 +292,7 @@ def find_set(path: str, *, checksums: bool = False) -> CheckpointSet:
             raise ValueError(f"{path} holds {found}; give the folder or a checkpoint of a run")
         return entry
     if not exists(path):
-        raise FileNotFoundError(f"{path} does not exist{_neighbours(path)}")
+        raise FileNotFoundError(f"the checkpoint {path!r} does not exist{_neighbours(path) or _REMEDY}")
     step = step_of(path)
     if step is None:
         return CheckpointSet(None, model=path)
@@ -309,21 +314,24 @@ def _with_weights(entry: CheckpointSet, path: str, step: int) -> CheckpointSet:
     return entry
 
 
-def resolve_model(path: str) -> str:
+def resolve_model(path: str, what: str = "the checkpoint") -> str:
     """The file to sample from: the path itself, or of a run folder the newest moving average, else the newest model.
 
     Sets with files of other sizes than their manifests name come last.
 
+    :param what: the path is, in messages.
     :raises FileNotFoundError, ValueError: if there is none.
     """
     if not bf.isdir(path):
         if not path or not exists(path):
-            hint = _neighbours(path) or ": give the path of a checkpoint, or the folder of a run"
-            raise FileNotFoundError(f"the checkpoint {path!r} does not exist{hint}")
+            hint = _neighbours(path) or _REMEDY
+            raise FileNotFoundError(f"{what} {path!r} does not exist{hint}")
         return path
     found = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not found or not found[-1].weights:
-        raise ValueError(f"{path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder")
+        raise ValueError(
+            f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder"
+        )
     return found[-1].weights
 
 

@@ -22,6 +22,7 @@ from .image_datasets import load_classes
 
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 POSSIBLE = {(UNET, UNET), (UNET, UPSAMPLER), (UNET, CLASSIFIER), (UPSAMPLER, UPSAMPLER), (CLASSIFIER, CLASSIFIER)}
+_ARTICLES = {UNET: "a", UPSAMPLER: "an", CLASSIFIER: "a"}
 SIZE_FLAGS = {UNET: "image_size", UPSAMPLER: "large_size", CLASSIFIER: "image_size"}
 _INPUT, _LABELS = "input_blocks.0.0.weight", "label_emb.weight"
 _OUTPUTS = ("out.2.weight", "out.2.bias")
@@ -65,7 +66,7 @@ def open_source(path: str) -> Source:
 
     :raises FileNotFoundError, ValueError: if there is none, or it is of no network of this package.
     """
-    path = checkpoint.resolve_model(path)
+    path = checkpoint.resolve_model(path, "--init_from")
     weights, choice = weight_files.weights_of(path)
     if not architecture(weights):
         raise ValueError(f"--init_from {path} is no U-Net, upsampler or classifier: give the checkpoint of one")
@@ -83,7 +84,9 @@ def flags_for(source: Source, kind: str, size: Size | None, usual: Size) -> dict
     :raises ValueError: if nothing of it could be taken.
     """
     if (source.kind, kind) not in POSSIBLE:
-        raise ValueError(f"--init_from {source.path} is of a {source.kind}, from which no {kind} can start")
+        raise ValueError(
+            f"--init_from {source.path} is of {_ARTICLES[source.kind]} {source.kind}, from which no {kind} can start"
+        )
     name = SIZE_FLAGS[source.kind]
     own_size = source.flags.get(name, architecture(source.weights).get(name)) if name == SIZE_FLAGS[kind] else None
     size = next(side for side in (size, own_size, usual) if side is not None)

@@ -150,6 +150,8 @@ class Npz:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        if not (untrusted.is_remote(path) or os.path.exists(path)):
+            raise ValueError(f"{path} does not exist: give an npz")
         try:
             self._archive = untrusted.open_archive(path)
         except ValueError as error:
@@ -183,7 +185,8 @@ class Npz:
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[tuple[IO[bytes], untrusted.Header]]:
         if name not in self:
-            raise self._refusal(f"it holds no {name}")
+            held = ", ".join(map(untrusted.printable, self.names()[:8])) or "no array"
+            raise ValueError(f"{self.path} holds no {name}, but {held}: save what is wanted under that name")
         try:
             with self._archive.open(f"{name}.npy") as member:
                 header = untrusted.read_header(member)

@@ -358,8 +358,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     [
         (b"\n<!DOCTYPE html>", "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1", "the pointer that Git LFS leaves"),
-        (b"", "it is nothing"),
-        (b"torn", "torch.save did not write it; copy or download it again"),
+        (b"", "it is an empty file"),
+        (b"torn", "it is of another kind, and no file of weights"),
+        (b"PK\x03\x04 torn", "it is damaged or cut short, copy or download it again"),
     ],
 )
 def test_files_that_are_no_checkpoints_are_told_apart(tmp_path, content, what):

@@ -580,7 +580,7 @@ def test_damaged_npz(tmp_path: Path) -> None:
     sentence_of(read_base, base_flags(path))
     path.write_bytes(whole.replace(bytes(range(20, 30)), bytes(10)))  # its checksum tells
     sentence_of(read_base, base_flags(path))
-    assert "holds no arr_7" in sentence_of(lambda: list(read_npz(str(path), "arr_7", 1)))
+    assert "holds no arr_7, but arr_0" in sentence_of(lambda: list(read_npz(str(path), "arr_7", 1)))
     np.savez(path, np.float32(3))
     sentence_of(lambda: list(read_npz(str(path), "arr_0", 1)))
     np.savez(path, np.asfortranarray(np.ones((2, 3))))  # rows of it do not lie together

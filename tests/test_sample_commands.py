@@ -799,7 +799,15 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
     ("argv", "message"),
     [
         ([], "--model_path is missing: give a checkpoint or the folder of a run"),
-        (["--model_path", "nowhere.pt"], "'nowhere.pt' does not exist"),
+        (["--model_path", "nowhere.pt"], "--model_path 'nowhere.pt' does not exist"),
+        (["--model_path", "CONFIG"], "it is of another kind, and no file of weights; beside it lie ema_0.5_000100.pt"),
+        (["--model_path", "UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
+        (["--model_path", "BARE_UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
+        (
+            ["--model_path", "UNET", "--autoguide_path", "nowhere", "--autoguide_scale", "2"],
+            "--autoguide_path 'nowhere'",
+        ),
+        (["--model_path", "UNET", "--lora_path", "nowhere"], "--lora_path 'nowhere' does not exist: give a file lora"),
         (["--model_path", "RUNS"], "holds no ema_RATE_NNNNNN.pt"),
         (
             ["--model_path", "UNET", "--sampler", "ddpm", "--use_ddim", "True"],
@@ -905,6 +913,9 @@ def test_mistakes_in_sampling_get_one_sentence(
     checkpoint.save(str(tmp_path / "opt000100.pt"), {"state": {}, "param_groups": []})
     (tmp_path / "torn.pt").write_bytes(Path(weights).read_bytes()[:-100])
     places = {"RUNS": str(runs.root), "UNET": runs["unet"], "UNCONDITIONAL": runs["unconditional"]}
+    shutil.copy(os.path.join(runs["upsampler"], "ema_0.5_000100.pt"), tmp_path / "upsampler.pt")
+    places |= {"UPSAMPLER": runs["upsampler"], "BARE_UPSAMPLER": str(tmp_path / "upsampler.pt")}
+    places |= {"CONFIG": os.path.join(runs["unet"], "config.json")}
     places |= {"OPTIMIZER": str(tmp_path / "opt000100.pt"), "TORN": str(tmp_path / "torn.pt")}
     places |= {name: runs[name.lower()] for name in ("GUIDED", "WEAK")}
     places |= {name: str(tmp_path / f"{name.lower()}.png") for name in ("IMAGE", "MASK", "TALL")}
@@ -983,10 +994,26 @@ def test_mistakes_in_guiding_and_measuring_get_one_sentence(
     assert "ema_0.5_000100.pt is a classifier" in refused(classifier_sample.main, swapped, capsys)
     twice = ["--model_path", runs["unet"], "--classifier_path", runs["unet"], "--log_dir", str(tmp_path)]
     assert "ema_0.5_000100.pt is no classifier" in refused(classifier_sample.main, twice, capsys)
-    assert "data_dir" in refused(image_nll.main, argv, capsys)
+    assert "--data_dir is missing: give a folder or a zip" in refused(image_nll.main, argv, capsys)
+    shutil.copy(os.path.join(runs["unet"], "ema_0.5_000100.pt"), tmp_path / "unet.pt")
+    bare = ["--model_path", str(tmp_path / "unet.pt"), "--log_dir", str(tmp_path)]
+    assert "unet.pt is no upsampler: give" in refused(super_res_sample.main, bare, capsys)
     image_nll.main([*argv, "--data_dir", str(pictures), "--timestep_respacing", "2"])
     again = [*argv, "--data_dir", str(pictures), "--timestep_respacing", "4"]
     assert "holds the likelihoods of another request" in refused(image_nll.main, again, capsys)
+
+
+def test_a_bare_checkpoint_says_what_it_leaves_to_defaults(runs: Runs, tmp_path: Path) -> None:
+    weights = str(shutil.copy(os.path.join(runs["unconditional"], "ema_0.5_000100.pt"), tmp_path / "unet.pt"))
+    known = ["--image_size", "8", "--noise_schedule", "cosine", "--diffusion_steps", "40"]
+    image_sample.main(["--model_path", weights, *known, *SAMPLING, "--log_dir", str(tmp_path / "run")])
+    said = (tmp_path / "run" / "log.txt").read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith(f"no config.json beside {weights}: by default ")]
+    assert "num_heads 4, num_heads_upsample -1" in line
+    assert "predict_xstart False" in line
+    assert not any(f"{flag} " in line for flag in ("num_channels", "learn_sigma", *(word[2:] for word in known[::2])))
+    image_sample.main(["--model_path", runs["unconditional"], *SAMPLING, "--log_dir", str(tmp_path / "other")])
+    assert "by default" not in (tmp_path / "other" / "log.txt").read_text()
 
 
 def test_a_wrong_flag_is_refused_before_torch_is_imported() -> None:

@@ -270,7 +270,10 @@ def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
         ({"class_cond": True, "num_classes": 1}, "classes"),
         ({"batch_size": 9}, "8 images are fewer than one global batch of 9"),
         ({"precision": "bf16", "use_fp16": True}, "precision bf16 contradicts use_fp16 True"),
-        ({"resume_checkpoint": "model000007.pt"}, "model000007.pt does not exist"),
+        ({"resume_checkpoint": "model000007.pt"}, "the checkpoint 'model000007.pt' does not exist: give"),
+        ({"resume_checkpoint": "CLASSIFIER"}, "classifier is a classifier: give the checkpoint of a diffusion model"),
+        ({"init_from": "nowhere"}, "--init_from 'nowhere' does not exist: give"),
+        ({"val_data_dir": "nowhere"}, "--val_data_dir: data_dir 'nowhere'"),
         ({"schedule_sampler": "unifrom"}, "did you mean uniform?"),
         ({"image_channels": 2, "sample_interval": 1}, "--sample_interval draws images of 1, 3 or 4 channels"),
         ({"dropout": 2}, "dropout 2.0 is no probability"),
@@ -285,6 +288,10 @@ def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
 )
 def test_mistakes_are_answered_with_one_sentence(tmp_path, pictures, capsys, flags, sentence):
     usual = {**TINY, "data_dir": pictures, "max_steps": 1, "log_dir": tmp_path / "run", "batch_size": 2}
+    other = tmp_path / "classifier"
+    checkpoint.save(str(other / "model000001.pt"), {})
+    checkpoint.save_json(str(other / "config.json"), {"flags": {"image_size": 8, "classifier_width": 32}})
+    flags = {name: other if value == "CLASSIFIER" else value for name, value in flags.items()}
     assert sentence in refused(capsys, image_train.main, **{**usual, **flags})
 
 

@@ -375,7 +375,7 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
     for content, message in (
         (b"\n<!DOCTYPE html><html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "the pointer that Git LFS leaves"),
-        (b"", "but nothing"),
+        (b"", "but an empty file"),
         (b"\x80\x02cos\nsystem\n(S'echo bad'\ntR.", "cannot be read as a checkpoint"),
         (b"PK\x03\x04 cut short", "cannot be read as a checkpoint"),
     ):

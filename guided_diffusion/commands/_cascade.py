@@ -46,6 +46,9 @@ class Stage:
 def parse(argv: Sequence[str] | None = None) -> tuple[cli.Flags, list[Stage]]:
     """The flags that all stages share, and the stages; a wrong word ends the process with code 2 and a sentence."""
     shared_words, dotted = _split(sys.argv[1:] if argv is None else argv)
+    for word in (word.partition("=")[0].removeprefix("--") for word in shared_words if word.startswith("--")):
+        if word not in cli.COMMANDS[NAME].words() and word in cli.COMMANDS["classifier_sample"].words():
+            _refuse(f"--{word} is a flag of the stages: write --{BASE}.{word}, --{UPSAMPLER}1.{word}")
     shared = cli.parse(NAME, shared_words)
     words = _words_of_file(shared.part(CascadeConfig).stages)
     for name, more in dotted.items():

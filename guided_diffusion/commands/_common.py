@@ -35,6 +35,7 @@ from ..script_util import build_classifier, build_diffusion, build_unet, build_u
 from ..steps import Sampler
 from . import _performance as performance
 
+FIRST = "input_blocks.0.0.weight"  # the first convolution
 LONG = 10000  # evaluations of the network, from which on a run that was given no --num_samples is remarked on
 SAMPLER_OPTIONS = ("eta", "order", "churn")
 NOT_IN_THE_RESULT = ("use_checkpoint", "use_fp16", "precision", "classifier_use_fp16", "classifier_precision")
@@ -112,6 +113,7 @@ def _restore(
     network: Any = build(config, flags.part(DiffusionConfig).learn_sigma)
     network.load_state_dict(weights)
     logger.log(f"{source}: {path}")
+    _warn_if_unknown(path, flags, section)
     _warn_if_young(path)
     precision, names = _precision(config), checkpoint.classes_beside(path)
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
@@ -130,6 +132,8 @@ def _adapted(flags: Flags, source: str, weights: dict[str, th.Tensor]) -> dict[s
         raise ValueError("--lora_scale has no effect without --lora_path: give both or none")
     if not path:
         return weights
+    if not checkpoint.exists(path):
+        raise ValueError(f"--lora_path {path!r} does not exist: give a file loraNNNNNN.pt, or the folder of its run")
     scale = flags.part(AdapterConfig).lora_scale
     weights, doubt = lora.applied(weights, lora.read(path), scale=scale)
     logger.log(f"lora_path: {path}, times {scale:g}")
@@ -149,9 +153,9 @@ def described(flags: Flags, source: str, section: type[Any], *, secondary: bool 
     """
     if not flags.values[source]:
         raise ValueError(f"--{source} is missing: give a checkpoint or the folder of a run")
-    path = checkpoint.resolve_model(flags.values[source])
+    path = checkpoint.resolve_model(flags.values[source], f"--{source}")
     saved = checkpoint.config_beside(path) or _shapes(path, flags)
-    _check_kind(saved, section, f"--{source} {path}")
+    check_kind(saved, section, f"--{source} {path}")
     if secondary:
         flags = _without(flags, saved, section)
     return path, flags.over(saved, section, DiffusionConfig)
@@ -172,12 +176,12 @@ def _precision(config: Any) -> str:
     return precision
 
 
-def _check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:
+def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:
     """Refuse a network of one kind where one of another belongs, as far as what is saved with it tells them apart."""
     kinds = {"classifier": "classifier_width" in saved, "upsampler": "large_size" in saved}
     wanted = {ClassifierConfig: "classifier", SuperResConfig: "upsampler"}.get(section, "diffusion model")
     found = next((kind for kind, it_is in kinds.items() if it_is), "diffusion model")
-    told = saved and (found in kinds or wanted == "classifier" or "image_size" in saved)
+    told = saved and (found in kinds or wanted == "classifier" or {"image_size", "learn_sigma"} & set(saved))
     if told and found != wanted:
         answer = f"a {found}" if found == "classifier" else "an upsampler" if found in kinds else f"no {wanted}"
         article = "an" if wanted == "upsampler" else "a"
@@ -189,7 +193,17 @@ def _shapes(path: str, flags: Flags) -> dict[str, Any]:
     state, _ = weight_files.weights_of(path)
     size = flags.values.get("large_size", flags.values.get("image_size"))
     found = architecture(state)  # an attention pool knows its size
+    if found and not flags.values.get("cond_type") and state[FIRST].shape[1] == 2 * found.get("image_channels", 0):
+        found["large_size"] = flags.values.get("large_size", 0)  # it is an upsampler
     return architecture(state, found.get("image_size", size)) | found
+
+
+def _warn_if_unknown(path: str, flags: Flags, section: type[Any]) -> None:
+    """Say what a checkpoint without a config.json leaves to defaults."""
+    specs = [spec for part in (section, DiffusionConfig) for spec in fields(part) if not spec.metadata["runtime"]]
+    usual = [f"{spec.name} {spec.default}" for spec in specs if spec.name not in {**flags.saved, **flags.given}]
+    if "noise_schedule" not in flags.saved:  # what weights show does not include the process
+        logger.warn(f"no config.json beside {path}: by default {', '.join(usual)}; give those that were others")
 
 
 def _warn_if_young(path: str) -> None:

@@ -26,6 +26,7 @@ from . import (
     _finetuning as finetuning,
     _performance as performance,
 )
+from ._common import check_kind
 
 Load = Callable[..., ImageStream]
 
@@ -117,7 +118,9 @@ def _over_resumed(flags: Flags) -> Flags:
     known = set(COMMANDS[flags.command].flags()) - set(OF_A_PROCESS)
     if any(name in flags.given for name in PRECISION_FLAGS):
         known -= set(PRECISION_FLAGS)
-    saved = {name: value for name, value in checkpoint.config_beside(path).items() if name in known}
+    config = checkpoint.config_beside(path)
+    check_kind(config, finetuning.KINDS[flags.command][1], f"--resume_checkpoint {path}")
+    saved = {name: value for name, value in config.items() if name in known}
     return Flags(flags.command, flags.given, saved)
 
 
@@ -242,7 +245,10 @@ def _validation(path: str, train: ImageStream, load: Load, options: dict[str, An
     """The validation images, with the ids that the classes have in training."""
     options = {**options, "log": lambda line: None if line.startswith(" ") else logger.log(f"validation: {line}")}
     labels = {"class_from": train.class_from, "classes": train.classes} if train.classes else {}
-    return load(data_dir=path, random_crop=False, random_flip=False, **labels, **options)
+    try:
+        return load(data_dir=path, random_crop=False, random_flip=False, **labels, **options)
+    except ValueError as error:
+        raise ValueError(f"--val_data_dir: {error}") from error
 
 
 def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, th.Tensor]]:

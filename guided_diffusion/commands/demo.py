@@ -47,9 +47,12 @@ def show(config: DemoConfig) -> None:
     import blobfile as bf
 
     if not bf.exists(config.data_dir):
+        bundled = (
+            "the pictures come with a checkout of the repository, not with the package: run this in a checkout, or "
+        )
+        where = bundled if config.data_dir == DemoConfig().data_dir else ""
         raise ValueError(
-            f"--data_dir {config.data_dir} does not exist: the pictures come with a checkout of the repository and not "
-            "with the installed package; run this in a checkout, or give a folder or zip of images in up to 9 classes"
+            f"--data_dir {config.data_dir} does not exist: {where}give a folder or zip of images in up to 9 classes"
         )
     began = time.time()
     print(f"Everything goes to {os.path.abspath(config.log_dir)}; a second run goes on where the first one ended.")

@@ -25,6 +25,8 @@ def measure(flags: cli.Flags) -> None:
     from . import _common as common
 
     refuse_idle(flags)
+    if not flags.part(LikelihoodConfig).data_dir:
+        raise ValueError("--data_dir is missing: give a folder or a zip of images")
     common.start(flags)
     model = common.restore_unet(flags)
     carry_out(survey_of(model))

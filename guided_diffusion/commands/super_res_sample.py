@@ -121,6 +121,8 @@ def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: b
         label=_by_files(flags, classes or []) if labelled else None,
     )
     base = read(flags.part(UpsampleConfig).base_samples, wanted)
+    if "num_samples" in flags.given and len(base) < options.num_samples:
+        logger.warn(f"{len(base)} images are there, not {options.num_samples}: each is enlarged once")
     if base.left_out and not wanted.all:
         logger.warn(f"the first {len(base)} images are enlarged and {base.left_out} more are not: give --num_samples")
     return base
