@@ -69,15 +69,15 @@ def resample(layer: Any, x: th.Tensor) -> th.Tensor:
     """Half or twice the resolution."""
     if isinstance(layer, Upsample):
         x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return x if layer.conv is None else conv(layer.conv, x)
+        return conv(layer.conv, x) if layer.use_conv else x
     return conv(layer.op, x) if hasattr(layer.op, "weight") else F.avg_pool2d(x, 2, 2)
 
 
 def residual(block: ResBlock, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
     """A residual block."""
     h = silu(group_norm(block.in_layers[0], x))
-    if block.resample is not None:
-        h, x = resample(block.resample, h), resample(block.resample, x)
+    if block.updown:
+        h, x = resample(block.h_upd, h), resample(block.x_upd, x)
     h = conv(block.in_layers[2], h)
     affine = block.emb_layers[1]
     film = F.linear(silu(emb), affine.weight, affine.bias).type(h.dtype)[..., None, None]

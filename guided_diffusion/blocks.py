@@ -13,8 +13,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .nn import (
-    SiLU,
-    TokenConv,
     avg_pool_nd,
     checkpoint,
     conv_nd,
@@ -23,7 +21,7 @@ from .nn import (
     normalization,
     zero_module,
 )
-from .ops import attention, norm_silu
+from .ops import attention, over_tokens, skippable, through, untouched
 
 
 def strides(dims: int, stride: int) -> tuple[int, ...]:
@@ -62,13 +60,15 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
         super().__init__()
-        self.strides = strides(dims, 2)
-        self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1) if use_conv else None
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
+        if use_conv:
+            self.conv: nn.Module = conv_nd(dims, channels, self.out_channels, 3, padding=1)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        size = [side * stride for side, stride in zip(x.shape[2:], self.strides, strict=True)]
+        size = [side * stride for side, stride in zip(x.shape[2:], strides(self.dims, 2), strict=True)]
         x = F.interpolate(x, size, mode="nearest")
-        return x if self.conv is None else self.conv(x)
+        return self.conv(x) if self.use_conv else x
 
 
 class Downsample(nn.Module):
@@ -83,9 +83,11 @@ class Downsample(nn.Module):
             raise ValueError(
                 f"out_channels {out_channels} needs use_conv=True: averaging keeps the {channels} channels."
             )
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         stride = strides(dims, 2)
         self.op: nn.Module = (
-            conv_nd(dims, channels, out_channels or channels, 3, stride=stride, padding=1)
+            conv_nd(dims, channels, self.out_channels, 3, stride=stride, padding=1)
             if use_conv
             else avg_pool_nd(dims, kernel_size=stride, stride=stride)
         )
@@ -118,14 +120,19 @@ class ResBlock(TimestepBlock):
         down: bool = False,
     ) -> None:
         super().__init__()
-        self.use_checkpoint = use_checkpoint
-        self.use_scale_shift_norm = use_scale_shift_norm
-        width = out_channels or channels
-        self.in_layers = nn.Sequential(normalization(channels), SiLU(), conv_nd(dims, channels, width, 3, padding=1))
-        self.resample = Upsample(channels, False, dims) if up else Downsample(channels, False, dims) if down else None
-        self.emb_layers = nn.Sequential(SiLU(), linear(emb_channels, 2 * width if use_scale_shift_norm else width))
+        self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels or channels
+        self.dropout, self.use_conv, self.use_checkpoint = dropout, use_conv, use_checkpoint
+        self.use_scale_shift_norm, self.updown = use_scale_shift_norm, up or down
+        width = self.out_channels
+        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), conv_nd(dims, channels, width, 3, padding=1))
+        self.h_upd: nn.Module
+        self.x_upd: nn.Module
+        self.h_upd = self.x_upd = nn.Identity()
+        if self.updown:
+            self.h_upd, self.x_upd = ((Upsample if up else Downsample)(channels, False, dims) for _ in range(2))
+        self.emb_layers = nn.Sequential(nn.SiLU(), linear(emb_channels, 2 * width if use_scale_shift_norm else width))
         last = zero_module(conv_nd(dims, width, width, 3, padding=1))
-        self.out_layers = nn.Sequential(normalization(width), SiLU(), nn.Dropout(dropout), last)
+        self.out_layers = nn.Sequential(normalization(width), nn.SiLU(), nn.Dropout(dropout), last)
         self.skip_connection: nn.Module = nn.Identity()
         if width != channels:
             kernel = 3 if use_conv else 1
@@ -133,31 +140,27 @@ class ResBlock(TimestepBlock):
 
     def forward(self, x: th.Tensor, emb: th.Tensor, context: th.Tensor | None = None) -> th.Tensor:
         """Transform [N, C, ...]; the context is for other blocks."""
-        out: th.Tensor = checkpoint(self._forward, (x, emb), (), self.use_checkpoint)
+        out: th.Tensor = checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
         return out
 
     def _forward(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        layers: Any = self.in_layers
-        norm, _, conv = layers
-        h = norm_silu(x, norm)
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = self._condition(conv(h), emb)
+        if self.updown:  # between the layers, which are then never called as a whole
+            *first, conv = self.in_layers
+            h, x = self.h_upd(through(first, x)), self.x_upd(x)
+            h = conv(h)
+        else:
+            h = through(self.in_layers, x)
+        h = self._condition(h, emb)
         out: th.Tensor = self.skip_connection(x) + h
         return out
 
     def _condition(self, h: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        layers: Any = self.out_layers
-        norm, _, dropout, conv = layers
         film = self.emb_layers(emb).to(h.dtype)
         film = film.view(*film.shape, *[1] * (h.ndim - 2))
-        if self.use_scale_shift_norm:
-            scale, shift = film.chunk(2, dim=1)
-            h = norm_silu(h, norm, (1 + scale, shift))
-        else:
-            h = norm_silu(h + film, norm)
-        out: th.Tensor = conv(dropout(h))
-        return out
+        if not self.use_scale_shift_norm:
+            return through(self.out_layers, h + film)
+        scale, shift = film.chunk(2, dim=1)
+        return through([*self.out_layers], h, (1 + scale, shift))
 
 
 def count_flops_attn(model: Any, _x: Any, y: Any) -> None:
@@ -169,8 +172,8 @@ def count_flops_attn(model: Any, _x: Any, y: Any) -> None:
     model.total_ops += 2 * n * channels * th.Size(spatial).numel() ** 2
 
 
-class QKVAttention(nn.Module):
-    """Scaled dot-product attention; the channels of its input are q of all heads, then k, then v.
+class _QKVAttention(nn.Module):
+    """Scaled dot-product attention.
 
     :param spatial: shape of the feature map in training, the window for use_neighborhood_attention.
     :param use_neighborhood_attention: in larger feature maps each position attends to a window of that shape.
@@ -206,20 +209,34 @@ class QKVAttention(nn.Module):
         if qkv.shape[1] % (3 * self.n_heads):
             raise ValueError(f"qkv must have 3 * n_heads * D channels, got {qkv.shape[1]} for n_heads {self.n_heads}.")
         q, k, v = self._heads(qkv.transpose(1, 2).contiguous()).unbind()
-        mask = self.get_neighborhood_mask(spatial, qkv.device)
-        out = attention(q, k, v) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = attention(q, k, v, self.get_neighborhood_mask(spatial, qkv.device))
         return out.transpose(1, 2).flatten(2).transpose(1, 2)
 
+    @abstractmethod
     def _heads(self, tokens: th.Tensor) -> th.Tensor:
         """[N, T, 3 * H * D] -> [3, N, H, T, D], a view with D contiguous, which the fused kernels insist on."""
+
+
+@skippable
+class QKVAttention(_QKVAttention):
+    """Attention whose input has the channels of q for all heads, then those of k, then those of v."""
+
+    def _heads(self, tokens: th.Tensor) -> th.Tensor:
         return tokens.view(*tokens.shape[:2], 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
 
 
-class QKVAttentionLegacy(QKVAttention):
+@skippable
+class QKVAttentionLegacy(_QKVAttention):
     """The same attention for the older order of channels: q, k, v of the first head, then of the next."""
 
     def _heads(self, tokens: th.Tensor) -> th.Tensor:
         return tokens.view(*tokens.shape[:2], self.n_heads, 3, -1).permute(3, 0, 2, 1, 4)
+
+
+def _attend(attention: nn.Module, qkv: th.Tensor, *spatial: Sequence[int]) -> th.Tensor:
+    """The output of an attention module; one that is not ours gets contiguous memory, as the originals' do."""
+    out: th.Tensor = attention(qkv if untouched(attention) else qkv.contiguous(), *spatial)
+    return out
 
 
 def _share(channels: int, divisor: int, name: str) -> int:
@@ -252,23 +269,24 @@ class AttentionBlock(nn.Module):
         super().__init__()
         if num_head_channels == -1:
             num_head_channels = _share(channels, num_heads, "num_heads")
-        self.num_heads = _share(channels, num_head_channels, "num_head_channels")
-        self.use_checkpoint = use_checkpoint
+        self.channels, self.num_heads = channels, _share(channels, num_head_channels, "num_head_channels")
+        self.use_checkpoint, self.use_neighborhood_attention = use_checkpoint, use_neighborhood_attention
         self.norm = normalization(channels)
-        self.qkv = TokenConv(channels, 3 * channels)
+        self.qkv = conv_nd(1, channels, 3 * channels, 1)
         attention = QKVAttention if use_new_attention_order else QKVAttentionLegacy
         self.attention = attention(self.num_heads, spatial, use_neighborhood_attention)
-        self.proj_out = zero_module(TokenConv(channels, channels))
+        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
 
     def forward(self, x: th.Tensor, context: th.Tensor | None = None) -> th.Tensor:
         """Attend within [N, C, ...]; the context is for other blocks."""
-        out: th.Tensor = checkpoint(self._forward, (x,), (), self.use_checkpoint)
+        out: th.Tensor = checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
         return out
 
     def _forward(self, x: th.Tensor) -> th.Tensor:
-        qkv = self.qkv(self.norm(x).flatten(2))
-        h: th.Tensor = self.proj_out(self.attention(qkv, x.shape[2:]))
-        return x + h.view(x.shape)
+        h = self.norm(x).flatten(2) if untouched(self.norm) else self.norm(x.flatten(2))
+        spatial = (x.shape[2:],) if self.use_neighborhood_attention else ()
+        h = over_tokens(self.proj_out, _attend(self.attention, over_tokens(self.qkv, h), *spatial))
+        return x + h.reshape(x.shape)
 
 
 class AttentionPool2d(nn.Module):
@@ -286,8 +304,8 @@ class AttentionPool2d(nn.Module):
         self.spatial = (spacial_dim,) * 2 if isinstance(spacial_dim, int) else tuple(spacial_dim)
         length = th.Size(self.spatial).numel() + 1
         self.positional_embedding = nn.Parameter(th.randn(embed_dim, length) / embed_dim**0.5)
-        self.qkv_proj = TokenConv(embed_dim, 3 * embed_dim)
-        self.c_proj = TokenConv(embed_dim, output_dim or embed_dim)
+        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
+        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
         self.attention = QKVAttention(self.num_heads)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
@@ -298,5 +316,5 @@ class AttentionPool2d(nn.Module):
             )
         tokens = x.flatten(2)
         tokens = th.cat([tokens.mean(2, keepdim=True), tokens], dim=2) + self.positional_embedding.to(x.dtype)
-        pooled: th.Tensor = self.c_proj(self.attention(self.qkv_proj(tokens))[:, :, :1])
-        return pooled.squeeze(2)
+        attended = _attend(self.attention, over_tokens(self.qkv_proj, tokens))
+        return over_tokens(self.c_proj, attended)[:, :, 0]

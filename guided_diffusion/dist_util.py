@@ -30,6 +30,7 @@ JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks to have started
 COLLECTIVE_TIMEOUT = 10.0  # minutes for the slowest rank to reach a collective: rank 0 may be merging files
 PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor alone is larger
 DEVICE_TYPES = ("cpu", "cuda", "mps")
+GPUS_PER_NODE, SETUP_RETRY_COUNT = 8, 3  # names of the originals; the launcher says how many there are
 OWN_PACKAGES = ("guided_diffusion", "evaluations")
 
 _joining = threading.Lock()  # commands may run in threads of one process

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +46,8 @@ def _noise(batch: th.Tensor, count: int, seed: int, index: int, device: th.devic
 def draw_for_training(batch: th.Tensor, sampler: ScheduleSampler, seed: int, index: int, device: th.device) -> Draw:
     """This rank's part of step `index`; every rank has as many images in its batch."""
     count, seed = len(batch) * dist_util.world_size(), seed + TRAINING
-    t, weights = sampler.sample(count, device, rng=np.random.default_rng([seed, index]))
+    keyed = {"rng": np.random.default_rng([seed, index])}
+    t, weights = sampler.sample(count, device, **(keyed if "rng" in signature(sampler.sample).parameters else {}))
     return Draw(t, weights, _noise(batch, count, seed, index, device)).cut(_own(len(batch)))
 
 

@@ -11,33 +11,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np  # noqa: F401
 import torch as th
 import torch.nn as nn
 
 from . import logger
 from .config import resolve_precision
 from .gradients import AveragedGradients, Gradients, laid_out_as
+from .nn import convert_module_to_f16 as convert_module_to_f16, convert_module_to_f32 as convert_module_to_f32
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 
 NamedParams = list[tuple[str, th.Tensor]]
 Groups = Sequence[tuple[NamedParams, Any]]  # (named parameters, shape of their flat master)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 # ---- single modules and parameters
-
-
-def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741
-    """Turn a convolution's weight and bias into fp16; every other module stays as it is."""
-    if isinstance(l, _CONVOLUTIONS):
-        l.half()
-
-
-def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741
-    """Turn a convolution's weight and bias back into fp32."""
-    if isinstance(l, _CONVOLUTIONS):
-        l.float()
 
 
 def param_grad_or_zeros(param: th.Tensor) -> th.Tensor:
@@ -224,6 +213,8 @@ class MixedPrecisionTrainer:
         self.grad_clip = grad_clip
         self.all_reduce = all_reduce
         self.fault, self.only_scaled = "", False
+        self._limit = grad_clip
+        self._loss: th.Tensor | None = None  # of the backward passes whose gradients the masters have
         self._floor_said = False
         self.model_params = list(model.parameters())
         self.master_params = self._make_masters()
@@ -249,6 +240,13 @@ class MixedPrecisionTrainer:
         convert(self.model, self.precision)
         pairs = zip(self.model_params, copies, strict=True)
         return [param if param.dtype == th.float32 else _master(param, copy) for param, copy in pairs]
+
+    @property
+    def param_groups_and_shapes(self) -> list[tuple[NamedParams, Any]] | None:
+        """The layout of `master_params` for the functions above, a group each; None where they are no copies."""
+        if self.precision == "fp32":
+            return None
+        return [([(name, param)], param.shape) for name, param in self.model.named_parameters()]
 
     def trained(self, values: Sequence[th.Tensor] | None = None) -> list[th.Tensor]:
         """Of one value per parameter, by default its master, those of the parameters that are trained."""
@@ -286,10 +284,23 @@ class MixedPrecisionTrainer:
         :param grad_clip: for this step, instead of the constructor's.
         :return: False if something was not finite: then nothing changed but the loss scale.
         """
-        if self.use_fp16:
-            logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
-        grads, loss = self._gradients()
-        mean, grad_norm, param_norm = self._measures(grads, loss).tolist()  # the step's one wait for the device
+        (_, self._loss), self.fault = self._gradients(), ""
+        self._limit = self.grad_clip if grad_clip is None else grad_clip
+        taken = bool((self._optimize_fp16 if self.use_fp16 else self._optimize_normal)(opt))
+        self._loss = None
+        if taken:
+            self._step_taken()
+        return taken
+
+    def _optimize_fp16(self, opt: th.optim.Optimizer) -> bool:
+        """As `_optimize_normal`, with the loss scale in the log; the gradients are no longer scaled."""
+        logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
+        return MixedPrecisionTrainer._optimize_normal(self, opt)
+
+    def _optimize_normal(self, opt: th.optim.Optimizer) -> bool:
+        """Step on the masters, whose gradients are those of all ranks, if everything is finite."""
+        loss = self._gradients()[1] if self._loss is None else self._loss
+        mean, grad_norm, param_norm = self._measures(loss).tolist()  # the step's one wait for the device
         # A norm overflows long before what it is the norm of does: weights and averages never take such a value.
         found = {"weight norm": param_norm, "loss": mean, "gradient": grad_norm}
         self.fault = next((name for name, value in found.items() if check_overflow(value)), "")
@@ -297,16 +308,22 @@ class MixedPrecisionTrainer:
             return self._skip()
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv_mean("param_norm", param_norm)
-        limit = self.grad_clip if grad_clip is None else grad_clip
-        if 0 < limit < grad_norm:
-            th._foreach_mul_(grads, limit / grad_norm)
+        if 0 < self._limit < grad_norm:
+            th._foreach_mul_(self._grads(), self._limit / grad_norm)
         opt.step()
-        self._step_taken()
         return True
 
-    def _measures(self, grads: list[th.Tensor], loss: th.Tensor) -> th.Tensor:
+    def _grads(self) -> list[th.Tensor]:
+        return [master.grad for _, master in self._trained if master.grad is not None]
+
+    @th.no_grad()
+    def _compute_norms(self, grad_scale: float = 1.0) -> tuple[th.Tensor, th.Tensor]:
+        """The norms [] of the gradients that the masters have, divided by grad_scale, and of the masters."""
+        return _norm(self._grads()) / grad_scale, _norm([master for _, master in self._trained])
+
+    def _measures(self, loss: th.Tensor) -> th.Tensor:
         """[3]: the loss, and the norms of gradients and weights."""
-        return th.stack((loss, _norm(grads), _norm([master for _, master in self._trained])))
+        return th.stack([loss, *(th.as_tensor(norm).to(loss) for norm in self._compute_norms())])
 
     def _skip(self) -> bool:
         message = f"step skipped: its {self.fault} is not finite"
@@ -375,7 +392,9 @@ class MixedPrecisionTrainer:
 
 
 def _norm(tensors: list[th.Tensor]) -> th.Tensor:
-    """The Euclidean norm of all tensors taken as one vector."""
+    """The Euclidean norm of all tensors taken as one vector, 0 of none."""
+    if not tensors:
+        return th.zeros(())
     norms = th._foreach_norm([tensor.detach() for tensor in tensors])
     total: th.Tensor = th.linalg.vector_norm(th.stack([norm.float() for norm in norms]))
     return total

@@ -20,14 +20,23 @@ ALIGNED = 4  # values: a gradient begins at a multiple of them, for kernels that
 Pairs = Sequence[tuple[th.Tensor, th.Tensor]]
 
 
+def _alike(one: th.Tensor, other: th.Tensor) -> bool:
+    """Whether two tensors of one shape have the same strides, along axes where these matter."""
+    return all(size == 1 or a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True))
+
+
+def is_dense(value: th.Tensor) -> bool:
+    """Whether a tensor has its numbers in memory once each and without gaps, in whatever order."""
+    return _alike(value, th.empty_like(value, device="meta"))
+
+
 def laid_out_as(value: th.Tensor, like: th.Tensor) -> th.Tensor:
     """A tensor in the order of memory of another one of its shape; the tensor itself where it has it.
 
     Kernels over many tensors at once take their fast way where weights, gradients and moments lie alike in memory;
     torch's fused AdamW on a CPU is right only there.
     """
-    alike = (size == 1 or a == b for size, a, b in zip(like.shape, value.stride(), like.stride(), strict=True))
-    return value if all(alike) else th.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+    return value if _alike(value, like) else th.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _hook(gradients: Gradients, index: int) -> Callable[[th.Tensor], None]:

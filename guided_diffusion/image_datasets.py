@@ -5,36 +5,29 @@ Shapes: N batch, C channels, H W space. A size is 64, "64x128" or (64, 128): hei
 
 from __future__ import annotations
 
+import math as math
 import os
+import random as random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import blobfile as bf  # noqa: F401
+import numpy as np  # noqa: F401
 import torch as th
-from torch.utils.data import DataLoader
+from PIL import Image as Image
+from torch.utils.data import DataLoader, Dataset as Dataset
 
 from . import dist_util, logger
 from .conditioning import Pairing
 from .config import Size, parse_size, size_flag
-from .crops import center_crop_arr, random_crop_arr
+from .crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
 from .image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images
-from .image_items import BatchDataset, ImageDataset, Loaded, batches
-from .image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
+from .image_items import BatchDataset, ImageDataset as ImageDataset, Loaded, batches
+from .image_labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
 from .image_order import Schedule
 from .pictures import to_unit
 from .untrusted import printable, quoted
 from .upsampling import SmallVersions
-
-__all__ = [
-    "Batch",
-    "ImageDataset",
-    "ImageStream",
-    "center_crop_arr",
-    "load_classes",
-    "load_data",
-    "load_superres_data",
-    "random_crop_arr",
-    "save_classes",
-]
 
 Batch = tuple[th.Tensor, dict[str, th.Tensor]]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np  # noqa: F401
 import torch as th
 
 Value = th.Tensor | float

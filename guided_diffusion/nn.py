@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -33,7 +34,7 @@ class GroupNorm32(nn.GroupNorm):
     def forward(self, x: th.Tensor) -> th.Tensor:
         # The CPU's kernel sums bfloat16 in float32 by itself, three times as fast as the way round by a float32 copy;
         # other devices want weights of the input's dtype.
-        if x.dtype == th.bfloat16 and x.device.type == "cpu":
+        if x.dtype == th.bfloat16 and x.device.type == "cpu" and not transformed():
             return super().forward(x)
         return super().forward(x.to(th.promote_types(x.dtype, th.float32))).to(x.dtype)
 
@@ -74,18 +75,28 @@ def linear(*args: Any, **kwargs: Any) -> nn.Linear:
     return nn.Linear(*args, **kwargs)
 
 
-class TokenConv(nn.Conv1d):
-    """A convolution of kernel 1 over tokens [N, C, T], with Conv1d's parameters, computed with channels innermost.
+def dtype_of(module: nn.Module) -> th.dtype:
+    """The dtype of a module's first weights in floating point; float32 where it has none."""
+    for part in module.modules():
+        copies: dict[str, th.Tensor] = getattr(
+            part, "_former_parameters", {}
+        )  # where a replica of DataParallel has them
+        for weights in (*part.parameters(recurse=False), *copies.values()):
+            if weights.is_floating_point():
+                return weights.dtype
+    return th.float32
 
-    The output is a view of [N, T, C] memory: attention reads its heads from it without a copy, and a channels-last
-    input is never rearranged.
-    """
 
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__(channels, out_channels, 1)
+def convert_module_to_f16(l: nn.Module) -> None:  # noqa: E741
+    """Turn a convolution's weight and bias into fp16; every other module stays as it is."""
+    if isinstance(l, tuple(_CONVOLUTIONS.values())):
+        l.half()
 
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return F.linear(x.transpose(1, 2).contiguous(), self.weight.squeeze(2), self.bias).transpose(1, 2)
+
+def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741
+    """Turn a convolution's weight and bias back into fp32."""
+    if isinstance(l, tuple(_CONVOLUTIONS.values())):
+        l.float()
 
 
 @th.no_grad()
@@ -159,12 +170,21 @@ def make_neighborhood_mask(
     return mask
 
 
+def transformed() -> bool:
+    """Whether torch.func or forward-mode derivatives are at work, outside of a compiler, which some kernels lack."""
+    if th.compiler.is_compiling():
+        return False
+    return bool(th._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
+
+
 def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Any], flag: bool) -> Any:
     """Call func(*inputs); with flag, its activations are computed again in the backward pass and not kept.
 
+    Under transforms of torch.func, which have no such thing, they are kept.
+
     :param params: accepted for compatibility: what func closes over needs no listing, frozen or not.
     """
-    if flag and th.is_grad_enabled():
+    if flag and th.is_grad_enabled() and not transformed():
         return recompute(func, *inputs, use_reentrant=False)
     return func(*inputs)
 

@@ -1,45 +1,134 @@
-"""What torch does slowly, or keeps too much for, in bfloat16 on a CPU; everything else goes the plain way.
+"""Convolutions over tokens, and what torch does slowly, or keeps too much for, in bfloat16 on a CPU.
+
+The plain way is taken for modules with hooks or another forward than their class had at first, and, by the arithmetic
+in bfloat16, under the transforms of torch.func, forward-mode derivatives, tracing and compilers.
 
 Shapes: N batch, C channels, G groups, [N, C, ...] feature maps; H heads of D channels each, T tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import _has_any_global_hook
+
+from .nn import GroupNorm32, transformed
 
 CHUNK = 2**20  # attention weights that are held at a time: what a core's cache takes
 
+Kind = TypeVar("Kind", bound=type[nn.Module])
 Pair = tuple[th.Tensor, th.Tensor]
 Film = Pair | None
 Gradients = tuple[th.Tensor | None, ...]
 
 
+# ---- when the plain way is taken
+
+_CALL = nn.Module.__call__
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
+
+
+def skippable(kind: Kind) -> Kind:
+    """Let `untouched` know a class of modules by its present forward; returns the class."""
+    _FORWARDS[kind] = kind.forward
+    return kind
+
+
+for _kind in (GroupNorm32, nn.Conv1d, nn.SiLU, nn.Sequential):
+    skippable(_kind)
+
+
+def untouched(*modules: nn.Module) -> bool:
+    """Whether calling these modules does nothing but the forwards of `skippable` classes.
+
+    Hooks, and forwards replaced in an instance, a class or a subclass, make it False.
+    """
+    return not _has_any_global_hook() and nn.Module.__call__ is _CALL and all(_is_plain(m) for m in modules)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    kind = type(module)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return _FORWARDS.get(kind) is kind.forward and "forward" not in module.__dict__ and not any(hooks)
+
+
 def takes(x: th.Tensor) -> bool:
-    """Whether what is written here serves x: a compiler makes its own of the plain steps."""
-    return x.dtype == th.bfloat16 and x.device.type == "cpu" and not th.compiler.is_compiling()
+    """Whether the arithmetic in bfloat16 serves x."""
+    here = x.dtype == th.bfloat16 and x.device.type == "cpu"
+    return here and not (th.compiler.is_compiling() or th.jit.is_tracing() or transformed())
+
+
+def _with_graph(function: Callable[..., th.Tensor], inputs: Sequence[Any], grad: th.Tensor) -> Gradients:
+    """Gradients of function(*inputs) that can be differentiated again; None for what needs none."""
+    inputs = [value.view_as(value) if isinstance(value, th.Tensor) else value for value in inputs]
+    needed = [isinstance(value, th.Tensor) and value.requires_grad for value in inputs]
+    wanted = [value for value, needs in zip(inputs, needed, strict=True) if needs]
+    found = iter(th.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(found) if needs else None for needs in needed)
+
+
+# ---- layers
+
+
+def over_tokens(conv: nn.Module, x: th.Tensor) -> th.Tensor:
+    """What a Conv1d makes of tokens [N, C, T], if of kernel 1 then with channels innermost.
+
+    The output is then a view of [N, T, C] memory: attention reads its heads from it without a copy, and a channels-last
+    input is never rearranged.
+    """
+    if isinstance(conv, nn.Conv1d) and untouched(conv) and _is_pointwise(conv):
+        return F.linear(x.transpose(1, 2).contiguous(), conv.weight.squeeze(2), conv.bias).transpose(1, 2)
+    out: th.Tensor = conv(x)
+    return out
+
+
+def _is_pointwise(conv: nn.Conv1d) -> bool:
+    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1,), (1,), (0,), 1)
+
+
+def through(layers: Any, x: th.Tensor, film: Film = None) -> th.Tensor:
+    """What a normalization and the layers after it make of [N, C, ...]; film comes between.
+
+    Where `takes` x, and a SiLU comes next, one feature map is kept for the gradient, which computes the others again,
+    instead of three.
+
+    :param layers: a module, which is called as a whole unless it is an untouched nn.Sequential, or a list of modules.
+    :param film: (scale, shift), both [N, C, 1, ...] in the dtype of x: h -> h * scale + shift.
+    """
+    if isinstance(layers, nn.Module) and not untouched(layers):
+        whole: th.Tensor = layers(x)
+        return whole
+    norm, *rest = layers
+    if (
+        takes(x)
+        and rest
+        and isinstance(norm, GroupNorm32)
+        and isinstance(rest[0], nn.SiLU)
+        and untouched(norm, rest[0])
+    ):
+        shape = *(film or (None, None)), norm.num_groups, norm.eps
+        h: th.Tensor = _NormSiLU.apply(x, norm.weight, norm.bias, *shape)  # type: ignore[no-untyped-call]
+        rest = rest[1:]
+    else:
+        h = norm(x)
+        h = h if film is None else th.addcmul(film[1], h, film[0])
+    for layer in rest:
+        h = layer(h)
+    return h
 
 
 # ---- group normalization, scale and shift, SiLU
 
 
-def norm_silu(x: th.Tensor, norm: nn.GroupNorm, film: Film = None) -> th.Tensor:
-    """silu(norm(x) * scale + shift), [N, C, ...] -> [N, C, ...].
-
-    Where `takes` x, one feature map is kept for the gradient, which computes the others again, instead of three.
-
-    :param film: (scale, shift), both [N, C, 1, ...] in the dtype of x; None leaves them out.
-    """
-    if takes(x):
-        shape = *(film or (None, None)), norm.num_groups, norm.eps
-        out: th.Tensor = _NormSiLU.apply(x, norm.weight, norm.bias, *shape)  # type: ignore[no-untyped-call]
-        return out
-    h = norm(x)
-    return F.silu(h if film is None else th.addcmul(film[1], h, film[0]))
+def _norm_silu(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, *rest: Any) -> th.Tensor:
+    scale, shift, groups, eps = rest
+    h = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(h if scale is None else th.addcmul(shift, h, scale))
 
 
 def _dense(x: th.Tensor) -> th.Tensor:
@@ -60,9 +149,10 @@ class _NormSiLU(th.autograd.Function):
         return F.silu(h, inplace=True)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: th.Tensor) -> Gradients:
         x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
+        if th.is_grad_enabled():  # create_graph
+            return _with_graph(_norm_silu, (x, weight, bias, scale, shift, ctx.groups, ctx.eps), grad)
         g = th.ops.aten.silu_backward(grad, _modulated(x, (weight, bias), (scale, shift), ctx)[0])
         factor = 1 if scale is None else scale.flatten(1).float()
         gain = (weight * factor).expand(x.shape[:2])
@@ -127,12 +217,23 @@ def _over_space(row: th.Tensor, x: th.Tensor) -> th.Tensor:
 # ---- attention
 
 
-def attention(q: th.Tensor, k: th.Tensor, v: th.Tensor) -> th.Tensor:
-    """Scaled dot-product attention without a mask, [N, H, T, D] each."""
-    if takes(q) and th.is_grad_enabled():
+def attention(q: th.Tensor, k: th.Tensor, v: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+    """Scaled dot-product attention, [N, H, T, D] each, by a mask [T, T] of what sees what.
+
+    Gradients of gradients (create_graph) need torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the call, as no
+    fused kernel has them; under `transformed` it is taken here.
+    """
+    if transformed():
+        return _by_products(q, k, v, mask)
+    if mask is None and takes(q) and th.is_grad_enabled() and th.backends.cuda.flash_sdp_enabled():
         out: th.Tensor = _Attention.apply(q, k, v)  # type: ignore[no-untyped-call]
         return out
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _by_products(q: th.Tensor, k: th.Tensor, v: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class _Attention(th.autograd.Function):
@@ -144,12 +245,13 @@ class _Attention(th.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: th.Tensor) -> Gradients:
         """Dao et al. 2022, appendix B.4; what is subtracted from products is so within their float32 sums.
 
         There it is two further columns, high and low part, that meet ones; a scaled q is in two parts likewise.
         """
+        if th.is_grad_enabled():  # create_graph
+            return _with_graph(_by_products, ctx.saved_tensors[:3], grad)
         q, k, v, out, logsumexp = (value.flatten(0, 1) for value in ctx.saved_tensors)
         shape, scale, grad = grad.shape, grad.shape[-1] ** -0.5, grad.flatten(0, 1)
         inner = (grad.float() * out.float()).sum(-1, keepdim=True)

@@ -49,7 +49,7 @@ def _blocks(network: UNetBackbone) -> Iterator[tuple[int, ResBlock | AttentionBl
     for level, part in _parts(network):
         for module in part.modules():
             if isinstance(module, ResBlock | AttentionBlock):
-                doubles = isinstance(module, ResBlock) and isinstance(module.resample, Upsample)
+                doubles = isinstance(module, ResBlock) and isinstance(module.h_upd, Upsample)
                 yield level - doubles, module
 
 

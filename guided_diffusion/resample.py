@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch as th
+import torch.distributed as dist  # noqa: F401
 
 from . import dist_util
 from .config import nearest
@@ -69,9 +70,10 @@ class UniformSampler(ScheduleSampler):
 
     def __init__(self, diffusion: Any) -> None:
         self.diffusion = diffusion
+        self._weights = np.ones([diffusion.num_timesteps])
 
     def weights(self) -> Array:
-        return np.ones([self.diffusion.num_timesteps])
+        return self._weights
 
 
 class LossAwareSampler(ScheduleSampler):
@@ -97,13 +99,13 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def __init__(self, diffusion: Any, history_per_term: int = 10, uniform_prob: float = 0.001) -> None:
         self.diffusion, self.history_per_term, self.uniform_prob = diffusion, history_per_term, uniform_prob
-        self._losses = np.zeros([diffusion.num_timesteps, history_per_term])  # newest last
-        self._counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
+        self._loss_history = np.zeros([diffusion.num_timesteps, history_per_term])  # newest last
+        self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
 
     def weights(self) -> Array:
-        if (self._counts < self.history_per_term).any():
-            return np.ones(len(self._counts))
-        moments = np.sqrt((self._losses**2).mean(axis=1))
+        if not self._warmed_up():
+            return np.ones(len(self._loss_counts))
+        moments = np.sqrt((self._loss_history**2).mean(axis=1))
         weights: Array = moments / moments.sum() * (1 - self.uniform_prob) + self.uniform_prob / len(moments)
         return weights
 
@@ -111,20 +113,25 @@ class LossSecondMomentResampler(LossAwareSampler):
         for t, loss in zip(ts, losses, strict=True):
             if not math.isfinite(loss):
                 continue  # one of them would be the whole of the distribution
-            if self._counts[t] < self.history_per_term:
-                self._losses[t, self._counts[t]] = loss
-                self._counts[t] += 1
+            if self._loss_counts[t] < self.history_per_term:
+                self._loss_history[t, self._loss_counts[t]] = loss
+                self._loss_counts[t] += 1
             else:
-                self._losses[t] = np.append(self._losses[t, 1:], loss)
+                self._loss_history[t] = np.append(self._loss_history[t, 1:], loss)
+
+    def _warmed_up(self) -> bool:
+        return bool((self._loss_counts == self.history_per_term).all())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": th.from_numpy(self._losses.copy()), "counts": th.from_numpy(self._counts.copy())}
+        return {"losses": th.from_numpy(self._loss_history.copy()), "counts": th.from_numpy(self._loss_counts.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if tuple(state["losses"].shape) != self._losses.shape:
+        if tuple(state["losses"].shape) != self._loss_history.shape:
             got = tuple(state["losses"].shape)
-            raise ValueError(f"a history of shape {got} does not fit {self._losses.shape} (steps, losses per step)")
-        self._losses, self._counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
+            raise ValueError(
+                f"a history of shape {got} does not fit {self._loss_history.shape} (steps, losses per step)"
+            )
+        self._loss_history, self._loss_counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
 
 
 SCHEDULE_SAMPLERS: dict[str, Any] = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentResampler}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,9 @@ class RunState:
     data: Any
     lr: float | None
     global_batch: int
+    _lora: str = ""  # the file of adapters that is resumed from
+    _found: dict[str, Any] = field(default_factory=dict)  # in its state file
+    _said: list[str] = field(default_factory=list)  # about what was restored
 
     # ---- to files
 
@@ -144,49 +147,52 @@ class RunState:
 
     # ---- back
 
-    def restore(self, files: checkpoint.CheckpointSet) -> int:
-        """Take up everything of a set but the weights, say what was there and what not, and return the step."""
+    def open(self, files: checkpoint.CheckpointSet) -> int:
+        """Begin to take up a set; returns its step. `average`, `load_optimizer` and `close` follow."""
         if files.step is None:
             logger.warn(
                 f"the step of {files.model} is unknown, as its name has no number: counting from 0, and the optimizer "
                 "and the moving averages start anew"
             )
-        state = checkpoint.load(files.state) if files.state else {}
-        step = int(state.get("step", files.step or 0))
-        parts = [*self._restore_emas(files), *self._restore_optimizer(files.opt, state), *self._restore_rest(state)]
-        logger.log(f"resuming at step {step}: weights from {files.model}; {'; '.join(parts)}")
-        self._compare(state)
-        return step
+        self._found = checkpoint.load(files.state) if files.state else {}
+        self._lora, self._said = files.lora, [f"weights from {files.model or 'elsewhere'}"]
+        return int(self._found.get("step", files.step or 0))
 
-    def _restore_emas(self, files: checkpoint.CheckpointSet) -> Iterator[str]:
-        paths = {float(text): path for text, path in files.emas.items()}
-        model = self.trainer.model
-        adapters = lora.read(files.lora).weights if lora.adapters(model) else {}
-        now = self.trainer.master_params_to_state_dict(self.trainer.master_params) if adapters else {}
-        for index, rate in enumerate(self.ema_rate):
-            if rate not in paths:
-                yield f"EMA {rate} NOT restored, it starts from the weights"
-                continue
-            weights = checkpoint.load(paths[rate])
-            if adapters:
-                weights = lora.joined(model, weights, lora.base(model, now), adapters.get(str(rate), {}))
-            self.ema_params[index] = list(self.trainer.state_dict_to_master_params(weights))
-            yield f"EMA {rate} restored"
-
-    def _restore_optimizer(self, path: str, run: dict[str, Any]) -> Iterator[str]:
+    def average(self, rate: float, path: str | None) -> list[th.Tensor]:
+        """The moving average of a file of the set, one tensor per master; without a file the weights are its start."""
         if not path:
-            yield "optimizer NOT restored, it starts anew"
+            self._said.append(f"EMA {rate} NOT restored, it starts from the weights")
+            return [master.detach().clone() for master in self.trainer.master_params]
+        model, weights = self.trainer.model, checkpoint.load(path)
+        if lora.adapters(model):
+            now = self.trainer.master_params_to_state_dict(self.trainer.master_params)
+            parts = lora.read(self._lora).weights.get(str(rate), {})
+            weights = lora.joined(model, weights, lora.base(model, now), parts)
+        self._said.append(f"EMA {rate} restored")
+        return list(self.trainer.state_dict_to_master_params(weights))
+
+    def load_optimizer(self, path: str) -> None:
+        """Take up the optimizer's moments from a file of the set, '' for none."""
+        if not path:
+            self._said.append("optimizer NOT restored, it starts anew")
             return
         saved = checkpoint.load(path)
         # Rates and decay are this run's: only the moments are taken from the file.
         state = self.trainer.state_from_files(unflatten_optimizer_state(saved["state"], self.trainer.model))
         self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
         group = saved["param_groups"][0]
-        there = {"lr": run.get("lr", group["lr"]), "weight_decay": group.get("weight_decay", 0.0)}
+        there = {"lr": self._found.get("lr", group["lr"]), "weight_decay": group.get("weight_decay", 0.0)}
         self.lr = there["lr"] if self.lr is None else self.lr  # older runs kept no more than the last step's
         here = {"lr": self.lr, "weight_decay": self.opt.param_groups[0]["weight_decay"]}
         other = [f"{name} {here[name]:g} instead of its {there[name]:g}" for name in here if here[name] != there[name]]
-        yield "optimizer restored" + (f" with {' and '.join(other)}" if other else "")
+        self._said.append("optimizer restored" + (f" with {' and '.join(other)}" if other else ""))
+
+    def close(self, step: int) -> float | None:
+        """Take up everything else but the weights, say what was there and what not, and return the learning rate."""
+        parts = [*self._said, *self._restore_rest(self._found)]
+        logger.log(f"resuming at step {step}: {'; '.join(parts)}")
+        self._compare(self._found)
+        return self.lr
 
     def _restore_rest(self, state: dict[str, Any]) -> Iterator[str]:
         if state.get("precision"):

@@ -16,6 +16,33 @@ from .checkpoint import CheckpointSet
 from .image_datasets import ImageStream
 from .run_state import RunState
 
+# ---- the originals' functions, which research code replaces in train_util
+
+
+def parse_resume_step_from_filename(filename: str) -> int:
+    """The number of updates in a name such as model070000.pt or ema_0.9999_070000.pt; 0 where it has none."""
+    return checkpoint.step_of(filename) or 0
+
+
+def get_blob_logdir() -> str:
+    """Where checkpoints go: the folder of the logs. Replace it to keep them elsewhere, e.g. in a bucket."""
+    return logger.get_dir()
+
+
+def find_resume_checkpoint() -> str | None:
+    """A checkpoint to go on from where none was given: none. Replace it where runs are restarted by themselves."""
+    return None
+
+
+def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
+    """The moving average of a rate that lies beside a model of that step, or None."""
+    sets = checkpoint.sets_in(os.path.dirname(main_checkpoint) or ".") if main_checkpoint else {}
+    averages = sets[step].emas.items() if step in sets else ()
+    return next((path for text, path in averages if float(text) == float(rate)), None)
+
+
+# ---- resuming
+
 
 def choose(path: str, *, auto: bool = False) -> tuple[CheckpointSet | None, list[str]]:
     """The set to resume from, the same on all ranks: rank 0 chooses it, and reads its files for their checksums.
@@ -45,6 +72,9 @@ def skip_batches(data: Any, count: int) -> None:
     """Let a stream go on after so many global batches, if it is one that can."""
     if count and isinstance(data, ImageStream):
         data.load_state_dict({"batches": count})
+
+
+# ---- writing
 
 
 def write_set(folder: str, step: int, parts: Mapping[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -26,14 +27,12 @@ from .config import (
     check_keywords,
     defaults,
     parse_size,
-    str2bool,
+    str2bool as str2bool,
 )
 from .hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
 from .schedules import rescale_zero_terminal_snr
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
-
-__all__ = ["NUM_CLASSES", "str2bool"]
 
 T = TypeVar("T")
 NUM_CLASSES = 1000
@@ -389,5 +388,19 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
-    """The named values of a parsed command line."""
-    return {key: getattr(args, key) for key in keys}
+    """The named values of a parsed command line; flags that the originals do not have may be missing from it.
+
+    :raises AttributeError: for any other that is missing.
+    """
+    keys = list(keys)
+    missing = [key for key in keys if not hasattr(args, key)]
+    added = _added(keys) if missing else {}
+    return {key: added[key] if key in missing and key in added else getattr(args, key) for key in keys}
+
+
+def _added(keys: Sequence[str]) -> dict[str, Any]:
+    """Flags that upstream's function with most of these parameters does not have, and their defaults."""
+    functions = create_model_and_diffusion, sr_create_model_and_diffusion, create_classifier_and_diffusion
+    surfaces = [inspect.signature(function).parameters for function in functions]
+    closest = max(surfaces, key=lambda parameters: len(parameters.keys() & set(keys)))
+    return {name: parameter.default for name, parameter in closest.items() if parameter.default is not parameter.empty}

@@ -139,8 +139,8 @@ class ShardedTrainer(MixedPrecisionTrainer):
     def _make_gradients(self) -> Gradients:
         return ShardedGradients(self._trained)
 
-    def _measures(self, grads: list[th.Tensor], loss: th.Tensor) -> th.Tensor:
-        own = super()._measures(grads, loss)
+    def _measures(self, loss: th.Tensor) -> th.Tensor:
+        own = super()._measures(loss)
         if dist.get_world_size() == 1:
             return own
         mean, *norms = own.double()  # whose squares do not overflow

@@ -8,6 +8,8 @@ parts included.
 
 from __future__ import annotations
 
+import copy as copy
+import functools as functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from typing import Any, NamedTuple
 import blobfile as bf
 import numpy as np
 import torch as th
+import torch.distributed as dist  # noqa: F401
+from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: F401
 
 from . import checkpoint, dist_util, logger
 from .adamw import AdamW
@@ -33,7 +37,14 @@ from .pictures import to_unit
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from .run_state import RunState, load_weights, warn_of_long_averages
 from .sample_util import evaluating
-from .saving import Saver, agree
+from .saving import (
+    Saver,
+    agree,
+    find_ema_checkpoint,
+    find_resume_checkpoint,
+    get_blob_logdir,
+    parse_resume_step_from_filename,
+)
 from .seeds import seeded, to_device
 
 Cond = Mapping[str, th.Tensor]
@@ -45,32 +56,6 @@ class Hook(NamedTuple):
     interval: int
     look: Callable[[th.nn.Module, int], object]
     on_all_ranks: bool = False
-
-
-# ---- the originals' functions
-
-
-def parse_resume_step_from_filename(filename: str) -> int:
-    """The number of updates in a name such as model070000.pt or ema_0.9999_070000.pt; 0 where it has none."""
-    return checkpoint.step_of(filename) or 0
-
-
-def get_blob_logdir() -> str:
-    """Where checkpoints go: the folder of the logs. Replace it to keep them elsewhere, e.g. in a bucket."""
-    return logger.get_dir()
-
-
-def find_resume_checkpoint() -> str | None:
-    """A checkpoint to go on from where none was given: none. Replace it where runs are restarted by themselves."""
-    return None
-
-
-def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
-    """The moving average that lies beside a model of that step, or None."""
-    if main_checkpoint is None:
-        return None
-    path = str(bf.join(os.path.dirname(main_checkpoint), f"ema_{rate}_{step:06d}.pt"))
-    return path if checkpoint.exists(path) else None
 
 
 # ---- the loop
@@ -166,6 +151,7 @@ class TrainLoop:
         self.seed, self.config, self.hooks = seed, config, hooks
         self.label_dropout = LabelDropout(class_dropout, getattr(model, "null_label", None))
         self.step, self.resume_step, self.fsdp = 0, 0, fsdp
+        self.use_fp16, self.fp16_scale_growth, self.sync_cuda = use_fp16, fp16_scale_growth, th.cuda.is_available()
         self.global_batch = batch_size * dist_util.world_size()
         files = self._load_and_sync_parameters()
         self.mp_trainer = _trainer(fsdp, self.auto_microbatch)(
@@ -187,10 +173,8 @@ class TrainLoop:
         masters, fused = self.mp_trainer.master_params, self.device.type in ("cpu", "cuda")
         self.opt = AdamW(masters, lr=self.lr or 0.0, weight_decay=self.weight_decay, fused=fused)
         self.ema_params = [[param.detach().clone() for param in masters] for _ in self.ema_rate]
-        if files is not None:
-            state = self._state()
-            self.resume_step = state.restore(files)
-            self.lr, self.saver.source = state.lr, files.model
+        if files is not None or self.resume_step:  # the step alone: of a subclass that has loaded the weights itself
+            self._resume(files or agree(self.resume_checkpoint) or checkpoint.CheckpointSet(self.resume_step))
         if self.lr is None:
             raise ValueError("lr is None, and there is no optimizer file to take it from: give a learning rate")
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
@@ -222,9 +206,25 @@ class TrainLoop:
         """Load the weights to go on from, on every rank; without any, every rank takes those of rank 0."""
         files = agree(self.resume_checkpoint)
         if files is not None:
+            files.step = parse_resume_step_from_filename(files.model) or files.step
             load_weights(self.model, files, (self.config or {}).get("flags", {}))
         dist_util.sync_params(self.model.parameters())
         return files
+
+    def _resume(self, files: checkpoint.CheckpointSet) -> None:
+        """Take up everything of a checkpoint but the weights."""
+        self._files, self._resumed = files, self._state()
+        step = self._resumed.open(files)
+        self.resume_step = self.resume_step or step
+        self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
+        self._load_optimizer_state()
+        self.lr, self.saver.source = self._resumed.close(self.resume_step), files.model
+
+    def _load_ema_parameters(self, rate: float) -> list[th.Tensor]:
+        return self._resumed.average(rate, find_ema_checkpoint(self._files.model, self.resume_step, rate))
+
+    def _load_optimizer_state(self) -> None:
+        self._resumed.load_optimizer(self._files.opt)
 
     def _state(self) -> RunState:
         sampler = self.schedule_sampler

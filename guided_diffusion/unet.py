@@ -6,47 +6,58 @@ E embedding size, K classes. `rate` is how many pixels one position of a feature
 The order in which modules are built is the order of the parameters, which checkpoints rely on.
 """
 
+import math as math
+import sys
+from abc import abstractmethod as abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
+import numpy as np  # noqa: F401
 import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
+from . import blocks
 from .blocks import (
     AttentionBlock,
     AttentionPool2d,
     Downsample,
-    QKVAttention,
-    QKVAttentionLegacy,
+    QKVAttention as QKVAttention,
+    QKVAttentionLegacy as QKVAttentionLegacy,
     ResBlock,
-    TimestepBlock,
+    TimestepBlock as TimestepBlock,
     TimestepEmbedSequential,
     Upsample,
-    count_flops_attn,
+    count_flops_attn as count_flops_attn,
     strides,
 )
 from .config import POOLS, PRECISIONS
-from .nn import SiLU, conv_nd, linear, normalization, timestep_embedding, zero_module
+from .nn import (
+    avg_pool_nd as avg_pool_nd,
+    checkpoint as checkpoint,
+    conv_nd,
+    convert_module_to_f16 as convert_module_to_f16,
+    convert_module_to_f32 as convert_module_to_f32,
+    dtype_of,
+    linear,
+    normalization,
+    timestep_embedding,
+    zero_module,
+)
 
-__all__ = [
-    "AttentionBlock",
-    "AttentionPool2d",
-    "Downsample",
-    "EncoderUNetModel",
-    "QKVAttention",
-    "QKVAttentionLegacy",
-    "ResBlock",
-    "SuperResModel",
-    "TimestepBlock",
-    "TimestepEmbedSequential",
-    "UNetBackbone",
-    "UNetModel",
-    "Upsample",
-    "count_flops_attn",
-]
 
+class _Door(ModuleType):
+    """This module: a name that is replaced in it, such as QKVAttention or checkpoint, is replaced for `blocks` too."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in vars(blocks):
+            setattr(blocks, name, value)
+
+
+sys.modules[__name__].__class__ = _Door
 _DTYPES = dict(zip(PRECISIONS, (th.float32, th.float16, th.bfloat16), strict=True))
 WIDE = 128  # channels from which convolutions gain more by channels that are innermost than normalizations lose
 _CONVERTED = ("input_blocks", "middle_block", "output_blocks")
@@ -67,6 +78,9 @@ class UNetBackbone(nn.Module):
     :param use_neighborhood_attention: in images larger than image_size, attend to windows of that size.
     :param null_class: label K means "no class", for classifier-free guidance (Ho and Salimans 2022).
     """
+
+    null_class = False
+    _dtype: th.dtype | None = None
 
     def __init__(
         self,
@@ -99,9 +113,8 @@ class UNetBackbone(nn.Module):
         self.image_size = image_size
         self.in_channels, self.model_channels, self.out_channels = in_channels, model_channels, out_channels
         self.num_res_blocks = num_res_blocks
-        self.attention_resolutions = tuple(attention_resolutions)
+        self.attention_resolutions, self.channel_mult = attention_resolutions, channel_mult
         self.dropout = dropout
-        self.channel_mult = tuple(channel_mult)
         self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
         self.dims = dims
         self.num_classes, self.null_class = num_classes, null_class
@@ -116,7 +129,7 @@ class UNetBackbone(nn.Module):
     def _build(self) -> None:
         """Make the modules, in the order of the parameters."""
         size, width = 4 * self.model_channels, self._widths[-1]
-        self.time_embed = nn.Sequential(linear(self.model_channels, size), SiLU(), linear(size, size))
+        self.time_embed = nn.Sequential(linear(self.model_channels, size), nn.SiLU(), linear(size, size))
         if self.num_classes is not None:
             self.label_emb = nn.Embedding(self.num_classes + self.null_class, size)
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._encoder())
@@ -125,6 +138,7 @@ class UNetBackbone(nn.Module):
             self._attention(width, len(self._widths) - 1, self.num_heads),
             self._residual(width, width),
         )
+        self._feature_size = sum(self._block_widths) + width  # channels of all outputs together
 
     @property
     def null_label(self) -> int | None:
@@ -200,8 +214,12 @@ class UNetBackbone(nn.Module):
 
     @property
     def dtype(self) -> th.dtype:
-        """What the blocks compute in, read off their weights."""
-        return next(self.input_blocks.parameters()).dtype
+        """What the blocks compute in: as assigned after the last `convert_to`, else that of their weights."""
+        return self._dtype or dtype_of(self.input_blocks)
+
+    @dtype.setter
+    def dtype(self, value: th.dtype) -> None:
+        self._dtype = value
 
     def convert_to(self, precision: str, device: th.device | None = None) -> None:
         """Cast the convolutions of the blocks, and nothing else: embeddings, normalizations and the head stay float32.
@@ -214,6 +232,7 @@ class UNetBackbone(nn.Module):
         """
         if precision not in _DTYPES:
             raise ValueError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}.")
+        self._dtype = None
         on_cpu = (device or next(self.parameters()).device).type in ("cpu", "meta")
         innermost = precision != "fp32" and (min(self._widths) >= WIDE or not on_cpu)
         layout = th.channels_last if innermost else th.contiguous_format
@@ -241,7 +260,7 @@ class UNetBackbone(nn.Module):
         if y is not None and y.shape != x.shape[:1]:
             raise ValueError(f"y must have one label per image, shape {tuple(x.shape[:1])}, got {tuple(y.shape)}.")
         waves = timestep_embedding(timesteps, self.model_channels)
-        emb: th.Tensor = self.time_embed(waves.to(next(self.time_embed.parameters()).dtype))
+        emb: th.Tensor = self.time_embed(waves.to(dtype_of(self.time_embed)))
         return emb if y is None else emb + self.label_emb(y)
 
     def _encode(self, x: th.Tensor, emb: th.Tensor) -> Iterator[th.Tensor]:
@@ -260,7 +279,8 @@ class UNetModel(UNetBackbone):
         first = self._widths[0]
         self.output_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._decoder())
         last = zero_module(conv_nd(self.dims, first, self.out_channels, 3, padding=1))
-        self.out = nn.Sequential(normalization(first), SiLU(), last)
+        self.out = nn.Sequential(normalization(first), nn.SiLU(), last)
+        self._feature_size += (self.num_res_blocks + 1) * sum(self._widths)
 
     def _decoder(self) -> Iterator[list[nn.Module]]:
         """The layers of one output block after another."""
@@ -317,7 +337,7 @@ class SuperResModel(UNetModel):
         if cond_aug:  # the last parameters; at 0 the network is the one without them
             size = 4 * self.model_channels
             self.low_res_embed = nn.Sequential(
-                linear(self.model_channels, size), SiLU(), zero_module(linear(size, size))
+                linear(self.model_channels, size), nn.SiLU(), zero_module(linear(size, size))
             )
 
     def forward(  # type: ignore[override]
@@ -339,12 +359,13 @@ class SuperResModel(UNetModel):
         mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
         if low_res_level is not None and not self.cond_aug:
             raise ValueError("low_res_level was given to an upsampler without cond_aug; leave it out.")
+        both = th.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1)
+        if not self.cond_aug:
+            return super().forward(both, timesteps, **kwargs)
+        level = x.new_zeros(len(x)) if low_res_level is None else low_res_level
+        waves = timestep_embedding(1000 * level, self.model_channels)
         emb = self._embed(x, timesteps, **{"y": None, **kwargs})
-        if self.cond_aug:
-            level = x.new_zeros(len(x)) if low_res_level is None else low_res_level
-            waves = timestep_embedding(1000 * level, self.model_channels)
-            emb = emb + self.low_res_embed(waves.to(next(self.low_res_embed.parameters()).dtype))
-        return self._predict(th.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1), emb)
+        return self._predict(both, emb + self.low_res_embed(waves.to(dtype_of(self.low_res_embed))))
 
 
 class EncoderUNetModel(UNetBackbone):
@@ -407,15 +428,15 @@ class EncoderUNetModel(UNetBackbone):
         if self.pool == "adaptive":
             mean = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}[self.dims](1)
             last = zero_module(conv_nd(self.dims, width, self.out_channels, 1))
-            return nn.Sequential(normalization(width), SiLU(), mean, last, nn.Flatten())
+            return nn.Sequential(normalization(width), nn.SiLU(), mean, last, nn.Flatten())
         if self.pool == "attention":
             shape = self._shape(len(self._widths) - 1)
             pool = AttentionPool2d(shape, width, self.num_head_channels, self.out_channels)
-            return nn.Sequential(normalization(width), SiLU(), pool)
+            return nn.Sequential(normalization(width), nn.SiLU(), pool)
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}.")
-        hidden = linear(sum(self._block_widths) + width, 2048)
-        between = [nn.ReLU()] if self.pool == "spatial" else [normalization(2048), SiLU()]
+        hidden = linear(self._feature_size, 2048)
+        between = [nn.ReLU()] if self.pool == "spatial" else [normalization(2048), nn.SiLU()]
         return nn.Sequential(hidden, *between, linear(2048, self.out_channels))
 
     def forward(self, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:

@@ -430,6 +430,44 @@ def test_the_optimizer_goes_on_from_moments_in_another_order_of_memory():
     assert all(value.stride() == found[0][0].stride() for value in found[0])
 
 
+GAPS = {  # a part of a larger tensor, by its memory; strides of a 3 x 4 parameter
+    "columns": (8, 1),
+    "every other number": (8, 2),
+    "transposed columns": (1, 8),
+    "rows": (4, 1),
+    "transposed rows": (1, 3),
+    "overlapping": (2, 1),
+}
+
+
+@pytest.mark.parametrize("strides", GAPS)
+def test_the_optimizer_writes_nothing_but_its_parameters(strides):
+    found = []
+    for kind, options in ((AdamW, {"fused": True}), (th.optim.AdamW, {"fused": False})):
+        generator = th.Generator().manual_seed(0)
+        memory = th.randn(60, generator=generator)
+        before = memory.clone()
+        param = nn.Parameter(memory.as_strided((3, 4), GAPS[strides], 2))
+        opt = kind([param, nn.Parameter(th.ones(2))], lr=0.1, weight_decay=0.1, **options)
+        for _ in range(3):
+            param.grad = th.randn(3, 4, generator=generator)
+            opt.step()
+        row, column = GAPS[strides]
+        assert {*(memory != before).nonzero().flatten().tolist()} == {
+            2 + i * row + j * column for i in range(3) for j in range(4)
+        }
+        found.append((param, opt.state[param]["exp_avg"]))
+    th.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("strides", [(1, 0), (0, 1), (0, 0)])
+def test_the_optimizer_refuses_expanded_parameters(strides):
+    param = nn.Parameter(th.randn(20).as_strided((3, 4), strides))
+    param.grad = th.ones(3, 4)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        AdamW([param], fused=True).step()
+
+
 def test_a_model_is_not_left_with_the_hooks_of_its_trainers():
     model = Toy()
     trainer = MixedPrecisionTrainer(model=model, precision="bf16")
@@ -537,3 +575,58 @@ def test_the_flat_optimizer_state_of_older_fp16_runs_is_that_of_each_parameter()
 def test_overflow_is_whatever_is_not_finite():
     values = (1e30, float("inf"), -float("inf"), float("nan"))
     assert [fp16_util.check_overflow(value) for value in values] == [False, True, True, True]
+
+
+# ---- code written for the originals
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_functions_of_the_layout_understand_the_trainers(precision):
+    model, trainer, _ = make(precision)
+    groups = trainer.param_groups_and_shapes
+    th.testing.assert_close(fp16_util.make_master_params(groups), trainer.master_params, atol=0.01, rtol=0.01)
+    with th.no_grad():
+        for master in trainer.master_params:
+            master.add_(1)
+    fp16_util.master_params_to_model_params(groups, trainer.master_params)
+    th.testing.assert_close(
+        list(model.parameters()),
+        [m.to(p.dtype) for p, m in zip(model.parameters(), trainer.master_params, strict=True)],
+    )
+    state = fp16_util.master_params_to_state_dict(model, groups, trainer.master_params, use_fp16=True)
+    th.testing.assert_close(state, trainer.master_params_to_state_dict(trainer.master_params))
+    assert make("fp32")[1].param_groups_and_shapes is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_steps_and_norms_of_a_subclass_are_what_is_taken(precision):
+    class Fork(MixedPrecisionTrainer):
+        def _optimize_normal(self, opt):
+            th.nn.utils.clip_grad_norm_(self.master_params, 1e-3)
+            return super()._optimize_normal(opt)
+
+        def _optimize_fp16(self, opt):
+            th.nn.utils.clip_grad_norm_(self.master_params, 1e-3)
+            return super()._optimize_fp16(opt)
+
+        def _compute_norms(self, grad_scale=1.0):
+            grad_norm, param_norm = super()._compute_norms(grad_scale)
+            self.norms.append(float(grad_norm))
+            return (float("inf") if self.stops else grad_norm), float(param_norm)
+
+    th.manual_seed(1)
+    trainer = Fork(model=Toy(), precision=precision, initial_lg_loss_scale=10.0)
+    trainer.norms, trainer.stops = [], False
+    opt = th.optim.SGD(trainer.master_params, lr=1.0)
+    start = [master.detach().clone() for master in trainer.master_params]
+    train(trainer, opt, 1)
+    moved = th.cat([(a - b).flatten() for a, b in zip(start, trainer.master_params, strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
+    assert trainer.norms == pytest.approx([1e-3], rel=1e-2)
+    trainer.stops = True
+    trainer.zero_grad()
+    trainer.backward(loss_of(trainer.model))
+    assert not trainer.optimize(opt)
+    assert trainer.fault == "gradient"
+    trainer.zero_grad()
+    assert float(MixedPrecisionTrainer._compute_norms(trainer)[0]) == 0

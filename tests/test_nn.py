@@ -9,7 +9,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 
-from guided_diffusion import nn
+from guided_diffusion import nn, ops
 
 
 def test_silu_is_x_times_its_sigmoid() -> None:
@@ -66,10 +66,10 @@ def test_layers_of_other_axes_are_refused(make: Callable[..., object]) -> None:
 
 
 @pytest.mark.parametrize("inner", ["tokens", "channels"])
-def test_token_conv_is_a_convolution_that_leaves_channels_innermost(inner: str) -> None:
-    layer = nn.TokenConv(6, 10)
+def test_convolutions_over_tokens_leave_channels_innermost(inner: str) -> None:
+    layer = th.nn.Conv1d(6, 10, 1)
     x = th.randn(2, 6, 7) if inner == "tokens" else th.randn(2, 7, 6).transpose(1, 2)
-    out = layer(x)
+    out = ops.over_tokens(layer, x)
     th.testing.assert_close(out, F.conv1d(x, layer.weight, layer.bias))
     assert out.transpose(1, 2).is_contiguous()
 

@@ -45,7 +45,7 @@ def test_the_gradients_of_norm_and_silu_are_those_of_the_plain_steps(shape, layo
     broad = (*shape[:2], *[1] * (len(shape) - 2))
     x, grad = ((th.randn(shape) + mean).bfloat16().contiguous(memory_format=layout) for mean in (mean, 0))
     given = [x.requires_grad_(), *[(th.randn(broad) + 1).bfloat16().requires_grad_() for _ in range(2 * film)]]
-    out = ops.norm_silu(given[0], norm, tuple(given[1:]) or None)
+    out = ops.through([norm, th.nn.SiLU()], given[0], tuple(given[1:]) or None)
     exact, reference = copy.deepcopy(norm).double(), doubles(given)
     wanted = plain(reference[0], lambda h: F.group_norm(h, 32, exact.weight, exact.bias), reference[1:] or None)
     assert out.dtype == th.bfloat16
@@ -61,7 +61,7 @@ def test_any_strides_give_the_same(strides):
     th.manual_seed(0)
     norm, memory = normalization(32), th.randn(1 << 13).bfloat16()
     x = memory.as_strided((1, 32, 4, 8), strides).requires_grad_()
-    out = ops.norm_silu(x, norm)
+    out = ops.through([norm, th.nn.SiLU()], x)
     assert th.equal(out, plain(x.detach().contiguous(), norm, None))
     out.sum().backward()
 
@@ -78,7 +78,7 @@ def saved_bytes(run):
 
 def test_norm_and_silu_keep_only_what_they_were_given():
     norm, x = normalization(64), th.randn(4, 64, 32, 32).bfloat16().requires_grad_()
-    own, _ = saved_bytes(lambda: ops.norm_silu(x, norm))
+    own, _ = saved_bytes(lambda: ops.through([norm, th.nn.SiLU()], x))
     theirs, _ = saved_bytes(lambda: plain(x, norm, None))
     assert own < 1.02 * x.untyped_storage().nbytes() < theirs / 1.9
 

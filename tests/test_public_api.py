@@ -12,6 +12,22 @@ import pytest
 
 SIGNATURES = json.loads((Path(__file__).parent / "golden" / "signatures.json").read_text())
 ORIGINALS = [(fork, module) for fork, modules in SIGNATURES.items() for module in modules]
+STARS = json.loads((Path(__file__).parent / "golden" / "star_names.json").read_text())
+IMPORTED = {  # by the originals' modules, and so part of their star imports
+    "dist_util": "io os socket bf th dist GPUS_PER_NODE SETUP_RETRY_COUNT",
+    "fp16_util": "np th nn logger INITIAL_LOG_LOSS_SCALE",
+    "gaussian_diffusion": "enum math np th mean_flat normal_kl discretized_gaussian_log_likelihood",
+    "image_datasets": "math random Image bf np DataLoader Dataset",
+    "logger": "os sys time tempfile defaultdict contextmanager DEBUG INFO WARN ERROR DISABLED",
+    "losses": "np th",
+    "nn": "math th nn",
+    "resample": "ABC abstractmethod np th dist",
+    "respace": "np th GaussianDiffusion",
+    "script_util": "argparse inspect gd NUM_CLASSES EncoderUNetModel SuperResModel UNetModel SpacedDiffusion",
+    "train_util": "copy functools os bf th dist DDP AdamW dist_util logger MixedPrecisionTrainer "
+    "INITIAL_LOG_LOSS_SCALE update_ema LossAwareSampler UniformSampler",
+    "unet": "abstractmethod math np th nn F",
+}
 HIDDEN = {
     "gaussian_diffusion": ["_extract_into_tensor"],
     "image_datasets": ["_list_image_files_recursively"],
@@ -87,6 +103,15 @@ def test_signatures_start_with_the_originals(fork, module):
     if fork == "upstream":
         problems = [p for p in problems if "use_neighborhood_attention is new" not in p]
     assert problems == []
+
+
+@pytest.mark.parametrize("module", sorted(IMPORTED))
+def test_star_imports_give_every_name_that_those_of_the_originals_give(module):
+    names = {}
+    exec(f"from guided_diffusion.{module} import *", names)
+    wanted = {*STARS.get(module, ()), *IMPORTED[module].split(), *SIGNATURES["upstream"].get(module, ())}
+    assert set(STARS) <= set(IMPORTED)
+    assert wanted - set(names) == set()
 
 
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in HIDDEN.items() for name in names])

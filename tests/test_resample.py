@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch as th
 
-from guided_diffusion.resample import LossSecondMomentResampler, UniformSampler, create_named_schedule_sampler
+from guided_diffusion.draws import draw_for_training
+from guided_diffusion.resample import (
+    LossAwareSampler,
+    LossSecondMomentResampler,
+    UniformSampler,
+    create_named_schedule_sampler,
+)
 
 PROCESS = SimpleNamespace(num_timesteps=6)
 
@@ -80,3 +86,41 @@ def test_names():
     assert isinstance(create_named_schedule_sampler("uniform", PROCESS), UniformSampler)
     with pytest.raises(ValueError, match="use uniform or loss-second-moment; did you mean uniform"):
         create_named_schedule_sampler("unifrom", PROCESS)
+
+
+# ---- code written for the originals
+
+
+def test_samplers_have_the_originals_attributes():
+    assert UniformSampler(PROCESS)._weights.tolist() == [1] * 6
+    sampler = LossSecondMomentResampler(PROCESS, history_per_term=2, uniform_prob=0.1)
+    assert (sampler.diffusion, sampler.history_per_term, sampler.uniform_prob) == (PROCESS, 2, 0.1)
+    sampler.update_with_all_losses([1, 1, 1], [3.0, 4.0, 5.0])
+    assert sampler._loss_history[1].tolist() == [4, 5]
+    assert sampler._loss_counts.tolist() == [0, 2, 0, 0, 0, 0]
+    assert not sampler._warmed_up()
+    assert warm()._warmed_up()
+
+
+class Last(LossAwareSampler):
+    """No more than the originals ask of a subclass, and the originals' signature of `sample`."""
+
+    losses = np.ones(6)
+
+    def weights(self):
+        return self.losses
+
+    def update_with_all_losses(self, ts, losses):
+        self.losses = self.losses.copy()
+        self.losses[ts] = losses
+
+    def sample(self, batch_size, device):
+        return super().sample(batch_size, device)
+
+
+def test_a_sampler_of_somebody_elses_draws_and_learns():
+    sampler = Last()
+    sampler.update_with_local_losses(th.tensor([0, 2, 3, 4, 5]), th.zeros(5))
+    draw = draw_for_training(th.zeros(4, 1), sampler, 0, 0, th.device("cpu"))
+    assert draw.t.tolist() == [1] * 4
+    assert draw.weights.tolist() == pytest.approx([1 / 6] * 4)

@@ -225,3 +225,41 @@ def test_str2bool_refuses_other_words():
 
 def test_num_classes():
     assert su.NUM_CLASSES == 1000
+
+
+# ---- argument lists of older scripts
+
+WITH_FLAGS = {
+    "image_train": (su.model_and_diffusion_defaults, su.create_model_and_diffusion),
+    "super_res_train": (su.sr_model_and_diffusion_defaults, su.sr_create_model_and_diffusion),
+    "classifier_train": (su.classifier_and_diffusion_defaults, su.create_classifier_and_diffusion),
+}
+SHORT = {"num_channels": 32, "num_res_blocks": 1, "classifier_width": 64, "classifier_depth": 1, "learn_sigma": True}
+
+
+@pytest.mark.parametrize("command", WITH_FLAGS)
+def test_flags_that_the_originals_do_not_have_may_be_missing(command):
+    defaults_of, create = WITH_FLAGS[command]
+    keys = [*defaults_of(), "mine"]
+    theirs = {name: default for name, (default, _) in UPSTREAM[command].items() if name in keys}
+    args = argparse.Namespace(**{**theirs, **{k: v for k, v in SHORT.items() if k in theirs}, "mine": 3})
+    flags = su.args_to_dict(args, iter(keys))
+    assert list(flags) == keys
+    assert flags.pop("mine") == 3
+    added = {name: value for name, value in flags.items() if name not in theirs}
+    assert added == {name: defaults_of()[name] for name in added}
+    assert "num_classes" in added
+    with th.device("meta"):
+        assert create(**flags)[0].out_channels == (1000 if command == "classifier_train" else 6)
+    for name in theirs:
+        with pytest.raises(AttributeError, match=name):
+            su.args_to_dict(argparse.Namespace(**{k: v for k, v in theirs.items() if k != name}), defaults_of())
+
+
+def test_parsers_are_made_of_the_originals_dictionaries_and_more_keys():
+    theirs = {name: default for name, (default, _) in UPSTREAM["image_sample"].items()}
+    parser = argparse.ArgumentParser()
+    su.add_dict_to_argparser(parser, {**theirs, "prompt": None, "cutn": 16, "steps": [], "save": False, "tv": 0.5})
+    given = parser.parse_args(shlex.split("--image_size 128 --prompt 'a cat' --save yes --tv 1"))
+    assert (given.image_size, given.prompt, given.cutn, given.save, given.tv) == (128, "a cat", 16, True, 1.0)
+    assert vars(parser.parse_args([])).items() >= theirs.items()

@@ -255,8 +255,8 @@ def train_at_once_and_in_parts(folder, pictures, *, batch_size=4, **options):
 
     def train(name, data, **more):
         sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=1)
-        sampler._counts[:] = 1  # it draws by losses from the first step on
-        sampler._losses[:] = np.linspace(1, 2, 40)[:, None]
+        sampler._loss_counts[:] = 1  # it draws by losses from the first step on
+        sampler._loss_history[:] = np.linspace(1, 2, 40)[:, None]
         usual = {"ema_rate": "0.5,0.9,0.999", "warmup_steps": 2, "lr_anneal_steps": 9, "max_steps": 6}
         usual |= {"save_interval": 2, "class_dropout": 0.3, "weight_decay": 0.01, "grad_clip": 1.0, "keep_last": 2}
         usual |= {"network": labelled(dropout=0.2), "batch_size": batch_size, "microbatch": batch_size - 1}
@@ -990,3 +990,91 @@ def test_the_places_to_resume_from_and_to_save_to_can_be_replaced(tmp_path, pict
     assert train_util.find_ema_checkpoint(None, 3, 0.9) is None
     assert train_util.parse_resume_step_from_filename(found) == 3
     assert train_util.parse_resume_step_from_filename("cat.pt") == 0
+
+
+ATTRIBUTES = {
+    "use_fp16": False,
+    "fp16_scale_growth": 1e-3,
+    "use_ddp": False,
+    "ema_rate": [0.5, 0.9],
+    "microbatch": 2,
+    "batch_size": 4,
+    "global_batch": 4,
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "lr_anneal_steps": 0,
+    "log_interval": 1,
+    "save_interval": 2,
+    "step": 0,
+    "resume_step": 2,
+    "sync_cuda": th.cuda.is_available(),
+}
+METHODS = (
+    "_load_and_sync_parameters _load_ema_parameters _load_optimizer_state run_step forward_backward _update_ema "
+    "_anneal_lr log_step save"
+).split()
+FUNCTIONS = (
+    "get_blob_logdir find_resume_checkpoint parse_resume_step_from_filename find_ema_checkpoint log_loss_dict"
+).split()
+
+
+def test_what_forks_of_the_loop_read_override_and_replace(tmp_path, pictures, monkeypatch):
+    options = {"ema_rate": "0.5,0.9", "save_interval": 2, "microbatch": 2}
+    make(tmp_path, stream(pictures), max_steps=2, **options).run_loop()
+    called = []
+
+    def recording(name, function):
+        def call(*args, **keywords):
+            called.append(name)
+            return function(*args, **keywords)
+
+        return call
+
+    Fork = type("Fork", (TrainLoop,), {name: recording(name, getattr(TrainLoop, name)) for name in METHODS})
+    for name in FUNCTIONS:
+        monkeypatch.setattr(train_util, name, recording(name, getattr(train_util, name)))
+    loop = make(tmp_path, stream(pictures), kind=Fork, resume_checkpoint=str(tmp_path / "model000002.pt"), **options)
+    assert {name: getattr(loop, name) for name in ATTRIBUTES} == ATTRIBUTES
+    assert loop.ddp_model is loop.model is loop.mp_trainer.model
+    assert loop.resume_checkpoint == str(tmp_path / "model000002.pt")
+    assert [len(params) for params in loop.ema_params] == [len(list(loop.model.parameters()))] * 2
+    assert isinstance(loop.opt, th.optim.AdamW)
+    loop.run_loop()
+    assert {name: called.count(name) > 0 for name in METHODS + FUNCTIONS} == dict.fromkeys(METHODS + FUNCTIONS, True)
+    assert called.count("_load_ema_parameters") == 2
+
+
+def test_forks_that_load_for_themselves_are_not_loaded_over(tmp_path, pictures):
+    """In the originals' way: the step from the name, the weights by load_state_dict, and nothing returned."""
+    make(tmp_path / "run", stream(pictures), max_steps=2).run_loop()
+    model = str(tmp_path / "run" / "model000002.pt")
+
+    class Weights(TrainLoop):
+        def _load_and_sync_parameters(self):
+            self.resume_step = train_util.parse_resume_step_from_filename(self.resume_checkpoint)
+            self.model.load_state_dict(dist_util.load_state_dict(self.resume_checkpoint, map_location="cpu"))
+            dist_util.sync_params(self.model.parameters())
+
+    class All(Weights):
+        def _load_and_sync_parameters(self):
+            self.resume_step = 7
+
+        def _load_ema_parameters(self, rate):
+            return [th.full_like(master, rate) for master in self.mp_trainer.master_params]
+
+        def _load_optimizer_state(self):
+            self.opt.param_groups[0]["weight_decay"] = 0.25
+
+    def resumed(kind, path):
+        return make(tmp_path / "logs", stream(pictures), kind=kind, resume_checkpoint=path)
+
+    ours, theirs = resumed(TrainLoop, model), resumed(Weights, model)
+    for loop in (ours, theirs):
+        assert loop.resume_step == 2
+    th.testing.assert_close(theirs.ema_params, ours.ema_params, atol=0, rtol=0)
+    th.testing.assert_close(list(theirs.model.parameters()), list(ours.model.parameters()), atol=0, rtol=0)
+    th.testing.assert_close(theirs.opt.state_dict(), ours.opt.state_dict(), atol=0, rtol=0)
+    for path in ("", model):
+        loop = resumed(All, path)
+        assert (loop.updates, loop.opt.param_groups[0]["weight_decay"]) == (7, 0.25)
+        assert all((average == 0.5).all() for average in loop.ema_params[0])

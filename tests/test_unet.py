@@ -1,11 +1,14 @@
 """The networks, against plain references, against themselves in another form, and against identities."""
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch as th
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -485,6 +488,296 @@ def test_channels_last_is_kept_from_end_to_end(options: dict[str, Any]) -> None:
     out = model(x.to(memory_format=th.channels_last), T)
     assert strays == []
     th.testing.assert_close(out, want, atol=1e-5, rtol=1e-4)
+
+
+# ---- code written for the originals
+
+LAYERS = (th.nn.Conv1d, th.nn.Conv2d, th.nn.Conv3d, th.nn.Linear, th.nn.Embedding)
+LISTENED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "plain": (UNetModel, {"num_classes": 5}),
+    "film": (UNetModel, {"use_scale_shift_norm": True, "resblock_updown": True, "use_new_attention_order": True}),
+    "attention": (EncoderUNetModel, {"pool": "attention", "num_head_channels": 32, "resblock_updown": True}),
+    "spatial": (EncoderUNetModel, {"pool": "spatial_v2", "use_scale_shift_norm": True}),
+}
+
+
+def called(model: Network) -> list[str]:
+    """The modules that the originals call in a forward pass."""
+    silent = set()
+    for name, block in model.named_modules():
+        if isinstance(block, th.nn.ModuleList):
+            silent.add(name)
+        if isinstance(block, unet.ResBlock):
+            silent |= {f"{name}.in_layers"} if block.updown else {f"{name}.h_upd"}
+            silent |= {f"{name}.out_layers"} if block.use_scale_shift_norm else set()
+    return sorted(name for name, _ in model.named_modules() if name not in silent)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", LISTENED)
+def test_hooks_hear_what_they_hear_in_the_originals(form: str, precision: str) -> None:
+    kind, options = LISTENED[form]
+    model, heard, shapes = small(kind, **options), [], {}
+    model.convert_to(precision)
+    inputs = inputs_of(model, (8, 8))
+    plain = model(*inputs)
+    for name, module in model.named_modules():
+
+        def look(module: th.nn.Module, given: Any, output: th.Tensor, name: str = name) -> None:
+            heard.append(name)
+            shapes[name.split(".")[-1]] = output.ndim
+
+        module.register_forward_hook(look)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if precision == "fp32" else {"atol": 0.1, "rtol": 0.1}
+    th.testing.assert_close(model(*inputs), plain, **tolerance)
+    assert sorted(heard) == called(model)
+    assert shapes["norm"] == shapes["qkv"] == shapes["attention"] == shapes["proj_out"] == 3
+
+
+def test_hooks_of_all_modules_are_heard_too() -> None:
+    model, heard = small(), list[th.nn.Module]()
+    handle = th.nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(module))
+    try:
+        model(images(), T)
+    finally:
+        handle.remove()
+    assert len(heard) == len(called(model))
+
+
+def modules_of(model: Network, *kinds: type[th.nn.Module]) -> list[th.nn.Module]:
+    return [module for module in model.modules() if type(module) in kinds]
+
+
+@pytest.mark.parametrize("on", ["class", "instance", "subclass"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        (nn.GroupNorm32, "forward"),
+        (th.nn.Conv1d, "forward"),
+        (th.nn.SiLU, "forward"),
+        (unet.QKVAttention, "forward"),
+        (unet.QKVAttentionLegacy, "forward"),
+        (unet.AttentionBlock, "_forward"),
+        (unet.ResBlock, "_forward"),
+        (unet.TimestepEmbedSequential, "forward"),
+    ],
+)
+def test_replaced_methods_of_layers_are_what_is_called(
+    kind: type[th.nn.Module], method: str, on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = kind is unet.QKVAttention
+    model = small(use_new_attention_order=new, channel_mult=(1,), attention_resolutions=(1,))
+    model.convert_to("bf16")
+    old, given = getattr(kind, method), list[int]()
+
+    def replaced(self: Any, *tensors: th.Tensor) -> th.Tensor:
+        given.append(len(tensors))
+        assert kind not in (unet.QKVAttention, unet.QKVAttentionLegacy) or tensors[0].is_contiguous()
+        out: th.Tensor = old(self, *tensors)
+        return out
+
+    found = modules_of(model, kind)
+    if on == "class":
+        monkeypatch.setattr(kind, method, replaced)
+    for module in found:
+        if on == "instance":
+            setattr(module, method, replaced.__get__(module))
+        elif on == "subclass":
+            module.__class__ = type(kind.__name__, (kind,), {method: replaced})
+    model(images(2, 2), T)
+    assert given == [2 if kind in (unet.ResBlock, unet.TimestepEmbedSequential) else 1] * len(found) != []
+
+
+def test_names_replaced_in_the_module_are_what_its_networks_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(th.nn.Module):
+        def __init__(self, n_heads: int, *_: Any) -> None:
+            super().__init__()
+
+        def forward(self, qkv: th.Tensor) -> th.Tensor:
+            return qkv.view(len(qkv), 3, -1, qkv.shape[-1])[:, 2]
+
+    flags = list[bool]()
+
+    def checkpoint(func: Any, inputs: Any, params: Any, flag: bool) -> Any:
+        flags.append(flag and len(list(params)) > 0)
+        return func(*inputs)
+
+    plain = small()
+    monkeypatch.setattr(unet, "QKVAttentionLegacy", Mine)
+    monkeypatch.setattr(unet, "checkpoint", checkpoint)
+    monkeypatch.setattr(unet, "timestep_embedding", lambda t, size: th.zeros(len(t), size))
+    model = small(use_checkpoint=True)
+    model.load_state_dict(plain.state_dict())
+    assert th.equal(model(images() * 0, T), model(images() * 0, T + 1))
+    assert len(modules_of(model, Mine)) == len(modules_of(plain, unet.AttentionBlock))
+    assert flags == [True] * 2 * len(modules_of(plain, unet.AttentionBlock, unet.ResBlock))
+
+
+@pytest.mark.parametrize("form", LISTENED)
+def test_layers_are_of_torchs_own_classes_and_operations_are_counted_by_class(form: str) -> None:
+    """As counters do (thop): a hook for each module whose class, and no base of it, they know."""
+    kind, options = LISTENED[form]
+    model, counted = small(kind, **options), list[float]()
+    owners = [module for module in model.modules() if list(module.parameters(recurse=False))]
+    assert {type(module) for module in owners} <= {*LAYERS, nn.GroupNorm32, unet.AttentionPool2d}
+    inputs = inputs_of(model, (8, 8))
+    for module in modules_of(model, *LAYERS[:4]):
+        module.register_forward_hook(lambda m, _, y: counted.append(y.numel() * m.weight[0].numel()))
+    attentions = modules_of(model, unet.QKVAttention, unet.QKVAttentionLegacy)
+    for module in attentions:
+        module.total_ops = th.zeros(1, dtype=th.float64)
+        module.register_forward_hook(unet.count_flops_attn)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as wanted:
+        model(*inputs)
+    assert 2 * (sum(counted) + sum(m.total_ops.item() for m in attentions)) == wanted.get_total_flops()
+
+
+def test_blocks_and_networks_have_the_originals_attributes() -> None:
+    block = unet.ResBlock(32, 16, 0.25, use_conv=True, use_checkpoint=True, up=True)
+    names = "channels emb_channels dropout out_channels use_conv use_checkpoint use_scale_shift_norm updown"
+    assert [getattr(block, name) for name in names.split()] == [32, 16, 0.25, 32, True, True, False, True]
+    assert [type(part) for part in (block.h_upd, block.x_upd, block.skip_connection)] == [
+        *[unet.Upsample] * 2,
+        th.nn.Identity,
+    ]
+    names = "channels out_channels use_conv dims"
+    for resampler in (unet.Upsample(32, True, 1, 64), unet.Downsample(32, True, 1, 64)):
+        assert [getattr(resampler, name) for name in names.split()] == [32, 64, True, 1]
+    attention = unet.AttentionBlock(32, num_head_channels=8)
+    assert (attention.channels, attention.num_heads, attention.attention.n_heads) == (32, 4, 4)
+    assert unet.AttentionPool2d(4, 32, 8).num_heads == 4
+
+    for kind in (UNetModel, EncoderUNetModel):
+        model = kind(**SMALL)
+        names = "in_channels model_channels out_channels num_res_blocks attention_resolutions channel_mult num_heads"
+        assert {name: getattr(model, name) for name in names.split()}.items() <= SMALL.items()
+        rest = [model.dropout, model.conv_resample, model.use_checkpoint, model.num_head_channels]
+        assert [*rest, model.num_heads_upsample] == [0, True, False, -1, 2]
+        parts = [*model.input_blocks, model.middle_block, *getattr(model, "output_blocks", ())]
+        for part in parts:
+            part.register_forward_hook(lambda module, _, output: setattr(module, "width", output.shape[1]))
+        model(images(), T)
+        assert model._feature_size == sum(part.width for part in parts)
+
+
+def test_the_dtype_of_a_network_can_be_assigned() -> None:
+    model = small()
+    model.dtype = th.float64
+    with pytest.raises(RuntimeError):
+        model(images(), T)
+    assert model.double()(images().double(), T).dtype == th.float64
+    model.convert_to("bf16")
+    assert model.dtype == th.bfloat16
+
+
+def test_a_replica_of_data_parallel_computes_in_the_dtype_of_its_weights() -> None:
+    model = small().bfloat16()
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():  # as torch.nn.parallel.replicate, which needs GPUs
+        for name, child in module._modules.items():
+            replica._modules[name] = replicas[child]
+        replica._former_parameters = dict(module._parameters)
+        for name, value in module._parameters.items():
+            setattr(replica, name, None if value is None else value.detach())
+    assert list(replicas[model].parameters()) == []
+    assert th.equal(replicas[model](images().bfloat16() * 0, T), model(images().bfloat16() * 0, T))
+
+
+class Fork(UNetModel):
+    """Written as the originals' forward pass is."""
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+        emb = self.time_embed(unet.timestep_embedding(timesteps, self.model_channels))
+        h, skips = x.type(self.dtype), list[th.Tensor]()
+        for module in self.input_blocks:
+            skips.append(h := module(h, emb))
+        h = self.middle_block(h, emb)
+        for module in self.output_blocks:
+            h = module(th.cat([h, skips.pop()], dim=1), emb)
+        out: th.Tensor = self.out(h.type(x.dtype))
+        return out
+
+
+def test_an_upsampler_goes_through_the_forward_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = small(SuperResModel), list[th.Size]()
+    forward = UNetModel.forward
+    monkeypatch.setattr(
+        UNetModel, "forward", lambda self, x, t, y=None: given.append(x.shape) or forward(self, x, t, y)
+    )
+    model(images(), T, low_res=images(4, 4))
+    assert given == [(2, 6, 8, 8)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_subclass_with_its_own_forward_computes_the_same(precision: str) -> None:
+    ours, fork, x = small(), small(Fork), images()
+    fork.load_state_dict(ours.state_dict())
+    for model in (ours, fork):
+        model.convert_to(precision)
+    assert th.equal(fork(x, T), ours(x, T))
+
+
+# ---- derivatives other than the usual ones
+
+TORCHS_OWN = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
+DERIVED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "film": (UNetModel, {"use_scale_shift_norm": True, "resblock_updown": True}),
+    "checkpoint": (UNetModel, {"use_checkpoint": True}),
+    "attention": (EncoderUNetModel, {"pool": "attention", "num_head_channels": 32}),
+}
+
+
+def derived(form: str, precision: str) -> tuple[Any, dict[str, float]]:
+    """A network, and how near two of its derivatives must be."""
+    kind, options = DERIVED[form]
+    model = small(kind, **{**options, "num_heads": 1})
+    model.convert_to(precision)
+    return model, {"rtol": 2e-4 if precision == "fp32" else 0.1, "atol": 0.0}
+
+
+@TORCHS_OWN
+@pytest.mark.parametrize(("form", "precision"), [("film", "bf16"), ("checkpoint", "fp32"), ("attention", "bf16")])
+def test_derivatives_along_a_direction_and_of_gradients(form: str, precision: str) -> None:
+    model, near = derived(form, precision)
+
+    def number(x: th.Tensor) -> th.Tensor:
+        return model(x, T).square().sum()
+
+    x = images().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        (gradient,) = th.autograd.grad(number(x), x, create_graph=True)
+        along = gradient.detach()
+        (twice,) = th.autograd.grad(gradient, x, along)
+    x = x.detach()
+    th.testing.assert_close(th.func.jvp(number, (x,), (along,))[1].detach(), along.square().sum(), **near)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(number(forward_ad.make_dual(x, along))).tangent
+        th.testing.assert_close(tangent.detach(), along.square().sum(), **near)
+    forward_over_reverse = th.func.jvp(th.func.grad(number), (x,), (along,))[1].detach()
+    assert (forward_over_reverse - twice).norm() < near["rtol"] * twice.norm()
+
+
+@TORCHS_OWN
+@pytest.mark.parametrize(("form", "precision"), [("film", "bf16"), ("checkpoint", "fp32"), ("attention", "bf16")])
+def test_gradients_of_each_image_alone(form: str, precision: str) -> None:
+    model, near = derived(form, precision)
+    weights, x = dict(model.named_parameters()), images()
+
+    def number(weights: dict[str, th.Tensor], image: th.Tensor, t: th.Tensor) -> th.Tensor:
+        return th.func.functional_call(model, weights, (image[None], t[None])).square().sum()
+
+    found = th.func.vmap(th.func.grad(number), in_dims=(None, 0, 0))(weights, x, T)
+    for index in range(2):
+        alone = th.autograd.grad(model(x[index, None], T[index, None]).square().sum(), list(weights.values()))
+        together = joined([found[name][index] for name in weights])
+        assert (together - joined(list(alone))).norm() < near["rtol"] * joined(list(alone)).norm()
+
+
+@pytest.mark.parametrize("form", DERIVED)
+def test_copies_and_files_of_a_network_are_the_network(form: str) -> None:
+    model, x = derived(form, "bf16")[0], images()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert th.equal(other(x, T), model(x, T))
 
 
 WHOLE_GRAPHS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
