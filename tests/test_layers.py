@@ -34,7 +34,6 @@ ORDER = [
         "logger",
         "dist_util",
         "seeds",
-        "hardware",
     ],
     *[
         "untrusted",
@@ -74,8 +73,8 @@ ORDER = [
     ],
     *["decoding"],
     *["image_files", "upsampling", "image_labels", "conditioning", "image_order", "image_cache", "image_items"],
-    *["image_datasets", "init_images", "architecture", "manifest", "downloads", "compiling", "checkpoint"],
-    *["lora", "finetuning", "draws"],
+    *["image_datasets", "init_images", "architecture", "manifest", "downloads", "hardware", "compiling"],
+    *["checkpoint", "lora", "finetuning", "draws"],
     *["meter", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood", "train_util"],
     *["classifier_training", "script_util", "footprint"],
     *["dataset_images", "dataset_folder", "dataset_planes", "dataset_tar", "dataset_pickle", "dataset_lmdb"],

@@ -104,7 +104,7 @@ def _refuse_useless(flags: Flags, names: Iterable[str], without: str) -> None:
 
 
 def _over_resumed(flags: Flags) -> Flags:
-    """The command line over everything that the resumed run was started with."""
+    """The command line over everything that the resumed run was started with; a precision auto is that of the run."""
     path = flags.values["resume_checkpoint"]
     if path == "auto":
         folder = _log_folder(flags)
@@ -113,11 +113,11 @@ def _over_resumed(flags: Flags) -> Flags:
     if not path:
         return flags
     checkpoint.find_set(path)  # that there is one comes before all else
-    known = set(COMMANDS[flags.command].flags()) - set(OF_A_PROCESS)
-    if any(name in flags.given for name in PRECISION_FLAGS):
+    known, config = set(COMMANDS[flags.command].flags()) - set(OF_A_PROCESS), checkpoint.config_beside(path)
+    given = {k: v for k, v in flags.given.items() if not (k in PRECISION_FLAGS and v == "auto" and config.get(k))}
+    if any(name in given for name in PRECISION_FLAGS):
         known -= set(PRECISION_FLAGS)
-    saved = {name: value for name, value in checkpoint.config_beside(path).items() if name in known}
-    return Flags(flags.command, flags.given, saved)
+    return Flags(flags.command, given, {name: value for name, value in config.items() if name in known})
 
 
 def _with_null_class(flags: Flags) -> Flags:
