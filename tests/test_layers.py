@@ -75,8 +75,8 @@ ORDER = [
     *["image_files", "upsampling", "image_labels", "conditioning", "image_order", "image_cache", "image_items"],
     *["image_datasets", "init_images", "architecture", "manifest", "downloads", "hardware", "compiling"],
     *["checkpoint", "lora", "finetuning", "draws"],
-    *["meter", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood", "train_util"],
-    *["classifier_training", "script_util", "footprint"],
+    *["meter", "batches", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood"],
+    *["train_util", "classifier_training", "script_util", "footprint"],
     *["dataset_images", "dataset_folder", "dataset_planes", "dataset_tar", "dataset_pickle", "dataset_lmdb"],
     *["dataset_output", "dataset_writer", "npz_tools", "npz_look", "commands"],
 ]

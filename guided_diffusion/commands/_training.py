@@ -92,6 +92,7 @@ def _check(flags: Flags) -> None:
             "guided_diffusion.train_util.TrainLoop data of your own"
         )
     samples = set(defaults(TrainEvaluationConfig)) <= set(flags.values)  # else --eval_interval is that of validation
+    _refuse_useless(flags, ["ema_warmup"], "ema_rate")
     _refuse_useless(flags, ["val_interval", *([] if samples else ["eval_interval"])], "val_data_dir")
     if samples:
         _refuse_useless(flags, defaults(TrainEvaluationConfig, ExtractorConfig), "eval_interval")
@@ -243,7 +244,7 @@ def _validation(path: str, train: ImageStream, load: Load, options: dict[str, An
     """The validation images, with the ids that the classes have in training."""
     options = {**options, "log": lambda line: None if line.startswith(" ") else logger.log(f"validation: {line}")}
     labels = {"class_from": train.class_from, "classes": train.classes} if train.classes else {}
-    return load(data_dir=path, random_crop=False, random_flip=False, **labels, **options)
+    return load(data_dir=path, random_crop=False, random_flip=False, fit=True, **labels, **options)
 
 
 def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, th.Tensor]]:
