@@ -86,7 +86,7 @@ class TrainLoop:
     :param lr_anneal_steps: updates over which the learning rate falls to 0, where the run stops; 0: constant.
     :param max_steps: updates after which the run stops; 0: without end.
     :param keep_last: how many checkpoints stay in the folder; 0: all.
-    :param val_data: as `data`; its first `val_batches` batches are measured, always alike, every `val_interval` updates.
+    :param val_data: as `data`; its first `val_batches` batches are measured, always alike, every `val_interval` steps.
     :param hooks: looks at the model now and then, such as previews.
     :param config: what is saved as config.json beside the checkpoints.
     :param max_bad_steps: skipped steps in a row after which the run ends; 0: it never does.
