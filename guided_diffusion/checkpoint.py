@@ -198,6 +198,19 @@ class CheckpointSet:
         """The best file to sample from: the slowest moving average, else the model."""
         return self.emas[max(self.emas, key=float)] if self.emas else self.model
 
+    def settled(self, *, warmed_up: bool) -> str:
+        """As `weights`, but for averages that are longer than the run: these still resemble its first weights.
+
+        :param warmed_up: averages are never longer than the run.
+        """
+        old = {rate: path for rate, path in self.emas.items() if warmed_up or not is_young(rate, self.step or 0)}
+        return CheckpointSet(self.step, self.model, emas=old).weights or self.weights
+
+
+def is_young(rate: str | float, updates: int) -> bool:
+    """Whether an average, about 1 / (1 - rate) updates long, is longer than a run of so many updates."""
+    return updates * (1 - float(rate)) < 1 - 1e-9  # 1 - 0.99 is a little more than a hundredth
+
 
 def step_of(path: str) -> int | None:
     """The number of updates that a file name tells, or None."""
@@ -317,7 +330,8 @@ def _with_weights(entry: CheckpointSet, path: str, step: int) -> CheckpointSet:
 def resolve_model(path: str, what: str = "the checkpoint") -> str:
     """The file to sample from: the path itself, or of a run folder the newest moving average, else the newest model.
 
-    Sets with files of other sizes than their manifests name come last.
+    An average that is longer than the run counts only if it was warmed up (--ema_warmup). Sets with files of other
+    sizes than their manifests name come last.
 
     :param what: the path is, in messages.
     :raises FileNotFoundError, ValueError: if there is none.
@@ -332,7 +346,7 @@ def resolve_model(path: str, what: str = "the checkpoint") -> str:
         raise ValueError(
             f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder"
         )
-    return found[-1].weights
+    return found[-1].settled(warmed_up=bool(config_beside(path).get("ema_warmup")))
 
 
 def _damaged(entry: CheckpointSet) -> bool:

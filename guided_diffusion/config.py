@@ -297,6 +297,7 @@ class TrainConfig:
     grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", at_least=0)
     schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment"))
     ema_rate: str = flag("0.9999", "rates of the moving averages of the weights, separated by commas; '' for none")
+    ema_warmup: bool = flag(False, "after n steps let the averages have a rate of (1 + n) / (10 + n), or less")
     fp16_scale_growth: float = flag(1e-3, "growth of the logarithmic loss scale per step, with fp16", at_least=0)
     resume_checkpoint: str = flag(
         "", "any file of a checkpoint, or a run's folder, to go on from; auto: the newest in --log_dir, if there is one"

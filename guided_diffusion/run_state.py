@@ -51,10 +51,10 @@ def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
 def warn_of_long_averages(rates: Sequence[float], updates: int) -> None:
     """Name the moving averages that are longer than a run of so many updates, 0 for one without end."""
     for rate in rates:
-        if rate < 1 and 0 < updates < 1 / (1 - rate):
+        if rate < 1 and updates and checkpoint.is_young(rate, updates):
             logger.warn(
                 f"EMA {rate} averages over about {1 / (1 - rate):.0f} updates and the run has {updates}: it will still "
-                "resemble the first weights; choose a smaller ema_rate"
+                "resemble the first weights; choose a smaller ema_rate, or ema_warmup True"
             )
 
 

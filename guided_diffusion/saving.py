@@ -163,18 +163,26 @@ class Saver:
 
         :raises OSError: if this set, or the one before, cannot be written.
         """
-        self.wait()
         parts = state.parts(step)
-        if self.source == str(bf.join(folder, f"model{step:06d}.pt")):
-            logger.log(f"{self.source} is what this run resumed from, and stays as it is")
-        elif dist_util.rank() == 0 and self.asynchronous:
-            pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-            self._pending = pool.submit(self._write, folder, step, self._snapshot.take(parts))
-            pool.shutdown(wait=False)
-        elif dist_util.rank() == 0:
-            _report(self._write(folder, step, map_tensors(parts, lambda tensor: tensor.cpu().contiguous())))
-        if not self.asynchronous:
-            dist_util.barrier()
+        try:
+            self.wait()
+        finally:  # what was not written before is no reason not to write this
+            self._begin(parts, folder, step)
+
+    def _begin(self, parts: Mapping[str, Any], folder: str, step: int) -> None:
+        """Write a set, or let the thread begin with it."""
+        try:
+            if self.source == str(bf.join(folder, f"model{step:06d}.pt")):
+                logger.log(f"{self.source} is what this run resumed from, and stays as it is")
+            elif dist_util.rank() == 0 and self.asynchronous:
+                pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+                self._pending = pool.submit(self._write, folder, step, self._snapshot.take(parts))
+                pool.shutdown(wait=False)
+            elif dist_util.rank() == 0:
+                _report(self._write(folder, step, map_tensors(parts, lambda tensor: tensor.cpu().contiguous())))
+        finally:
+            if not self.asynchronous:
+                dist_util.barrier()
 
     def _write(self, folder: str, step: int, parts: Mapping[str, Any]) -> list[str]:
         """Write a set and remove older ones; returns the lines for the log, whose writers belong to the main thread."""

@@ -168,9 +168,26 @@ def test_sampling_takes_the_newest_average_then_the_newest_model(tmp_path):
     write_set(tmp_path, 9, kinds=("model", "opt"))
     write_set(tmp_path, 1000000, kinds=("model",))
     assert checkpoint.resolve_model(folder).endswith("model1000000.pt")
-    write_set(tmp_path, 8)
-    assert checkpoint.resolve_model(folder).endswith("ema_0.9999_000008.pt")
+    write_set(tmp_path, 10008)
+    assert checkpoint.resolve_model(folder).endswith("ema_0.9999_010008.pt")
     assert checkpoint.resolve_model(str(tmp_path / "model000009.pt")) == str(tmp_path / "model000009.pt")
+
+
+@pytest.mark.parametrize(
+    ("step", "warmed_up", "kinds", "taken"),
+    [
+        (9999, False, ("model", "ema_0.99_", "ema_0.9999_"), "ema_0.99_009999.pt"),
+        (10000, False, ("model", "ema_0.99_", "ema_0.9999_"), "ema_0.9999_010000.pt"),
+        (99, False, ("model", "ema_0.99_", "ema_0.9999_"), "model000099.pt"),
+        (99, False, ("ema_0.99_", "ema_0.9999_"), "ema_0.9999_000099.pt"),
+        (99, True, ("model", "ema_0.99_", "ema_0.9999_"), "ema_0.9999_000099.pt"),
+        (9, False, ("model", "ema_1.0_"), "model000009.pt"),
+    ],
+)
+def test_sampling_takes_the_slowest_average_that_is_no_longer_than_the_run(tmp_path, step, warmed_up, kinds, taken):
+    write_set(tmp_path, step, kinds=kinds)
+    checkpoint.save_json(str(tmp_path / "config.json"), {"flags": {"ema_warmup": warmed_up}})
+    assert checkpoint.resolve_model(str(tmp_path)) == str(tmp_path / taken)
 
 
 def test_the_last_sets_are_kept(tmp_path):

@@ -135,6 +135,7 @@ BEYOND = {
     "classifier_scale": 1.0,  # of no effect, the second, without the first
     **defaults(ClassifierConfig),  # and neither these
     "ema_rate": "",
+    "ema_warmup": False,
     "fp16_scale_growth": 0.001,
     "channel_mult": "",
     "use_new_attention_order": False,

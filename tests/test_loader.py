@@ -5,8 +5,10 @@ import io
 import os
 import random
 import resource
+import signal
 import textwrap
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -461,6 +463,18 @@ def test_the_flags_reach_the_images(folder: Path, monkeypatch: pytest.MonkeyPatc
     for _ in range(9):
         next(streams.train)
     assert len(read) == 7  # of 9, as 2 were read before
+
+
+def test_a_lost_worker_is_found_out_when_a_batch_is_asked_for_and_not_in_the_middle_of_a_step(folder: Path) -> None:
+    stream = opened(folder, num_workers=1)
+    next(stream)
+    (worker,) = stream._batches._workers  # type: ignore[union-attr]
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    time.sleep(0.05)  # torch's own alarm would go off here, where a training may be changing weights
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        for _ in range(9):  # those that it has made are given
+            next(stream)
 
 
 def test_training_on_bytes_is_training_on_their_floats(folder: Path, tmp_path: Path) -> None:

@@ -241,16 +241,31 @@ def test_precisions_are_those_of_the_network(runs: Runs, tmp_path: Path) -> None
     assert np.abs(fp16 - full).mean() < np.abs(bf16 - full).mean() < 8
 
 
-def test_a_moving_average_that_is_too_young_is_mentioned(runs: Runs, tmp_path: Path) -> None:
-    shutil.copytree(runs["unet"], tmp_path / "run")
-    os.rename(tmp_path / "run" / "ema_0.5_000100.pt", tmp_path / "run" / "ema_0.9999_000100.pt")
-    for number, folder in enumerate((runs["unet"], str(tmp_path / "run"))):
-        image_sample.main(["--model_path", folder, *SAMPLING, "--log_dir", str(tmp_path / str(number))])
-        said = (
-            "averages over about 10000 steps and was trained for 100"
-            in (tmp_path / str(number) / "log.txt").read_text()
-        )
-        assert said == (number == 1)
+@pytest.mark.parametrize(
+    ("rate", "warmed_up", "named", "kind", "words"),
+    [
+        ("0.9999", False, False, "model", "was trained for 100: it is not taken, unless it is given by its name"),
+        ("0.9999", False, True, "ema_0.9999_", "was trained for 100: if its samples are noise, try"),
+        ("0.9999", True, False, "ema_0.9999_", ""),
+        ("0.5", False, False, "ema_0.5_", ""),
+    ],
+)
+def test_a_folder_is_sampled_from_by_an_average_that_is_no_longer_than_its_run(
+    runs: Runs, tmp_path: Path, rate: str, warmed_up: bool, named: bool, kind: str, words: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["unet"], run)
+    os.rename(run / "ema_0.5_000100.pt", run / f"ema_{rate}_000100.pt")
+    shutil.copy(run / f"ema_{rate}_000100.pt", run / "model000100.pt")
+    config = json.loads((run / "config.json").read_text())
+    config["flags"]["ema_warmup"] = warmed_up
+    (run / "config.json").write_text(json.dumps(config))
+    path = run / f"ema_{rate}_000100.pt" if named else run
+    image_sample.main(["--model_path", str(path), *SAMPLING, "--log_dir", str(tmp_path / "samples")])
+    said = (tmp_path / "samples" / "log.txt").read_text()
+    assert f"model_path: {run / kind}000100.pt\n" in said
+    assert ("averages over about" in said) == bool(words)
+    assert words in said
 
 
 def test_two_ranks_write_the_file_of_one(runs: Runs, tmp_path: Path) -> None:

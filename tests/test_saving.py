@@ -297,6 +297,21 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_is_lost(run, monkeypatch
     assert contents(run) == before
 
 
+def test_a_set_that_could_not_be_written_does_not_keep_the_next_one_from_being_written(run, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saver = Saver(asynchronous=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        saver.save(State(), str(run), 8)
+        assert saver._pending.exception() is not None
+    with pytest.raises(OSError, match=r"state000008.pt cannot be written"):
+        saver.save(State(), str(run), 10)
+    saver.wait()
+    assert newest(run, checksums=True) == (10, [])
+
+
 def test_a_real_limit_of_file_size_is_one_sentence_too(run, tmp_path, ranks):
     """RLIMIT_FSIZE, in a process of its own; torch's writer in C++ is in the middle of a file then."""
     program = tmp_path / "program.py"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -114,7 +114,7 @@ def _restore(
     network.load_state_dict(weights)
     logger.log(f"{source}: {path}")
     _warn_if_unknown(path, flags, section)
-    _warn_if_young(path)
+    _say_which(flags.values[source], path)
     precision, names = _precision(config), checkpoint.classes_beside(path)
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
@@ -206,14 +206,20 @@ def _warn_if_unknown(path: str, flags: Flags, section: type[Any]) -> None:
         logger.warn(f"no config.json beside {path}: by default {', '.join(usual)}; give those that were others")
 
 
-def _warn_if_young(path: str) -> None:
-    """Say so where a moving average reaches back beyond the start of its training."""
-    match = re.search(r"ema_([\d.]+)_(\d+)\.", path)
-    if match and int(match[2]) * (1 - float(match[1])) < 1:
-        logger.warn(
-            f"{path} averages over about {1 / (1 - float(match[1])):.0f} steps and was trained for {int(match[2])}: "
-            "if its samples are noise, try the model file or a faster average"
-        )
+def _say_which(given: str, path: str) -> None:
+    """Say so where a moving average is longer than its training: it was not taken, or was asked for by its name."""
+    step = checkpoint.step_of(path)
+    if step is None or checkpoint.config_beside(path).get("ema_warmup"):
+        return
+    files = checkpoint.sets_in(os.path.dirname(path) or ".").get(step, checkpoint.CheckpointSet(step))
+    for rate, average in files.emas.items():
+        if not checkpoint.is_young(rate, step):
+            continue
+        what = f"{average} averages over about {1 / (1 - float(rate)):.0f} steps and was trained for {step}"
+        if average == path:
+            logger.warn(f"{what}: if its samples are noise, try {files.model or 'a faster average'}")
+        elif given != path:
+            logger.log(f"{what}: it is not taken, unless it is given by its name")
 
 
 def refuse_difference(pairs: Mapping[str, tuple[Any, Any]], other: str, remedy: str) -> None:

@@ -94,6 +94,7 @@ def _check(flags: Flags) -> None:
             "guided_diffusion.train_util.TrainLoop data of your own"
         )
     samples = set(defaults(TrainEvaluationConfig)) <= set(flags.values)  # else --eval_interval is that of validation
+    _refuse_useless(flags, ["ema_warmup"], "ema_rate")
     _refuse_useless(flags, ["val_interval", *([] if samples else ["eval_interval"])], "val_data_dir")
     if samples:
         _refuse_useless(flags, defaults(TrainEvaluationConfig, ExtractorConfig), "eval_interval")
@@ -106,7 +107,7 @@ def _refuse_useless(flags: Flags, names: Iterable[str], without: str) -> None:
 
 
 def _over_resumed(flags: Flags) -> Flags:
-    """The command line over everything that the resumed run was started with."""
+    """The command line over everything that the resumed run was started with; a precision auto is that of the run."""
     path = flags.values["resume_checkpoint"]
     if path == "auto":
         folder = _log_folder(flags)
@@ -115,13 +116,12 @@ def _over_resumed(flags: Flags) -> Flags:
     if not path:
         return flags
     checkpoint.find_set(path)  # that there is one comes before all else
-    known = set(COMMANDS[flags.command].flags()) - set(OF_A_PROCESS)
-    if any(name in flags.given for name in PRECISION_FLAGS):
+    known, config = set(COMMANDS[flags.command].flags()) - set(OF_A_PROCESS), checkpoint.config_beside(path)
+    given = {k: v for k, v in flags.given.items() if not (k in PRECISION_FLAGS and v == "auto" and config.get(k))}
+    if any(name in given for name in PRECISION_FLAGS):
         known -= set(PRECISION_FLAGS)
-    config = checkpoint.config_beside(path)
     check_kind(config, finetuning.KINDS[flags.command][1], f"--resume_checkpoint {path}")
-    saved = {name: value for name, value in config.items() if name in known}
-    return Flags(flags.command, flags.given, saved)
+    return Flags(flags.command, given, {name: value for name, value in config.items() if name in known})
 
 
 def _with_null_class(flags: Flags) -> Flags:
@@ -246,7 +246,7 @@ def _validation(path: str, train: ImageStream, load: Load, options: dict[str, An
     options = {**options, "log": lambda line: None if line.startswith(" ") else logger.log(f"validation: {line}")}
     labels = {"class_from": train.class_from, "classes": train.classes} if train.classes else {}
     try:
-        return load(data_dir=path, random_crop=False, random_flip=False, **labels, **options)
+        return load(data_dir=path, random_crop=False, random_flip=False, fit=True, **labels, **options)
     except ValueError as error:
         raise ValueError(f"--val_data_dir: {error}") from error
 
