@@ -21,7 +21,7 @@ from PIL import Image
 from evaluations.programs import load_exported, load_torchscript
 from evaluations.vit import CLIP, DINOV2, Family, prepare, read_vit
 from evaluations.weights import TORCHSCRIPT, find_inception, kind_of, load_inception
-from guided_diffusion import checkpoint, logger, untrusted
+from guided_diffusion import checkpoint, logger, paths, untrusted
 from guided_diffusion.cli import Flags
 from guided_diffusion.config import PRECISIONS, ClassifierConfig, nearest, parse_size
 from guided_diffusion.crops import center_crop_arr
@@ -334,4 +334,4 @@ def make_extractor(
         raise ValueError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
     elif not path:
         raise ValueError(f"--features {name} is without a file: write {name}:PATH")
-    return EXTRACTORS[name](os.path.expanduser(path), th.device(device), precision)
+    return EXTRACTORS[name](paths.resolve(path), th.device(device), precision)

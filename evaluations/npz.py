@@ -16,18 +16,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import blobfile as bf
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluations.levels import Images, find_rule, to_levels, to_rgb
 from evaluations.metrics import Statistics
 from evaluations.sources import FileSource, ImageSource, Look
-from guided_diffusion import untrusted
+from guided_diffusion import paths, untrusted
+from guided_diffusion.archives import is_stack
 from guided_diffusion.config import Size
+from guided_diffusion.decoding import Range
 from guided_diffusion.image_files import IMAGE_EXTENSIONS, find_images, split_archive
 from guided_diffusion.npz import Npz
-from guided_diffusion.untrusted import is_remote, parse_json, printable, quoted, read_file
+from guided_diffusion.untrusted import parse_json, printable, quoted, read_file
 
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 RECORD = "record"  # the array of an npz, bytes of JSON, that says what its statistics are of
@@ -198,19 +199,23 @@ def _record(archive: Npz) -> dict[str, Any]:
 # ---- finding out what there is
 
 
-def open_images(path: str, size: Size | None = None) -> ImageSource:
-    """What lies at a path: an npz, a folder or a zip of images, or the folder of a sampling run.
+def open_images(path: str, size: Size | None = None, data_range: Range | None = None) -> ImageSource:
+    """What lies at a path: an npz or npy, a folder or a zip of images, or the folder of a sampling run.
 
     :param size: images of files are scaled and cropped to it as in training; None: they are taken as they are.
+    :param data_range: of images of files, as `read_image` takes it.
     :raises ValueError: if nothing there can be evaluated.
     """
+    path = paths.resolve(path)
     if _is_folder(path):
         run = _of_a_run(path)
-        return run if run is not None else _files(path, size)
+        return run if run is not None else _files(path, size, data_range)
     if split_archive(path):
-        return _files(path, size)
-    if not path or not bf.exists(path):
+        return _files(path, size, data_range)
+    if not path or not paths.exists(path):
         raise ValueError(f"{quoted(path)} does not exist: give an npz, a folder or a zip of images, or a run's folder")
+    if path.lower().endswith(".npy") and is_stack(path):
+        return _files(path, size, data_range)
     if path.lower().endswith(IMAGE_EXTENSIONS):
         raise ValueError(f"{path} is one image: give an npz, or a folder or a zip of images")
     with Npz(path) as archive:
@@ -221,12 +226,12 @@ def open_images(path: str, size: Size | None = None) -> ImageSource:
 
 
 def _is_folder(path: str) -> bool:
-    return bool(path) and (bf.isdir(path) if is_remote(path) else os.path.isdir(path))
+    return bool(path) and paths.isdir(path)
 
 
 def _of_a_run(folder: str) -> ImageSource | None:
     """The samples of a run, or those of its batches that are there; None where it is no run's folder."""
-    names = sorted(name.rstrip("/") for name in bf.listdir(folder))
+    names = paths.names_in(folder)
     merged = [name for name in names if re.fullmatch(r"samples_[\dx]+\.npz", name)]
     if len(merged) > 1:
         raise ValueError(f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them")
@@ -236,7 +241,7 @@ def _of_a_run(folder: str) -> ImageSource | None:
         source.notes.append(f"{folder}: the samples are those of {merged[0]}")
         return source
     shards = f"{folder.rstrip('/')}/shards" if "shards" in names else folder
-    parts = sorted(f"{shards}/{name}" for name in bf.listdir(shards) if re.fullmatch(r"\d{6}\.npz", name))
+    parts = sorted(f"{shards}/{name}" for name in paths.names_in(shards) if re.fullmatch(r"\d{6}\.npz", name))
     if not parts:
         return None
     source = ArraySource(folder, parts, "arr_0")
@@ -244,7 +249,7 @@ def _of_a_run(folder: str) -> ImageSource | None:
     return source
 
 
-def _files(path: str, size: Size | None) -> ImageSource:
+def _files(path: str, size: Size | None, data_range: Range | None) -> ImageSource:
     listing = find_images(path)
     if not listing.images:
         inner = [name for name in listing.others if name.lower().endswith(".npz")]
@@ -253,7 +258,7 @@ def _files(path: str, size: Size | None) -> ImageSource:
     arrays = {"arr_0.npy", "mu.npy"} & set(listing.images)
     if arrays and path.lower().endswith(".zip"):
         raise ValueError(f"{path} is an npz by another name, it holds {min(arrays)}: rename it to end in .npz")
-    return FileSource(listing, size)
+    return FileSource(listing, size, data_range)
 
 
 def _find_array(archive: Npz) -> tuple[str, list[str]]:
@@ -289,7 +294,7 @@ def request_of(path: str) -> dict[str, Any]:
     folder = path if _is_folder(path) else os.path.dirname(path) or "."
     is_run = _is_folder(path) or re.fullmatch(r"samples_[\dx]+\.npz", os.path.basename(path))
     where = f"{folder.rstrip('/')}/request.json"
-    if not is_run or not bf.exists(where):
+    if not is_run or not paths.exists(where):
         return {}
     try:
         found = parse_json(read_file(where))

@@ -22,7 +22,7 @@ from evaluations.metrics import Statistics
 from guided_diffusion import untrusted
 from guided_diffusion.config import Size, parse_size
 from guided_diffusion.crops import Picture, TooThin, center_crop_arr
-from guided_diffusion.decoding import FORMATS
+from guided_diffusion.decoding import FORMATS, Range
 from guided_diffusion.image_files import Listing, UnreadableImage, read_bytes, read_image
 from guided_diffusion.untrusted import reason
 
@@ -131,12 +131,13 @@ class FileSource(ImageSource):
     """The images of a folder or a zip, in the order of their names.
 
     :param size: they are scaled and cropped to it as in training; None: as they are.
+    :param data_range: as `read_image` takes it.
     """
 
-    def __init__(self, listing: Listing, size: Size | None = None) -> None:
+    def __init__(self, listing: Listing, size: Size | None = None, data_range: Range | None = None) -> None:
         super().__init__(listing.root, len(listing.images))
         self.paths = [listing.path(name) for name in listing.images]
-        self.size = size
+        self.size, self.data_range = size, data_range
         if size is not None:
             self.shape = (*parse_size(size), 3)
         if listing.others or listing.refused:
@@ -144,7 +145,8 @@ class FileSource(ImageSource):
 
     def look(self) -> Look:
         """Go through the bytes of all files once, and the first ones of what each says of itself."""
-        digest, sizes = hashlib.sha256(f"{self.count} {self.size} ".encode()), Counter[tuple[int, int]]()
+        span = f"{self.data_range} " if self.data_range else ""
+        digest, sizes = hashlib.sha256(f"{self.count} {self.size} {span}".encode()), Counter[tuple[int, int]]()
         for path in self.paths:
             content = _content(path)
             digest.update(hashlib.sha256(content).digest())
@@ -173,7 +175,7 @@ class FileSource(ImageSource):
         yield from (self._read(self.paths[index])[None] for index in indices)
 
     def _read(self, path: str) -> Images:
-        picture: Picture = read_image(path, 3)
+        picture: Picture = read_image(path, 3, self.data_range)
         try:
             array = np.asarray(picture) if self.size is None else center_crop_arr(picture, self.size)
         except TooThin as error:

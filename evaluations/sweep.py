@@ -37,6 +37,7 @@ from guided_diffusion.commands import _common as common, _guidance as guidance
 from guided_diffusion.commands._evaluation import extractor_of
 from guided_diffusion.commands.classifier_sample import check_agreement
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, RunConfig, UNetConfig
+from guided_diffusion.data_config import RangeConfig, parse_range
 from guided_diffusion.evaluation_config import ExtractorConfig, SweepConfig
 from guided_diffusion.guidance import without_labels
 from guided_diffusion.loop import network_calls
@@ -96,7 +97,8 @@ def run(flags: Flags) -> None:
     for cell in cells:  # before anything is loaded
         _check(_flags_of(cell, base, config))
     common.start(flags)
-    source, extractor = open_images(config.reference), extractor_of(flags)
+    span = parse_range(flags.part(RangeConfig).data_range)
+    source, extractor = open_images(config.reference, None, span), extractor_of(flags)
     networks = _restore(base, config)
     chosen = [METRICS[name] for name in config.metrics.split(",")]
     needs = {field for metric in chosen for field in metric.needs}

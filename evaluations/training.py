@@ -18,6 +18,7 @@ import torch as th
 from evaluations.evaluator import Report, Side, evaluate, prepare
 from evaluations.figures import base, best, require
 from evaluations.levels import Images, to_rgb
+from evaluations.npz import open_images
 from evaluations.plots import draw_progress
 from evaluations.scores import METRICS, Options, rehearse
 from evaluations.sources import ImageSource, Look
@@ -116,7 +117,8 @@ class Evaluation:
         needs = {name for metric in self._metrics for name in METRICS[metric].needs}
         count = min(len(stream.dataset), max(REFERENCE_IMAGES, config.eval_samples))
         own = TrainingImages(stream.dataset, count)
-        side = prepare(config.eval_reference or own, self._extractor, needs=needs, progress=True, **self._own(config))
+        given = config.eval_reference and open_images(config.eval_reference, None, stream.dataset.data_range)
+        side = prepare(given or own, self._extractor, needs=needs, progress=True, **self._own(config))
         for line in side.notes:
             logger.log(f"evaluation: {line}")
         dist_util.decide(lambda: self._check_reference(side))

@@ -10,7 +10,7 @@ import torch as th
 
 from evaluations.frozen_graph import inception_state_dict, read_frozen_graph
 from evaluations.inception import InceptionNetwork
-from guided_diffusion import checkpoint, untrusted
+from guided_diffusion import checkpoint, paths, untrusted
 from guided_diffusion.architecture import architecture
 from guided_diffusion.downloads import SOURCES, kept_at
 
@@ -31,8 +31,8 @@ def find_inception(given: str = "") -> str:
     :raises FileNotFoundError: if there is none, or the one that is named does not exist.
     """
     for origin, path in (("--inception_weights", given), (f"${VARIABLE}", os.environ.get(VARIABLE, ""))):
-        if path and checkpoint.exists(os.path.expanduser(path)):
-            return os.path.expanduser(path)
+        if path and paths.exists(path):
+            return paths.resolve(path)
         if path:
             raise FileNotFoundError(f"{origin} {untrusted.quoted(path)} does not exist: {_remedy()}")
     for name in KEPT:
@@ -71,9 +71,9 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
 
 
 def _read(path: str) -> dict[str, th.Tensor]:
-    if not checkpoint.exists(path):
+    if not paths.exists(path):
         raise FileNotFoundError(f"the Inception weights {untrusted.quoted(path)} do not exist: {_remedy()}")
-    kind = "" if checkpoint.is_remote(path) else kind_of(path)
+    kind = "" if paths.is_remote(path) else kind_of(path)
     if kind:
         raise _refusal(path, kind)
     if path.endswith(".pb"):

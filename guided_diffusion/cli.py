@@ -16,16 +16,13 @@ from typing import Any, NoReturn, TypeVar
 from .conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
 from .config import (
     ClassifierConfig,
-    ClassifierDataConfig,
     ClassifierTrainConfig,
-    DataConfig,
     DemoConfig,
     DiffusionConfig,
     EditConfig,
     FreeGuidanceConfig,
     GuidanceConfig,
     ImageTrainConfig,
-    LikelihoodConfig,
     RunConfig,
     SampleConfig,
     SuperResConfig,
@@ -34,6 +31,7 @@ from .config import (
     nearest,
     str2bool,
 )
+from .data_config import ClassifierDataConfig, DataConfig, LikelihoodConfig, RangeConfig
 from .dataset_config import (
     CelebaConfig,
     CifarConfig,
@@ -102,7 +100,7 @@ COMMANDS = {
         "Sample from a diffusion model.",
         (
             *(RunConfig, SampleConfig, AdapterConfig, FreeGuidanceConfig, EditConfig, CondSampleConfig),
-            *(CompileConfig, UNetConfig, DiffusionConfig),
+            *(RangeConfig, CompileConfig, UNetConfig, DiffusionConfig),
         ),
     ),
     "image_nll": Command(
@@ -123,7 +121,7 @@ COMMANDS = {
         "Sample from a diffusion model, guided by a classifier.",
         (
             *(RunConfig, SampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig, EditConfig),
-            *(CondSampleConfig, CompileConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+            *(CondSampleConfig, RangeConfig, CompileConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "super_res_train": Command(
@@ -137,7 +135,7 @@ COMMANDS = {
         "Enlarge images.",
         (
             *(RunConfig, SampleConfig, UpsampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig),
-            *(CompileConfig, SuperResConfig, ClassifierConfig, DiffusionConfig),
+            *(RangeConfig, CompileConfig, SuperResConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "cascade_sample": Command(
@@ -147,14 +145,15 @@ COMMANDS = {
     ),
     "evaluator": Command(
         "Compare samples with real images: Inception Score, FID, sFID, precision, recall.",
-        (EvaluatorConfig, ExtractorConfig, PlaceConfig),
+        (EvaluatorConfig, RangeConfig, ExtractorConfig, PlaceConfig),
     ),
     "make_reference": Command(
-        "Write the reference that samples are compared with.", (ReferenceConfig, ExtractorConfig, PlaceConfig)
+        "Write the reference that samples are compared with.",
+        (ReferenceConfig, RangeConfig, ExtractorConfig, PlaceConfig),
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
-        (SweepConfig, ExtractorConfig, RunConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+        (SweepConfig, RangeConfig, ExtractorConfig, RunConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
     ),
     "download": Command("Fetch weights to the cache.", (DownloadConfig,)),
     "npz_tool": Command("Images to npz and back, and looking at them.", (NpzToolConfig,)),
@@ -296,7 +295,7 @@ def _help(spec: Field[Any]) -> str:
 def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any = argparse.SUPPRESS) -> None:
     """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
     if spec.metadata["positional"]:
-        several: dict[str, Any] = {"nargs": "+", "type": str} if isinstance(spec.default, tuple) else {}
+        several: dict[str, Any] = {"nargs": "+"} if isinstance(spec.default, tuple) else {}
         convert: dict[str, Any] = {"type": _converter(spec), "metavar": spec.name.upper(), "help": _help(spec)}
         group.add_argument(spec.name, **{**convert, **several})
         return

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
-from . import launchers
+from . import launchers, paths
 from .log_writers import (
     CSVOutputFormat as CSVOutputFormat,
     HumanOutputFormat as HumanOutputFormat,
@@ -296,7 +296,7 @@ def configure(
     :param log_suffix: goes before the extension of the files' names.
     """
     rank = get_rank_without_mpi_import()
-    folder = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir or new_dir())
+    folder = paths.local(dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir or new_dir())
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:

@@ -21,16 +21,16 @@ from . import logger
 from .checkpoint import save_json
 from .config import Size, size_flag
 from .crops import TooThin, center_crop_arr
+from .decoding import Range
 from .image_files import Listing, UnreadableImage, find_images, read_bytes, read_image
 from .image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
-from .npz import PART, Npz, Rows, explained, write_arrays
+from .npz import PART, STATISTICS, Npz, Rows, explained, write_arrays
 from .pictures import DRAWN_CHANNELS, Pixels, save_png
 from .untrusted import Header, parse_json, printable, quoted, reason
 
 CHUNK = 2**24  # bytes of images in memory at a time
 ORDER = "names.json"  # in a folder from an npz: its images in their order, and their shape
 CLASSES = "classes.json"
-STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 MAX_LABEL = 2**16  # without names of the classes
 
 
@@ -218,12 +218,16 @@ class Wanted:
     :param channels: 0: what to-png wrote down, else 3.
     :param class_from: '' is auto where that finds labels, and else none.
     :param classes: path of a classes.json; '' takes the one in the folder.
+    :param label_column: of a table that has several.
+    :param data_range: as `read_image` takes it.
     """
 
     size: Size = 0
     channels: int = 0
     class_from: str = ""
     classes: str = ""
+    label_column: str = ""
+    data_range: Range | None = None
 
 
 def from_images(path: str, out: str, wanted: Wanted | None = None) -> list[str]:
@@ -282,9 +286,9 @@ def _labels(listing: Listing, wanted: Wanted) -> tuple[Labels | None, list[str]]
     if not known and CLASSES in listing.others:
         known = listing.path(CLASSES) if not listing.root.lower().endswith(".zip") else ""
     try:
-        labels = read_labels(listing, wanted.class_from or "auto", known or None)
+        labels = read_labels(listing, wanted.class_from or "auto", known or None, label_column=wanted.label_column)
     except ValueError as error:
-        if wanted.class_from or known:
+        if wanted.class_from or known or wanted.label_column:
             raise
         return None, [f"no labels: {error}"]
     return labels, labels.notes
@@ -292,7 +296,7 @@ def _labels(listing: Listing, wanted: Wanted) -> tuple[Labels | None, list[str]]
 
 def _read(listing: Listing, index: int, wanted: Wanted, channels: int) -> Pixels:
     path = listing.path(listing.images[index])
-    picture = read_image(path, channels)
+    picture = read_image(path, channels, wanted.data_range)
     try:
         array = np.asarray(picture) if not wanted.size else center_crop_arr(picture, size_flag(wanted.size))
     except TooThin as error:

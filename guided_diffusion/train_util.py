@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
-import blobfile as bf
 import numpy as np
 import torch as th
 
-from . import checkpoint, dist_util, logger
+from . import checkpoint, dist_util, logger, paths
 from .adamw import AdamW
 from .bad_steps import BadSteps
 from .compiling import eagerly
@@ -69,8 +68,8 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
     """The moving average that lies beside a model of that step, or None."""
     if main_checkpoint is None:
         return None
-    path = str(bf.join(os.path.dirname(main_checkpoint), f"ema_{rate}_{step:06d}.pt"))
-    return path if checkpoint.exists(path) else None
+    path = paths.join(os.path.dirname(main_checkpoint), f"ema_{rate}_{step:06d}.pt")
+    return path if paths.exists(path) else None
 
 
 # ---- the loop
@@ -274,7 +273,7 @@ class TrainLoop:
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
         if self.config is not None and dist_util.rank() == 0:
-            checkpoint.save_json(str(bf.join(get_blob_logdir(), checkpoint.CONFIG)), self.config)
+            checkpoint.save_json(paths.join(get_blob_logdir(), checkpoint.CONFIG), self.config)
 
     def _next_batch(self) -> tuple[th.Tensor, Cond]:
         with self.meter.waiting_for_data():

@@ -15,7 +15,9 @@ EVALUATIONS = ROOT.parent / "evaluations"
 # a module imports only from modules before it
 ORDER = [
     *[
+        "paths",
         "config",
+        "data_config",
         "evaluation_config",
         "dataset_config",
         "likelihood_config",
@@ -72,8 +74,17 @@ ORDER = [
         "archives",
         "crops",
     ],
-    *["decoding"],
-    *["image_files", "upsampling", "image_labels", "conditioning", "image_order", "image_cache", "image_items"],
+    *["decoding", "masks"],
+    *[
+        "image_files",
+        "upsampling",
+        "label_tables",
+        "image_labels",
+        "conditioning",
+        "image_order",
+        "image_cache",
+        "image_items",
+    ],
     *["image_datasets", "init_images", "architecture", "manifest", "downloads", "compiling", "checkpoint"],
     *["lora", "finetuning", "draws"],
     *["meter", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood", "train_util"],
@@ -89,7 +100,9 @@ EVALUATION_ORDER = [
 NEVER_LOG = ORDER[: ORDER.index("fp16_util")]
 WITHOUT_TORCH = [
     "__init__",
+    "paths",
     "config",
+    "data_config",
     "evaluation_config",
     "dataset_config",
     "likelihood_config",
@@ -187,6 +200,7 @@ def test_commands_parse_before_they_import_torch(name):
     assert set(ours(MODULES[name], nested=False)) <= {
         "cli",
         "config",
+        "data_config",
         "evaluation_config",
         "likelihood_config",
         "upsampling_config",

@@ -22,6 +22,7 @@ from ..config import (
     UNetConfig,
     parse_size,
 )
+from ..data_config import RangeConfig
 from ..finetuning_config import AdapterConfig
 from ..gaussian_diffusion import GaussianDiffusion
 from ..guidance import dynamic_thresholding
@@ -153,7 +154,8 @@ def described(flags: Flags, source: str, section: type[Any], *, secondary: bool 
     _check_kind(saved, section, f"--{source} {path}")
     if secondary:
         flags = _without(flags, saved, section)
-    return path, flags.over(saved, section, DiffusionConfig)
+    data = [RangeConfig] if "data_range" in flags.values else []  # images to sample from are of the kind trained on
+    return path, flags.over(saved, section, DiffusionConfig, *data)
 
 
 def _without(flags: Flags, saved: Mapping[str, Any], section: type[Any]) -> Flags:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import cli
+from ..data_config import parse_range
 from ..npz_tool_config import (
     FromImagesConfig,
     GridConfig,
@@ -29,7 +30,14 @@ def from_images(flags: cli.Flags) -> None:
     from .. import npz_tools
 
     config = flags.part(FromImagesConfig)
-    wanted = npz_tools.Wanted(config.image_size, config.image_channels, config.class_from, config.classes)
+    wanted = npz_tools.Wanted(
+        config.image_size,
+        config.image_channels,
+        config.class_from,
+        config.classes,
+        config.label_column,
+        parse_range(config.data_range),
+    )
     print(*npz_tools.from_images(config.source, config.out, wanted), sep="\n")
 
 
