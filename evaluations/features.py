@@ -334,4 +334,5 @@ def make_extractor(
         raise ValueError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
     elif not path:
         raise ValueError(f"--features {name} is without a file: write {name}:PATH")
-    return EXTRACTORS[name](paths.resolve(path), th.device(device), precision)
+    where = paths.local(path) if name in ("torchscript", "export") else paths.resolve(path)
+    return EXTRACTORS[name](where, th.device(device), precision)

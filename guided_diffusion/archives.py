@@ -194,7 +194,7 @@ class Stack:
             name = archive.name_of_images()
             self.header, self.labels = archive.header(name), archive.labels()
         large = math.prod(self.header.shape) * self.header.dtype.itemsize > untrusted.LARGE_MEMBER
-        start = Archive(self._path).stored_at(f"{name}.npy") if large else None
+        start = Archive(self._path).stored_at(f"{name}.npy") if large and not self.header.fortran else None
         if start is None:
             self._name = name
             return

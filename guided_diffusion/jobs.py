@@ -5,6 +5,7 @@ Shapes: N images in all, B per batch, C channels, H W space (any number of space
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import re
@@ -124,14 +125,34 @@ def check_labels(labels: Iterable[int], num_classes: float) -> None:
 def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
     """Class ids from "207,360" or from names; a number always is an id.
 
-    :param names: names by class id, as in classes.json.
+    :param names: names by class id, as in classes.json; one with a comma in it may be written as it is, or between
+        double quotation marks.
     :raises ValueError: for an id out of range, an unknown name, or none at all.
     """
-    labels = [_class_id(word.strip(), names) for word in text.split(",") if word.strip()]
+    labels = [_class_id(word, names) for word in _words(text, names)]
     if not labels:
         raise ValueError(f"classes {text!r} names no class: write ids or names with commas in between")
     check_labels(labels, num_classes)
     return labels
+
+
+def _words(text: str, names: Sequence[str]) -> list[str]:
+    """The parts of a list between its commas; as many of them make one word as make a name."""
+    try:
+        (parts,) = csv.reader([text], skipinitialspace=True)
+    except (ValueError, csv.Error):
+        parts = text.split(",")
+    parts = [part.strip() for part in parts if part.strip()]
+    words, known = list[str](), {re.sub(r"\s*,\s*", ",", name): name for name in names if "," in name}
+    if not known or set(parts) <= set(names):
+        return parts
+    longest = max(name.count(",") + 1 for name in known)
+    while parts:
+        sizes = range(min(longest, len(parts)), 0, -1)
+        size = next((size for size in sizes if ",".join(parts[:size]) in known), 1)
+        joined, parts = ",".join(parts[:size]), parts[size:]
+        words.append(known.get(joined, joined))
+    return words
 
 
 def _class_id(word: str, names: Sequence[str]) -> int:

@@ -283,8 +283,9 @@ def _of_text(content: bytes, names: _Names) -> Table:
             f"{width}; put a comma between them, and quotation marks around what holds one"
         )
     column = _file_column(Table([], rows), names)
-    headed = bool(rows) and rows[0][column] not in names.exact
-    headed = headed and (rows[0][column].strip().lower() in FILE_HEADINGS or not names.find(rows[0][column]))
+    first, *rest = [row[column] for row in rows[:LOOKED_AT]] or [""]
+    like_no_other = not names.find(first) or any(cell in names.exact for cell in rest)
+    headed = bool(rows) and first not in names.exact and (first.strip().lower() in FILE_HEADINGS or like_no_other)
     return Table(rows[0] if headed else [], rows[headed:])
 
 

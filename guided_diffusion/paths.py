@@ -127,9 +127,9 @@ def _reaching(function: Callable[P, T]) -> Callable[P, T]:
                 raise
             said = re.sub(r"^message=|, request=.*", "", str(error).partition("\n")[0])
             raise OSError(
-                f"{args[0]} cannot be reached ({said:.200}; at most {ATTEMPTS} attempts of {CONNECT_TIMEOUT} s to connect "
-                f"and {READ_TIMEOUT} s for an answer): look at the name, the network and the credentials, or copy it to "
-                "this machine"
+                f"{args[0]} cannot be reached ({said:.200}; at most {ATTEMPTS} attempts of {CONNECT_TIMEOUT} s to "
+                f"connect and {READ_TIMEOUT} s for an answer): look at the name, the network and the credentials, or "
+                "copy it to this machine"
             ) from error
 
     return reach

@@ -354,6 +354,14 @@ def test_class_lists() -> None:
     names = ["cat", "dog", "7"]
     assert parse_classes("2, 0", 3) == [2, 0]
     assert parse_classes("dog,1,cat", 3, names) == [1, 1, 0]
+    commas = ["drum, membranophone", "drum", "bass"]
+    for text, ids in (
+        ("drum, membranophone", [0]),
+        ("bass,drum,membranophone,2", [2, 0, 2]),
+        ('"drum, membranophone",drum', [0, 1]),
+        ("drum,bass", [1, 2]),
+    ):
+        assert parse_classes(text, 3, commas) == ids
     with pytest.raises(ValueError, match=r"class 7 does not exist: the classes are 0 \.\. 2"):
         parse_classes("7", 3, names)
     with pytest.raises(ValueError, match="class 'cow' is unknown: the names are cat, dog"):
