@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from evaluations.weights import find_inception, load_inception
-from guided_diffusion import checkpoint, logger, untrusted, weight_files
+from guided_diffusion import checkpoint, logger, paths, untrusted, weight_files
 from guided_diffusion.architecture import architecture
 from guided_diffusion.config import PRECISIONS, ClassifierConfig, nearest, parse_size
 from guided_diffusion.crops import center_crop_arr
@@ -345,4 +345,4 @@ def make_extractor(
         raise ValueError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
     elif not path:
         raise ValueError(f"--features {name} is without a path: write {name}:PATH")
-    return EXTRACTORS[name](os.path.expanduser(path), th.device(device), precision)
+    return EXTRACTORS[name](paths.resolve(path), th.device(device), precision)

@@ -18,17 +18,18 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-import blobfile as bf
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from guided_diffusion import dist_util, image_files, untrusted
+from guided_diffusion import dist_util, image_files, paths, untrusted
+from guided_diffusion.archives import is_stack
 from guided_diffusion.config import Size, parse_size
 from guided_diffusion.crops import Picture, TooThin, center_crop_arr
+from guided_diffusion.decoding import Range
 from guided_diffusion.image_files import Listing, UnreadableImage, find_images, split_archive
 from guided_diffusion.npz import Npz
-from guided_diffusion.untrusted import is_remote, parse_json, printable, quoted, read_file
+from guided_diffusion.untrusted import parse_json, printable, quoted, read_file
 
 Pixels = NDArray[np.uint8]
 
@@ -98,13 +99,14 @@ def _opaque(image: Pixels) -> Pixels:
     return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
 
 
-def read_pixels(path: str, channels: int = 3, size: Size | None = None) -> Pixels:
+def read_pixels(path: str, channels: int = 3, size: Size | None = None, data_range: Range | None = None) -> Pixels:
     """An image file as uint8 [H, W, C], or [H, W] for 1 channel.
 
     :param size: scale and crop to it as in training; None: as it is.
+    :param data_range: as `read_image` takes it.
     :raises UnreadableImage: if it cannot be read or is too thin for the size.
     """
-    picture: Picture = image_files.read_image(path, channels)
+    picture: Picture = image_files.read_image(path, channels, data_range)
     try:
         array = np.asarray(picture) if size is None else center_crop_arr(picture, size)
     except TooThin as error:
@@ -213,19 +215,21 @@ class FileImages(ImageSet):
     """The images of a folder or a zip, in the order of their names.
 
     :param size: they are scaled and cropped to it as in training; None: as they are.
+    :param data_range: as `read_image` takes it.
     """
 
-    def __init__(self, listing: Listing, size: Size | None = None) -> None:
+    def __init__(self, listing: Listing, size: Size | None = None, data_range: Range | None = None) -> None:
         super().__init__(listing.root, len(listing.images))
         self.paths = [listing.path(name) for name in listing.images]
-        self.size = size
+        self.size, self.data_range = size, data_range
         if size is not None:
             self.shape = (*parse_size(size), 3)
         if listing.others or listing.refused:
             self.notes.append(f"{listing.root}: {listing.skipped()}")
 
     def _read_through(self) -> Scan:
-        digest, sizes = hashlib.sha256(f"{self.count} {self.size} ".encode()), Counter[tuple[int, int]]()
+        span = f"{self.data_range} " if self.data_range else ""
+        digest, sizes = hashlib.sha256(f"{self.count} {self.size} {span}".encode()), Counter[tuple[int, int]]()
         for path in self.paths:
             sizes[image_files.read_size(path)] += 1
             digest.update(hashlib.sha256(image_files.read_bytes(path)).digest())
@@ -240,14 +244,14 @@ class FileImages(ImageSet):
         for start in range(first * size, self.count, step * size):
             runs: list[list[Pixels]] = []
             for path in self.paths[start : start + size]:
-                image = read_pixels(path, 3, self.size)
+                image = read_pixels(path, 3, self.size, self.data_range)
                 if not runs or runs[-1][0].shape != image.shape:
                     runs.append([])
                 runs[-1].append(image)
             yield [np.stack(run) for run in runs]
 
     def take(self, indices: NDArray[np.int64], rows: int = 256) -> Iterator[Pixels]:
-        yield from (read_pixels(self.paths[index], 3, self.size)[None] for index in indices)
+        yield from (read_pixels(self.paths[index], 3, self.size, self.data_range)[None] for index in indices)
 
 
 class ArrayImages(ImageSet):
@@ -360,21 +364,24 @@ def _header(path: str, name: str) -> untrusted.Header:
 # ---- opening
 
 
-def open_images(path: str | os.PathLike[str] | ImageSet, size: Size | None = None) -> ImageSet:
-    """The images of an npz, of a folder or zip of images, or of the folder of a sampling run.
+def open_images(
+    path: str | os.PathLike[str] | ImageSet, size: Size | None = None, data_range: Range | None = None
+) -> ImageSet:
+    """The images of an npz or npy, of a folder or zip of images, or of the folder of a sampling run.
 
     :param size: images of files are scaled and cropped to it as in training; None: they are taken as they are.
     :param path: what is open already stays what it is.
+    :param data_range: of images of files, as `read_image` takes it.
     :raises ValueError: if there is nothing that can be evaluated.
     """
     if isinstance(path, ImageSet):
         return path
-    path = os.fspath(path)
+    path = paths.resolve(path)
     if _is_folder(path):
-        return _open_run(path) or _open_files(path, size)
-    if split_archive(path):
-        return _open_files(path, size)
-    if not path or not bf.exists(path):
+        return _open_run(path) or _open_files(path, size, data_range)
+    if split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
+        return _open_files(path, size, data_range)
+    if not path or not paths.exists(path):
         raise ValueError(f"{quoted(path)} does not exist: give an npz, a folder or a zip of images, or a run's folder")
     if path.lower().endswith(image_files.IMAGE_EXTENSIONS):
         raise ValueError(f"{path} is one image: give an npz, or a folder or a zip of images")
@@ -384,12 +391,12 @@ def open_images(path: str | os.PathLike[str] | ImageSet, size: Size | None = Non
 
 
 def _is_folder(path: str) -> bool:
-    return bool(path) and (bf.isdir(path) if is_remote(path) else os.path.isdir(path))
+    return bool(path) and paths.isdir(path)
 
 
 def _open_run(folder: str) -> ImageSet | None:
     """The samples of a run, or those of its batches that are there; None if it is no run's folder."""
-    names = sorted(name.rstrip("/") for name in bf.listdir(folder))
+    names = paths.names_in(folder)
     merged = [name for name in names if re.fullmatch(r"samples_[\dx]+\.npz", name)]
     if len(merged) > 1:
         raise ValueError(f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them")
@@ -397,7 +404,7 @@ def _open_run(folder: str) -> ImageSet | None:
         note = f"{folder}: the samples are those of {merged[0]}"
         return ArrayImages(folder, [f"{folder.rstrip('/')}/{merged[0]}"], "arr_0", [note])
     shards = f"{folder.rstrip('/')}/shards" if "shards" in names else folder
-    parts = sorted(f"{shards}/{name}" for name in bf.listdir(shards) if re.fullmatch(r"\d{6}\.npz", name))
+    parts = sorted(f"{shards}/{name}" for name in paths.names_in(shards) if re.fullmatch(r"\d{6}\.npz", name))
     if not parts:
         return None
     images = ArrayImages(folder, parts, "arr_0")
@@ -405,7 +412,7 @@ def _open_run(folder: str) -> ImageSet | None:
     return images
 
 
-def _open_files(path: str, size: Size | None) -> ImageSet:
+def _open_files(path: str, size: Size | None, data_range: Range | None) -> ImageSet:
     listing = find_images(path)
     if not listing.images:
         inner = [name for name in listing.others if name.lower().endswith(".npz")]
@@ -414,7 +421,7 @@ def _open_files(path: str, size: Size | None) -> ImageSet:
     arrays = {"arr_0.npy", "mu.npy"} & set(listing.images)
     if arrays and path.lower().endswith(".zip"):
         raise ValueError(f"{path} is an npz by another name, it holds {min(arrays)}: rename it to end in .npz")
-    return FileImages(listing, size)
+    return FileImages(listing, size, data_range)
 
 
 def _find_array(archive: Npz) -> tuple[str, list[str]]:
@@ -445,7 +452,7 @@ def request_of(path: str) -> dict[str, Any]:
     folder = path if _is_folder(path) else os.path.dirname(path) or "."
     is_run = _is_folder(path) or re.fullmatch(r"samples_[\dx]+\.npz", os.path.basename(path))
     request = f"{folder.rstrip('/')}/request.json"
-    if not is_run or not bf.exists(request):
+    if not is_run or not paths.exists(request):
         return {}
     try:
         found = parse_json(read_file(request))

@@ -17,7 +17,7 @@ import torch as th
 
 from evaluations.evaluator import Report, Side, evaluate, prepare
 from evaluations.features import Extractor
-from evaluations.images import ImageSet, Pixels, to_rgb
+from evaluations.images import ImageSet, Pixels, open_images, to_rgb
 from evaluations.plots import base, best, draw_progress, require
 from evaluations.scores import METRICS, Options, rehearse
 from guided_diffusion import dist_util, logger
@@ -113,7 +113,9 @@ class Evaluation:
         """
         needs = {name for metric in self._metrics for name in METRICS[metric].needs}
         images: str | ImageSet = config.eval_reference
-        if not images:
+        if images:
+            images = open_images(images, None, stream.dataset.data_range)
+        else:
             count = min(len(stream.dataset), max(REFERENCE_IMAGES, config.eval_samples))
             images = TrainingImages(stream.dataset, count)
         options: dict[str, Any] = {"batch_size": self._batch_size, "cache": bool(config.eval_reference)}

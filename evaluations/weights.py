@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch as th
 
 from evaluations.inception import InceptionNetwork
-from guided_diffusion import checkpoint, untrusted, weight_files
+from guided_diffusion import checkpoint, paths, untrusted, weight_files
 from guided_diffusion.architecture import architecture
 from guided_diffusion.downloads import SOURCES, kept_at
 
@@ -23,8 +23,8 @@ def find_inception(given: str = "") -> str:
     :raises FileNotFoundError: if there is none, or the one that is named does not exist.
     """
     for origin, path in (("--inception_weights", given), (f"${VARIABLE}", os.environ.get(VARIABLE, ""))):
-        if path and checkpoint.exists(os.path.expanduser(path)):
-            return os.path.expanduser(path)
+        if path and paths.exists(path):
+            return paths.resolve(path)
         if path:
             raise FileNotFoundError(f"{origin} {untrusted.quoted(path)} does not exist: {_remedy()}")
     if os.path.exists(kept_at(SOURCE)):
@@ -58,9 +58,9 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
 
 
 def _read(path: str) -> dict[str, th.Tensor]:
-    if not checkpoint.exists(path):
+    if not paths.exists(path):
         raise FileNotFoundError(f"the Inception weights {untrusted.quoted(path)} do not exist: {_remedy()}")
-    kind = "" if checkpoint.is_remote(path) else untrusted.kind_of_file(path)
+    kind = "" if paths.is_remote(path) else untrusted.kind_of_file(path)
     if kind:
         raise _refusal(path, kind)
     state = checkpoint.load(path)

@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
-import blobfile as bf
 import torch as th
 
-from . import dist_util, manifest, untrusted
+from . import dist_util, manifest, paths, untrusted
 from .manifest import Entry, Hashed
 from .npz import explained, replacing
-from .untrusted import is_remote as is_remote
+from .paths import exists, is_remote, isdir, join, names_in
 
 CONFIG, CLASSES = "config.json", "classes.json"
 _NAME = re.compile(
@@ -36,20 +35,10 @@ _MAX_FOREIGN = 1000  # names of classes in a file
 # ---- files
 
 
-def exists(path: str) -> bool:
-    """Whether a local or remote file or folder is there."""
-    return bool(bf.exists(path))
-
-
-def names_in(folder: str) -> list[str]:
-    """Names of what a local or remote folder holds; [] if it is not there."""
-    return sorted(name.rstrip("/") for name in bf.listdir(folder)) if bf.isdir(folder) else []
-
-
 def _write(path: str, write: Callable[[Hashed], object]) -> Entry:
     """Let `write(file)` fill a file that takes the name `path` only when it is complete."""
     if is_remote(path):  # object stores show a file when it is closed, and nothing of it after an error
-        with explained(path), bf.BlobFile(path, "wb", partial_writes_on_exc=False) as file:
+        with explained(path), paths.new_blob(path) as file:
             hashed = Hashed(file)
             write(hashed)
         return hashed.entry
@@ -108,6 +97,7 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     :param inert: objects of any other class are replaced by objects of a class of its name that does nothing.
     :raises FileNotFoundError, ValueError: if the file is missing, incomplete, or holds anything else.
     """
+    path = paths.resolve(path)
     if not exists(path):
         raise FileNotFoundError(f"{path} does not exist{_neighbours(path)}")
     try:
@@ -122,7 +112,7 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     except (MemoryError, th.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
-        told = f"{path} ({bf.stat(path).size} bytes) cannot be read as a checkpoint"
+        told = f"{path} ({paths.stat(path).size} bytes) cannot be read as a checkpoint"
         raise ValueError(f"{told}: {_reason(path, error)}") from error
 
 
@@ -136,7 +126,7 @@ def _reason(path: str, error: Exception) -> str:
     foreign = _foreign_names(path)
     if foreign:
         return f"it holds more than tensors and plain values: {', '.join(map(untrusted.printable, foreign[:_SHOWN]))}"
-    with bf.BlobFile(path, "rb") as file:
+    with paths.open_blob(path) if is_remote(path) else open(path, "rb") as file:
         ours = path.endswith(".safetensors") or file.read(2)[:1] in (b"P", b"\x80")  # zip, pickle
     if ours:
         return "it is damaged or cut short, copy or download it again"
@@ -156,7 +146,7 @@ def _check_filled(value: Any) -> None:
 def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
     import safetensors.torch
 
-    with bf.BlobFile(path, "rb") as file:
+    with untrusted.open_file(path) as file:
         state = safetensors.torch.load(file.read())
     return {name: value.to(map_location) for name, value in state.items()}
 
@@ -229,19 +219,20 @@ def weights_beside(path: str) -> str:
 def sets_in(folder: str) -> dict[int, CheckpointSet]:
     """step -> the set of files of a folder, steps ascending; a manifest alone is none."""
     sets: dict[int, CheckpointSet] = {}
+    folder = paths.resolve(folder)
     names = names_in(folder)
     for name in names:
         match = _NAME.match(name)
         if match:
             entry = sets.setdefault(int(match["step"]), CheckpointSet(int(match["step"])))
-            path = bf.join(folder, name)
+            path = join(folder, name)
             if match["rate"]:
                 entry.emas[match["rate"]] = path
             else:
                 setattr(entry, match["kind"], path)
     for step, entry in sets.items():
         if manifest.name_of(step) in names:
-            entry.manifest = bf.join(folder, manifest.name_of(step))
+            entry.manifest = join(folder, manifest.name_of(step))
     return dict(sorted(sets.items()))
 
 
@@ -298,7 +289,8 @@ def find_set(path: str, *, checksums: bool = False) -> CheckpointSet:
     :param checksums: read the files, and refuse altered ones.
     :raises FileNotFoundError, ValueError: if there is no such file, no weights to it, or it is not what was written.
     """
-    if bf.isdir(path):
+    path = paths.resolve(path)
+    if isdir(path):
         entry, faults = newest(path, checksums=checksums)
         if entry is None:
             found = f"no complete checkpoint, {', '.join(faults)}" if faults else "no modelNNNNNN.pt to go on from"
@@ -336,7 +328,8 @@ def resolve_model(path: str, what: str = "the checkpoint") -> str:
     :param what: the path is, in messages.
     :raises FileNotFoundError, ValueError: if there is none.
     """
-    if not bf.isdir(path):
+    path = paths.resolve(path)
+    if not isdir(path):
         if not path or not exists(path):
             hint = _neighbours(path) or _REMEDY
             raise FileNotFoundError(f"{what} {path!r} does not exist{hint}")
@@ -380,7 +373,8 @@ def classes_beside(path: str) -> str:
 
 
 def _beside(path: str, name: str) -> str:
-    return str(bf.join(path if bf.isdir(path) else os.path.dirname(path) or ".", name))
+    path = paths.resolve(path)
+    return join(path if isdir(path) else os.path.dirname(path) or ".", name)
 
 
 def keep_last(folder: str, count: int) -> None:
@@ -398,7 +392,7 @@ def keep_last(folder: str, count: int) -> None:
 def remove(entry: CheckpointSet) -> None:
     """Remove the files of a set, in an order that never leaves a part that passes for complete."""
     for path in entry.paths:
-        bf.remove(path)
+        paths.remove(path)
 
 
 def sweep(folder: str) -> None:
@@ -407,4 +401,4 @@ def sweep(folder: str) -> None:
     for name in names:
         kept, part, _ = name.partition(".part-")
         if part and (_NAME.match(kept) or manifest.NAME.match(kept) or kept in (CONFIG, CLASSES)):
-            bf.remove(bf.join(folder, name))
+            paths.remove(join(folder, name))

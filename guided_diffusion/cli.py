@@ -20,16 +20,13 @@ from . import __version__
 from .conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
 from .config import (
     ClassifierConfig,
-    ClassifierDataConfig,
     ClassifierTrainConfig,
-    DataConfig,
     DemoConfig,
     DiffusionConfig,
     EditConfig,
     FreeGuidanceConfig,
     GuidanceConfig,
     ImageTrainConfig,
-    LikelihoodConfig,
     RunConfig,
     SampleConfig,
     SuperResConfig,
@@ -38,6 +35,7 @@ from .config import (
     nearest,
     str2bool,
 )
+from .data_config import ClassifierDataConfig, DataConfig, LikelihoodConfig, RangeConfig
 from .dataset_config import (
     CelebaConfig,
     CifarConfig,
@@ -101,7 +99,7 @@ COMMANDS = {
         "Sample from a diffusion model.",
         (
             *(RunConfig, SampleConfig, AdapterConfig, FreeGuidanceConfig, EditConfig, CondSampleConfig),
-            *(CompileConfig, UNetConfig, DiffusionConfig),
+            *(RangeConfig, CompileConfig, UNetConfig, DiffusionConfig),
         ),
     ),
     "image_nll": Command(
@@ -122,7 +120,7 @@ COMMANDS = {
         "Sample from a diffusion model, guided by a classifier.",
         (
             *(RunConfig, SampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig, EditConfig),
-            *(CondSampleConfig, CompileConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+            *(CondSampleConfig, RangeConfig, CompileConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "super_res_train": Command(
@@ -136,7 +134,7 @@ COMMANDS = {
         "Enlarge images.",
         (
             *(RunConfig, SampleConfig, UpsampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig),
-            *(CompileConfig, SuperResConfig, ClassifierConfig, DiffusionConfig),
+            *(RangeConfig, CompileConfig, SuperResConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "cascade_sample": Command(
@@ -146,14 +144,15 @@ COMMANDS = {
     ),
     "evaluator": Command(
         "Compare samples with real images: Inception Score, FID, sFID, precision, recall.",
-        (EvaluatorConfig, ExtractorConfig, PlaceConfig),
+        (EvaluatorConfig, RangeConfig, ExtractorConfig, PlaceConfig),
     ),
     "make_reference": Command(
-        "Write the reference that samples are compared with.", (ReferenceConfig, ExtractorConfig, PlaceConfig)
+        "Write the reference that samples are compared with.",
+        (ReferenceConfig, RangeConfig, ExtractorConfig, PlaceConfig),
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
-        (SweepConfig, ExtractorConfig, RunConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+        (SweepConfig, RangeConfig, ExtractorConfig, RunConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
     ),
     "download": Command("Fetch weights to the cache.", (DownloadConfig,)),
     "npz_tool": Command("Images of an npz to PNG files and back.", (NpzToolConfig,)),

@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, TypeVarTuple, cast
 
-import blobfile as bf
 import torch as th
 import torch.distributed as dist
 
-from . import launchers, logger
+from . import launchers, logger, paths
 from .launchers import Place
 
 T = TypeVar("T")
@@ -305,8 +304,9 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     :param kwargs: for `torch.load`.
     """
     kwargs.setdefault("weights_only", True)
-    if "://" in str(path):
-        with bf.BlobFile(path, "rb") as file:
+    path = paths.resolve(path)
+    if paths.is_remote(path):
+        with paths.open_blob(path) as file:
             return th.load(io.BytesIO(file.read()), **kwargs)
     os.stat(path)  # here, so that a missing file counts as the caller's mistake and not as torch's
     return th.load(path, **kwargs)
@@ -379,7 +379,14 @@ def _message(error: BaseException) -> str:
     if is_out_of_memory(error):
         told = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return f"error: out of memory{told}: take a smaller --batch_size or, in training, --microbatch"
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {_sentence(error)}"
+
+
+def _sentence(error: BaseException) -> str:
+    """What an error says; of one that the system raised, about which file."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename!r} cannot be used ({error.strerror}): look at its path and its permissions"
+    return str(error)
 
 
 def _needs_no_traceback(error: BaseException) -> bool:

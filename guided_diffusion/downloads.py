@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO
 
-from . import __version__, logger, untrusted
+from . import __version__, logger, paths, untrusted
 from .npz import PART, explained
 
 try:
@@ -78,7 +78,7 @@ class _BrokenOff(_Failed):
 
 def cache_folder() -> str:
     """Where files are kept: $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion."""
-    return os.path.expanduser(os.environ.get(CACHE) or os.path.join("~", ".cache", "guided-diffusion"))
+    return paths.local(os.environ.get(CACHE) or os.path.join("~", ".cache", "guided-diffusion"))
 
 
 def kept_at(source: Source) -> str:
@@ -94,7 +94,7 @@ def fetch(source: Source, path: str = "", *, say: Callable[[str], object] = prin
     :raises ValueError: if another file has its place.
     :raises OSError: if no address gives it, or it cannot be written.
     """
-    path = os.path.expanduser(path) or kept_at(source)
+    path = paths.local(path) or kept_at(source)
     path = os.path.join(path, source.file) if os.path.isdir(path) else path
     if os.path.exists(path):
         return _already_there(source, path, say)

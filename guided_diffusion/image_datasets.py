@@ -6,7 +6,6 @@ Shapes: N batch, C channels, H W space. A size is 64, "64x128" or (64, 128): hei
 from __future__ import annotations
 
 import math as math
-import os
 import random as random
 import signal
 import threading
@@ -24,7 +23,8 @@ from . import dist_util, logger
 from .conditioning import Pairing
 from .config import Size, parse_size, size_flag
 from .crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
-from .image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images
+from .decoding import Range
+from .image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images, hold
 from .image_items import BatchDataset, ImageDataset as ImageDataset, Loaded, batches
 from .image_labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
 from .image_order import Schedule
@@ -237,10 +237,12 @@ def load_data(
     rank: int | None = None,
     world_size: int | None = None,
     log: Callable[[str], object] | None = None,
+    label_column: str = "",
+    data_range: Range | None = None,
 ) -> ImageStream:
-    """The stream of all images below a folder or a zip.
+    """The stream of all images below a folder or a zip, or in an array.
 
-    :param data_dir: folder, zip, folder in a zip, or bucket.
+    :param data_dir: folder, zip, folder in a zip, any of them in a bucket, or an .npy or .npz [N, H, W, C].
     :param deterministic: in the order of the names instead of shuffled.
     :param class_from: filename, folder, csv, json, or auto (see `image_labels.read_labels`).
     :param classes: class names by id, or the path of the classes.json of an earlier run, whose rule "auto" then takes.
@@ -255,17 +257,23 @@ def load_data(
         the same. Conditioning images are read each time.
     :param as_bytes: of the `ImageStream`, as `fit` is.
     :param log: takes lines about what was found; None writes them to `logger`.
+    :param label_column: of the labels in a table that has several.
+    :param data_range: the numbers that black and white are in the images, where files do not say it: (0, 4095).
     :raises ValueError: naming what does not fit: sizes, files, labels.
     """
     say = logger.log if log is None else log
-    listing = _images_below(data_dir)
+    listing = _images_below(data_dir, image_channels)
+    hold(listing)
     say(listing.summary())
     listing, partners = pairing.match(listing, say) if pairing else (listing, None)
     labels = None
     if class_cond:
-        labels = read_labels(listing, class_from, classes, num_classes)
-    elif class_from != "auto" or classes:
-        raise ValueError(f"class_from {class_from!r} and classes {classes!r} have no effect; set class_cond to True")
+        labels = read_labels(listing, class_from, classes, num_classes, label_column=label_column)
+    elif class_from != "auto" or classes or label_column:
+        raise ValueError(
+            f"class_from {class_from!r}, label_column {label_column!r} and classes {classes!r} have no effect; set "
+            "class_cond to True"
+        )
     if cache_images and random_crop:
         say(f"  reading the sizes of {len(listing.images)} images, which say how much memory they take")
     dataset = ImageDataset(
@@ -280,6 +288,7 @@ def load_data(
         partners=partners,
         fast_decode=fast_decode,
         cache_images=cache_images,
+        data_range=data_range,
     )
     if dataset.cache:
         say(f"  the decoded images are kept in memory, {dataset.cache.bytes / 1e9:.3g} GB when all of them are read")
@@ -299,8 +308,8 @@ def load_data(
     return stream
 
 
-def _images_below(data_dir: str) -> Listing:
-    listing = find_images(os.fspath(data_dir))
+def _images_below(data_dir: str, channels: int) -> Listing:
+    listing = find_images(data_dir, channels)
     if not listing.images:
         known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
         raise ValueError(f"data_dir {data_dir!r} holds no images, {listing.skipped()}; readable are {known}")

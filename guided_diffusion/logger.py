@@ -19,7 +19,7 @@ from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
-from . import launchers
+from . import launchers, paths
 from .log_writers import (
     CSVOutputFormat as CSVOutputFormat,
     HumanOutputFormat as HumanOutputFormat,
@@ -318,7 +318,7 @@ def configure(
     """
     rank = get_rank_without_mpi_import()
     named = dir or os.environ.get("OPENAI_LOGDIR")
-    folder = os.path.expanduser(named or _shared_dir or new_dir())
+    folder = paths.local(named or _shared_dir or new_dir())
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:

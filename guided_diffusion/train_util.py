@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import blobfile as bf
+import blobfile as bf  # noqa: F401 - what a star import of the original's gives
 import torch as th
 import torch.distributed as dist  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: F401
 
-from . import checkpoint, dist_util, logger
+from . import checkpoint, dist_util, logger, paths
 from .adamw import AdamW
 from .bad_steps import BadSteps
 from .batches import Cond as Cond, Supply, Validation
@@ -258,7 +258,7 @@ class TrainLoop:
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
         if self.config is not None and dist_util.rank() == 0:
-            checkpoint.save_json(str(bf.join(get_blob_logdir(), checkpoint.CONFIG)), self.config)
+            checkpoint.save_json(paths.join(get_blob_logdir(), checkpoint.CONFIG), self.config)
 
     def _make_step(self) -> bool:
         """Make the coming update; False, and everything is as before, where a rank has failed."""

@@ -62,6 +62,8 @@ BEYOND = {
     "eval_sampler": "dpm++2m",
     "eval_steps": 20,
     "eval_reference": "",
+    "label_column": "",
+    "data_range": "",
     "features": "inception",
     "inception_weights": "",
     "eval_batch_size": 64,

@@ -220,7 +220,7 @@ def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher, ranks):
     ("launcher", "how", "code", "message"),
     [
         ("srun", "raise", 1, "RuntimeError: the reason"),
-        ("srun", "mistake", 2, "rank 1 of 2: error: [Errno 2] No such file or directory: 'no-such-file.pt'"),
+        ("srun", "mistake", 2, "rank 1 of 2: error: 'no-such-file.pt' cannot be used (No such"),
         ("srun", "exit", 3, "rank 1 of 2: exit: 3"),
         ("srun", "quiet exit", 1, "rank 0 of 2: error: a collective failed"),
         ("mpiexec", "exit", 3, "rank 1 of 2: exit: 3"),
@@ -473,7 +473,7 @@ def test_a_state_dict_is_read_back_and_nothing_is_run_by_it(tmp_path):
 def test_a_remote_state_dict_comes_through_blobfile(monkeypatch, tmp_path):
     th.save([1, 2], tmp_path / "a.pt")
     bucket = {"gs://bucket/a.pt": tmp_path / "a.pt"}
-    monkeypatch.setattr("blobfile.BlobFile", lambda path, mode: bucket[path].open(mode))
+    monkeypatch.setattr("blobfile.BlobFile", lambda path, mode, streaming: bucket[path].open(mode))
     assert dist_util.load_state_dict("gs://bucket/a.pt") == [1, 2]
 
 
@@ -490,7 +490,8 @@ def test_a_users_mistake_is_one_line_and_code_2(capsys):
     with pytest.raises(SystemExit) as end:
         dist_util.run(dist_util.load_state_dict, "no/such/file.pt")
     assert end.value.code == 2
-    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'no/such/file.pt'\n"
+    said = "error: 'no/such/file.pt' cannot be used (No such file or directory): look at its path and its permissions\n"
+    assert capsys.readouterr().err == said
     with pytest.raises(SystemExit) as end:
         dist_util.run(lambda: dist_util.setup_dist(device="toaster"))
     assert end.value.code == 2

@@ -378,7 +378,7 @@ ENCRYPTED = {"local": (6, b"\1"), "entry": (8, b"\1")}
 
 
 def test_members_that_are_not_taken(tmp_path: Path) -> None:
-    foreign = ["../1.png", "a/../../1.png", "/etc/1.png", "C:\\1.png", "\\\\server\\1.png", "..\\1.png"]
+    foreign = ["../1.png", "a/../../1.png", "/etc/1.png", "C:\\1.png", "\\\\server\\1.png", "..\\2.png"]
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the name that comes twice
@@ -390,7 +390,7 @@ def test_members_that_are_not_taken(tmp_path: Path) -> None:
     listing = find_images(str(path))
     assert listing.images == ["good.png"]
     reasons = dict(listing.refused)
-    assert {reasons[name] for name in foreign} == {"a path that leads out of the zip"}
+    assert {reasons[name.replace("\\", "/")] for name in foreign} == {"a path that leads out of the zip"}
     assert reasons["good.png"] == "of the same name as a later one"
     assert reasons["link.png"] == "a link"
     assert np.asarray(read_image(f"{path}/good.png", 3))[0, 0, 0] == 7  # the later one, as zipfile itself takes it
@@ -583,8 +583,9 @@ def test_damaged_npz(tmp_path: Path) -> None:
     assert "holds no arr_7, but arr_0" in sentence_of(lambda: list(read_npz(str(path), "arr_7", 1)))
     np.savez(path, np.float32(3))
     sentence_of(lambda: list(read_npz(str(path), "arr_0", 1)))
-    np.savez(path, np.asfortranarray(np.ones((2, 3))))  # rows of it do not lie together
-    sentence_of(lambda: list(read_npz(str(path), "arr_0", 1)))
+    array = np.arange(6.0).reshape(2, 3)
+    np.savez(path, np.asfortranarray(array))  # rows of it do not lie together
+    np.testing.assert_array_equal(np.concatenate(list(read_npz(str(path), "arr_0", 1))), array)
 
 
 def test_arrays_in_the_order_of_fortran_are_pictures_all_the_same(tmp_path: Path) -> None:

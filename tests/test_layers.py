@@ -15,7 +15,9 @@ EVALUATIONS = ROOT.parent / "evaluations"
 # a module imports only from modules before it
 ORDER = [
     *[
+        "paths",
         "config",
+        "data_config",
         "evaluation_config",
         "dataset_config",
         "likelihood_config",
@@ -70,8 +72,9 @@ ORDER = [
         "archives",
         "crops",
     ],
-    *["decoding"],
-    *["image_files", "upsampling", "image_labels", "conditioning", "image_order", "image_cache", "image_items"],
+    *["decoding", "masks"],
+    *["image_files", "upsampling", "label_tables", "image_labels", "conditioning", "image_order", "image_cache"],
+    *["image_items"],
     *["image_datasets", "init_images", "architecture", "manifest", "downloads", "hardware", "compiling"],
     *["checkpoint", "weight_files", "lora", "finetuning", "draws"],
     *["meter", "batches", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood"],
@@ -87,7 +90,9 @@ EVALUATION_ORDER = [
 NEVER_LOG = ORDER[: ORDER.index("fp16_util")]
 WITHOUT_TORCH = [
     "__init__",
+    "paths",
     "config",
+    "data_config",
     "evaluation_config",
     "dataset_config",
     "likelihood_config",
@@ -197,6 +202,7 @@ def test_commands_parse_before_they_import_torch(name):
     assert set(ours(MODULES[name], nested=False)) <= {
         "cli",
         "config",
+        "data_config",
         "evaluation_config",
         "likelihood_config",
         "upsampling_config",

@@ -132,8 +132,8 @@ def test_a_damaged_zip_gives_what_zipfile_makes_of_it(tmp_path: Path, method: st
             archive, reference = Archive(str(path)), untrusted.open_archive(str(path))
         except ValueError:
             continue
-        for member, _ in archive.members():
-            found = outcome(archive.read, member.filename)
+        for member in reference.infolist():
+            found = outcome(archive.read, member.filename.replace("\\", "/"))
             assert found == outcome(lambda name: untrusted.read_member(reference, name), member.filename)  # noqa: B023
             refused += isinstance(found, str)
         archive.close()
@@ -459,7 +459,11 @@ def test_the_flags_reach_the_images(folder: Path, monkeypatch: pytest.MonkeyPatc
         assert stream.dataset.fast_decode
         assert bool(stream.dataset.cache) == kept
     read: list[str] = []
-    monkeypatch.setattr(image_items, "read_whole", lambda path, *rest: read.append(path) or read_whole(path, *rest))
+    monkeypatch.setattr(
+        image_items,
+        "read_whole",
+        lambda path, *rest, **options: read.append(path) or read_whole(path, *rest, **options),
+    )
     for _ in range(9):
         next(streams.train)
     assert len(read) == 7  # of 9, as 2 were read before

@@ -355,7 +355,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_a_run(run, monkey
     def refuse(path):
         raise PermissionError(errno.EPERM, "Operation not permitted", path)
 
-    monkeypatch.setattr("blobfile.remove", refuse)
+    monkeypatch.setattr("os.remove", refuse)
     Saver(keep_last=1).save(State(), str(run), 8)
     monkeypatch.undo()
     assert newest(run) == (8, [])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch as th
 
-from .. import checkpoint, dist_util, logger, lora, weight_files
+from .. import checkpoint, dist_util, logger, lora, paths, weight_files
 from ..architecture import architecture
 from ..cli import Flags
 from ..compiling import compile_network
@@ -22,6 +22,7 @@ from ..config import (
     UNetConfig,
     parse_size,
 )
+from ..data_config import RangeConfig
 from ..finetuning_config import AdapterConfig
 from ..gaussian_diffusion import GaussianDiffusion
 from ..guidance import dynamic_thresholding
@@ -132,7 +133,7 @@ def _adapted(flags: Flags, source: str, weights: dict[str, th.Tensor]) -> dict[s
         raise ValueError("--lora_scale has no effect without --lora_path: give both or none")
     if not path:
         return weights
-    if not checkpoint.exists(path):
+    if not paths.exists(path):
         raise ValueError(f"--lora_path {path!r} does not exist: give a file loraNNNNNN.pt, or the folder of its run")
     scale = flags.part(AdapterConfig).lora_scale
     weights, doubt = lora.applied(weights, lora.read(path), scale=scale)
@@ -158,7 +159,8 @@ def described(flags: Flags, source: str, section: type[Any], *, secondary: bool 
     check_kind(saved, section, f"--{source} {path}")
     if secondary:
         flags = _without(flags, saved, section)
-    return path, flags.over(saved, section, DiffusionConfig)
+    data = [RangeConfig] if "data_range" in flags.values else []  # images to sample from are of the kind trained on
+    return path, flags.over(saved, section, DiffusionConfig, *data)
 
 
 def _without(flags: Flags, saved: Mapping[str, Any], section: type[Any]) -> Flags:

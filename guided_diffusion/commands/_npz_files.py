@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .. import logger
 from ..checkpoint import save_json
+from ..data_config import parse_range
 from ..image_files import Listing, find_images, read_bytes
 from ..image_labels import Labels, load_classes, read_labels, save_classes
 from ..npz import PART, Npz, explained, write_npz
@@ -112,14 +113,14 @@ def from_images(given: FromImagesConfig) -> list[str]:
     listing, shape = _in_order(find_images(given.source))
     if not listing.images:
         raise ValueError(f"{given.source} holds no images, {listing.skipped()}: give a folder or a zip that does")
-    labels, notes = _labels(listing, given.class_from, given.classes)
+    labels, notes = _labels(listing, given)
     flat = len(shape) == 2 and not given.image_channels
     channels = given.image_channels or ([*shape, 1][2] if shape else 3)
     if channels not in DRAWN_CHANNELS:
         raise ValueError(f"images must have 1, 3 or 4 channels, got {channels}")
-    height, width = next(_pixels(listing, channels, given.image_size)).shape[:2]
+    height, width = next(_pixels(listing, channels, given)).shape[:2]
     count, shape = len(listing.images), (height, width) if flat else (height, width, channels)
-    images = (image.reshape(1, *shape) for image in _pixels(listing, channels, given.image_size))
+    images = (image.reshape(1, *shape) for image in _pixels(listing, channels, given))
     ids = [] if labels is None else [((count,), np.int64, [np.asarray(labels.ids, np.int64)])]
     write_npz(out, ((count, *shape), np.uint8, images), *ids)
     if labels is not None:
@@ -144,30 +145,32 @@ def _in_order(listing: Listing) -> tuple[Listing, tuple[int, ...]]:
     return Listing(listing.root, names, listing.others, listing.refused), shape
 
 
-def _labels(listing: Listing, class_from: str, classes: str) -> tuple[Labels | None, list[str]]:
+def _labels(listing: Listing, given: FromImagesConfig) -> tuple[Labels | None, list[str]]:
     """The labels, None where there are none and none are asked for; and lines about them."""
+    classes = given.classes
     if not classes and CLASSES in listing.others and not listing.root.lower().endswith(".zip"):
         classes = listing.path(CLASSES)
     try:
-        labels = read_labels(listing, class_from or "auto", classes or None)
+        labels = read_labels(listing, given.class_from or "auto", classes or None, label_column=given.label_column)
     except ValueError as error:
-        if class_from or classes:
+        if given.class_from or given.label_column or classes:
             raise
         return None, [f"no labels: {error}"]
     return labels, labels.notes
 
 
-def _pixels(listing: Listing, channels: int, size: int | str) -> Iterator[Pixels]:
+def _pixels(listing: Listing, channels: int, given: FromImagesConfig) -> Iterator[Pixels]:
     """Each image, [H, W] or [H, W, C].
 
     :raises ValueError: if one has another size than the first.
     """
     from evaluations.images import read_pixels
 
+    span = parse_range(given.data_range)
     first: tuple[int, ...] = ()
     with logger.progress_bar(total=len(listing.images), desc="reading", unit="image") as bar:
         for name in listing.images:
-            image = read_pixels(listing.path(name), channels, size or None)
+            image = read_pixels(listing.path(name), channels, given.image_size or None, span)
             first = first or image.shape[:2]
             if image.shape[:2] != first:
                 before, here = ("x".join(map(str, sides)) for sides in (first, image.shape[:2]))

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import blobfile as bf
 import numpy as np
 import torch as th
 
-from .. import __version__, checkpoint, dist_util, logger
+from .. import __version__, checkpoint, dist_util, logger, paths
 from ..cli import COMMANDS, Flags
-from ..config import DataConfig, ImageTrainConfig, RunConfig, TrainConfig, defaults
+from ..config import ImageTrainConfig, RunConfig, TrainConfig, defaults
+from ..data_config import DataConfig, parse_range
 from ..evaluation_config import ExtractorConfig, TrainEvaluationConfig
 from ..image_datasets import ImageStream, load_data, save_classes
 from ..performance_config import LoaderConfig, TrainSpeedConfig
@@ -82,7 +82,7 @@ def resolved(flags: Flags) -> Flags:
 
 def _log_folder(flags: Flags) -> str:
     """The folder that the command line or the environment names; '' for a new temporary one."""
-    return os.path.expanduser(flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", ""))
+    return paths.local(flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", ""))
 
 
 def _check(flags: Flags) -> None:
@@ -174,7 +174,7 @@ def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
 
 
 def _refuse_other_flags(folder: str, values: Mapping[str, Any]) -> None:
-    there = checkpoint.config_beside(folder) if checkpoint.exists(folder) else {}
+    there = checkpoint.config_beside(folder) if paths.exists(folder) else {}
     differing = [name for name in there if name not in OF_A_PROCESS and there[name] != values.get(name, there[name])]
     if differing:
         name = differing[0]
@@ -215,6 +215,8 @@ def open_streams(
         "image_channels": flags.values["image_channels"],
         "num_classes": flags.values["num_classes"] if options["class_cond"] else None,
         "on_bad_image": data.on_bad_image,
+        "data_range": parse_range(data.data_range),
+        "label_column": data.label_column,
         "seed": flags.part(RunConfig).seed,
         "fast_decode": loader.fast_decode,
         "as_bytes": True,
@@ -315,12 +317,12 @@ def train_diffusion(
 
 def preview_path(step: int) -> str:
     """Where the preview grid of a step goes."""
-    return str(bf.join(previews_folder(), f"{step:06d}.png"))
+    return os.path.join(previews_folder(), f"{step:06d}.png")
 
 
 def previews_folder() -> str:
     """Where all previews go."""
-    folder = str(bf.join(logger.get_dir(), "previews"))
+    folder = os.path.join(logger.get_dir(), "previews")
     os.makedirs(folder, exist_ok=True)
     return folder
 

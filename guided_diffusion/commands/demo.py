@@ -44,9 +44,9 @@ def show(config: DemoConfig) -> None:
 
     :raises ValueError: if the images are not there.
     """
-    import blobfile as bf
+    from .. import paths
 
-    if not bf.exists(config.data_dir):
+    if not paths.exists(config.data_dir):
         bundled = (
             "the pictures come with a checkout of the repository, not with the package: run this in a checkout, or "
         )

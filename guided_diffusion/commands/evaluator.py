@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import cli
+from ..data_config import RangeConfig, parse_range
 from ..evaluation_config import EvaluatorConfig, ExtractorConfig
 from ._entry import entry
 
@@ -24,7 +25,10 @@ def compare(flags: cli.Flags) -> None:
     common.start(flags)
     if config.json:
         common.check_writable(config.json)
-    reference, samples = (open_images(path, config.image_size or None) for path in (config.reference, config.samples))
+    span = parse_range(flags.part(RangeConfig).data_range)
+    reference, samples = (
+        open_images(path, config.image_size or None, span) for path in (config.reference, config.samples)
+    )
     if config.image_size and not any(isinstance(images, FileImages) for images in (reference, samples)):
         raise ValueError(f"--image_size {config.image_size} has no effect, as no folder or zip is given: leave it out")
     report = evaluate(

@@ -6,7 +6,8 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from .. import cli
-from ..config import DiffusionConfig, LikelihoodConfig, RunConfig, UNetConfig
+from ..config import DiffusionConfig, RunConfig, UNetConfig
+from ..data_config import LikelihoodConfig, parse_range
 from ..likelihood_config import FlowConfig, MeasureConfig
 from ._entry import entry
 
@@ -103,7 +104,7 @@ def images_of(model: Restored) -> ImageDataset:
 
     config, options = model.flags.part(UNetConfig), model.flags.part(LikelihoodConfig)
     conditioning.check(model.flags)
-    labels: dict[str, Any] = {"class_from": options.class_from}
+    labels: dict[str, Any] = {"class_from": options.class_from, "label_column": options.label_column}
     if config.class_cond:
         labels |= {"num_classes": config.num_classes, "classes": checkpoint.classes_beside(model.path) or None}
     return load_data(
@@ -114,6 +115,7 @@ def images_of(model: Restored) -> ImageDataset:
         random_flip=False,
         image_channels=config.image_channels,
         pairing=conditioning.pairing_of(model.flags),
+        data_range=parse_range(options.data_range),
         rank=0,
         world_size=1,
         **labels,

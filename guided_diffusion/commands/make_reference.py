@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import cli
+from ..data_config import RangeConfig, parse_range
 from ..evaluation_config import ExtractorConfig, ReferenceConfig
 from ._entry import entry
 
@@ -23,7 +24,7 @@ def make(flags: cli.Flags) -> None:
         raise ValueError(f"{config.out!r} is no name of an npz: give one that ends in .npz")
     common.start(flags)
     common.check_writable(config.out)
-    source = open_images(config.data_dir, config.image_size)
+    source = open_images(config.data_dir, config.image_size, parse_range(flags.part(RangeConfig).data_range))
     extractor = common.extractor_of(flags) if config.statistics else None
     for line in write_reference(
         source,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import cli
 from ..config import GuidanceConfig, RunConfig, SampleConfig, SuperResConfig, parse_size
+from ..data_config import RangeConfig, parse_range
 from ..upsampling_config import UpsampleConfig
 from ._entry import entry
 
@@ -119,6 +120,7 @@ def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: b
         options.num_samples,
         all="num_samples" in flags.changed,
         label=_by_files(flags, classes or []) if labelled else None,
+        data_range=parse_range(flags.part(RangeConfig).data_range),
     )
     base = read(flags.part(UpsampleConfig).base_samples, wanted)
     if "num_samples" in flags.given and len(base) < options.num_samples:
@@ -133,9 +135,10 @@ def _by_files(flags: cli.Flags, classes: list[str]) -> Callable[[Listing], list[
     from ..image_labels import read_labels
 
     def label(listing: Listing) -> list[int]:
-        rule, count = flags.part(UpsampleConfig).class_from, flags.part(SuperResConfig).num_classes
+        config, count = flags.part(UpsampleConfig), len(classes) or flags.part(SuperResConfig).num_classes
         try:
-            return read_labels(listing, rule, classes or None, len(classes) or count).ids
+            column = config.label_column
+            return read_labels(listing, config.class_from, classes or None, count, label_column=column).ids
         except ValueError as error:
             raise ValueError(f"the images have no labels that fit ({error}); or give --classes") from error
 

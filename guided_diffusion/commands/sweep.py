@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import cli
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, UNetConfig
+from ..data_config import RangeConfig, parse_range
 from ..evaluation_config import ExtractorConfig, SweepConfig
 from ._entry import entry
 
@@ -46,7 +47,8 @@ def sweep(flags: cli.Flags) -> None:
         common.on_its_grid(own, common.sampler_of(own))
         guidance.check(own)
     common.start(flags)
-    images, extractor = open_images(config.reference), extractor_of(flags)
+    span = parse_range(flags.part(RangeConfig).data_range)
+    images, extractor = open_images(config.reference, None, span), extractor_of(flags)
     networks = restore(base, config)
     metrics = config.metrics.split(",")
     needs = {field for name in metrics for field in METRICS[name].needs}
