@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from evaluations.feature_sets import COLUMNS, FIELDS, feature_set
-from evaluations.features import Extractor
-from evaluations.images import ImageSet, open_images, request_of
+from evaluations.features import Extractor, make_extractor
+from evaluations.images import ImageSet, Opened, open_images, request_of
 from evaluations.metrics import Statistics
 from evaluations.references import read_statistics
 from evaluations.scores import DEFAULT_METRICS, METRICS, FeatureSet, Metric, Options
@@ -82,26 +82,32 @@ class Report:
 
 
 def evaluate(
-    reference: str | ImageSet | Side,
-    samples: str | ImageSet | Side,
-    extractor: Extractor,
+    reference: Opened | Side,
+    samples: Opened | Side,
+    extractor: str | Extractor,
     *,
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: str | Sequence[str] = DEFAULT_METRICS,
     options: Options | None = None,
     **making: Any,
 ) -> Report:
     """Compare samples with a reference; collective, and the same report on every rank.
 
     :param reference: a path, or what `prepare` made of one, so that many samples are compared with it.
-    :param metrics: names of `METRICS`.
+    :param extractor: one, or its name as `make_extractor` has it, e.g. "classifier:PATH".
+    :param metrics: names of `METRICS`, or a text of them with commas.
     :param making: options of `feature_set`: batch_size, cache, progress.
     :raises ValueError: if an image cannot be read, the reference is another network's, or no score can be computed.
     """
+    extractor = make_extractor(extractor, device=dist_util.dev())
+    metrics = metrics.split(",") if isinstance(metrics, str) else metrics
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"a metric must be one of {', '.join(METRICS)}, got {name!r}")
     chosen = {name: METRICS[name] for name in METRICS if name in metrics}
     needs = {name for metric in chosen.values() for name in metric.needs}
     needs_samples = {name for metric in chosen.values() for name in metric.needs_samples}
-    samples = open_images(samples) if isinstance(samples, str) else samples
-    if isinstance(samples, ImageSet):
+    if not isinstance(samples, Side):
+        samples = open_images(samples)
         _scan_samples(samples)  # before the reference's features, which take their time
     one = prepare(reference, extractor, needs=needs, **making)
     other = prepare(samples, extractor, needs=needs_samples, stored=False, **making)
@@ -109,8 +115,8 @@ def evaluate(
 
 
 def prepare(
-    images: str | ImageSet | Side,
-    extractor: Extractor,
+    images: Opened | Side,
+    extractor: str | Extractor,
     *,
     needs: Collection[str] = FIELDS,
     stored: bool = True,
@@ -125,7 +131,7 @@ def prepare(
     """
     if isinstance(images, Side):
         return images
-    images = open_images(images) if isinstance(images, str) else images
+    images, extractor = open_images(images), make_extractor(extractor, device=dist_util.dev())
     if not stored:
         _scan_samples(images)
     statistics, record = read_statistics(images)
@@ -272,7 +278,7 @@ def _facts(side: Side) -> dict[str, Any]:
         "images": images.count,
         "shape": images.shape,
         "dtype": str(images.dtype),
-        "sha256": images.digest() if images.scan else "",
+        "sha256": images.scanned.digest if images.scan else "",
         "labels": 0 if labels is None else len(labels),
         "classes": 0 if labels is None else len(np.unique(labels)),
         "statistics": {

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluations.feature_sets import collect
-from evaluations.features import Extractor
-from evaluations.images import RECORD, STATISTICS, ArrayImages, ImageSet
+from evaluations.features import Extractor, make_extractor
+from evaluations.images import RECORD, STATISTICS, ArrayImages, ImageSet, Opened, open_images
 from evaluations.metrics import Statistics
 from evaluations.scores import FeatureSet
 from guided_diffusion import dist_util
@@ -29,9 +29,9 @@ RECORDED = {"extractor": str, "identity": str, "n": int}
 
 
 def write_reference(
-    images: ImageSet,
+    images: Opened,
     out: str,
-    extractor: Extractor | None,
+    extractor: str | Extractor | None,
     *,
     size: Size,
     num_samples: int = 10_000,
@@ -39,12 +39,13 @@ def write_reference(
 ) -> list[str]:
     """Write mu [D], sigma [D, D], mu_s [S], sigma_s [S, S] of all images, and arr_0 [n, H, W, 3] of some; collective.
 
-    :param images: files must have been opened with the same `size`.
-    :param extractor: None for no statistics.
+    :param images: a path, or images that have been opened with the same `size`.
+    :param extractor: one, or its name as `make_extractor` has it; None for no statistics.
     :param num_samples: images to keep, evenly over all; 0 for all of them.
     :return: sentences that say what was written.
     :raises ValueError: if an image cannot be read, or there are no images of that size.
     """
+    images = open_images(images, size)
     if not images.count:
         raise ValueError(f"{images.path} holds statistics and no images: a reference is made of images")
     images.share_scan()
@@ -56,6 +57,7 @@ def write_reference(
         )
     features = None
     if extractor is not None:
+        extractor = make_extractor(extractor, device=dist_util.dev())
         needs = ("pool_statistics", "spatial_statistics")
         features = collect(images, extractor, needs=needs, batch_size=batch_size, progress=True)
     kept = images.count if not num_samples else min(num_samples, images.count)
