@@ -15,7 +15,6 @@ if __name__ == "__main__":  # python evaluations/evaluator.py REF SAMPLES, as th
     main()
     raise SystemExit
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 
 from evaluations.feature_sets import COLUMNS, FIELDS, feature_set
 from evaluations.features import Extractor, make_extractor
-from evaluations.images import ImageSet, open_images, request_of
+from evaluations.images import ImageSet, Opened, open_images, request_of
 from evaluations.metrics import Statistics
 from evaluations.references import read_statistics
 from evaluations.scores import DEFAULT_METRICS, METRICS, FeatureSet, Metric, Options
@@ -83,8 +82,8 @@ class Report:
 
 
 def evaluate(
-    reference: str | os.PathLike[str] | ImageSet | Side,
-    samples: str | os.PathLike[str] | ImageSet | Side,
+    reference: Opened | Side,
+    samples: Opened | Side,
     extractor: str | Extractor,
     *,
     metrics: str | Sequence[str] = DEFAULT_METRICS,
@@ -103,7 +102,7 @@ def evaluate(
     metrics = metrics.split(",") if isinstance(metrics, str) else metrics
     for name in metrics:
         if name not in METRICS:
-            raise ValueError(f"metric {name!r} is unknown: use some of {', '.join(METRICS)}")
+            raise ValueError(f"a metric must be one of {', '.join(METRICS)}, got {name!r}")
     chosen = {name: METRICS[name] for name in METRICS if name in metrics}
     needs = {name for metric in chosen.values() for name in metric.needs}
     needs_samples = {name for metric in chosen.values() for name in metric.needs_samples}
@@ -116,7 +115,7 @@ def evaluate(
 
 
 def prepare(
-    images: str | os.PathLike[str] | ImageSet | Side,
+    images: Opened | Side,
     extractor: str | Extractor,
     *,
     needs: Collection[str] = FIELDS,
@@ -279,7 +278,7 @@ def _facts(side: Side) -> dict[str, Any]:
         "images": images.count,
         "shape": images.shape,
         "dtype": str(images.dtype),
-        "sha256": images.digest() if images.scan else "",
+        "sha256": images.scanned.digest if images.scan else "",
         "labels": 0 if labels is None else len(labels),
         "classes": 0 if labels is None else len(np.unique(labels)),
         "statistics": {

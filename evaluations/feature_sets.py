@@ -23,7 +23,7 @@ from evaluations.metrics import RunningStatistics, Statistics
 from evaluations.scores import FeatureSet
 from guided_diffusion import dist_util, logger
 from guided_diffusion.downloads import cache_folder
-from guided_diffusion.npz import Npz, Rows, write_arrays
+from guided_diffusion.npz import replacing
 from guided_diffusion.untrusted import parse_json, reason
 
 # the fields of a FeatureSet, and the columns of Features that they are made of
@@ -32,7 +32,6 @@ MEANS = {"pool_statistics": "pool", "spatial_statistics": "spatial"}
 COLUMNS = {**ROWS, **MEANS}
 FIELDS = ("pool", "pool_statistics", "spatial_statistics", "probs")
 FORMAT = 1  # of the files that are kept: those of another number are not found
-PIECE = 4096  # rows read at a time
 
 Array = NDArray[Any]
 
@@ -145,22 +144,22 @@ def _check_finite(features: Features, start: int, images: ImageSet, extractor: E
 
 def kept_path(images: ImageSet, extractor: Extractor) -> str:
     """Where the features of these very images by this very network are kept."""
-    key = f"{FORMAT} {extractor.identity} {images.digest()}"
+    key = f"{FORMAT} {extractor.identity} {images.scanned.digest}"
     return os.path.join(cache_folder(), "features", f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz")
 
 
 def _keep(path: str, features: FeatureSet, asked: Collection[str]) -> None:
     record = json.dumps({"n": features.n, "asked": sorted(asked)}).encode()
-    arrays: dict[str, Array] = {"record": np.frombuffer(record, np.uint8)}
+    arrays: dict[str, Any] = {"record": np.frombuffer(record, np.uint8)}
     for name in FIELDS:
         values = getattr(features, name)
         if isinstance(values, Statistics):
             arrays |= {f"{name}.mean": values.mean, f"{name}.cov": values.cov}
         elif values is not None:
             arrays[name] = values
-    rows: dict[str, Rows] = {name: (array.shape, array.dtype, [array]) for name, array in arrays.items()}
     try:
-        write_arrays(path, rows)
+        with replacing(path) as file:
+            np.savez(file, **arrays)
     except OSError as error:
         logger.warn(f"the features are not kept: {error}")
 
@@ -170,9 +169,8 @@ def _load(path: str, count: int, needs: Collection[str]) -> tuple[FeatureSet, fr
     if not os.path.exists(path):
         return None
     try:
-        with Npz(path) as archive:
-            wanted = [name for name in archive.names() if name.partition(".")[0] in {"record", *needs}]
-            arrays = {name: _whole(archive, name) for name in wanted}
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name.partition(".")[0] in {"record", *needs}}
         record = parse_json(arrays["record"].tobytes())
         if record["n"] != count or any(len(arrays.get(name, range(count))) != count for name in ROWS):
             raise ValueError(f"they are not those of {count} images")
@@ -181,15 +179,6 @@ def _load(path: str, count: int, needs: Collection[str]) -> tuple[FeatureSet, fr
             if f"{name}.mean" in arrays:
                 found[name] = Statistics(count, arrays[f"{name}.mean"], arrays[f"{name}.cov"])
         return FeatureSet(count, origin=path, **found), frozenset(record["asked"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # zipfile does not say what a damaged file leads it to
         logger.warn(f"the features kept in {path} cannot be used ({reason(error)}): they are computed again")
         return None
-
-
-def _whole(archive: Npz, name: str) -> Array:
-    header = archive.header(name)
-    array, start = np.empty(header.shape, header.dtype), 0
-    for chunk in archive.chunks(name, PIECE):
-        array[start : start + len(chunk)] = chunk
-        start += len(chunk)
-    return array

@@ -149,13 +149,18 @@ def _classifier(path: str, device: th.device, precision: str) -> NetworkExtracto
     facts |= {"features classifier weights": weights, "features classifier precision": precision}
     network.to(device).eval().requires_grad_(False).convert_to(precision)
     name = _base(path) if _base(path).endswith("classifier") else f"{_base(path)} classifier"
-    fitted = Fitted(parse_size(config.image_size), config.image_channels, name)
+    size, warned = parse_size(config.image_size), False
     head_inputs: list[th.Tensor] = []
     head_of(network).register_forward_pre_hook(lambda _, inputs: head_inputs.append(inputs[0]))
 
     def run(images: Images) -> Outputs:
+        nonlocal warned
+        if images.shape[1:3] != size and not warned:
+            given, needed = ("x".join(map(str, sides)) for sides in (images.shape[1:3], size))
+            logger.warn(f"images of {given} are scaled and cropped to {needed}, as in the training of the {name}")
+            warned = True
         head_inputs.clear()
-        x = _planes(fitted(images), device).float() / 127.5 - 1
+        x = _planes(fitted(images, size, config.image_channels), device).float() / 127.5 - 1
         logits = network(x, th.zeros(len(x), device=device))
         return head_inputs.pop().flatten(1), None, logits
 
@@ -204,29 +209,13 @@ def head_of(network: Any) -> th.nn.Module:
     return layer
 
 
-class Fitted:
-    """Makes images of any size and colour what a network was trained on, and says so once.
-
-    :param size: height and width.
-    """
-
-    def __init__(self, size: tuple[int, int], channels: int, name: str) -> None:
-        self.size, self.channels, self.name = size, channels, name
-        self._warned = False
-
-    def __call__(self, images: Images) -> Images:
-        """[N, H, W, C] of any size -> of the network's."""
-        if images.shape[1:] == (*self.size, self.channels):
-            return images
-        if images.shape[1:3] != self.size and not self._warned:
-            self._warned = True
-            given, needed = ("x".join(map(str, sides)) for sides in (images.shape[1:3], self.size))
-            logger.warn(f"images of {given} are scaled and cropped to {needed}, as in the training of the {self.name}")
-        rows = [center_crop_arr(self._picture(image), self.size) for image in images]
-        return np.stack(rows).reshape(len(images), *self.size, self.channels)
-
-    def _picture(self, image: Images) -> Image.Image:
-        return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).convert(MODES[self.channels])
+def fitted(images: Images, size: tuple[int, int], channels: int) -> Images:
+    """Images of any height, width and colour as a network was trained on them, [N, H, W, C] -> [N, *size, channels]."""
+    if images.shape[1:] == (*size, channels):
+        return images
+    pictures = [Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]) for image in images]
+    rows = [center_crop_arr(picture.convert(MODES[channels]), size) for picture in pictures]
+    return np.stack(rows).reshape(len(images), *size, channels)
 
 
 # ---- DINOv2 and CLIP
@@ -324,7 +313,7 @@ def make_extractor(
     """The extractor that --features names.
 
     :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:dinov2-base"; an
-        extractor stays what it is.
+        extractor is returned as it is.
     :param weights: the file of Inception, as `find_inception` has it.
     :param precision: fp32, fp16 or bf16 for the network's convolutions or matrices.
     :raises OSError, ValueError: if there is no such kind or file, or the file is of another network.

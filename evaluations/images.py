@@ -43,13 +43,18 @@ PIECE = 2**22  # bytes of an array that are read at a time
 
 
 class Conversion(NamedTuple):
-    """How numbers of some kinds of type (numpy's letters) that all lie in a range become 0 .. 255."""
+    """How numbers of some kinds of type (numpy's letters) that all lie in a range become uint8."""
 
     kinds: str
     low: float
     high: float
     description: str
     scale: Callable[[NDArray[Any]], NDArray[Any]]
+
+    def __call__(self, numbers: NDArray[Any]) -> Pixels:
+        """Numbers as uint8, fractions cut off."""
+        numbers = numbers.astype(np.float32) if numbers.dtype == np.float16 else numbers
+        return numbers if numbers.dtype == np.uint8 else np.clip(self.scale(numbers), 0, 255).astype(np.uint8)
 
 
 CONVERSIONS = (
@@ -75,15 +80,6 @@ def find_conversion(dtype: np.dtype[Any], low: float, high: float, path: str) ->
         f"{path} holds numbers of {dtype}, {shown}, where images are uint8, integers of 0 .. 255, or floats in "
         "[-1, 1], [0, 1] or [0, 255]: clip and scale them to 0 .. 255, and save them as uint8"
     )
-
-
-def convert(numbers: NDArray[Any], conversion: Conversion) -> Pixels:
-    """Numbers as uint8."""
-    if numbers.dtype == np.uint8:
-        return numbers
-    numbers = numbers.astype(np.float32) if numbers.dtype == np.float16 else numbers
-    scaled: Pixels = np.clip(conversion.scale(numbers), 0, 255).astype(np.uint8)
-    return scaled
 
 
 def to_rgb(images: Pixels) -> Pixels:
@@ -125,8 +121,7 @@ class Scan:
     """What reading through all images once has found.
 
     :param digest: sha256 of the content in order: of the numbers of arrays, of the bytes of files.
-    :param low: the least number of arrays; nan if one of them is.
-    :param high: the greatest.
+    :param low: the least number of arrays, `high` the greatest; nan if one of them is.
     :param sizes: the number of images of each (H, W).
     """
 
@@ -167,15 +162,11 @@ class ImageSet(ABC):
         self.adopt(dist_util.decide(lambda: self.scanned))
 
     def adopt(self, scan: Scan) -> None:
-        """Take a scan, also one that another rank has made.
+        """Take a scan, which may be that of another rank.
 
         :raises ValueError: if it shows that these are no images.
         """
         self.scan = scan
-
-    def digest(self) -> str:
-        """64 hex digits that stand for the content."""
-        return self.scanned.digest
 
     def _read_through(self) -> Scan:
         """By default, of images that cannot be read beforehand: nothing but their name.
@@ -284,8 +275,8 @@ class ArrayImages(ImageSet):
             with Npz(part) as archive:
                 if "arr_1" not in archive or self.name != "arr_0":
                     return None
-                images, labels = archive.header("arr_0"), archive.header("arr_1")
-                if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+                labels = archive.header("arr_1")
+                if labels.shape != archive.header("arr_0").shape[:1] or labels.dtype.kind not in "iu":
                     self.notes.append(f"{part}: arr_1 {labels.shape} of {labels.dtype} are no labels, and not used")
                     return None
                 found += [chunk.astype(np.int64) for chunk in archive.chunks("arr_1", PIECE)]
@@ -314,7 +305,7 @@ class ArrayImages(ImageSet):
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         _ = self.scanned
         for batch in islice(_rebatched(self.stored(size), size), first, None, step):
-            yield [to_rgb(convert(batch, self._conversion))]
+            yield [to_rgb(self._conversion(batch))]
 
     def warnings(self) -> list[str]:
         if not self.count:
@@ -363,12 +354,13 @@ def _header(path: str, name: str) -> untrusted.Header:
 
 # ---- opening
 
+Opened = str | os.PathLike[str] | ImageSet
 
-def open_images(
-    path: str | os.PathLike[str] | ImageSet, size: Size | None = None, data_range: Range | None = None
-) -> ImageSet:
+
+def open_images(path: Opened, size: Size | None = None, data_range: Range | None = None) -> ImageSet:
     """The images of an npz or npy, of a folder or zip of images, or of the folder of a sampling run.
 
+    :param path: images that are open already are returned as they are.
     :param size: images of files are scaled and cropped to it as in training; None: they are taken as they are.
     :param path: what is open already stays what it is.
     :param data_range: of images of files, as `read_image` takes it.
@@ -377,10 +369,9 @@ def open_images(
     if isinstance(path, ImageSet):
         return path
     path = paths.resolve(path)
-    if _is_folder(path):
-        return _open_run(path) or _open_files(path, size, data_range)
-    if split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
-        return _open_files(path, size, data_range)
+    folder = _is_folder(path)
+    if folder or split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
+        return (_open_run(path) if folder else None) or _open_files(path, size, data_range)
     if not path or not paths.exists(path):
         raise ValueError(f"{quoted(path)} does not exist: give an npz, a folder or a zip of images, or a run's folder")
     if path.lower().endswith(image_files.IMAGE_EXTENSIONS):

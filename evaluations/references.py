@@ -8,7 +8,6 @@ Shapes: N images, H W space, D pooled features, S spatial features.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from evaluations.feature_sets import collect
 from evaluations.features import Extractor, make_extractor
-from evaluations.images import RECORD, STATISTICS, ArrayImages, ImageSet, open_images
+from evaluations.images import RECORD, STATISTICS, ArrayImages, ImageSet, Opened, open_images
 from evaluations.metrics import Statistics
 from evaluations.scores import FeatureSet
 from guided_diffusion import dist_util
@@ -30,7 +29,7 @@ RECORDED = {"extractor": str, "identity": str, "n": int}
 
 
 def write_reference(
-    images: str | os.PathLike[str] | ImageSet,
+    images: Opened,
     out: str,
     extractor: str | Extractor | None,
     *,
@@ -40,8 +39,8 @@ def write_reference(
 ) -> list[str]:
     """Write mu [D], sigma [D, D], mu_s [S], sigma_s [S, S] of all images, and arr_0 [n, H, W, 3] of some; collective.
 
-    :param images: a path, or files that were opened with the same `size`.
-    :param extractor: one, or its name; None for no statistics.
+    :param images: a path, or images that have been opened with the same `size`.
+    :param extractor: one, or its name as `make_extractor` has it; None for no statistics.
     :param num_samples: images to keep, evenly over all; 0 for all of them.
     :return: sentences that say what was written.
     :raises ValueError: if an image cannot be read, or there are no images of that size.

@@ -132,7 +132,7 @@ class Measure:
 def _digest(reference: Side) -> str:
     """What stands for the content of a reference."""
     if reference.images.count:
-        return reference.images.digest()
+        return reference.images.scanned.digest
     known, _ = read_statistics(reference.images)
     return fingerprint({f"{name} {part}": getattr(of, part) for name, of in known.items() for part in ("mean", "cov")})
 

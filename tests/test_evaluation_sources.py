@@ -84,7 +84,7 @@ def test_no_more_than_a_batch_is_held(tmp_path):
     tracemalloc.start()
     try:
         assert sum(len(batch) for batch in source.batches(64)) == 4000
-        assert source.digest()
+        assert source.scanned.digest
         assert tracemalloc.get_traced_memory()[1] < 16e6
         tracemalloc.reset_peak()
         assert sum(len(batch) for batch in source.batches(64)) == 4000
@@ -280,7 +280,7 @@ def test_the_digest_is_that_of_the_numbers_in_their_order(tmp_path):
     changed[9, 0, 0, 0] ^= 1
     others = [changed, IMAGES[::-1], IMAGES[:-1], IMAGES.astype(np.int16), IMAGES.reshape(23, 5, 6, 3)]
     paths = [saved(tmp_path / f"{number}.npz", arr_0=array) for number, array in enumerate(others)]
-    digests = [open_images(path).digest() for path in (*same, *paths)]
+    digests = [open_images(path).scanned.digest for path in (*same, *paths)]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 1 + len(others)
 
@@ -291,8 +291,17 @@ def test_the_digest_of_files_knows_their_content_order_and_crop_and_not_their_na
     (renamed / "000.png").rename(renamed / "0000.png")
     (renamed / "notes.txt").write_text("x")
     turned = pictures(tmp_path / "c", IMAGES[::-1])
-    assert open_images(first).digest() == open_images(str(renamed)).digest()
-    assert len({open_images(first).digest(), open_images(turned).digest(), open_images(first, 4).digest()}) == 3
+    assert open_images(first).scanned.digest == open_images(str(renamed)).scanned.digest
+    assert (
+        len(
+            {
+                open_images(first).scanned.digest,
+                open_images(turned).scanned.digest,
+                open_images(first, 4).scanned.digest,
+            }
+        )
+        == 3
+    )
 
 
 # ---- statistics

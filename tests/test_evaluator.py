@@ -435,7 +435,7 @@ def test_the_command_ends_with_the_scores_and_writes_all_it_knows(pair, tmp_path
     assert (log / "log.txt").read_text().splitlines()[-4:] == told[-4:]
     assert facts["samples"]["run"] == request
     assert (facts["samples"]["images"], facts["samples"]["classes"], facts["samples"]["shape"]) == (70, 3, [8, 8, 3])
-    assert facts["samples"]["sha256"] == open_images(pair[1]).digest()
+    assert facts["samples"]["sha256"] == open_images(pair[1]).scanned.digest
     assert facts["reference"]["statistics"]["pool_statistics"] == {"n": 90, "features": 64}
     assert facts["extractor"]["name"] == "judge classifier"
     assert facts["options"]["dtype"] == "float32"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluations.features import EXTRACTORS, Fitted, make_extractor
+from evaluations.features import EXTRACTORS, fitted, make_extractor
 from evaluations.inception import InceptionNetwork
 from guided_diffusion import checkpoint, dist_util, logger
 from guided_diffusion.config import ClassifierConfig, UNetConfig
@@ -139,12 +139,12 @@ def test_images_of_another_size_are_cropped_as_in_training(tmp_path: Path, capsy
 
 
 def test_colours_are_fitted_as_in_training() -> None:
-    grey = Fitted((8, 8), 1, "grey")(IMAGES)
+    grey = fitted(IMAGES, (8, 8), 1)
     expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in IMAGES])
     np.testing.assert_array_equal(grey[..., 0], expected)
-    coloured = Fitted((8, 8), 3, "coloured")(grey)
+    coloured = fitted(grey, (8, 8), 3)
     np.testing.assert_array_equal(coloured, grey.repeat(3, axis=-1))
-    assert Fitted((8, 8), 3, "coloured")(IMAGES) is IMAGES
+    assert fitted(IMAGES, (8, 8), 3) is IMAGES
 
 
 def test_a_grey_classifier_takes_coloured_images(tmp_path: Path) -> None:
@@ -339,6 +339,16 @@ def test_folders_that_transformers_cannot_use_are_refused(tmp_path: Path, monkey
     assert 'transformers is missing: run `pip install "guided-diffusion[eval]"`' in message
 
 
+class Attack:
+    """Its pickle makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
 def test_code_in_a_folder_never_runs(tmp_path: Path) -> None:
     saved("dinov2", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -351,6 +361,11 @@ def test_code_in_a_folder_never_runs(tmp_path: Path) -> None:
             make_extractor(f"dinov2:{tmp_path}")
         else:
             sentence_of(make_extractor, f"dinov2:{tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING))
+    (tmp_path / "model.safetensors").unlink()
+    th.save({"layernorm.weight": Attack(tmp_path / "mark")}, tmp_path / "pytorch_model.bin")
+    sentence_of(make_extractor, f"dinov2:{tmp_path}")
     assert not (tmp_path / "mark").exists()
 
 
