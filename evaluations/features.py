@@ -27,6 +27,7 @@ from guided_diffusion.config import PRECISIONS, ClassifierConfig, nearest, parse
 from guided_diffusion.crops import center_crop_arr
 from guided_diffusion.npz import fingerprint
 from guided_diffusion.script_util import build_classifier
+from guided_diffusion.seeds import to_device
 
 VERSION = 1  # of what is done to images before a network sees them: features of other versions are not taken again
 DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
@@ -99,7 +100,7 @@ def _numbers(values: th.Tensor) -> Numbers:
 
 def _planes(images: Images, device: th.device) -> th.Tensor:
     """[N, H, W, C] -> [N, C, H, W]."""
-    return th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)
+    return to_device(th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), device)
 
 
 def _colours(images: Images) -> Images:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch as th
 
 from .schedules import NoiseLevels, interpolate
+from .seeds import to_device
 from .steps import Level
 
 # coefficients at real timesteps, from log alpha_bar
@@ -97,7 +98,7 @@ class ForwardProcess:
         """The array `name` as a tensor that stays on the device; cast first, since not every device has float64."""
         key = (name, device, dtype)
         if key not in self._tables:
-            self._tables[key] = th.from_numpy(getattr(self, name)).to(dtype).to(device)
+            self._tables[key] = to_device(th.from_numpy(getattr(self, name)).to(dtype), device)
         return self._tables[key]
 
     def _at(self, name: str, t: th.Tensor, like: th.Tensor) -> th.Tensor:

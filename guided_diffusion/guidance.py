@@ -28,15 +28,18 @@ Scale = float | Callable[[th.Tensor], th.Tensor | float]
 # ---- makers of cond_fns
 
 
-def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> th.Tensor | None:
-    """The scale [N, 1, ...] at these timesteps, or None where it is 0 for all."""
+def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> float | th.Tensor | None:
+    """The scale at these timesteps, a number or [N, 1, ...]; None where it is 0 for all.
+
+    A number stays one, since to ask a tensor on a GPU what it holds is to wait for it.
+    """
     value = scale(timesteps) if callable(scale) else scale
     if not bool(value.isfinite().all() if isinstance(value, th.Tensor) else math.isfinite(value)):
         raise ValueError(f"the scale of the guidance is {value}: give a finite number, 0 for none")
-    if isinstance(value, th.Tensor):
-        value = value.to(like.device, like.dtype).expand(len(like)).view(-1, *[1] * (like.ndim - 1))
-        return value if bool(value.any()) else None
-    return th.full([1] * like.ndim, value, dtype=like.dtype, device=like.device) if value else None
+    if not isinstance(value, th.Tensor):
+        return float(value) or None
+    value = value.to(like.device, like.dtype).expand(len(like)).view(-1, *[1] * (like.ndim - 1))
+    return value if bool(value.any()) else None
 
 
 def classifier_guidance(classifier: Callable[[th.Tensor, th.Tensor], th.Tensor], scale: Scale) -> CondFn:
@@ -195,7 +198,7 @@ class GuidedNetwork(th.nn.Module, ABC):
         scale = _scale_at(self.scale, timesteps, x)
         if scale is None:
             return self.weak(x, timesteps, kwargs)
-        if bool((scale == 1).all()):
+        if bool((scale == 1).all()) if isinstance(scale, th.Tensor) else scale == 1:
             return self.model(x, timesteps, **kwargs)
         strong, weak = self.both(x, timesteps, kwargs)
         own, other = strong[:, : x.shape[1]], weak[:, : x.shape[1]]

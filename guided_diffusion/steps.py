@@ -157,7 +157,9 @@ def polynomial_weights(nodes: Sequence[th.Tensor], moments: Sequence[th.Tensor])
     :param moments: that integral of 1, s, s^2, ...; all are [N, 1, ...].
     """
     powers = th.stack([th.stack([node**k for node in nodes], dim=-1) for k in range(len(nodes))], dim=-2)
-    weights: tuple[th.Tensor, ...] = th.linalg.solve(powers, th.stack(list(moments), dim=-1)).unbind(-1)
+    # solve() would wait for the device, to raise an error where nodes coincide: weights are then not finite
+    solution, _ = th.linalg.solve_ex(powers, th.stack(list(moments), dim=-1))
+    weights: tuple[th.Tensor, ...] = solution.unbind(-1)
     return weights
 
 

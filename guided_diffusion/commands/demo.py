@@ -145,13 +145,13 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
     from evaluations.features import make_extractor
     from evaluations.images import open_images
 
-    from .. import logger
+    from .. import dist_util, logger
     from ..pictures import save_grid
     from . import _common as common
 
     logger.configure(dir=config.log_dir, format_strs=[])
     judge = common.restore_classifier(cli.parse("classifier_sample", [f"--classifier_path={config.log_dir}/judge"]))
-    extractor = make_extractor(f"classifier:{config.log_dir}/judge")
+    extractor = make_extractor(f"classifier:{config.log_dir}/judge", device=dist_util.dev())
     real = prepare(open_images(config.data_dir, 32), extractor, needs=("pool_statistics",), cache=False)
     columns, titles = [], []
     print("\nHow often the separately trained classifier of clean images sees the class that was asked for, and the")
@@ -188,9 +188,12 @@ def to_float(images: Any) -> Any:
 
 
 def accuracy(classifier: Any, images: Any, labels: Any) -> float:
-    """The share of images [N, C, H, W] in [-1, 1] that a classifier gives their label, without noise."""
+    """The share of images [N, C, H, W] in [-1, 1] that a classifier on this process's device gives their label."""
     import torch as th
 
+    from .. import dist_util
+
+    images = images.to(dist_util.dev())
     with th.no_grad():
-        guesses = classifier(images, th.zeros(len(images))).argmax(dim=1)
-    return float((guesses == th.from_numpy(labels)).float().mean())
+        guesses = classifier(images, th.zeros(len(images), device=images.device)).argmax(dim=1)
+    return float((guesses.cpu() == th.from_numpy(labels)).float().mean())
