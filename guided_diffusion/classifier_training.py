@@ -41,7 +41,7 @@ class ClassifierTrainLoop(TrainLoop):
         """Cross-entropy [n], and 1 or 0 for each image whose label is among the first 1 and 5 guesses."""
         noisy = self.diffusion.q_sample(batch, draw.t, draw.noise) if self.noised else batch
         network = self.ddp_model if model is None else model
-        logits = network(noisy, timesteps=self.diffusion._scale_timesteps(draw.t))
+        logits = network(noisy, timesteps=self.diffusion.timesteps(draw.t, noisy))
         labels = cond["y"]
         ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         accuracies = {f"acc@{k}": ranks[:, :k].any(dim=1).float() for k in (1, ranks.shape[1])}

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .config import nearest
 from .samplers import DDIM
-from .steps import Draw, Generators, Process, Sampler, State, StepOutput, same_index
+from .steps import Draw, Generators, Process, Sampler, StepOutput, same_index
 
 Image = th.Tensor | None
 OWN_STREAM = 0x6D61736B  # sets the noise of what is kept apart from that of what is painted
@@ -80,8 +80,9 @@ def sample_loop(
     :raises TypeError: for an option that there is not.
     """
     device = th.device(options.get("device") or next(model.parameters()).device)
-    kwargs = dict(options.get("model_kwargs") or {})
-    _check_labels(kwargs.get("y"), model)
+    given = options.get("model_kwargs")
+    labels = (given or {}).get("y")
+    _check_labels(labels, model)
     _check(sampler, options)
     indices, generator = _indices(process, sampler, options), options.get("generator")
     x, image = _start(process, sampler, shape, device, indices, options)
@@ -90,29 +91,24 @@ def sample_loop(
     if not indices:
         yield {"sample": x, "pred_xstart": x}
     new_classes = None
-    if options.get("randomize_class") and kwargs.get("y") is not None:
-        new_classes = _class_drawer(model, kwargs["y"], device, generator)
-    predict = process.predictor(
-        model,
-        clip_denoised=options.get("clip_denoised", True),
-        denoised_fn=options.get("denoised_fn"),
-        cond_fn=options.get("cond_fn"),
-        cond_fn_with_grad=options.get("cond_fn_with_grad", False),
-        model_kwargs=kwargs,
-    )
-    # like x in dtype and memory layout, which decides the order in which the global generator's numbers fill it
-    draw: Draw = lambda: th.randn_like(x)  # noqa: E731 - it sees the x of its step
-    if generator is not None:
-        draw = drawer(partial(th.randn, dtype=x.dtype), shape, device, generator)
-    state: State = None
+    if options.get("randomize_class") and labels is not None:
+        new_classes = _class_drawer(model, labels, device, generator)
+    asked: dict[str, Any] = {
+        "clip_denoised": options.get("clip_denoised", True),
+        "denoised_fn": options.get("denoised_fn"),
+        "cond_fn": options.get("cond_fn"),
+        "cond_fn_with_grad": options.get("cond_fn_with_grad", False),
+        # without generators each step draws its noise like x, whose layout decides where the numbers go
+        "draw": None if generator is None else drawer(partial(th.randn, dtype=x.dtype), shape, device, generator),
+    }
+    state: Any = None
     walk = list(_walk(indices, options.get("resample", 1), options.get("jump", 10)))
     for index, back in tqdm(walk) if options.get("progress") else walk:
-        if new_classes is not None:
-            kwargs["y"] = new_classes()
+        kwargs = given if new_classes is None else {**(given or {}), "y": new_classes()}
         with th.no_grad():
             t = same_index(index, shape[0], device)
             rule = DDIM() if _is_blind(process, sampler, index) else sampler
-            output, state = rule.step(process, predict, x, t, state, draw)
+            output, state = process.take_step(rule, model, x, t, state, model_kwargs=kwargs, **asked)
             if kept is not None:
                 output["sample"] = kept.paste(output["sample"], index - 1)
         _call(options.get("callback"), index, output)
@@ -150,7 +146,7 @@ def _indices(process: Process, sampler: Sampler, options: SampleOptions) -> list
     strength = options.get("strength")
     if strength is not None:
         furthest = strength * (process.original_num_steps - 1)
-        skip = sum(tau > furthest for tau in process.timestep_map) if strength else steps
+        skip = sum(tau > furthest for tau in process.timestep_map[:steps]) if strength else steps
     if not 0 <= skip <= steps:
         raise ValueError(f"skip_timesteps {skip} is not in 0 .. {steps}, the steps of this process")
     if _ascends(sampler):
@@ -172,8 +168,8 @@ def _ascends(sampler: Sampler) -> bool:
 
 def _is_blind(process: Process, sampler: Sampler, index: int) -> bool:
     """Whether a step starts from pure noise, where solvers that divide by the signal have no step: DDIM takes it."""
-    blind = process.no_signal_at_the_end and index == process.num_timesteps - 1
-    return blind and bool(getattr(sampler, "needs_signal", False))
+    last = index == process.num_timesteps - 1 and bool(getattr(sampler, "needs_signal", False))
+    return last and process.no_signal_at_the_end
 
 
 # ---- where to start

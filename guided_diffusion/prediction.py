@@ -8,13 +8,12 @@ Nichol 2021, algorithm 2), for every other sampler. The gradient is that of a lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch as th
 
 from .steps import Process, StepOutput, mix
 
-Gradient = Callable[[], th.Tensor | None]
 CondFn = Callable[..., th.Tensor | None]
 
 
@@ -31,14 +30,11 @@ class MeanVariance(TypedDict):
     timesteps: NotRequired[th.Tensor]
 
 
-def shift_mean(
-    process: Process, out: MeanVariance, x: th.Tensor, t: th.Tensor, gradient: th.Tensor | None
-) -> MeanVariance:
-    """Rule "mean": the mean moves by variance * gradient; pred_xstart is the x_0 that has this posterior mean."""
+def shift_mean(out: MeanVariance, x: th.Tensor, gradient: th.Tensor | None) -> th.Tensor:
+    """Rule "mean": the mean moves by variance * gradient."""
     if gradient is None:
-        return out
-    mean = out["mean"].to(x.dtype) + out["variance"] * gradient.to(x.dtype)
-    return {**out, "mean": mean, "pred_xstart": process.xstart_of_mean(x, t, mean)}
+        return out["mean"]
+    return out["mean"].to(x.dtype) + out["variance"] * gradient.to(x.dtype)
 
 
 def shift_score(
@@ -57,7 +53,20 @@ def shift_score(
     return {**out, "mean": process.posterior_mean(xstart, x, t), "pred_xstart": xstart}
 
 
-RULES = {"mean": shift_mean, "score": shift_score}
+def apply_rule(
+    process: Process, rule: str, out: MeanVariance, x: th.Tensor, t: th.Tensor, *given: Any, with_grad: bool = False
+) -> MeanVariance | None:
+    """What the process's method for a rule makes of a prediction; None where there is no guidance.
+
+    :param given: cond_fn and model_kwargs.
+    """
+    (cond_fn, model_kwargs), before = given, dict(out)
+    condition = getattr(process, f"condition_{rule}{'_with_grad' if with_grad else ''}")
+    guided = condition(cond_fn, out, x, t, model_kwargs=model_kwargs)
+    if rule == "mean":
+        same = guided is before["mean"]
+        guided = out if same else {**out, "mean": guided, "pred_xstart": process.xstart_of_mean(x, t, guided)}
+    return None if all(guided.get(name) is value for name, value in before.items()) else guided
 
 
 class Prediction:
@@ -65,7 +74,7 @@ class Prediction:
 
     The gradient is asked for in `guided` and not before, so that a step may draw its noise in between.
 
-    :param gradient: computes the gradient [N, C, H, W]; None where there is no guidance.
+    :param guide: what a rule makes of the prediction, None where it makes nothing of it; None for no guidance at all.
     :param own: the prediction before guidance, where this one is guided.
     """
 
@@ -76,11 +85,25 @@ class Prediction:
         t: th.Tensor,
         out: MeanVariance,
         *,
-        gradient: Gradient | None = None,
+        guide: Callable[[str], MeanVariance | None] | None = None,
         own: MeanVariance | None = None,
     ) -> None:
-        self.process, self.x, self.t, self.out, self.gradient, self.own = process, x, t, out, gradient, own
-        self.mean, self.log_variance, self.pred_xstart = out["mean"], out["log_variance"], out["pred_xstart"]
+        self.process, self.x, self.t, self.out, self.guide, self.own = process, x, t, out, guide, own
+
+    @property
+    def mean(self) -> th.Tensor:
+        """The mean of p(x_{t-1} | x_t)."""
+        return self.out["mean"]
+
+    @property
+    def log_variance(self) -> th.Tensor:
+        """The log-variance of p(x_{t-1} | x_t)."""
+        return self.out["log_variance"]
+
+    @property
+    def pred_xstart(self) -> th.Tensor:
+        """The x_0 behind it."""
+        return self.out["pred_xstart"]
 
     @property
     def eps(self) -> th.Tensor:
@@ -89,11 +112,8 @@ class Prediction:
 
     def guided(self, rule: str) -> Prediction:
         """The prediction after guidance by rule "mean" or "score"; itself where there is no guidance."""
-        gradient = None if self.gradient is None else self.gradient()
-        if gradient is None:
-            return self
-        out = RULES[rule](self.process, self.out, self.x, self.t, gradient)
-        return Prediction(self.process, self.x, self.t, out, own=self.out)
+        out = None if self.guide is None else self.guide(rule)
+        return self if out is None else Prediction(self.process, self.x, self.t, out, own=self.out)
 
     def output(self, sample: th.Tensor) -> StepOutput:
         """What the step yields: `pred_xstart` is the network's own, the guided one comes beside it."""
@@ -104,4 +124,5 @@ class Prediction:
 
 def detached(out: MeanVariance) -> MeanVariance:
     """The same values without their graph."""
-    return cast(MeanVariance, {name: value.detach() for name, value in cast(dict[str, th.Tensor], out).items()})
+    values = {name: value.detach() if isinstance(value, th.Tensor) else value for name, value in out.items()}
+    return cast(MeanVariance, values)

@@ -84,7 +84,7 @@ class DDIM:
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
         prediction = predict(x, t).guided("score")
-        now, before = process.alpha_bar(t, x), process.alpha_bar(t - 1, x)
+        now, before = process.alpha_bar(t, x), process.alpha_bar_prev(t, x)
         sigma = self.eta * th.sqrt((1 - before) / (1 - now) * (1 - now / before))  # eq. 16
         direction = th.sqrt(1 - before - sigma**2) * prediction.eps
         noise = draw()  # drawn also where it is not used: the order of draws is public
@@ -102,7 +102,7 @@ class DDIMReverse:
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
         prediction = predict(x, t)
-        after = process.alpha_bar(t + 1, x)
+        after = process.alpha_bar_next(t, x)
         sample = th.sqrt(after) * prediction.pred_xstart + th.sqrt(1 - after) * prediction.eps
         return prediction.output(sample), None
 
@@ -140,21 +140,23 @@ class PLMS:
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
         prediction = predict(x, t).guided("score")
-        history = (*(state or ()), prediction.eps)[-self.order :]
+        eps = prediction.eps
+        history = (*(state or ()), eps)[-self.order :]
         if state is None and self.order > 1 and ends_noisy(t):
-            ahead = self._move(process, x, t, prediction.eps)
-            eps = (prediction.eps + predict(ahead, (t - 1).clamp(min=0)).guided("score").eps) / 2
+            ahead = self._move(process, x, t, prediction.pred_xstart, eps)
+            eps = (eps + predict(ahead, (t - 1).clamp(min=0)).guided("score").eps) / 2
         else:
             weights = ADAMS_BASHFORTH[len(history)]
             eps = sum((w * past for w, past in zip(weights, reversed(history), strict=True)), th.zeros_like(x))
-        sample = th.where(where_noisy(t, x), self._move(process, x, t, eps), prediction.pred_xstart)
+        moved = self._move(process, x, t, process.predict_xstart(x, t, eps), eps)
+        sample = th.where(where_noisy(t, x), moved, prediction.pred_xstart)
         return prediction.output(sample) | {"old_eps": list(history)}, history
 
     @staticmethod
-    def _move(process: Process, x: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
+    def _move(process: Process, x: th.Tensor, t: th.Tensor, xstart: th.Tensor, eps: th.Tensor) -> th.Tensor:
         """DDIM's step with eta = 0 along a given eps."""
-        before = process.alpha_bar(t - 1, x)
-        return th.sqrt(before) * process.predict_xstart(x, t, eps) + th.sqrt(1 - before) * eps
+        before = process.alpha_bar_prev(t, x)
+        return th.sqrt(before) * xstart + th.sqrt(1 - before) * eps
 
 
 # ---- steps in sigma / alpha, the noise of Karras et al. 2022, in which the flow is d(x / alpha) = eps d(sigma / alpha)

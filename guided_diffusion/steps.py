@@ -65,10 +65,12 @@ class Level(NamedTuple):
 class Prediction(Protocol):
     """What the network says at (x, t)."""
 
-    mean: th.Tensor
-    log_variance: th.Tensor
-    pred_xstart: th.Tensor
-
+    @property
+    def mean(self) -> th.Tensor: ...
+    @property
+    def log_variance(self) -> th.Tensor: ...
+    @property
+    def pred_xstart(self) -> th.Tensor: ...
     @property
     def eps(self) -> th.Tensor: ...
     def guided(self, rule: str) -> Prediction: ...
@@ -87,13 +89,17 @@ class Process(Protocol):
     """
 
     num_timesteps: int
-    timestep_map: list[Any]
-    original_num_steps: int
 
+    @property
+    def timestep_map(self) -> list[Any]: ...
+    @property
+    def original_num_steps(self) -> int: ...
     @property
     def no_signal_at_the_end(self) -> bool: ...
 
     def alpha_bar(self, t: th.Tensor, like: th.Tensor) -> th.Tensor: ...
+    def alpha_bar_prev(self, t: th.Tensor, like: th.Tensor) -> th.Tensor: ...
+    def alpha_bar_next(self, t: th.Tensor, like: th.Tensor) -> th.Tensor: ...
     def at(self, t: th.Tensor, like: th.Tensor) -> Level: ...
     def tau(self, level: th.Tensor) -> th.Tensor: ...
     def timesteps(self, t: th.Tensor, like: th.Tensor) -> th.Tensor: ...
@@ -112,6 +118,18 @@ class Process(Protocol):
         cond_fn_with_grad: bool = False,
         model_kwargs: dict[str, Any] | None = None,
     ) -> Predict: ...
+    def take_step(
+        self,
+        sampler: Sampler,
+        model: Any,
+        x: th.Tensor,
+        t: th.Tensor,
+        state: Any,
+        *,
+        draw: Draw | None = None,
+        cond_fn_with_grad: bool = False,
+        **options: Any,
+    ) -> tuple[StepOutput, Any]: ...
 
 
 class Sampler(Protocol):

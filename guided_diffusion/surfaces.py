@@ -1,12 +1,19 @@
 """The sampling methods that a diffusion process offers, by the names and parameters that users know.
 
 Every one of them is a line over a sampler's `step` or over the loop; what their parameters mean is said once, in
-`loop.SampleOptions`. Two parameters are not there: `eta` and `order`, which are the samplers' own.
+`loop.SampleOptions`. Three parameters are not there: `eta` and `order`, which are the samplers' own, and `draw` of a
+single step, which returns its noise in place of the global generator's.
+
+Each may be replaced, in a subclass, on the class or on an instance. The loops call the steps (`p_sample`,
+`ddim_sample`, `plms_sample`, with the keywords that the originals' loops give them), the steps call `p_mean_variance`
+and `condition_mean` or `condition_score`, and `sample_loop` calls the loop that has the sampler's name. A keyword that
+the originals do not know (`draw`, where there is a `generator`; an option of `MoreOptions`) is passed on only where it
+is used. The other samplers have no method of their own: they go through `p_mean_variance`, `condition_score`,
+`_predict_eps_from_xstart` and `_predict_xstart_from_eps`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, Unpack
 
@@ -15,7 +22,7 @@ import torch as th
 from .loop import MoreOptions, SampleOptions, sample_loop
 from .prediction import CondFn, MeanVariance, shift_mean, shift_score
 from .samplers import DDIM, PLMS, Ancestral, DDIMReverse
-from .steps import Process, Sampler, State, StepOutput
+from .steps import Draw, Process, Sampler, State, StepOutput
 
 Model = Callable[..., th.Tensor]
 Kwargs = dict[str, Any] | None
@@ -33,59 +40,97 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in given.items() if name not in own}, **given.get("more", {})}
 
 
-# once the loops went through these
-OVERRIDDEN_IN_VAIN = {"p_sample", "ddim_sample", "plms_sample", "condition_mean", "condition_score"}
+def _used(given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a loop for its progressive twin: those that upstream's knows, and of the others those in use."""
+    taken = {name: value for name, value in _options(given).items() if name not in ("model", "shape")}
+    return {name: value for name, value in taken.items() if name not in UNUSED or value is not UNUSED[name]}
+
+
+UNUSED = {"skip_timesteps": 0, "init_image": None, "randomize_class": False, "cond_fn_with_grad": False}
+# the methods that run a sampler and that take its steps
+LOOPS: dict[type[Sampler], str] = {Ancestral: "p_sample_loop", DDIM: "ddim_sample_loop", PLMS: "plms_sample_loop"}
+STEPS: dict[type[Sampler], str] = {
+    Ancestral: "p_sample",
+    DDIM: "ddim_sample",
+    PLMS: "plms_sample",
+    DDIMReverse: "ddim_reverse_sample",
+}
 
 
 # fmt: off
 class SamplingSurfaces(Process, Protocol):
     """A diffusion process's sampling methods."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for name in OVERRIDDEN_IN_VAIN & set(vars(cls)):
-            warnings.warn(
-                f"{cls.__name__} overrides {name}, which the sampling loops do not call: override p_mean_variance, or "
-                "write a sampler with its own step and run it with sample_loop()",
-                stacklevel=2,
-            )
-
     def _scale_timesteps(self, t: th.Tensor) -> th.Tensor: ...
+    def _index(self, t: th.Tensor) -> th.Tensor: ...
 
     # ---- any sampler
 
     def sample_loop(self, sampler: Sampler, model: Model, shape: Shape, **options: Unpack[SampleOptions]) -> th.Tensor:
         """Images [N, C, H, W] sampled by any sampler of `samplers.SAMPLERS`."""
-        return _last(self.sample_loop_progressive(sampler, model, shape, **options))
+        loop = LOOPS.get(type(sampler))
+        if loop is None:
+            return _last(self.sample_loop_progressive(sampler, model, shape, **options))
+        images: th.Tensor = getattr(self, loop)(model, shape, **options, **vars(sampler))
+        return images
 
     def sample_loop_progressive(
         self, sampler: Sampler, model: Model, shape: Shape, **options: Unpack[SampleOptions]
     ) -> Steps:
         """The steps of `sample_loop`, one `StepOutput` at a time."""
-        return sample_loop(self, sampler, model, shape, **options)
+        loop = LOOPS.get(type(sampler))
+        if loop is None:
+            return sample_loop(self, sampler, model, shape, **options)
+        steps: Steps = getattr(self, f"{loop}_progressive")(model, shape, **options, **vars(sampler))
+        return steps
+
+    def take_step(
+        self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, state: Any, *, draw: Draw | None = None,
+        cond_fn_with_grad: bool = False, **options: Any,
+    ) -> tuple[StepOutput, Any]:
+        """What a step yields, and what the next one is to be given as `state`; None at the start.
+
+        :param draw: returns the noise, in place of the global generator.
+        """
+        name = STEPS.get(type(sampler))
+        if name is None:
+            return self._step(
+                sampler, model, x, t, state=state, draw=draw, cond_fn_with_grad=cond_fn_with_grad, **options
+            )
+        options |= vars(sampler)
+        if name == "plms_sample":
+            options |= {"cond_fn_with_grad": cond_fn_with_grad, "old_out": state}
+        elif name == "ddim_reverse_sample":
+            del options["cond_fn"]
+        else:
+            name += "_with_grad" if cond_fn_with_grad else ""
+            options |= {} if draw is None else {"draw": draw}
+        output = getattr(self, name)(model, x, t, **options)
+        return output, output if name == "plms_sample" else None
 
     def _step(
-        self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, *, state: State = None, **options: Any
-    ) -> StepOutput:
+        self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, *, state: State = None,
+        draw: Draw | None = None, **options: Any,
+    ) -> tuple[StepOutput, State]:
         """One step of a sampler, with the graph kept."""
         predict = self.predictor(model, **options)
-        return sampler.step(self, predict, x, t, state, lambda: th.randn_like(x))[0]
+        return sampler.step(self, predict, x, t, state, draw or (lambda: th.randn_like(x)))
 
     # ---- ancestral sampling
 
     def p_sample(
         self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        cond_fn: Guide = None, model_kwargs: Kwargs = None,
+        cond_fn: Guide = None, model_kwargs: Kwargs = None, *, draw: Draw | None = None,
     ) -> StepOutput:
         """One ancestral step from x_t to x_{t-1}."""
-        return self._step(Ancestral(), **_options(locals()))
+        return self._step(Ancestral(), **_options(locals()))[0]
 
     def p_sample_with_grad(
         self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        cond_fn: Guide = None, model_kwargs: Kwargs = None,
+        cond_fn: Guide = None, model_kwargs: Kwargs = None, *, draw: Draw | None = None,
     ) -> StepOutput:
         """`p_sample` with a cond_fn that sees the graph through the network."""
-        return self._step(Ancestral(), cond_fn_with_grad=True, **_options(locals()))
+        return self._step(Ancestral(), cond_fn_with_grad=True, **_options(locals()))[0]
 
     def p_sample_loop(
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
@@ -94,7 +139,7 @@ class SamplingSurfaces(Process, Protocol):
         cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
     ) -> th.Tensor:
         """Images [N, C, H, W] by ancestral sampling."""
-        return self.sample_loop(Ancestral(), **_options(locals()))
+        return _last(self.p_sample_loop_progressive(model, shape, **_used(locals())))
 
     def p_sample_loop_progressive(
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
@@ -103,23 +148,23 @@ class SamplingSurfaces(Process, Protocol):
         cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
     ) -> Steps:
         """The steps of `p_sample_loop`."""
-        return self.sample_loop_progressive(Ancestral(), **_options(locals()))
+        return sample_loop(self, Ancestral(), **_options(locals()))
 
     # ---- DDIM
 
     def ddim_sample(
         self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        cond_fn: Guide = None, model_kwargs: Kwargs = None, eta: float = 0.0,
+        cond_fn: Guide = None, model_kwargs: Kwargs = None, eta: float = 0.0, *, draw: Draw | None = None,
     ) -> StepOutput:
         """One DDIM step from x_t to x_{t-1}."""
-        return self._step(DDIM(eta), **_options(locals()))
+        return self._step(DDIM(eta), **_options(locals()))[0]
 
     def ddim_sample_with_grad(
         self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        cond_fn: Guide = None, model_kwargs: Kwargs = None, eta: float = 0.0,
+        cond_fn: Guide = None, model_kwargs: Kwargs = None, eta: float = 0.0, *, draw: Draw | None = None,
     ) -> StepOutput:
         """`ddim_sample` with a cond_fn that sees the graph through the network."""
-        return self._step(DDIM(eta), cond_fn_with_grad=True, **_options(locals()))
+        return self._step(DDIM(eta), cond_fn_with_grad=True, **_options(locals()))[0]
 
     def ddim_reverse_sample(
         self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
@@ -131,7 +176,7 @@ class SamplingSurfaces(Process, Protocol):
         """
         if eta != 0:
             raise ValueError(f"eta is {eta}, but only the deterministic path, eta = 0, can be followed backwards")
-        return self._step(DDIMReverse(), **_options(locals()))
+        return self._step(DDIMReverse(), **_options(locals()))[0]
 
     def ddim_sample_loop(
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
@@ -140,7 +185,7 @@ class SamplingSurfaces(Process, Protocol):
         randomize_class: bool = False, cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
     ) -> th.Tensor:
         """Images [N, C, H, W] by DDIM."""
-        return self.sample_loop(DDIM(eta), **_options(locals()))
+        return _last(self.ddim_sample_loop_progressive(model, shape, **_used(locals()), eta=eta))
 
     def ddim_sample_loop_progressive(
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
@@ -149,7 +194,7 @@ class SamplingSurfaces(Process, Protocol):
         randomize_class: bool = False, cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
     ) -> Steps:
         """The steps of `ddim_sample_loop`."""
-        return self.sample_loop_progressive(DDIM(eta), **_options(locals()))
+        return sample_loop(self, DDIM(eta), **_options(locals()))
 
     # ---- PLMS
 
@@ -160,7 +205,7 @@ class SamplingSurfaces(Process, Protocol):
     ) -> StepOutput:
         """One PLMS step from x_t to x_{t-1}; `old_out` is what the step before returned, and stays as it is."""
         state = None if old_out is None else tuple(old_out["old_eps"])
-        return self._step(PLMS(order), **_options(locals()))
+        return self._step(PLMS(order), **_options(locals()))[0]
 
     def plms_sample_loop(
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
@@ -169,7 +214,7 @@ class SamplingSurfaces(Process, Protocol):
         cond_fn_with_grad: bool = False, order: int = 2, **more: Unpack[MoreOptions],
     ) -> th.Tensor:
         """Images [N, C, H, W] by PLMS."""
-        return self.sample_loop(PLMS(order), **_options(locals()))
+        return _last(self.plms_sample_loop_progressive(model, shape, **_used(locals()), order=order))
 
     def plms_sample_loop_progressive(
         self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
@@ -178,7 +223,7 @@ class SamplingSurfaces(Process, Protocol):
         cond_fn_with_grad: bool = False, order: int = 2, **more: Unpack[MoreOptions],
     ) -> Steps:
         """The steps of `plms_sample_loop`."""
-        return self.sample_loop_progressive(PLMS(order), **_options(locals()))
+        return sample_loop(self, PLMS(order), **_options(locals()))
 
     # ---- the two rules of guidance
 
@@ -187,30 +232,32 @@ class SamplingSurfaces(Process, Protocol):
     ) -> th.Tensor:
         """The mean after guidance by rule "mean"."""
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        return shift_mean(self, p_mean_var, x, t, gradient)["mean"]
+        return shift_mean(p_mean_var, x, gradient)
 
     def condition_mean_with_grad(
         self, cond_fn: CondFn, p_mean_var: MeanVariance, x: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None
     ) -> th.Tensor:
         """`condition_mean` with a cond_fn that is called as (x, t, p_mean_var)."""
-        gradient = cond_fn(x, t, self._fed(p_mean_var, t), **(model_kwargs or {}))
-        return shift_mean(self, p_mean_var, x, t, gradient)["mean"]
+        gradient = cond_fn(x, self._index(t), self._fed(p_mean_var, x, t), **(model_kwargs or {}))
+        return shift_mean(p_mean_var, x, gradient)
 
     def condition_score(
         self, cond_fn: CondFn, p_mean_var: MeanVariance, x: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None
     ) -> MeanVariance:
         """The prediction after guidance by rule "score"."""
-        return shift_score(self, p_mean_var, x, t, cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {})))
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        return shift_score(self, p_mean_var, x, t, gradient)
 
     def condition_score_with_grad(
         self, cond_fn: CondFn, p_mean_var: MeanVariance, x: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None
     ) -> MeanVariance:
         """`condition_score` with a cond_fn that is called as (x, t, p_mean_var)."""
-        return shift_score(self, p_mean_var, x, t, cond_fn(x, t, self._fed(p_mean_var, t), **(model_kwargs or {})))
+        gradient = cond_fn(x, self._index(t), self._fed(p_mean_var, x, t), **(model_kwargs or {}))
+        return shift_score(self, p_mean_var, x, t, gradient)
 
-    def _fed(self, p_mean_var: MeanVariance, t: th.Tensor) -> MeanVariance:
+    def _fed(self, p_mean_var: MeanVariance, x: th.Tensor, t: th.Tensor) -> MeanVariance:
         """The prediction with what the network was fed for it, which guides through the denoiser may ask for."""
-        return {**p_mean_var, "timesteps": self._scale_timesteps(t)}
+        return {**p_mean_var, "timesteps": self.timesteps(t, x)}
 # fmt: on
 
 

@@ -214,8 +214,8 @@ def test_the_network_is_fed_real_timesteps():
     assert process.timestep_map == [0, 10.5, 99]
     index = th.tensor([0, 1, 2])
     assert process.timesteps(index, th.zeros(3, 1, dtype=th.float64)).tolist() == [0.0, 105.0, 990.0]
-    assert process._scale_timesteps(index).dtype == th.float32
-    assert make_process(100, "list:0,10,99")._scale_timesteps(index).dtype == th.int64
+    assert process.timesteps(index, th.zeros(3, 1)).dtype == th.float32
+    assert make_process(100, "list:0,10,99").timesteps(index, th.zeros(3, 1)).dtype == th.int64
     assert process.alphas_cumprod[1] == pytest.approx(float(make_process(100).level(10.5).exp()))
 
 

@@ -11,7 +11,6 @@ import torch as th
 from oracle import GaussianData, affine_step, make_process, moments
 
 from guided_diffusion.loop import network_calls
-from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.samplers import DDIM, LMS, PLMS, SAMPLERS, Ancestral, Euler, EulerAncestral, Heun, make_sampler
 from guided_diffusion.solvers import DEIS, DPMSolver2, DPMSolver3, DPMSolverPP2M, DPMSolverPP2S, SASolver, UniPC
 
@@ -396,21 +395,6 @@ def test_a_step_called_alone_keeps_its_graph():
     for step in (process.p_sample, process.ddim_sample, process.plms_sample):
         (grad,) = th.autograd.grad(step(GaussianData(process), x, th.tensor([5, 5]))["sample"].sum(), x)
         assert grad.abs().sum() > 0
-
-
-def test_a_subclass_whose_step_no_loop_calls_is_told_so():
-    with pytest.warns(UserWarning, match="Mine overrides p_sample, which the sampling loops do not call"):
-
-        class Mine(SpacedDiffusion):
-            def p_sample(self, *args, **kwargs):
-                raise AssertionError("called")
-
-    class Fine(SpacedDiffusion):
-        def p_mean_variance(self, *args, **kwargs):
-            return super().p_mean_variance(*args, **kwargs)
-
-    assert issubclass(Fine, SpacedDiffusion)
-    assert Mine.p_sample is not SpacedDiffusion.p_sample
 
 
 def test_plms_state_is_a_value():
