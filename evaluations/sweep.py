@@ -146,8 +146,9 @@ def _flags_of(cell: Cell, base: Flags, config: SweepConfig) -> Flags:
     """The command line of a cell, over what the model's checkpoint says."""
     _, name, neutral, _ = KINDS[config.guidance]
     given = {**base.given, "sampler": cell.sampler, "steps": cell.steps, name: cell.scale}
-    if cell.scale == neutral:  # where nothing guides, no interval says when
-        given.pop("guidance_interval", None)
+    if cell.scale == neutral:  # where nothing guides, nothing says how
+        for flag in ("guidance_interval", "clip_guided"):
+            given.pop(flag, None)
     return Flags(base.command, given, base.saved)
 
 

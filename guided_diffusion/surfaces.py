@@ -28,9 +28,9 @@ Steps = Iterator[StepOutput]
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a surface that the loop or the step takes under the same name."""
-    own = ("self", "eta", "order", "old_out", "more")
-    return {**{name: value for name, value in given.items() if name not in own}, **given.get("more", {})}
+    """The arguments of a surface that the loop or the step takes under the same name; x_0 is clipped as ever."""
+    own, options = ("self", "eta", "order", "old_out", "more"), {"clip_guided": False}
+    return {**options, **{name: value for name, value in given.items() if name not in own}, **given.get("more", {})}
 
 
 # once the loops went through these
@@ -54,12 +54,14 @@ class SamplingSurfaces(Process, Protocol):
 
     # ---- any sampler
 
-    def sample_loop(self, sampler: Sampler, model: Model, shape: Shape, **options: Unpack[SampleOptions]) -> th.Tensor:
-        """Images [N, C, H, W] sampled by any sampler of `samplers.SAMPLERS`."""
+    def sample_loop(
+        self, sampler: Sampler | str, model: Model, shape: Shape, **options: Unpack[SampleOptions]
+    ) -> th.Tensor:
+        """Images [N, C, H, W] sampled by any sampler of `samplers.SAMPLERS`, or the name of one."""
         return _last(self.sample_loop_progressive(sampler, model, shape, **options))
 
     def sample_loop_progressive(
-        self, sampler: Sampler, model: Model, shape: Shape, **options: Unpack[SampleOptions]
+        self, sampler: Sampler | str, model: Model, shape: Shape, **options: Unpack[SampleOptions]
     ) -> Steps:
         """The steps of `sample_loop`, one `StepOutput` at a time."""
         return sample_loop(self, sampler, model, shape, **options)

@@ -440,6 +440,23 @@ def test_broken_samples_are_reported_once(tmp_path: Path, value: float, message:
     assert "3 of the 3 samples of batch 0" in text
 
 
+@pytest.mark.parametrize(
+    ("clipped", "words"), [(None, "where they were clipped"), (False, "give True if images are blots")]
+)
+@pytest.mark.parametrize(("size", "told"), [(1e-3, 0), (1.0, 1)])
+def test_guidance_that_leaves_the_range_is_told_once(
+    tmp_path: Path, clipped: bool | None, words: str, size: float, told: int
+) -> None:
+    logger.configure(str(tmp_path / "log"), format_strs=["log"])
+    shared = job(tmp_path / "out", sampler="dpm++2m")
+    guide = lambda x, timesteps, **_: th.full_like(x, size)  # noqa: E731
+    painter = Painter(STEPS, lambda: th.zeros(1, 1, 1, 1))
+    make_shards(STEPS, painter, shared, cond_fn=guide, clip_guided=clipped, device="cpu")
+    text = (tmp_path / "log" / "log.txt").read_text()
+    line = "guidance moved 100% of the values of a predicted x_0 far out of [-1, 1] in step 1 of 4, "
+    assert text.count(line) == text.count(words) == told
+
+
 # ---- films
 
 
