@@ -345,24 +345,18 @@ class SampleConfig:
     churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
     clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
     dynamic_threshold: float = flag(
-        0.0,
-        "clip every predicted x_0 at this percentile of its sizes, such as 0.995, then scale it to [-1, 1]; 0: off",
-        at_least=0,
+        0.0, "clip x_0 at this percentile of its sizes, such as 0.995, then scale it to [-1, 1]; 0: off", at_least=0
     )
     classes: str = flag("", "labels in turn: 207,360 or names of classes.json; '' draws at random")
     save_images: bool = flag(False, "write one PNG per image as well")
-    save_intermediate: int = flag(
-        0, "film.png and film.gif of the first images: the predicted x_0 every so many steps; 0: none", at_least=0
-    )
+    save_intermediate: int = flag(0, "film.png, film.gif: the first x_0 every so many steps; 0: none", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreeGuidanceConfig:
     """Guidance without a classifier, and when guidance of any kind acts."""
 
-    cfg_scale: float = flag(
-        1.0, "w in uncond + w (cond - uncond): 1 the conditional model, 0 the unconditional one, above 1 guides"
-    )
+    cfg_scale: float = flag(1.0, "w in uncond + w (cond - uncond): 1 conditional, 0 unconditional, above 1 guides")
     cfg_rescale: float = flag(0.0, "share of guidance's gain in contrast to take back, 0 to 1; 0: none", at_least=0)
     autoguide_path: str = path_flag("a weaker model of the same kind to guide away from: checkpoint or run folder")
     autoguide_scale: float = flag(1.0, "w in weak + w (model - weak): 1 the model alone, above 1 guides")
@@ -392,6 +386,11 @@ class GuidanceConfig:
 
     classifier_path: str = path_flag("the classifier's checkpoint, or the folder of its run")
     classifier_scale: float = flag(1.0, "factor of the gradient of log p(y | x_t); 0 is the unguided sampler")
+    clip_guided: str = flag(
+        "auto",
+        "clip x_0 after guidance too; auto: not of ddim, plms without --steps",
+        choices=("auto", "True", "False"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

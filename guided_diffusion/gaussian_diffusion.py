@@ -21,7 +21,7 @@ from .config import LOSS_WEIGHTS
 from .forward_process import ForwardProcess
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .prediction import CondFn, MeanVariance, Prediction, apply_rule, detached
+from .prediction import Bounds, CondFn, MeanVariance, Prediction, apply_rule, detached
 from .schedules import (
     Array,
     betas_for_alpha_bar as betas_for_alpha_bar,
@@ -81,7 +81,8 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
 
     :param betas: and `rescale_timesteps`, as for `ForwardProcess`.
     :param loss_weight: "min_snr" weighs the squared error at t as min(SNR, min_snr_gamma) does that of x_0 (Hang et
-        al. 2023); '' does not weigh.
+        al. 2023); '' does not weigh. A step without signal, where that is 0, counts as if its SNR were 1: sampling
+        starts from it, and it would never be trained.
     :raises ValueError: if the network predicts eps and the last step leaves no signal, or an argument is out of range.
     """
 
@@ -125,7 +126,8 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
             ModelMeanType.VELOCITY: snr + 1,
             ModelMeanType.PREVIOUS_X: self._at("posterior_mean_coef1", t, like) ** 2,
         }
-        return snr.clamp(max=self.min_snr_gamma) / larger_than_of_xstart[self.model_mean_type]
+        of_xstart = th.where(snr > 0, snr, 1.0).clamp(max=self.min_snr_gamma)
+        return of_xstart / larger_than_of_xstart[self.model_mean_type]
 
     # ---- the reverse process
 
@@ -146,8 +148,7 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         output, log_variance, variance = self._variance(output, x, t)
         xstart = self._xstart(output, x, t)
-        xstart = xstart if denoised_fn is None else denoised_fn(xstart)
-        xstart = xstart.clamp(-1, 1) if clip_denoised else xstart
+        xstart = Bounds(clip_denoised, denoised_fn)(xstart)
         previous = self.model_mean_type is ModelMeanType.PREVIOUS_X
         mean = output if previous else self.posterior_mean(xstart, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": xstart}
@@ -193,16 +194,23 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         cond_fn: CondFn | None = None,
         cond_fn_with_grad: bool = False,
         model_kwargs: Kwargs = None,
+        clip_guided: bool | None = None,
     ) -> Predict:
-        """The function (x, t) -> `guidance.Prediction` that the steps call; `model_kwargs` is read at every call."""
+        """The function (x, t) -> `prediction.Prediction` that the steps call; `model_kwargs` is read at every call."""
         options: Any = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "model_kwargs": model_kwargs}
+        bounds = Bounds(clip_denoised, denoised_fn, clip_guided)
 
         def predict(x: th.Tensor, t: th.Tensor) -> Prediction:
             out = self.p_mean_variance(model, x, t, **options)
             if cond_fn is None:
                 return Prediction(self, x, t, out)
             return Prediction(
-                self, x, t, out, guide=lambda rule: apply_rule(self, rule, out, x, t, cond_fn, model_kwargs)
+                self,
+                x,
+                t,
+                out,
+                bounds=bounds,
+                guide=lambda rule: apply_rule(self, rule, out, x, t, cond_fn, model_kwargs),
             )
 
         def predict_with_graph(x: th.Tensor, t: th.Tensor) -> Prediction:
@@ -215,7 +223,7 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
                     guided = apply_rule(self, rule, graph, leaf, t, cond_fn, model_kwargs, with_grad=True)
                 return None if guided is None else detached(guided)
 
-            return Prediction(self, x.detach(), t, detached(graph), guide=guide)
+            return Prediction(self, x.detach(), t, detached(graph), bounds=bounds, guide=guide)
 
         through = cond_fn_with_grad or getattr(cond_fn, "through_denoiser", False)
         return predict_with_graph if cond_fn is not None and through else predict

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch as th
 
+from .samplers import make_sampler
 from .steps import Sampler
 from .untrusted import printable
 
@@ -28,7 +29,7 @@ LISTED = 32  # longer lists of labels and names are not spelled out
 class Job:
     """What to sample, and where it goes.
 
-    :param sampler: the step rule, e.g. ``make_sampler("ddim")``.
+    :param sampler: the step rule, e.g. ``make_sampler("ddim", eta=0.5)``, or its name.
     :param shape: of one image, (C, H, W).
     :param labels: class ids taken in turn: image i gets labels[i % len(labels)].
     :param num_classes: without `labels`, image i draws its label from range(num_classes); 0: no labels at all.
@@ -43,7 +44,7 @@ class Job:
     :param film: show the first images on their way, in film.png and film.gif, every so many steps; 0: do not.
     """
 
-    sampler: Sampler
+    sampler: Sampler | str
     shape: tuple[int, ...]
     num_samples: int
     batch_size: int
@@ -60,6 +61,7 @@ class Job:
     film: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", make_sampler(self.sampler))
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1, the least number of images")

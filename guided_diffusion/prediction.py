@@ -3,11 +3,15 @@
 "mean" shifts the mean of the ancestral step by variance * gradient (Sohl-Dickstein et al. 2015; Dhariwal & Nichol 2021,
 algorithm 1). "score" shifts the score, that is eps -= sqrt(1 - alpha_bar) * gradient (Song et al. 2021; Dhariwal &
 Nichol 2021, algorithm 2), for every other sampler. The gradient is that of a log-probability at the noisy image.
+
+Rule "score" moves x_0 by sigma^2 / alpha * gradient. Where next to no signal is left, that is thousands for the
+gradient of any trained classifier, so that the guided x_0 has to be clipped as the network's own is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, cast
 
 import torch as th
@@ -15,6 +19,9 @@ import torch as th
 from .steps import Process, StepOutput, mix
 
 CondFn = Callable[..., th.Tensor | None]
+
+
+FAR_OUTSIDE = 1.5  # size of a value of x_0 that counts as outside of [-1, 1]: predictions rightly lie on its ends
 
 
 class MeanVariance(TypedDict):
@@ -30,6 +37,30 @@ class MeanVariance(TypedDict):
     timesteps: NotRequired[th.Tensor]
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What is done to a prediction of x_0: `denoised_fn`, then clipping to [-1, 1].
+
+    :param guided: to the guided prediction of rule "score" too; None is True.
+    """
+
+    clip: bool = True
+    denoised_fn: Callable[[th.Tensor], th.Tensor] | None = None
+    guided: bool | None = None
+
+    def __call__(self, xstart: th.Tensor) -> th.Tensor:
+        xstart = xstart if self.denoised_fn is None else self.denoised_fn(xstart)
+        return xstart.clamp(-1, 1) if self.clip else xstart
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is done."""
+        return self.clip or self.denoised_fn is not None
+
+
+UNBOUNDED = Bounds(clip=False)
+
+
 def shift_mean(out: MeanVariance, x: th.Tensor, gradient: th.Tensor | None) -> th.Tensor:
     """Rule "mean": the mean moves by variance * gradient."""
     if gradient is None:
@@ -40,7 +71,7 @@ def shift_mean(out: MeanVariance, x: th.Tensor, gradient: th.Tensor | None) -> t
 def shift_score(
     process: Process, out: MeanVariance, x: th.Tensor, t: th.Tensor, gradient: th.Tensor | None
 ) -> MeanVariance:
-    """Rule "score": eps loses sqrt(1 - alpha_bar) * gradient; x_0 and mean follow, and x_0 is not clipped again."""
+    """Rule "score": eps loses sqrt(1 - alpha_bar) * gradient; x_0 and mean follow, and x_0 is not clipped here."""
     if gradient is None:
         return out
     if process.no_signal_at_the_end:  # eps says nothing of x_0 there, and there is nothing to guide
@@ -75,7 +106,9 @@ class Prediction:
     The gradient is asked for in `guided` and not before, so that a step may draw its noise in between.
 
     :param guide: what a rule makes of the prediction, None where it makes nothing of it; None for no guidance at all.
+    :param bounds: of predictions of x_0, which `out` has been through.
     :param own: the prediction before guidance, where this one is guided.
+    :param outside: share of values [N] that guidance by rule "score" moved out of the range, before they are clipped.
     """
 
     def __init__(
@@ -86,9 +119,12 @@ class Prediction:
         out: MeanVariance,
         *,
         guide: Callable[[str], MeanVariance | None] | None = None,
+        bounds: Bounds = UNBOUNDED,
         own: MeanVariance | None = None,
+        outside: th.Tensor | None = None,
     ) -> None:
-        self.process, self.x, self.t, self.out, self.guide, self.own = process, x, t, out, guide, own
+        self.process, self.x, self.t, self.out, self.guide = process, x, t, out, guide
+        self.bounds, self.own, self.outside = bounds, own, outside
 
     @property
     def mean(self) -> th.Tensor:
@@ -112,14 +148,26 @@ class Prediction:
 
     def guided(self, rule: str) -> Prediction:
         """The prediction after guidance by rule "mean" or "score"; itself where there is no guidance."""
-        out = None if self.guide is None else self.guide(rule)
-        return self if out is None else Prediction(self.process, self.x, self.t, out, own=self.out)
+        out, outside = None if self.guide is None else self.guide(rule), None
+        if out is None:
+            return self
+        if rule == "score" and self.bounds.any:
+            outside = (out["pred_xstart"].detach().abs() > FAR_OUTSIDE).flatten(1).float().mean(dim=1)
+            out = out if self.bounds.guided is False else self._bounded(out)
+        return Prediction(self.process, self.x, self.t, out, own=self.out, outside=outside)
+
+    def _bounded(self, out: MeanVariance) -> MeanVariance:
+        """A guided prediction whose x_0 is bounded again."""
+        xstart = self.bounds(out["pred_xstart"])
+        return {**out, "mean": self.process.posterior_mean(xstart, self.x, self.t), "pred_xstart": xstart}
 
     def output(self, sample: th.Tensor) -> StepOutput:
         """What the step yields: `pred_xstart` is the network's own, the guided one comes beside it."""
         if self.own is None:
             return {"sample": sample, "pred_xstart": self.pred_xstart}
-        return {"sample": sample, "pred_xstart": self.own["pred_xstart"], "pred_xstart_guided": self.pred_xstart}
+        both = {"pred_xstart": self.own["pred_xstart"], "pred_xstart_guided": self.pred_xstart}
+        outside = {} if self.outside is None else {"guided_outside": self.outside}
+        return cast(StepOutput, {"sample": sample, **both, **outside})
 
 
 def detached(out: MeanVariance) -> MeanVariance:

@@ -38,7 +38,7 @@ def space_timesteps(
     :param section_counts: "ddimN", N steps at an integer stride from 0 (Song et al. 2021); or how many steps to take
         from each of equally long sections, as whole numbers or "10,15,20", the first one nearest to the image; or the
         name of a grid in `GRIDS` with its number of steps, "logsnr20"; or the timesteps themselves, "list:0,10.5,999"
-        or a sequence with fractions.
+        or a sequence with fractions. A single step in all is T-1, where sampling starts.
     :param alphas_cumprod: of the process [T], which "logsnrN" and "karrasN" need.
     :raises ValueError: if there is no such stride, a section is shorter than its count, or timesteps are not rising or
         outside of the process.
@@ -59,6 +59,8 @@ def space_timesteps(
 
 
 def _sections(num_timesteps: int, counts: Sequence[int]) -> set[int]:
+    if list(counts) == [1]:
+        return {num_timesteps - 1}
     length, longer = divmod(num_timesteps, len(counts))
     steps: set[int] = set()
     start = 0
@@ -86,6 +88,8 @@ def _number(text: str, whole: str) -> float:
 
 def _even_stride(num_timesteps: int, text: str) -> set[int]:
     count = _count(text, f"ddim{text}")
+    if count == 1:
+        return {num_timesteps - 1}
     for stride in range(1, num_timesteps + 1):
         if len(range(0, num_timesteps, stride)) == count:
             return set(range(0, num_timesteps, stride))

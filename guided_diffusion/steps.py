@@ -22,11 +22,16 @@ Generators = th.Generator | Sequence[th.Generator] | None
 
 
 class StepOutput(TypedDict):
-    """What a step yields: x_{t-1}, the network's own x_0 and, in a guided step, the guided x_0."""
+    """What a step yields: x_{t-1}, the network's own x_0 and, in a guided step, the guided x_0.
+
+    guided_outside: share of values [N] of the guided x_0 that lay far outside of [-1, 1] before it was clipped, where
+        predictions are clipped and the sampler is guided by the score.
+    """
 
     sample: th.Tensor
     pred_xstart: th.Tensor
     pred_xstart_guided: NotRequired[th.Tensor]
+    guided_outside: NotRequired[th.Tensor]
     old_eps: NotRequired[list[th.Tensor]]
 
 
@@ -117,6 +122,7 @@ class Process(Protocol):
         cond_fn: Callable[..., Any] | None = None,
         cond_fn_with_grad: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        clip_guided: bool | None = None,
     ) -> Predict: ...
     def take_step(
         self,

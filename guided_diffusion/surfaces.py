@@ -21,7 +21,7 @@ import torch as th
 
 from .loop import MoreOptions, SampleOptions, sample_loop
 from .prediction import CondFn, MeanVariance, shift_mean, shift_score
-from .samplers import DDIM, PLMS, Ancestral, DDIMReverse
+from .samplers import DDIM, PLMS, Ancestral, DDIMReverse, make_sampler
 from .steps import Draw, Process, Sampler, State, StepOutput
 
 Model = Callable[..., th.Tensor]
@@ -35,7 +35,7 @@ Steps = Iterator[StepOutput]
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a surface that the loop or the step takes under the same name."""
+    """The arguments of a method that the loop or the step takes under the same name."""
     own = ("self", "eta", "order", "old_out", "more")
     return {**{name: value for name, value in given.items() if name not in own}, **given.get("more", {})}
 
@@ -47,6 +47,17 @@ def _used(given: dict[str, Any]) -> dict[str, Any]:
 
 
 UNUSED = {"skip_timesteps": 0, "init_image": None, "randomize_class": False, "cond_fn_with_grad": False}
+
+
+def _routed(sampler: Sampler, options: SampleOptions) -> tuple[str, dict[str, Any]]:
+    """The method that runs a sampler, '' if none has its name, and its keywords.
+
+    Asked for by its own name, a guided x_0 is clipped again; the method itself, as in the originals, does not.
+    """
+    guided = options.get("cond_fn") is not None and type(sampler) is not Ancestral
+    return LOOPS.get(type(sampler), ""), {**({"clip_guided": None} if guided else {}), **options, **vars(sampler)}
+
+
 # the methods that run a sampler and that take its steps
 LOOPS: dict[type[Sampler], str] = {Ancestral: "p_sample_loop", DDIM: "ddim_sample_loop", PLMS: "plms_sample_loop"}
 STEPS: dict[type[Sampler], str] = {
@@ -66,27 +77,29 @@ class SamplingSurfaces(Process, Protocol):
 
     # ---- any sampler
 
-    def sample_loop(self, sampler: Sampler, model: Model, shape: Shape, **options: Unpack[SampleOptions]) -> th.Tensor:
-        """Images [N, C, H, W] sampled by any sampler of `samplers.SAMPLERS`."""
-        loop = LOOPS.get(type(sampler))
-        if loop is None:
+    def sample_loop(
+        self, sampler: Sampler | str, model: Model, shape: Shape, **options: Unpack[SampleOptions]
+    ) -> th.Tensor:
+        """Images [N, C, H, W] sampled by any sampler of `samplers.SAMPLERS`, or the name of one."""
+        loop, own = _routed(sampler := make_sampler(sampler), options)
+        if not loop:
             return _last(self.sample_loop_progressive(sampler, model, shape, **options))
-        images: th.Tensor = getattr(self, loop)(model, shape, **options, **vars(sampler))
+        images: th.Tensor = getattr(self, loop)(model, shape, **own)
         return images
 
     def sample_loop_progressive(
-        self, sampler: Sampler, model: Model, shape: Shape, **options: Unpack[SampleOptions]
+        self, sampler: Sampler | str, model: Model, shape: Shape, **options: Unpack[SampleOptions]
     ) -> Steps:
         """The steps of `sample_loop`, one `StepOutput` at a time."""
-        loop = LOOPS.get(type(sampler))
-        if loop is None:
+        loop, own = _routed(sampler := make_sampler(sampler), options)
+        if not loop:
             return sample_loop(self, sampler, model, shape, **options)
-        steps: Steps = getattr(self, f"{loop}_progressive")(model, shape, **options, **vars(sampler))
+        steps: Steps = getattr(self, f"{loop}_progressive")(model, shape, **own)
         return steps
 
     def take_step(
         self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, state: Any, *, draw: Draw | None = None,
-        cond_fn_with_grad: bool = False, **options: Any,
+        cond_fn_with_grad: bool = False, clip_guided: bool | None = None, **options: Any,
     ) -> tuple[StepOutput, Any]:
         """What a step yields, and what the next one is to be given as `state`; None at the start.
 
@@ -94,10 +107,11 @@ class SamplingSurfaces(Process, Protocol):
         """
         name = STEPS.get(type(sampler))
         if name is None:
-            return self._step(
-                sampler, model, x, t, state=state, draw=draw, cond_fn_with_grad=cond_fn_with_grad, **options
-            )
+            options |= {"draw": draw, "cond_fn_with_grad": cond_fn_with_grad, "clip_guided": clip_guided}
+            return self._step(sampler, model, x, t, state=state, **options)
         options |= vars(sampler)
+        if options.get("cond_fn") is not None and clip_guided is not False and name in ("ddim_sample", "plms_sample"):
+            options |= {"clip_guided": clip_guided}
         if name == "plms_sample":
             options |= {"cond_fn_with_grad": cond_fn_with_grad, "old_out": state}
         elif name == "ddim_reverse_sample":
@@ -155,6 +169,7 @@ class SamplingSurfaces(Process, Protocol):
     def ddim_sample(
         self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
         cond_fn: Guide = None, model_kwargs: Kwargs = None, eta: float = 0.0, *, draw: Draw | None = None,
+        clip_guided: bool | None = False,
     ) -> StepOutput:
         """One DDIM step from x_t to x_{t-1}."""
         return self._step(DDIM(eta), **_options(locals()))[0]
@@ -162,6 +177,7 @@ class SamplingSurfaces(Process, Protocol):
     def ddim_sample_with_grad(
         self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
         cond_fn: Guide = None, model_kwargs: Kwargs = None, eta: float = 0.0, *, draw: Draw | None = None,
+        clip_guided: bool | None = False,
     ) -> StepOutput:
         """`ddim_sample` with a cond_fn that sees the graph through the network."""
         return self._step(DDIM(eta), cond_fn_with_grad=True, **_options(locals()))[0]
@@ -194,14 +210,14 @@ class SamplingSurfaces(Process, Protocol):
         randomize_class: bool = False, cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
     ) -> Steps:
         """The steps of `ddim_sample_loop`."""
-        return sample_loop(self, DDIM(eta), **_options(locals()))
+        return sample_loop(self, DDIM(eta), **{"clip_guided": False, **_options(locals())})
 
     # ---- PLMS
 
     def plms_sample(
         self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
         cond_fn: Guide = None, model_kwargs: Kwargs = None, cond_fn_with_grad: bool = False, order: int = 2,
-        old_out: StepOutput | None = None,
+        old_out: StepOutput | None = None, *, clip_guided: bool | None = False,
     ) -> StepOutput:
         """One PLMS step from x_t to x_{t-1}; `old_out` is what the step before returned, and stays as it is."""
         state = None if old_out is None else tuple(old_out["old_eps"])
@@ -223,7 +239,7 @@ class SamplingSurfaces(Process, Protocol):
         cond_fn_with_grad: bool = False, order: int = 2, **more: Unpack[MoreOptions],
     ) -> Steps:
         """The steps of `plms_sample_loop`."""
-        return sample_loop(self, PLMS(order), **_options(locals()))
+        return sample_loop(self, PLMS(order), **{"clip_guided": False, **_options(locals())})
 
     # ---- the two rules of guidance
 

@@ -135,6 +135,7 @@ BEYOND = {
     # an original's flag, new to some of its scripts
     "classifier_path": "",
     "classifier_scale": 1.0,  # of no effect, the second, without the first
+    "clip_guided": "auto",  # what the originals offer is not clipped
     **defaults(ClassifierConfig),  # and neither these
     "ema_rate": "",
     "ema_warmup": False,

@@ -16,8 +16,10 @@ from guided_diffusion.samplers import DDIM, Ancestral
     [
         (10, "ddim5", {0, 2, 4, 6, 8}),
         (10, "ddim10", set(range(10))),
-        (10, "ddim1", {0}),
-        (300, "1", {0}),
+        (10, "ddim1", {9}),  # where sampling starts
+        (300, "1", {299}),
+        (300, [1], {299}),
+        (300, "10,1,1", {0, 11, 22, 33, 44, 55, 66, 77, 88, 99, 100, 200}),
         (10, "2", {0, 9}),
         (11, "5", {0, 2, 5, 8, 10}),  # 2.5 is rounded to even, as ever
         (12, "2,3", {0, 5, 6, 8, 11}),
@@ -33,8 +35,8 @@ def test_grids(steps, grid, expected):
 def test_one_section_reaches_from_end_to_end(count):
     grid = sorted(space_timesteps(1000, str(count)))
     assert len(grid) == count
-    assert grid[0] == 0
-    assert count == 1 or grid[-1] == 999
+    assert grid[-1] == 999
+    assert count == 1 or grid[0] == 0
 
 
 @pytest.mark.parametrize(

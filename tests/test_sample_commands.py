@@ -641,17 +641,52 @@ def test_scale_0_is_the_unguided_run(runs: Runs, tmp_path: Path) -> None:
             np.testing.assert_array_equal(plain[name], guided[name])
 
 
-@pytest.mark.parametrize(("name", "kind"), [("unet", "ddpm"), ("unconditional", "ddim")])
-def test_guidance_is_that_of_the_loop(runs: Runs, tmp_path: Path, name: str, kind: str) -> None:
-    argv = ["--model_path", runs[name], "--classifier_path", runs["classifier"], *SAMPLING, "--classes", "dog,owl"]
-    saved = saved_by(classifier_sample.main, tmp_path, *argv, "--classifier_scale", "3", "--sampler", kind)
+@pytest.mark.parametrize(
+    ("name", "kind", "words", "clipped"),
+    [
+        ("unet", "ddpm", "--timestep_respacing 4", None),
+        ("unconditional", "ddim", "--timestep_respacing 4", False),  # as the originals have it
+        ("unet", "plms", "--timestep_respacing ddim4", False),
+        ("unet", "ddim", "--steps 4", True),
+        ("unet", "plms", "--timestep_respacing logsnr4", True),
+        ("unet", "ddim", "--timestep_respacing 4 --clip_guided True", True),
+        ("unet", "dpm++2m", "--timestep_respacing 4", True),
+        ("unet", "dpm++2m", "--steps 4 --clip_guided False", False),
+    ],
+)
+def test_guidance_is_that_of_the_loop(
+    runs: Runs, tmp_path: Path, name: str, kind: str, words: str, clipped: bool | None
+) -> None:
+    argv = ["--model_path", runs[name], "--classifier_path", runs["classifier"], *SAMPLING[:4], "--classes", "dog,owl"]
+    argv += [*words.split(), "--classifier_scale", "30", "--sampler", kind]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv)
     network = runs.unet if name == "unet" else without_labels(runs.unconditional)
-    guide = classifier_guidance(runs.classifier, 3.0)
-    sampler = make_sampler(kind)
-    expected = by_hand(runs.process, network, [1, 2], 2, cond_fn=guide, sampler=sampler)
-    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    guide, sampler = classifier_guidance(runs.classifier, 30.0), make_sampler(kind)
+    grid = words.split()[1] if "--timestep" in words else f"{getattr(sampler, 'grid', '')}4"
+
+    def expected(**options: Any) -> np.ndarray:
+        return by_hand(on_grid(grid), network, [1, 2], 2, sampler=sampler, **options)
+
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected(cond_fn=guide, clip_guided=clipped))
     assert saved["arr_1"].tolist() == [1, 2, 1, 2, 1]
-    assert (expected != by_hand(runs.process, network, [1, 2], 2, sampler=sampler)).any()
+    assert (saved["arr_0"][:2] != expected()).any()
+    assert clipped is None or (saved["arr_0"][:2] != expected(cond_fn=guide, clip_guided=not clipped)).any()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--clip_guided maybe", "'maybe' is none of auto, True, False"),
+        ("--clip_guided True --classifier_scale 0 --sampler ddim", "--clip_guided True has no effect where no"),
+        ("--clip_guided False --sampler ddpm", "--clip_guided False has no effect on ddpm, whose mean is guided"),
+        ("--clip_guided True --sampler ddim --clip_denoised False", "has no effect with --clip_denoised False"),
+    ],
+)
+def test_clipping_that_has_no_effect_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    argv = ["--model_path", runs["unet"], "--classifier_path", runs["classifier"], "--log_dir", str(tmp_path)]
+    assert message in refused(classifier_sample.main, [*argv, *words.split()], capsys)
 
 
 def test_guided_samples_are_likelier_for_the_classifier(runs: Runs, tmp_path: Path) -> None:

@@ -471,6 +471,23 @@ def test_samples_that_are_not_finite_end_the_run_which_goes_on_later(tmp_path: P
     assert sampled(tmp_path, Painter(STEPS, paint))["arr_0"].shape[0] == 7
 
 
+@pytest.mark.parametrize(
+    ("clipped", "words"), [(None, "where they were clipped"), (False, "give True if images are blots")]
+)
+@pytest.mark.parametrize(("size", "told"), [(1e-5, 0), (1.0, 1)])
+def test_guidance_that_leaves_the_range_is_told_once(
+    tmp_path: Path, clipped: bool | None, words: str, size: float, told: int
+) -> None:
+    logger.configure(str(tmp_path / "log"), format_strs=["log"])
+    shared = job(tmp_path / "out", sampler="dpm++2m")
+    guide = lambda x, timesteps, **_: th.full_like(x, size)  # noqa: E731
+    painter = Painter(STEPS, lambda: th.zeros(1, 1, 1, 1))
+    make_shards(STEPS, painter, shared, cond_fn=guide, clip_guided=clipped, device="cpu")
+    text = (tmp_path / "log" / "log.txt").read_text()
+    line = "guidance moved 100% of the values of a predicted x_0 far out of [-1, 1] in step 1 of 4, "
+    assert text.count(line) == text.count(words) == told
+
+
 # ---- films
 
 

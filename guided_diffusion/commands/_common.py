@@ -31,7 +31,7 @@ from ..jobs import Job, parse_classes
 from ..loop import network_calls
 from ..npz import fingerprint
 from ..sample_util import generate
-from ..samplers import make_sampler
+from ..samplers import DDIM, make_sampler
 from ..script_util import build_classifier, build_diffusion, build_unet, build_upsampler
 from ..steps import Sampler
 from . import _performance as performance
@@ -244,7 +244,7 @@ def sampler_of(flags: Flags) -> Sampler:
     config = flags.part(SampleConfig)
     name = config.sampler or ("ddim" if config.use_ddim else "ddpm")
     sampler = make_sampler(name, **{word: flags.given[word] for word in SAMPLER_OPTIONS if word in flags.given})
-    if config.use_ddim and name != "ddim":
+    if config.use_ddim and type(sampler) is not DDIM:
         raise ValueError(f"--sampler {name} contradicts --use_ddim True: give one of the two")
     if getattr(sampler, "ascending", False):
         raise ValueError(f"--sampler {name} turns images to noise: give --invert True and another sampler")

@@ -58,7 +58,7 @@ def check(flags: cli.Flags) -> None:
     from . import _guidance as guidance
 
     if not flags.part(GuidanceConfig).classifier_path:
-        useless = [name for name in flags.changed if name.startswith("classifier_")]
+        useless = [name for name in flags.changed if name.startswith("classifier_") or name == "clip_guided"]
         if useless:
             raise ValueError(f"--{useless[0]} has no effect without --classifier_path: give both or none")
         if "image_size" in flags.changed:
