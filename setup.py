@@ -33,7 +33,7 @@ DEV = [
     "setuptools>=77",
     "lmdb>=1.5",
 ]
-EVAL = ["matplotlib>=3.10.9"]
+EVAL = ["matplotlib>=3.10.9", "transformers>=5.8"]
 COMPARISONS = ["diffusers>=0.37", "scipy>=1.13"]
 
 setup(

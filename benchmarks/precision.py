@@ -27,7 +27,7 @@ from ours import silent
 
 from evaluations.evaluator import evaluate, prepare
 from evaluations.features import make_extractor
-from evaluations.npz import open_images
+from evaluations.images import open_images
 from guided_diffusion import cli
 from guided_diffusion.commands import image_sample
 

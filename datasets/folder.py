@@ -16,7 +16,7 @@ def read(config: FolderConfig) -> Source:
     if config.prefix:
         return folder_source(listing, [config.prefix] * len(listing.images))
     try:
-        labels = read_labels(listing, config.class_from)
+        labels = read_labels(listing, config.class_from, label_column=config.label_column)
     except ValueError as error:
         raise ValueError(f"{error}; or give all images one class: --prefix NAME") from error
     print(*labels.notes, sep="\n")

@@ -1,4 +1,4 @@
-"""Samples compared with real images: the numbers, and what stands behind each of them.
+"""Samples compared with real images: the scores, where their features come from, and warnings.
 
 Shapes: N images, D pooled features.
 """
@@ -21,19 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from evaluations.clouds import draw_comparison
-from evaluations.feature_sets import COLUMNS, FIELDS, Made, make
-from evaluations.features import Extractor
-from evaluations.figures import require
+from evaluations.feature_sets import COLUMNS, FIELDS, feature_set
+from evaluations.features import Extractor, make_extractor
+from evaluations.images import ImageSet, Opened, open_images, request_of
 from evaluations.metrics import Statistics
-from evaluations.npz import open_images, request_of
+from evaluations.references import read_statistics
 from evaluations.scores import DEFAULT_METRICS, METRICS, FeatureSet, Metric, Options
-from evaluations.sources import ImageSource
 from guided_diffusion import dist_util
 
 FEW = 2048  # images, fewer than which are warned of, whatever the network
-# what numbers that have a name of their own are called when another network than the published one made the features
-OTHERWISE = {
+# names of the numbers when another network than the published one made the features
+OTHER_NAMES = {
     "Inception Score": "Classifier Score",
     "FID": "FD",
     "sFID": "sFD",
@@ -50,14 +48,14 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared.
+    """The reference or the samples.
 
     :param features: of its images, on rank 0; the statistics may be those that were stored beside them.
     :param notes: sentences that say which features come from where.
     :param warnings: sentences about what is unusual.
     """
 
-    source: ImageSource
+    images: ImageSet
     features: FeatureSet
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -65,9 +63,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Report:
-    """The scores by the names under which they are printed, in that order.
+    """The results of a comparison.
 
-    :param omitted: sentences that say which scores are not there, and why.
+    :param results: the scores by name, in the order in which they are printed.
+    :param omitted: sentences that say which scores are missing, and why.
     :param facts: all of it, as JSON values.
     """
 
@@ -83,47 +82,41 @@ class Report:
 
 
 def evaluate(
-    reference: str | ImageSource | Side,
-    samples: str | ImageSource | Side,
-    extractor: Extractor,
+    reference: Opened | Side,
+    samples: Opened | Side,
+    extractor: str | Extractor,
     *,
-    metrics: Sequence[str] = DEFAULT_METRICS,
+    metrics: str | Sequence[str] = DEFAULT_METRICS,
     options: Options | None = None,
-    plot: str = "",
     **making: Any,
 ) -> Report:
     """Compare samples with a reference; collective, and the same report on every rank.
 
     :param reference: a path, or what `prepare` made of one, so that many samples are compared with it.
-    :param metrics: names of `METRICS`.
-    :param plot: a PNG to draw the comparison to.
+    :param extractor: one, or its name as `make_extractor` has it, e.g. "classifier:PATH".
+    :param metrics: names of `METRICS`, or a text of them with commas.
     :param making: options of `feature_set`: batch_size, cache, progress.
     :raises ValueError: if an image cannot be read, the reference is another network's, or no score can be computed.
     """
+    extractor = make_extractor(extractor, device=dist_util.dev())
+    metrics = metrics.split(",") if isinstance(metrics, str) else metrics
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"a metric must be one of {', '.join(METRICS)}, got {name!r}")
     chosen = {name: METRICS[name] for name in METRICS if name in metrics}
     needs = {name for metric in chosen.values() for name in metric.needs}
     needs_samples = {name for metric in chosen.values() for name in metric.needs_samples}
-    if plot:
-        require()
-        needs, needs_samples = needs | {"pool", "pool_statistics"}, needs_samples | {"pool", "pool_statistics"}
-    samples = open_images(samples) if isinstance(samples, str) else samples
-    if isinstance(samples, ImageSource):
-        _look(samples)  # before the reference's features, which take their time
+    if not isinstance(samples, Side):
+        samples = open_images(samples)
+        _scan_samples(samples)  # before the reference's features, which take their time
     one = prepare(reference, extractor, needs=needs, **making)
     other = prepare(samples, extractor, needs=needs_samples, stored=False, **making)
-
-    def compare() -> Report:
-        report = _report(one, other, extractor, chosen, options or Options())
-        if plot:
-            draw_comparison(one.features, other.features, report.results, plot)
-        return report
-
-    return dist_util.decide(compare)
+    return dist_util.decide(lambda: _report(one, other, extractor, chosen, options or Options()))
 
 
 def prepare(
-    images: str | ImageSource | Side,
-    extractor: Extractor,
+    images: Opened | Side,
+    extractor: str | Extractor,
     *,
     needs: Collection[str] = FIELDS,
     stored: bool = True,
@@ -138,76 +131,79 @@ def prepare(
     """
     if isinstance(images, Side):
         return images
-    source = open_images(images) if isinstance(images, str) else images
+    images, extractor = open_images(images), make_extractor(extractor, device=dist_util.dev())
     if not stored:
-        _look(source)
-    found = {f"{kind}_statistics": values for kind, values in source.statistics().items()}
+        _scan_samples(images)
+    statistics, record = read_statistics(images)
+    found = {f"{kind}_statistics": values for kind, values in statistics.items()}
     used: dict[str, Any] = {name: values for name, values in found.items() if stored and name in needs}
-    warnings = _check_network(source, extractor, used) if used else []
-    missing = [name for name in FIELDS if name in set(needs) - set(used)] if source.count else []
-    made = make(source, extractor, needs=missing, **making) if missing else Made(FeatureSet(source.count))
-    notes = [*source.notes, *_origins(source, used, missing, made)]
+    warnings = _check_network(images, extractor, used, record) if used else []
+    missing = [name for name in FIELDS if name in set(needs) - set(used)] if images.count else []
+    features = FeatureSet(images.count)
+    if missing:
+        features = feature_set(images, extractor, needs=missing, **making)
+    notes = [*images.notes, *_origins(images, used, missing, features)]
     if found and not stored:
-        notes.append(f"{source.path}: the mean and covariance in the file are not used: those of samples are computed")
-    looked = source.warnings() if source.looked else []
-    return Side(source, replace(made.features, **used), tuple(notes), (*warnings, *looked))
+        notes.append(f"{images.path}: the mean and covariance in the file are not used: those of samples are computed")
+    warnings += images.warnings() if images.scan else []
+    return Side(images, replace(features, **used), tuple(notes), tuple(warnings))
 
 
-def _look(source: ImageSource) -> None:
-    """Go through the images of samples; collective.
-
-    :raises ValueError: if they cannot be evaluated.
-    """
-    if not source.count:
-        raise ValueError(f"{source.path} holds statistics and no images, and samples must be images: give the images")
-    source.adopt(dist_util.decide(lambda: source.seen))
+def _scan_samples(images: ImageSet) -> None:
+    """:raises ValueError: if they cannot be evaluated; collective."""
+    if not images.count:
+        raise ValueError(f"{images.path} holds statistics and no images, and samples must be images: give the images")
+    images.share_scan()
 
 
-def _check_network(source: ImageSource, extractor: Extractor, used: Mapping[str, Statistics]) -> list[str]:
+def _check_network(
+    images: ImageSet, extractor: Extractor, used: Mapping[str, Statistics], record: Mapping[str, Any]
+) -> list[str]:
     """Refuse stored statistics of another network; a warning where it is the same one in another precision.
 
-    Files that do not say are the original's, and those of Inception.
+    :param record: {} in files of the original, whose statistics are those of Inception.
     """
-    record = source.record()
     same = record["identity"] == extractor.identity if record else extractor.published
     if extractor.published:
-        _check_columns(source, extractor, used)
+        _check_columns(images, extractor, used)
     if same:
         return []
     theirs = record.get("extractor", "Inception")
     if extractor.published and theirs == extractor.name:
         return [
-            f"{source.path}: its statistics were made with other weights of {theirs} or in another precision: "
+            f"{images.path}: its statistics were made with other weights of {theirs} or in another precision: "
             "make it again with these, if the last digits matter"
         ]
     raise ValueError(
-        f"{source.path} holds the statistics of the features of {theirs}, and the samples' are those of "
+        f"{images.path} holds the statistics of the features of {theirs}, and the samples' are those of "
         f"{extractor.name}{' with other weights' if theirs == extractor.name else ''}: give the images themselves as "
         "the reference, or make one by make_reference with the same --features"
     )
 
 
-def _check_columns(source: ImageSource, extractor: Extractor, used: Mapping[str, Statistics]) -> None:
+def _check_columns(images: ImageSet, extractor: Extractor, used: Mapping[str, Statistics]) -> None:
     """Refuse statistics of more or fewer features than there will be, before those of the samples are made."""
     tried = extractor(np.full((1, 32, 32, 3), 128, np.uint8))
     for name, found in used.items():
-        values, there = getattr(tried, COLUMNS[name]), len(found.mean)
-        if values is not None and values.shape[1] != there:
+        values, stored = getattr(tried, COLUMNS[name]), len(found.mean)
+        if values is not None and values.shape[1] != stored:
             raise ValueError(
-                f"{source.path} holds {WORDS[name].replace('of', f'of {there}', 1)}, and {extractor.name} gives "
+                f"{images.path} holds {WORDS[name].replace('of', f'of {stored}', 1)}, and {extractor.name} gives "
                 f"{values.shape[1]}: they are another network's; give the images themselves as the reference"
             )
 
 
-def _origins(source: ImageSource, used: Mapping[str, Statistics], missing: Sequence[str], made: Made) -> Iterator[str]:
+def _origins(
+    images: ImageSet, used: Mapping[str, Statistics], missing: Sequence[str], features: FeatureSet
+) -> Iterator[str]:
     """Which features come from where."""
     for name, found in used.items():
         of = f"{found.n} images" if found.n else "a number of images that it does not say"
-        yield f"{source.path}: {WORDS[name]} from the file, of {of}"
-    there = [WORDS[name] for name in missing if getattr(made.features, name) is not None]
+        yield f"{images.path}: {WORDS[name]} from the file, of {of}"
+    there = [WORDS[name] for name in missing if getattr(features, name) is not None]
     if there:
-        where = f"kept from before in {made.kept}" if made.kept else "computed here"
-        yield f"{source.path}: {', '.join(there)} of {source.count} images, {where}"
+        where = f"kept from before in {features.origin}" if features.origin else "computed here"
+        yield f"{images.path}: {', '.join(there)} of {images.count} images, {where}"
 
 
 # ---- comparing
@@ -235,7 +231,7 @@ def _report(
         "extractor": {"name": extractor.name, "identity": extractor.identity, "published": extractor.published},
         "options": asdict(options),
         "reference": _facts(reference),
-        "samples": {**_facts(samples), "run": request_of(samples.source.path)},
+        "samples": {**_facts(samples), "run": request_of(samples.images.path)},
         "notes": list(notes),
         "warnings": list(warnings),
         "omitted": omitted,
@@ -247,7 +243,7 @@ def _names(metric: Metric, extractor: Extractor) -> list[str]:
     """The labels of a metric, where another network is used by names that say so."""
     if extractor.published:
         return list(metric.labels)
-    return [f"{OTHERWISE[label]} ({extractor.name})" if label in OTHERWISE else label for label in metric.labels]
+    return [f"{OTHER_NAMES[label]} ({extractor.name})" if label in OTHER_NAMES else label for label in metric.labels]
 
 
 def _few(side: Side) -> Iterator[str]:
@@ -259,14 +255,14 @@ def _few(side: Side) -> Iterator[str]:
     if n and limits:
         singular = ", so that their covariance is singular" if n < columns else ""
         yield (
-            f"{side.source.path}: {n} images are fewer than {' and '.join(limits)}{singular}: distances come out too "
+            f"{side.images.path}: {n} images are fewer than {' and '.join(limits)}{singular}: distances come out too "
             "large, and compare with those of as many images alone"
         )
 
 
 def _sizes(reference: Side, samples: Side) -> Iterator[str]:
     """A warning where the images differ in height, width or channels."""
-    shapes = [reference.source.shape, samples.source.shape]
+    shapes = [reference.images.shape, samples.images.shape]
     if None not in shapes and shapes[0] != shapes[1]:
         one, other = ("x".join(map(str, shape or ())) for shape in shapes)
         yield (
@@ -276,13 +272,13 @@ def _sizes(reference: Side, samples: Side) -> Iterator[str]:
 
 
 def _facts(side: Side) -> dict[str, Any]:
-    source, labels = side.source, side.source.labels
+    images, labels = side.images, side.images.labels
     return {
-        "path": source.path,
-        "images": source.count,
-        "shape": source.shape,
-        "dtype": str(source.dtype),
-        "sha256": source.digest() if source.looked else "",
+        "path": images.path,
+        "images": images.count,
+        "shape": images.shape,
+        "dtype": str(images.dtype),
+        "sha256": images.scanned.digest if images.scan else "",
         "labels": 0 if labels is None else len(labels),
         "classes": 0 if labels is None else len(np.unique(labels)),
         "statistics": {

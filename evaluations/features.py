@@ -1,6 +1,7 @@
-"""Networks whose features of images are compared, behind one small protocol.
+"""Networks that make the features which are compared: Inception, classifiers of this project, DINOv2 and CLIP.
 
-A new kind is a function (path, device, precision) -> `NetworkExtractor`, and its entry in `EXTRACTORS`.
+A new kind is a function (path, device, precision) -> `NetworkExtractor` and its entry in `EXTRACTORS`. In Python, any
+callable with the attributes of `Extractor` is one.
 
 Shapes: N images, H W pixels, C channels, D features, S spatial features, K classes.
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,14 +20,14 @@ import torch as th
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluations.programs import load_exported, load_torchscript
-from evaluations.vit import CLIP, DINOV2, Family, prepare, read_vit
-from evaluations.weights import TORCHSCRIPT, find_inception, kind_of, load_inception
-from guided_diffusion import checkpoint, logger, untrusted
-from guided_diffusion.cli import Flags
+from evaluations.weights import find_inception, load_inception
+from guided_diffusion import checkpoint, logger, paths, untrusted, weight_files
+from guided_diffusion.architecture import architecture
 from guided_diffusion.config import PRECISIONS, ClassifierConfig, nearest, parse_size
 from guided_diffusion.crops import center_crop_arr
 from guided_diffusion.npz import fingerprint
+from guided_diffusion.script_util import build_classifier
+from guided_diffusion.seeds import to_device
 
 VERSION = 1  # of what is done to images before a network sees them: features of other versions are not taken again
 DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
@@ -44,35 +46,32 @@ class Features(NamedTuple):
 
 
 class Extractor(Protocol):
-    """What makes features of images."""
+    """What makes features of images.
+
+    name: as it stands in the name of a number, e.g. FD (emoji32 classifier).
+    published: whether the numbers may be called what the published ones are: FID, sFID, Inception Score.
+    identity: differs where features differ by more than rounding: weights, precision, what is done to the images.
+    """
 
     @property
-    def name(self) -> str:
-        """As it stands in the name of a number, e.g. FD (emoji32 classifier)."""
+    def name(self) -> str: ...
 
     @property
-    def published(self) -> bool:
-        """Whether the numbers may be called what the published ones are: FID, sFID, Inception Score."""
+    def published(self) -> bool: ...
 
     @property
-    def identity(self) -> str:
-        """Differs where features differ by more than rounding: weights, precision, what is done to the images."""
+    def identity(self) -> str: ...
 
     def __call__(self, images: Images) -> Features:
         """Features of images [N, H, W, C] of 0 .. 255; they depend on the other images in rounding alone."""
 
 
-class Outputs(NamedTuple):
-    """What a network gives, as tensors of any floating type on any device."""
-
-    pool: th.Tensor
-    spatial: th.Tensor | None = None
-    logits: th.Tensor | None = None
+Outputs = tuple[th.Tensor, th.Tensor | None, th.Tensor | None]  # pool, spatial and logits, on any device
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkExtractor:
-    """An `Extractor` made of a function that runs a network without a graph."""
+    """An `Extractor` made of a function that runs a network; it runs without gradients."""
 
     name: str
     identity: str
@@ -80,7 +79,7 @@ class NetworkExtractor:
     published: bool = False
 
     def __call__(self, images: Images) -> Features:
-        """As the protocol has it.
+        """Features of images.
 
         :raises ValueError: if these are no images, or the network cannot take them.
         """
@@ -90,9 +89,9 @@ class NetworkExtractor:
                 "with C 1 or 3"
             )
         with th.no_grad():
-            out = self.run(images)
-        probs = None if out.logits is None else out.logits.float().softmax(dim=1)
-        return Features(_numbers(out.pool), *(None if x is None else _numbers(x) for x in (out.spatial, probs)))
+            pool, spatial, logits = self.run(images)
+        probs = None if logits is None else logits.float().softmax(dim=1)
+        return Features(_numbers(pool), *(None if x is None else _numbers(x) for x in (spatial, probs)))
 
 
 def _numbers(values: th.Tensor) -> Numbers:
@@ -101,7 +100,7 @@ def _numbers(values: th.Tensor) -> Numbers:
 
 def _planes(images: Images, device: th.device) -> th.Tensor:
     """[N, H, W, C] -> [N, C, H, W]."""
-    return th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(device)
+    return to_device(th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), device)
 
 
 def _colours(images: Images) -> Images:
@@ -109,8 +108,8 @@ def _colours(images: Images) -> Images:
     return images if images.shape[-1] == 3 else images.repeat(3, axis=-1)
 
 
-def _identity(kind: str, precision: str, state: Mapping[str, th.Tensor]) -> str:
-    return f"{kind} {fingerprint(state)} {precision} {VERSION}"
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _base(path: str) -> str:
@@ -128,9 +127,9 @@ def _inception(path: str, device: th.device, precision: str) -> NetworkExtractor
 
     def run(images: Images) -> Outputs:
         out = network(_planes(_colours(images), device))
-        return Outputs(out.pool, out.spatial, out.logits_unbiased)
+        return out.pool, out.spatial, out.logits_unbiased
 
-    identity = _identity("inception", precision, network.state_dict())
+    identity = f"inception {fingerprint(network.state_dict())} {precision} {VERSION}"
     return NetworkExtractor("Inception", identity, run, published=True)
 
 
@@ -138,32 +137,66 @@ def _inception(path: str, device: th.device, precision: str) -> NetworkExtractor
 
 
 def _classifier(path: str, device: th.device, precision: str) -> NetworkExtractor:
-    """A classifier of noisy images at t = 0: what its head begins with, and its classes.
+    """A classifier of noisy images at t = 0: the input of its head, and its classes.
 
     Images of another size are scaled and cropped as those of its training were.
     """
-    from guided_diffusion.commands._common import restore_classifier
-
-    source = "features classifier"
-    flags = Flags("classifier_sample", {source: path, "classifier_precision": precision})
-    restored = restore_classifier(flags, source)
-    config, network = restored.flags.part(ClassifierConfig), restored.network.to(device)
+    config, network = read_classifier(path, precision)
     if config.dims != 2 or config.image_channels not in MODES:
-        what = f"{config.image_channels} channels in {config.dims} dimensions"
-        raise ValueError(f"--{source} {path} is of images of {what}: features are made of grey or coloured pictures")
+        images = f"{config.image_channels} channels in {config.dims} dimensions"
+        raise ValueError(f"--features classifier:{path} is of images of {images}: features need pictures, grey or RGB")
+    facts = {name: value for name, value in asdict(config).items() if name not in NOT_IN_THE_FEATURES}
+    weights = fingerprint(network.state_dict())
+    facts |= {"features classifier weights": weights, "features classifier precision": precision}
+    network.to(device).eval().requires_grad_(False).convert_to(precision)
     name = _base(path) if _base(path).endswith("classifier") else f"{_base(path)} classifier"
-    fitted = Fitted(parse_size(config.image_size), config.image_channels, name)
-    seen: list[th.Tensor] = []
-    head_of(network).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    size, warned = parse_size(config.image_size), False
+    head_inputs: list[th.Tensor] = []
+    head_of(network).register_forward_pre_hook(lambda _, inputs: head_inputs.append(inputs[0]))
 
     def run(images: Images) -> Outputs:
-        seen.clear()
-        x = _planes(fitted(images), device).float() / 127.5 - 1
+        nonlocal warned
+        if images.shape[1:3] != size and not warned:
+            given, needed = ("x".join(map(str, sides)) for sides in (images.shape[1:3], size))
+            logger.warn(f"images of {given} are scaled and cropped to {needed}, as in the training of the {name}")
+            warned = True
+        head_inputs.clear()
+        x = _planes(fitted(images, size, config.image_channels), device).float() / 127.5 - 1
         logits = network(x, th.zeros(len(x), device=device))
-        return Outputs(seen.pop().flatten(1), None, logits)
+        return head_inputs.pop().flatten(1), None, logits
 
-    described = hashlib.sha256(repr(sorted(restored.identity.items())).encode()).hexdigest()[:16]
-    return NetworkExtractor(name, f"classifier {described} {VERSION}", run)
+    return NetworkExtractor(name, f"classifier {_digest(sorted(facts.items()))} {VERSION}", run)
+
+
+NOT_IN_THE_FEATURES = ("use_checkpoint", "classifier_use_fp16", "classifier_precision")  # flags of a classifier
+
+
+def read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
+    """A classifier and its flags, which are those saved beside its checkpoint, else read off its weights.
+
+    :raises OSError, ValueError: if there is none, or it is another network.
+    """
+    from guided_diffusion.cli import Flags
+
+    path = checkpoint.resolve_model(path)
+    saved = checkpoint.config_beside(path) or _flags_of(weight_files.weights_of(path)[0])
+    if "classifier_width" not in saved:
+        raise ValueError(f"--features classifier:{path} is no classifier: give the checkpoint of a classifier there")
+    flags = Flags("classifier_sample", {"classifier_precision": precision}).over(saved, ClassifierConfig)
+    config = flags.part(ClassifierConfig)
+    with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
+        frame = build_classifier(config)
+    weights = weight_files.fitting_weights(frame, path, asdict(config))
+    network = build_classifier(config)
+    network.load_state_dict(weights)
+    logger.log(f"features classifier: {path}")
+    return config, network
+
+
+def _flags_of(weights: Mapping[str, th.Tensor]) -> dict[str, Any]:
+    """What the shapes of weights tell; images are of the default size where an attention pool does not tell theirs."""
+    found = architecture(weights)
+    return architecture(weights, found.get("image_size", ClassifierConfig().image_size)) | found
 
 
 def head_of(network: Any) -> th.nn.Module:
@@ -177,124 +210,92 @@ def head_of(network: Any) -> th.nn.Module:
     return layer
 
 
-class Fitted:
-    """Makes images of any size and colour what a network was trained on, and says so once.
+def fitted(images: Images, size: tuple[int, int], channels: int) -> Images:
+    """Images of any height, width and colour as a network was trained on them, [N, H, W, C] -> [N, *size, channels]."""
+    if images.shape[1:] == (*size, channels):
+        return images
+    pictures = [Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]) for image in images]
+    rows = [center_crop_arr(picture.convert(MODES[channels]), size) for picture in pictures]
+    return np.stack(rows).reshape(len(images), *size, channels)
 
-    :param size: height and width.
+
+# ---- DINOv2 and CLIP
+
+
+class Pretrained(NamedTuple):
+    """A kind of network that transformers reads from a local folder.
+
+    :param model_types: the values that model_type may have in the folder's config.json.
+    :param loader: the class of transformers that reads it.
+    :param output: the field of its output with the features [N, D].
     """
 
-    def __init__(self, size: tuple[int, int], channels: int, name: str) -> None:
-        self.size, self.channels, self.name = size, channels, name
-        self._said = False
-
-    def __call__(self, images: Images) -> Images:
-        """[N, H, W, C] of any size -> of the network's."""
-        if images.shape[1:] == (*self.size, self.channels):
-            return images
-        if images.shape[1:3] != self.size and not self._said:
-            self._said = True
-            there, here = ("x".join(map(str, sides)) for sides in (images.shape[1:3], self.size))
-            logger.warn(f"images of {there} are scaled and cropped to {here}, as in the training of the {self.name}")
-        rows = [center_crop_arr(self._picture(image), self.size) for image in images]
-        return np.stack(rows).reshape(len(images), *self.size, self.channels)
-
-    def _picture(self, image: Images) -> Image.Image:
-        return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).convert(MODES[self.channels])
+    title: str
+    model_types: tuple[str, ...]
+    loader: str
+    output: str
 
 
-# ---- anybody's
+PRETRAINED = {
+    # the normalised class token
+    "dinov2": Pretrained("DINOv2", ("dinov2", "dinov2_with_registers"), "AutoModel", "pooler_output"),
+    # the embedding that is compared with those of texts
+    "clip": Pretrained("CLIP", ("clip", "clip_vision_model"), "CLIPVisionModelWithProjection", "image_embeds"),
+}
 
 
-def _program(load: Callable[[str, th.device], Any]) -> Callable[[str, th.device, str], NetworkExtractor]:
-    """A module out of an archive: float32 [N, 3, H, W] in [-1, 1] -> features, or (features, logits).
-
-    Features are [N, D], or [N, D, ...] whose mean over all further axes is taken. Images come in the size that they
-    have: scaling them is the module's part, and so is taking any N.
-    """
-
-    def make(path: str, device: th.device, precision: str) -> NetworkExtractor:
-        if precision != "fp32":
-            raise ValueError(f"--eval_precision {precision} is not for {path}, which computes in what it was saved in")
-        module = load(path, device)
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-        def run(images: Images) -> Outputs:
-            x = _planes(_colours(images), device).float() / 127.5 - 1
-            return _given(_called(module, x, path), x, path)
-
-        return NetworkExtractor(_base(path), f"program {digest} {VERSION}", run)
-
-    return make
-
-
-def _called(module: Any, x: th.Tensor, path: str) -> Any:
+def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> NetworkExtractor:
+    """A network of transformers; images are scaled, cropped and normalised as the folder's preprocessor_config says."""
+    about = PRETRAINED[kind]
     try:
-        return module(x)
-    except (MemoryError, th.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:  # its own code may raise anything
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"{path} does not take images [N, C, H, W] of {list(x.shape)} ({untrusted.printable(said[-1])}): give it "
-            "images of the size that it was made for; a program must be exported for any N"
-        ) from error
+        network, processor = _from_folder(about, folder)
+    except Exception as error:  # transformers raises all kinds of them on a damaged folder
+        raise ValueError(f"--features {kind}:{folder} cannot be used: {untrusted.reason(error)}") from error
+    images_as = _digest(sorted(processor.to_dict().items()))
+    identity = f"{kind} {fingerprint(network.state_dict())} {images_as} {precision} {VERSION}"
+    network.to(device).eval().requires_grad_(False)
+
+    def run(images: Images) -> Outputs:
+        x = processor(list(_colours(images)), return_tensors="pt")["pixel_values"].to(device)
+        with th.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            return getattr(network(x), about.output), None, None
+
+    name = _base(folder)
+    return NetworkExtractor(name if kind in name.lower() else f"{about.title} {name}", identity, run)
 
 
-def _given(out: Any, x: th.Tensor, path: str) -> Outputs:
-    """What a module gave, as features [N, D] and logits [N, K]."""
-    parts = list(out) if isinstance(out, tuple | list) else [out]
-    faults = [f"a {type(part).__name__}" for part in parts if not isinstance(part, th.Tensor)]
-    faults += [f"a tensor {list(part.shape)} of {part.dtype}" for part in parts if not faults and not _is_rows(part, x)]
-    if not faults and not 1 <= len(parts) <= 2:
-        faults = [f"{len(parts)} tensors"]
-    if faults:
-        raise ValueError(
-            f"{path} gives {faults[0]}: it must give features [N, D], or a pair of them and of logits [N, K]"
-        )
-    pool, *logits = (part.flatten(2).float().mean(dim=2) if part.ndim > 2 else part for part in parts)
-    return Outputs(pool, None, *logits)
+def _from_folder(kind: Pretrained, folder: str) -> tuple[Any, Any]:
+    """The network and its image processor, without the internet and without code from the folder.
 
-
-def _is_rows(part: th.Tensor, x: th.Tensor) -> bool:
-    return part.ndim >= 2 and len(part) == len(x) and part.numel() > 0 and part.is_floating_point()
-
-
-# ---- vision transformers
-
-
-def _vit(family: Family, kind: str) -> Callable[[str, th.device, str], NetworkExtractor]:
-    """A published network from a local file; images are scaled, cropped and normalised as its publication has it."""
-
-    def make(path: str, device: th.device, precision: str) -> NetworkExtractor:
-        try:
-            network = read_vit(_state_dict(path), family)
-        except ValueError as error:
-            raise ValueError(f"--features {kind}:{path} cannot be used: {error}") from error
-        identity = _identity(kind, precision, network.state_dict())
-        network.to(device)
-
-        def run(images: Images) -> Outputs:
-            x = prepare(_colours(images), network.side, family).to(device)
-            with th.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-                return Outputs(network(x))
-
-        return NetworkExtractor(network.title, identity, run)
-
-    return make
-
-
-def _state_dict(path: str) -> dict[str, th.Tensor]:
-    """Names and tensors of a .pth, .pt or .safetensors, or of a TorchScript archive, as OpenAI publishes CLIP."""
-    kind = kind_of(path) if os.path.exists(path) else ""
-    if kind == TORCHSCRIPT:
-        return dict(load_torchscript(path, th.device("cpu")).state_dict())
-    if kind:
-        raise ValueError(f"it is {kind}")
-    state = checkpoint.load(path)
-    if not isinstance(state, dict) or not all(isinstance(value, th.Tensor) for value in state.values()):
-        raise ValueError("it holds something else than a state dict, which is names and tensors")
-    return state
+    :raises ValueError: if something is missing.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError("give a folder with config.json, preprocessor_config.json and model.safetensors")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError('transformers is missing: run `pip install "guided-diffusion[eval]"`') from error
+    library: Any = transformers
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    reading: dict[str, Any] = {"dtype": th.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    config = library.AutoConfig.from_pretrained(folder, **options)
+    if config.model_type not in kind.model_types:
+        raise ValueError(f"its config.json is of a model_type {untrusted.quoted(config.model_type)}, not {kind.title}")
+    if config.model_type == "clip":  # of images and texts together
+        config.vision_config.projection_dim = config.projection_dim
+        config = config.vision_config
+    processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+    level = library.logging.get_verbosity()
+    library.logging.set_verbosity_error()  # else every tensor of CLIP's part for texts is listed
+    try:
+        network, found = getattr(library, kind.loader).from_pretrained(folder, config=config, **reading, **options)
+    finally:
+        library.logging.set_verbosity(level)
+    faults = [*sorted(found["missing_keys"]), *(name for name, *_ in found["mismatched_keys"])]
+    if faults:  # which transformers draws at random
+        raise ValueError(f"{len(faults)} of its tensors are missing or of another shape, the first is {faults[0]}")
+    return network, processor
 
 
 # ---- by name
@@ -303,29 +304,29 @@ def _state_dict(path: str) -> dict[str, th.Tensor]:
 EXTRACTORS: dict[str, Callable[[str, th.device, str], NetworkExtractor]] = {
     "inception": _inception,
     "classifier": _classifier,
-    "torchscript": _program(load_torchscript),
-    "export": _program(load_exported),
-    "dinov2": _vit(DINOV2, "dinov2"),
-    "clip": _vit(CLIP, "clip"),
+    **{kind: partial(_pretrained, kind) for kind in PRETRAINED},
 }
 
 
 def make_extractor(
-    kind: str, *, weights: str = "", device: th.device | str = "cpu", precision: str = "fp32"
-) -> NetworkExtractor:
+    kind: str | Extractor, *, weights: str = "", device: th.device | str = "cpu", precision: str = "fp32"
+) -> Extractor:
     """The extractor that --features names.
 
-    :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:vits14.pth".
+    :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:dinov2-base"; an
+        extractor is returned as it is.
     :param weights: the file of Inception, as `find_inception` has it.
     :param precision: fp32, fp16 or bf16 for the network's convolutions or matrices.
     :raises OSError, ValueError: if there is no such kind or file, or the file is of another network.
     """
+    if not isinstance(kind, str):
+        return kind
     name, colon, path = kind.partition(":")
     if name not in EXTRACTORS:
         hint = nearest(name, EXTRACTORS) or f": give inception, or {', '.join(list(EXTRACTORS)[1:])} and :PATH"
         raise ValueError(f"--features {untrusted.quoted(kind)} is unknown{hint}")
     if precision not in PRECISIONS:
-        raise ValueError(f"--eval_precision {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+        raise ValueError(f"--eval_precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if name == "inception":
         if colon:
             raise ValueError(f"--features {untrusted.quoted(kind)} names a file: give it as --inception_weights")
@@ -333,5 +334,5 @@ def make_extractor(
     elif weights:
         raise ValueError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
     elif not path:
-        raise ValueError(f"--features {name} is without a file: write {name}:PATH")
-    return EXTRACTORS[name](os.path.expanduser(path), th.device(device), precision)
+        raise ValueError(f"--features {name} is without a path: write {name}:PATH")
+    return EXTRACTORS[name](paths.resolve(path), th.device(device), precision)

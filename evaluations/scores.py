@@ -1,4 +1,4 @@
-"""The scores by name: what each needs to know of images, and how its numbers are called.
+"""The table of metrics: the features that each needs of the reference and of the samples, and its labels.
 
 N images, D features, K classes.
 """
@@ -24,7 +24,7 @@ from evaluations.metrics import (
 
 @dataclass(frozen=True)
 class Options:
-    """What the metrics leave open; the defaults are the published evaluator's, or else the papers'.
+    """Parameters of the metrics; the defaults are the published evaluator's, or else the papers'.
 
     :param subset_size: of KID, at most half of the fewer images, so that subsets differ: its expectation does not
         depend on it.
@@ -41,13 +41,17 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """What is known of n images; None where something is not."""
+    """Features of n images; None for those that are not known.
+
+    :param origin: the file that they were read from; '' if they were computed.
+    """
 
     n: int
     pool: npt.NDArray[np.float32] | None = None  # [N, D]
     pool_statistics: Statistics | None = None
     spatial_statistics: Statistics | None = None
     probs: npt.NDArray[np.float32] | None = None  # [N, K]
+    origin: str = ""
 
 
 WHAT = {
@@ -60,11 +64,12 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Metric:
-    """Numbers that belong together.
+    """One or more numbers that are computed together.
 
-    :param labels: what each number is called.
-    :param needs: fields that the reference must have; `needs_samples`, those that the samples must have.
-    :param function: (reference, samples, options) -> one number for each label, once all is there.
+    :param labels: the name of each number.
+    :param needs: fields that the reference must have.
+    :param needs_samples: fields that the samples must have.
+    :param function: (reference, samples, options) -> one number for each label.
     """
 
     labels: tuple[str, ...]
@@ -73,14 +78,15 @@ class Metric:
     function: Callable[[Any, Any, Options], tuple[float, ...]]
 
     def lacks(self, reference: FeatureSet, samples: FeatureSet) -> str:
-        """A sentence about what is needed and not there; '' if all is."""
-        for who, given, needs in (("reference", reference, self.needs), ("samples", samples, self.needs_samples)):
-            for field in needs:
-                if getattr(given, field) is None:
-                    what = WHAT[field].format(f"{who}'s" if who == "reference" else f"{who}'")
-                    return (
-                        f"{' and '.join(self.labels)} need{'s' * (len(self.labels) == 1)} {what}, {_held(who, given)}"
-                    )
+        """A sentence about a field that is needed and missing; '' if there is none."""
+        told = {"reference": ("reference's", "this reference holds"), "samples": ("samples'", "these samples hold")}
+        for side, given, needs in (("reference", reference, self.needs), ("samples", samples, self.needs_samples)):
+            missing = [name for name in needs if getattr(given, name) is None]
+            if missing:
+                owner, holds = told[side]
+                held = "statistics alone" if given.pool is None and given.probs is None else "none"
+                verb = "needs" if len(self.labels) == 1 else "need"
+                return f"{' and '.join(self.labels)} {verb} {WHAT[missing[0]].format(owner)}, and {holds} {held}"
         return ""
 
     def compute(self, reference: FeatureSet, samples: FeatureSet, options: Options) -> tuple[float, ...]:
@@ -93,27 +99,18 @@ class Metric:
         return self.function(reference, samples, options)
 
 
-def _held(who: str, given: FeatureSet) -> str:
-    this = "and this reference holds" if who == "reference" else "and these samples hold"
-    return f"{this} {'statistics alone' if given.pool is None and given.probs is None else 'none'}"
-
-
-def _inception(reference: FeatureSet, samples: Any, options: Options) -> tuple[float, ...]:
+def _inception(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
     return (inception_score(samples.probs, options.split_size),)
 
 
-def _frechet(first: Statistics, second: Statistics) -> tuple[float, ...]:
-    if 1 in (first.n, second.n):
-        raise ValueError("one image has no covariance: take 2 images or more")
-    return (frechet_distance(first.mean, first.cov, second.mean, second.cov),)
+def _frechet(field: str) -> Callable[[Any, Any, Options], tuple[float, ...]]:
+    def distance(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
+        first, second = getattr(reference, field), getattr(samples, field)
+        if 1 in (first.n, second.n):
+            raise ValueError("one image has no covariance: take 2 images or more")
+        return (frechet_distance(first.mean, first.cov, second.mean, second.cov),)
 
-
-def _pool_frechet(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    return _frechet(reference.pool_statistics, samples.pool_statistics)
-
-
-def _spatial_frechet(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    return _frechet(reference.spatial_statistics, samples.spatial_statistics)
+    return distance
 
 
 def _manifolds(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
@@ -134,18 +131,18 @@ def _density(reference: Any, samples: Any, options: Options) -> tuple[float, ...
 
 METRICS = {  # in the order in which they are printed
     "is": Metric(("Inception Score",), (), ("probs",), _inception),
-    "fid": Metric(("FID",), ("pool_statistics",), ("pool_statistics",), _pool_frechet),
-    "sfid": Metric(("sFID",), ("spatial_statistics",), ("spatial_statistics",), _spatial_frechet),
+    "fid": Metric(("FID",), ("pool_statistics",), ("pool_statistics",), _frechet("pool_statistics")),
+    "sfid": Metric(("sFID",), ("spatial_statistics",), ("spatial_statistics",), _frechet("spatial_statistics")),
     "pr": Metric(("Precision", "Recall"), ("pool",), ("pool",), _manifolds),
     "kid": Metric(("KID", "KID standard error"), ("pool",), ("pool",), _kernel),
     "dc": Metric(("Density", "Coverage"), ("pool",), ("pool",), _density),
 }
 DEFAULT_METRICS = ("is", "fid", "sfid", "pr")  # the published evaluator's
-REHEARSED = 64  # images, by which is seen whether a reference can be used
+REHEARSED = 64  # images
 
 
 def rehearse(reference: FeatureSet, metrics: Iterable[Metric], options: Options) -> None:
-    """Compare a few images of a reference with themselves.
+    """Compare a few images of a reference with themselves, to find out early whether it can be used.
 
     :raises ValueError: if no samples could be compared with it, as with too few images.
     """

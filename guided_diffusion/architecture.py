@@ -9,7 +9,8 @@ changes the resolution. Block 0 is a convolution; level l has the blocks l * per
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch as th
@@ -20,6 +21,7 @@ Shape = tuple[int, ...]
 Layer = dict[str, Shape]  # name within the layer -> shape
 Block = dict[int, Layer]  # position within the block -> layer
 
+_FIRST = re.compile(r"(|.*\.)time_embed\.0\.weight")  # which all networks of this package begin with
 MAX_EMPTY = 1000  # blocks without weights: more are no network of ours
 CLASSIFIER_NAMES = {
     "num_channels": "classifier_width",
@@ -29,6 +31,22 @@ CLASSIFIER_NAMES = {
     "use_scale_shift_norm": "classifier_use_scale_shift_norm",
     "resblock_updown": "classifier_resblock_updown",
 }
+
+
+def networks_in(content: Any, where: str = "") -> Iterator[tuple[str, dict[str, th.Tensor]]]:
+    """Every network of this package in dicts of dicts, as programs save them: where it is, and its state dict.
+
+    Names may stand behind any prefix, which counts as a part of the place: ("state_dict.model.diffusion_model", ...).
+    """
+    if not isinstance(content, Mapping):
+        return
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, th.Tensor)}
+    for match in filter(None, map(_FIRST.fullmatch, tensors)):
+        prefix = match[1]
+        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        yield f"{where}{prefix}".rstrip("."), own
+    for name, value in content.items():
+        yield from networks_in(value, f"{where}{name}.")
 
 
 def architecture(state_dict: Mapping[str, th.Tensor], image_size: Size | None = None) -> dict[str, Any]:

@@ -12,47 +12,33 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
-import blobfile as bf
 import torch as th
 
-from . import dist_util, manifest, untrusted
-from .architecture import architecture
+from . import dist_util, manifest, paths, untrusted
 from .manifest import Entry, Hashed
 from .npz import explained, replacing
+from .paths import exists, is_remote, isdir, join, names_in
 
 CONFIG, CLASSES = "config.json", "classes.json"
 _NAME = re.compile(
     r"(?:(?P<kind>model|opt|state|lora)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)$"
 )
 _SHOWN = 3
+_REMEDY = ": give the path of a checkpoint, or the folder of a run"
+_MAX_FOREIGN = 1000  # names of classes in a file
 
 
 # ---- files
 
 
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL, such as gs://bucket/run."""
-    return "://" in path
-
-
-def exists(path: str) -> bool:
-    """Whether a local or remote file or folder is there."""
-    return bool(bf.exists(path))
-
-
-def names_in(folder: str) -> list[str]:
-    """Names of what a local or remote folder holds; [] if it is not there."""
-    return sorted(name.rstrip("/") for name in bf.listdir(folder)) if bf.isdir(folder) else []
-
-
 def _write(path: str, write: Callable[[Hashed], object]) -> Entry:
     """Let `write(file)` fill a file that takes the name `path` only when it is complete."""
     if is_remote(path):  # object stores show a file when it is closed, and nothing of it after an error
-        with explained(path), bf.BlobFile(path, "wb", partial_writes_on_exc=False) as file:
+        with explained(path), paths.new_blob(path) as file:
             hashed = Hashed(file)
             write(hashed)
         return hashed.entry
@@ -76,11 +62,42 @@ def save_json(path: str, value: Any) -> Entry:
     return _write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
-def load(path: str, map_location: Any = "cpu") -> Any:
+class Inert:
+    """Stands in for an object of a class that is not loaded, and does nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+
+def _stand_ins(path: str) -> list[Any]:
+    """A class like `Inert` for each that a file names."""
+    names = (name.rpartition(".") for name in _foreign_names(path))
+    return [type(name, (Inert,), {"__module__": module}) for module, _, name in names]
+
+
+def _foreign_names(path: str) -> list[str]:
+    """The classes and functions that a local file written by torch.save names, and `load` does not load."""
+    if is_remote(path):
+        return []
+    try:
+        return sorted(th.serialization.get_unsafe_globals_in_checkpoint(path))[:_MAX_FOREIGN]
+    except Exception:  # as in `load`
+        return []
+
+
+def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     """What a .pt or .safetensors file holds, provided that it is tensors and plain values.
 
+    :param inert: objects of any other class are replaced by objects of a class of its name that does nothing.
     :raises FileNotFoundError, ValueError: if the file is missing, incomplete, or holds anything else.
     """
+    path = paths.resolve(path)
     if not exists(path):
         raise FileNotFoundError(f"{path} does not exist{_neighbours(path)}")
     try:
@@ -88,15 +105,32 @@ def load(path: str, map_location: Any = "cpu") -> Any:
             untrusted.check_unpacked(path)
         if path.endswith(".safetensors"):
             return _load_safetensors(path, map_location)
-        state = dist_util.load_state_dict(path, map_location=map_location)
+        with th.serialization.safe_globals(_stand_ins(path) if inert else []):
+            state = dist_util.load_state_dict(path, map_location=map_location)
         _check_filled(state)
         return state
     except (MemoryError, th.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
-        damaged = "it is incomplete, or holds more than tensors and plain values; copy or download it again"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else damaged
-        raise ValueError(f"{path} ({bf.stat(path).size} bytes) cannot be read as a checkpoint: {reason}") from error
+        told = f"{path} ({paths.stat(path).size} bytes) cannot be read as a checkpoint"
+        raise ValueError(f"{told}: {_reason(path, error)}") from error
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Why a file could not be read."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    kind = "" if is_remote(path) else untrusted.kind_of_file(path)
+    if kind:
+        return f"it is {kind}"
+    foreign = _foreign_names(path)
+    if foreign:
+        return f"it holds more than tensors and plain values: {', '.join(map(untrusted.printable, foreign[:_SHOWN]))}"
+    with paths.open_blob(path) if is_remote(path) else open(path, "rb") as file:
+        ours = path.endswith(".safetensors") or file.read(2)[:1] in (b"P", b"\x80")  # zip, pickle
+    if ours:
+        return "it is damaged or cut short, copy or download it again"
+    return f"it is of another kind, and no file of weights{_neighbours(path)}"
 
 
 def _check_filled(value: Any) -> None:
@@ -112,7 +146,7 @@ def _check_filled(value: Any) -> None:
 def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
     import safetensors.torch
 
-    with bf.BlobFile(path, "rb") as file:
+    with untrusted.open_file(path) as file:
         state = safetensors.torch.load(file.read())
     return {name: value.to(map_location) for name, value in state.items()}
 
@@ -154,6 +188,19 @@ class CheckpointSet:
         """The best file to sample from: the slowest moving average, else the model."""
         return self.emas[max(self.emas, key=float)] if self.emas else self.model
 
+    def settled(self, *, warmed_up: bool) -> str:
+        """As `weights`, but for averages that are longer than the run: these still resemble its first weights.
+
+        :param warmed_up: averages are never longer than the run.
+        """
+        old = {rate: path for rate, path in self.emas.items() if warmed_up or not is_young(rate, self.step or 0)}
+        return CheckpointSet(self.step, self.model, emas=old).weights or self.weights
+
+
+def is_young(rate: str | float, updates: int) -> bool:
+    """Whether an average, about 1 / (1 - rate) updates long, is longer than a run of so many updates."""
+    return updates * (1 - float(rate)) < 1 - 1e-9  # 1 - 0.99 is a little more than a hundredth
+
 
 def step_of(path: str) -> int | None:
     """The number of updates that a file name tells, or None."""
@@ -162,22 +209,30 @@ def step_of(path: str) -> int | None:
     return int(match["step"]) if match else None
 
 
+def weights_beside(path: str) -> str:
+    """The best weights of the step that a file name tells, '' where there are none."""
+    step = step_of(path)
+    sets = {} if step is None else sets_in(os.path.dirname(path) or ".")
+    return sets[step].weights if step in sets else ""
+
+
 def sets_in(folder: str) -> dict[int, CheckpointSet]:
     """step -> the set of files of a folder, steps ascending; a manifest alone is none."""
     sets: dict[int, CheckpointSet] = {}
+    folder = paths.resolve(folder)
     names = names_in(folder)
     for name in names:
         match = _NAME.match(name)
         if match:
             entry = sets.setdefault(int(match["step"]), CheckpointSet(int(match["step"])))
-            path = bf.join(folder, name)
+            path = join(folder, name)
             if match["rate"]:
                 entry.emas[match["rate"]] = path
             else:
                 setattr(entry, match["kind"], path)
     for step, entry in sets.items():
         if manifest.name_of(step) in names:
-            entry.manifest = bf.join(folder, manifest.name_of(step))
+            entry.manifest = join(folder, manifest.name_of(step))
     return dict(sorted(sets.items()))
 
 
@@ -234,14 +289,15 @@ def find_set(path: str, *, checksums: bool = False) -> CheckpointSet:
     :param checksums: read the files, and refuse altered ones.
     :raises FileNotFoundError, ValueError: if there is no such file, no weights to it, or it is not what was written.
     """
-    if bf.isdir(path):
+    path = paths.resolve(path)
+    if isdir(path):
         entry, faults = newest(path, checksums=checksums)
         if entry is None:
             found = f"no complete checkpoint, {', '.join(faults)}" if faults else "no modelNNNNNN.pt to go on from"
             raise ValueError(f"{path} holds {found}; give the folder or a checkpoint of a run")
         return entry
     if not exists(path):
-        raise FileNotFoundError(f"{path} does not exist{_neighbours(path)}")
+        raise FileNotFoundError(f"the checkpoint {path!r} does not exist{_neighbours(path) or _REMEDY}")
     step = step_of(path)
     if step is None:
         return CheckpointSet(None, model=path)
@@ -263,22 +319,27 @@ def _with_weights(entry: CheckpointSet, path: str, step: int) -> CheckpointSet:
     return entry
 
 
-def resolve_model(path: str) -> str:
+def resolve_model(path: str, what: str = "the checkpoint") -> str:
     """The file to sample from: the path itself, or of a run folder the newest moving average, else the newest model.
 
-    Sets with files of other sizes than their manifests name come last.
+    An average that is longer than the run counts only if it was warmed up (--ema_warmup). Sets with files of other
+    sizes than their manifests name come last.
 
+    :param what: the path is, in messages.
     :raises FileNotFoundError, ValueError: if there is none.
     """
-    if not bf.isdir(path):
+    path = paths.resolve(path)
+    if not isdir(path):
         if not path or not exists(path):
-            hint = _neighbours(path) or ": give the path of a checkpoint, or the folder of a run"
-            raise FileNotFoundError(f"the checkpoint {path!r} does not exist{hint}")
+            hint = _neighbours(path) or _REMEDY
+            raise FileNotFoundError(f"{what} {path!r} does not exist{hint}")
         return path
     found = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not found or not found[-1].weights:
-        raise ValueError(f"{path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder")
-    return found[-1].weights
+        raise ValueError(
+            f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder"
+        )
+    return found[-1].settled(warmed_up=bool(config_beside(path).get("ema_warmup")))
 
 
 def _damaged(entry: CheckpointSet) -> bool:
@@ -312,7 +373,8 @@ def classes_beside(path: str) -> str:
 
 
 def _beside(path: str, name: str) -> str:
-    return str(bf.join(path if bf.isdir(path) else os.path.dirname(path) or ".", name))
+    path = paths.resolve(path)
+    return join(path if isdir(path) else os.path.dirname(path) or ".", name)
 
 
 def keep_last(folder: str, count: int) -> None:
@@ -330,7 +392,7 @@ def keep_last(folder: str, count: int) -> None:
 def remove(entry: CheckpointSet) -> None:
     """Remove the files of a set, in an order that never leaves a part that passes for complete."""
     for path in entry.paths:
-        bf.remove(path)
+        paths.remove(path)
 
 
 def sweep(folder: str) -> None:
@@ -339,94 +401,4 @@ def sweep(folder: str) -> None:
     for name in names:
         kept, part, _ = name.partition(".part-")
         if part and (_NAME.match(kept) or manifest.NAME.match(kept) or kept in (CONFIG, CLASSES)):
-            bf.remove(bf.join(folder, name))
-
-
-# ---- weights into networks
-
-
-def load_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> None:
-    """Load a checkpoint into a network that was built from `flags`.
-
-    :raises ValueError: as `fitting_weights`.
-    """
-    model.load_state_dict(fitting_weights(model, path, flags))
-
-
-def fitting_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
-    """The weights of a checkpoint, as a network that was built from `flags` takes them; it may be on the meta device.
-
-    :param flags: only the sizes are read, for naming attention resolutions in messages.
-    :raises ValueError: if the file is no weights, or fits other flags, which the message then names.
-    """
-    return fitting(model.state_dict(), path, flags)
-
-
-def fitting(own: Mapping[str, th.Tensor], path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
-    """As `fitting_weights`, of the state dict of a network."""
-    state = weights_of(path)
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-        size = next((flags[key] for key in ("large_size", "image_size") if flags and key in flags), None)
-        raise ValueError(f"{path} does not fit the flags: {difference(state, own, size)}")
-    return state
-
-
-def weights_of(path: str) -> dict[str, th.Tensor]:
-    """The weights in a file.
-
-    :raises ValueError: if it holds something else.
-    """
-    state: dict[str, th.Tensor] = load(path)
-    _check_weights(state, path)
-    if all(name.startswith("module.") for name in state):  # saved from inside a data-parallel wrapper
-        return {name.removeprefix("module."): value for name, value in state.items()}
-    return state
-
-
-def _check_weights(state: Any, path: str) -> None:
-    optimizer = isinstance(state, dict) and {"state", "param_groups"} <= set(state)
-    if isinstance(state, dict) and not optimizer and all(isinstance(value, th.Tensor) for value in state.values()):
-        return
-    step = step_of(path)
-    beside = sets_in(os.path.dirname(path) or ".").get(-1 if step is None else step, CheckpointSet(step)).weights
-    what = "optimizer state" if optimizer else "no weights of a network"
-    remedy = f"use {beside} beside it" if beside else "use a file ema_RATE_NNNNNN.pt or modelNNNNNN.pt"
-    raise ValueError(f"{path} holds {what}: {remedy}")
-
-
-def difference(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor], size: Any) -> str:
-    """The flags, else the tensors, in which a checkpoint and a network differ."""
-    there, here = architecture(theirs, size), architecture(ours, size)
-    flags = [
-        f"the checkpoint has {name} {_shown(there[name])}, you gave {_shown(here[name])}{_about(name, there, here)}"
-        for name in here
-        if name in there and there[name] != here[name]
-    ]
-    if set(there) - set(here) and not set(here) & set(there) - {"image_channels", "dims", "num_classes", "image_size"}:
-        flags = ["the checkpoint is of another kind of network"]
-    return "; ".join(flags or tensor_differences(theirs, ours))
-
-
-def _about(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What a message adds where the numbers of classes differ as if one of them counted a null class."""
-    counted = name == "num_classes" and "class_cond" in here and abs(there[name] - here[name]) == 1
-    return " (counting the row that --null_class True adds)" if counted else ""
-
-
-def _shown(value: Any) -> str:
-    return str(value) or "''"
-
-
-def tensor_differences(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor]) -> Iterator[str]:
-    """Names and shapes in which a state dict, perhaps a stranger's, differs from ours; nothing where it fits."""
-    missing = [name for name in ours if name not in theirs]
-    unknown = [name for name in theirs if name not in ours]
-    other = [
-        f"{name} {list(theirs[name].shape)} instead of {list(ours[name].shape)}"
-        for name in ours
-        if name in theirs and theirs[name].shape != ours[name].shape
-    ]
-    for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape")):
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"{what}: {', '.join(map(untrusted.printable, names[:_SHOWN]))}{more}"
+            paths.remove(join(folder, name))

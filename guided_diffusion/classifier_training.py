@@ -5,12 +5,12 @@ Shapes: n images of a microbatch, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 
+from .batches import RollingValidation
 from .draws import Draw
 from .saving import skip_batches
 from .train_util import Cond, TrainLoop
@@ -24,15 +24,15 @@ class ClassifierTrainLoop(TrainLoop):
     :param noised: False trains on clean images, at t = 0.
     """
 
-    loss_prefix = "train_"
+    loss_prefix, validation_of = "train_", RollingValidation
 
     def __init__(self, *, noised: bool = True, **keywords: Any) -> None:
         self.noised = noised
         super().__init__(**keywords)
-        skip_batches(self.val_data, self.resume_step // max(1, self.val_interval))
+        skip_batches(self.validation.data, self.resume_step // max(1, self.val_interval))
 
-    def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False) -> Draw:
-        draw = super()._draw(batch, index, validation=validation)
+    def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False, counted: int | None = None) -> Draw:
+        draw = super()._draw(batch, index, validation=validation, counted=counted)
         return draw if self.noised else Draw(th.zeros_like(draw.t), th.ones_like(draw.weights), draw.noise)
 
     def compute_losses(
@@ -41,12 +41,8 @@ class ClassifierTrainLoop(TrainLoop):
         """Cross-entropy [n], and 1 or 0 for each image whose label is among the first 1 and 5 guesses."""
         noisy = self.diffusion.q_sample(batch, draw.t, draw.noise) if self.noised else batch
         network = self.ddp_model if model is None else model
-        logits = network(noisy, timesteps=self.diffusion._scale_timesteps(draw.t))
+        logits = network(noisy, timesteps=self.diffusion.timesteps(draw.t, noisy))
         labels = cond["y"]
         ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         accuracies = {f"acc@{k}": ranks[:, :k].any(dim=1).float() for k in (1, ranks.shape[1])}
         return {"loss": F.cross_entropy(logits, labels, reduction="none"), **accuracies}
-
-    def validation_batches(self) -> Iterable[tuple[int, tuple[th.Tensor, Cond]]]:
-        """The next batch, with noise of its own."""
-        return [(self.updates, next(self.val_data))]

@@ -8,24 +8,25 @@ from __future__ import annotations
 import argparse
 import ast
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from . import __version__
 from .conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
 from .config import (
     ClassifierConfig,
-    ClassifierDataConfig,
     ClassifierTrainConfig,
-    DataConfig,
     DemoConfig,
     DiffusionConfig,
     EditConfig,
     FreeGuidanceConfig,
     GuidanceConfig,
     ImageTrainConfig,
-    LikelihoodConfig,
     RunConfig,
     SampleConfig,
     SuperResConfig,
@@ -34,6 +35,7 @@ from .config import (
     nearest,
     str2bool,
 )
+from .data_config import ClassifierDataConfig, DataConfig, LikelihoodConfig, RangeConfig
 from .dataset_config import (
     CelebaConfig,
     CifarConfig,
@@ -59,18 +61,13 @@ from .evaluation_config import (
 from .finetuning_config import AdapterConfig, InitConfig, LoraConfig
 from .launchers import announced_rank
 from .likelihood_config import FlowConfig, MeasureConfig
-from .npz_tool_config import (
-    FromImagesConfig,
-    GridConfig,
-    InfoConfig,
-    MergeConfig,
-    NpzToolConfig,
-    ToPngConfig,
-)
+from .npz_tool_config import FromImagesConfig, NpzToolConfig, ToPngConfig
 from .performance_config import CompileConfig, LoaderConfig, TrainSpeedConfig
 from .upsampling_config import CascadeConfig, UpsampleConfig
 
 Section = TypeVar("Section", bound=object)
+
+SAVED = (UNetConfig, SuperResConfig, ClassifierConfig, DiffusionConfig)  # what a checkpoint's config.json says
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ COMMANDS = {
         "Sample from a diffusion model.",
         (
             *(RunConfig, SampleConfig, AdapterConfig, FreeGuidanceConfig, EditConfig, CondSampleConfig),
-            *(CompileConfig, UNetConfig, DiffusionConfig),
+            *(RangeConfig, CompileConfig, UNetConfig, DiffusionConfig),
         ),
     ),
     "image_nll": Command(
@@ -123,7 +120,7 @@ COMMANDS = {
         "Sample from a diffusion model, guided by a classifier.",
         (
             *(RunConfig, SampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig, EditConfig),
-            *(CondSampleConfig, CompileConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+            *(CondSampleConfig, RangeConfig, CompileConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "super_res_train": Command(
@@ -137,7 +134,7 @@ COMMANDS = {
         "Enlarge images.",
         (
             *(RunConfig, SampleConfig, UpsampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig),
-            *(CompileConfig, SuperResConfig, ClassifierConfig, DiffusionConfig),
+            *(RangeConfig, CompileConfig, SuperResConfig, ClassifierConfig, DiffusionConfig),
         ),
     ),
     "cascade_sample": Command(
@@ -147,17 +144,18 @@ COMMANDS = {
     ),
     "evaluator": Command(
         "Compare samples with real images: Inception Score, FID, sFID, precision, recall.",
-        (EvaluatorConfig, ExtractorConfig, PlaceConfig),
+        (EvaluatorConfig, RangeConfig, ExtractorConfig, PlaceConfig),
     ),
     "make_reference": Command(
-        "Write the reference that samples are compared with.", (ReferenceConfig, ExtractorConfig, PlaceConfig)
+        "Write the reference that samples are compared with.",
+        (ReferenceConfig, RangeConfig, ExtractorConfig, PlaceConfig),
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
-        (SweepConfig, ExtractorConfig, RunConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+        (SweepConfig, RangeConfig, ExtractorConfig, RunConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
     ),
     "download": Command("Fetch weights to the cache.", (DownloadConfig,)),
-    "npz_tool": Command("Images to npz and back, and looking at them.", (NpzToolConfig,)),
+    "npz_tool": Command("Images of an npz to PNG files and back.", (NpzToolConfig,)),
     "demo": Command("Train on the bundled pictures for some minutes, sample with and without guidance.", (DemoConfig,)),
 }
 
@@ -181,9 +179,6 @@ DATASETS = {
 NPZ_TOOLS = {
     "npz_tool to-png": Command("Write the images of an npz as PNG files.", (ToPngConfig,)),
     "npz_tool from-images": Command("Write a folder or zip of images as an npz.", (FromImagesConfig,)),
-    "npz_tool info": Command("Say what is in an npz.", (InfoConfig,)),
-    "npz_tool merge": Command("Put npz files one after the other.", (MergeConfig,)),
-    "npz_tool grid": Command("Draw the first images of an npz.", (GridConfig,)),
 }
 
 
@@ -204,6 +199,12 @@ class Flags:
     def values(self) -> dict[str, Any]:
         """Every flag resolved, as plain JSON values."""
         return {**defaults(*command_of(self.command).sections), **self.saved, **self.given}
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """What the command line gives otherwise than by default: what a flag "without effect" is said of."""
+        usual = defaults(*command_of(self.command).sections)
+        return {name: value for name, value in self.given.items() if value != usual.get(name)}
 
     def part(self, section: type[Section]) -> Section:
         """The values of one config class."""
@@ -230,8 +231,6 @@ def _fault(spec: Field[Any], value: Any) -> str:
     kinds = f"{spec.type} int" if "float" in spec.type else spec.type
     if type(value).__name__ not in kinds.replace("|", "").split():
         return f"should be of type {spec.type}"
-    if value == spec.default:  # such as -1, which may be below the least value
-        return ""
     try:
         _converter(spec)(str(value))
     except (ValueError, argparse.ArgumentTypeError) as error:
@@ -249,33 +248,71 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _converter(spec: Field[Any]) -> Callable[[str], Any]:
-    """text -> value of one flag, with its checks."""
-    kind: type[Any] = type(spec.default)
-    convert = spec.metadata["convert"] or (str2bool if kind is bool else kind)
-    choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
+    """text -> value of one flag, with its checks; the default always passes, such as -1 for "not given"."""
 
     def read(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError as error:
-            detail = str(error) if spec.metadata["convert"] else f"{text!r} is not of type {kind.__name__}"
-            raise argparse.ArgumentTypeError(detail) from error
-        if isinstance(value, float) and not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        if choices and str(value) not in choices:
-            allowed = ", ".join(choice or "''" for choice in choices)
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
-        if low is not None and not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
-        if high is not None and not value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is above the greatest value, {high}")
+        if text == str(spec.default):
+            return spec.default
+        value = _converted(spec, text)
+        if value != spec.default:
+            _check_limits(spec, text, value)
         return value
 
     return read
 
 
+def _converted(spec: Field[Any], text: str) -> Any:
+    kind: type[Any] = type(spec.default)
+    convert = spec.metadata["convert"] or (str2bool if kind is bool else kind)
+    try:
+        return convert(text)
+    except ValueError as error:
+        detail = str(error) if spec.metadata["convert"] else f"{text!r} is not of type {kind.__name__}"
+        raise argparse.ArgumentTypeError(detail) from error
+
+
+def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
+    choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    if choices and str(value) not in choices:
+        allowed = ", ".join(choice or "''" for choice in choices)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
+    if low is not None and not value >= low:
+        raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
+    if high is not None and not value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is above the greatest value, {high}")
+
+
+def _means_not_given(spec: Field[Any], value: Any) -> bool:
+    """Whether a value is a default that no other value could be: --steps 0, --eta -1, --image_size ''."""
+    try:
+        _check_limits(spec, str(value), _converted(spec, str(value)))
+    except argparse.ArgumentTypeError:
+        return bool(value == spec.default)
+    return False
+
+
+def run_plugins(argv: Sequence[str] | None, prog: str) -> None:
+    """Run the files of --plugin in a command line, each once."""
+    reader = _Parser(prog=prog, add_help=False, allow_abbrev=False)
+    reader.add_argument("--plugin", action="append", default=[])
+    for path in ",".join(reader.parse_known_args(argv)[0].plugin).split(","):
+        name = f"plugin {os.path.abspath(path)}"
+        if not path or name in sys.modules:
+            continue
+        spec = spec_from_file_location(name, path) if os.path.isfile(path) else None
+        if spec is None or spec.loader is None:
+            reader.error(f"argument --plugin: {path} is no Python file")
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
 def sampler_names() -> list[str]:
-    """The names in `samplers.SAMPLERS`, read off its source: importing it would import torch."""
+    """The names in `samplers.SAMPLERS`, read off its source as long as nobody has imported it, and torch with it."""
+    loaded = sys.modules.get(f"{__package__}.samplers")
+    if loaded is not None:
+        return list(loaded.SAMPLERS)
     tree = ast.parse(Path(__file__).with_name("samplers.py").read_text(encoding="utf-8"))
     tables = [node.value for node in tree.body if isinstance(node, ast.AnnAssign | ast.Assign) and _is_table(node)]
     return [ast.literal_eval(key) for table in tables if isinstance(table, ast.Dict) for key in table.keys if key]
@@ -293,23 +330,24 @@ def _help(spec: Field[Any]) -> str:
     return text.format(samplers=", ".join(sampler_names())) if "{samplers}" in text else text
 
 
-def add_flag(group: argparse._ActionsContainer, spec: Field[Any], default: Any = argparse.SUPPRESS) -> None:
-    """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
+def add_flag(group: argparse._ActionsContainer, spec: Field[Any], *, saved: bool = False) -> None:
+    """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``).
+
+    :param saved: what a checkpoint says of it comes before its default.
+    """
     if spec.metadata["positional"]:
-        several: dict[str, Any] = {"nargs": "+", "type": str} if isinstance(spec.default, tuple) else {}
-        convert: dict[str, Any] = {"type": _converter(spec), "metavar": spec.name.upper(), "help": _help(spec)}
-        group.add_argument(spec.name, **{**convert, **several})
+        group.add_argument(spec.name, type=_converter(spec), metavar=spec.name.upper(), help=_help(spec))
         return
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
     extra: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}
-    shown = "''" if spec.default == "" else str(spec.default)
+    shown = ("from the checkpoint, else " if saved else "default: ") + (str(spec.default) or "''")
     group.add_argument(
         *names,
         dest=spec.name,
-        default=default,
+        default=argparse.SUPPRESS,
         type=_converter(spec),
         metavar=type(spec.default).__name__.upper(),
-        help=f"{_help(spec)} (default: {shown})".replace("%", "%%"),
+        help=f"{_help(spec)} ({shown})".replace("%", "%%"),
         **extra,
     )
 
@@ -318,11 +356,13 @@ def parser(name: str) -> argparse.ArgumentParser:
     """The command line of one script; flags that are not given stay absent from the result."""
     command, seen = command_of(name), set[str]()
     result = _Parser(prog=f"{name}.py", description=command.about, allow_abbrev=False)
+    result.add_argument("--version", action="version", version=f"guided-diffusion {__version__}")
     for section in command.sections:
         group = result.add_argument_group((section.__doc__ or section.__name__).strip().rstrip("."))
         for spec in fields(section):
             if spec.name not in seen:
-                add_flag(group, spec)
+                saved = section in SAVED and "model_path" in command.flags() and not spec.metadata["runtime"]
+                add_flag(group, spec, saved=saved)
         seen |= set(defaults(section))
     return result
 
@@ -370,6 +410,7 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
 
     :param prog: how the sentence begins, where it is not the script's name.
     """
+    run_plugins(argv, prog or f"{name}.py")
     command_line = parser(name)
     command_line.prog = prog or command_line.prog
     namespace, unknown = command_line.parse_known_args(argv)
@@ -377,4 +418,5 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
         if not word.startswith("-"):
             command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
         command_line.error(f"unknown flag {word}{_hint(word, command_of(name).words())}")
-    return Flags(name, vars(namespace))
+    flags = command_of(name).flags()
+    return Flags(name, {k: v for k, v in vars(namespace).items() if not _means_not_given(flags[k], v)})

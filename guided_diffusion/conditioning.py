@@ -9,29 +9,20 @@ Shapes: N batch, C channels of images, K of conditioning images, H W space.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import blobfile as bf
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from .config import COND_TYPES, Size, nearest, parse_size
+from .config import COND_TYPES, Size, nearest
 from .crops import Draws, Picture, TooThin, center_crop_arr, channels_first, size_of
-from .image_files import (
-    IMAGE_EXTENSIONS,
-    Listing,
-    UnreadableImage,
-    find_images,
-    read_ids,
-    read_image,
-    split_archive,
-)
-from .npz import Npz, fingerprint
+from .decoding import Range
+from .image_files import Listing, UnreadableImage, find_images, images_at, read_ids, read_image, read_mask
+from .npz import fingerprint
 from .unet import UNetModel
 from .untrusted import quoted
 
@@ -94,10 +85,12 @@ class CondKind:
 
     :param name: image, mask, or classes.
     :param channels: K.
+    :param data_range: of images, as `read_image` takes it.
     """
 
     name: str
     channels: int
+    data_range: Range | None = None
 
     @property
     def nearest(self) -> bool:
@@ -109,21 +102,18 @@ class CondKind:
 
         :raises UnreadableImage: if it cannot be meant.
         """
-        picture = read_ids(path) if self.name == "classes" else read_image(path, self.channels)
-        fault = self.fault(np.asarray(picture))
-        if fault:
-            raise UnreadableImage(path, fault)
-        return picture
-
-    def fault(self, array: NDArray[Any]) -> str:
-        """Why numbers are no such conditioning image; '' if they may be."""
-        if self.name == "mask" and array.dtype == np.uint8 and array.max(initial=0) == 1:
-            return "no number is above 1, where white is 255"
-        if self.name == "classes" and ((array < 0) | ((array >= self.channels) & (array != NO_CLASS))).any():
-            wrong = array[(array < 0) | ((array >= self.channels) & (array != NO_CLASS))]
+        if self.name == "mask":
+            return read_mask(path).picture
+        if self.name == "image":
+            return read_image(path, self.channels, self.data_range)
+        ids = read_ids(path)
+        wrong = ids[(ids < 0) | ((ids >= self.channels) & (ids != NO_CLASS))]
+        if wrong.size:
             known = f"0 .. {self.channels - 1}, and {NO_CLASS} for none"
-            return f"class {int(wrong[0])} in a map, where cond_channels {self.channels} allows {known}"
-        return ""
+            raise UnreadableImage(
+                path, f"class {int(wrong[0])} in a map, where cond_channels {self.channels} allows {known}"
+            )
+        return ids
 
     def encode(self, array: NDArray[Any]) -> Array:
         """What the network sees, [K, H, W], of a crop."""
@@ -142,7 +132,9 @@ class CondKind:
             raise UnreadableImage(path, str(error)) from error
 
 
-def cond_kind(cond_type: str, cond_channels: int, image_channels: int) -> CondKind | None:
+def cond_kind(
+    cond_type: str, cond_channels: int, image_channels: int, data_range: Range | None = None
+) -> CondKind | None:
     """The kind that flags describe, None without conditioning images.
 
     :raises ValueError: if they contradict each other.
@@ -157,7 +149,7 @@ def cond_kind(cond_type: str, cond_channels: int, image_channels: int) -> CondKi
         raise ValueError("cond_type classes needs the number of classes in the maps: give cond_channels")
     if cond_type == "mask" and cond_channels > 1:
         raise ValueError(f"cond_channels {cond_channels} contradicts cond_type mask, which has 1: leave it out")
-    return CondKind(cond_type, cond_channels or (1 if cond_type == "mask" else image_channels))
+    return CondKind(cond_type, cond_channels or (1 if cond_type == "mask" else image_channels), data_range)
 
 
 # ---- pairs of files
@@ -218,25 +210,36 @@ class Pairing:
         :param say: takes lines for the user.
         :raises ValueError: if names are not clear, nothing is left, or something is left over.
         """
-        there = find_images(self.folder)
-        own, theirs = (_by_stem(listing) for listing in (images, there))
-        alone = [name for stem, name in own.items() if stem not in theirs]
-        extra = [name for stem, name in theirs.items() if stem not in own]
-        faults = [
-            f"{len(alone)} of {len(own)} images have no conditioning image in {there.root} ({_some(alone)})"
-            * bool(alone),
-            f"{len(extra)} of {len(theirs)} conditioning images have no image ({_some(extra)})" * bool(extra),
-        ]
-        told = "; ".join(filter(None, faults))
-        if len(alone) == len(own) or (told and not self.skip_unpaired):
-            remedy = "names must agree but for the extension" if len(alone) == len(own) else "set skip_unpaired to True"
+        there = find_images(self.folder, self.kind.channels)
+        pairs, told = by_name(images, there, "conditioning image")
+        if not pairs or (told and not self.skip_unpaired):
+            remedy = "set skip_unpaired to True" if pairs else "names must agree but for the extension"
             raise ValueError(f"{told}: add or remove some; {remedy}")
-        kept = {stem: name for stem, name in own.items() if stem in theirs}
-        paths = [there.path(theirs[stem]) for stem in kept]
+        paths = [there.path(theirs) for _, theirs in pairs]
         say(f"{there.root}: found {len(there.images)} conditioning images, {there.skipped()}")
         if told:
             say(f"  left out: {told}")
-        return replace(images, images=list(kept.values())), Partners(self.kind, paths, self.dropout)
+        if self.kind.name == "mask":
+            mask = read_mask(paths[0])
+            say(f"  masks are read by what is in each; {quoted(pairs[0][1])}: {mask.values}; {mask.white} is white")
+        return replace(images, images=[own for own, _ in pairs]), Partners(self.kind, paths, self.dropout)
+
+
+def by_name(images: Listing, partners: Listing, what: str) -> tuple[list[tuple[str, str]], str]:
+    """The pairs of images and partners whose names agree but for the extension, and a sentence about all others.
+
+    :param what: a partner is called.
+    :raises ValueError: if it is not clear which of them belong together.
+    """
+    own, theirs = (_by_stem(listing) for listing in (images, partners))
+    alone = [name for stem, name in own.items() if stem not in theirs]
+    extra = [name for stem, name in theirs.items() if stem not in own]
+    faults = [
+        f"{len(alone)} of {len(own)} images have no {what} in {partners.root} ({_some(alone)})" * bool(alone),
+        f"{len(extra)} of {len(theirs)} {what}s have no image ({_some(extra)})" * bool(extra),
+    ]
+    pairs = [(name, theirs[stem]) for stem, name in own.items() if stem in theirs]
+    return pairs, "; ".join(filter(None, faults))
 
 
 def _by_stem(listing: Listing) -> dict[str, str]:
@@ -309,53 +312,16 @@ class CondSource:
 
         :raises ValueError: if there are none, too few, or none that fit.
         """
-        inside = split_archive(path)
-        if not inside and not (path and bf.exists(path)):
-            raise ValueError(f"cond_images {path!r} does not exist: give a folder, a zip, an image or an npz")
-        alone = inside[1] if inside else "" if bf.isdir(path) else path
-        if alone.lower().endswith(IMAGE_EXTENSIONS):
-            return self._files(Listing(os.path.dirname(path) or ".", [os.path.basename(path)], []))
-        return self._files(find_images(path)) if inside or bf.isdir(path) else self._arrays(path)
-
-    def _of(self, there: int, path: str) -> int:
-        if not there or (self.all and self.count > there):
+        listing = images_at(path, "cond_images", self.kind.channels)
+        there = len(listing.images)
+        if self.all and self.count > there:
             raise ValueError(f"{self.count} samples are asked for, and {path} holds {there} conditioning images")
-        return min(there, self.count)
-
-    def _files(self, listing: Listing) -> CondImages:
-        count = self._of(len(listing.images), listing.root)
-        labels = None if self.label is None else list(self.label(listing))[:count]
+        count = min(there, self.count)
+        labels = listing.ids if self.label is None else self.label(listing)
         names = listing.images[:count]
         return CondImages(
-            count, lambda index: self.kind.load(listing.path(names[index]), self.size), labels, list(names)
+            count,
+            lambda index: self.kind.load(listing.path(names[index]), self.size),
+            None if labels is None else list(labels)[:count],
+            [] if listing.array else list(names),
         )
-
-    def _arrays(self, path: str) -> CondImages:
-        with Npz(path) as archive:
-            header, size = archive.header("arr_0"), parse_size(self.size)
-            channels = self.kind.channels if self.kind.name == "image" else 1
-            flat = header.shape[1:] == size and channels == 1
-            integers = header.dtype.kind in "iu" if self.kind.name == "classes" else header.dtype == np.uint8
-            if not integers or not (flat or header.shape[1:] == (*size, channels)):
-                raise ValueError(
-                    f"{path} holds arr_0 {header.shape} of {header.dtype}, and conditioning images of type "
-                    f"{self.kind.name} are {('N', *size, channels)} of uint8".replace("'", "")
-                )
-            count = self._of(header.shape[0], path)
-            pixels = next(archive.chunks("arr_0", count))
-            labels = _labels(archive, header.shape[0])
-        fault = self.kind.fault(pixels)
-        if fault:
-            raise ValueError(f"{path}: {fault}; correct it")
-        return CondImages(count, lambda index: self.kind.encode(pixels[index]), labels[:count] if labels else None)
-
-
-def _labels(archive: Npz, count: int) -> list[int] | None:
-    """The labels in an npz, if it has any."""
-    if "arr_1" not in archive:
-        return None
-    header = archive.header("arr_1")
-    if header.shape != (count,) or header.dtype.kind not in "iu":
-        raise ValueError(f"{archive.path} holds labels arr_1 {header.shape} of {header.dtype}, not one for each image")
-    labels: list[int] = next(archive.chunks("arr_1", count)).tolist()
-    return labels

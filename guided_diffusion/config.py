@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from . import paths
+
 T = TypeVar("T")
 Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
 
@@ -23,7 +25,9 @@ SCHEDULE_NAMES = ("linear", "cosine", "sigmoid", "scaled_linear")
 LOSS_WEIGHTS = ("", "min_snr")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
+LABEL_COLUMN = "column of the labels in a table that has several; '' where it is clear"  # a flag beside each class_from
 BAD_IMAGE_RULES = ("error", "skip")
+PLUGIN_HELP = "Python files that run first and may add samplers, grids and the like, separated by commas or by flags"
 COND_TYPES = ("image", "mask", "classes")
 
 
@@ -58,6 +62,16 @@ def flag(
         "positional": positional,
     }
     return field(default=default, metadata=extra)
+
+
+def path_flag(help: str, default: str = "", *, positional: bool = False) -> str:
+    """The flag of a path to read from."""
+    return flag(default, help, positional=positional, convert=paths.resolve)
+
+
+def local_flag(help: str, default: str = "", *, positional: bool = False) -> str:
+    """The flag of a path on this machine, such as all that is written to."""
+    return flag(default, help, positional=positional, convert=paths.local)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -252,30 +266,11 @@ class ClassifierConfig(SizedConfig):
 class RunConfig:
     """Where a run happens and where its files go."""
 
-    log_dir: str = flag("", "folder of everything the run writes; '' is $OPENAI_LOGDIR, else a new temporary folder")
+    log_dir: str = local_flag("folder of everything the run writes; '' is $OPENAI_LOGDIR, else a new temporary folder")
     seed: int = flag(0, "seed of all randomness", at_least=0)
     device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The images to train on."""
-
-    data_dir: str = flag("", "folder or zip of images, searched in depth")
-    class_from: str = flag("auto", "where labels come from", choices=CLASS_RULES)
-    random_crop: bool = flag(False, "crop at random instead of the centre")
-    random_flip: bool = flag(True, "mirror half of the images")
-    num_workers: int = flag(2, "processes that decode images; 0: the main process does", at_least=0)
-    on_bad_image: str = flag(
-        "error", "error: an unreadable image ends the run; skip: another one takes its place", choices=BAD_IMAGE_RULES
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierDataConfig(DataConfig):
-    """The labelled images to train on."""
-
-    random_crop: bool = flag(True, "crop at random instead of the centre")
+    dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
+    plugin: str = flag("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,17 +287,14 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "weight decay of AdamW", at_least=0)
     warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", at_least=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", at_least=0)
-    schedule_sampler: str = flag(
-        "uniform",
-        "how timesteps are drawn",
-        choices=("uniform", "loss-second-moment"),
-    )
+    schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment"))
     ema_rate: str = flag("0.9999", "rates of the moving averages of the weights, separated by commas; '' for none")
+    ema_warmup: bool = flag(False, "after n steps let the averages have a rate of (1 + n) / (10 + n), or less")
     fp16_scale_growth: float = flag(1e-3, "growth of the logarithmic loss scale per step, with fp16", at_least=0)
-    resume_checkpoint: str = flag(
-        "", "any file of a checkpoint, or a run's folder, to go on from; auto: the newest in --log_dir, if there is one"
+    resume_checkpoint: str = path_flag(
+        "any file of a checkpoint, or a run's folder, to go on from; auto: the newest in --log_dir, if there is one"
     )
-    val_data_dir: str = flag("", "folder or zip of validation images")
+    val_data_dir: str = path_flag("folder or zip of validation images")
     max_bad_steps: int = flag(
         50, "skipped steps in a row (loss or gradient not finite) that end the training; 0: none do", at_least=0
     )
@@ -342,7 +334,7 @@ class ClassifierTrainConfig(TrainConfig):
 class SampleConfig:
     """Sampling."""
 
-    model_path: str = flag("", "a checkpoint, or the folder of a run (its newest EMA)")
+    model_path: str = path_flag("a checkpoint, or the folder of a run (its newest EMA)")
     num_samples: int = flag(10000, "images to make", at_least=1)
     batch_size: int = flag(16, "images per pass of the network", at_least=1)
     sampler: str = flag("", "one of {samplers}; '' is ddpm, or ddim with --use_ddim True")
@@ -353,26 +345,20 @@ class SampleConfig:
     churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
     clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
     dynamic_threshold: float = flag(
-        0.0,
-        "clip every predicted x_0 at this percentile of its sizes, such as 0.995, then scale it to [-1, 1]; 0: off",
-        at_least=0,
+        0.0, "clip x_0 at this percentile of its sizes, such as 0.995, then scale it to [-1, 1]; 0: off", at_least=0
     )
     classes: str = flag("", "labels in turn: 207,360 or names of classes.json; '' draws at random")
     save_images: bool = flag(False, "write one PNG per image as well")
-    save_intermediate: int = flag(
-        0, "film.png and film.gif of the first images: the predicted x_0 every so many steps; 0: none", at_least=0
-    )
+    save_intermediate: int = flag(0, "film.png, film.gif: the first x_0 every so many steps; 0: none", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreeGuidanceConfig:
     """Guidance without a classifier, and when guidance of any kind acts."""
 
-    cfg_scale: float = flag(
-        1.0, "w in uncond + w (cond - uncond): 1 the conditional model, 0 the unconditional one, above 1 guides"
-    )
+    cfg_scale: float = flag(1.0, "w in uncond + w (cond - uncond): 1 conditional, 0 unconditional, above 1 guides")
     cfg_rescale: float = flag(0.0, "share of guidance's gain in contrast to take back, 0 to 1; 0: none", at_least=0)
-    autoguide_path: str = flag("", "a weaker model of the same kind to guide away from: checkpoint or run folder")
+    autoguide_path: str = path_flag("a weaker model of the same kind to guide away from: checkpoint or run folder")
     autoguide_scale: float = flag(1.0, "w in weak + w (model - weak): 1 the model alone, above 1 guides")
     guidance_interval: str = flag("", "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout")
 
@@ -381,8 +367,8 @@ class FreeGuidanceConfig:
 class EditConfig:
     """Starting from images."""
 
-    init_image: str = flag("", "an image to start from; of a folder or zip its images in turn")
-    mask: str = flag("", "white keeps --init_image, black is painted; of a folder or zip its masks in turn")
+    init_image: str = path_flag("an image to start from; of a folder or zip its images in turn")
+    mask: str = path_flag("white keeps --init_image, black is painted; of a folder or zip its masks in turn")
     mask_invert: bool = flag(False, "black keeps and white is painted")
     strength: float = flag(
         -1.0, "share of the way to noise, above 0 and up to 1; -1: 0.6, and 1 with --mask or --invert", at_least=0
@@ -390,7 +376,7 @@ class EditConfig:
     resample: int = flag(1, "how often every stretch of steps is taken, so that what is painted fits in", at_least=1)
     resample_jump: int = flag(10, "steps in such a stretch", at_least=1)
     invert: bool = flag(False, "start from the noise that makes --init_image, not from fresh noise")
-    interpolate: str = flag("", "an image: make --num_samples steps from --init_image to it")
+    interpolate: str = path_flag("an image: make --num_samples steps from --init_image to it")
     init_classes: str = flag("", "classes of the images that --invert and --interpolate turn to noise; '' --classes")
 
 
@@ -398,28 +384,21 @@ class EditConfig:
 class GuidanceConfig:
     """Classifier guidance."""
 
-    classifier_path: str = flag("", "the classifier's checkpoint, or the folder of its run")
+    classifier_path: str = path_flag("the classifier's checkpoint, or the folder of its run")
     classifier_scale: float = flag(1.0, "factor of the gradient of log p(y | x_t); 0 is the unguided sampler")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LikelihoodConfig:
-    """The images to measure."""
-
-    data_dir: str = flag("", "folder or zip of images")
-    class_from: str = flag("auto", "where labels come from", choices=CLASS_RULES)
-    model_path: str = flag("", "a checkpoint, or the folder of a run (its newest EMA)")
-    num_samples: int = flag(1000, "images to measure", at_least=1)
-    batch_size: int = flag(1, "images per pass of the network", at_least=1)
-    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
+    clip_guided: str = flag(
+        "auto",
+        "clip x_0 after guidance too; auto: not of ddim, plms without --steps",
+        choices=("auto", "True", "False"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """The demonstration."""
 
-    log_dir: str = flag("demo-output", "folder of the trained networks, the samples and the picture")
-    data_dir: str = flag("datasets/emoji64.zip", "folder or zip of the images")
+    log_dir: str = local_flag("folder of the trained networks, the samples and the picture", "demo-output")
+    data_dir: str = path_flag("folder or zip of the images", "datasets/emoji64.zip")
     seed: int = flag(0, "seed of all randomness", at_least=0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import CLASS_RULES, flag, size_flag
+from .config import CLASS_RULES, LABEL_COLUMN, flag, local_flag, size_flag
 
 FORMATS = ("", "png", "jpeg")
 CROPS = ("center", "box")
@@ -22,8 +22,8 @@ def optional_size(text: str) -> int | str:
 class ConversionConfig:
     """What is read, and what is written."""
 
-    source: str = flag("", "the data set as it was fetched: file or folder", positional=True)
-    out: str = flag("", "folder to make, or a file whose name ends in .zip", positional=True)
+    source: str = local_flag("the data set as it was fetched: file or folder", positional=True)
+    out: str = local_flag("folder to make, or a file whose name ends in .zip", positional=True)
     size: int | str = flag(
         0, "pixels: 64, or HEIGHTxWIDTH; 0 leaves images as they are", convert=optional_size, alias="image-size"
     )
@@ -63,17 +63,17 @@ class LsunConfig(OneClassConfig):
 class ImagenetConfig(ConversionConfig):
     """What is read, and what is written."""
 
-    ground_truth: str = flag(
-        "", "for the validation tar: a class per line in the order of the files, or LOC_val_solution.csv"
+    ground_truth: str = local_flag(
+        "for the validation tar: a class per line in the order of the files, or LOC_val_solution.csv"
     )
-    synsets: str = flag("", "where classes are numbers: a file whose line N starts with the name of class N")
+    synsets: str = local_flag("where classes are numbers: a file whose line N starts with the name of class N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Imagenet64Config(ConversionConfig):
     """What is read, and what is written."""
 
-    synsets: str = flag("", "map_clsloc.txt, for names in place of numbers: its line N starts with that of class N")
+    synsets: str = local_flag("map_clsloc.txt, for names in place of numbers: its line N starts with that of class N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class CelebaConfig(OneClassConfig):
     """What is read, and what is written."""
 
     attribute: str = flag("", "one of list_attr_celeba.txt, e.g. Smiling, for the two classes with and without it")
-    attribute_file: str = flag("", "that file; '' looks for it beside the images and one folder up")
+    attribute_file: str = local_flag("that file; '' looks for it beside the images and one folder up")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +113,12 @@ class FolderConfig(OneClassConfig):
     """What is read, and what is written."""
 
     class_from: str = flag("auto", "where classes come from", choices=CLASS_RULES)
+    label_column: str = flag("", LABEL_COLUMN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiConfig(ConversionConfig):
     """What is read, and what is written."""
 
-    google: str = flag("", "Noto Emoji: a checkout, or emoji-datasource-google unpacked; '' is SOURCE")
-    twitter: str = flag("", "Twemoji: a checkout, or emoji-datasource-twitter unpacked; '' is SOURCE")
+    google: str = local_flag("Noto Emoji: a checkout, or emoji-datasource-google unpacked; '' is SOURCE")
+    twitter: str = local_flag("Twemoji: a checkout, or emoji-datasource-twitter unpacked; '' is SOURCE")

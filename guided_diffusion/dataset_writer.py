@@ -84,7 +84,7 @@ def convert(source: Source, config: ConversionConfig, script: str) -> None:
         changed since the first run, holds no image, or the output is there already.
     """
     out = config.out.rstrip("/") or config.out
-    _check_paths(config.source, out)
+    check_paths(config.source, out)
     request = _request(config, script)
     if os.path.exists(out):
         _settle(out, request)
@@ -102,7 +102,11 @@ def _request(config: ConversionConfig, script: str) -> dict[str, Any]:
     return {"script": script, **options, "source": os.path.abspath(config.source)}
 
 
-def _check_paths(source: str, out: str) -> None:
+def check_paths(source: str, out: str) -> None:
+    """Refuse places that no data set can come from or go to, before anything is read.
+
+    :raises ValueError: naming the place.
+    """
     if not out:
         raise ValueError("OUT '' is no name: give a folder to make, or a file whose name ends in .zip")
     if not os.path.exists(source):

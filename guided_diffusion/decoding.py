@@ -22,6 +22,7 @@ from .crops import MAX_PIXELS, Picture, size_of
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+Range = tuple[float, float]  # the numbers that black and white are
 SIDEWAYS = (5, 6, 7, 8)  # values of EXIF's orientation that swap height and width
 PARTS = (8, 4, 2)  # pixels in a row of which libjpeg can make one
 _TOO_MANY = f"it has too many pixels, more than {MAX_PIXELS} are not read"
@@ -39,27 +40,33 @@ def decode(content: bytes, extension: str, channels: int) -> Picture:
     return decode_whole(content, extension, channels).picture
 
 
-def decode_whole(content: bytes, extension: str, channels: int, at_least: tuple[int, int] | None = None) -> Whole:
+def decode_whole(
+    content: bytes,
+    extension: str,
+    channels: int,
+    at_least: tuple[int, int] | None = None,
+    data_range: Range | None = None,
+) -> Whole:
     """A picture and its size.
 
     :param at_least: a (height, width) that is enough: a JPEG is then decoded at a half, a quarter or an eighth of its
         size where that covers it. Its pixels differ a little from those that halving it afterwards makes.
     """
     if extension == ".npy":
-        picture = _decode_array(untrusted.read_array(content), channels)
+        picture = _decode_array(untrusted.read_array(content), channels, data_range)
         return Whole(picture, size_of(picture))
-    image = _opened(io.BytesIO(content))
+    image = opened(io.BytesIO(content))
     if at_least and isinstance(image, JpegImageFile):
         size = _upright_size(image)
-        return Whole(_decode_picture(_reduced(image, _parts(size, at_least)), channels), size)
-    picture = _decode_picture(_loaded(image), channels)
+        return Whole(_decode_picture(_reduced(image, _parts(size, at_least)), channels, data_range), size)
+    picture = _decode_picture(loaded(image), channels, data_range)
     return Whole(picture, size_of(picture))
 
 
 def size_in(file: IO[bytes], extension: str) -> tuple[int, int]:
     """(height, width) of a picture, upright, without its pixels, of which no more than the header is read."""
     if extension != ".npy":
-        return _upright_size(_opened(file))
+        return _upright_size(opened(file))
     shape = untrusted.read_header(file).shape
     return shape[0], shape[1]
 
@@ -69,7 +76,7 @@ def decode_ids(content: bytes, extension: str) -> NDArray[np.float32]:
     if extension == ".npy":
         array = untrusted.read_array(content)
     else:
-        image = _loaded(_opened(io.BytesIO(content)))
+        image = loaded(opened(io.BytesIO(content)))
         if image.format == "JPEG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16L", "I;16B"):
             raise ValueError(f"a {image.format} of mode {image.mode}, where maps of classes are PNG, grey or palette")
         with contextlib.suppress(Exception):
@@ -78,21 +85,21 @@ def decode_ids(content: bytes, extension: str) -> NDArray[np.float32]:
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.ndim != 2 or array.dtype.kind not in "biu" or np.abs(array.astype(np.int64)).max(initial=0) >= 2**24:
         raise ValueError(f"numbers {array.shape} of {array.dtype}, where maps of classes are [H, W] of small integers")
-    _check_pixels(array.shape[1], array.shape[0])
+    check_pixels(array.shape[1], array.shape[0])
     return array[..., None].astype(np.float32)
 
 
-def _opened(file: IO[bytes]) -> Image.Image:
+def opened(file: IO[bytes]) -> Image.Image:
     """A picture of which the header is read."""
     try:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
         raise ValueError(_TOO_MANY) from error
-    _check_pixels(image.width, image.height)
+    check_pixels(image.width, image.height)
     return image
 
 
-def _loaded(image: Image.Image) -> Image.Image:
+def loaded(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -109,10 +116,10 @@ def _reduced(image: JpegImageFile, parts: int) -> Image.Image:
     """A JPEG of which the decoder makes one pixel of so many in a row."""
     size, box = (image.width // parts, image.height // parts), (0, 0, image.width / parts, image.height / parts)
     if parts == 1 or image.draft(None, size) is None:
-        return _loaded(image)
+        return loaded(image)
     # The decoder rounds sizes up, the last pixels being parts of some, and halving stretches what is odd over the lower
     # size: as this does, so that crops of either are of the same places.
-    return _loaded(image).resize(size, Image.Resampling.BICUBIC, box)
+    return loaded(image).resize(size, Image.Resampling.BICUBIC, box)
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -124,30 +131,45 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _check_pixels(width: int, height: int) -> None:
+def check_pixels(width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"it has {width} x {height} pixels, where 1 to {MAX_PIXELS} are read")
 
 
-def _decode_array(array: NDArray[Any], channels: int) -> Picture:
+def _decode_array(array: NDArray[Any], channels: int, data_range: Range | None) -> Picture:
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3:
-        raise ValueError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read")
-    _check_pixels(array.shape[1], array.shape[0])
+        more = ": give the path of an array of many by itself, not the folder that it lies in" * (array.ndim == 4)
+        raise ValueError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read{more}")
+    check_pixels(array.shape[1], array.shape[0])
     if array.dtype == np.uint8 and channels in MODES and array.shape[-1] in MODES:
-        return _convert(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), channels)
-    return _with_channels(_planes(array), channels)
+        image = Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
+        return _in_range(_convert(image, channels), data_range)
+    return _with_channels(_planes(array, data_range), channels)
 
 
-def _decode_picture(image: Image.Image, channels: int) -> Picture:
+def _in_range(image: Image.Image, data_range: Range | None) -> Picture:
+    """A picture of bytes, as planes where black and white are others of them than 0 and 255."""
+    if data_range is None or data_range == (0, 255) or not _of_bytes(data_range):
+        return image
+    array = np.asarray(image)
+    return _planes(array[..., None] if array.ndim == 2 else array, data_range)
+
+
+def _of_bytes(data_range: Range) -> bool:
+    """Whether a range may be that of bytes: else it is that of finer numbers, and bytes have their own."""
+    return data_range[0] >= 0 and data_range[1] <= 255
+
+
+def _decode_picture(image: Image.Image, channels: int, data_range: Range | None) -> Picture:
     with contextlib.suppress(Exception):  # a damaged EXIF block takes nothing from the picture itself
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        return _convert(image, channels)
+        return _in_range(_convert(image, channels), data_range)
     array = np.asarray(image)[..., None]
     if image.mode == "I" and array.min() >= 0 and array.max() <= 65535:
         array = array.astype(np.uint16)  # how Pillow hands out some 16 bit greys
-    return _with_channels(_planes(array), channels)
+    return _with_channels(_planes(array, data_range), channels)
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
@@ -163,15 +185,27 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _planes(array: NDArray[Any]) -> NDArray[np.float32]:
-    """Numbers of any declared range -> [-1, 1]."""
+def _planes(array: NDArray[Any], data_range: Range | None) -> NDArray[np.float32]:
+    """Numbers of any declared range -> [-1, 1]; what lies outside is clipped to it."""
+    finite = array.dtype.kind != "f" or bool(np.isfinite(array).all())
+    if data_range is not None and not finite:
+        raise ValueError("numbers that are not finite")
+    if data_range is not None and array.dtype.kind in "iuf" and (array.dtype != np.uint8 or _of_bytes(data_range)):
+        black, white = data_range
+        planes = (array.astype(np.float64) - black) * (2 / (white - black)) - 1
+        return np.clip(planes, -1, 1).astype(np.float32)
     if array.dtype.kind == "f":
-        if not (np.isfinite(array).all() and np.abs(array).max(initial=0) <= 1):
-            raise ValueError("floats outside [-1, 1], the range that floats must have")
+        if not finite or np.abs(array).max(initial=0) > 1:
+            raise ValueError(
+                "floats outside [-1, 1], the range that floats must have: --data_range LOW,HIGH names another"
+            )
         return array.astype(np.float32)
     top = {"b1": 1, "u1": 255, "u2": 65535}.get(array.dtype.str[1:])
     if top is None:
-        raise ValueError(f"numbers of type {array.dtype}, where uint8, uint16, bool or floats in [-1, 1] are read")
+        raise ValueError(
+            f"numbers of type {array.dtype}, where uint8, uint16, bool or floats in [-1, 1] are read; --data_range "
+            "LOW,HIGH says what others are"
+        )
     return array.astype(np.float32) / np.float32(top / 2) - 1
 
 
@@ -181,5 +215,5 @@ def _with_channels(planes: NDArray[np.float32], channels: int) -> NDArray[np.flo
     if planes.shape[-1] == 3 and channels == 4:
         planes = np.concatenate([planes, np.ones_like(planes[..., :1])], -1)
     if planes.shape[-1] != channels:
-        raise ValueError(f"{planes.shape[-1]} channels, where image_channels is {channels}")
+        raise ValueError(f"{planes.shape[-1]} channels, where image_channels is {channels} (an array is [H, W, C])")
     return planes

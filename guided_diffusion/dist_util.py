@@ -9,59 +9,57 @@ import os
 import secrets
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, TypeVarTuple, cast
 
-import blobfile as bf
 import torch as th
 import torch.distributed as dist
 
-from . import heartbeat, launchers, logger
+from . import launchers, logger, paths
 from .launchers import Place
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks to have started
-# For the slowest rank to reach a collective: rank 0 may be merging files. Lost ranks are noticed by the watch.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = 10.0  # minutes for the slowest rank to reach a collective: rank 0 may be merging files
 PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor alone is larger
 DEVICE_TYPES = ("cpu", "cuda", "mps")
 GPUS_PER_NODE, SETUP_RETRY_COUNT = 8, 3  # names of the originals; the launcher says how many there are
 OWN_PACKAGES = ("guided_diffusion", "evaluations")
 
+_joining = threading.Lock()  # commands may run in threads of one process
 _device: th.device | None = None
-_watch: heartbeat.Watch | None = None
 
 
 # ---- joining
 
 
-def setup_dist(*, device: str = "") -> None:
+def setup_dist(*, device: str = "", timeout: float = COLLECTIVE_TIMEOUT) -> None:
     """Joins the other ranks; afterwards torch.distributed is initialised, in a single process too.
 
     A single process opens no port and looks up no host name. Where a group exists already, only the device is set.
-    Several ranks watch over each other from here on (`heartbeat`): one that is lost ends the process of every other.
 
     :param device: where this rank computes: "cpu", "cuda" (each rank its own), "cuda:1" or "mps"; default: cuda where
         torch sees one, else cpu. CUDA_VISIBLE_DEVICES is respected and never written.
+    :param timeout: minutes after which a collective that a rank has not reached fails on the others.
     :raises ValueError: if there is no such device, two ranks share a GPU, or the ranks have different kinds of device.
     :raises TimeoutError: if some rank does not arrive.
     """
     global _device
-    _device = _choose_device(device)
-    if _initialized():
-        return
-    place = launchers.place()
-    if place.size == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        _join(place, _device)
-        logger.share_dir(broadcast_object(logger.new_dir()))
+    with _joining:
+        _device = _choose_device(device)
+        if _initialized():
+            return
+        if (place := launchers.place()).size == 1:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            _join(place, _device, timedelta(minutes=timeout))
+            logger.share_dir(broadcast_object(logger.new_dir()))
 
 
 def _initialized() -> bool:
@@ -89,12 +87,10 @@ def _no_device(wanted: str, reason: str) -> ValueError:
     return ValueError(f"device {wanted!r} cannot be used, {reason}: give cpu, cuda, cuda:N or mps, or leave it out")
 
 
-def _join(place: Place, device: th.device) -> None:
-    global _watch
+def _join(place: Place, device: th.device, timeout: timedelta) -> None:
     try:
         store = _meet(place)
         descriptions = _tell_each_other(store, place, _describe(device))
-        _watch = _begin_watch(store, place)
     except dist.DistError as error:
         raise TimeoutError(
             f"rank {place.rank}: {place.launcher} announced {place.size} ranks, but not all of them arrived within "
@@ -104,9 +100,7 @@ def _join(place: Place, device: th.device) -> None:
     _refuse_unequal(descriptions)
     if device.type == "cuda":
         th.cuda.set_device(device)
-    dist.init_process_group(
-        _backend(device), store=store, rank=place.rank, world_size=place.size, timeout=COLLECTIVE_TIMEOUT
-    )
+    dist.init_process_group(_backend(device), store=store, rank=place.rank, world_size=place.size, timeout=timeout)
 
 
 def _meet(place: Place) -> dist.Store:
@@ -154,19 +148,6 @@ def _tell_each_other(store: dist.Store, place: Place, text: str) -> list[str]:
     """The texts of all ranks: a gather that needs no process group yet."""
     store.set(f"rank{place.rank}", text)
     return [store.get(f"rank{rank}").decode() for rank in range(place.size)]
-
-
-def _begin_watch(store: dist.Store, place: Place) -> heartbeat.Watch | None:
-    def share(text: str) -> str:
-        if place.rank == 0:
-            store.set("watch", text)
-        return str(store.get("watch").decode())
-
-    def end(sentence: str, code: int) -> None:
-        print(f"rank {place.rank} of {place.size}: {sentence}", file=sys.stderr)
-        launchers.end_job(code)
-
-    return heartbeat.begin(place.rank, place.size, host=launchers.first_host(place), share=share, end=end)
 
 
 def _describe(device: th.device) -> str:
@@ -227,31 +208,10 @@ def local_rank() -> int:
 # ---- exchanging
 
 
-@contextmanager
-def exchanging(what: str) -> Iterator[None]:
-    """Around every collective: ranks that are in different ones, or in one that another rank has left, end.
-
-    :param what: the same on every rank: the collective and the shapes that must agree.
-    """
-    if _watch is not None:
-        _watch.enter(what)
-    try:
-        yield
-    except RuntimeError as error:
-        if _watch is not None:
-            _watch.settle()
-        gone = [] if _watch is None else _watch.gone
-        if not gone:
-            raise
-        who = ", ".join(map(str, gone))
-        raise RuntimeError(f"{what} failed on rank {rank()}, as rank {who} has left already") from error
-
-
 def barrier() -> None:
     """Waits until every rank is here."""
     if world_size() > 1:
-        with exchanging("barrier"):
-            dist.barrier()
+        dist.barrier()
 
 
 def broadcast_object(obj: T) -> T:
@@ -259,8 +219,7 @@ def broadcast_object(obj: T) -> T:
     if world_size() == 1:
         return obj
     box = [obj]
-    with exchanging("broadcast_object"):
-        dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -285,8 +244,7 @@ def gather_objects(obj: T) -> list[T]:
     """The objects of all ranks by rank, on every rank; collective. Anything that pickles."""
     found = [obj] * world_size()
     if world_size() > 1:
-        with exchanging("gather_objects"):
-            dist.all_gather_object(found, obj)
+        dist.all_gather_object(found, obj)
     return found
 
 
@@ -296,10 +254,9 @@ def gather(tensor: th.Tensor) -> list[th.Tensor]:
         return [tensor]
     if tensor.dim() == 0:
         return [part[0] for part in gather(tensor[None])]
-    with exchanging(f"gather of {tensor.dtype} {['n', *tensor.shape[1:]]}"):
-        lengths = [int(length) for length in _gather_equal(th.tensor([len(tensor)], device=tensor.device))]
-        padding = tensor.new_zeros(max(lengths) - len(tensor), *tensor.shape[1:])
-        parts = _gather_equal(th.cat([tensor.detach(), padding]))
+    lengths = [int(length) for length in _gather_equal(th.tensor([len(tensor)], device=tensor.device))]
+    padding = tensor.new_zeros(max(lengths) - len(tensor), *tensor.shape[1:])
+    parts = _gather_equal(th.cat([tensor.detach(), padding]))
     return [part[:length] for part, length in zip(parts, lengths, strict=True)]
 
 
@@ -321,8 +278,7 @@ def sync_params(params: Iterable[th.Tensor]) -> None:
     with th.no_grad():
         for piece in _pieces(params):
             flat = th.cat([tensor.reshape(-1) for tensor in piece])
-            with exchanging(f"sync_params of {flat.numel()} x {flat.dtype}"):
-                dist.broadcast(flat, 0)
+            dist.broadcast(flat, 0)
             for tensor, values in zip(piece, flat.split([tensor.numel() for tensor in piece]), strict=True):
                 tensor.copy_(values.view_as(tensor))
 
@@ -348,8 +304,9 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     :param kwargs: for `torch.load`.
     """
     kwargs.setdefault("weights_only", True)
-    if "://" in str(path):
-        with bf.BlobFile(path, "rb") as file:
+    path = paths.resolve(path)
+    if paths.is_remote(path):
+        with paths.open_blob(path) as file:
             return th.load(io.BytesIO(file.read()), **kwargs)
     os.stat(path)  # here, so that a missing file counts as the caller's mistake and not as torch's
     return th.load(path, **kwargs)
@@ -360,10 +317,6 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
 
 def leave() -> None:
     """Leaves the group, if there is one: collectives that others still wait in fail at once."""
-    global _watch
-    if _watch is not None:
-        _watch.leave()
-        _watch = None
     if _initialized():
         # Destroying the group waits, with the interpreter locked, for gloo's threads; these need the interpreter to let
         # go of the last collective's tensors. Seen to hang about once in thirty runs without this moment for them.
@@ -399,9 +352,9 @@ def _report(error: BaseException) -> None:
     if ranks > 1 and code != 0:
         message = _message(error)
         print(f"rank {place.rank} of {ranks}: {message}", file=sys.stderr)
-        if _watch is not None:
-            _watch.say_failed(code, message.strip().splitlines()[-1])
         launchers.end_job(code)
+    if code == 2 and ranks == 1:
+        logger.discard()
     if _needs_no_traceback(error) and not isinstance(error, SystemExit):
         print(_message(error), file=sys.stderr)
         raise SystemExit(code) from error
@@ -420,17 +373,32 @@ def _message(error: BaseException) -> str:
         return "".join(["failed\n", *traceback.format_exception(error)])
     if isinstance(error, SystemExit):
         return f"exit: {error.code}"
+    if _is_of_another_rank(error):
+        reason = str(error).splitlines()[0].partition("] ")[2].partition(". ")[0] or str(error)
+        return f"error: a collective failed ({reason}): another rank has ended, or is slower than --dist_timeout allows"
     if is_out_of_memory(error):
         told = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return f"error: out of memory{told}: take a smaller --batch_size or, in training, --microbatch"
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {error}"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {_sentence(error)}"
+
+
+def _sentence(error: BaseException) -> str:
+    """What an error says; of one that the system raised, about which file."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename!r} cannot be used ({error.strerror}): look at its path and its permissions"
+    return str(error)
 
 
 def _needs_no_traceback(error: BaseException) -> bool:
     if os.environ.get("GUIDED_DIFFUSION_DEBUG") == "1":
         return False
     ended = isinstance(error, SystemExit | KeyboardInterrupt)
-    return ended or is_out_of_memory(error) or _is_users_mistake(error)
+    return ended or is_out_of_memory(error) or _is_of_another_rank(error) or _is_users_mistake(error)
+
+
+def _is_of_another_rank(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank; gloo has no exception class of its own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO
 
-from . import __version__, logger, untrusted
+from . import __version__, logger, paths, untrusted
 from .npz import PART, explained
 
 try:
@@ -56,7 +56,7 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {
-    "inception": Source(  # the weights of the graph below, converted by pytorch-fid; torch-fidelity publishes them too
+    "inception": Source(  # the published evaluator's graph as converted by pytorch-fid
         urls=(
             "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
             "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
@@ -64,12 +64,6 @@ SOURCES: dict[str, Source] = {
         file="weights-inception-2015-12-05-6726825d.pth",
         sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         size=95_628_359,
-    ),
-    "inception_graph": Source(  # what the published evaluator itself runs
-        urls=("https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb",),
-        file="classify_image_graph_def.pb",
-        sha256="009d6814d1bc560d4e7b236e170e9b2d5ca6f4b57bd8037f6db05776204415c6",
-        size=95_673_916,
     ),
 }
 
@@ -84,7 +78,7 @@ class _BrokenOff(_Failed):
 
 def cache_folder() -> str:
     """Where files are kept: $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion."""
-    return os.path.expanduser(os.environ.get(CACHE) or os.path.join("~", ".cache", "guided-diffusion"))
+    return paths.local(os.environ.get(CACHE) or os.path.join("~", ".cache", "guided-diffusion"))
 
 
 def kept_at(source: Source) -> str:
@@ -100,7 +94,7 @@ def fetch(source: Source, path: str = "", *, say: Callable[[str], object] = prin
     :raises ValueError: if another file has its place.
     :raises OSError: if no address gives it, or it cannot be written.
     """
-    path = os.path.expanduser(path) or kept_at(source)
+    path = paths.local(path) or kept_at(source)
     path = os.path.join(path, source.file) if os.path.isdir(path) else path
     if os.path.exists(path):
         return _already_there(source, path, say)

@@ -1,4 +1,7 @@
-"""What a step draws, for all images of all ranks at once, by key: neither ranks nor microbatches change it.
+"""What a step draws by key, so that neither the number of ranks nor microbatches change it.
+
+A rank draws the noise of its own images alone, by (seed, number of the image), and the few numbers that there are per
+image (t, weights, dropped labels) for all ranks, by (seed, step).
 
 Shapes: N images of a step on all ranks together, n of them on one rank or in one microbatch.
 """
@@ -15,7 +18,7 @@ import torch as th
 
 from . import dist_util
 from .resample import ScheduleSampler
-from .seeds import image_generator, to_device
+from .seeds import image_seed, to_device
 
 # Added to the seed, so that training, validation and sampling never draw the same numbers.
 TRAINING, VALIDATION = 1 << 64, 2 << 64
@@ -39,25 +42,34 @@ def _own(count: int) -> slice:
     return slice(first, first + count)
 
 
-def _noise(batch: th.Tensor, count: int, seed: int, index: int, device: th.device) -> th.Tensor:
-    return th.randn(count, *batch.shape[1:], generator=image_generator(seed, index, device), device=device)
+def _noise(batch: th.Tensor, first: int, seed: int, device: th.device) -> th.Tensor:
+    """Noise for the images number `first` and following, which each depends on the seed and its number alone."""
+    noise, generator = th.empty(batch.shape, device=device), th.Generator(device)
+    for number, image in enumerate(noise, first):
+        image.normal_(generator=generator.manual_seed(image_seed(seed, number)))
+    return noise
 
 
 def draw_for_training(batch: th.Tensor, sampler: ScheduleSampler, seed: int, index: int, device: th.device) -> Draw:
     """This rank's part of step `index`; every rank has as many images in its batch."""
-    count, seed = len(batch) * dist_util.world_size(), seed + TRAINING
+    count, own, seed = len(batch) * dist_util.world_size(), _own(len(batch)), seed + TRAINING
     keyed = {"rng": np.random.default_rng([seed, index])}
     t, weights = sampler.sample(count, device, **(keyed if "rng" in signature(sampler.sample).parameters else {}))
-    return Draw(t, weights, _noise(batch, count, seed, index, device)).cut(_own(len(batch)))
+    return Draw(t[own], weights[own], _noise(batch, index * count + own.start, seed, device))
 
 
-def draw_for_validation(batch: th.Tensor, num_timesteps: int, seed: int, index: int, device: th.device) -> Draw:
-    """This rank's part of validation batch `index`: steps spread evenly, so that a few images see every noise level."""
-    count, seed = len(batch) * dist_util.world_size(), seed + VALIDATION
-    steps = (np.random.default_rng([seed, index]).permutation(count) + 0.5) * num_timesteps / count
-    t = to_device(th.from_numpy(steps).long(), device)
-    weights = th.ones(count, device=device)
-    return Draw(t, weights, _noise(batch, count, seed, index, device)).cut(_own(len(batch)))
+def draw_for_validation(
+    batch: th.Tensor, num_timesteps: int, seed: int, index: int, device: th.device, counted: int | None = None
+) -> Draw:
+    """This rank's part of validation batch `index`: steps spread evenly, so that a few images see every noise level.
+
+    :param counted: over how many of the images of all ranks, from the first on; None: over all of them.
+    """
+    count, own, seed = len(batch) * dist_util.world_size(), _own(len(batch)), seed + VALIDATION
+    spread = counted or count
+    steps = (np.random.default_rng([seed, index]).permutation(spread) + 0.5) * num_timesteps / spread
+    t = to_device(th.from_numpy(np.resize(steps, count)[own]).long(), device)
+    return Draw(t, th.ones(len(batch), device=device), _noise(batch, index * count + own.start, seed, device))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .config import PRECISIONS, flag, size_flag
+from .config import PLUGIN_HELP, PRECISIONS, flag, local_flag, path_flag, size_flag
 
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 
@@ -51,16 +51,15 @@ class ExtractorConfig:
 
     features: str = flag(
         "inception",
-        "inception; classifier:PATH, a run of classifier_train; dinov2:PATH or clip:PATH, their published weights; "
-        "torchscript:PATH or export:PATH, a program from float32 [N, 3, H, W] in [-1, 1] to [N, D]",
+        "inception; classifier:PATH, a run of classifier_train; dinov2:FOLDER or clip:FOLDER, a local folder that "
+        "transformers reads",
     )
-    inception_weights: str = flag(
-        "",
-        "file of the Inception network, .pth, .safetensors or .pb; '' for $GUIDED_DIFFUSION_INCEPTION, then the cache "
-        "that download fills",
+    inception_weights: str = path_flag(
+        "file of the Inception network, .pth or .safetensors; '' for $GUIDED_DIFFUSION_INCEPTION, then the cache that "
+        "download fills"
     )
     eval_batch_size: int = flag(64, "images per pass of the network", at_least=1)
-    eval_precision: str = flag("fp32", "precision of that network; programs have their own", choices=PRECISIONS)
+    eval_precision: str = flag("fp32", "precision of that network", choices=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +73,9 @@ class TrainEvaluationConfig:
     eval_samples: int = flag(1000, "samples of an evaluation, always from the same noise", at_least=10)
     eval_sampler: str = flag("dpm++2m", "their sampler, one of {samplers}")
     eval_steps: int = flag(20, "their steps, on the sampler's own grid", at_least=1)
-    eval_reference: str = flag(
-        "",
+    eval_reference: str = path_flag(
         "npz, folder or zip of the images that they are compared with, or an npz of statistics; '' for at most 10000 "
-        "of those trained on, or as many as there are samples",
+        "of those trained on, or as many as there are samples"
     )
 
 
@@ -85,9 +83,9 @@ class TrainEvaluationConfig:
 class SweepConfig:
     """The grid: every sampler in every number of steps at every scale."""
 
-    model_path: str = flag("", "the diffusion model: a checkpoint, or the folder of a run (its newest EMA)")
-    classifier_path: str = flag("", "the classifier that guides: a checkpoint, or the folder of its run")
-    reference: str = flag("", "npz, folder or zip of real images, or an npz of their statistics")
+    model_path: str = path_flag("the diffusion model: a checkpoint, or the folder of a run (its newest EMA)")
+    classifier_path: str = path_flag("the classifier that guides: a checkpoint, or the folder of its run")
+    reference: str = path_flag("npz, folder or zip of real images, or an npz of their statistics")
     guidance: str = flag(
         "classifier",
         "what the scales are of: --classifier_scale, or --cfg_scale for cfg",
@@ -113,21 +111,22 @@ class SweepConfig:
 class PlaceConfig:
     """Where it happens."""
 
-    log_dir: str = flag("", "folder to keep log.txt in, with all that is said; '' keeps none")
+    log_dir: str = local_flag("folder to keep log.txt in, with all that is said; '' keeps none")
     device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
+    dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
+    plugin: str = flag("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorConfig:
     """What is compared, and what is told of it."""
 
-    reference: str = flag("", "npz, folder or zip of real images, or an npz of their statistics", positional=True)
-    samples: str = flag("", "npz, folder or zip of samples, or the folder of a run", positional=True)
+    reference: str = path_flag("npz, folder or zip of real images, or an npz of their statistics", positional=True)
+    samples: str = path_flag("npz, folder or zip of samples, or the folder of a run", positional=True)
     metrics: str = flag(
         "is,fid,sfid,pr", f"metrics, separated by commas: {','.join(METRIC_NAMES)}", convert=parse_metrics
     )
-    json: str = flag("", "file to write the results to, as JSON")
-    plot: str = flag("", "PNG file to draw the comparison to")
+    json: str = local_flag("file to write the results to, as JSON")
     distances: str = flag(
         "float16",
         "type of the distances of precision and recall: the published numbers' is float16",
@@ -144,8 +143,8 @@ class EvaluatorConfig:
 class ReferenceConfig:
     """The images of a reference, and where it goes."""
 
-    data_dir: str = flag("", "folder or zip of images, or an npz of them", positional=True)
-    out: str = flag("", "npz to write", positional=True)
+    data_dir: str = path_flag("folder or zip of images, or an npz of them", positional=True)
+    out: str = local_flag("npz to write", positional=True)
     image_size: int | str = flag(
         64, "crop and scale the images to 64, or HEIGHTxWIDTH, as in training", convert=size_flag
     )
@@ -159,8 +158,7 @@ class DownloadConfig:
 
     name: str = flag(
         "",
-        "what to fetch: inception (torch weights), or inception_graph (the same network as the published evaluator's "
-        "TensorFlow graph)",
+        "what to fetch: inception, the weights of the network of FID",
         positional=True,
     )
-    out: str = flag("", "file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion")
+    out: str = local_flag("file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion")

@@ -15,13 +15,14 @@ from typing import Any
 import torch as th
 import torch.nn as nn
 
-from . import checkpoint
+from . import checkpoint, weight_files
 from .architecture import CLASSIFIER_NAMES, architecture
 from .config import Size, nearest
 from .image_datasets import load_classes
 
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 POSSIBLE = {(UNET, UNET), (UNET, UPSAMPLER), (UNET, CLASSIFIER), (UPSAMPLER, UPSAMPLER), (CLASSIFIER, CLASSIFIER)}
+_ARTICLES = {UNET: "a", UPSAMPLER: "an", CLASSIFIER: "a"}
 SIZE_FLAGS = {UNET: "image_size", UPSAMPLER: "large_size", CLASSIFIER: "image_size"}
 _INPUT, _LABELS = "input_blocks.0.0.weight", "label_emb.weight"
 _OUTPUTS = ("out.2.weight", "out.2.bias")
@@ -41,12 +42,14 @@ class Source:
 
     :param flags: of the run that made it, {} where no config.json lies beside it.
     :param classes: names by id, [] where they are unknown.
+    :param choice: which weights of the file these are, '' where it holds no more.
     """
 
     path: str
     weights: Weights
     flags: Mapping[str, Any]
     classes: Sequence[str]
+    choice: str = ""
 
     @property
     def kind(self) -> str:
@@ -63,12 +66,12 @@ def open_source(path: str) -> Source:
 
     :raises FileNotFoundError, ValueError: if there is none, or it is of no network of this package.
     """
-    path = checkpoint.resolve_model(path)
-    weights = checkpoint.weights_of(path)
+    path = checkpoint.resolve_model(path, "--init_from")
+    weights, choice = weight_files.weights_of(path)
     if not architecture(weights):
         raise ValueError(f"--init_from {path} is no U-Net, upsampler or classifier: give the checkpoint of one")
     names = checkpoint.classes_beside(path)
-    return Source(path, weights, checkpoint.config_beside(path), load_classes(names) if names else [])
+    return Source(path, weights, checkpoint.config_beside(path), load_classes(names) if names else [], choice)
 
 
 def flags_for(source: Source, kind: str, size: Size | None, usual: Size) -> dict[str, Any]:
@@ -81,7 +84,9 @@ def flags_for(source: Source, kind: str, size: Size | None, usual: Size) -> dict
     :raises ValueError: if nothing of it could be taken.
     """
     if (source.kind, kind) not in POSSIBLE:
-        raise ValueError(f"--init_from {source.path} is of a {source.kind}, from which no {kind} can start")
+        raise ValueError(
+            f"--init_from {source.path} is of {_ARTICLES[source.kind]} {source.kind}, from which no {kind} can start"
+        )
     name = SIZE_FLAGS[source.kind]
     own_size = source.flags.get(name, architecture(source.weights).get(name)) if name == SIZE_FLAGS[kind] else None
     size = next(side for side in (size, own_size, usual) if side is not None)
@@ -196,7 +201,7 @@ class _Fitting:
             null = "with" if self.null[0] else "without"
             there, here = _listed(self.source.classes), _listed(self.classes)
             return f"its classes are {there}, {null} a null class, and those of the data {here}"
-        return checkpoint.difference(self.source.weights, own, size)
+        return weight_files.difference(self.source.weights, own, size)
 
     def grown(self, name: str, fresh: th.Tensor, old: th.Tensor | None) -> tuple[th.Tensor, str]:
         """A parameter made from the checkpoint's, and what was done.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import flag, nearest
+from .config import flag, nearest, path_flag
 
 MISMATCHES = ("error", "reinit", "inflate")
 LORA_KINDS = ("attention", "convolutions")
@@ -28,8 +28,8 @@ def parse_kinds(text: str) -> str:
 class InitConfig:
     """Starting from a trained network."""
 
-    init_from: str = flag(
-        "", "a checkpoint, or the folder of a run (its newest EMA), whose weights a new run starts from; '' for none"
+    init_from: str = path_flag(
+        "a checkpoint, or the folder of a run (its newest EMA), whose weights a new run starts from; '' for none"
     )
     init_mismatch: str = flag(
         "error",
@@ -58,5 +58,5 @@ class LoraConfig:
 class AdapterConfig:
     """An adapter (LoRA) over the network of --model_path."""
 
-    lora_path: str = flag("", "its file loraNNNNNN.pt, or the folder of the run that trained it; '' for none")
+    lora_path: str = path_flag("its file loraNNNNNN.pt, or the folder of the run that trained it; '' for none")
     lora_scale: float = flag(1.0, "how much of it: 0 none, 1 as it was trained")

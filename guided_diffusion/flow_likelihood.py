@@ -222,7 +222,7 @@ def _heun(slope: Slope, point: Point, angles: th.Tensor) -> tuple[Point, th.Tens
         first = slope(point, now.expand(count))
         second = slope(_moved(point, length, [first], [1.0]), then.expand(count))
         point = _moved(point, length, [first, second], [0.5, 0.5])
-        _refuse_broken(point)
+    _refuse_broken(bool(_finite(point)))  # what breaks on the way stays broken
     return point, th.full((count,), 2.0 * (len(angles) - 1), device=point.x.device)
 
 
@@ -230,10 +230,12 @@ def _rk45(slope: Slope, point: Point, ends: th.Tensor, tolerance: float) -> tupl
     """As `_heun`, in steps whose length each image chooses for itself: those beside it do not matter."""
     theta, end = ends[0].expand(len(point.x)), ends[1]
     length = theta.clamp(max=float(end - ends[0]))  # of the order of the first noise level
-    first, evaluations = slope(point, theta), th.ones_like(theta)
+    first, evaluations, after = slope(point, theta), th.ones_like(theta), point
     for _ in range(MAX_STEPS):
         going = theta < end
-        if not bool(going.any()):
+        more, finite = th.stack([going.any(), _finite(after)]).tolist()  # the step's one wait for the device
+        _refuse_broken(finite)
+        if not more:
             return point, evaluations
         last = theta + length >= end
         length = th.where(last, end - theta, length)
@@ -256,7 +258,6 @@ def _stages(slope: Slope, point: Point, theta: th.Tensor, length: th.Tensor, fir
     for weights in STAGES:
         after = _moved(point, length, slopes, weights)
         slopes.append(slope(after, theta + sum(weights) * length))
-    _refuse_broken(after)
     return after, slopes
 
 
@@ -275,8 +276,13 @@ def _chosen(where: th.Tensor, yes: Point, no: Point) -> Point:
     return Point(th.where(rows, yes.x, no.x), th.where(where, yes.volume, no.volume))
 
 
-def _refuse_broken(point: Point) -> None:
-    if not bool((mean_flat(point.x).isfinite() & point.volume.isfinite()).all()):
+def _finite(point: Point) -> th.Tensor:
+    """Whether all numbers are finite []."""
+    return (mean_flat(point.x).isfinite() & point.volume.isfinite()).all()
+
+
+def _refuse_broken(finite: bool) -> None:
+    if not finite:
         raise ValueError(
             "the flow leads to numbers that are not finite: do the diffusion flags fit those of the training? "
             "Else give --precision fp32"

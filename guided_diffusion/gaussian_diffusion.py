@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from .config import LOSS_WEIGHTS
 from .forward_process import ForwardProcess
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .prediction import CondFn, MeanVariance, Prediction, detached
+from .prediction import Bounds, CondFn, MeanVariance, Prediction, apply_rule, detached
 from .schedules import (
     Array,
     betas_for_alpha_bar as betas_for_alpha_bar,
@@ -79,12 +79,14 @@ def _extract_into_tensor(arr: Array, timesteps: th.Tensor, broadcast_shape: Sequ
 class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
     """A diffusion process, the meaning of its network's output, and everything computed from both.
 
-    Its other parameters are those of `ForwardProcess`.
-
+    :param betas: and `rescale_timesteps`, as for `ForwardProcess`.
     :param loss_weight: "min_snr" weighs the squared error at t as min(SNR, min_snr_gamma) does that of x_0 (Hang et
-        al. 2023); '' does not weigh.
+        al. 2023); '' does not weigh. A step without signal, where that is 0, counts as if its SNR were 1: sampling
+        starts from it, and it would never be trained.
     :raises ValueError: if the network predicts eps and the last step leaves no signal, or an argument is out of range.
     """
+
+    loss_weight, min_snr_gamma = "", 5.0
 
     def __init__(
         self,
@@ -94,23 +96,13 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         model_var_type: ModelVarType,
         loss_type: LossType,
         rescale_timesteps: bool = False,
-        timestep_map: Sequence[float] | None = None,
-        original_num_steps: int | None = None,
-        original_alphas_cumprod: npt.ArrayLike | None = None,
         loss_weight: str = "",
         min_snr_gamma: float = 5.0,
     ) -> None:
-        super().__init__(
-            betas=betas,
-            rescale_timesteps=rescale_timesteps,
-            timestep_map=timestep_map,
-            original_num_steps=original_num_steps,
-            original_alphas_cumprod=original_alphas_cumprod,
-        )
+        super().__init__(betas=betas, rescale_timesteps=rescale_timesteps)
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.loss_weight, self.min_snr_gamma = loss_weight, min_snr_gamma
         self._check()
-        self._mse_weight = self._weigh()
 
     def _check(self) -> None:
         if self.no_signal_at_the_end and self.model_mean_type is ModelMeanType.EPSILON:
@@ -125,17 +117,17 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         if not self.min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma {self.min_snr_gamma} is not above 0: the usual value is 5")
 
-    def _weigh(self) -> Array:
-        """The min-SNR weight [T] of the squared error of what is predicted."""
-        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+    def _mse_weight(self, t: th.Tensor, like: th.Tensor) -> th.Tensor:
+        """The min-SNR weight of the squared error of what is predicted."""
+        snr = self._at("snr", t, like)
         larger_than_of_xstart = {
-            ModelMeanType.START_X: 1.0,
+            ModelMeanType.START_X: th.ones_like(snr),
             ModelMeanType.EPSILON: snr,
             ModelMeanType.VELOCITY: snr + 1,
-            ModelMeanType.PREVIOUS_X: self.posterior_mean_coef1**2,
+            ModelMeanType.PREVIOUS_X: self._at("posterior_mean_coef1", t, like) ** 2,
         }
-        weight: Array = np.minimum(snr, self.min_snr_gamma) / larger_than_of_xstart[self.model_mean_type]
-        return weight
+        of_xstart = th.where(snr > 0, snr, 1.0).clamp(max=self.min_snr_gamma)
+        return of_xstart / larger_than_of_xstart[self.model_mean_type]
 
     # ---- the reverse process
 
@@ -153,11 +145,10 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         :param denoised_fn: applied to the prediction of x_0, before it is clipped to [-1, 1].
         :raises ValueError: if the network returns another number of channels than the variance type needs.
         """
-        output = model(x, self.timesteps(t, x), **(model_kwargs or {}))
+        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         output, log_variance, variance = self._variance(output, x, t)
         xstart = self._xstart(output, x, t)
-        xstart = xstart if denoised_fn is None else denoised_fn(xstart)
-        xstart = xstart.clamp(-1, 1) if clip_denoised else xstart
+        xstart = Bounds(clip_denoised, denoised_fn)(xstart)
         previous = self.model_mean_type is ModelMeanType.PREVIOUS_X
         mean = output if previous else self.posterior_mean(xstart, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": xstart}
@@ -173,14 +164,14 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
             )
         if not learned:
             large = self.model_var_type is ModelVarType.FIXED_LARGE
-            names = ("_large_variance", "_log_large_variance")
+            names = ("large_variance", "log_large_variance")
             small_names = ("posterior_variance", "posterior_log_variance_clipped")
             variance, log_variance = (self._at(n, t, x).expand_as(x) for n in (names if large else small_names))
             return output, log_variance, variance
         output, values = output.chunk(2, dim=1)
         if self.model_var_type is ModelVarType.LEARNED_RANGE:  # Nichol & Dhariwal 2021, eq. 15
             share = (values + 1) / 2
-            small, large_log = self._at("posterior_log_variance_clipped", t, x), self._at("_log_betas", t, x)
+            small, large_log = self._at("posterior_log_variance_clipped", t, x), self._at("log_betas", t, x)
             values = share * large_log + (1 - share) * small
         return output, values, values.exp()
 
@@ -189,7 +180,7 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         if self.model_mean_type is ModelMeanType.START_X:
             return output
         if self.model_mean_type is ModelMeanType.EPSILON:
-            return self.predict_xstart(x, t, output)
+            return self._predict_xstart_from_eps(x_t=x, t=t, eps=output)
         if self.model_mean_type is ModelMeanType.VELOCITY:
             return self._at("sqrt_alphas_cumprod", t, x) * x - self._at("sqrt_one_minus_alphas_cumprod", t, x) * output
         return self.xstart_of_mean(x, t, output)
@@ -203,29 +194,36 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         cond_fn: CondFn | None = None,
         cond_fn_with_grad: bool = False,
         model_kwargs: Kwargs = None,
+        clip_guided: bool | None = None,
     ) -> Predict:
-        """The function (x, t) -> `guidance.Prediction` that the steps call; `model_kwargs` is read at every call."""
-        kwargs = {} if model_kwargs is None else model_kwargs
+        """The function (x, t) -> `prediction.Prediction` that the steps call; `model_kwargs` is read at every call."""
+        options: Any = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "model_kwargs": model_kwargs}
+        bounds = Bounds(clip_denoised, denoised_fn, clip_guided)
 
         def predict(x: th.Tensor, t: th.Tensor) -> Prediction:
-            out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, kwargs)
+            out = self.p_mean_variance(model, x, t, **options)
             if cond_fn is None:
                 return Prediction(self, x, t, out)
-            return Prediction(self, x, t, out, gradient=lambda: cond_fn(x, self.timesteps(t, x), **kwargs))
+            return Prediction(
+                self,
+                x,
+                t,
+                out,
+                bounds=bounds,
+                guide=lambda rule: apply_rule(self, rule, out, x, t, cond_fn, model_kwargs),
+            )
 
         def predict_with_graph(x: th.Tensor, t: th.Tensor) -> Prediction:
             with th.enable_grad():
                 leaf = x.detach().requires_grad_()
-                graph = self.p_mean_variance(model, leaf, t, clip_denoised, denoised_fn, kwargs)
-            out, graph = detached(graph), {**graph, "timesteps": self.timesteps(t, x)}
+                graph = self.p_mean_variance(model, leaf, t, **options)
 
-            def gradient() -> th.Tensor | None:
-                assert cond_fn is not None
+            def guide(rule: str) -> MeanVariance | None:
                 with th.enable_grad():
-                    found = cond_fn(leaf, self._index(t), graph, **kwargs)
-                return None if found is None else found.detach()
+                    guided = apply_rule(self, rule, graph, leaf, t, cond_fn, model_kwargs, with_grad=True)
+                return None if guided is None else detached(guided)
 
-            return Prediction(self, x.detach(), t, out, gradient=gradient)
+            return Prediction(self, x.detach(), t, detached(graph), bounds=bounds, guide=guide)
 
         through = cond_fn_with_grad or getattr(cond_fn, "through_denoiser", False)
         return predict_with_graph if cond_fn is not None and through else predict
@@ -242,8 +240,8 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         model_kwargs: Kwargs = None,
     ) -> dict[str, th.Tensor]:
         """One term of the variational bound [N] in bits per dimension: a KL, and at t = 0 the decoder's likelihood."""
-        mean, _, log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
+        mean, _, log_variance = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
+        out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
         kl = normal_kl(mean, log_variance, out["mean"], out["log_variance"])
         likelihood = discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=out["log_variance"] / 2)
         bits = th.where(t == 0, -mean_flat(likelihood), mean_flat(kl)) / math.log(2)
@@ -262,14 +260,15 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         :param noise: drawn when absent.
         """
         noise = th.randn_like(x_start) if noise is None else noise
-        x_t = self.q_sample(x_start, t, noise)
+        x_t = self.q_sample(x_start, t, noise=noise)
         if self.loss_type.is_vb():
-            bits = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs)["output"]
+            images: Any = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False, "model_kwargs": model_kwargs}
+            bits = self._vb_terms_bpd(model=model, **images)["output"]
             return {"loss": bits * (self.num_timesteps if self.loss_type is LossType.RESCALED_KL else 1)}
-        output = model(x_t, self.timesteps(t, x_t), **(model_kwargs or {}))
+        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
         prediction, _, _ = self._variance(output, x_t, t)
         mse = mean_flat((self._target(x_start, x_t, t, noise) - prediction) ** 2)
-        loss = self._at("_mse_weight", t, mse) * mse if self.loss_weight else mse
+        loss = self._mse_weight(t, mse) * mse if self.loss_weight else mse
         if output is prediction:
             return {"loss": loss, "mse": mse}
         vb = self._variance_loss(output, x_start, x_t, t)
@@ -291,7 +290,8 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         """
         mean, values = output.chunk(2, dim=1)
         frozen = th.cat([mean.detach(), values], dim=1)
-        vb = self._vb_terms_bpd(lambda *_: frozen, x_start, x_t, t, clip_denoised=False)["output"]
+        images: Any = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False}
+        vb = self._vb_terms_bpd(model=lambda *_: frozen, **images)["output"]
         return vb * (self.num_timesteps / 1000) if self.loss_type is LossType.RESCALED_MSE else vb
 
     def _prior_bpd(self, x_start: th.Tensor) -> th.Tensor:
@@ -319,9 +319,11 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         for index in reversed(range(self.num_timesteps)):
             t = th.full((len(x_start),), index, device=x_start.device)
             noise = th.randn_like(x_start) if draw is None else draw()
-            x_t = self.q_sample(x_start, t, noise)
+            x_t = self.q_sample(x_start=x_start, t=t, noise=noise)
             with th.no_grad():
-                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
+                out = self._vb_terms_bpd(
+                    model, x_start=x_start, x_t=x_t, t=t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
+                )
             terms["vb"].append(out["output"])
             terms["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
             terms["mse"].append(mean_flat((self.predict_eps(x_t, t, out["pred_xstart"]) - noise) ** 2))

@@ -14,8 +14,6 @@ import torch as th
 import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from . import dist_util
-
 BUCKET = 2**22  # values per all-reduce: enough to fill a link, few enough for the last one, which nothing hides
 ALIGNED = 4  # values: a gradient begins at a multiple of them, for kernels that read 16 bytes at once
 
@@ -160,15 +158,14 @@ class _Bucket:
         strides = th.empty_like(master, device="meta").stride()  # of memory without gaps, whatever the master's is
         return self.flat().as_strided(master.shape, strides, self._starts[index])
 
-    def send(self, what: str, loss: th.Tensor) -> None:
+    def send(self, loss: th.Tensor) -> None:
         """Begin to add up over the ranks: the gradients, zeros for one that took no part, and a loss []."""
         for index, master in self._masters.items():
             if master.grad is None:
                 master.grad = self.part(index).zero_()
         flat = self.flat()
         flat[0] = loss
-        with dist_util.exchanging(f"{what}: {flat.numel()} x {flat.dtype}"):
-            self.work = dist.all_reduce(flat, async_op=True)
+        self.work = dist.all_reduce(flat, async_op=True)
 
 
 class AveragedGradients(Gradients):
@@ -224,7 +221,7 @@ class AveragedGradients(Gradients):
             param.grad = None
 
     def _send(self) -> None:
-        self._buckets[self._sent].send(f"bucket {self._sent} of gradients", self._total())
+        self._buckets[self._sent].send(self._total())
         self._sent += 1
 
     def finish(self) -> tuple[list[th.Tensor], th.Tensor]:
@@ -232,10 +229,9 @@ class AveragedGradients(Gradients):
             self._move(index)
         while self._sent < len(self._buckets):
             self._send()
-        with dist_util.exchanging(f"{self._sent} buckets of gradients"):
-            for bucket in self._buckets:
-                assert bucket.work is not None
-                bucket.work.wait()
+        for bucket in self._buckets:
+            assert bucket.work is not None
+            bucket.work.wait()
         vectors = [bucket.flat() for bucket in self._buckets]
         th._foreach_div_(vectors, float(dist.get_world_size()))
         self._begin()

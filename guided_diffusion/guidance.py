@@ -28,15 +28,18 @@ Scale = float | Callable[[th.Tensor], th.Tensor | float]
 # ---- makers of cond_fns
 
 
-def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> th.Tensor | None:
-    """The scale [N, 1, ...] at these timesteps, or None where it is 0 for all."""
+def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> float | th.Tensor | None:
+    """The scale at these timesteps, a number or [N, 1, ...]; None where it is 0 for all.
+
+    A number stays one, since to ask a tensor on a GPU what it holds is to wait for it.
+    """
     value = scale(timesteps) if callable(scale) else scale
     if not bool(value.isfinite().all() if isinstance(value, th.Tensor) else math.isfinite(value)):
         raise ValueError(f"the scale of the guidance is {value}: give a finite number, 0 for none")
-    if isinstance(value, th.Tensor):
-        value = value.to(like.device, like.dtype).expand(len(like)).view(-1, *[1] * (like.ndim - 1))
-        return value if bool(value.any()) else None
-    return th.full([1] * like.ndim, value, dtype=like.dtype, device=like.device) if value else None
+    if not isinstance(value, th.Tensor):
+        return float(value) or None
+    value = value.to(like.device, like.dtype).expand(len(like)).view(-1, *[1] * (like.ndim - 1))
+    return value if bool(value.any()) else None
 
 
 def classifier_guidance(classifier: Callable[[th.Tensor, th.Tensor], th.Tensor], scale: Scale) -> CondFn:
@@ -75,8 +78,8 @@ class ThroughDenoiser:
 def loss_guidance(loss: Callable[[th.Tensor], th.Tensor], scale: Scale = 1.0) -> ThroughDenoiser:
     """-scale * grad loss(x_0 predicted from x): universal guidance (Bansal et al. 2023), e.g. for inverse problems.
 
-    With loss = ||measured - A(x_0)||, not squared, it is DPS (Chung et al. 2023, algorithm 1), whose step size is the
-    scale over that norm.
+    The loss is taken for -log p(measurement | x_t), so that ddpm goes down its gradient by scale * variance_t. `dps`
+    goes by steps that do not depend on the variance.
 
     :param loss: x_0 [N, C, H, W] in [-1, 1] -> [N], or a number that is summed over the images.
     """
@@ -87,6 +90,34 @@ def loss_guidance(loss: Callable[[th.Tensor], th.Tensor], scale: Scale = 1.0) ->
             return None
         # the graph stays for others that are combined with this one
         return -factor * th.autograd.grad(loss(out["pred_xstart"]).sum(), x, retain_graph=True)[0]
+
+    return ThroughDenoiser(gradient)
+
+
+def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weighting: str = "norm") -> ThroughDenoiser:
+    """Diffusion posterior sampling for inverse problems with ddpm (Chung et al. 2023, algorithm 1).
+
+    Every step goes down the gradient of the residual's squared norm by zeta, or by zeta over the norm: the gradient is
+    divided by the variance, by which ddpm multiplies it. (With a fixed small variance the last step, which has none, is
+    not guided.) The algorithm knows no other sampler; for those there is `loss_guidance`.
+
+    :param residual: x_0 [N, C, H, W] in [-1, 1] -> measured - A(x_0), [N, ...].
+    :param weighting: "norm", zeta over the norm of the residual, as in the paper's experiments, or "constant".
+    :raises ValueError: for another weighting.
+    """
+    if weighting not in ("norm", "constant"):
+        raise ValueError(f"weighting must be one of norm, constant, got {weighting!r}")
+
+    def gradient(x: th.Tensor, t: th.Tensor, out: MeanVariance, **_: Any) -> th.Tensor | None:
+        factor = _scale_at(zeta, out["timesteps"], x)
+        if factor is None:
+            return None
+        squares = residual(out["pred_xstart"]).flatten(1).square().sum(dim=1)
+        slope = th.autograd.grad(squares.sum(), x, retain_graph=True)[0]
+        if weighting == "norm":  # where nothing is left unexplained the slope is 0
+            norm = squares.detach().sqrt().clamp(min=th.finfo(squares.dtype).tiny)
+            slope = slope / norm.view(-1, *[1] * (x.ndim - 1))
+        return -factor * slope / out["log_variance"].exp()
 
     return ThroughDenoiser(gradient)
 
@@ -179,8 +210,12 @@ class GuidedNetwork(th.nn.Module, ABC):
         """The same guidance where `inside(timesteps)` is true, and the model alone elsewhere."""
 
         def scale(timesteps: th.Tensor) -> th.Tensor | float:
-            there, here = self.scale(timesteps) if callable(self.scale) else self.scale, inside(timesteps)
-            if bool(here.all()):
+            here = inside(timesteps)
+            count = int(here.sum())
+            if not count:
+                return 1.0
+            there = self.scale(timesteps) if callable(self.scale) else self.scale
+            if count == len(here):
                 return there
             return th.where(here, th.as_tensor(there, dtype=th.float32, device=timesteps.device), 1.0)
 
@@ -195,13 +230,14 @@ class GuidedNetwork(th.nn.Module, ABC):
         scale = _scale_at(self.scale, timesteps, x)
         if scale is None:
             return self.weak(x, timesteps, kwargs)
-        if bool((scale == 1).all()):
+        if bool((scale == 1).all()) if isinstance(scale, th.Tensor) else scale == 1:
             return self.model(x, timesteps, **kwargs)
         strong, weak = self.both(x, timesteps, kwargs)
         own, other = strong[:, : x.shape[1]], weak[:, : x.shape[1]]
         guided = other + scale * (own - other)
         if self.rescale:
-            factor = own.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)
+            before, after = (value.flatten(1).std(dim=1, correction=0) for value in (own, guided))
+            factor = (before / after).where(after > 0, 1.0)  # an even image has no contrast to take back
             guided = guided * th.lerp(th.ones_like(factor), factor, self.rescale).view(-1, *[1] * (x.ndim - 1))
         return th.cat([guided, strong[:, x.shape[1] :]], dim=1)
 

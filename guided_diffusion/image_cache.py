@@ -6,8 +6,6 @@ Shapes: H W space, C channels.
 from __future__ import annotations
 
 import mmap
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -19,28 +17,6 @@ from .crops import shrunk, shrunk_size
 from .decoding import MODES, Whole
 from .image_files import UnreadableImage, read_size
 from .untrusted import quoted
-
-# where launchers write how many processes they started on this machine: torchrun, MPICH, Open MPI; and Slurm, which
-# lists those of all its machines, as "4(x2),3"
-RANKS_HERE = (
-    "LOCAL_WORLD_SIZE",
-    "MPI_LOCALNRANKS",
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-    "SLURM_STEP_TASKS_PER_NODE",
-    "SLURM_TASKS_PER_NODE",
-    "SLURM_NTASKS_PER_NODE",
-)
-COUNTS = re.compile(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*")
-# the limit of a container, and the words before what cannot be taken back from its processes: memory of their own, and
-# shared memory, which counts among files elsewhere
-LIMITS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", ("anon", "shmem")),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-        ("total_rss", "total_shmem"),
-    ),
-)
 
 
 class NotKept(ValueError):
@@ -55,7 +31,7 @@ class ImageCache:
 
     :param paths: of all pictures.
     :param random_crop: windows anywhere are wanted; else the middle of a picture is all that is kept of it.
-    :raises ValueError: if memory does not suffice.
+    :raises ValueError: if pictures of so many channels cannot be kept.
     """
 
     def __init__(self, paths: Sequence[str], image_size: Size, channels: int, *, random_crop: bool) -> None:
@@ -66,7 +42,6 @@ class ImageCache:
         self._starts = np.cumsum([0, *(height * width * channels for height, width in self._sizes())])
         table = 4 * np.dtype(np.int64).itemsize * len(paths)
         self.bytes = table + int(self._starts[-1])
-        _check_memory(self.bytes, len(paths))
         # backed by memory once it is written to, and by that of all processes that inherit it
         memory = np.frombuffer(mmap.mmap(-1, self.bytes), np.uint8)
         self._pixels = memory[table:]
@@ -109,41 +84,3 @@ class ImageCache:
             self._table[index, 1:] = (picture.width, *whole.size)
             self._table[index, 0] = picture.height
         return Whole(picture, whole.size)
-
-
-def _check_memory(wanted: int, count: int) -> None:
-    """:raises ValueError: if there is less memory than the ranks on this machine want, each for itself."""
-    ranks, free = ranks_here(), free_memory()
-    if wanted * ranks > free:
-        raise ValueError(
-            f"cache_images takes {wanted / 1e9:.3g} GB for {count} images, in each of {ranks} ranks on this machine, "
-            f"and {free / 1e9:.3g} GB are free: leave it out"
-        )
-
-
-def ranks_here() -> int:
-    """Processes of this run on this machine, or on the one with most where that is all that is known."""
-    said = (os.environ.get(name, "") for name in RANKS_HERE)
-    counts = next(filter(COUNTS.fullmatch, said), "1")
-    return max(int(part.partition("(")[0]) for part in counts.split(","))
-
-
-def free_memory() -> int:
-    """Bytes that may still be taken, by the word of the system and by the limit of a container."""
-    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    free += [1024 * value for value in _numbers("/proc/meminfo", "MemAvailable:")]
-    for limit, table, words in LIMITS:
-        taken = sum(number for word in words for number in _numbers(table, word))
-        free += [most - taken for most in _numbers(limit)]
-    return min(free)
-
-
-def _numbers(path: str, word: str = "") -> list[int]:
-    """The number behind a word in a file of the system, or the one that it holds: [] where there is none."""
-    try:
-        with open(path, encoding="ascii") as file:
-            rows = [line.split() for line in file]
-    except OSError:
-        return []
-    found = [row[1:] if word else row for row in rows if row and word in ("", row[0])]
-    return [int(row[0]) for row in found[:1] if row and row[0].isdigit()]

@@ -6,9 +6,11 @@ Shapes: N batch, C channels, H W space. A size is 64, "64x128" or (64, 128): hei
 from __future__ import annotations
 
 import math as math
-import os
 import random as random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import blobfile as bf  # noqa: F401
@@ -21,7 +23,8 @@ from . import dist_util, logger
 from .conditioning import Pairing
 from .config import Size, parse_size, size_flag
 from .crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
-from .image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images
+from .decoding import Range
+from .image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images, hold
 from .image_items import BatchDataset, ImageDataset as ImageDataset, Loaded, batches
 from .image_labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
 from .image_order import Schedule
@@ -54,6 +57,7 @@ class ImageStream(Iterator[Batch]):
     :param labels: of the data set's images; None leaves the stream without a class table.
     :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer, a quarter of the memory;
         `pictures.to_unit` makes [-1, 1] of them, on any device.
+    :param fit: fewer images than one global batch are no error: batches are then as small as the images allow.
     :param rank: None, like `world_size`, asks `dist_util`.
     :raises ValueError: if there are fewer images than one global batch, and, while iterating, if one cannot be read.
     """
@@ -67,24 +71,27 @@ class ImageStream(Iterator[Batch]):
         labels: Labels | None = None,
         num_workers: int = 0,
         as_bytes: bool = False,
+        fit: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
         self.as_bytes = as_bytes
         self.dataset = dataset
-        self.batch_size = batch_size
+        self.batch_size, self.fit = batch_size, fit
         self.deterministic = deterministic
         self.labels = labels
         self.num_workers = num_workers
         self.rank = dist_util.rank() if rank is None else rank
         self.world_size = dist_util.world_size() if world_size is None else world_size
+        if fit:
+            self.batch_size = min(batch_size, max(1, -(-len(dataset) // self.world_size)))
         self.small_versions: SmallVersions | None = None
         self.skipped: dict[str, str] = {}  # path of an image that could not be read -> why
         self._check()
         self._schedule = Schedule(
             len(dataset),
             dataset.seed,
-            batch_size=batch_size,
+            batch_size=self.batch_size,
             rank=self.rank,
             world_size=self.world_size,
             shuffle=not deterministic,
@@ -103,7 +110,7 @@ class ImageStream(Iterator[Batch]):
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} is not one of {self.world_size}; give 0 <= rank < world_size")
         count, most = len(self.dataset), len(self.dataset) // self.world_size
-        if count < self.global_batch:
+        if count < self.global_batch and not (self.fit and count):
             remedy = f"set batch_size to at most {most}" if most else f"start at most {count} ranks"
             raise ValueError(
                 f"{count} images are fewer than one global batch of {self.global_batch} "
@@ -130,17 +137,18 @@ class ImageStream(Iterator[Batch]):
             if self._loader is None:
                 made = BatchDataset(self.dataset, as_bytes=self.as_bytes)
                 self._loader = batches(made, self._schedule, self.num_workers)
-            self._batches = iter(self._loader)
+            with _without_alarm():
+                self._batches = iter(self._loader)
         batch = next(self._batches)
         if isinstance(batch, ValueError):
             self.close()
             raise ValueError(self._refusal(str(batch)) if isinstance(batch, UnreadableImage) else str(batch))
         first = self._schedule.taken + self._schedule.offset
-        self._schedule.taken += self.global_batch
         images, cond = batch.images, batch.labels
         self._note(batch.bad)
         if self.small_versions is not None:
             cond |= self.small_versions(to_unit(images), range(first, first + len(images)))
+        self._schedule.taken += self.global_batch
         return images, cond
 
     def _note(self, bad: Iterable[tuple[str, str]]) -> None:
@@ -171,6 +179,10 @@ class ImageStream(Iterator[Batch]):
         """The position: global batches taken, and the images in them. Batches that workers hold ready do not count."""
         return {"batches": self._schedule.taken // self.global_batch, "images": self._schedule.taken}
 
+    def give_back(self) -> None:
+        """Count the batch that was taken last as not taken, in `state_dict`."""
+        self._schedule.taken -= self.global_batch
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position; with another batch size, to the image where the old one stood."""
         self._schedule.taken = state["images"] if "images" in state else state["batches"] * self.global_batch
@@ -183,6 +195,19 @@ class ImageStream(Iterator[Batch]):
     def class_table(self) -> list[ClassRow]:
         """The classes by id and how many images each has; [] without labels."""
         return self.labels.class_table() if self.labels else []
+
+
+@contextmanager
+def _without_alarm() -> Iterator[None]:
+    """What torch starts inside does not interrupt the main thread wherever it is when a worker is lost.
+
+    Asking for a batch finds that out too, within seconds and at a moment at which a training can still be saved.
+    """
+    settable = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if settable else None
+    yield
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 # ---- from a folder or a zip to a stream
@@ -208,13 +233,16 @@ def load_data(
     fast_decode: bool = False,
     cache_images: bool = False,
     as_bytes: bool = False,
+    fit: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
     log: Callable[[str], object] | None = None,
+    label_column: str = "",
+    data_range: Range | None = None,
 ) -> ImageStream:
-    """The stream of all images below a folder or a zip.
+    """The stream of all images below a folder or a zip, or in an array.
 
-    :param data_dir: folder, zip, folder in a zip, or bucket.
+    :param data_dir: folder, zip, folder in a zip, any of them in a bucket, or an .npy or .npz [N, H, W, C].
     :param deterministic: in the order of the names instead of shuffled.
     :param class_from: filename, folder, csv, json, or auto (see `image_labels.read_labels`).
     :param classes: class names by id, or the path of the classes.json of an earlier run, whose rule "auto" then takes.
@@ -227,19 +255,25 @@ def load_data(
         little from those of halving them afterwards, and windows and flips do not.
     :param cache_images: keep the decoded images in memory, which the processes of `num_workers` share: the batches are
         the same. Conditioning images are read each time.
-    :param as_bytes: of the `ImageStream`.
+    :param as_bytes: of the `ImageStream`, as `fit` is.
     :param log: takes lines about what was found; None writes them to `logger`.
+    :param label_column: of the labels in a table that has several.
+    :param data_range: the numbers that black and white are in the images, where files do not say it: (0, 4095).
     :raises ValueError: naming what does not fit: sizes, files, labels.
     """
     say = logger.log if log is None else log
-    listing = _images_below(data_dir)
+    listing = _images_below(data_dir, image_channels)
+    hold(listing)
     say(listing.summary())
     listing, partners = pairing.match(listing, say) if pairing else (listing, None)
     labels = None
     if class_cond:
-        labels = read_labels(listing, class_from, classes, num_classes)
-    elif class_from != "auto" or classes:
-        raise ValueError(f"class_from {class_from!r} and classes {classes!r} have no effect; set class_cond to True")
+        labels = read_labels(listing, class_from, classes, num_classes, label_column=label_column)
+    elif class_from != "auto" or classes or label_column:
+        raise ValueError(
+            f"class_from {class_from!r}, label_column {label_column!r} and classes {classes!r} have no effect; set "
+            "class_cond to True"
+        )
     if cache_images and random_crop:
         say(f"  reading the sizes of {len(listing.images)} images, which say how much memory they take")
     dataset = ImageDataset(
@@ -254,6 +288,7 @@ def load_data(
         partners=partners,
         fast_decode=fast_decode,
         cache_images=cache_images,
+        data_range=data_range,
     )
     if dataset.cache:
         say(f"  the decoded images are kept in memory, {dataset.cache.bytes / 1e9:.3g} GB when all of them are read")
@@ -264,6 +299,7 @@ def load_data(
         labels=labels,
         num_workers=num_workers,
         as_bytes=as_bytes,
+        fit=fit,
         rank=rank,
         world_size=world_size,
     )
@@ -272,8 +308,8 @@ def load_data(
     return stream
 
 
-def _images_below(data_dir: str) -> Listing:
-    listing = find_images(os.fspath(data_dir))
+def _images_below(data_dir: str, channels: int) -> Listing:
+    listing = find_images(data_dir, channels)
     if not listing.images:
         known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
         raise ValueError(f"data_dir {data_dir!r} holds no images, {listing.skipped()}; readable are {known}")

@@ -1,7 +1,8 @@
 """Pictures where they lie: finding files in folders, zips and buckets, and reading them.
 
-A path may lead into a zip: ``pets.zip/cat/1.png`` is the member ``cat/1.png`` of ``pets.zip``. Members are decoded in
-memory, and their names never become names on the disk. What cannot be taken is passed over and listed when files are
+A path may lead into a zip: ``pets.zip/cat/1.png`` is the member ``cat/1.png`` of ``pets.zip``; into an array of images
+too: ``train.npy/000007.npy`` is the eighth of them. Members are decoded in memory, and their names never become names
+on the disk. What cannot be taken is passed over and listed when files are
 found, and an `UnreadableImage` when they are read.
 
 Shapes: H W space, C channels.
@@ -13,26 +14,27 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import blobfile as bf
 import numpy as np
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
-from . import untrusted
-from .archives import Archive
+from . import paths, untrusted
+from .archives import Archive, Numbered, Stack, is_stack
 from .crops import Picture
-from .decoding import Whole, decode_ids, decode_whole, size_in
-from .untrusted import is_remote, printable, quoted, reason
+from .decoding import Range, Whole, decode_ids, decode_whole, size_in
+from .masks import Mask, decode_mask
+from .paths import is_remote
+from .untrusted import printable, quoted, reason
 
 T = TypeVar("T")
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy")
-LABEL_FILES = {"json": "dataset.json", "csv": "labels.csv"}
+LABEL_FILES = {"json": ("dataset.json", "metadata.jsonl"), "csv": ("labels.csv", "labels.tsv", "metadata.csv")}
 MAX_OPEN_ARCHIVES = 512  # one for each class, often: to open a zip again is to read all of its directory again
 EMPTY = "it is empty"
 
@@ -52,10 +54,10 @@ class UnreadableImage(ValueError):
 
 
 def _is_file(path: str) -> bool:
-    return bf.exists(path) and not bf.isdir(path) if is_remote(path) else os.path.isfile(path)
+    return paths.exists(path) and not paths.isdir(path)
 
 
-_archives: dict[str, Archive] = {}
+_archives: dict[str, Archive | Stack] = {}
 
 
 def _most_open() -> int:
@@ -68,21 +70,24 @@ def _most_open() -> int:
     return MAX_OPEN_ARCHIVES if limit == resource.RLIM_INFINITY else max(1, min(MAX_OPEN_ARCHIVES, limit // 2))
 
 
-def _archive(path: str) -> Archive:
-    """The open zip, of which processes that are forked inherit the handle and the directory."""
+def _archive(path: str, channels: int = 0) -> Archive | Stack:
+    """The open zip, of which processes that are forked inherit the handle and the directory, or the array."""
     if path not in _archives:
         while len(_archives) >= _most_open():
             _archives.pop(next(iter(_archives))).close()
+        kind, what = (Archive, "zip") if path.lower().endswith(".zip") else (Stack, "array of images")
         try:
-            _archives[path] = Archive(path)
-        except ValueError as error:
-            raise ValueError(f"{path!r} is not a readable zip ({error}); make it again, or give a folder") from error
+            _archives[path] = Archive(path) if kind is Archive else Stack(path, channels)
+        except (OSError, ValueError) as error:
+            if path in str(error):
+                raise
+            raise ValueError(f"{path!r} is not a readable {what} ({error}); make it again, or give a folder") from error
     return _archives[path]
 
 
 def split_archive(path: str) -> tuple[str, str] | None:
-    """(zip, member) of a path that leads into a zip, with member "" for the zip itself; None for any other path."""
-    for end in (found.end() for found in re.finditer(r"\.zip(?=/|$)", path, re.IGNORECASE)):
+    """(zip, member) of a path that leads into a zip or an array, with member "" for the zip itself; else None."""
+    for end in (found.end() for found in re.finditer(r"\.zip(?=/|$)|\.np[yz](?=/)", path, re.IGNORECASE)):
         if path[:end] in _archives or _is_file(path[:end]):
             return path[:end], path[end + 1 :]
     return None
@@ -112,17 +117,22 @@ class _Found:
             self.names.append(name)
 
 
-def _members(archive: str, folder: str = "") -> _Found:
-    """The files of a zip below one of its folders, by names relative to that folder; label files are not examined."""
-    known = _archives.pop(archive, None)
-    if known is not None:  # the file may have been rewritten since it was opened
+def _reopened(path: str, channels: int = 0) -> Archive | Stack:
+    """A zip or array that may have been rewritten since it was opened."""
+    known = _archives.pop(path, None)
+    if known is not None:
         known.close()
+    return _archive(path, channels)
+
+
+def _members(path: str, folder: str = "") -> _Found:
+    """The files of a zip below one of its folders, by names relative to that folder; label files are not examined."""
     start, found = folder.rstrip("/") + "/" if folder else "", _Found()
-    for member, again in _archive(archive).members():
-        name = member.filename
+    archive = _reopened(path)
+    for name, again, fault in archive.members() if isinstance(archive, Archive) else ():
         if name.startswith(start) and not name.endswith("/"):
             twice = "of the same name as a later one" if again else ""
-            found.take(name[len(start) :], twice or (untrusted.member_fault(member) if _is_image(name) else ""))
+            found.take(name[len(start) :], twice or (fault if _is_image(name) else ""))
     return found
 
 
@@ -132,7 +142,7 @@ Entry = tuple[str, str]  # name, and what it is: "folder", "link", "file", or wh
 def _entries(folder: str) -> Iterable[Entry]:
     """Everything in a folder, by name."""
     if is_remote(folder):
-        return sorted((entry.name.rstrip("/"), "folder" if entry.is_dir else "file") for entry in bf.scandir(folder))
+        return [(name, "folder" if is_dir else "file") for name, is_dir in paths.folders_and_files(folder)]
     with os.scandir(folder) as entries:
         return sorted((entry.name, _kind(entry)) for entry in entries)
 
@@ -202,12 +212,16 @@ class Listing:
     """What a folder or a zip holds: names relative to `root`, "/" between folders, in the order of their parts.
 
     :param refused: (name, reason) of what is never read: see `image_files`.
+    :param array: `root` is an array of images, whose numbers are their names.
+    :param ids: [N] class ids that lie beside an array.
     """
 
     root: str
-    images: list[str]
+    images: Sequence[str]
     others: list[str]
     refused: list[tuple[str, str]] = field(default_factory=list)
+    array: bool = False
+    ids: list[int] | None = None
 
     def path(self, name: str) -> str:
         """The path that `read_bytes` takes."""
@@ -218,7 +232,7 @@ class Listing:
         kinds = Counter(
             "hidden" if _is_hidden(name) else printable(_extension(name)) or "no extension"
             for name in self.others
-            if os.path.basename(name) not in LABEL_FILES.values()
+            if os.path.basename(name) not in [*LABEL_FILES["csv"], *LABEL_FILES["json"]]
         ) + Counter(fault for _, fault in self.refused)
         detail = ", ".join(f"{kind}: {count}" for kind, count in sorted(kinds.items()))
         return f"skipped {kinds.total()}" + (f" ({detail})" if detail else "")
@@ -231,27 +245,34 @@ class Listing:
         return "\n".join([*lines, *[f"  and {more} more that are not taken"] * (more > 0)])
 
 
-def find_images(data_dir: str) -> Listing:
-    """Everything below a folder, a zip or a folder in a zip.
+def find_images(data_dir: paths.AnyPath, channels: int = 0) -> Listing:
+    """Everything below a folder, a zip or a folder in a zip, or the images of an array (.npy, .npz).
 
     Zips in a folder are entered only where the folder holds no picture itself: beside pictures they are copies of them.
 
-    :raises ValueError: if there is no such folder or zip, or it cannot be read.
+    :param channels: of the images of an .npy, where they are others than 1, 3 or 4.
+    :raises ValueError: if there is no such folder, zip or array, or it cannot be read.
     """
-    root = data_dir if len(data_dir) < 2 else data_dir.rstrip("/")
+    root = paths.resolve(data_dir)
+    root = root if len(root) < 2 else root.rstrip("/")
     inside = split_archive(root)
     if inside:
         found = _members(*inside)
-    elif root and (bf.isdir(root) if is_remote(root) else os.path.isdir(root)):
+    elif root and paths.isdir(root):
         found = _files_below(root)
         _enter_archives(root, found)
+    elif _extension(root) in (".npy", ".npz") and _is_file(root):
+        stack = _reopened(root, channels)
+        assert isinstance(stack, Stack)
+        return Listing(root, Numbered(stack.shape[0]), [], array=True, ids=stack.labels)
     else:
         raise ValueError(
-            f"data_dir {quoted(data_dir)} is neither a folder nor a zip; give the path of one that holds images"
+            f"data_dir {quoted(root)} is neither a folder nor a zip, nor an array (.npy, .npz); give the path of one "
+            "that holds images"
         )
     for name, fault in found.refused:
         if not name:
-            raise ValueError(f"data_dir {quoted(data_dir)} is {fault}; give one that can be read")
+            raise ValueError(f"data_dir {quoted(root)} is {fault}; give one that can be read")
     names = sorted(found.names, key=lambda name: name.split("/"))
     images = [name for name in names if _is_image(name)]
     return Listing(root, images, [name for name in names if not _is_image(name)], sorted(found.refused))
@@ -270,23 +291,55 @@ def _enter_archives(root: str, found: _Found) -> None:
     found.names = [name for name in found.names if name not in entered]
 
 
+def hold(listing: Listing) -> None:
+    """Read an array whose images are wanted in any order as a whole, where they cannot be read from their places."""
+    stack = _archive(listing.root) if listing.array else None
+    if isinstance(stack, Stack):
+        stack.hold()
+
+
+def images_at(path: paths.AnyPath, name: str, channels: int = 0) -> Listing:
+    """An image, which may lie in a zip, or all those of a folder, a zip or an array.
+
+    :param name: of the argument that `path` comes from, for the error.
+    :param channels: as for `find_images`.
+    :raises ValueError: if there are none.
+    """
+    where = paths.resolve(path)
+    inside = split_archive(where)
+    if not inside and not (where and paths.exists(where)):
+        raise ValueError(
+            f"{name} {where!r} does not exist: give an image, or a folder, zip or array (npy, npz) of images"
+        )
+    alone = inside[1].lower().endswith(IMAGE_EXTENSIONS) if inside else not paths.isdir(where)
+    if alone and (inside or not is_stack(where, channels)):
+        return Listing(os.path.dirname(where) or ".", [os.path.basename(where)], [])
+    listing = find_images(where, channels)
+    if not listing.images:
+        raise ValueError(f"{name} {where!r} holds no images, {listing.skipped()}: give some, or an image itself")
+    return listing
+
+
 # ---- reading pictures
 
 
-def read_image(path: str, channels: int) -> Picture:
+def read_image(path: str, channels: int, data_range: Range | None = None) -> Picture:
     """A picture of `channels` channels: alpha laid on white (kept with 4 channels), turned upright by its EXIF tag.
 
     8 bits stay 8 bits. 16 bit greys cover 0 .. 65535. An .npy is [H, W] or [H, W, C]: uint8, uint16 and bool cover
     their whole range, floats lie in [-1, 1].
 
+    :param data_range: the numbers that black and white are, in place of those: see `decoding.parse_range`.
     :raises UnreadableImage: naming the file and what is wrong with it.
     """
-    return read_whole(path, channels).picture
+    return read_whole(path, channels, data_range=data_range).picture
 
 
-def read_whole(path: str, channels: int, at_least: tuple[int, int] | None = None) -> Whole:
+def read_whole(
+    path: str, channels: int, at_least: tuple[int, int] | None = None, *, data_range: Range | None = None
+) -> Whole:
     """What `read_image` gives, and its size; with `at_least`, JPEGs perhaps at a part of it: see `decoding`."""
-    return _read(path, lambda content, extension: decode_whole(content, extension, channels, at_least))
+    return _read(path, lambda content, extension: decode_whole(content, extension, channels, at_least, data_range))
 
 
 def read_size(path: str) -> tuple[int, int]:
@@ -308,6 +361,14 @@ def read_ids(path: str) -> NDArray[np.float32]:
     :raises UnreadableImage: naming the file and what is wrong with it.
     """
     return _read(path, decode_ids)
+
+
+def read_mask(path: str) -> Mask:
+    """A mask, as `masks` describes it.
+
+    :raises UnreadableImage: naming the file and what is wrong with it.
+    """
+    return _read(path, decode_mask)
 
 
 def _read(path: str, decoder: Callable[[bytes, str], T]) -> T:

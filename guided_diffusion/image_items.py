@@ -6,6 +6,7 @@ Shapes: N batch, C channels, H W space. A size is 64, "64x128" or (64, 128): hei
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,11 +28,10 @@ from .crops import (
     random_crop_arr,
     replay,
 )
-from .decoding import Whole
+from .decoding import Range, Whole
 from .image_cache import ImageCache, NotKept
 from .image_files import UnreadableImage, read_whole
 from .image_order import Key
-from .interruption import leave_signals_to_the_parent
 from .pictures import to_unit
 
 Item = tuple[NDArray[np.float32], dict[str, Any]]
@@ -55,6 +55,7 @@ class ImageDataset(Dataset[Item]):
     :param partners: conditioning images, which come as "cond_image" beside "y".
     :param fast_decode: decode JPEGs at a part of their size where that covers the crop: pixels differ a little.
     :param cache_images: keep the decoded images in memory (not the conditioning images), which changes no number.
+    :param data_range: of the images, as `image_files.read_image` takes it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ImageDataset(Dataset[Item]):
         partners: Partners | None = None,
         fast_decode: bool = False,
         cache_images: bool = False,
+        data_range: Range | None = None,
     ) -> None:
         super().__init__()
         if on_bad_image not in BAD_IMAGE_RULES:
@@ -89,7 +91,7 @@ class ImageDataset(Dataset[Item]):
         self.seed = seed
         self.on_bad_image = on_bad_image
         self.partners = partners.shard(shard, num_shards) if partners else None
-        self.fast_decode = fast_decode
+        self.fast_decode, self.data_range = fast_decode, data_range
         self.cache = (
             ImageCache(self.local_images, resolution, image_channels, random_crop=random_crop) if cache_images else None
         )
@@ -134,7 +136,7 @@ class ImageDataset(Dataset[Item]):
 
     def _read(self, path: str) -> Whole:
         enough = largest_cover(self.resolution, random_crop=self.random_crop) if self.fast_decode else None
-        return read_whole(path, self.image_channels, enough)
+        return read_whole(path, self.image_channels, enough, data_range=self.data_range)
 
     def _place(self, picture: Picture, draws: Draws, *, nearest: bool = False) -> NDArray[Any]:
         """A picture cropped and mirrored."""
@@ -210,10 +212,20 @@ def batches(dataset: BatchDataset, order: Iterable[list[Key]], num_workers: int)
         collate_fn=_as_is,
         pin_memory=th.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if num_workers and dataset.images.cache else None,
         generator=th.Generator(),  # else starting it would advance the generator that training draws from
     )
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """Ignore the signals that end training, in a process that decodes images: launchers send them to all processes.
+
+    The training needs images until its ranks have agreed to stop; the processes end with their loader or its process.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:

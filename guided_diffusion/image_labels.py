@@ -5,29 +5,23 @@ Shapes: N images, K classes.
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
-import blobfile as bf
-
+from . import label_tables, paths
 from .config import CLASS_RULES, nearest
-from .image_files import LABEL_FILES, Listing, read_bytes
+from .image_files import LABEL_FILES, Listing
+from .label_tables import Label
 from .npz import replacing
 from .untrusted import name_fault, parse_json, printable, read_file, reason
 
-Label = str | int
 ClassRow = tuple[int, str, int]  # id, name, number of images
-Pairs = Iterable[tuple[Any, Any]]  # (file, label) as a label file has them
 
-LONGEST_ID = 18  # characters of a number in a label file
+ARRAY = "array"  # the rule of labels that lie in an npz beside the images, which is never asked for
 LARGEST_ID = 65536  # of numbers given as labels without num_classes: what is above is no class id
 
 
@@ -57,27 +51,35 @@ def read_labels(
     class_from: str = "auto",
     classes: Sequence[str] | str | None = None,
     num_classes: int | None = None,
+    *,
+    label_column: str = "",
 ) -> Labels:
     """The classes of a listing by one of the rules `CLASS_RULES`.
 
-    Names get ids in the order of their text. Numbers in a label file are the ids themselves.
+    Names get ids in the order of their text, as in openai/guided-diffusion. Numbers in a table are the ids themselves,
+    and so are folders whose names are the numbers from 0 on.
 
-    :param class_from: "auto" is dataset.json or labels.csv where there is one; else the file name up to its first "_"
-        where all images lie in one folder, or every such prefix is the folder's name; else the folder.
+    :param class_from: "auto" is a table where there is one (dataset.json, labels.csv, or metadata.csv or .jsonl with
+        labels); else the file name up to its first "_" where all images lie in one folder, or every such prefix is the
+        folder's name; else the folder.
     :param classes: names by id that were fixed before, or the path of a classes.json, whose rule "auto" then takes.
+    :param label_column: of the labels in a table that has several.
     :raises ValueError: if an image has no class, an unknown one, or one that does not fit `num_classes`.
     """
-    if class_from not in CLASS_RULES:
+    if class_from not in (*CLASS_RULES, ARRAY):
         rules = ", ".join(CLASS_RULES)
         raise ValueError(f"class_from {class_from!r} is none of {rules}{nearest(class_from, CLASS_RULES)}")
     known, class_from = _known_classes(classes, class_from)
     notes = []
-    if class_from == "auto":
-        class_from, note = _choose_rule(listing)
+    if class_from in ("auto", ARRAY):
+        class_from, note = _choose_rule(listing, label_column)
         notes.append(note)
-    found, remarks = _READERS[class_from](listing)
+    if label_column and class_from not in LABEL_FILES:
+        raise ValueError(f"label_column {label_column!r} has no effect with class_from {class_from}: there is no table")
+    found, remarks = _found(listing, class_from, label_column)
     _check_names([*known, *(label for label in found if isinstance(label, str))])
-    ids, names = _number(listing.images, found, known, num_classes)
+    ids, names = _number(listing.images, found, known, num_classes, by_number=class_from == "folder")
+    remarks += [] if known or class_from in LABEL_FILES else _remarks_on_numbers(names)
     if num_classes is not None and len(names) > num_classes:
         raise ValueError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
     return Labels(ids, names, class_from, notes + remarks)
@@ -93,17 +95,38 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 def _number(
-    files: Sequence[str], found: Sequence[Label], known: Sequence[str], num_classes: int | None
+    files: Sequence[str], found: Sequence[Label], known: Sequence[str], num_classes: int | None, *, by_number: bool
 ) -> tuple[list[int], list[str]]:
-    """(ids, names of all classes)."""
+    """(ids, names of all classes).
+
+    :param by_number: names that are the numbers from 0 on are ids.
+    """
     numbers = [label for label in found if isinstance(label, int)]
     if not known and len(numbers) == len(found):
         _check_range(files, found, numbers, LARGEST_ID if num_classes is None else num_classes)
         return numbers, [str(label) for label in range(max(numbers) + 1)]
-    names = list(known) or sorted(set(map(str, found)))
+    names = list(known) or in_order(set(map(str, found)), by_number=by_number)
     ids = _look_up(files, found, names)
     _check_range(files, found, ids, len(names) if num_classes is None else num_classes)
     return ids, names
+
+
+def in_order(names: Collection[str], *, by_number: bool) -> list[str]:
+    """Names in the order of their text, or of their numbers where they are exactly those from 0 on."""
+    numbers = {str(number) for number in range(len(names))}
+    return sorted(names, key=int) if by_number and set(names) == numbers else sorted(names)
+
+
+def _remarks_on_numbers(names: Sequence[str]) -> list[str]:
+    """What is said of classes that are called by numbers, and of other numbers than their ids."""
+    numbers = [(number, name) for number, name in enumerate(names) if name.isdecimal()]
+    other = next(((number, name) for number, name in numbers if int(name) != number), None)
+    if other:
+        return [
+            f"ids follow the text of the names, as in openai/guided-diffusion: id {other[0]} is class {other[1]}; a "
+            "table of labels, or a classes.json, can say others"
+        ]
+    return ["the names of the classes are numbers, and these are their ids"] * (0 < len(numbers) == len(names))
 
 
 def _check_range(files: Sequence[str], found: Sequence[Label], ids: Sequence[int], limit: int) -> None:
@@ -142,10 +165,12 @@ def _prefix(name: str) -> str:
     return os.path.basename(name).partition("_")[0]
 
 
-def _choose_rule(listing: Listing) -> tuple[str, str]:
-    for rule, file in LABEL_FILES.items():
-        if _label_file(listing, file):
-            return rule, f"classes from {file}"
+def _choose_rule(listing: Listing, label_column: str) -> tuple[str, str]:
+    if listing.array:
+        return ARRAY, f"classes from the labels in {listing.root}"
+    rule, file = label_tables.find_any(listing, label_column)
+    if rule:
+        return rule, f"classes from {os.path.basename(file)}"
     if len(set(map(_folder, listing.images))) == 1:
         return "filename", "classes from the file names, up to the first '_': all images lie in one folder"
     if all(_prefix(name) == _class_folder(name) for name in listing.images):
@@ -183,95 +208,21 @@ def _from_folder(listing: Listing) -> tuple[list[Label], list[str]]:
     return [_class_folder(name) for name in listing.images], notes
 
 
-def _label_file(listing: Listing, file: str) -> str | None:
-    """A label file's name: at the root, or in the one folder that holds everything, as in a zip of a folder."""
-    folders = [name.split("/")[:-1] for name in listing.images]
-    pairs = zip(min(folders), max(folders), strict=False)
-    shared = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    places = ["/".join([*shared[:depth], file]) for depth in range(len(shared) + 1)]
-    return next((place for place in places if place in listing.others), None)
-
-
-def _from_file(rule: str, parse: Callable[[bytes, set[str]], Pairs], listing: Listing) -> tuple[list[Label], list[str]]:
-    file = _label_file(listing, LABEL_FILES[rule])
-    if file is None:
-        raise ValueError(
-            f"class_from {rule} needs the file {LABEL_FILES[rule]} in {listing.root!r}, which is not there; "
-            f"write it, or choose another of {', '.join(CLASS_RULES)}"
-        )
-    start = len(file) - len(LABEL_FILES[rule])
-    names = [name[start:] for name in listing.images]
-    try:
-        table = _table(parse(read_bytes(listing.path(file)), set(names)))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file!r} in {listing.root!r} cannot be used: {reason(error)}; correct it") from error
-    unlabelled = [name for name in names if name not in table]
-    if unlabelled:
-        raise ValueError(
-            f"{len(unlabelled)} of {len(names)} images have no label in {file!r}, the first {unlabelled[0]!r}; "
-            "add them, with paths as they are below that file"
-        )
-    surplus = len(table) - len(names)
-    notes = [f"{file} labels {surplus} files that are not there"] if surplus else []
-    return _as_numbers([table[name] for name in names]), notes
-
-
-def _table(pairs: Pairs) -> dict[str, Label]:
-    """The label of each file.
-
-    :raises ValueError: if a label is none, or a file has two.
-    """
-    table: dict[str, Label] = {}
-    for path, label in pairs:
-        if not isinstance(path, str):
-            raise ValueError(f"the path {printable(repr(path))} is no text")
-        if isinstance(label, bool) or not isinstance(label, str | int):
-            shown = printable(repr(label))
-            raise ValueError(f"the label {shown} of {printable(path)!r} is neither a class id nor a name")
-        if table.setdefault(path, label) != label:
-            raise ValueError(f"{printable(path)!r} has two labels, {printable(str(table[path]))} and {label!r}")
-    return table
-
-
-def _as_numbers(labels: Sequence[Label]) -> list[Label]:
-    """Labels as numbers if all are, else all as text."""
-    texts = [label.strip() if isinstance(label, str) else label for label in labels]
-    if not all(isinstance(text, int) or re.fullmatch(r"-?\d+", text) for text in texts):
-        return [str(text) for text in texts]
-    long = [text for text in texts if isinstance(text, str) and len(text) > LONGEST_ID]
-    if long:
-        raise ValueError(f"the label {printable(long[0])} is too large for a class id; correct it")
-    return [int(text) for text in texts]
-
-
-def _parse_json(content: bytes, names: set[str]) -> Pairs:
-    """The pairs of EDM's ``{"labels": [[path, id], ...]}``."""
-    try:
-        labels = parse_json(content)["labels"] or []
-        return list(labels.items()) if isinstance(labels, dict) else [(path, label) for path, label in labels]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'it is not {{"labels": [[path, id], ...]}} ({reason(error)})') from error
-
-
-def _parse_csv(content: bytes, names: set[str]) -> Pairs:
-    """The pairs of a table ``file,label``; its first line is a heading unless it names an image."""
-    try:
-        text = io.StringIO(content.decode("utf-8-sig"), newline=None)  # line ends of any system
-        rows = [row for row in csv.reader(text) if row]
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"it is no table of UTF-8 text ({reason(error)})") from error
-    short = [row for row in rows if len(row) < 2]
-    if short:
-        raise ValueError(f"the line {printable(short[0][0])!r} is not 'file,label'; put a comma between the two")
-    return [(row[0], row[1]) for row in (rows if rows and rows[0][0] in names else rows[1:])]
+def _from_array(listing: Listing) -> tuple[list[Label], list[str]]:
+    if listing.ids is None:
+        raise ValueError(f"{listing.root} holds images and no labels: give an npz of images arr_0 and labels arr_1")
+    return list(listing.ids), []
 
 
 _READERS: dict[str, Callable[[Listing], tuple[list[Label], list[str]]]] = {
     "filename": _from_filename,
     "folder": _from_folder,
-    "csv": lambda listing: _from_file("csv", _parse_csv, listing),
-    "json": lambda listing: _from_file("json", _parse_json, listing),
+    ARRAY: _from_array,
 }
+
+
+def _found(listing: Listing, rule: str, column: str) -> tuple[list[Label], list[str]]:
+    return label_tables.read(listing, rule, column) if rule in LABEL_FILES else _READERS[rule](listing)
 
 
 # ---- classes.json
@@ -303,7 +254,8 @@ def save_classes(path: str, source: HasClasses) -> None:
     names, counts = [name for _, name, _ in rows], [count for _, _, count in rows]
     table = SavedClasses(classes=names, class_from=source.class_from, counts=counts)
     content = json.dumps(table, indent=1).encode()
-    with bf.BlobFile(path, "wb") if "://" in path else replacing(path) as file:
+    where = paths.resolve(path)
+    with paths.new_blob(where) if paths.is_remote(where) else replacing(where) as file:
         file.write(content)
 
 
@@ -336,7 +288,7 @@ def _names(value: Any) -> list[str]:
 
 
 def _rule(value: Any) -> str:
-    if value not in list(CLASS_RULES):
+    if value not in [*CLASS_RULES, ARRAY]:
         raise ValueError(f"class_from is none of {', '.join(CLASS_RULES)}")
     return str(value)
 

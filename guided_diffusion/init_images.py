@@ -10,57 +10,62 @@ import math
 import os
 from collections.abc import Sequence
 
-import blobfile as bf
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
+from .conditioning import by_name
 from .config import Size
-from .crops import size_of
+from .crops import TooThin, center_crop_arr, channels_first
+from .decoding import Range
 from .image_datasets import ImageDataset
-from .image_files import IMAGE_EXTENSIONS, find_images, read_image, split_archive
+from .image_files import UnreadableImage, images_at, read_mask, read_size
 from .npz import fingerprint
+from .untrusted import printable
 
-
-def images_at(path: str, name: str) -> list[str]:
-    """The paths of the images at `path`: an image, which may lie in a zip, or all those of a folder or a zip.
-
-    :param name: of the argument that `path` comes from, for the error.
-    :raises ValueError: if there are none.
-    """
-    inside = split_archive(path)
-    if not inside and not (path and bf.exists(path)):
-        raise ValueError(f"{name} {path!r} does not exist: give an image, or a folder or zip of images")
-    alone = inside[1].lower().endswith(IMAGE_EXTENSIONS) if inside else not bf.isdir(path)
-    if alone:
-        return [path]
-    listing = find_images(path)
-    if not listing.images:
-        raise ValueError(f"{name} {path!r} holds no images, {listing.skipped()}: give some, or an image itself")
-    return [listing.path(image) for image in listing.images]
+DESCRIBED = 5  # masks of which it is said how they are read
 
 
 class InitImages:
-    """Images and their masks, both taken in turn: sample i starts from image i % n, and keeps what mask i % m says.
+    """Images and their masks, taken in turn: sample i starts from image i % n, and keeps what its mask says.
 
-    They are scaled and cropped as in training, the masks like the images.
+    They are scaled and cropped as in training, the masks like the images. One mask is that of all images, and one image
+    takes several masks in turn; several of both belong together by name, but for the extension.
 
-    :param images: path of an image, or of a folder or zip of images.
+    :param images: path of an image, or of a folder, zip or array of images.
     :param size: of the samples.
     :param channels: C of the samples.
-    :param masks: path of a mask, or of a folder or zip of masks: white is kept, black is not; '' for none.
+    :param masks: path of a mask, or of a folder, zip or array of masks: white is kept, black is not (`masks` says what
+        is white); '' for none.
     :param swap: black is kept, white is not.
-    :raises ValueError: if there is nothing at a path.
+    :param data_range: of the images, as `image_files.read_image` takes it.
+    :raises ValueError: if there is nothing at a path, or an image has no mask.
     """
 
-    def __init__(self, images: str, size: Size, channels: int, *, masks: str = "", swap: bool = False) -> None:
-        self.channels, self.swap = channels, swap
-        self.images = self._dataset(images_at(images, "init_image"), size, channels)
-        self.masks = self._dataset(images_at(masks, "mask"), size, 1) if masks else None
-
-    @staticmethod
-    def _dataset(paths: Sequence[str], size: Size, channels: int) -> ImageDataset:
-        return ImageDataset(size, paths, random_flip=False, image_channels=channels)
+    def __init__(
+        self,
+        images: str,
+        size: Size,
+        channels: int,
+        *,
+        masks: str = "",
+        swap: bool = False,
+        data_range: Range | None = None,
+    ) -> None:
+        self.channels, self.size, self.swap = channels, size, swap
+        listing = images_at(images, "init_image", channels)
+        self.masks: list[str] = []
+        if masks:
+            partners = images_at(masks, "mask")
+            if min(len(listing.images), len(partners.images)) > 1:
+                pairs, told = by_name(listing, partners, "mask")
+                if told:
+                    raise ValueError(f"{told}: several images and masks belong together by name: add or remove some")
+                self.masks = [partners.path(theirs) for _, theirs in pairs]
+            else:
+                self.masks = [partners.path(name) for name in partners.images]
+        paths = [listing.path(name) for name in listing.images]
+        self.images = ImageDataset(size, paths, random_flip=False, image_channels=channels, data_range=data_range)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,45 +75,63 @@ class InitImages:
 
         Bytes come back as they were from `pictures.to_uint8`.
         """
-        rows = {"init_image": self._stack(self.images, indices)}
-        if self.masks is not None:
-            rows["mask"] = ((self._stack(self.masks, indices) > 0) != self.swap).float()
+        images = [_reversible(self.images[index % len(self)][0]) for index in indices]
+        rows = {"init_image": th.from_numpy(np.stack(images))}
+        if self.masks:
+            rows["mask"] = th.from_numpy(np.stack([self._mask(index) for index in indices]))
         return rows
 
-    @staticmethod
-    def _stack(dataset: ImageDataset, indices: Sequence[int]) -> th.Tensor:
-        return th.from_numpy(np.stack([_reversible(dataset[index % len(dataset)][0]) for index in indices]))
+    def _mask(self, index: int) -> NDArray[np.float32]:
+        path = self.masks[index % len(self.masks)]
+        try:
+            array = channels_first(center_crop_arr(read_mask(path).picture, self.size))
+        except TooThin as error:
+            raise UnreadableImage(path, str(error)) from error
+        kept: NDArray[np.bool_] = (array > 0) != self.swap
+        return kept.astype(np.float32)
+
+    def _turns(self, count: int) -> range:
+        return range(min(count, math.lcm(len(self), len(self.masks) or 1)))
 
     def check(self, count: int) -> str:
         """Read what the first `count` samples start from; returns 16 hex digits that stand for it.
 
         :raises ValueError: if an image cannot be read, or a mask has another size than its image.
         """
-        turns = range(min(count, math.lcm(len(self.images), len(self.masks) if self.masks is not None else 1)))
         digest = hashlib.sha256()
-        for index in turns:
+        for index in self._turns(count):
             self._check_size(index)
             digest.update(fingerprint(self.rows([index])).encode())
         return digest.hexdigest()[:16]
 
+    def describe_masks(self, count: int) -> list[str]:
+        """How the masks of the first `count` samples are read, and what of an image they keep."""
+        turns = [index for index in self._turns(count) if self.masks][: len(self.masks)]
+        lines = [self._described(index) for index in turns[:DESCRIBED]]
+        return lines + [f"and {len(turns) - DESCRIBED} masks more, each read by what is in it"] * (
+            len(turns) > DESCRIBED
+        )
+
+    def _described(self, index: int) -> str:
+        path = self.masks[index % len(self.masks)]
+        mask, share = read_mask(path), float(self._mask(index).mean())
+        ends = {0.0: "nothing is kept, all is painted", 1.0: "all is kept, nothing is painted"}
+        kept = ends.get(share, f"{100 * share:.3g} % is kept")
+        keeper = mask.black if self.swap else mask.white
+        return f"mask {printable(os.path.basename(path))}: {mask.values}; {keeper} keeps: {kept}"
+
     def _check_size(self, index: int) -> None:
-        if self.masks is None:
+        if not self.masks:
             return
-        image = self.images.local_images[index % len(self.images)]
-        mask = self.masks.local_images[index % len(self.masks)]
-        theirs, own = _size_of(image, self.channels), _size_of(mask, 1)
+        paths = self.images.local_images[index % len(self)], self.masks[index % len(self.masks)]
+        theirs, own = map(read_size, paths)
         if theirs != own:
-            names = os.path.basename(image), os.path.basename(mask)
+            names = [os.path.basename(path) for path in paths]
             sizes = ["x".join(map(str, size)) for size in (theirs, own)]
             raise ValueError(
                 f"the mask {names[1]} is {sizes[1]} and its image {names[0]} {sizes[0]} (height x width): "
                 "give a mask of the image's own size"
             )
-
-
-def _size_of(path: str, channels: int) -> tuple[int, int]:
-    """Height and width of an image before it is cropped."""
-    return size_of(read_image(path, channels))
 
 
 def _reversible(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,40 +1,25 @@
-"""Ending a long loop on SIGINT, SIGTERM or SIGUSR1 after the step in progress, the same step on every rank."""
+"""Ending a long loop after the step in progress, the same step on every rank: on a signal, or on an error of a rank."""
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
+from typing import ParamSpec, TypeVar
 
 import torch as th
 
 from . import dist_util, logger
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 ECHO = 1.0  # seconds in which a launcher passes on what the terminal has sent already: no second request
 ASK_EVERY = 2.0  # seconds between two questions to all ranks, at most one step more
-
-
-def leave_signals_to_the_parent(worker: int = 0) -> None:
-    """In a process that decodes images: end when the parent says so, and not when a launcher signals all processes.
-
-    mpiexec, torchrun, srun and terminals do; the parent needs images until its ranks agree to stop.
-
-    :param worker: its number, which is of no matter.
-    """
-    for number in set(SIGNALS) - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_the_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_by_the_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 class Interruption:
@@ -89,3 +74,50 @@ class Interruption:
         if self.signum:
             logger.log(f"stopped by {signal.Signals(self.signum).name}; everything is saved")
             raise SystemExit(128 + self.signum)
+
+
+class Failures:
+    """Errors that end a loop after a step and with everything saved, not at once.
+
+    A rank with an error keeps entering the collectives of the others until all of them know of it.
+    """
+
+    def __init__(self) -> None:
+        self.own: Exception | None = None
+        self.told: list[str] = []  # a sentence for each rank that has failed, the same on all ranks
+
+    @property
+    def known(self) -> bool:
+        """Whether all ranks know of an error."""
+        return bool(self.told) or (self.own is not None and dist_util.world_size() == 1)
+
+    def keep(self, work: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R | None:
+        """What `work` returns; None where it raises an error, the first of which is kept."""
+        try:
+            return work(*args, **keywords)
+        except Exception as error:
+            self.add(error)
+            return None
+
+    def add(self, error: Exception) -> None:
+        """Keep an error, if it is the first one, and say so."""
+        self.own = self.own or error
+        with suppress(OSError):  # perhaps of the log itself
+            logger.error(f"{_sentence(error)}; the run ends here")
+
+    def tell(self) -> bool:
+        """Whether any rank has kept an error; every rank calls it, and all know of it from then on."""
+        texts = dist_util.gather_objects(_sentence(self.own) if self.own else "")
+        self.told = [f"rank {rank} has failed ({text})" for rank, text in enumerate(texts) if text]
+        return bool(self.told)
+
+    def end(self) -> None:
+        """Raise this rank's error, or one that names the ranks that failed; nothing if there is none."""
+        if self.own is not None:
+            raise self.own
+        if self.told:
+            raise ValueError(f"{'; '.join(self.told)}, and all ranks end")
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"

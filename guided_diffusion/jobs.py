@@ -8,18 +8,20 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch as th
 
+from .samplers import make_sampler
 from .steps import Sampler
 from .untrusted import printable
 
 Conditioning = Callable[[Sequence[int]], Mapping[str, th.Tensor]]
 Start = Callable[[Sequence[int], dict[str, Any]], Mapping[str, Any]]
 
+_ID = re.compile(r"-?\d{1,18}")
 LISTED = 32  # longer lists of labels and names are not spelled out
 
 
@@ -27,7 +29,7 @@ LISTED = 32  # longer lists of labels and names are not spelled out
 class Job:
     """What to sample, and where it goes.
 
-    :param sampler: the step rule, e.g. ``make_sampler("ddim")``.
+    :param sampler: the step rule, e.g. ``make_sampler("ddim", eta=0.5)``, or its name.
     :param shape: of one image, (C, H, W).
     :param labels: class ids taken in turn: image i gets labels[i % len(labels)].
     :param num_classes: without `labels`, image i draws its label from range(num_classes); 0: no labels at all.
@@ -42,7 +44,7 @@ class Job:
     :param film: show the first images on their way, in film.png and film.gif, every so many steps; 0: do not.
     """
 
-    sampler: Sampler
+    sampler: Sampler | str
     shape: tuple[int, ...]
     num_samples: int
     batch_size: int
@@ -59,6 +61,7 @@ class Job:
     film: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", make_sampler(self.sampler))
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1, the least number of images")
@@ -122,23 +125,43 @@ def check_labels(labels: Iterable[int], num_classes: float) -> None:
 
 
 def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
-    """Class ids from "207,360" or from names; a number always is an id.
+    """Class ids from "207,360" or from names, which may hold commas themselves; a number always is an id.
 
     :param names: names by class id, as in classes.json.
-    :raises ValueError: for an id out of range, an unknown name, or none at all.
+    :raises ValueError: for an id out of range, an unknown name, none at all, or commas that can be read in two ways.
     """
-    labels = [_class_id(word.strip(), names) for word in text.split(",") if word.strip()]
-    if not labels:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
         raise ValueError(f"classes {text!r} names no class: write ids or names with commas in between")
-    check_labels(labels, num_classes)
-    return labels
-
-
-def _class_id(word: str, names: Sequence[str]) -> int:
-    if re.fullmatch(r"-?\d{1,18}", word):
-        return int(word)
-    if word not in names:
+    readings = _readings(parts, names)
+    if not readings:
+        word = next((part for part in parts if not _ID.fullmatch(part) and part not in names), text)
         shown = ", ".join(map(printable, names[:LISTED]))
         known = f"the names are {shown}" if names else "there is no classes.json with names: give ids"
         raise ValueError(f"class {printable(word)!r} is unknown: {known}")
-    return list(names).index(word)
+    if len(readings) > 1:
+        one, other = ("".join(f"[{dict(enumerate(names)).get(n, n)}]" for n in labels) for labels in readings)
+        raise ValueError(f"classes {printable(text)!r} may be {printable(one)} or {printable(other)}: give ids")
+    check_labels(readings[0], num_classes)
+    return readings[0]
+
+
+def _readings(parts: Sequence[str], names: Sequence[str]) -> list[list[int]]:
+    """At most two ways to read words as ids and names, of which some are several words with commas in between."""
+    ids = {", ".join(map(str.strip, name.split(","))): label for label, name in reversed([*enumerate(names)])}
+    longest = max((name.count(",") + 1 for name in names), default=1)
+    ways: list[list[Any]] = [[()]]  # to read the last 0, 1, ... words, each as (label, the way to read the rest)
+    for start in reversed(range(len(parts))):
+        found: list[Any] = []
+        for count in range(1, min(longest, len(parts) - start) + 1):
+            word = ", ".join(parts[start : start + count])
+            label = int(word) if _ID.fullmatch(word) else ids.get(word)
+            found += [] if label is None else [(label, rest) for rest in ways[-count]]
+        ways.append(found[:2])
+    return [list(_unrolled(way)) for way in ways[-1]]
+
+
+def _unrolled(way: Any) -> Iterator[int]:
+    while way:
+        label, way = way
+        yield label

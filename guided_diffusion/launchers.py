@@ -119,11 +119,6 @@ def meeting_point(place: Place) -> str:
     return f"{os.environ.get('MASTER_ADDR') or host}:{os.environ.get('MASTER_PORT') or port}"
 
 
-def first_host(place: Place) -> str:
-    """The name under which the other ranks find rank 0's machine, as far as rank 0 itself can tell."""
-    return own_host(place) if place.launcher == "mpiexec" else meeting_point(place).rpartition(":")[0]
-
-
 def _first_host(nodes: str) -> str:
     """The first machine of a Slurm list such as ``node[03-05,9],login1``: node03, or the loopback for a lone one."""
     if not re.search(r"[\[,]", nodes):

@@ -183,13 +183,24 @@ def measure_batches(survey: Survey, *, rank: int = 0, world_size: int = 1) -> No
 
 
 def _measured(survey: Survey, number: int) -> list[npt.NDArray[Any]]:
-    """The columns [B, K] and the terms [B, T] of one batch."""
+    """The columns [B, K] and the terms [B, T] of one batch.
+
+    :raises ValueError: if a likelihood is not finite.
+    """
     indices, device, measure = survey.batch(number), dist_util.dev(), survey.measure
     images, labels = zip(*[survey.dataset[index] for index in indices], strict=True)
     kwargs = {name: th.tensor(np.stack([label[name] for label in labels]), device=device) for name in labels[0]}
     generators = [image_generator(survey.seed, index, device) for index in indices]
     out = measure.bits(th.tensor(np.stack(images), device=device), kwargs, generators)
     columns = th.stack([out[name].cpu().double() for name in measure.columns], dim=1)
+    rows = (~columns.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if rows:
+        first = quoted(survey.names[number * survey.batch_size + rows[0]])
+        raise ValueError(
+            f"{len(rows)} of the {len(indices)} images of batch {number} have no finite likelihood, the first is "
+            f"{first}, and no result is written: do the diffusion flags fit those of the training? Else give "
+            "--precision fp32 and another --log_dir"
+        )
     return [columns.numpy(), *(out[name].cpu().float().numpy() for name in measure.terms)]
 
 
@@ -264,12 +275,6 @@ def _sentence(survey: Survey) -> str:
     """The mean, as it stands in the finished files."""
     (total,) = read_npz(survey.file(BPD_FILE), "arr_0", len(survey.indices))
     error = f" +- {np.std(total, ddof=1) / math.sqrt(len(total)):.4f}" if len(total) > 1 else ""
-    broken = [name for name, bits in zip(survey.names, total, strict=True) if not math.isfinite(bits)]
-    if broken:
-        logger.warn(
-            f"{len(broken)} of {len(total)} images have no finite likelihood, the first is {quoted(broken[0])}: do the "
-            "diffusion flags fit those of the training? Else give --precision fp32"
-        )
     return (
         f"{len(total)} images: {total.mean():.4f}{error} bits per dimension (mean and standard error); "
         f"in {survey.out_dir}"

@@ -5,8 +5,10 @@
 """
 
 import os
+import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +19,7 @@ from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
-from . import launchers
+from . import launchers, paths
 from .log_writers import (
     CSVOutputFormat as CSVOutputFormat,
     HumanOutputFormat as HumanOutputFormat,
@@ -49,14 +51,32 @@ class Comm(Protocol):
     def gather(self, value: ValueCounts) -> list[ValueCounts] | None: ...
 
 
-class Logger:
+class _Currents(type):
+    """CURRENT of `Logger`: a thread that has set one has it to itself, the others share that of the main thread."""
+
+    _shared: "Logger | None" = None
+    _own = threading.local()
+
+    @property
+    def CURRENT(cls) -> "Logger | None":
+        return getattr(cls._own, "logger", None) or cls._shared
+
+    @CURRENT.setter
+    def CURRENT(cls, logger: "Logger | None") -> None:
+        if threading.current_thread() is not threading.main_thread():
+            cls._own.logger = logger
+        if threading.current_thread() is threading.main_thread() or cls._shared is None:
+            _Currents._shared = logger
+
+
+class Logger(metaclass=_Currents):
     """Collects values until they are dumped as one row.
 
-    CURRENT is what the functions of this module write to; DEFAULT is what `reset` goes back to.
+    CURRENT is what the functions of this module write to, in each thread its own where it was set there; DEFAULT is
+    what `reset` goes back to.
     """
 
     DEFAULT: ClassVar["Logger | None"] = None
-    CURRENT: ClassVar["Logger | None"] = None
 
     def __init__(self, dir: str, output_formats: Sequence[Any], comm: Comm | None = None) -> None:
         self.name2val: defaultdict[str, Any] = defaultdict(float)
@@ -65,6 +85,7 @@ class Logger:
         self.dir = dir
         self.output_formats = output_formats
         self.comm = comm
+        self.unnamed = False  # whether the folder is a temporary one that nobody asked for
 
     def logkv(self, key: str, val: Any) -> None:
         """Sets a value of this row."""
@@ -296,7 +317,8 @@ def configure(
     :param log_suffix: goes before the extension of the files' names.
     """
     rank = get_rank_without_mpi_import()
-    folder = os.path.expanduser(dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir or new_dir())
+    named = dir or os.environ.get("OPENAI_LOGDIR")
+    folder = paths.local(named or _shared_dir or new_dir())
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -306,7 +328,8 @@ def configure(
     suffix = log_suffix if rank == 0 else f"{log_suffix}-rank{rank:03d}"
     formats = _formats_from_environment(rank) if format_strs is None else format_strs
     writers = [make_output_format(name, folder, suffix) for name in formats if name]
-    Logger.CURRENT = Logger(dir=folder, output_formats=writers, comm=comm)
+    current = Logger.CURRENT = Logger(dir=folder, output_formats=writers, comm=comm)
+    current.unnamed = not named
     if writers:
         log(f"Logging to {folder}")
 
@@ -323,6 +346,17 @@ def reset() -> None:
         Logger.CURRENT.close()
         Logger.CURRENT = Logger.DEFAULT
         log("Reset logger")
+
+
+def discard() -> None:
+    """Removes the folder of a run that failed, where it is a temporary one and holds nothing but the log."""
+    current = Logger.CURRENT
+    if current is None or not current.unnamed or not os.path.isdir(current.dir):
+        return
+    if all(name.startswith(("log", "progress")) for name in os.listdir(current.dir)):
+        current.close()
+        shutil.rmtree(current.dir, ignore_errors=True)
+        Logger.CURRENT = None
 
 
 @contextmanager

@@ -14,11 +14,11 @@ import torch as th
 from tqdm.auto import tqdm
 
 from .config import nearest
-from .samplers import DDIM
-from .steps import Draw, Generators, Process, Sampler, State, StepOutput, same_index
+from .samplers import DDIM, make_sampler
+from .steps import Draw, Generators, Process, Sampler, StepOutput, same_index
 
 Image = th.Tensor | None
-OWN_STREAM = 0x6D61736B  # sets the noise of what is kept apart from that of what is painted
+JUMP = 10  # steps in a stretch that is taken again
 
 
 class MoreOptions(TypedDict, total=False):
@@ -28,10 +28,14 @@ class MoreOptions(TypedDict, total=False):
     start: x at the first step, as it is: the end of an inversion; in place of `noise`, and of `init_image` where there
         is no mask.
     strength: how far from `init_image` to start, in place of `skip_timesteps`: 1 is T-1, 0 returns the image.
-    mask: [N or 1, 1 or C, H, W]: 1 keeps `init_image`, 0 paints. What is kept is noised anew for every step, from
-        generators of its own, and put back exactly at the end. What lies between acts at every step, and so adds up.
+    mask: [N or 1, 1 or C, H, W]: 1 keeps `init_image`, 0 paints. What is kept is noised anew for every step, from a
+        generator of its own, whose seed is one draw from `generator`, and put back exactly at the end. What lies
+        between acts at every step, and so adds up.
     resample, jump: take every stretch of `jump` steps `resample` times, with noise added in between, so that what is
         painted can agree with what is kept (Lugmayr et al. 2022, RePaint).
+    clip_guided: whether x_0 is clipped, and given to `denoised_fn`, again after guidance by the score, which moves it
+        by sigma^2 / alpha times the gradient: thousands at the start of a cosine schedule. None is True, but False in
+        the loops and steps by the originals' names, which do not clip it again. ddpm is guided by the mean, unclipped.
     callback: called as (t, output) after every step.
     """
 
@@ -41,6 +45,7 @@ class MoreOptions(TypedDict, total=False):
     mask: th.Tensor | None
     resample: int
     jump: int
+    clip_guided: bool | None
     callback: Callable[[int, StepOutput], object] | None
 
 
@@ -71,17 +76,19 @@ class SampleOptions(MoreOptions, total=False):
 
 
 def sample_loop(
-    process: Process, sampler: Sampler, model: Any, shape: Sequence[int], **options: Unpack[SampleOptions]
+    process: Process, sampler: Sampler | str, model: Any, shape: Sequence[int], **options: Unpack[SampleOptions]
 ) -> Iterator[StepOutput]:
     """Run `sampler` from x_T to x_0, lazily: one `StepOutput` per step, none taken ahead of its being asked for.
 
+    :param sampler: or its name, for its own options.
     :param shape: of the images, [N, C, H, W].
     :raises ValueError: for options that cannot take effect.
     :raises TypeError: for an option that there is not.
     """
     device = th.device(options.get("device") or next(model.parameters()).device)
-    kwargs = dict(options.get("model_kwargs") or {})
-    _check_labels(kwargs.get("y"), model)
+    given, sampler = options.get("model_kwargs"), make_sampler(sampler)
+    labels = (given or {}).get("y")
+    _check_labels(labels, model)
     _check(sampler, options)
     indices, generator = _indices(process, sampler, options), options.get("generator")
     x, image = _start(process, sampler, shape, device, indices, options)
@@ -90,29 +97,25 @@ def sample_loop(
     if not indices:
         yield {"sample": x, "pred_xstart": x}
     new_classes = None
-    if options.get("randomize_class") and kwargs.get("y") is not None:
-        new_classes = _class_drawer(model, kwargs["y"], device, generator)
-    predict = process.predictor(
-        model,
-        clip_denoised=options.get("clip_denoised", True),
-        denoised_fn=options.get("denoised_fn"),
-        cond_fn=options.get("cond_fn"),
-        cond_fn_with_grad=options.get("cond_fn_with_grad", False),
-        model_kwargs=kwargs,
-    )
-    # like x in dtype and memory layout, which decides the order in which the global generator's numbers fill it
-    draw: Draw = lambda: th.randn_like(x)  # noqa: E731 - it sees the x of its step
-    if generator is not None:
-        draw = drawer(partial(th.randn, dtype=x.dtype), shape, device, generator)
-    state: State = None
-    walk = list(_walk(indices, options.get("resample", 1), options.get("jump", 10)))
+    if options.get("randomize_class") and labels is not None:
+        new_classes = _class_drawer(model, labels, device, generator)
+    asked: dict[str, Any] = {
+        "clip_denoised": options.get("clip_denoised", True),
+        "denoised_fn": options.get("denoised_fn"),
+        "cond_fn": options.get("cond_fn"),
+        "cond_fn_with_grad": options.get("cond_fn_with_grad", False),
+        "clip_guided": options.get("clip_guided"),
+        # without generators each step draws its noise like x, whose layout decides where the numbers go
+        "draw": None if generator is None else drawer(partial(th.randn, dtype=x.dtype), shape, device, generator),
+    }
+    state: Any = None
+    walk = list(_walk(indices, options.get("resample", 1), options.get("jump", JUMP)))
     for index, back in tqdm(walk) if options.get("progress") else walk:
-        if new_classes is not None:
-            kwargs["y"] = new_classes()
+        kwargs = given if new_classes is None else {**(given or {}), "y": new_classes()}
         with th.no_grad():
             t = same_index(index, shape[0], device)
             rule = DDIM() if _is_blind(process, sampler, index) else sampler
-            output, state = rule.step(process, predict, x, t, state, draw)
+            output, state = process.take_step(rule, model, x, t, state, model_kwargs=kwargs, **asked)
             if kept is not None:
                 output["sample"] = kept.paste(output["sample"], index - 1)
         _call(options.get("callback"), index, output)
@@ -122,10 +125,10 @@ def sample_loop(
             x, state = kept.noised(x, index - 1, back), None
 
 
-def network_calls(process: Process, sampler: Sampler, **options: Unpack[SampleOptions]) -> int:
+def network_calls(process: Process, sampler: Sampler | str, **options: Unpack[SampleOptions]) -> int:
     """How often a run of the loop asks the network."""
-    calls, fresh = 0, True
-    walk = _walk(_indices(process, sampler, options), options.get("resample", 1), options.get("jump", 10))
+    calls, fresh, sampler = 0, True, make_sampler(sampler)
+    walk = _walk(_indices(process, sampler, options), options.get("resample", 1), options.get("jump", JUMP))
     for index, back in walk:
         if _is_blind(process, sampler, index):
             calls += 1
@@ -150,7 +153,7 @@ def _indices(process: Process, sampler: Sampler, options: SampleOptions) -> list
     strength = options.get("strength")
     if strength is not None:
         furthest = strength * (process.original_num_steps - 1)
-        skip = sum(tau > furthest for tau in process.timestep_map) if strength else steps
+        skip = sum(tau > furthest for tau in process.timestep_map[:steps]) if strength else steps
     if not 0 <= skip <= steps:
         raise ValueError(f"skip_timesteps {skip} is not in 0 .. {steps}, the steps of this process")
     if _ascends(sampler):
@@ -172,8 +175,8 @@ def _ascends(sampler: Sampler) -> bool:
 
 def _is_blind(process: Process, sampler: Sampler, index: int) -> bool:
     """Whether a step starts from pure noise, where solvers that divide by the signal have no step: DDIM takes it."""
-    blind = process.no_signal_at_the_end and index == process.num_timesteps - 1
-    return blind and bool(getattr(sampler, "needs_signal", False))
+    last = index == process.num_timesteps - 1 and bool(getattr(sampler, "needs_signal", False))
+    return last and process.no_signal_at_the_end
 
 
 # ---- where to start
@@ -231,9 +234,10 @@ class _Kept:
             return None
         if not bool(((mask >= 0) & (mask <= 1)).all()):
             raise ValueError("mask has values outside of 0 .. 1: 1 keeps the image, 0 paints")
-        if not bool(mask.any()) and options.get("resample", 1) == 1:
+        needs = mask.flatten(1).any(dim=1).tolist() if options.get("resample", 1) == 1 else [True] * len(mask)
+        if not any(needs):
             return None
-        own = _own(options.get("generator"), x)
+        own = _own(options.get("generator"), x, needs)
         return cls(process, image, mask, drawer(partial(th.randn, dtype=x.dtype), x.shape, x.device, own))
 
     def paste(self, x: th.Tensor, level: int) -> th.Tensor:
@@ -249,13 +253,20 @@ class _Kept:
         return th.sqrt(then / now) * x + th.sqrt(1 - then / now) * self.draw()
 
 
-def _own(generator: Generators, x: th.Tensor) -> Generators:
-    """Generators of their own, seeded after those of the loop without drawing from them."""
+def _own(generator: Generators, x: th.Tensor, needs: Sequence[bool]) -> Generators:
+    """Generators of their own, each with a seed that is drawn from one of the loop.
+
+    :param needs: the images that need one; where each has its own generator, that of another is not drawn from.
+    """
+
+    def seeded(source: th.Generator | None, drawn: bool = True) -> th.Generator:
+        device = x.device if source is None else source.device
+        seed = th.randint(2**63 - 1, (), generator=source, device=device) if drawn else 0
+        return th.Generator(device).manual_seed(int(seed))
+
     if generator is None or isinstance(generator, th.Generator):
-        seed = th.initial_seed() if generator is None else generator.initial_seed()
-        device = x.device if generator is None else generator.device
-        return th.Generator(device).manual_seed((seed ^ OWN_STREAM) & (2**63 - 1))
-    return [th.Generator(g.device).manual_seed((g.initial_seed() ^ OWN_STREAM) & (2**63 - 1)) for g in generator]
+        return seeded(generator)
+    return [seeded(source, drawn) for source, drawn in zip(generator, needs, strict=False)]
 
 
 # ---- draws and checks
@@ -295,10 +306,12 @@ def _class_drawer(model: Any, labels: th.Tensor, device: th.device, generator: G
 def _check(sampler: Sampler, options: SampleOptions) -> None:
     """:raises ValueError: for options that contradict each other or the sampler; TypeError for an unknown one."""
     image, mask, strength = options.get("init_image"), options.get("mask"), options.get("strength")
-    resample, jump, start = options.get("resample", 1), options.get("jump", 10), options.get("start")
+    resample, jump, start = options.get("resample", 1), options.get("jump", JUMP), options.get("start")
     unknown = sorted(set(options) - SampleOptions.__optional_keys__)
     if unknown:
         raise TypeError(f"{unknown[0]} is no option of sampling{nearest(unknown[0], SampleOptions.__optional_keys__)}")
+    if options.get("clip_guided") and not options.get("clip_denoised", True) and options.get("denoised_fn") is None:
+        raise ValueError("clip_guided has no effect where no prediction is clipped: give clip_denoised or denoised_fn")
     if strength is not None and not 0 <= strength <= 1:
         raise ValueError(f"strength {strength} is not in 0 .. 1: 1 starts from noise, 0 returns the image")
     if strength is not None and options.get("skip_timesteps"):
@@ -313,7 +326,8 @@ def _check(sampler: Sampler, options: SampleOptions) -> None:
         raise ValueError("init_image has no effect beside start, where x is at first: leave one of the two out")
     if resample < 1 or jump < 1:
         raise ValueError(f"resample {resample} and jump {jump} must be 1 or more")
-    if resample > 1 and mask is None:
-        raise ValueError(f"resample {resample} has no effect without a mask: leave it out")
+    for name, value, default in (("resample", resample, 1), ("jump", jump, JUMP)):
+        if value != default and mask is None:
+            raise ValueError(f"{name} {value} has no effect without a mask: leave it out")
     if _ascends(sampler) and (image is None or mask is not None or options.get("noise") is not None):
         raise ValueError("the sampler ddim_reverse goes from an image to noise: give init_image, and no mask or noise")

@@ -19,7 +19,7 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import checkpoint
+from . import checkpoint, paths
 from .blocks import AttentionBlock, ResBlock
 from .finetuning_config import LORA_KINDS
 from .npz import fingerprint
@@ -185,7 +185,7 @@ def read(path: str) -> Pack:
 
     :raises FileNotFoundError, ValueError: if there is none, or it holds something else.
     """
-    if checkpoint.names_in(path):
+    if paths.names_in(path):
         found = [entry.lora for entry in checkpoint.sets_in(path).values() if entry.lora]
         if not found:
             raise ValueError(

@@ -24,7 +24,10 @@ def normal_kl(mean1: Value, logvar1: Value, mean2: Value, logvar2: Value) -> th.
     like = next((value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, th.Tensor)), None)
     if like is None:
         raise ValueError("normal_kl needs at least one tensor among its arguments, and got only numbers")
-    logvar1, logvar2 = th.as_tensor(logvar1).to(like), th.as_tensor(logvar2).to(like)
+    logvar1, logvar2 = (
+        value.to(like) if isinstance(value, th.Tensor) else th.full((), value, dtype=like.dtype, device=like.device)
+        for value in (logvar1, logvar2)
+    )
     log_ratio = logvar1 - logvar2
     return 0.5 * (log_ratio.exp() - log_ratio - 1 + (mean1 - mean2) ** 2 * th.exp(-logvar2))
 

@@ -13,9 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-import blobfile as bf
-
-from . import untrusted
+from . import paths, untrusted
 
 FORMAT = 1
 NAME = re.compile(r"set(?P<step>\d+)\.json$")
@@ -105,7 +103,7 @@ def fault(path: str, *, checksums: bool, missing_is_fine: bool = False) -> str:
     folder = os.path.dirname(path) or "."
     try:
         for name, entry in read(path).items():
-            reason = _fault_of(str(bf.join(folder, name)), entry, checksums, missing_is_fine)
+            reason = _fault_of(paths.join(folder, name), entry, checksums, missing_is_fine)
             if reason:
                 return f"{name} {reason}"
     except OSError as error:
@@ -116,9 +114,9 @@ def fault(path: str, *, checksums: bool, missing_is_fine: bool = False) -> str:
 
 
 def _fault_of(path: str, entry: Entry, checksums: bool, missing_is_fine: bool) -> str:
-    if not bf.exists(path):
+    if not paths.exists(path):
         return "" if missing_is_fine else "is missing"
-    stat = bf.stat(path)
+    stat = paths.stat(path)
     if stat.size != entry["bytes"]:
         return f"has {stat.size} bytes instead of {entry['bytes']}"
     if checksums and _digest_of(path, stat.size, stat.mtime, stat.version) != entry["sha256"]:
@@ -130,7 +128,7 @@ def _fault_of(path: str, entry: Entry, checksums: bool, missing_is_fine: bool) -
 def _digest_of(path: str, size: int, mtime: float, version: str | None) -> str:
     """SHA-256 of a file; read again only after it has changed."""
     digest = hashlib.sha256()
-    with bf.BlobFile(path, "rb", streaming=True) as file:
+    with untrusted.open_file(path) as file:
         while piece := file.read(PIECE):
             digest.update(piece)
     return digest.hexdigest()

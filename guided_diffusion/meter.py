@@ -90,15 +90,17 @@ class Meter:
         """Share of the time since the last line of the log that this rank waited for data."""
         return self._waited / max(time.perf_counter() - self._start, 1e-9)
 
-    @property
-    def has_losses(self) -> bool:
-        """Whether there are losses that no line of the log holds yet."""
-        return bool(self._losses)
+    def dump(self, diffusion: Any, prefix: str = "") -> None:
+        """Write a line of the log, if there is a step that none holds; every rank calls it.
 
-    @property
-    def has_steps(self) -> bool:
-        """Whether there are steps that no line of the log holds yet."""
-        return self._steps > 0
+        :param prefix: of the names of the losses.
+        """
+        if self._losses:  # not where a subclass of the loop computes and logs them in its own way
+            t, losses = self.take_losses()
+            log_loss_dict(diffusion, t, {prefix + name: value for name, value in losses.items()})
+        if self._steps:
+            self.log_speed()
+            logger.dumpkvs()
 
     def take_losses(self) -> tuple[th.Tensor, dict[str, th.Tensor]]:
         """(t, losses) of all ranks since the last call; every rank must call it."""

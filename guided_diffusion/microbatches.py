@@ -8,9 +8,25 @@ from collections.abc import Callable
 import torch as th
 
 from . import dist_util, logger
+from .config import parse_microbatch
 
 # oneDNN's words for memory that it asked for in vain, among other things: these fail with a single image too
 NO_PRIMITIVE = ("could not create a primitive", "could not execute a primitive")
+
+
+def first_microbatch(microbatch: int | str, batch_size: int, *, fsdp: bool) -> tuple[int, bool]:
+    """(images that are computed at once at first, whether fewer are tried where the memory does not hold them).
+
+    :raises ValueError: if `microbatch` is neither a number nor "auto", or auto with fsdp.
+    """
+    wanted = parse_microbatch(str(microbatch))
+    if isinstance(wanted, int):
+        return wanted if wanted > 0 else batch_size, False
+    if fsdp:
+        raise ValueError(
+            "microbatch auto does not go with fsdp, where no rank can begin a step anew by itself: give a number"
+        )
+    return batch_size, True
 
 
 def halve_until_it_fits(attempt: Callable[[int], None], size: int, forget: Callable[[], None]) -> None:

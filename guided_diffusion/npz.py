@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from . import untrusted
+from . import paths, untrusted
 
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
 PART = ".part-"  # in the names of files that are not whole yet, before the number of the process that writes them
 
 
@@ -150,6 +151,8 @@ class Npz:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        if not paths.exists(path):
+            raise ValueError(f"{path} does not exist: give an npz")
         try:
             self._archive = untrusted.open_archive(path)
         except ValueError as error:
@@ -174,21 +177,68 @@ class Npz:
         return [name.removesuffix(".npy") for name in self._archive.NameToInfo if name.endswith(".npy")]
 
     def chunks(self, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
-        """An array, `rows` rows at a time."""
+        """An array, `rows` rows at a time; one in the order of Fortran is held as a whole."""
         with self._opened(name) as (member, header):
+            whole = untrusted.read_numbers(member, header) if header.fortran else None
             for start in range(0, header.shape[0], rows):
                 shape = (min(rows, header.shape[0] - start), *header.shape[1:])
-                yield untrusted.read_rows(member, shape, header.dtype)
+                if whole is None:
+                    yield untrusted.read_rows(member, shape, header.dtype)
+                else:
+                    yield np.ascontiguousarray(whole[start : start + rows])
+
+    def whole(self, name: str) -> npt.NDArray[Any]:
+        """All of an array.
+
+        :raises ValueError: if it is larger than `untrusted.MAX_ARRAY`.
+        """
+        with self._opened(name) as (member, header):
+            array = untrusted.read_numbers(member, header)
+            if member.read(1):
+                raise ValueError("there is more behind its numbers")
+            return array
+
+    def name_of_images(self) -> str:
+        """The name of the array of images: arr_0, or the only one with two axes or more that is no statistic.
+
+        :raises ValueError: if it is not clear which it is.
+        """
+        if "arr_0" in self:
+            return "arr_0"
+        names = [name for name in self.names() if name not in STATISTICS and len(self.header(name).shape) > 1]
+        if len(names) != 1:
+            held = ", ".join(map(untrusted.printable, self.names()[:8])) or "no array"
+            raise ValueError(f"{self.path} holds {held}, and it is not clear which are images: save them as arr_0")
+        return names[0]
+
+    def labels(self) -> list[int] | None:
+        """The class ids in arr_1, one for each image of arr_0; None where there are none.
+
+        :raises ValueError: if arr_1 is something else.
+        """
+        if not {"arr_0", "arr_1"} <= set(self.names()):
+            return None
+        images, labels = self.header("arr_0"), self.header("arr_1")
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one integer for each of the "
+                f"{images.shape[0]} images, or none"
+            )
+        ids: list[int] = self.whole("arr_1").tolist()
+        if max(ids, default=0) >= 2**63:
+            raise ValueError(f"{self.path} holds a label {max(ids)}, which is no class: give ids of classes")
+        return ids
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[tuple[IO[bytes], untrusted.Header]]:
         if name not in self:
-            raise self._refusal(f"it holds no {name}")
+            held = ", ".join(map(untrusted.printable, self.names()[:8])) or "no array"
+            raise ValueError(f"{self.path} holds no {name}, but {held}: save what is wanted under that name")
         try:
             with self._archive.open(f"{name}.npy") as member:
                 header = untrusted.read_header(member)
-                if not header.shape or header.fortran:
-                    raise ValueError("it is no array of rows in the order of C")
+                if not header.shape:
+                    raise ValueError("it is one number, no array")
                 yield member, header
         except Exception as error:  # zipfile does not say what a damaged member leads it to
             raise self._refusal(f"{name} cannot be read, {untrusted.reason(error)}") from error

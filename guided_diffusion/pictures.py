@@ -5,6 +5,7 @@ Images are uint8 [H, W, C], sheets of them [N, H, W, C], with C = 1 (grey), 3 (R
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -37,6 +38,17 @@ def to_unit(images: th.Tensor) -> th.Tensor:
     # CUDA would multiply by the inverse of a number of Python's; a tensor it divides by
     half = th.full((), 127.5, device=images.device)
     return images.to(th.float32).div_(half).sub_(1)
+
+
+def range_in_words(images: th.Tensor) -> str:
+    """The least and the largest number of images in [-1, 1], and what to do where they use less than half of it."""
+    low, high = images.min().item(), images.max().item()
+    if high - low > 1.1 or not (math.isfinite(low) and math.isfinite(high)):
+        return f"{low:.3g} to {high:.3g} of -1 to 1"
+    return (
+        f"{low:.3g} to {high:.3g} of -1 to 1, which is little: if black and white are other numbers in the files, say "
+        "which, such as --data_range 0,1 for floats or 0,4095 for 12 bits"
+    )
 
 
 def can_draw(shape: Sequence[int]) -> bool:

@@ -3,19 +3,25 @@
 "mean" shifts the mean of the ancestral step by variance * gradient (Sohl-Dickstein et al. 2015; Dhariwal & Nichol 2021,
 algorithm 1). "score" shifts the score, that is eps -= sqrt(1 - alpha_bar) * gradient (Song et al. 2021; Dhariwal &
 Nichol 2021, algorithm 2), for every other sampler. The gradient is that of a log-probability at the noisy image.
+
+Rule "score" moves x_0 by sigma^2 / alpha * gradient. Where next to no signal is left, that is thousands for the
+gradient of any trained classifier, so that the guided x_0 has to be clipped as the network's own is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NotRequired, TypedDict, cast
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch as th
 
 from .steps import Process, StepOutput, mix
 
-Gradient = Callable[[], th.Tensor | None]
 CondFn = Callable[..., th.Tensor | None]
+
+
+FAR_OUTSIDE = 1.5  # size of a value of x_0 that counts as outside of [-1, 1]: predictions rightly lie on its ends
 
 
 class MeanVariance(TypedDict):
@@ -31,20 +37,41 @@ class MeanVariance(TypedDict):
     timesteps: NotRequired[th.Tensor]
 
 
-def shift_mean(
-    process: Process, out: MeanVariance, x: th.Tensor, t: th.Tensor, gradient: th.Tensor | None
-) -> MeanVariance:
-    """Rule "mean": the mean moves by variance * gradient; pred_xstart is the x_0 that has this posterior mean."""
+@dataclass(frozen=True)
+class Bounds:
+    """What is done to a prediction of x_0: `denoised_fn`, then clipping to [-1, 1].
+
+    :param guided: to the guided prediction of rule "score" too; None is True.
+    """
+
+    clip: bool = True
+    denoised_fn: Callable[[th.Tensor], th.Tensor] | None = None
+    guided: bool | None = None
+
+    def __call__(self, xstart: th.Tensor) -> th.Tensor:
+        xstart = xstart if self.denoised_fn is None else self.denoised_fn(xstart)
+        return xstart.clamp(-1, 1) if self.clip else xstart
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is done."""
+        return self.clip or self.denoised_fn is not None
+
+
+UNBOUNDED = Bounds(clip=False)
+
+
+def shift_mean(out: MeanVariance, x: th.Tensor, gradient: th.Tensor | None) -> th.Tensor:
+    """Rule "mean": the mean moves by variance * gradient."""
     if gradient is None:
-        return out
-    mean = out["mean"].to(x.dtype) + out["variance"] * gradient.to(x.dtype)
-    return {**out, "mean": mean, "pred_xstart": process.xstart_of_mean(x, t, mean)}
+        return out["mean"]
+    return out["mean"].to(x.dtype) + out["variance"] * gradient.to(x.dtype)
 
 
 def shift_score(
     process: Process, out: MeanVariance, x: th.Tensor, t: th.Tensor, gradient: th.Tensor | None
 ) -> MeanVariance:
-    """Rule "score": eps loses sqrt(1 - alpha_bar) * gradient; x_0 and mean follow, and x_0 is not clipped again."""
+    """Rule "score": eps loses sqrt(1 - alpha_bar) * gradient; x_0 and mean follow, and x_0 is not clipped here."""
     if gradient is None:
         return out
     if process.no_signal_at_the_end:  # eps says nothing of x_0 there, and there is nothing to guide
@@ -57,7 +84,20 @@ def shift_score(
     return {**out, "mean": process.posterior_mean(xstart, x, t), "pred_xstart": xstart}
 
 
-RULES = {"mean": shift_mean, "score": shift_score}
+def apply_rule(
+    process: Process, rule: str, out: MeanVariance, x: th.Tensor, t: th.Tensor, *given: Any, with_grad: bool = False
+) -> MeanVariance | None:
+    """What the process's method for a rule makes of a prediction; None where there is no guidance.
+
+    :param given: cond_fn and model_kwargs.
+    """
+    (cond_fn, model_kwargs), before = given, dict(out)
+    condition = getattr(process, f"condition_{rule}{'_with_grad' if with_grad else ''}")
+    guided = condition(cond_fn, out, x, t, model_kwargs=model_kwargs)
+    if rule == "mean":
+        same = guided is before["mean"]
+        guided = out if same else {**out, "mean": guided, "pred_xstart": process.xstart_of_mean(x, t, guided)}
+    return None if all(guided.get(name) is value for name, value in before.items()) else guided
 
 
 class Prediction:
@@ -65,8 +105,10 @@ class Prediction:
 
     The gradient is asked for in `guided` and not before, so that a step may draw its noise in between.
 
-    :param gradient: computes the gradient [N, C, H, W]; None where there is no guidance.
+    :param guide: what a rule makes of the prediction, None where it makes nothing of it; None for no guidance at all.
+    :param bounds: of predictions of x_0, which `out` has been through.
     :param own: the prediction before guidance, where this one is guided.
+    :param outside: share of values [N] that guidance by rule "score" moved out of the range, before they are clipped.
     """
 
     def __init__(
@@ -76,11 +118,28 @@ class Prediction:
         t: th.Tensor,
         out: MeanVariance,
         *,
-        gradient: Gradient | None = None,
+        guide: Callable[[str], MeanVariance | None] | None = None,
+        bounds: Bounds = UNBOUNDED,
         own: MeanVariance | None = None,
+        outside: th.Tensor | None = None,
     ) -> None:
-        self.process, self.x, self.t, self.out, self.gradient, self.own = process, x, t, out, gradient, own
-        self.mean, self.log_variance, self.pred_xstart = out["mean"], out["log_variance"], out["pred_xstart"]
+        self.process, self.x, self.t, self.out, self.guide = process, x, t, out, guide
+        self.bounds, self.own, self.outside = bounds, own, outside
+
+    @property
+    def mean(self) -> th.Tensor:
+        """The mean of p(x_{t-1} | x_t)."""
+        return self.out["mean"]
+
+    @property
+    def log_variance(self) -> th.Tensor:
+        """The log-variance of p(x_{t-1} | x_t)."""
+        return self.out["log_variance"]
+
+    @property
+    def pred_xstart(self) -> th.Tensor:
+        """The x_0 behind it."""
+        return self.out["pred_xstart"]
 
     @property
     def eps(self) -> th.Tensor:
@@ -89,19 +148,29 @@ class Prediction:
 
     def guided(self, rule: str) -> Prediction:
         """The prediction after guidance by rule "mean" or "score"; itself where there is no guidance."""
-        gradient = None if self.gradient is None else self.gradient()
-        if gradient is None:
+        out, outside = None if self.guide is None else self.guide(rule), None
+        if out is None:
             return self
-        out = RULES[rule](self.process, self.out, self.x, self.t, gradient)
-        return Prediction(self.process, self.x, self.t, out, own=self.out)
+        if rule == "score" and self.bounds.any:
+            outside = (out["pred_xstart"].detach().abs() > FAR_OUTSIDE).flatten(1).float().mean(dim=1)
+            out = out if self.bounds.guided is False else self._bounded(out)
+        return Prediction(self.process, self.x, self.t, out, own=self.out, outside=outside)
+
+    def _bounded(self, out: MeanVariance) -> MeanVariance:
+        """A guided prediction whose x_0 is bounded again."""
+        xstart = self.bounds(out["pred_xstart"])
+        return {**out, "mean": self.process.posterior_mean(xstart, self.x, self.t), "pred_xstart": xstart}
 
     def output(self, sample: th.Tensor) -> StepOutput:
         """What the step yields: `pred_xstart` is the network's own, the guided one comes beside it."""
         if self.own is None:
             return {"sample": sample, "pred_xstart": self.pred_xstart}
-        return {"sample": sample, "pred_xstart": self.own["pred_xstart"], "pred_xstart_guided": self.pred_xstart}
+        both = {"pred_xstart": self.own["pred_xstart"], "pred_xstart_guided": self.pred_xstart}
+        outside = {} if self.outside is None else {"guided_outside": self.outside}
+        return cast(StepOutput, {"sample": sample, **both, **outside})
 
 
 def detached(out: MeanVariance) -> MeanVariance:
     """The same values without their graph."""
-    return cast(MeanVariance, {name: value.detach() for name, value in cast(dict[str, th.Tensor], out).items()})
+    values = {name: value.detach() if isinstance(value, th.Tensor) else value for name, value in out.items()}
+    return cast(MeanVariance, values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise, repeat
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
-from .gaussian_diffusion import GaussianDiffusion
+from .gaussian_diffusion import GaussianDiffusion, Losses
+from .prediction import CondFn, MeanVariance
 from .schedules import Array, NoiseLevels
+from .surfaces import Model
 
 Grid = str | Sequence[float]
 WRITE = (
@@ -35,7 +38,7 @@ def space_timesteps(
     :param section_counts: "ddimN", N steps at an integer stride from 0 (Song et al. 2021); or how many steps to take
         from each of equally long sections, as whole numbers or "10,15,20", the first one nearest to the image; or the
         name of a grid in `GRIDS` with its number of steps, "logsnr20"; or the timesteps themselves, "list:0,10.5,999"
-        or a sequence with fractions.
+        or a sequence with fractions. A single step in all is T-1, where sampling starts.
     :param alphas_cumprod: of the process [T], which "logsnrN" and "karrasN" need.
     :raises ValueError: if there is no such stride, a section is shorter than its count, or timesteps are not rising or
         outside of the process.
@@ -56,6 +59,8 @@ def space_timesteps(
 
 
 def _sections(num_timesteps: int, counts: Sequence[int]) -> set[int]:
+    if list(counts) == [1]:
+        return {num_timesteps - 1}
     length, longer = divmod(num_timesteps, len(counts))
     steps: set[int] = set()
     start = 0
@@ -83,6 +88,8 @@ def _number(text: str, whole: str) -> float:
 
 def _even_stride(num_timesteps: int, text: str) -> set[int]:
     count = _count(text, f"ddim{text}")
+    if count == 1:
+        return {num_timesteps - 1}
     for stride in range(1, num_timesteps + 1):
         if len(range(0, num_timesteps, stride)) == count:
             return set(range(0, num_timesteps, stride))
@@ -213,18 +220,63 @@ class SpacedDiffusion(GaussianDiffusion):
     def __init__(self, use_timesteps: Iterable[float], **kwargs: Any) -> None:
         given = list(use_timesteps)
         real = any(step != int(step) for step in given)
-        kept = given if real else sorted({int(step) for step in given})
+        kept: list[float] = given if real else sorted({int(step) for step in given})
         self.use_timesteps = set(kept)
         alphas_cumprod: Array = np.cumprod(1 - np.array(kwargs["betas"], np.float64), dtype=np.float64)
         if not kept or not 0 <= min(kept) <= max(kept) < len(alphas_cumprod):
             raise ValueError(f"use_timesteps must lie in 0 .. {len(alphas_cumprod) - 1}, and are {kept}")
+        self.timestep_map, self.original_num_steps = kept, len(alphas_cumprod)
+        self.original_alphas_cumprod = alphas_cumprod
         levels = np.append(1.0, _alpha_bar(kept, alphas_cumprod))
-        super().__init__(
-            **{**kwargs, "betas": 1 - levels[1:] / levels[:-1]},
-            timestep_map=kept,
-            original_num_steps=len(alphas_cumprod),
-            original_alphas_cumprod=alphas_cumprod,
-        )
+        super().__init__(**{**kwargs, "betas": 1 - levels[1:] / levels[:-1]})
+
+    def p_mean_variance(self, model: Model, *args: Any, **kwargs: Any) -> MeanVariance:
+        """As in `GaussianDiffusion`, for a network that is fed timesteps of training."""
+        return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
+
+    def training_losses(self, model: Model, *args: Any, **kwargs: Any) -> Losses:
+        """As in `GaussianDiffusion`, for a network that is fed timesteps of training."""
+        return super().training_losses(self._wrap_model(model), *args, **kwargs)
+
+    def condition_mean(self, cond_fn: CondFn, *args: Any, **kwargs: Any) -> th.Tensor:
+        """As in `GaussianDiffusion`, for a cond_fn that is fed timesteps of training."""
+        return super().condition_mean(self._wrap_model(cond_fn), *args, **kwargs)
+
+    def condition_score(self, cond_fn: CondFn, *args: Any, **kwargs: Any) -> MeanVariance:
+        """As in `GaussianDiffusion`, for a cond_fn that is fed timesteps of training."""
+        return super().condition_score(self._wrap_model(cond_fn), *args, **kwargs)
+
+    def _wrap_model(self, model: Any) -> _WrappedModel:
+        if isinstance(model, _WrappedModel):
+            return model
+        return _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
+
+    def _scale_timesteps(self, t: th.Tensor) -> th.Tensor:
+        return t  # what `_wrap_model` makes of a network maps and rescales it
+
+
+class _WrappedModel:
+    """A network or cond_fn that is called with t and fed the timestep of training; a real t is one already."""
+
+    def __init__(
+        self, model: Any, timestep_map: Sequence[float], rescale_timesteps: bool, original_num_steps: int
+    ) -> None:
+        self.model, self.timestep_map = model, timestep_map
+        self.rescale_timesteps, self.original_num_steps = rescale_timesteps, original_num_steps
+
+    def __call__(self, x: th.Tensor, ts: th.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not ts.is_floating_point():
+            real = th.float64 if x.dtype == th.float64 else th.float32
+            ts = _map_tensor(tuple(self.timestep_map), ts.device, ts.dtype, real)[ts]
+        if self.rescale_timesteps:
+            ts = (ts if ts.is_floating_point() else ts.float()) * (1000.0 / self.original_num_steps)
+        return self.model(x, ts, *args, **kwargs)
+
+
+@lru_cache(maxsize=64)  # by its numbers: the list may be another at the next step
+def _map_tensor(steps: tuple[float, ...], device: th.device, whole: th.dtype, real: th.dtype) -> th.Tensor:
+    """A timestep map on a device."""
+    return th.tensor(steps, dtype=whole if all(step == int(step) for step in steps) else real, device=device)
 
 
 def _alpha_bar(tau: Sequence[float], alphas_cumprod: Array) -> Array:
@@ -237,11 +289,18 @@ def _alpha_bar(tau: Sequence[float], alphas_cumprod: Array) -> Array:
 def respaced(process: GaussianDiffusion, grid: Grid) -> SpacedDiffusion:
     """The process that a network was trained with, on another grid of its steps.
 
+    It is of the same class, where that is a `SpacedDiffusion`; methods replaced on the instance stay behind.
+
     :param grid: as for `space_timesteps`.
     """
+    kind = type(process) if isinstance(process, SpacedDiffusion) else SpacedDiffusion
+    other = kind.__new__(kind)
+    own = {name: value for name, value in vars(process).items() if not callable(getattr(kind, name, None))}
+    vars(other).update({**own, "_tables": {}})
     alphas_cumprod = process.original_alphas_cumprod
     levels = np.append(1.0, alphas_cumprod)
-    return SpacedDiffusion(
+    SpacedDiffusion.__init__(
+        other,
         space_timesteps(len(alphas_cumprod), grid, alphas_cumprod=alphas_cumprod),
         betas=1 - levels[1:] / levels[:-1],
         model_mean_type=process.model_mean_type,
@@ -251,3 +310,4 @@ def respaced(process: GaussianDiffusion, grid: Grid) -> SpacedDiffusion:
         loss_weight=process.loss_weight,
         min_snr_gamma=process.min_snr_gamma,
     )
+    return other

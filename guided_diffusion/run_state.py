@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from . import checkpoint, dist_util, logger, lora
+from . import checkpoint, dist_util, logger, lora, weight_files
 from .fp16_util import MixedPrecisionTrainer, unflatten_optimizer_state
 from .resample import ScheduleSampler
 
@@ -51,10 +51,10 @@ def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
 def warn_of_long_averages(rates: Sequence[float], updates: int) -> None:
     """Name the moving averages that are longer than a run of so many updates, 0 for one without end."""
     for rate in rates:
-        if rate < 1 and 0 < updates < 1 / (1 - rate):
+        if rate < 1 and updates and checkpoint.is_young(rate, updates):
             logger.warn(
                 f"EMA {rate} averages over about {1 / (1 - rate):.0f} updates and the run has {updates}: it will still "
-                "resemble the first weights; choose a smaller ema_rate"
+                "resemble the first weights; choose a smaller ema_rate, or ema_warmup True"
             )
 
 
@@ -66,7 +66,7 @@ def load_weights(model: th.nn.Module, files: checkpoint.CheckpointSet, flags: Ma
     """
     adapted = lora.adapters(model)
     if not adapted:
-        checkpoint.load_weights(model, files.model, flags)
+        weight_files.load_weights(model, files.model, flags)
         return
     if not (files.lora and files.state):
         raise ValueError(
@@ -74,7 +74,7 @@ def load_weights(model: th.nn.Module, files: checkpoint.CheckpointSet, flags: Ma
             "leave out --lora_rank"
         )
     own = {name: value for name, value in model.state_dict().items() if not lora.is_part(name)}
-    plain, pack = checkpoint.fitting(own, files.model, flags), lora.read(files.lora)
+    plain, pack = weight_files.fitting(own, files.model, flags), lora.read(files.lora)
     below = checkpoint.load(files.state).get("base", {})
     if {adapter.scale for adapter in adapted.values()} != {pack.scale}:
         raise ValueError(f"the adapters of {files.lora} are scaled by {pack.scale:g}: leave --lora_alpha as it was")

@@ -31,6 +31,7 @@ from .request import REQUEST, read_request, refuse_another
 from .respace import respaced, space_timesteps
 from .samplers import make_sampler
 from .seeds import image_generator, seeded
+from .steps import StepOutput
 from .upsampling import NAMES, picture_names
 
 Model = Callable[..., th.Tensor]
@@ -38,6 +39,7 @@ Model = Callable[..., th.Tensor]
 PREVIEW_STEPS = 25
 OWN_OPTIONS = ("noise", "generator", "model_kwargs")
 NOT_IN_THE_RESULT = ("device", "progress", "callback")
+STRAYED = 0.1  # share of the values of a guided x_0 outside of [-1, 1] that is worth a line
 
 
 @contextlib.contextmanager
@@ -163,28 +165,44 @@ def make_shards(
     world_size: int = 1,
     **options: Unpack[SampleOptions],
 ) -> None:
-    """Sample and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay."""
+    """Sample and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay.
+
+    :raises ValueError: if images are not finite.
+    """
     own = range(rank, job.batches, world_size)
     missing = [batch for batch in own if not _is_whole(job, batch)]
     if len(missing) < len(own):
         logger.log(f"going on where an earlier run stopped: {len(own) - len(missing)} of {len(own)} batches are there")
     show = options.pop("progress", False) and rank == 0
     steps = network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
-    reported = False
+    reported = strayed = False
     with (
         logger.progress_bar(shown=show, total=len(missing) * steps, desc="sampling", unit="step") as bar,
         evaluating(model),
     ):
         for batch in missing:
-            x, labels = _sample_batch(process, model, job, batch, bar, options)
+            outside: list[th.Tensor | None] = []
+
+            def each(output: StepOutput, outside: list[th.Tensor | None] = outside) -> None:
+                bar.update()
+                outside.append(output.get("guided_outside"))
+
+            x, labels = _sample_batch(process, model, job, batch, each, options)
+            _check_finite(x, batch)
             reported = reported or _report(x, batch)
+            strayed = strayed or _report_strayed(outside, clipped=options.get("clip_guided") is not False)
             save_npz(job.shard(batch), to_uint8(x), *([] if labels is None else [labels.cpu().numpy()]))
 
 
 def _sample_batch(
-    process: GaussianDiffusion, model: Model, job: Job, batch: int, bar: Any, options: SampleOptions
+    process: GaussianDiffusion,
+    model: Model,
+    job: Job,
+    batch: int,
+    each: Callable[[StepOutput], object],
+    options: SampleOptions,
 ) -> tuple[th.Tensor, th.Tensor | None]:
-    """Images [count, C, H, W] and labels of one global batch, the padding dropped."""
+    """Images [count, C, H, W] and labels of one global batch, the padding dropped; `each` is called after each step."""
     device = _device(model, options)
     indices = range(batch * job.batch_size, (batch + 1) * job.batch_size)
     generators = [image_generator(job.seed, index, device) for index in indices]
@@ -199,8 +217,8 @@ def _sample_batch(
             loop = cast(SampleOptions, {**loop, **job.start(own, kwargs)})
         shape = (len(indices), *job.shape)
         with _filmed(job, batch, loop):
-            for output in process.sample_loop_progressive(job.sampler, model, shape, **loop):  # noqa: B007 - the last counts
-                bar.update()
+            for output in process.sample_loop_progressive(job.sampler, model, shape, **loop):
+                each(output)
     count = job.count(batch)
     return output["sample"][:count], None if labels is None else labels[:count]
 
@@ -230,18 +248,44 @@ def _device(model: Model, options: SampleOptions) -> th.device:
     return th.device(given) if given is not None else dist_util.dev() if parameter is None else parameter.device
 
 
+def _check_finite(x: th.Tensor, batch: int) -> None:
+    """:raises ValueError: if images are not finite; nothing of their batch is kept, and those before it are."""
+    broken = int((~x.flatten(1).isfinite().all(dim=1)).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of the {len(x)} samples of batch {batch} have values that are not finite, and no result is "
+            "written: do the diffusion flags fit those of the training? Else give --precision fp32 or a lower scale of "
+            "guidance, and another --log_dir"
+        )
+
+
 def _report(x: th.Tensor, batch: int) -> bool:
-    """Warn of images that are not finite or of one colour; True if there are any."""
+    """Warn of images that are of one colour; True if there are any."""
     pixels = x.flatten(1)
-    broken = int((~pixels.isfinite().all(dim=1)).sum())
     plain = int((pixels.amax(dim=1) - pixels.amin(dim=1) < 1 / 127.5).sum())
-    for count, what in ((broken, "have values that are not finite"), (plain, "are of one colour")):
-        if count:
-            logger.warn(
-                f"{count} of the {len(x)} samples of batch {batch} {what}: do the diffusion flags fit those of the "
-                "training, and is the model trained long enough? (said once per rank)"
-            )
-    return broken + plain > 0
+    if plain:
+        logger.warn(
+            f"{plain} of the {len(x)} samples of batch {batch} are of one colour: do the diffusion flags fit those of "
+            "the training, and is the model trained long enough? (said once per rank)"
+        )
+    return plain > 0
+
+
+def _report_strayed(outside: Sequence[th.Tensor | None], *, clipped: bool) -> bool:
+    """Say where guidance moves many values of x_0 out of their range; True if it does.
+
+    :param outside: for each step the share of them in each image, None where it is not known.
+    """
+    known = {step: share.max() for step, share in enumerate(outside, start=1) if share is not None}
+    shares = th.stack(list(known.values())).tolist() if known else [0.0]
+    if max(shares) <= STRAYED:
+        return False
+    what = "where they were clipped" if clipped else "and --clip_guided clips them there: give True if images are blots"
+    logger.log(
+        f"guidance moved {max(shares):.0%} of the values of a predicted x_0 far out of [-1, 1] in step "
+        f"{list(known)[shares.index(max(shares))]} of {len(outside)}, {what} (said once per rank)"
+    )
+    return True
 
 
 def _is_whole(job: Job, batch: int) -> bool:
@@ -324,9 +368,9 @@ def sampled(
     **options: Unpack[SampleOptions],
 ) -> Iterator[tuple[int, Pixels]]:
     """The batches of one rank as `make_shards` would write them, in memory: (batch, uint8 [n, H, W, C])."""
-    with evaluating(model), logger.progress_bar(shown=False) as bar:
+    with evaluating(model):
         for batch in range(rank, job.batches, world_size):
-            yield batch, to_uint8(_sample_batch(process, model, job, batch, bar, options)[0])
+            yield batch, to_uint8(_sample_batch(process, model, job, batch, lambda _: None, options)[0])
 
 
 def preview(

@@ -13,6 +13,7 @@ alpha_bar_t.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -73,6 +74,8 @@ class DDIM:
     """DDIM (Song et al. 2021, eq. 12); eta = 0 is deterministic, eta = 1 as noisy as ancestral sampling.
 
     Of order 1 in the step size for eta = 0. Its own grid is even and rounded.
+
+    :param eta: above 1 adds more noise, at most all that there is at the end of the step.
     """
 
     eta: float = 0.0
@@ -84,9 +87,11 @@ class DDIM:
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
         prediction = predict(x, t).guided("score")
-        now, before = process.alpha_bar(t, x), process.alpha_bar(t - 1, x)
+        now, before = process.alpha_bar(t, x), process.alpha_bar_prev(t, x)
         sigma = self.eta * th.sqrt((1 - before) / (1 - now) * (1 - now / before))  # eq. 16
-        direction = th.sqrt(1 - before - sigma**2) * prediction.eps
+        sigma = sigma.minimum(th.sqrt(1 - before))
+        # where all noise is fresh the difference is 0, and may round to less
+        direction = th.sqrt((1 - before - sigma**2).clamp(min=0)) * prediction.eps
         noise = draw()  # drawn also where it is not used: the order of draws is public
         sample = th.sqrt(before) * prediction.pred_xstart + direction + where_noisy(t, x) * sigma * noise
         return prediction.output(sample), None
@@ -102,7 +107,7 @@ class DDIMReverse:
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
         prediction = predict(x, t)
-        after = process.alpha_bar(t + 1, x)
+        after = process.alpha_bar_next(t, x)
         sample = th.sqrt(after) * prediction.pred_xstart + th.sqrt(1 - after) * prediction.eps
         return prediction.output(sample), None
 
@@ -140,21 +145,23 @@ class PLMS:
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
         prediction = predict(x, t).guided("score")
-        history = (*(state or ()), prediction.eps)[-self.order :]
+        eps = prediction.eps
+        history = (*(state or ()), eps)[-self.order :]
         if state is None and self.order > 1 and ends_noisy(t):
-            ahead = self._move(process, x, t, prediction.eps)
-            eps = (prediction.eps + predict(ahead, (t - 1).clamp(min=0)).guided("score").eps) / 2
+            ahead = self._move(process, x, t, prediction.pred_xstart, eps)
+            eps = (eps + predict(ahead, (t - 1).clamp(min=0)).guided("score").eps) / 2
         else:
             weights = ADAMS_BASHFORTH[len(history)]
             eps = sum((w * past for w, past in zip(weights, reversed(history), strict=True)), th.zeros_like(x))
-        sample = th.where(where_noisy(t, x), self._move(process, x, t, eps), prediction.pred_xstart)
+        moved = self._move(process, x, t, process.predict_xstart(x, t, eps), eps)
+        sample = th.where(where_noisy(t, x), moved, prediction.pred_xstart)
         return prediction.output(sample) | {"old_eps": list(history)}, history
 
     @staticmethod
-    def _move(process: Process, x: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
+    def _move(process: Process, x: th.Tensor, t: th.Tensor, xstart: th.Tensor, eps: th.Tensor) -> th.Tensor:
         """DDIM's step with eta = 0 along a given eps."""
-        before = process.alpha_bar(t - 1, x)
-        return th.sqrt(before) * process.predict_xstart(x, t, eps) + th.sqrt(1 - before) * eps
+        before = process.alpha_bar_prev(t, x)
+        return th.sqrt(before) * xstart + th.sqrt(1 - before) * eps
 
 
 # ---- steps in sigma / alpha, the noise of Karras et al. 2022, in which the flow is d(x / alpha) = eps d(sigma / alpha)
@@ -304,13 +311,53 @@ SAMPLERS: dict[str, type[Any]] = {
 }
 
 
-def make_sampler(name: str, **options: Any) -> Sampler:
-    """The sampler called `name`, e.g. ``make_sampler("ddim", eta=0.5)``.
+# what else k-diffusion, diffusers and stable-diffusion-webui call them, as `_plain` writes it
+ALIASES = {
+    "ddiminverse": "ddim_reverse",
+    "deismultistep": "deis",
+    "dpmsolvermultistep": "dpm++2m",
+    "dpmsolversinglestep": "dpm++2s",
+    "eulera": "euler_ancestral",
+    "pndm": "plms",
+    "sasolver": "sa",
+    "unipcbh2": "unipc",
+    "unipcmultistep": "unipc",
+}
 
-    :raises ValueError: if there is no such sampler, or it has no such option.
+
+def _plain(name: str) -> str:
+    """A sampler's name in small letters and digits, without the words that other libraries put around it."""
+    word = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
+    return word.removeprefix("sample").removesuffix("scheduler").removesuffix("discrete").removeprefix("k")
+
+
+def _named(name: str) -> str:
+    """The key in `SAMPLERS` of a name, which may be another library's.
+
+    :raises ValueError: if there is none.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler {name!r} is unknown: use one of {', '.join(SAMPLERS)}{nearest(name, SAMPLERS)}")
+    known = {**{_plain(own): own for own in SAMPLERS}, **ALIASES}
+    word = _plain(name)
+    if name in SAMPLERS or word in known:
+        return name if name in SAMPLERS else known[word]
+    hint = nearest(name, SAMPLERS)
+    if word.removesuffix("karras") in known:
+        hint = f"; karras is a grid of steps: use {known[word.removesuffix('karras')]} on the grid 'karras20'"
+    raise ValueError(f"sampler {name!r} is unknown: use one of {', '.join(SAMPLERS)}{hint}")
+
+
+def make_sampler(name: str | Sampler, **options: Any) -> Sampler:
+    """The sampler called `name`, e.g. ``make_sampler("ddim", eta=0.5)``; a sampler itself is returned as it is.
+
+    :param name: in `SAMPLERS`, or as k-diffusion, diffusers or stable-diffusion-webui have it ("dpmpp_2m", "Euler a").
+    :raises ValueError: if there is no such sampler, or it has no such option.
+    :raises TypeError: if it is neither a name nor a sampler.
+    """
+    if not isinstance(name, str):
+        if isinstance(name, type) or not hasattr(name, "step") or options:
+            raise TypeError(f"a sampler must be a name, or an object with a step and its own options, got {name!r}")
+        return name
+    name = _named(name)
     known = [spec.name for spec in fields(SAMPLERS[name])]
     for option in options:
         if option not in known:

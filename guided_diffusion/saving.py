@@ -8,10 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-import blobfile as bf
 import torch as th
 
-from . import checkpoint, dist_util, logger, manifest
+from . import checkpoint, dist_util, logger, manifest, paths
 from .checkpoint import CheckpointSet
 from .image_datasets import ImageStream
 from .run_state import RunState
@@ -54,7 +53,7 @@ def choose(path: str, *, auto: bool = False) -> tuple[CheckpointSet | None, list
     """
     found: tuple[CheckpointSet | None, list[str]] = None, []
     if dist_util.rank() == 0 and path:
-        found = checkpoint.newest(path, checksums=True) if bf.isdir(path) else (None, [])
+        found = checkpoint.newest(path, checksums=True) if paths.isdir(path) else (None, [])
         if not auto:
             found = checkpoint.find_set(path, checksums=True), found[1]
     return dist_util.broadcast_object(found)
@@ -87,10 +86,10 @@ def write_set(folder: str, step: int, parts: Mapping[str, Any]) -> Iterator[str]
         checkpoint.remove(before)
     entries = {}
     for name, value in parts.items():
-        path = str(bf.join(folder, f"{name}{step:06d}.pt"))
+        path = paths.join(folder, f"{name}{step:06d}.pt")
         entries[os.path.basename(path)] = checkpoint.save(path, value)
         yield path
-    path = str(bf.join(folder, manifest.name_of(step)))
+    path = paths.join(folder, manifest.name_of(step))
     checkpoint.save_json(path, manifest.content(step, entries))
     yield path
 
@@ -163,18 +162,26 @@ class Saver:
 
         :raises OSError: if this set, or the one before, cannot be written.
         """
-        self.wait()
         parts = state.parts(step)
-        if self.source == str(bf.join(folder, f"model{step:06d}.pt")):
-            logger.log(f"{self.source} is what this run resumed from, and stays as it is")
-        elif dist_util.rank() == 0 and self.asynchronous:
-            pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-            self._pending = pool.submit(self._write, folder, step, self._snapshot.take(parts))
-            pool.shutdown(wait=False)
-        elif dist_util.rank() == 0:
-            _report(self._write(folder, step, map_tensors(parts, lambda tensor: tensor.cpu().contiguous())))
-        if not self.asynchronous:
-            dist_util.barrier()
+        try:
+            self.wait()
+        finally:  # what was not written before is no reason not to write this
+            self._begin(parts, folder, step)
+
+    def _begin(self, parts: Mapping[str, Any], folder: str, step: int) -> None:
+        """Write a set, or let the thread begin with it."""
+        try:
+            if self.source == paths.join(folder, f"model{step:06d}.pt"):
+                logger.log(f"{self.source} is what this run resumed from, and stays as it is")
+            elif dist_util.rank() == 0 and self.asynchronous:
+                pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+                self._pending = pool.submit(self._write, folder, step, self._snapshot.take(parts))
+                pool.shutdown(wait=False)
+            elif dist_util.rank() == 0:
+                _report(self._write(folder, step, map_tensors(parts, lambda tensor: tensor.cpu().contiguous())))
+        finally:
+            if not self.asynchronous:
+                dist_util.barrier()
 
     def _write(self, folder: str, step: int, parts: Mapping[str, Any]) -> list[str]:
         """Write a set and remove older ones; returns the lines for the log, whose writers belong to the main thread."""

@@ -18,6 +18,7 @@ import torch as th
 import torch.nn.functional as F
 
 from .config import nearest
+from .seeds import to_device
 
 Array = npt.NDArray[np.float64]
 
@@ -135,7 +136,7 @@ class NoiseLevels:
         key = (like.device, like.dtype)
         if key not in self._tables:  # cast first: not every device has float64
             rows = (th.from_numpy(values.copy()).to(like.dtype) for values in (self.timesteps, self.lam))
-            knots, lam = (row.to(like.device) for row in rows)
+            knots, lam = (to_device(row, like.device) for row in rows)
             self._tables[key] = knots, lam
         return self._tables[key]
 

@@ -32,9 +32,10 @@ from .config import (
 from .hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
 from .schedules import rescale_zero_terminal_snr
-from .unet import EncoderUNetModel, SuperResModel, UNetModel
+from .unet import EncoderUNetModel, SuperResModel, UNetBackbone, UNetModel
 
 T = TypeVar("T")
+Network = TypeVar("Network", bound=UNetBackbone)
 NUM_CLASSES = 1000
 
 # channels of each level, by the longer side in pixels from which they serve
@@ -241,12 +242,12 @@ def _pick(section: type[T], flags: Mapping[str, Any]) -> T:
     return section(**{name: flags[name] for name in defaults(section) if name in flags})
 
 
-def _in_precision(model: T, precision: str) -> T:
+def _in_precision(model: Network, precision: str) -> Network:
     """The model converted where a precision is asked for by name; "auto" is that of the device of `dist_util.dev`."""
     if precision == "auto":
-        precision = fastest_precision(dist_util.dev()).precision
+        precision = fastest_precision(dist_util.dev(), model.model_channels).precision
     if precision:
-        model.convert_to(precision)  # type: ignore[attr-defined]
+        model.convert_to(precision)
     return model
 
 

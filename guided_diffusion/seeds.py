@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch as th
@@ -15,11 +16,17 @@ def image_seed(seed: int, index: int) -> int:
     torch's CPU generator looks at 32 bits alone. Hashed freely, two of 50,000 images would be the same picture in one
     run out of four, so the low half is a permutation of the index (an affine map, then murmur3's finalizer).
     """
-    start, factor, high = (int(word) for word in np.random.SeedSequence(seed, spawn_key=(0,)).generate_state(3))
+    start, factor, high = _words(seed)
     low = (index * (factor | 1) + start) & 0xFFFFFFFF
     for shift, odd in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         low = (low ^ low >> shift) * odd & 0xFFFFFFFF
     return ((high ^ index >> 32) & 0x7FFFFFFF) << 32 | low
+
+
+@lru_cache(maxsize=16)
+def _words(seed: int) -> tuple[int, ...]:
+    """Three words of 32 bits that all images of a seed have in common."""
+    return tuple(int(word) for word in np.random.SeedSequence(seed, spawn_key=(0,)).generate_state(3))
 
 
 def image_generator(seed: int, index: int, device: th.device | str = "cpu") -> th.Generator:

@@ -7,8 +7,7 @@ rank but the last ones, which may have fewer or none; whole tensors are those of
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch as th
@@ -19,7 +18,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from . import dist_util
 from .blocks import TimestepBlock, TimestepEmbedSequential
 from .fp16_util import MixedPrecisionTrainer, convert
 from .gradients import Gradients, laid_out_as
@@ -106,11 +104,6 @@ class ShardedGradients(Gradients):
     def _watched(self) -> list[int]:
         return []
 
-    @contextmanager
-    def collecting(self, loss: th.Tensor, *, last: bool) -> Iterator[None]:
-        with dist_util.exchanging("a backward pass through split parameters"), super().collecting(loss, last=last):
-            yield
-
     def finish(self) -> tuple[list[th.Tensor], th.Tensor]:
         for param, master in self.pairs:
             master.grad = th.zeros_like(master) if param.grad is None else cast(DTensor, param.grad).to_local()
@@ -152,8 +145,7 @@ class ShardedTrainer(MixedPrecisionTrainer):
             return own
         mean, *norms = own.double()  # whose squares do not overflow
         sums = th.stack([mean / dist.get_world_size(), *(norm.square() for norm in norms)])
-        with dist_util.exchanging("norms of split gradients"):
-            dist.all_reduce(sums)
+        dist.all_reduce(sums)
         return th.stack([sums[0], *sums[1:].sqrt()]).float()
 
     def sync_model(self) -> None:
@@ -210,15 +202,13 @@ class ShardedTrainer(MixedPrecisionTrainer):
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=cpu_offload, ignore_frozen_params=ignore_frozen_params
         )
-        with dist_util.exchanging("gathering split parameters"):
-            return get_model_state_dict(self._holder(rows), options=options)
+        return get_model_state_dict(self._holder(rows), options=options)
 
     def _rows(self, whole: Mapping[str, th.Tensor]) -> list[th.Tensor]:
         """The rows of whole tensors, by the values that rank 0 has; zeros where there is none."""
         holder = self._holder([th.zeros_like(master) for master in self.master_params])
         options = StateDictOptions(full_state_dict=True, strict=False)
-        with dist_util.exchanging("handing out split parameters"):
-            set_model_state_dict(holder, dict(whole), options=options)
+        set_model_state_dict(holder, dict(whole), options=options)
         return [_rows_of(param) for param in holder.parameters()]
 
 

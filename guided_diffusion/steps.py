@@ -22,11 +22,16 @@ Generators = th.Generator | Sequence[th.Generator] | None
 
 
 class StepOutput(TypedDict):
-    """What a step yields: x_{t-1}, the network's own x_0 and, in a guided step, the guided x_0."""
+    """What a step yields: x_{t-1}, the network's own x_0 and, in a guided step, the guided x_0.
+
+    guided_outside: share of values [N] of the guided x_0 that lay far outside of [-1, 1] before it was clipped, where
+        predictions are clipped and the sampler is guided by the score.
+    """
 
     sample: th.Tensor
     pred_xstart: th.Tensor
     pred_xstart_guided: NotRequired[th.Tensor]
+    guided_outside: NotRequired[th.Tensor]
     old_eps: NotRequired[list[th.Tensor]]
 
 
@@ -65,10 +70,12 @@ class Level(NamedTuple):
 class Prediction(Protocol):
     """What the network says at (x, t)."""
 
-    mean: th.Tensor
-    log_variance: th.Tensor
-    pred_xstart: th.Tensor
-
+    @property
+    def mean(self) -> th.Tensor: ...
+    @property
+    def log_variance(self) -> th.Tensor: ...
+    @property
+    def pred_xstart(self) -> th.Tensor: ...
     @property
     def eps(self) -> th.Tensor: ...
     def guided(self, rule: str) -> Prediction: ...
@@ -87,13 +94,17 @@ class Process(Protocol):
     """
 
     num_timesteps: int
-    timestep_map: list[Any]
-    original_num_steps: int
 
+    @property
+    def timestep_map(self) -> list[Any]: ...
+    @property
+    def original_num_steps(self) -> int: ...
     @property
     def no_signal_at_the_end(self) -> bool: ...
 
     def alpha_bar(self, t: th.Tensor, like: th.Tensor) -> th.Tensor: ...
+    def alpha_bar_prev(self, t: th.Tensor, like: th.Tensor) -> th.Tensor: ...
+    def alpha_bar_next(self, t: th.Tensor, like: th.Tensor) -> th.Tensor: ...
     def at(self, t: th.Tensor, like: th.Tensor) -> Level: ...
     def tau(self, level: th.Tensor) -> th.Tensor: ...
     def timesteps(self, t: th.Tensor, like: th.Tensor) -> th.Tensor: ...
@@ -111,7 +122,20 @@ class Process(Protocol):
         cond_fn: Callable[..., Any] | None = None,
         cond_fn_with_grad: bool = False,
         model_kwargs: dict[str, Any] | None = None,
+        clip_guided: bool | None = None,
     ) -> Predict: ...
+    def take_step(
+        self,
+        sampler: Sampler,
+        model: Any,
+        x: th.Tensor,
+        t: th.Tensor,
+        state: Any,
+        *,
+        draw: Draw | None = None,
+        cond_fn_with_grad: bool = False,
+        **options: Any,
+    ) -> tuple[StepOutput, Any]: ...
 
 
 class Sampler(Protocol):
@@ -157,7 +181,9 @@ def polynomial_weights(nodes: Sequence[th.Tensor], moments: Sequence[th.Tensor])
     :param moments: that integral of 1, s, s^2, ...; all are [N, 1, ...].
     """
     powers = th.stack([th.stack([node**k for node in nodes], dim=-1) for k in range(len(nodes))], dim=-2)
-    weights: tuple[th.Tensor, ...] = th.linalg.solve(powers, th.stack(list(moments), dim=-1)).unbind(-1)
+    # solve() would wait for the device, to raise an error where nodes coincide: weights are then not finite
+    solution, _ = th.linalg.solve_ex(powers, th.stack(list(moments), dim=-1))
+    weights: tuple[th.Tensor, ...] = solution.unbind(-1)
     return weights
 
 

@@ -1,9 +1,8 @@
 """The training loop: steps whose randomness is keyed by (seed, step), moving averages, logs, checkpoints, resuming.
 
-Shapes: N images of a step on all ranks together, n of them in a microbatch, C channels, H W space, K classes. A step's
-t, importance weights, noise and dropped labels are drawn for all N images before they are cut into ranks and
-microbatches, so that neither changes what is learned. A number of updates counts from the beginning of the run, resumed
-parts included.
+Shapes: N images of a step on all ranks together, n of them in a microbatch, C channels, H W space, K classes. What an
+image draws depends on its place among these N, so that neither ranks nor microbatches change what is learned. A number
+of updates counts from the beginning of the run, resumed parts included.
 """
 
 from __future__ import annotations
@@ -11,27 +10,26 @@ from __future__ import annotations
 import copy as copy
 import functools as functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, NamedTuple
 
-import blobfile as bf
-import numpy as np
+import blobfile as bf  # noqa: F401 - what a star import of the original's gives
 import torch as th
 import torch.distributed as dist  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: F401
 
-from . import checkpoint, dist_util, logger
+from . import checkpoint, dist_util, logger, paths
 from .adamw import AdamW
 from .bad_steps import BadSteps
+from .batches import Cond as Cond, Supply, Validation
 from .compiling import eagerly
-from .config import parse_microbatch, parse_rates
+from .config import parse_rates
 from .draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
-from .interruption import Interruption
+from .interruption import Failures, Interruption
 from .meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
-from .microbatches import halve_until_it_fits
+from .microbatches import first_microbatch, halve_until_it_fits
 from .nn import update_ema
 from .pictures import to_unit
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
@@ -47,8 +45,6 @@ from .saving import (
 )
 from .seeds import seeded, to_device
 
-Cond = Mapping[str, th.Tensor]
-
 
 class Hook(NamedTuple):
     """A look at the averaged weights every `interval` updates, as look(model, updates), on rank 0 or on all ranks."""
@@ -61,18 +57,6 @@ class Hook(NamedTuple):
 # ---- the loop
 
 
-def _trainer(fsdp: bool, auto_microbatch: bool) -> type[MixedPrecisionTrainer]:
-    if not fsdp:
-        return MixedPrecisionTrainer
-    if auto_microbatch:
-        raise ValueError(
-            "microbatch auto does not go with fsdp, where no rank can begin a step anew by itself: give a number"
-        )
-    from .sharding import ShardedTrainer  # not for others: it imports much of torch.distributed
-
-    return ShardedTrainer
-
-
 class TrainLoop:
     """Trains a diffusion model; subclasses override `compute_losses` to train something else.
 
@@ -82,23 +66,20 @@ class TrainLoop:
         holds, by halves.
     :param lr: None takes the one in the optimizer file that is resumed from.
     :param ema_rate: one rate, or several as text separated by commas; '' for none.
+    :param ema_warmup: the rate after n updates is at most (1 + n) / (10 + n), so that a young average is no noise.
     :param resume_checkpoint: any file of a run's checkpoint, or its folder; '' starts anew.
     :param lr_anneal_steps: updates over which the learning rate falls to 0, where the run stops; 0: constant.
     :param max_steps: updates after which the run stops; 0: without end.
-    :param warmup_steps: updates over which the learning rate rises.
     :param keep_last: how many checkpoints stay in the folder; 0: all.
-    :param async_save: write checkpoints while training goes on.
-    :param val_data: as `data`; its first `val_batches` batches are measured every `val_interval` updates, always with
-        the same noise.
+    :param val_data: as `data`; its first `val_batches` batches are measured, always alike, every `val_interval` steps.
     :param hooks: looks at the model now and then, such as previews.
-    :param progress: show a progress bar on stderr.
     :param config: what is saved as config.json beside the checkpoints.
     :param max_bad_steps: skipped steps in a row after which the run ends; 0: it never does.
     :param class_dropout: probability that a label becomes the null_label of the model, never in validation.
     :param fsdp: split weights, gradients, optimizer state and averages over the ranks; the model is changed.
     """
 
-    loss_prefix = ""
+    loss_prefix, validation_of = "", Validation
 
     def __init__(
         self,
@@ -135,17 +116,17 @@ class TrainLoop:
         max_bad_steps: int = 50,
         async_save: bool = False,
         fsdp: bool = False,
+        ema_warmup: bool = False,
     ) -> None:
         self.model, self.diffusion, self.data = model, diffusion, data
-        wanted = parse_microbatch(str(microbatch))
-        self.batch_size, self.auto_microbatch = batch_size, wanted == "auto"
-        self.microbatch = wanted if isinstance(wanted, int) and wanted > 0 else batch_size
+        self.batch_size = batch_size
+        self.microbatch, self.auto_microbatch = first_microbatch(microbatch, batch_size, fsdp=fsdp)
         self.lr, self.lr_anneal_steps, self.warmup_steps = lr, lr_anneal_steps, warmup_steps
         self.weight_decay, self.max_steps, self.max_bad_steps = weight_decay, max_steps, max_bad_steps
-        self.ema_rate = parse_rates(ema_rate)
+        self.ema_rate, self.ema_warmup = parse_rates(ema_rate), ema_warmup
         self.log_interval, self.save_interval = log_interval, save_interval
         self.saver = Saver(asynchronous=async_save, keep_last=keep_last)
-        self.val_data, self.val_interval, self.val_batches = val_data, val_interval, val_batches
+        self.validation, self.val_interval = self.validation_of(val_data, val_batches), val_interval
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
         self.seed, self.config, self.hooks = seed, config, hooks
@@ -154,7 +135,10 @@ class TrainLoop:
         self.use_fp16, self.fp16_scale_growth, self.sync_cuda = use_fp16, fp16_scale_growth, th.cuda.is_available()
         self.global_batch = batch_size * dist_util.world_size()
         files = self._load_and_sync_parameters()
-        self.mp_trainer = _trainer(fsdp, self.auto_microbatch)(
+        trainer: type[MixedPrecisionTrainer] = MixedPrecisionTrainer
+        if fsdp:
+            from .sharding import ShardedTrainer as trainer  # not for others: it imports much of torch.distributed
+        self.mp_trainer = trainer(
             model=model,
             use_fp16=use_fp16,
             fp16_scale_growth=fp16_scale_growth,
@@ -178,10 +162,10 @@ class TrainLoop:
         if self.lr is None:
             raise ValueError("lr is None, and there is no optimizer file to take it from: give a learning rate")
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
-        self._val_cache: list[Any] = []
-        self._batches, self._saved = iter(self.data), self.updates
         self.meter = Meter(self.global_batch, done=self.updates, total=self.limit, progress=progress)
+        self.supply, self._saved = Supply(self.data, self.meter), self.updates
         self.bad_steps = BadSteps(self.max_bad_steps, self.mp_trainer, self.data, self.meter)
+        self.failures, self._unchanged = Failures(), False
 
     # ---- counting
 
@@ -227,33 +211,32 @@ class TrainLoop:
         self._resumed.load_optimizer(self._files.opt)
 
     def _state(self) -> RunState:
-        sampler = self.schedule_sampler
-        averages = self.ema_rate, self.ema_params
+        averages, sampler = (self.ema_rate, self.ema_params), self.schedule_sampler
         return RunState(self.mp_trainer, self.opt, *averages, sampler, self.data, self.lr, self.global_batch)
 
     def save(self) -> None:
         """Write the checkpoint of the updates made so far; every rank calls it, rank 0 writes."""
-        self.saver.save(self._state(), get_blob_logdir(), self.updates)
         self._saved = self.updates
+        self.saver.save(self._state(), get_blob_logdir(), self.updates)
 
     # ---- the loop
 
     def run_loop(self) -> None:
-        """Train until the limit, for ever without one; SIGINT, SIGTERM and SIGUSR1 end it after a step, saved."""
+        """Train until the limit, for ever without one; SIGINT, SIGTERM and SIGUSR1 end it after a step, saved.
+
+        So does an error of the data, the log, a hook or the disk, which is raised when everything is saved.
+        """
         self._announce()
         interruption, stopped = Interruption(), False
         with self.meter, interruption, self.saver:
-            while not (self.done or stopped):
-                batch, cond = self._next_batch()
-                self.run_step(batch, cond)
-                self.step += 1
-                self.meter.step_done()
+            while not (self.done or stopped) and self._make_step():
                 self._after_step()
                 tested = bool(os.environ.get("DIFFUSION_TRAINING_TEST")) and self._saved == self.updates
                 stopped = tested or interruption.requested(self.updates)
-            self._dump()
+            self.failures.keep(self.meter.dump, self.diffusion, self.loss_prefix)
             if self._saved != self.updates:
-                self.save()
+                self.failures.keep(self.save)
+        self.failures.end()
         interruption.end()
 
     def _announce(self) -> None:
@@ -267,24 +250,46 @@ class TrainLoop:
             f"{self.mp_trainer.precision} on {self.device}: global batch {self.global_batch} ({ranks} ranks x "
             f"{self.batch_size}, in microbatches of {self.microbatch}), "
             f"step {self.updates} to {self.limit or 'no end'}, lr {self.lr:g}, EMA {self.ema_rate or 'none'}"
+            f"{', warmed up' if self.ema_rate and self.ema_warmup else ''}"
         )
         if not hasattr(self.data, "state_dict"):
             logger.log("the data iterator has no state_dict(): a resumed run will not know its position")
-        warn_of_long_averages(self.ema_rate, self.limit)
+        warn_of_long_averages([] if self.ema_warmup else self.ema_rate, self.limit)
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
         if self.config is not None and dist_util.rank() == 0:
-            checkpoint.save_json(str(bf.join(get_blob_logdir(), checkpoint.CONFIG)), self.config)
+            checkpoint.save_json(paths.join(get_blob_logdir(), checkpoint.CONFIG), self.config)
 
-    def _next_batch(self) -> tuple[th.Tensor, Cond]:
-        with self.meter.waiting_for_data():
-            try:
-                batch, cond = next(self._batches)
-            except StopIteration as error:
-                raise ValueError(
-                    f"the data ended after {self.step} batches: give an endless iterator, or max_steps {self.updates}"
-                ) from error
-        return batch, cond
+    def _make_step(self) -> bool:
+        """Make the coming update; False, and everything is as before, where a rank has failed."""
+        failures, taken = self.failures, None
+        if not (failures.own or failures.told):
+            taken = failures.keep(self.supply.take, self.updates)
+        if failures.known:
+            return False
+        if not self.supply.begun:
+            failures.end()  # there is nothing to save
+        made = self._try_step(*(taken or self.supply.spoiled()))
+        if taken and not made:
+            self.supply.give_back()
+        return made
+
+    def _try_step(self, batch: th.Tensor, cond: Cond) -> bool:
+        """`run_step`, and count it; False where it changed nothing, as a rank has failed."""
+        scale, self._unchanged = self.mp_trainer.state_dict(), False
+        try:
+            self.run_step(batch, cond)
+        except Exception as error:
+            if dist_util.world_size() > 1 or not self._unchanged:
+                raise
+            self.failures.add(error)
+        if self.failures.known:
+            self.mp_trainer.load_state_dict(scale)
+            return False
+        self.failures.end()  # of a subclass whose run_step tells nobody
+        self.step += 1
+        self.meter.step_done()
+        return True
 
     def run_step(self, batch: th.Tensor, cond: Cond) -> None:
         """One update from a batch of this rank."""
@@ -294,6 +299,9 @@ class TrainLoop:
             self.bad_steps.in_a_row = 0
             self._update_ema()
             self._update_sampler()
+        elif self.failures.tell():
+            self.meter.drop_losses()
+            return
         elif self.bad_steps.skipped(self.updates + 1, cond, self._losses_at):
             self.saver.wait()
             dist_util.barrier()  # no rank ends before rank 0 has written
@@ -302,6 +310,7 @@ class TrainLoop:
 
     def _backward(self, batch: th.Tensor, cond: Cond) -> None:
         """`forward_backward` with generators of its own, and in parts that the memory holds if these are automatic."""
+        self._unchanged = True  # by an error in here
         # Dropout draws from the global generator: keyed too, and another mask on every rank.
         key = self.updates * dist_util.world_size() + dist_util.rank()
 
@@ -314,6 +323,7 @@ class TrainLoop:
             halve_until_it_fits(attempt, self.microbatch, self.mp_trainer.zero_grad)
         else:
             attempt(self.microbatch)
+        self._unchanged = False
 
     def forward_backward(self, batch: th.Tensor, cond: Cond) -> None:
         """Gradients of the mean loss of a batch, microbatch by microbatch."""
@@ -332,10 +342,10 @@ class TrainLoop:
         self._losses_at = draw.t, losses["loss"]
         self.meter.add_losses(draw.t, {name: value * draw.weights for name, value in losses.items()})
 
-    def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False) -> Draw:
+    def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False, counted: int | None = None) -> Draw:
         """This rank's part of what is drawn for a global batch."""
         if validation:
-            return draw_for_validation(batch, self.diffusion.num_timesteps, self.seed, index, self.device)
+            return draw_for_validation(batch, self.diffusion.num_timesteps, self.seed, index, self.device, counted)
         return draw_for_training(batch, self.schedule_sampler, self.seed, index, self.device)
 
     def _microbatches(self, batch: th.Tensor, cond: Cond, draw: Draw) -> Iterator[tuple[th.Tensor, Cond, Draw]]:
@@ -357,8 +367,9 @@ class TrainLoop:
         return losses
 
     def _update_ema(self) -> None:
+        most = (1 + self.updates) / (10 + self.updates) if self.ema_warmup else 1.0
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            update_ema(self.mp_trainer.trained(params), self.mp_trainer.trained(), rate=rate)
+            update_ema(self.mp_trainer.trained(params), self.mp_trainer.trained(), rate=min(rate, most))
 
     def _update_sampler(self) -> None:
         if isinstance(self.schedule_sampler, LossAwareSampler) and self._losses_at is not None:
@@ -384,18 +395,19 @@ class TrainLoop:
 
     def _after_step(self) -> None:
         """What happens every so many updates: validation, hooks, a line of the log, a checkpoint."""
+        keep = self.failures.keep
         with self.meter.paused():
-            if self.val_data is not None and self._is_due(self.val_interval):
-                self.validate()
+            if self.validation.data is not None and self._is_due(self.val_interval):
+                keep(self.validate)
             for hook in self.hooks:
                 if self._is_due(hook.interval):
-                    self._look(hook)
+                    keep(self._look, hook)
         if self._is_due(self.log_interval):
-            self._dump()
+            keep(self.meter.dump, self.diffusion, self.loss_prefix)
         if self._is_due(self.save_interval):
             with self.meter.saving():
-                self.save()
-        self.saver.poll()
+                keep(self.save)
+        keep(self.saver.poll)
 
     def _look(self, hook: Hook) -> None:
         looks = hook.on_all_ranks or dist_util.rank() == 0
@@ -407,15 +419,6 @@ class TrainLoop:
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.updates % interval == 0
 
-    def _dump(self) -> None:
-        """Write a line of the log, if there is a step that none holds; every rank calls it."""
-        if self.meter.has_losses:  # not where a subclass computes and logs them in its own way
-            t, losses = self.meter.take_losses()
-            log_loss_dict(self.diffusion, t, {self.loss_prefix + name: value for name, value in losses.items()})
-        if self.meter.has_steps:
-            self.meter.log_speed()
-            logger.dumpkvs()
-
     # ---- measuring
 
     @contextmanager
@@ -424,27 +427,22 @@ class TrainLoop:
 
         Inside the block there are no gradients, and the generators of the training are left alone.
         """
-        model = self.mp_trainer.plain_model(self.ema_params[int(np.argmax(self.ema_rate))] if self.ema_params else None)
+        slowest = self.ema_params[self.ema_rate.index(max(self.ema_rate))] if self.ema_params else None
+        model = self.mp_trainer.plain_model(slowest)
         with th.no_grad(), eagerly(model), evaluating(model), seeded(self.seed + VALIDATION, self.updates, self.device):
             yield model
 
-    def validation_batches(self) -> Iterable[tuple[int, tuple[th.Tensor, Cond]]]:
-        """(key of the noise, batch) of the validation images: always the same."""
-        if not self._val_cache:
-            images = len(getattr(self.val_data, "dataset", ())) // self.global_batch
-            self._val_cache = list(islice(self.val_data, min(self.val_batches, images or self.val_batches)))
-            kind = f"EMA {max(self.ema_rate)}" if self.ema_rate else "raw"
-            logger.log(
-                f"validation on the same {len(self._val_cache)} batches of {self.global_batch} images with the same "
-                f"noise every time, by the {kind} weights"
-            )
-        return enumerate(self._val_cache)
-
     def validate(self) -> None:
         """Log the losses of the validation images as val_NAME; every rank calls it."""
+        parts = self.failures.keep(self.validation.parts, self.updates)
+        if self.failures.tell() or parts is None:
+            return
+        found = []
         with self.evaluation_model() as model:
-            for index, (batch, cond) in self.validation_batches():
-                draw = self._draw(batch, index, validation=True)
+            for key, batch, cond, counted in parts:
+                draw = self._draw(batch, key, validation=True, counted=counted)
                 rows = [self.compute_losses(*part, model) for part in self._microbatches(batch, cond, draw)]
                 t, losses = gather_losses({"t": draw.t, **join(rows)})
-                log_loss_dict(self.diffusion, t, {f"val_{name}": value for name, value in losses.items()})
+                found.append({name: value[:counted] for name, value in [("t", t), *losses.items()]})
+        values = join(found)
+        log_loss_dict(self.diffusion, values.pop("t"), {f"val_{name}": value for name, value in values.items()})

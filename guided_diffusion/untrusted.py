@@ -16,10 +16,12 @@ import zipfile
 from collections.abc import Iterator
 from typing import IO, Any, BinaryIO, NamedTuple
 
-import blobfile as bf
 import numpy as np
 
+from .paths import AnyPath, is_remote, open_blob, resolve
+
 MAX_BYTES = 2**29  # of a file, or of a member of a zip, that is read as a whole
+MAX_ARRAY = 2**31  # of an array that is held as a whole
 LARGE_MEMBER = 2**26  # a member that unpacks to more than this ...
 MAX_RATIO = 200  # ... and to more than so many times its packed size is a bomb
 MAX_NAME = 1000  # characters
@@ -54,20 +56,16 @@ def reason(error: BaseException) -> str:
 # ---- files
 
 
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL, such as gs://bucket/run."""
-    return "://" in path
-
-
-def open_file(path: str) -> BinaryIO:
-    """A local or remote file to read from; a zip in a bucket is then read piece by piece.
+def open_file(path: AnyPath) -> BinaryIO:
+    """A file that a user names, to read from; a zip in a bucket is then read piece by piece.
 
     :raises ValueError: for a pipe, a device or a socket: to read one may wait for ever, or never end.
     """
-    if is_remote(path):
-        return bf.BlobFile(path, "rb", streaming=True)
-    check_regular(path)
-    return open(path, "rb")
+    where = resolve(path)
+    if is_remote(where):
+        return open_blob(where)
+    check_regular(where)
+    return open(where, "rb")
 
 
 def check_regular(path: str) -> None:
@@ -80,13 +78,13 @@ def check_regular(path: str) -> None:
         raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
 
 
-def read_file(path: str) -> bytes:
+def read_file(path: AnyPath) -> bytes:
     """All of a file.
 
     :raises ValueError: if it is no regular file, or larger than `MAX_BYTES`.
     """
     with open_file(path) as file:
-        size = PIECE_OF_FILE if is_remote(path) else local_size(file)
+        size = PIECE_OF_FILE if is_remote(resolve(path)) else local_size(file)
         content = b"".join(_pieces(file, MAX_BYTES + 1, piece=size + 1))  # mostly one, which is not copied
     if len(content) > MAX_BYTES:
         raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
@@ -104,6 +102,38 @@ def local_size(file: BinaryIO) -> int:
     return size
 
 
+def kind_of_file(path: str) -> str:
+    """What lies at a local path, if that shows that it is no weights; '' where it may be.
+
+    :raises OSError: if there is nothing.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "a folder" if os.path.isdir(path) else "no regular file"
+    if path.endswith(".pb"):
+        return "a TensorFlow graph"
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.lstrip()[:1] == b"<":
+        return "a web page"
+    if head.startswith(b"version https://git-lfs"):
+        return "the pointer that Git LFS leaves in place of a file"
+    return (
+        _kind_of_zip(path) if head.startswith(b"PK") and zipfile.is_zipfile(path) else "" if head else "an empty file"
+    )
+
+
+def _kind_of_zip(path: str) -> str:
+    with open_archive(path) as archive:
+        names = archive.namelist()
+    if names and all(name.endswith(".npy") for name in names):
+        return "an npz, which is images or their statistics"
+    if any(name.endswith("models/model.json") for name in names):
+        return "an exported program"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript archive"
+    return ""
+
+
 # ---- zips
 
 
@@ -113,10 +143,11 @@ def open_archive(path: str) -> zipfile.ZipFile:
     :raises ValueError: if it is none.
     """
     try:
-        if is_remote(path):
-            return zipfile.ZipFile(open_file(path))
-        check_regular(path)
-        return zipfile.ZipFile(path)
+        where = resolve(path)
+        if is_remote(where):
+            return zipfile.ZipFile(open_blob(where))
+        check_regular(where)
+        return zipfile.ZipFile(where)
     except Exception as error:  # zipfile does not say what a damaged directory leads it to
         raise ValueError(reason(error)) from error
 
@@ -153,10 +184,13 @@ def path_fault(name: str, archive: str) -> str:
     return name_fault(name) or (f"a path that leads out of the {archive}" if _FOREIGN.match(name) else "")
 
 
-def member_fault(member: zipfile.ZipInfo) -> str:
-    """Why a member of a zip is not read, as far as its entry tells; '' if it may be."""
-    if path_fault(member.filename, "zip"):
-        return path_fault(member.filename, "zip")
+def member_fault(member: zipfile.ZipInfo, name: str = "") -> str:
+    """Why a member of a zip is not read, as far as its entry tells; '' if it may be.
+
+    :param name: in place of the entry's own.
+    """
+    if path_fault(name or member.filename, "zip"):
+        return path_fault(name or member.filename, "zip")
     if member.flag_bits & 1:
         return "encrypted"
     if stat.S_ISLNK(member.external_attr >> 16):
@@ -247,7 +281,17 @@ def read_array(content: bytes) -> np.ndarray[Any, Any]:
     :raises ValueError: if it is not whole, or holds anything but numbers.
     """
     file = io.BytesIO(content)
-    header = read_header(file)
+    return read_numbers(file, read_header(file))
+
+
+def read_numbers(file: IO[bytes], header: Header) -> np.ndarray[Any, Any]:
+    """All numbers behind a header, as the array that it tells of.
+
+    :raises ValueError: if the file ends before them, or they are more than `MAX_ARRAY`.
+    """
+    size = math.prod(header.shape) * header.dtype.itemsize
+    if size > MAX_ARRAY:
+        raise ValueError(f"an array of {size} bytes, more than the {MAX_ARRAY} that are held: np.save it in C order")
     array = read_rows(file, header.shape, header.dtype)
     return array.reshape(-1).reshape(header.shape, order="F") if header.fortran else array
 

@@ -5,21 +5,21 @@ Shapes: N images, C channels, h w the space of the small images, H W that of the
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import blobfile as bf
 import numpy as np
 import torch as th
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from . import paths
 from .crops import Picture
-from .image_files import IMAGE_EXTENSIONS, Listing, find_images, read_image, split_archive
-from .npz import Npz, fingerprint
+from .decoding import Range
+from .image_files import Listing, images_at, read_image, read_size
+from .npz import fingerprint
 from .request import REQUEST
 from .seeds import image_generator
 from .untrusted import parse_json, path_fault, printable, quoted, read_file, reason
@@ -115,12 +115,14 @@ class Wanted:
     :param count: how many, or fewer where there are fewer.
     :param all: fewer than `count` are an error.
     :param label: listing of a folder -> the class of each image; None leaves them without.
+    :param data_range: as `read_image` takes it.
     """
 
     shape: tuple[int, int, int]
     count: int
     all: bool = False
     label: Label | None = None
+    data_range: Range | None = None
 
     def of(self, there: int, path: str) -> int:
         """How many to take.
@@ -133,22 +135,14 @@ class Wanted:
 
 
 def read_base(path: str, wanted: Wanted) -> BaseImages:
-    """The first images of an npz, of a run that sampled, of a folder or zip, or a single one.
+    """The first images of an npz, of a run that sampled, of a folder, zip or npy, or a single one.
 
     :raises ValueError: if there are fewer than asked for, or they do not fit.
     """
-    inside = split_archive(path)
-    if not inside and not (path and bf.exists(path)):
-        raise ValueError(
-            f"--base_samples {path!r} does not exist: give an npz of the images to enlarge, or a folder or zip of them"
-        )
     try:
-        if path.lower().endswith(IMAGE_EXTENSIONS) and not bf.isdir(path):
-            return _read_files(Listing(os.path.dirname(path) or ".", [os.path.basename(path)], []), wanted)
-        if not inside and not bf.isdir(path):
-            return _read_npz(path, wanted)
-        samples = "" if inside else _samples_in(path)
-        return _read_npz(samples, wanted) if samples else _read_files(find_images(path), wanted)
+        where = paths.resolve(path)
+        listing = images_at(_samples_in(where) or where, "--base_samples", wanted.shape[2])
+        return _read(listing, wanted)
     except ValueError as error:
         told = str(error)
         raise error if told.startswith("--") else ValueError(f"--base_samples: {told}") from error
@@ -156,43 +150,15 @@ def read_base(path: str, wanted: Wanted) -> BaseImages:
 
 def _samples_in(folder: str) -> str:
     """The npz of a folder that sampling left, '' for any other."""
-    found = glob.glob(os.path.join(glob.escape(folder), "samples_*.npz"))
-    return found[0] if len(found) == 1 and os.path.exists(os.path.join(folder, REQUEST)) else ""
-
-
-def _read_npz(path: str, wanted: Wanted) -> BaseImages:
-    """Nothing else of the file is read, and nothing before its header fits."""
-    with Npz(path) as base:
-        shape = base.header("arr_0").shape
-        _check_headers(path, base, wanted)
-        count = wanted.of(shape[0], path)
-        pixels = next(base.chunks("arr_0", count))
-        labels = next(base.chunks("arr_1", count)).tolist() if "arr_1" in base else None
-    if labels and max(labels) >= 2**63:
-        raise ValueError(f"--base_samples {path} holds a label {max(labels)}, which is no class: give ids of classes")
-    return BaseImages(pixels, labels, _names_beside(path, shape[0])[:count], shape[0] - count)
-
-
-def _check_headers(path: str, base: Npz, wanted: Wanted) -> None:
-    images = base.header("arr_0")
-    if images.dtype != "uint8" or images.shape[1:] != wanted.shape or images.shape[0] == 0:
-        height, width, channels = wanted.shape
-        raise ValueError(
-            f"--base_samples {path} holds arr_0 {images.shape} of {images.dtype}, and small_size {height}x{width} "
-            f"with {channels} channels needs uint8 images {wanted.shape}"
-        )
-    labels = base.header("arr_1") if "arr_1" in base else None
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise ValueError(
-            f"--base_samples {path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one integer for each of "
-            f"the {images.shape[0]} images, or none"
-        )
+    names = paths.names_in(folder)
+    found = [name for name in names if re.fullmatch(r"samples_.*\.npz", name)]
+    return paths.join(folder, found[0]) if len(found) == 1 and REQUEST in names else ""
 
 
 def _names_beside(path: str, count: int) -> list[str]:
     """The files that the images of an npz come from, as an upsampler that made it wrote them down."""
-    where = str(bf.join(os.path.dirname(path) or ".", NAMES))
-    if not bf.exists(where):
+    where = paths.join(os.path.dirname(path) or ".", NAMES)
+    if not paths.exists(where):
         return []
     try:
         said = parse_json(read_file(where))
@@ -209,23 +175,28 @@ def _names_beside(path: str, count: int) -> list[str]:
         raise ValueError(f"{where} cannot be used ({reason(error)}): repair or remove it") from error
 
 
-def _read_files(listing: Listing, wanted: Wanted) -> BaseImages:
-    if not listing.images:
-        raise ValueError(f"--base_samples {listing.root} holds no images, {listing.skipped()}")
-    names = listing.images[: wanted.of(len(listing.images), listing.root)]
-    labels = None if wanted.label is None else list(wanted.label(listing))[: len(names)]
-    pictures = [_pixels(read_image(listing.path(name), wanted.shape[2])) for name in names]
-    others = [
-        (name, pixels.shape) for name, pixels in zip(names, pictures, strict=True) if pixels.shape != wanted.shape
-    ]
+def _read(listing: Listing, wanted: Wanted) -> BaseImages:
+    """Nothing but the images that are wanted, and of an array none before its shape fits."""
+    there = len(listing.images)
+    names = listing.images[: wanted.of(there, listing.root)]
+    labels = listing.ids if wanted.label is None or listing.array else wanted.label(listing)
+    first = read_size(listing.path(names[0])) if listing.array else wanted.shape[:2]
+    pictures = list[Pixels]()
+    if first == wanted.shape[:2]:
+        pictures = [_pixels(read_image(listing.path(name), wanted.shape[2], wanted.data_range)) for name in names]
+    sizes = [pixels.shape[:2] for pixels in pictures] or [first] * len(names)
+    others = [(name, size) for name, size in zip(names, sizes, strict=True) if size != wanted.shape[:2]]
     if others:
-        name, (height, width, _) = others[0]
+        name, (height, width) = others[0]
         raise ValueError(
             f"--base_samples {listing.root}: {len(others)} of {len(names)} images are not of small_size "
             f"{wanted.shape[0]}x{wanted.shape[1]}, the first is {quoted(name)} with {height}x{width}: scale them, or "
             "leave them out"
         )
-    return BaseImages(np.stack(pictures), labels, names, len(listing.images) - len(names))
+    files = _names_beside(listing.root, there)[: len(names)] if listing.array else list(names)
+    return BaseImages(
+        np.stack(pictures), None if labels is None else list(labels)[: len(names)], files, there - len(names)
+    )
 
 
 def _pixels(picture: Picture) -> Pixels:

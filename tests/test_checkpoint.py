@@ -1,15 +1,18 @@
 """Files of a run: whole or absent, found by any of their names, refused with a sentence."""
 
+import argparse
 import io
 import json
 import os
+import types
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch as th
 
-from guided_diffusion import checkpoint
+from guided_diffusion import checkpoint, logger, weight_files
 from guided_diffusion.config import ClassifierConfig, UNetConfig
 from guided_diffusion.script_util import build_classifier, build_unet
 
@@ -63,7 +66,7 @@ def test_safetensors_hold_the_same_weights(tmp_path):
     path = str(tmp_path / "ema_0.99_000007.safetensors")
     safetensors.torch.save_file(model.state_dict(), path)
     other = tiny()
-    checkpoint.load_weights(other, checkpoint.resolve_model(str(tmp_path)))
+    weight_files.load_weights(other, checkpoint.resolve_model(str(tmp_path)))
     assert all(th.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -165,9 +168,26 @@ def test_sampling_takes_the_newest_average_then_the_newest_model(tmp_path):
     write_set(tmp_path, 9, kinds=("model", "opt"))
     write_set(tmp_path, 1000000, kinds=("model",))
     assert checkpoint.resolve_model(folder).endswith("model1000000.pt")
-    write_set(tmp_path, 8)
-    assert checkpoint.resolve_model(folder).endswith("ema_0.9999_000008.pt")
+    write_set(tmp_path, 10008)
+    assert checkpoint.resolve_model(folder).endswith("ema_0.9999_010008.pt")
     assert checkpoint.resolve_model(str(tmp_path / "model000009.pt")) == str(tmp_path / "model000009.pt")
+
+
+@pytest.mark.parametrize(
+    ("step", "warmed_up", "kinds", "taken"),
+    [
+        (9999, False, ("model", "ema_0.99_", "ema_0.9999_"), "ema_0.99_009999.pt"),
+        (10000, False, ("model", "ema_0.99_", "ema_0.9999_"), "ema_0.9999_010000.pt"),
+        (99, False, ("model", "ema_0.99_", "ema_0.9999_"), "model000099.pt"),
+        (99, False, ("ema_0.99_", "ema_0.9999_"), "ema_0.9999_000099.pt"),
+        (99, True, ("model", "ema_0.99_", "ema_0.9999_"), "ema_0.9999_000099.pt"),
+        (9, False, ("model", "ema_1.0_"), "model000009.pt"),
+    ],
+)
+def test_sampling_takes_the_slowest_average_that_is_no_longer_than_the_run(tmp_path, step, warmed_up, kinds, taken):
+    write_set(tmp_path, step, kinds=kinds)
+    checkpoint.save_json(str(tmp_path / "config.json"), {"flags": {"ema_warmup": warmed_up}})
+    assert checkpoint.resolve_model(str(tmp_path)) == str(tmp_path / taken)
 
 
 def test_the_last_sets_are_kept(tmp_path):
@@ -203,7 +223,7 @@ def test_config_and_classes_lie_beside_the_weights(tmp_path):
 def refusal(tmp_path, model, state, name="model000004.pt", **flags):
     checkpoint.save(str(tmp_path / name), state)
     with pytest.raises(ValueError, match=name) as caught:
-        checkpoint.load_weights(model, str(tmp_path / name), {**vars(TINY), **flags})
+        weight_files.load_weights(model, str(tmp_path / name), {**vars(TINY), **flags})
     return str(caught.value)
 
 
@@ -265,9 +285,110 @@ def test_nothing_is_loaded_from_a_file_that_does_not_fit(tmp_path):
     assert all(th.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+# as programs save them: with an EMA beside the weights, or inside of what trained them, or among notes of the run
+def behind(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+NOTES = {
+    "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.99)),
+    "best_fid": np.float64(12.5),
+    "history": np.arange(3),
+    "config": {"image_size": 8, "dtype": np.dtype("f4")},
+    "epoch": 3,
+}
+WRAPPERS = {
+    "state_dict": lambda plain, ema: {"state_dict": ema, **NOTES},
+    "with an optimizer": lambda plain, ema: {"model": plain, "ema": ema, "opt": {"state": {}, "param_groups": []}},
+    "timm": lambda plain, ema: {"state_dict": plain, "state_dict_ema": ema, **NOTES},
+    "k-diffusion": lambda plain, ema: {
+        "model": behind("inner_model.", plain),
+        "model_ema": behind("inner_model.", ema),
+    },
+    "lucidrains": lambda plain, ema: {
+        "step": 3,
+        "model": behind("model.", plain),
+        "ema": {
+            "initted": th.tensor([True]),
+            "step": th.tensor([9]),
+            **behind("online_model.model.", plain),
+            **behind("ema_model.model.", ema),
+        },
+        "version": "1.0",
+    },
+    "latent-diffusion": lambda plain, ema: {
+        "state_dict": {**behind("model.diffusion_model.", ema), "first_stage_model.encoder.weight": th.ones(2)},
+        "hyper_parameters": argparse.Namespace(**NOTES),
+        "callbacks": {Exception: {"best": np.float32(1)}},
+    },
+    "compiled": lambda plain, ema: behind("module._orig_mod.", ema),
+    "with a step": lambda plain, ema: {**ema, "step": 4},
+    "rates": lambda plain, ema: {"params": plain, "params_ema": behind("module.", ema)},
+    "net": lambda plain, ema: {"net": ema, "acc": np.int64(3)},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_weights_that_other_programs_wrapped_are_found_and_the_average_preferred(tmp_path, name):
+    ema, path = tiny(), str(tmp_path / "theirs.pt")
+    plain = {key: value + 1 for key, value in ema.state_dict().items()}
+    th.save(WRAPPERS[name](plain, ema.state_dict()), path)
+    logger.configure(str(tmp_path), ["log"])
+    model = tiny()
+    weight_files.load_weights(model, path)
+    assert all(th.equal(a, b) for a, b in zip(model.parameters(), ema.parameters(), strict=True))
+    said = (tmp_path / "log.txt").read_text()
+    assert (f"of {path} the weights at " in said) == (name != "with a step")
+    assert ("are taken, not those at " in said) == (
+        name in ("with an optimizer", "timm", "k-diffusion", "lucidrains", "rates")
+    )
+
+
+def test_a_file_without_weights_is_answered_by_what_it_holds(tmp_path):
+    whole = types.SimpleNamespace(weight=th.ones(1))
+    for content, sentence in (
+        (
+            {"epoch": 3, "log": [1, 2], **NOTES},
+            "'epoch' (int), 'log' (list of 2), 'args' (argparse.Namespace), 'best_fid'",
+        ),
+        (whole, "but one object (types.SimpleNamespace)"),
+        ([1, 2], "but one object (list of 2)"),
+        ({f"layer{i}": {"w": th.ones(1)} for i in range(20)}, "'layer11' (dict of 1) and 8 more"),
+    ):
+        th.save(content, tmp_path / "theirs.pt")
+        with pytest.raises(ValueError, match="holds no weights of a network") as caught:
+            weight_files.weights_of(str(tmp_path / "theirs.pt"))
+        assert sentence in str(caught.value)
+        assert "again" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    state = tiny().state_dict()
+    state["out.0.bias"] = th.full((32,), value)
+    message = refusal(tmp_path, tiny(), state)
+    assert f"not finite, in 1 of its {len(state)} tensors (out.0.bias is the first)" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\n<!DOCTYPE html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "the pointer that Git LFS leaves"),
+        (b"", "it is an empty file"),
+        (b"torn", "it is of another kind, and no file of weights"),
+        (b"PK\x03\x04 torn", "it is damaged or cut short, copy or download it again"),
+    ],
+)
+def test_files_that_are_no_checkpoints_are_told_apart(tmp_path, content, what):
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=what):
+        checkpoint.load(str(tmp_path / "model.pt"))
+
+
 def test_weights_saved_from_inside_a_data_parallel_wrapper(tmp_path):
     model, path = th.nn.Linear(2, 3), str(tmp_path / "wrapped.pt")
     checkpoint.save(path, {f"module.{name}": value + 1 for name, value in model.state_dict().items()})
     expected = {name: value + 1 for name, value in model.state_dict().items()}
-    checkpoint.load_weights(model, path)
+    weight_files.load_weights(model, path)
     assert all(th.equal(value, expected[name]) for name, value in model.state_dict().items())

@@ -195,11 +195,11 @@ def test_maps_are_numbers_in_whatever_file(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_meant_is_named(tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), 1, np.uint8)).save(tmp_path / "ones.png")
+    Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(tmp_path / "dark.png")
     Image.fromarray(np.full((4, 4), 5, np.uint8)).save(tmp_path / "five.png")
     Image.fromarray(np.array([[0, 255], [4, 4]], np.uint8)).save(tmp_path / "void.png")
-    with pytest.raises(UnreadableImage, match=r"ones.png.*no number is above 1"):
-        KINDS["mask"].read(str(tmp_path / "ones.png"))
+    with pytest.raises(UnreadableImage, match=r"dark.png.*16 values from 0 to 15, all on one side of 127.5"):
+        KINDS["mask"].read(str(tmp_path / "dark.png"))
     with pytest.raises(UnreadableImage, match=r"five.png.*class 5 in a map.*0 .. 4, and 255 for none"):
         KINDS["classes"].read(str(tmp_path / "five.png"))
     void = KINDS["classes"].load(str(tmp_path / "void.png"), 2)
@@ -523,16 +523,16 @@ def test_flags_of_no_effect_are_refused(trained: Path, tmp_path: Path, capsys: p
         assert told in refusal(capsys, image_train.main, *data, *words)
     assert not list((tmp_path / "t").glob("*.pt"))
 
-    save_npz(str(tmp_path / "wide.npz"), np.zeros((2, SIDE, 4), np.uint8))
-    save_npz(str(tmp_path / "floats.npz"), np.zeros((2, SIDE, SIDE), np.float32))
+    save_npz(str(tmp_path / "deep.npz"), np.zeros((2, SIDE, SIDE, 4), np.uint8))
+    save_npz(str(tmp_path / "line.npz"), np.zeros(SIDE, np.float32))
     model = ["--timestep_respacing", "2", "--log_dir", str(tmp_path / "s")]
     for name, words, told in (
         ("plain", [], "give --cond_images"),
         ("blind", ["--cond_images", conds], "was trained without --cond_type"),
         ("plain", ["--cond_images", str(tmp_path / "no")], "does not exist"),
         ("plain", ["--cond_images", conds, "--num_samples", "7"], "7 samples are asked for"),
-        ("plain", ["--cond_images", str(tmp_path / "wide.npz")], "(N, 8, 8, 1) of uint8"),
-        ("plain", ["--cond_images", str(tmp_path / "floats.npz")], "of float32"),
+        ("plain", ["--cond_images", str(tmp_path / "deep.npz")], "(8, 8, 4), where masks are [H, W]"),
+        ("plain", ["--cond_images", str(tmp_path / "line.npz")], "an array of shape (8,), where"),
         ("plain", ["--cond_images", conds, "--cfg_scale", "2"], "without --cond_dropout"),
         ("plain", ["--cond_images", conds, "--cond_class_from", "folder"], "no effect on an unconditional model"),
         ("labelled", ["--cond_images", conds, "--cond_class_from", "folder", "--classes", "1"], "give one of the two"),
@@ -542,12 +542,12 @@ def test_flags_of_no_effect_are_refused(trained: Path, tmp_path: Path, capsys: p
 
 
 def test_samples_in_training_are_for_the_images_whose_labels_they_have(tmp_path: Path) -> None:
-    from evaluations.training import _job
+    from guided_diffusion.commands._evaluation import evaluation_job
 
     images, conds = write_pairs(tmp_path, "mask")
     stream = opened(images, Pairing(str(conds), KINDS["mask"]), class_cond=True, class_from="filename")
     words = ["--image_size", "8", "--class_cond", "True", "--cond_type", "mask", "--eval_samples", "12"]
-    job = _job(cli.parse("image_train", words), make_sampler("ddim"), stream)
+    job = evaluation_job(cli.parse("image_train", words), make_sampler("ddim"), stream)
     assert job.conditioning is not None
     rows = job.conditioning(range(12))["cond_image"]
     known = [stream.dataset[0, index] for index in range(6)]
@@ -562,8 +562,8 @@ def test_the_commands_of_the_page_parse_and_its_example_runs(
 ) -> None:
     text = (ROOT / "docs" / "conditioning.md").read_text().replace("\\\n", " ")
     found = re.findall(r"^    python scripts/(\w+)\.py (.*)$", text, re.MULTILINE)
-    assert [name for name, _ in found] == ["image_train", "image_sample", "image_sample", "npz_tool"]
-    for name, words in found[:3]:
+    assert [name for name, _ in found] == ["image_train", "image_sample", "image_sample"]
+    for name, words in found:
         assert cli.parse(name, shlex.split(words)).given
     monkeypatch.chdir(tmp_path)
     (tmp_path / "datasets").mkdir()

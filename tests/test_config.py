@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import guided_diffusion.commands
 from guided_diffusion import cli
 from guided_diffusion.config import (
     ClassifierConfig,
@@ -51,6 +53,7 @@ BEYOND = {
     "async_save": True,  # the same files, written while training goes on
     "val_data_dir": "",
     "val_interval": 1000,  # of no effect without val_data_dir
+    "plugin": "",
     "max_steps": 0,
     "sample_interval": 0,
     "eval_interval": 0,
@@ -59,6 +62,8 @@ BEYOND = {
     "eval_sampler": "dpm++2m",
     "eval_steps": 20,
     "eval_reference": "",
+    "label_column": "",
+    "data_range": "",
     "features": "inception",
     "inception_weights": "",
     "eval_batch_size": 64,
@@ -130,8 +135,10 @@ BEYOND = {
     # an original's flag, new to some of its scripts
     "classifier_path": "",
     "classifier_scale": 1.0,  # of no effect, the second, without the first
+    "clip_guided": "auto",  # what the originals offer is not clipped
     **defaults(ClassifierConfig),  # and neither these
     "ema_rate": "",
+    "ema_warmup": False,
     "fp16_scale_growth": 0.001,
     "channel_mult": "",
     "use_new_attention_order": False,
@@ -216,11 +223,11 @@ def test_published_command_lines_parse_unchanged(command, line):
         ("--cfg 3", "unknown flag --cfg; did you mean --cfg_scale?"),
         ("--num_inference_steps 3", "unknown flag --num_inference_steps; did you mean --steps?"),
         ("--init_img a.png", "unknown flag --init_img; did you mean --init_image?"),
-        ("--steps 0", "argument --steps: 0 is below the least value, 1"),
-        ("--eta -1", "argument --eta: -1 is below the least value, 0"),
-        ("--churn -1", "argument --churn: -1 is below the least value, 0"),
-        ("--order 0", "argument --order: 0 is below the least value, 1"),
-        ("--strength -1", "argument --strength: -1 is below the least value, 0"),
+        ("--steps -3", "argument --steps: -3 is below the least value, 1"),
+        ("--eta -0.5", "argument --eta: -0.5 is below the least value, 0"),
+        ("--churn -2", "argument --churn: -2 is below the least value, 0"),
+        ("--order -1", "argument --order: -1 is below the least value, 1"),
+        ("--strength -0.5", "argument --strength: -0.5 is below the least value, 0"),
         ("--cfg_scale nan", "argument --cfg_scale: nan is not a finite number"),
         ("--autoguide_scale inf", "argument --autoguide_scale: inf is not a finite number"),
         ("--dynamic_threshold nan", "argument --dynamic_threshold: nan is not a finite number"),
@@ -289,6 +296,75 @@ def test_booleans_take_a_word_or_stand_alone(word):
     assert cli.parse("image_sample", word.split()).given == {"use_ddim": True}
 
 
+EVERY = {**cli.COMMANDS, **cli.DATASETS, **cli.NPZ_TOOLS}
+# where nothing else can mean what the default does: these never stand above what a checkpoint says
+NOT_GIVEN = {
+    *(("steps", 0), ("order", 0), ("eta", -1.0), ("churn", -1.0), ("strength", -1.0)),
+    *(("cond_channels", 0), ("image_size", ""), ("rows", 0), ("columns", 0)),
+}
+
+
+def spelled_out(command):
+    """A command line of what a command always needs, and of every other flag with the default that --help shows."""
+    flags = EVERY[command].flags()
+    words = [spec.metadata["choices"][0] if spec.metadata["choices"] else name for name, spec in flags.items()]
+    needed = [word for word, spec in zip(words, flags.values(), strict=True) if spec.metadata["positional"]]
+    optional = {name: spec for name, spec in flags.items() if not spec.metadata["positional"]}
+    return needed, [word for name, spec in optional.items() for word in (f"--{name}", str(spec.default))]
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_a_default_that_is_given_is_as_if_it_were_not(command):
+    needed, defaults_of_all = spelled_out(command)
+    bare, given = cli.parse(command, needed), cli.parse(command, needed + defaults_of_all)
+    assert (given.values, given.changed) == (bare.values, bare.changed)
+    absent = set(EVERY[command].flags()) - set(given.given)
+    assert absent == {name for name in absent if (name, EVERY[command].flags()[name].default) in NOT_GIVEN}
+
+
+def checks_of_sampling(flags):
+    """What the sampling commands look at before there are networks."""
+    from guided_diffusion.commands import _common, _conditioning, _editing, _guidance, super_res_sample
+
+    sampler = _common.sampler_of(flags)
+    found = [_common.on_its_grid(flags, sampler).values, sampler]
+    if flags.command == "super_res_sample":
+        super_res_sample.check(flags)
+    else:
+        _guidance.check(flags)
+        _editing.check(flags, sampler)
+        _conditioning.check_sampling(flags)
+    return found
+
+
+def checks_of_training(flags):
+    from guided_diffusion.commands import _training
+
+    return _training.resolved(cli.Flags(flags.command, {**flags.given, "data_dir": "images"})).values
+
+
+def checks_of_measuring(flags):
+    from guided_diffusion.commands import _conditioning, image_nll
+
+    image_nll.refuse_idle(flags)
+    _conditioning.check(flags)
+
+
+CHECKS = {
+    **dict.fromkeys(("image_sample", "classifier_sample", "super_res_sample"), checks_of_sampling),
+    **dict.fromkeys(("image_train", "classifier_train", "super_res_train"), checks_of_training),
+    "image_nll": checks_of_measuring,
+}
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_no_rule_about_flags_without_effect_minds_a_default(command):
+    bare, given = CHECKS[command](cli.parse(command, [])), cli.parse(command, spelled_out(command)[1]).given
+    for said in ({name: value} for name, value in given.items()):
+        assert CHECKS[command](cli.Flags(command, said)) == bare, said
+    assert CHECKS[command](cli.Flags(command, given)) == bare
+
+
 def test_iterations_and_max_steps_are_one_flag():
     for word in ("--iterations", "--max_steps"):
         assert cli.parse("classifier_train", [word, "7"]).given == {"iterations": 7}
@@ -341,6 +417,59 @@ def test_help_shows_every_flag(command, capsys):
     shown = capsys.readouterr().out
     flags = cli.COMMANDS[command].flags().items()
     assert all((name.upper() if spec.metadata["positional"] else f"--{name} ") in shown for name, spec in flags)
+
+
+def test_help_says_what_a_checkpoint_decides():
+    text = " ".join(cli.parser("image_sample").format_help().split())
+    for shown in (
+        "pixels: 64, or HEIGHTxWIDTH (from the checkpoint, else 64)",
+        "condition the network on class labels (from the checkpoint, else False)",
+        "'' chooses by size (from the checkpoint, else '')",
+        "images per pass of the network (default: 16)",
+        "recompute activations in the backward pass to save memory (default: False)",
+    ):
+        assert shown in text
+    assert "from the checkpoint" not in cli.parser("image_train").format_help()
+
+
+@pytest.mark.parametrize("words", [["--version"], *([name, "--version"] for name in cli.COMMANDS)])
+def test_version(words, capsys):
+    with contextlib.suppress(SystemExit):
+        guided_diffusion.commands.main(words)
+    assert capsys.readouterr().out == f"guided-diffusion {guided_diffusion.__version__}\n"
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from guided_diffusion.samplers import SAMPLERS, make_sampler
+
+@dataclass(frozen=True)
+class Mine:
+    def step(self, *args):
+        return make_sampler("ddim").step(*args)
+
+SAMPLERS["mine"] = Mine
+"""
+
+
+def test_a_plugin_adds_a_sampler_before_the_flags_are_checked(tmp_path, capsys, monkeypatch):
+    from guided_diffusion import samplers
+    from guided_diffusion.commands import _common
+
+    monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "other.py").write_text(PLUGIN.replace("mine", "other"))
+    with pytest.raises(ValueError, match="sampler 'mine' is unknown"):
+        _common.sampler_of(cli.parse("image_sample", ["--sampler", "mine"]))
+    files = ["--plugin", f"{tmp_path}/mine.py", "--plugin", f"{tmp_path}/other.py"]
+    for words in (files, ["--plugin", f"{files[1]},{files[3]}"]):
+        sampler = _common.sampler_of(cli.parse("image_sample", [*words, "--sampler", "mine"]))
+        assert type(sampler).__name__ == "Mine"
+    assert cli.sampler_names()[-2:] == ["mine", "other"]
+    with pytest.raises(SystemExit) as stop:
+        cli.parse("image_sample", ["--plugin", str(tmp_path / "absent.py")])
+    assert stop.value.code == 2
+    assert "absent.py is no Python file" in capsys.readouterr().err
 
 
 def test_flags_need_no_torch():

@@ -127,6 +127,24 @@ def test_training_reads_what_comes_out_with_its_classes(name, made):
     assert pictures(folder / "data") == pictures(folder / "data.zip")
 
 
+@pytest.mark.parametrize("kind", ["missing", "empty folder", "empty file", "URL"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_that_is_none_is_one_sentence(name, kind, tmp_path, capfd):
+    (tmp_path / "empty folder").mkdir()
+    (tmp_path / "empty file").touch()
+    out, source = tmp_path / "out", "https://host/x.tar" if kind == "URL" else tmp_path / kind
+    if kind == "URL":
+        with pytest.raises(SystemExit):
+            run(name, source, out)
+        said = capfd.readouterr().err
+    else:
+        said = refused(capfd, name, source, out, "--workers", 0)
+    assert "Errno" not in said
+    assert "Traceback" not in said
+    assert str(source) in said or kind == "empty file"
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_each_script_says_what_it_takes(name, capsys):
     with pytest.raises(SystemExit) as end:

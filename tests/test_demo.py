@@ -36,6 +36,27 @@ def test_processes_are_a_power_of_two_that_divides_the_batches():
     assert all(demo.BATCH[command] % ranks == 0 for command in ("image_train", "classifier_train"))
 
 
+def test_without_the_bundled_pictures_a_sentence_says_where_they_are(tmp_path, monkeypatch, capsys):
+    """As in a folder with nothing but the installed package."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        demo.main([])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: --data_dir datasets/emoji64.zip does not exist: the pictures come with a checkout")
+    assert len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_fails_is_heard_without_its_launcher(tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        demo.launch("image_train", "--data_dir", str(tmp_path / "absent"), "--log_dir", str(tmp_path / "run"))
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert all("error: " in line and "absent" in line for line in said.strip().splitlines())
+
+
 @pytest.mark.slow
 def test_the_demo_trains_samples_judges_draws_and_does_it_once(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)

@@ -27,7 +27,7 @@ LAUNCHERS = {
     "mpiexec": [str(Path(sysconfig.get_path("scripts"), "mpiexec")), "-n", "2", sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
 }
-SECONDS = 60  # a job that has not ended by then hangs
+SECONDS = 150  # a job that has not ended by then hangs
 
 COLLECTIVES = """
     import os, sys, tempfile
@@ -109,24 +109,17 @@ FAILURES = """
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
-        if how == "differ":
-            dist_util.gather(th.zeros(2, 3))
-        if how == "work for long":
-            time.sleep(1.5)
-            end = time.monotonic() + 1.5
-            while time.monotonic() < end:
-                pass
 
     def work(how):
         if how == "early" and os.environ.get("RANK", os.environ.get("PMI_RANK")) == "1":
             raise RuntimeError("the reason")
-        dist_util.setup_dist(device="cpu")
+        dist_util.setup_dist(device="cpu", timeout=float(os.environ.get("TIMEOUT", "10")))
         open(f"process-{os.getpid()}", "w").close()
         dist_util.barrier()
         if dist_util.rank() == LOST:
             fail(how)
         dist_util.barrier()
-        time.sleep(0 if how == "work for long" else 300)
+        time.sleep(300)
 
     dist_util.run(work, sys.argv[1])
 """
@@ -227,9 +220,9 @@ def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher, ranks):
     ("launcher", "how", "code", "message"),
     [
         ("srun", "raise", 1, "RuntimeError: the reason"),
-        ("srun", "mistake", 2, "rank 1 of 2: error: [Errno 2] No such file or directory: 'no-such-file.pt'"),
+        ("srun", "mistake", 2, "rank 1 of 2: error: 'no-such-file.pt' cannot be used (No such"),
         ("srun", "exit", 3, "rank 1 of 2: exit: 3"),
-        ("srun", "quiet exit", 1, "rank 0 of 2: failed"),
+        ("srun", "quiet exit", 1, "rank 0 of 2: error: a collective failed"),
         ("mpiexec", "exit", 3, "rank 1 of 2: exit: 3"),
         ("mpiexec", "early", 1, "rank 1 of 2: failed"),
         ("torchrun", "exit", 1, "rank 1 of 2: exit: 3"),
@@ -251,10 +244,10 @@ def test_a_rank_that_is_killed_ends_the_job(tmp_path, launcher):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_rank_that_is_killed_is_named_where_the_launcher_does_not_notice(tmp_path, ranks, lost):
+def test_a_rank_that_is_killed_ends_the_others_where_the_launcher_does_not_notice(tmp_path, ranks, lost):
     job = launch(tmp_path, ranks, FAILURES, "kill", LOST=str(lost))
     assert job.returncode != 0
-    assert f"rank {1 - lost} of 2: rank {lost} has ended without a word, as when it is killed: start it" in job.stderr
+    assert f"rank {1 - lost} of 2: error: a collective failed (" in job.stderr
     assert "Traceback" not in job.stderr
 
 
@@ -266,51 +259,13 @@ def test_a_rank_that_is_killed_is_named_where_the_launcher_does_not_notice(tmp_p
         pytest.param("torchrun", 1, marks=pytest.mark.slow),  # which itself waits 30 s before it kills what is stopped
     ],
 )
-def test_a_rank_that_stops_is_named_and_ends_the_job(tmp_path, launcher, lost):
-    environment = {"LOST": str(lost), "GUIDED_DIFFUSION_STALL_TIMEOUT": "1.5"}
-    job = launch(tmp_path, LAUNCHERS[launcher], FAILURES, "stop", **environment)
+def test_a_rank_that_stops_ends_the_job_after_the_time_out_of_a_collective(tmp_path, launcher, lost):
+    job = launch(tmp_path, LAUNCHERS[launcher], FAILURES, "stop", LOST=str(lost), TIMEOUT="0.05")
     assert job.returncode != 0
-    assert f"rank {1 - lost} of 2: rank {lost} has been silent for " in job.stderr
+    assert f"rank {1 - lost} of 2: error: a collective failed (" in job.stderr
+    assert "--dist_timeout" in job.stderr
     assert len(processes(tmp_path)) == 2
     assert_gone(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize("launcher", ["mpiexec", "srun"])
-def test_with_the_usual_patience_a_lost_rank_has_been_noticed_after_half_a_minute(tmp_path, ranks, launcher, how):
-    """Of the rank itself: what torchrun does with a stopped process is its own affair."""
-    start = time.monotonic()
-    with started(tmp_path, LAUNCHERS.get(launcher, ranks), FAILURES, how):
-        alive = survivors(tmp_path)
-        while alive():
-            assert time.monotonic() - start < SECONDS
-            time.sleep(0.1)
-    assert time.monotonic() - start < 30 + 5  # for the start
-
-
-def test_a_rank_that_works_for_long_is_not_lost(tmp_path, ranks):
-    """Twice as long as a rank may be silent: asleep, then without ever letting go of the processor."""
-    job = launch(tmp_path, ranks, FAILURES, "work for long", GUIDED_DIFFUSION_STALL_TIMEOUT="0.75")
-    assert job.returncode == 0, job.stderr
-
-
-def test_ranks_that_go_different_ways_are_told_apart_instead_of_waiting(tmp_path, ranks):
-    job = launch(tmp_path, ranks, FAILURES, "differ", GUIDED_DIFFUSION_STALL_TIMEOUT="3")
-    assert job.returncode != 0
-    assert "rank 0 is in barrier where rank 1 is in gather of torch.float32 ['n', 3] (exchange 3 of each)" in job.stderr
-
-
-@pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path, ranks, launcher):
-    with started(tmp_path, LAUNCHERS.get(launcher, ranks), FAILURES, "nothing") as job:
-        alive = survivors(tmp_path)
-        assert alive()
-        os.kill(job.pid, signal.SIGKILL)
-        end = time.monotonic() + SECONDS
-        while alive():
-            assert time.monotonic() < end
-            time.sleep(0.1)
 
 
 def test_mpiexec_without_mpi4py_is_refused_with_the_command_that_helps(tmp_path):
@@ -518,7 +473,7 @@ def test_a_state_dict_is_read_back_and_nothing_is_run_by_it(tmp_path):
 def test_a_remote_state_dict_comes_through_blobfile(monkeypatch, tmp_path):
     th.save([1, 2], tmp_path / "a.pt")
     bucket = {"gs://bucket/a.pt": tmp_path / "a.pt"}
-    monkeypatch.setattr("blobfile.BlobFile", lambda path, mode: bucket[path].open(mode))
+    monkeypatch.setattr("blobfile.BlobFile", lambda path, mode, streaming: bucket[path].open(mode))
     assert dist_util.load_state_dict("gs://bucket/a.pt") == [1, 2]
 
 
@@ -535,7 +490,8 @@ def test_a_users_mistake_is_one_line_and_code_2(capsys):
     with pytest.raises(SystemExit) as end:
         dist_util.run(dist_util.load_state_dict, "no/such/file.pt")
     assert end.value.code == 2
-    assert capsys.readouterr().err == "error: [Errno 2] No such file or directory: 'no/such/file.pt'\n"
+    said = "error: 'no/such/file.pt' cannot be used (No such file or directory): look at its path and its permissions\n"
+    assert capsys.readouterr().err == said
     with pytest.raises(SystemExit) as end:
         dist_util.run(lambda: dist_util.setup_dist(device="toaster"))
     assert end.value.code == 2

@@ -1,15 +1,89 @@
-"""What a step draws by key: here, which labels become "no class"."""
+"""What a step draws by key: noise of a rank's own images, the same for any number of ranks, and labels to drop."""
 
 import math
+from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch as th
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from guided_diffusion.draws import LabelDropout, draw_for_training
+from guided_diffusion.draws import LabelDropout, draw_for_training, draw_for_validation
 from guided_diffusion.resample import UniformSampler
 
 MANY = 100_000
+CPU = th.device("cpu")
+
+
+class Process:
+    num_timesteps = 1000
+
+
+@contextmanager
+def rank_of(rank, world_size):
+    """This process as one of many, whose collectives do nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Drawn(TorchFunctionMode):
+    """How many normal numbers are drawn, and the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, th.Tensor):
+            self.found["largest"] = max(self.found["largest"], result.numel())
+            self.found["normal"] += result.numel() * (function.__name__ in ("normal_", "randn"))
+        return result
+
+
+def training(count):
+    return draw_for_training(th.zeros(count, 3, 4, 4, dtype=th.uint8), UniformSampler(Process()), 1, 7, CPU)
+
+
+def validation(count):
+    return draw_for_validation(th.zeros(count, 3, 4, 4), 1000, 1, 7, CPU)
+
+
+@pytest.mark.parametrize("draw", [training, validation])
+def test_the_ranks_draw_together_what_one_process_draws(draw):
+    whole = draw(8)
+    for size in (2, 4, 8):
+        parts = []
+        for rank in range(size):
+            with rank_of(rank, size):
+                parts.append(draw(8 // size))
+        for own, values in zip(whole, zip(*parts, strict=True), strict=True):
+            assert th.equal(own, th.cat(values))
+
+
+@pytest.mark.parametrize("draw", [training, validation])
+def test_a_rank_draws_the_noise_of_its_own_images_alone(draw):
+    for size in (1, 64):
+        with rank_of(size - 1, size), Drawn() as drawn:
+            draw(2)
+        assert drawn.found["normal"] == 2 * 48
+        assert drawn.found["largest"] <= 2 * 64  # the t of all
+
+
+def test_the_noise_of_images_and_steps_is_independent():
+    sampler, batch = UniformSampler(Process()), th.zeros(2, 1, 100, 100)
+    keys = [(0, 0), (0, 1), (1, 0), (0, 1 << 20)]
+    noise = [draw_for_training(batch, sampler, *key, CPU).noise for key in keys]
+    rows = th.cat([*noise, draw_for_validation(batch, 1000, 0, 0, CPU).noise]).flatten(1)
+    assert abs(rows.mean(1)).max() < 5 / 100
+    assert abs(rows.std(1) - 1).max() < 5 / 100
+    assert abs(th.corrcoef(rows).fill_diagonal_(0)).max() < 5 / 100
 
 
 def dropped(rate: float, seed: int = 0, index: int = 0, count: int = MANY) -> th.Tensor:
@@ -54,10 +128,7 @@ def test_the_key_decides_and_other_keys_are_independent() -> None:
 
 
 def test_labels_are_dropped_whatever_the_timestep() -> None:
-    class Process:
-        num_timesteps = 1000
-
-    t = draw_for_training(th.zeros(MANY, 1), UniformSampler(Process()), 1, 2, th.device("cpu")).t
+    t = draw_for_training(th.zeros(MANY, 1), UniformSampler(Process()), 1, 2, CPU).t
     assert abs(correlation(dropped(0.5, 1, 2), t)) < 4 / math.sqrt(MANY)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from evaluations.evaluator import evaluate
 from evaluations.features import make_extractor
-from evaluations.npz import open_images
+from evaluations.images import open_images
 from evaluations.training import TrainingImages
 from guided_diffusion.commands import classifier_train, image_sample, image_train
 from guided_diffusion.image_datasets import ImageDataset

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluations.npz import RECORD, open_images, record_bytes, request_of
+from evaluations.images import RECORD, open_images, request_of
+from evaluations.references import read_statistics, record_bytes
 from guided_diffusion.image_datasets import ImageDataset
 from guided_diffusion.image_files import read_image
 from guided_diffusion.npz import save_npz
@@ -83,7 +84,7 @@ def test_no_more_than_a_batch_is_held(tmp_path):
     tracemalloc.start()
     try:
         assert sum(len(batch) for batch in source.batches(64)) == 4000
-        assert source.digest()
+        assert source.scanned.digest
         assert tracemalloc.get_traced_memory()[1] < 16e6
         tracemalloc.reset_peak()
         assert sum(len(batch) for batch in source.batches(64)) == 4000
@@ -169,7 +170,7 @@ def test_bytes_that_are_all_but_black_are_warned_of(tmp_path):
 def test_numbers_that_no_image_has_are_refused(tmp_path, numbers, sentence):
     source = open_images(saved(tmp_path / "x.npz", arr_0=numbers))
     with pytest.raises(ValueError, match=r"clip and scale them to 0 \.\. 255, and save them as uint8") as refusal:
-        _ = source.seen
+        _ = source.scanned
     assert sentence in str(refusal.value)
 
 
@@ -210,7 +211,7 @@ def test_the_size_of_a_turned_picture_is_the_one_it_is_read_in(tmp_path):
     Image.fromarray(IMAGES[0]).save(folder / "a.png", exif=exif)
     source = open_images(str(folder))
     assert joined(source).shape == (1, 5, 6, 3)
-    assert source.seen.sizes == {(5, 6): 1}
+    assert source.scanned.sizes == {(5, 6): 1}
     assert source.shape == (5, 6, 3)
 
 
@@ -232,7 +233,7 @@ def test_a_damaged_picture_is_named(tmp_path):
         (folder / "004.png").write_bytes(content)
         source = open_images(str(folder))
         with pytest.raises(ValueError, match=r"cannot read image '.*004.png'"):
-            _ = source.seen if when == "look" else joined(source)
+            _ = source.scanned if when == "look" else joined(source)
 
 
 # ---- runs
@@ -279,7 +280,7 @@ def test_the_digest_is_that_of_the_numbers_in_their_order(tmp_path):
     changed[9, 0, 0, 0] ^= 1
     others = [changed, IMAGES[::-1], IMAGES[:-1], IMAGES.astype(np.int16), IMAGES.reshape(23, 5, 6, 3)]
     paths = [saved(tmp_path / f"{number}.npz", arr_0=array) for number, array in enumerate(others)]
-    digests = [open_images(path).digest() for path in (*same, *paths)]
+    digests = [open_images(path).scanned.digest for path in (*same, *paths)]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 1 + len(others)
 
@@ -290,8 +291,17 @@ def test_the_digest_of_files_knows_their_content_order_and_crop_and_not_their_na
     (renamed / "000.png").rename(renamed / "0000.png")
     (renamed / "notes.txt").write_text("x")
     turned = pictures(tmp_path / "c", IMAGES[::-1])
-    assert open_images(first).digest() == open_images(str(renamed)).digest()
-    assert len({open_images(first).digest(), open_images(turned).digest(), open_images(first, 4).digest()}) == 3
+    assert open_images(first).scanned.digest == open_images(str(renamed)).scanned.digest
+    assert (
+        len(
+            {
+                open_images(first).scanned.digest,
+                open_images(turned).scanned.digest,
+                open_images(first, 4).scanned.digest,
+            }
+        )
+        == 3
+    )
 
 
 # ---- statistics
@@ -302,29 +312,28 @@ def test_statistics_of_a_file_and_what_they_are_of(tmp_path):
     mean, cov = features.mean(0), np.cov(features.T)
     arrays = {"mu": mean, "sigma": cov, "mu_s": mean[:2], "sigma_s": cov[:2, :2]}
     source = open_images(saved(tmp_path / "a.npz", **arrays))
-    assert (source.count, source.warnings(), source.record(), set(source.statistics())) == (
-        *(0, [], {}),
-        {"pool", "spatial"},
-    )
-    np.testing.assert_array_equal(source.statistics()["pool"].cov, cov)
-    assert source.statistics()["pool"].n == 0  # the original's files do not say
+    found, record = read_statistics(source)
+    assert (source.count, source.warnings(), record, set(found)) == (0, [], {}, {"pool", "spatial"})
+    np.testing.assert_array_equal(found["pool"].cov, cov)
+    assert found["pool"].n == 0  # the original's files do not say
     record = record_bytes({"extractor": "x", "identity": "y", "n": 50})
     known = open_images(saved(tmp_path / "b.npz", arr_0=IMAGES, **arrays, **{RECORD: record}))
-    assert known.statistics()["spatial"].n == 50
-    assert known.record()["identity"] == "y"
+    found, record = read_statistics(known)
+    assert found["spatial"].n == 50
+    assert record["identity"] == "y"
     assert known.count == 23
 
 
 def test_a_mean_without_its_covariance_is_not_used_and_said(tmp_path):
     whole = {"mu": np.zeros(4), "sigma": np.eye(4)}
     source = open_images(saved(tmp_path / "a.npz", **whole, mu_s=np.zeros(2)))
-    assert set(source.statistics()) == {"pool"}
+    assert set(read_statistics(source)[0]) == {"pool"}
     assert "mu_s is there without sigma_s, and not used" in source.notes[0]
     source = open_images(saved(tmp_path / "b.npz", arr_0=IMAGES, sigma=np.eye(4)))
-    assert (source.count, source.statistics()) == (23, {})
+    assert (source.count, read_statistics(source)) == (23, ({}, {}))
     assert "sigma is there without mu, and not used" in source.notes[0]
     spatial = open_images(saved(tmp_path / "c.npz", mu_s=np.zeros(2), sigma_s=np.eye(2)))
-    assert (spatial.count, set(spatial.statistics()), spatial.notes) == (0, {"spatial"}, [])
+    assert (spatial.count, set(read_statistics(spatial)[0]), spatial.notes) == (0, {"spatial"}, [])
 
 
 @pytest.mark.parametrize(
@@ -341,7 +350,7 @@ def test_a_mean_without_its_covariance_is_not_used_and_said(tmp_path):
 def test_statistics_that_are_none_are_refused(tmp_path, arrays, sentence):
     source = open_images(saved(tmp_path / "x.npz", **arrays))
     with pytest.raises(ValueError, match=sentence):
-        source.statistics()
+        read_statistics(source)
 
 
 # ---- what is refused at once
@@ -406,7 +415,7 @@ def test_numbers_that_a_disk_damaged_are_noticed_before_they_are_used(tmp_path, 
             )
             member.write(IMAGES.tobytes())
     with pytest.raises(ValueError, match="cannot be read"):
-        _ = open_images(str(path)).seen
+        _ = open_images(str(path)).scanned
 
 
 # ---- large files
@@ -443,7 +452,7 @@ def test_an_array_of_more_than_4_gib_is_streamed(tmp_path):
     try:
         source = open_images(str(path))
         assert source.count == rows + 1
-        assert source.seen.high == last.max()
+        assert source.scanned.high == last.max()
         batch = deque(source.batches(500), maxlen=1)[0]
         assert tracemalloc.get_traced_memory()[1] < 32e6
     finally:

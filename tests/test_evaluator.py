@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import sysconfig
-import warnings
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,9 +21,9 @@ from evaluations import metrics
 from evaluations.evaluator import Report, evaluate, prepare
 from evaluations.feature_sets import feature_set, kept_path
 from evaluations.features import Features, make_extractor
+from evaluations.images import RECORD, STATISTICS, open_images
 from evaluations.inception import InceptionNetwork
-from evaluations.make_reference import write_reference
-from evaluations.npz import RECORD, STATISTICS, open_images
+from evaluations.references import write_reference
 from evaluations.scores import METRICS, Options
 from guided_diffusion import checkpoint
 from guided_diffusion.cli import COMMANDS
@@ -128,6 +127,19 @@ def test_nothing_but_the_images_and_the_network_counts(pair, tmp_path, change):
         path = pair[1]
     second = scores(pair[0], str(path), again)
     assert second == pytest.approx(first, rel=tolerance, abs=tolerance)
+
+
+def test_names_stand_for_sources_extractors_and_metrics(pair, tmp_path, script):
+    """Whatever is opened or built from a name may be given by its name, and what is open already as it is."""
+    (reference, samples), name, built = pair, script, make_extractor(script)
+    expected = evaluate(open_images(reference), open_images(samples), built, metrics=("fid", "kid"), cache=False)
+    for one, other in ((reference, samples), (Path(reference), Path(samples)), (prepare(reference, name), samples)):
+        found = evaluate(one, other, name, metrics="fid,kid", cache=False)
+        assert found.results == expected.results
+    write_reference(Path(reference), str(tmp_path / "out.npz"), name, size=8)
+    assert evaluate(tmp_path / "out.npz", samples, name, metrics="fid,kid", cache=False).results == expected.results
+    with pytest.raises(ValueError, match="metric 'fdi' is unknown: use some of is, fid"):
+        evaluate(reference, samples, built, metrics=("fdi",))
 
 
 def test_a_set_has_no_distance_from_itself(pair):
@@ -384,73 +396,72 @@ def test_a_reference_of_an_npz_keeps_its_labels_and_its_size(tmp_path, pair):
 # ---- the commands
 
 
-class Pixels(th.nn.Module):
-    """As `Cheap`, but for scale: each number is one pixel, so that no batch size rounds it differently."""
-
-    def forward(self, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        pixels = x[:, :, ::4, ::4].flatten(1)
-        return pixels, pixels[:, :5]
+def classifier_run(folder):
+    """A run of an untrained classifier of the colours of 8x8 images in 3 classes, for --features."""
+    config = ClassifierConfig(
+        image_size=8, num_classes=3, classifier_width=64, classifier_depth=1, classifier_attention_resolutions="4"
+    )
+    config = replace(config, classifier_channel_mult="1,1")
+    folder.mkdir()
+    th.manual_seed(0)
+    network = build_classifier(config)
+    for parameter in network.parameters():
+        th.nn.init.normal_(parameter, std=0.1)  # where some begin as zeros, all images would look the same
+    checkpoint.save(str(folder / "model000010.pt"), network.state_dict())
+    saved = {name: getattr(config, name) for name in defaults(ClassifierConfig)}
+    checkpoint.save_json(str(folder / "config.json"), {"flags": saved})
+    return f"classifier:{folder}"
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory):
-    path = tmp_path_factory.mktemp("script") / "pixels.pt"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        th.jit.save(th.jit.script(Pixels()), path)
-    return f"torchscript:{path}"
+def judge(tmp_path_factory):
+    return classifier_run(tmp_path_factory.mktemp("runs") / "judge")
 
 
-def test_the_command_ends_with_the_scores_and_writes_all_it_knows(pair, tmp_path, script, capsys):
+def test_the_command_ends_with_the_scores_and_writes_all_it_knows(pair, tmp_path, judge, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     np.savez(folder / "samples_70x8x8x3.npz", MADE, np.arange(70) % 3)
     request = {"steps": 25, "seed": 3, "sampler": "DDIM()", "model_path weights": "0123456789abcdef"}
     (folder / "request.json").write_text(json.dumps(request))
     out, log = tmp_path / "deep" / "result.json", tmp_path / "log"
-    words = [pair[0], str(folder), "--features", script, "--json", str(out), "--log_dir", str(log)]
+    words = [pair[0], str(folder), "--features", judge, "--json", str(out), "--log_dir", str(log)]
     evaluator.main([*words, "--metrics", "is,fid,sfid,pr", "--distances", "float32"])
     told = capsys.readouterr().out.splitlines()
     facts = json.loads(out.read_text())
-    names = ["Classifier Score (pixels)", "FD (pixels)", "Precision", "Recall"]
+    names = ["Classifier Score (judge classifier)", "FD (judge classifier)", "Precision", "Recall"]
     assert told[-4:] == [f"{name}: {facts['metrics'][name]!r}" for name in names]
     assert sum(line.startswith("warning: ") for line in told) == len(facts["warnings"]) == 2
     assert (log / "log.txt").read_text().splitlines()[-4:] == told[-4:]
     assert facts["samples"]["run"] == request
     assert (facts["samples"]["images"], facts["samples"]["classes"], facts["samples"]["shape"]) == (70, 3, [8, 8, 3])
-    assert facts["samples"]["sha256"] == open_images(pair[1]).digest()
-    assert facts["reference"]["statistics"]["pool_statistics"] == {"n": 90, "features": 12}
-    assert facts["extractor"]["name"] == "pixels"
+    assert facts["samples"]["sha256"] == open_images(pair[1]).scanned.digest
+    assert facts["reference"]["statistics"]["pool_statistics"] == {"n": 90, "features": 64}
+    assert facts["extractor"]["name"] == "judge classifier"
     assert facts["options"]["dtype"] == "float32"
     assert "sFID" in facts["omitted"][0]
     np.savez(tmp_path / "plain.npz", MADE)
-    evaluator.main([pair[0], str(tmp_path / "plain.npz"), "--features", script, "--distances", "float32"])
+    evaluator.main([pair[0], str(tmp_path / "plain.npz"), "--features", judge, "--distances", "float32"])
     again = capsys.readouterr().out.splitlines()
     assert again[-4:] == told[-4:]
     assert any("kept from before" in line for line in again)
 
 
-def test_a_picture_is_drawn_where_it_is_asked_for(pair, tmp_path, script):
-    evaluator.main([*pair, "--features", script, "--metrics", "fid", "--plot", str(tmp_path / "a.png")])
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.width > 300
-
-
-def test_folders_are_cropped_where_that_is_asked_for(pair, tmp_path, script, capsys):
+def test_folders_are_cropped_where_that_is_asked_for(pair, tmp_path, judge, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     for index in range(70):
         Image.fromarray(rng.integers(0, 256, (20 + index % 3, 24, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    words = ["--features", script, "--metrics", "fid", "--cache", "False"]
+    words = ["--features", judge, "--metrics", "fid", "--cache", "False"]
     evaluator.main([str(folder), pair[1], *words, "--image_size", "8"])
-    assert "FD (pixels): " in capsys.readouterr().out
+    assert "FD (judge classifier): " in capsys.readouterr().out
     with pytest.raises(SystemExit) as ending:
         evaluator.main([*pair, *words, "--image_size", "8"])
     assert ending.value.code == 2
     assert "--image_size 8 has no effect" in capsys.readouterr().err
 
 
-def bad_inputs(tmp_path, script):
+def bad_inputs(tmp_path, judge):
     """(words of the command line, what the sentence says) by name."""
     good, path = str(tmp_path / "made.npz"), str(tmp_path / "bad.npz")
     content = Path(good).read_bytes()
@@ -482,10 +493,10 @@ def bad_inputs(tmp_path, script):
     "case",
     ["truncated", "npz in a zip", "pickled", "no images", "NaN", "missing", "other weights", "no weights", "json"],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(pair, tmp_path, script, case, capsys):
-    words, sentence = bad_inputs(tmp_path, script)[case]
+def test_bad_input_is_one_sentence_and_exit_code_2(pair, tmp_path, judge, case, capsys):
+    words, sentence = bad_inputs(tmp_path, judge)[case]
     with pytest.raises(SystemExit) as ending:
-        evaluator.main([*([] if "--features" in words else ["--features", script]), *words])
+        evaluator.main([*([] if "--features" in words else ["--features", judge]), *words])
     assert ending.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -493,28 +504,26 @@ def test_bad_input_is_one_sentence_and_exit_code_2(pair, tmp_path, script, case,
 
 
 def test_features_that_are_no_numbers_end_the_command(pair, tmp_path, capsys):
-    class Broken(th.nn.Module):
-        def forward(self, x: th.Tensor) -> th.Tensor:
-            return x[:, :, ::4, ::4].flatten(1) / 0.0
-
-    path = tmp_path / "broken.pt"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        th.jit.save(th.jit.script(Broken()), path)
+    features = classifier_run(tmp_path / "broken")
+    path = str(tmp_path / "broken" / "model000010.pt")
+    state = checkpoint.load(path)
+    state["out.0.weight"].fill_(float("nan"))
+    os.remove(path)
+    checkpoint.save(path, state)
     with pytest.raises(SystemExit) as ending:
-        evaluator.main([*pair, "--features", f"torchscript:{path}"])
+        evaluator.main([*pair, "--features", features])
     assert ending.value.code == 2
-    assert "ref.npz: image 0 has features by broken that are not finite" in capsys.readouterr().err
+    assert "ref.npz: image 0 has features by broken classifier that are not finite" in capsys.readouterr().err
 
 
-def test_the_command_makes_references(pair, tmp_path, script, capsys):
+def test_the_command_makes_references(pair, tmp_path, judge, capsys):
     folder, out = tmp_path / "photos", tmp_path / "ref8.npz"
     folder.mkdir()
     for index, image in enumerate(REAL):
         Image.fromarray(image).save(folder / f"{index:03d}.png")
-    make_reference.main([str(folder), str(out), "--image_size", "8", "--features", script, "--num_samples", "0"])
-    assert "90 images, mean and covariance of the features of 90 by pixels" in capsys.readouterr().out
-    words = ["--features", script, "--metrics", "fid,pr"]
+    make_reference.main([str(folder), str(out), "--image_size", "8", "--features", judge, "--num_samples", "0"])
+    assert "90 images, mean and covariance of the features of 90 by judge classifier" in capsys.readouterr().out
+    words = ["--features", judge, "--metrics", "fid,pr"]
     for reference in (str(out), pair[0]):
         evaluator.main([reference, pair[1], *words])
     told = capsys.readouterr().out.splitlines()
@@ -522,14 +531,14 @@ def test_the_command_makes_references(pair, tmp_path, script, capsys):
     assert scores[:3] == scores[3:]
     for wrong, sentence in (([str(out.with_suffix(""))], "ends in .npz"), ([f"{pair[0]}/x.npz"], "cannot be written")):
         with pytest.raises(SystemExit):
-            make_reference.main([str(folder), *wrong, "--features", script])
+            make_reference.main([str(folder), *wrong, "--features", judge])
         assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_any_number_of_ranks_gives_the_same_numbers(pair, tmp_path, script, count, ranks, monkeypatch):
+def test_any_number_of_ranks_gives_the_same_numbers(pair, tmp_path, judge, count, ranks, monkeypatch):
     names, out = ("is", "fid", "pr", "kid", "dc"), tmp_path / "many.json"
-    words = [*pair, "--features", script, "--metrics", ",".join(names), "--json", str(out), "--cache", "False"]
+    words = [*pair, "--features", judge, "--metrics", ",".join(names), "--json", str(out), "--cache", "False"]
     words += ["--eval_batch_size", "9"]
     if count == 2:
         monkeypatch.delenv("PYTHONPATH")  # as the originals' file is called, from anywhere
@@ -539,10 +548,10 @@ def test_any_number_of_ranks_gives_the_same_numbers(pair, tmp_path, script, coun
     else:
         done = ranks.run([ROOT / "scripts" / "evaluator.py", *words], ranks=count, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    alone = evaluate(*pair, make_extractor(script), metrics=names, cache=False, batch_size=20)
+    alone = evaluate(*pair, make_extractor(judge), metrics=names, cache=False, batch_size=9)
     assert json.loads(out.read_text())["metrics"] == alone.results
     assert done.stdout.splitlines()[-2:] == alone.lines()[-2:]
-    assert done.stdout.count("FD (pixels): ") == 1
+    assert done.stdout.count("FD (judge classifier): ") == 1
 
 
 def test_the_page_on_evaluation_runs_from_top_to_bottom(tmp_path, monkeypatch):
@@ -559,20 +568,10 @@ def test_the_page_on_evaluation_runs_from_top_to_bottom(tmp_path, monkeypatch):
 # ---- real networks
 
 
-def test_a_classifier_of_this_project_judges(pair, tmp_path, capsys):
-    config = ClassifierConfig(
-        image_size=8, num_classes=3, classifier_width=64, classifier_depth=1, classifier_attention_resolutions="4"
-    )
-    config = replace(config, classifier_channel_mult="1,1")
-    folder = tmp_path / "tiny_classifier"
-    folder.mkdir()
-    th.manual_seed(0)
-    checkpoint.save(str(folder / "model000010.pt"), build_classifier(config).state_dict())
-    saved = {name: getattr(config, name) for name in defaults(ClassifierConfig)}
-    checkpoint.save_json(str(folder / "config.json"), {"flags": saved})
-    evaluator.main([*pair, "--features", f"classifier:{folder}", "--metrics", ",".join(METRICS)])
+def test_a_classifier_of_this_project_judges(pair, judge, capsys):
+    evaluator.main([*pair, "--features", judge, "--metrics", ",".join(METRICS)])
     told = capsys.readouterr().out.splitlines()
-    name = "tiny_classifier"
+    name = "judge classifier"
     assert [line.partition(": ")[0] for line in told[-8:]] == [
         *(f"Classifier Score ({name})", f"FD ({name})", "Precision", "Recall"),
         *(f"KD ({name})", f"KD standard error ({name})", "Density", "Coverage"),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
-import zipfile
-import zlib
+import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluations import vit
-from evaluations.features import EXTRACTORS, Fitted, make_extractor
+from evaluations.features import EXTRACTORS, fitted, make_extractor
 from evaluations.inception import InceptionNetwork
-from evaluations.vit import CLIP, DINOV2, prepare, read_vit
 from guided_diffusion import checkpoint, dist_util, logger
 from guided_diffusion.config import ClassifierConfig, UNetConfig
 from guided_diffusion.crops import center_crop_arr
 from guided_diffusion.script_util import build_classifier, build_unet
 
-GOLDEN = Path(__file__).parent / "golden" / "vit.npz"
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
 
@@ -144,12 +139,12 @@ def test_images_of_another_size_are_cropped_as_in_training(tmp_path: Path, capsy
 
 
 def test_colours_are_fitted_as_in_training() -> None:
-    grey = Fitted((8, 8), 1, "grey")(IMAGES)
+    grey = fitted(IMAGES, (8, 8), 1)
     expected = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in IMAGES])
     np.testing.assert_array_equal(grey[..., 0], expected)
-    coloured = Fitted((8, 8), 3, "coloured")(grey)
+    coloured = fitted(grey, (8, 8), 3)
     np.testing.assert_array_equal(coloured, grey.repeat(3, axis=-1))
-    assert Fitted((8, 8), 3, "coloured")(IMAGES) is IMAGES
+    assert fitted(IMAGES, (8, 8), 3) is IMAGES
 
 
 def test_a_grey_classifier_takes_coloured_images(tmp_path: Path) -> None:
@@ -159,6 +154,15 @@ def test_a_grey_classifier_takes_coloured_images(tmp_path: Path) -> None:
         expected = network(planes(IMAGES[..., :1]), th.zeros(3)).softmax(1)
     assert found.probs is not None
     th.testing.assert_close(th.from_numpy(found.probs), expected)
+
+
+def test_the_identity_of_a_classifier_stays_what_references_have_recorded(tmp_path: Path) -> None:
+    """Of a network whose weights are all zero."""
+    folder, network = classifier_run(tmp_path / "emoji8")
+    (folder / "model000010.pt").unlink()
+    zeros = {name: th.zeros_like(value) for name, value in network.state_dict().items()}
+    checkpoint.save(str(folder / "model000010.pt"), zeros)
+    assert make_extractor(f"classifier:{folder}").identity == "classifier 448252946f862c81 1"
 
 
 def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
@@ -208,360 +212,131 @@ def test_inception_gives_what_the_published_evaluator_compares(inception: tuple[
     np.testing.assert_array_equal(grey, rounded(IMAGES[:1, ..., :1].repeat(3, axis=-1)).pool)
 
 
-# ---- vision transformers
+# ---- DINOv2 and CLIP
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
+TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+PREPROCESSING = {
+    "image_processor_type": "CLIPImageProcessor",
+    **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+    "size": {"shortest_edge": 30},
+    "resample": 3,
+    "crop_size": {"height": 28, "width": 28},
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.4, 0.5, 0.6],
+    "image_std": [0.2, 0.25, 0.3],
+}
 
 
-def fill(name: str, shape: tuple[int, ...]) -> th.Tensor:
-    """Weights that depend on name and shape alone; the golden numbers were made with these."""
-    values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    if len(shape) == 1:
-        ones = ("norm1.weight", "norm2.weight", "norm.weight", "ln_1.weight", "ln_2.weight", "ln_pre.weight")
-        return th.from_numpy(values * 0.2 + (name.endswith((*ones, "ln_post.weight")) or "gamma" in name)).float()
-    token = any(word in name for word in ("position", "pos_embed", "token"))
-    values *= 0.5 if token else np.prod(shape[1:]) ** -0.5
-    return th.from_numpy(values.astype(np.float32))
+def tiny(kind: str) -> Any:
+    """A small network with random weights."""
+    import transformers as hf
+
+    th.manual_seed(0)
+    if kind == "dinov2":
+        return hf.Dinov2Model(hf.Dinov2Config(**SMALL))
+    if kind == "dinov2_with_registers":
+        return hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SMALL, num_register_tokens=2))
+    vision = {**SMALL, "intermediate_size": 64}
+    if kind == "clip":
+        return hf.CLIPModel(hf.CLIPConfig(vision_config=vision, text_config=TEXT, projection_dim=24))
+    return hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**vision, projection_dim=24))
 
 
-def dinov2(grid: int = 16, registers: int = 0, width: int = 128) -> dict[str, th.Tensor]:
-    """A state dict of facebookresearch/dinov2's layout."""
-    shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + grid * grid, width)}
-    shapes |= {"mask_token": (1, width), **({"register_tokens": (1, registers, width)} if registers else {})}
-    shapes |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
-    layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width)}
-    layers |= {"mlp.fc2": (width, 4 * width), "norm1": (width,), "norm2": (width,)}
-    for block in range(2):
-        for name, shape in layers.items():
-            shapes |= {f"blocks.{block}.{name}.weight": shape, f"blocks.{block}.{name}.bias": shape[:1]}
-        shapes |= {f"blocks.{block}.ls{number}.gamma": (width,) for number in (1, 2)}
-    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
-    return {name: fill(name, shape) for name, shape in shapes.items()}
+def saved(kind: str, folder: Path, **preprocessing: Any) -> Any:
+    network = tiny(kind).eval()
+    network.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSING, **preprocessing}))
+    return network
 
 
-def clip(grid: int = 7, patch: int = 32, width: int = 128, out: int = 24) -> dict[str, th.Tensor]:
-    """A state dict of openai/CLIP's layout, with a tensor of the part for text."""
-    shapes: dict[str, tuple[int, ...]] = {"class_embedding": (width,), "positional_embedding": (1 + grid**2, width)}
-    shapes |= {"conv1.weight": (width, 3, patch, patch), "proj": (width, out)}
-    layers = {"attn.in_proj_": (3 * width, width), "attn.out_proj.": (width, width), "mlp.c_fc.": (4 * width, width)}
-    layers |= {"mlp.c_proj.": (width, 4 * width), "ln_1.": (width,), "ln_2.": (width,)}
-    for block in range(2):
-        for name, shape in layers.items():
-            start = f"transformer.resblocks.{block}.{name}"
-            shapes |= {f"{start}weight": shape, f"{start}bias": shape[:1]}
-    shapes |= {f"{name}.{kind}": (width,) for name in ("ln_pre", "ln_post") for kind in ("weight", "bias")}
-    state = {f"visual.{name}": fill(f"visual.{name}", shape) for name, shape in shapes.items()}
-    return {**state, "token_embedding.weight": th.zeros(9, 4), "logit_scale": th.tensor(1.0)}
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks the network for anything fails."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("something connects to the internet")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 @pytest.mark.parametrize(
-    ("name", "state", "family"),
-    [("dinov2", dinov2(), DINOV2), ("dinov2_registers", dinov2(registers=2), DINOV2), ("clip", clip(), CLIP)],
+    ("kind", "flag", "folder", "name"),
+    [
+        ("dinov2", "dinov2", "small", "DINOv2 small"),
+        ("dinov2_with_registers", "dinov2", "dinov2-small-registers", "dinov2-small-registers"),
+        ("clip", "clip", "small", "CLIP small"),
+        ("clip_vision_model", "clip", "CLIP-vision", "CLIP-vision"),
+    ],
 )
-def test_transformers_agree_with_the_recorded_ones(name: str, state: dict[str, th.Tensor], family: vit.Family) -> None:
-    """tests/golden/vit.npz was written once by transformers 5.23.0 with torch 2.13: the normalised class token of
-    Dinov2Model and Dinov2WithRegistersModel, and image_embeds of CLIPVisionModelWithProjection, two layers of width
-    128, with the weights of `fill` under their names."""
-    images = th.from_numpy(np.random.default_rng(1).standard_normal((2, 3, 224, 224)).astype(np.float32))
-    with np.load(GOLDEN) as golden, th.no_grad():
-        found = read_vit(state, family)(images)
-        np.testing.assert_allclose(found.numpy(), golden[name], rtol=1e-4, atol=1e-5)
-
-
-class QuickGELU(th.nn.Module):
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return x / (1 + (-1.702 * x).exp())
-
-
-def encoder(blocks: list[dict[str, th.Tensor]], activation: Any, eps: float) -> th.nn.Module:
-    """torch's own transformer, from (in_proj, out_proj, linear1, linear2, norm1, norm2) of each layer."""
-    width = blocks[0]["self_attn.out_proj.weight"].shape[0]
-    options = {"norm_first": True, "batch_first": True, "activation": activation, "layer_norm_eps": eps}
-    layers = []
-    for weights in blocks:
-        layer = th.nn.TransformerEncoderLayer(width, width // 64, 4 * width, 0.0, **options)
-        layer.load_state_dict(weights)
-        layers.append(layer)
-    return th.nn.Sequential(*layers).eval()
-
-
-def renamed(state: dict[str, th.Tensor], start: str, names: dict[str, str]) -> list[dict[str, th.Tensor]]:
-    result = []
-    for block in range(2):
-        own = {name.removeprefix(f"{start}.{block}."): value for name, value in state.items()}
-        result.append(
-            {f"{new}{kind}": own[f"{old}{kind}"] for old, new in names.items() for kind in ("weight", "bias")}
-        )
-    return result
-
-
-def tokens(patches: th.Tensor, cls: th.Tensor, position: th.Tensor) -> th.Tensor:
-    rows = patches.flatten(2).mT
-    return th.cat([cls.reshape(1, 1, -1).repeat(len(rows), 1, 1), rows], dim=1) + position
-
-
-def test_dinov2_is_torchs_transformer_with_scaled_branches() -> None:
-    state = dinov2(registers=3)
-    names = {"attn.qkv.": "self_attn.in_proj_", "attn.proj.": "self_attn.out_proj.", "mlp.fc1.": "linear1."}
-    names |= {"mlp.fc2.": "linear2.", "norm1.": "norm1.", "norm2.": "norm2."}
-    blocks = renamed(state, "blocks", names)
-    for number, weights in enumerate(blocks):  # the scale of a branch is one of its last layer
-        for layer, scale in (("self_attn.out_proj", "ls1"), ("linear2", "ls2")):
-            gamma = state[f"blocks.{number}.{scale}.gamma"]
-            weights[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
-            weights[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
-    images = th.randn(2, 3, 224, 224)
+@pytest.mark.usefixtures("offline")
+def test_features_are_those_of_transformers(tmp_path: Path, kind: str, flag: str, folder: str, name: str) -> None:
+    network = saved(kind, tmp_path / folder)
+    extractor = make_extractor(f"{flag}:{tmp_path / folder}")
+    assert (extractor.name, extractor.published) == (name, False)
+    wide = RNG.integers(0, 256, (3, 40, 60, 3)).astype(np.uint8)
+    found = extractor(wide)
+    assert (found.spatial, found.probs) == (None, None)
+    scaled = [Image.fromarray(image).resize((45, 30), Image.Resampling.BICUBIC) for image in wide]
+    pixels = np.stack([np.asarray(image)[1:29, 8:36] for image in scaled])
+    x = (th.from_numpy(pixels) / 255 - th.tensor([0.4, 0.5, 0.6])) / th.tensor([0.2, 0.25, 0.3])
     with th.no_grad():
-        patches = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14)
-        x = tokens(patches, state["cls_token"], state["pos_embed"])
-        x = th.cat([x[:, :1], state["register_tokens"].repeat(2, 1, 1), x[:, 1:]], dim=1)
-        x = encoder(blocks, F.gelu, 1e-6)(x)[:, 0]
-        expected = F.layer_norm(x, (128,), state["norm.weight"], state["norm.bias"], 1e-6)
-        th.testing.assert_close(read_vit(state, DINOV2)(images), expected, rtol=1e-4, atol=1e-5)
+        if flag == "dinov2":
+            expected = network(x.movedim(-1, 1)).pooler_output
+        elif kind == "clip":
+            expected = network.visual_projection(network.vision_model(x.movedim(-1, 1)).pooler_output)
+        else:
+            expected = network(x.movedim(-1, 1)).image_embeds
+    np.testing.assert_allclose(found.pool, expected.numpy(), rtol=1e-4, atol=1e-4)
+    check_batches(extractor, wide)
+    grey = extractor(wide[..., :1])
+    np.testing.assert_array_equal(grey.pool, extractor(wide[..., :1].repeat(3, axis=-1)).pool)
 
 
-def test_clip_is_torchs_transformer_with_a_norm_before_it() -> None:
-    state = {name.removeprefix("visual."): value for name, value in clip(grid=3).items()}
-    names = {"attn.in_proj_": "self_attn.in_proj_", "attn.out_proj.": "self_attn.out_proj.", "mlp.c_fc.": "linear1."}
-    names |= {"mlp.c_proj.": "linear2.", "ln_1.": "norm1.", "ln_2.": "norm2."}
-    images = th.randn(2, 3, 96, 96)  # CLIP's side is that of its position embedding: 3 patches of 32
-    with th.no_grad():
-        x = tokens(
-            F.conv2d(images, state["conv1.weight"], stride=32), state["class_embedding"], state["positional_embedding"]
-        )
-        x = F.layer_norm(x, (128,), state["ln_pre.weight"], state["ln_pre.bias"])
-        x = encoder(renamed(state, "transformer.resblocks", names), QuickGELU(), 1e-5)(x)[:, 0]
-        expected = F.layer_norm(x, (128,), state["ln_post.weight"], state["ln_post.bias"]) @ state["proj"]
-        network = read_vit(clip(grid=3), CLIP)
-        assert network.side == 96
-        th.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+def test_transformers_are_known_by_weights_preprocessing_and_precision(tmp_path: Path) -> None:
+    saved("dinov2", tmp_path / "a")
+    saved("dinov2", tmp_path / "b")
+    saved("dinov2", tmp_path / "c", image_mean=[0.4, 0.5, 0.7])
+    first, same, other = (make_extractor(f"dinov2:{tmp_path / name}") for name in "abc")
+    rounded = make_extractor(f"dinov2:{tmp_path / 'a'}", precision="bf16")
+    assert first.identity == same.identity
+    assert len({first.identity, other.identity, rounded.identity}) == 3
+    assert 0 < np.abs(rounded(IMAGES).pool - first(IMAGES).pool).max() < 0.1
 
 
-def cubic(grid: int, side: int, scale: float) -> NDArray[np.float64]:
-    """Bicubic interpolation along one axis as a matrix [side, grid] (Keys 1981, A = -0.75, edges repeated)."""
-    matrix = np.zeros((side, grid))
-    for row in range(side):
-        place = (row + 0.5) / scale - 0.5
-        for tap in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
-            d = abs(place - tap)
-            near, far = (1.25 * d - 2.25) * d * d + 1, ((-0.75 * d + 3.75) * d - 6) * d + 3
-            matrix[row, min(max(tap, 0), grid - 1)] += near if d <= 1 else far
-    return matrix
-
-
-def test_position_embeddings_are_interpolated_as_dinov2_does() -> None:
-    """From 37 x 37 patches to 16 x 16, at a scale of 16.1 / 37."""
-    state = dinov2(grid=37)
-    network = read_vit(state, DINOV2)
-    rows = cubic(37, 16, 16.1 / 37)
-    planes = state["pos_embed"][0, 1:].double().numpy().reshape(37, 37, -1)
-    expected = np.einsum("ik,jl,klc->ijc", rows, rows, planes).reshape(256, -1)
-    np.testing.assert_allclose(network.position[0, 1:].numpy(), expected, atol=1e-5)
-    assert th.equal(network.position[:, 0], state["pos_embed"][:, 0])
-    smooth = read_vit(dinov2(grid=37, registers=1), DINOV2).position
-    assert not np.allclose(smooth[0, 1:].numpy(), expected, atol=1e-2)
-    flat = {**dinov2(grid=37, registers=1), "pos_embed": th.full((1, 1370, 128), 0.3)}
-    th.testing.assert_close(read_vit(flat, DINOV2).position, th.full((1, 257, 128), 0.3))
-
-
-def test_images_are_prepared_as_published() -> None:
-    exact = RNG.integers(0, 256, (2, 224, 224, 3)).astype(np.uint8)
-    for family in (DINOV2, CLIP):
-        back = prepare(exact, 224, family).movedim(1, -1) * th.tensor(family.std) + th.tensor(family.mean)
-        np.testing.assert_allclose(back.numpy() * 255, exact, atol=1e-3)
-    tall = RNG.integers(0, 256, (1, 448, 300, 3)).astype(np.uint8)
-    scaled = Image.fromarray(tall[0]).resize((224, 334), Image.Resampling.BICUBIC)
-    expected = prepare(np.asarray(scaled.crop((0, 55, 224, 279)))[None], 224, DINOV2)
-    assert th.equal(prepare(tall, 224, DINOV2), expected)
-
-
-def test_transformers_are_read_from_local_files(tmp_path: Path) -> None:
-    th.save(dinov2(registers=1), tmp_path / "vits14_reg.pth")
-    extractor = make_extractor(f"dinov2:{tmp_path}/vits14_reg.pth")
-    assert (extractor.name, extractor.published) == ("DINOv2 ViT-128/14 with registers", False)
-    check_batches(extractor, IMAGES)
-    rounded = make_extractor(f"dinov2:{tmp_path}/vits14_reg.pth", precision="bf16")
-    assert rounded.identity != extractor.identity
-    assert 0 < np.abs(rounded(IMAGES[:1]).pool - extractor(IMAGES[:1]).pool).max() < 0.1
-    assert read_vit(dinov2(width=384), DINOV2).title == "DINOv2 ViT-S/14"
-
-
-class Tower(th.nn.Module):
-    """Tensors under the names of a state dict, for a TorchScript archive."""
-
-    def __init__(self, state: dict[str, th.Tensor], start: str = "") -> None:
-        super().__init__()
-        for name in dict.fromkeys(
-            name.removeprefix(start).partition(".")[0] for name in state if name.startswith(start)
-        ):
-            value = state.get(start + name)
-            inner = Tower(state, f"{start}{name}.") if value is None else th.nn.Parameter(value.half())
-            setattr(self, name, inner)
-
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return x
-
-
-def test_clip_is_read_from_all_that_it_is_published_as(tmp_path: Path) -> None:
-    halved = {name: value.half().float() for name, value in clip(grid=2).items()}
-    th.save(halved, tmp_path / "clip.pt")
-    safetensors.torch.save_file(halved, tmp_path / "clip.safetensors")
-    scripted(Tower(halved), tmp_path / "ViT-B-32.pt")
-    found = [make_extractor(f"clip:{tmp_path}/{name}") for name in ("clip.pt", "clip.safetensors", "ViT-B-32.pt")]
-    assert {extractor.name for extractor in found} == {"CLIP ViT-128/32"}
-    assert len({extractor.identity for extractor in found}) == 1
-    check_batches(found[2], IMAGES)
-
-
-def test_what_is_no_transformer_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    good, part = dinov2(), {name: value for name, value in dinov2().items() if "ls1" not in name and "fc2" not in name}
-    cases: list[tuple[str, Any, str]] = [
-        ("dinov2", clip(), "it has no cls_token, pos_embed, patch_embed.proj.weight, blocks.0.mlp.fc1.weight"),
-        ("clip", good, "it has no visual.class_embedding, visual.positional_embedding, visual.conv1.weight"),
-        ("dinov2", {**good, "pos_embed": good["pos_embed"][:, :200]}, "of 199 places and 1 is of no square"),
-        ("dinov2", dinov2(width=100), "its width, 100, is no multiple of 64"),
-        ("dinov2", part, "blocks.0.mlp.fc2.weight is missing"),
-        ("dinov2", {**good, "norm.weight": th.zeros(3)}, "norm.weight is [3], not [128]"),
-        ("dinov2", {**good, "blocks.7.norm1.weight": th.zeros(128)}, "is missing"),
-        ("dinov2", {**good, "head.weight": th.zeros(3)}, "head.weight is not known"),
-        ("dinov2", {**good, "pos_embed": th.zeros(())}, "it is no vision transformer of DINOv2"),
-        ("dinov2", [good], "something else than a state dict"),
-    ]
-    for kind, state, message in cases:
-        th.save(state, path)
-        told = sentence_of(make_extractor, f"{kind}:{path}")
-        assert message in told
-        assert f"--features {kind}:{path} cannot be used" in told
-    path.write_bytes(b"<html>")
-    assert "it is a web page" in sentence_of(make_extractor, f"clip:{path}")
-    path.write_bytes(pickle.dumps(print))
-    assert "cannot be read as a checkpoint" in sentence_of(make_extractor, f"clip:{path}")
-    assert "does not exist" in sentence_of(make_extractor, f"clip:{tmp_path}/nowhere.pt")
-
-
-# ---- programs
-
-
-class Mean(th.nn.Module):
-    """Features that show what the network was given, and logits."""
-
-    def __init__(self, kind: str = "pair") -> None:
-        super().__init__()
-        self.kind = kind
-        self.weight = th.nn.Parameter(th.tensor([[1.0, 2.0, 4.0]]))
-
-    def forward(self, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        return x.mean((2, 3)), x.sum((2, 3)) @ self.weight.T
-
-
-class Maps(th.nn.Module):
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return x * 2
-
-
-class Wrong(th.nn.Module):
-    def forward(self, x: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
-        return x, x, x
-
-
-class Scalar(th.nn.Module):
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return x.sum()
-
-
-class Whole(th.nn.Module):
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        return x.mean((2, 3)).long()
-
-
-class Named(th.nn.Module):
-    def forward(self, x: th.Tensor) -> dict[str, th.Tensor]:
-        return {"features": x}
-
-
-class Saves(th.nn.Module):
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        th.save(x, "/tmp/never-written")
-        return x
-
-
-def scripted(module: th.nn.Module, path: Path) -> str:
-    with pytest.warns(DeprecationWarning, match="torch.jit"):
-        th.jit.script(module).save(str(path))
-    return f"torchscript:{path}"
-
-
-def exported(module: th.nn.Module, path: Path) -> str:
-    free = dict.fromkeys((0, 2, 3), th.export.Dim.DYNAMIC)
-    th.export.save(th.export.export(module, (th.rand(2, 3, 8, 8),), dynamic_shapes=(free,)), path)
-    return f"export:{path}"
-
-
-@pytest.mark.parametrize("save", [scripted, exported])
-def test_programs_get_images_from_minus_one_to_one(tmp_path: Path, save: Callable[[th.nn.Module, Path], str]) -> None:
-    extractor = make_extractor(save(Mean(), tmp_path / "mine.pt2"))
-    assert (extractor.name, extractor.published) == ("mine", False)
-    found, x = extractor(IMAGES), planes(IMAGES)
-    np.testing.assert_allclose(found.pool, x.mean((2, 3)).numpy(), atol=1e-5)
-    assert found.spatial is None
-    assert found.probs is not None
-    np.testing.assert_array_equal(found.probs, np.ones((3, 1)))
-    check_batches(extractor, IMAGES)
-    grey = extractor(RNG.integers(0, 256, (1, 5, 9, 1)).astype(np.uint8)).pool
-    assert grey.shape == (1, 3)
-    assert grey[0, 0] == grey[0, 1] == grey[0, 2]
-    other = make_extractor(save(Maps(), tmp_path / "maps.pt2"))
-    np.testing.assert_allclose(other(IMAGES).pool, 2 * found.pool, atol=1e-5)
-    assert other(IMAGES).probs is None
-    assert other.identity != extractor.identity
-
-
-def test_what_programs_must_give_is_said(tmp_path: Path) -> None:
-    path = tmp_path / "wrong.pt"
-    for module, message in (
-        (Wrong(), "gives 3 tensors: it must give features [N, D], or a pair"),
-        (Scalar(), "gives a tensor [] of torch.float32"),
-        (Whole(), "gives a tensor [3, 3] of torch.int64"),
-        (Named(), "gives a dict"),
-    ):
-        extractor = make_extractor(scripted(module, path))
-        assert message in sentence_of(extractor, IMAGES)
-    with pytest.raises(ValueError, match=r"is not for .*wrong\.pt, which computes in what it was saved in"):
-        make_extractor(f"torchscript:{path}", precision="bf16")
-
-
-def test_a_program_for_one_batch_size_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "fixed.pt2"
-    th.export.save(th.export.export(Mean(), (th.rand(2, 3, 8, 8),)), path)
-    extractor = make_extractor(f"export:{path}")
-    assert extractor(IMAGES[:2]).pool.shape == (2, 3)
-    assert "a program must be exported for any N" in sentence_of(extractor, IMAGES)
-
-
-def rewritten(path: Path, change: Callable[[str, bytes], bytes], *more: tuple[str, bytes]) -> None:
-    """The archive with changed members, and more."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name: change(name, archive.read(name)) for name in archive.namelist()}
-        top = next(iter(members)).partition("/")[0]
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in [*members.items(), *((f"{top}/{name}", content) for name, content in more)]:
-            archive.writestr(name, content)
-
-
-def graph(change: Callable[[Any], None]) -> Callable[[str, bytes], bytes]:
-    """What changes the graph of an exported program."""
-
-    def apply(name: str, content: bytes) -> bytes:
-        if not name.endswith("models/model.json"):
-            return content
-        value = json.loads(content)
-        change(value["graph_module"]["graph"])
-        return json.dumps(value).encode()
-
-    return apply
-
-
-def unchanged(_: str, content: bytes) -> bytes:
-    return content
+@pytest.mark.usefixtures("offline")
+def test_folders_that_transformers_cannot_use_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dino, clip, empty = tmp_path / "dino", tmp_path / "clip", tmp_path / "empty"
+    saved("dinov2", dino)
+    saved("clip", clip)
+    empty.mkdir()
+    told = {
+        f"dinov2:{tmp_path}/nowhere": "give a folder with config.json, preprocessor_config.json and model.safetensors",
+        "clip:openai/clip-vit-base-patch32": "give a folder with config.json",
+        f"dinov2:{dino / 'model.safetensors'}": "give a folder with config.json",
+        f"dinov2:{clip}": "its config.json is of a model_type 'clip', not DINOv2",
+        f"clip:{dino}": "its config.json is of a model_type 'dinov2', not CLIP",
+        f"clip:{empty}": "config.json",
+    }
+    for kind, words in told.items():
+        message = sentence_of(make_extractor, kind)
+        assert message.startswith(f"--features {kind} cannot be used: ")
+        assert words in message
+    weights = safetensors.torch.load_file(dino / "model.safetensors")
+    fewer = {name: value for name, value in weights.items() if name != "layernorm.weight"}
+    for changed in (fewer, {**weights, "layernorm.weight": th.zeros(3)}):
+        safetensors.torch.save_file(changed, dino / "model.safetensors", {"format": "pt"})
+        told_missing = "1 of its tensors are missing or of another shape, the first is layernorm.weight"
+        assert told_missing in sentence_of(make_extractor, f"dinov2:{dino}")
+    (dino / "model.safetensors").write_bytes(b"cut short")
+    assert "cannot be used" in sentence_of(make_extractor, f"dinov2:{dino}")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)
+        message = sentence_of(make_extractor, f"clip:{clip}")
+    assert 'transformers is missing: run `pip install "guided-diffusion[eval]"`' in message
 
 
 class Attack:
@@ -574,59 +349,24 @@ class Attack:
         return open, (str(self.path), "w")
 
 
-def test_programs_that_would_do_more_than_compute_are_not_loaded(tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    assert "its code has 'torch.save'" in sentence_of(make_extractor, scripted(Saves(), tmp_path / "saves.pt"))
-    attack = io.BytesIO()
-    th.save(Attack(mark), attack)
-
-    def targets(value: Any) -> None:
-        value["nodes"][0]["target"] = "torch.hub.load"
-
-    def sizes(value: Any) -> None:
-        spec = next(iter(value["tensor_values"].values()))["sizes"]
-        spec[0] = {"as_expr": {"expr_str": f"open('{mark}', 'w')", "hint": {"as_int": 2}}}
-
-    def pickled(name: str, content: bytes) -> bytes:
-        return attack.getvalue() if name.endswith("sample_inputs/model.pt") else content
-
-    def opaque(name: str, content: bytes) -> bytes:
-        return content.replace(b'"use_pickle": false', b'"use_pickle": true')
-
-    cases: list[tuple[Callable[[str, bytes], bytes], tuple[tuple[str, bytes], ...], str]] = [
-        (graph(targets), (), "the target 'torch.hub.load' is none of the operators"),
-        (graph(sizes), (), "is no arithmetic"),
-        (pickled, (), "it pickles more than tensors"),
-        (opaque, (), "a tensor of another library's type"),
-        (unchanged, (("data/constants/opaque_obj_0", pickle.dumps(Attack(mark))),), "it has the member"),
-        (unchanged, (("data/aotinductor/model/a.so", b""),), "it has the member"),
-    ]
-    for change, more, message in cases:
-        kind = exported(Mean(), tmp_path / "program.pt2")
-        rewritten(tmp_path / "program.pt2", change, *more)
-        told = sentence_of(make_extractor, kind)
-        assert message in told
-        assert "is no exported program" in told
-    assert not mark.exists()
-
-
-def test_damaged_programs_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "program.pt"
-    th.save({}, path)
-    whole = path.read_bytes()
-    for kind in ("torchscript", "export"):
-        assert "does not exist" in sentence_of(make_extractor, f"{kind}:{tmp_path}/nowhere")
-        for content in (whole, whole[:100], b"", b"text"):
-            path.write_bytes(content)
-            assert "that may be run" in sentence_of(make_extractor, f"{kind}:{path}")
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/version", b"1")
-        archive.writestr("a/versiom", b"2")
-    path.write_bytes(path.read_bytes().replace(b"a/versiom", b"a/version"))
-    assert "two members of one name" in sentence_of(make_extractor, f"torchscript:{path}")
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a/data/0", bytes(2**27))
-    assert "unpack to 134217728 bytes" in sentence_of(make_extractor, f"torchscript:{path}")
+def test_code_in_a_folder_never_runs(tmp_path: Path) -> None:
+    saved("dinov2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+    code = {"AutoConfig": "own.Config", "AutoModel": "own.Model", "AutoImageProcessor": "own.Processor"}
+    for changed in (config, {**config, "model_type": "own"}):
+        (tmp_path / "config.json").write_text(json.dumps({**changed, "auto_map": code}))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSING, "auto_map": code}))
+        if changed is config:
+            make_extractor(f"dinov2:{tmp_path}")
+        else:
+            sentence_of(make_extractor, f"dinov2:{tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING))
+    (tmp_path / "model.safetensors").unlink()
+    th.save({"layernorm.weight": Attack(tmp_path / "mark")}, tmp_path / "pytorch_model.bin")
+    sentence_of(make_extractor, f"dinov2:{tmp_path}")
+    assert not (tmp_path / "mark").exists()
 
 
 # ---- names
@@ -636,8 +376,8 @@ def test_kinds_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path))
     for kind, message in (
         ("incepton", "did you mean inception?"),
-        ("xyz:file", "give inception, or classifier, torchscript, export, dinov2, clip and :PATH"),
-        ("clip", "--features clip is without a file: write clip:PATH"),
+        ("xyz:file", "give inception, or classifier, dinov2, clip and :PATH"),
+        ("clip", "--features clip is without a path: write clip:PATH"),
         ("inception:file", "give it as --inception_weights"),
         ("inception", "scripts/download.py inception"),
     ):
@@ -648,7 +388,8 @@ def test_kinds_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
-    extractor = make_extractor(scripted(Maps(), tmp_path / "maps.pt"))
+    folder, _ = classifier_run(tmp_path / "small")
+    extractor = make_extractor(f"classifier:{folder}")
     for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:0], IMAGES[..., :2]):
         assert "features are made of uint8 [N, H, W, C]" in sentence_of(extractor, images)
 

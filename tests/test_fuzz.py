@@ -22,7 +22,7 @@ import torch as th
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from guided_diffusion import checkpoint, cli, dist_util
+from guided_diffusion import checkpoint, cli, dist_util, weight_files
 from guided_diffusion.architecture import architecture
 from guided_diffusion.commands.super_res_sample import read_base
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
@@ -221,7 +221,7 @@ def request(content: bytes) -> None:
 
 def weights(case: tuple[str, bytes]) -> None:
     path = put(*case)
-    survives(lambda: checkpoint.load_weights(th.nn.Linear(3, 2), path))
+    survives(lambda: weight_files.load_weights(th.nn.Linear(3, 2), path))
 
 
 def npz(content: bytes) -> None:

@@ -194,6 +194,21 @@ def test_min_snr_weighs_what_is_predicted_as_x_0(mean, gamma):
     assert th.equal(losses["mse"], plain["loss"])
 
 
+@pytest.mark.parametrize("mean", ["START_X", "VELOCITY"])
+@pytest.mark.parametrize("gamma", [5.0, 0.3])
+def test_min_snr_trains_the_step_without_signal(mean, gamma):
+    """Where the SNR is 0 sampling starts: the step counts as at an SNR of 1, and the others are as published."""
+    betas = rescale_zero_terminal_snr(get_named_beta_schedule("linear", 50))
+    options = {"model_mean_type": ModelMeanType[mean], "min_snr_gamma": gamma}
+    process, t = make_noisy(betas, loss_weight="min_snr", **options), th.tensor([49, 48, 20, 0])
+    x, noise = noise_like(), noise_like(1)
+    losses = process.training_losses(lambda x_t, t: noise_like(2), x, t, noise=noise)
+    snr = process.alphas_cumprod[t.numpy()] / (1 - process.alphas_cumprod[t.numpy()])
+    expected = np.minimum(np.where(snr == 0, 1, snr), gamma) / (snr + 1 if mean == "VELOCITY" else 1)
+    assert snr[0] == 0
+    assert (losses["loss"] / losses["mse"]).tolist() == pytest.approx(expected.tolist(), rel=1e-6)
+
+
 def test_impossible_weights_are_refused():
     betas = get_named_beta_schedule("cosine", 50)
     for options, message in (

@@ -21,7 +21,7 @@ import pytest
 import torch as th
 from PIL import Image
 
-from guided_diffusion import checkpoint, cli, crops, decoding, dist_util, image_files, untrusted
+from guided_diffusion import checkpoint, cli, crops, decoding, dist_util, image_files, untrusted, weight_files
 from guided_diffusion.architecture import architecture
 from guided_diffusion.commands import image_sample
 from guided_diffusion.commands.super_res_sample import read_base
@@ -378,7 +378,7 @@ ENCRYPTED = {"local": (6, b"\1"), "entry": (8, b"\1")}
 
 
 def test_members_that_are_not_taken(tmp_path: Path) -> None:
-    foreign = ["../1.png", "a/../../1.png", "/etc/1.png", "C:\\1.png", "\\\\server\\1.png", "..\\1.png"]
+    foreign = ["../1.png", "a/../../1.png", "/etc/1.png", "C:\\1.png", "\\\\server\\1.png", "..\\2.png"]
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the name that comes twice
@@ -390,7 +390,7 @@ def test_members_that_are_not_taken(tmp_path: Path) -> None:
     listing = find_images(str(path))
     assert listing.images == ["good.png"]
     reasons = dict(listing.refused)
-    assert {reasons[name] for name in foreign} == {"a path that leads out of the zip"}
+    assert {reasons[name.replace("\\", "/")] for name in foreign} == {"a path that leads out of the zip"}
     assert reasons["good.png"] == "of the same name as a later one"
     assert reasons["link.png"] == "a link"
     assert np.asarray(read_image(f"{path}/good.png", 3))[0, 0, 0] == 7  # the later one, as zipfile itself takes it
@@ -580,11 +580,12 @@ def test_damaged_npz(tmp_path: Path) -> None:
     sentence_of(read_base, base_flags(path))
     path.write_bytes(whole.replace(bytes(range(20, 30)), bytes(10)))  # its checksum tells
     sentence_of(read_base, base_flags(path))
-    assert "holds no arr_7" in sentence_of(lambda: list(read_npz(str(path), "arr_7", 1)))
+    assert "holds no arr_7, but arr_0" in sentence_of(lambda: list(read_npz(str(path), "arr_7", 1)))
     np.savez(path, np.float32(3))
     sentence_of(lambda: list(read_npz(str(path), "arr_0", 1)))
-    np.savez(path, np.asfortranarray(np.ones((2, 3))))  # rows of it do not lie together
-    sentence_of(lambda: list(read_npz(str(path), "arr_0", 1)))
+    array = np.arange(6.0).reshape(2, 3)
+    np.savez(path, np.asfortranarray(array))  # rows of it do not lie together
+    np.testing.assert_array_equal(np.concatenate(list(read_npz(str(path), "arr_0", 1))), array)
 
 
 def test_arrays_in_the_order_of_fortran_are_pictures_all_the_same(tmp_path: Path) -> None:
@@ -620,7 +621,7 @@ def test_no_pickle_runs_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(paths) == 5
     for path in paths:
         assert "cannot be read as a checkpoint" in sentence_of(checkpoint.load, str(path))
-        sentence_of(checkpoint.load_weights, th.nn.Linear(1, 1), str(path))
+        sentence_of(weight_files.load_weights, th.nn.Linear(1, 1), str(path))
     array = np.array([[[Command()]]], object)
     np.save("1.npy", array, allow_pickle=True)
     np.savez("1.npz", arr_0=array)

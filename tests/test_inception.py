@@ -1,9 +1,13 @@
-"""The Inception network against torch-fidelity's, and its resize against TensorFlow 1's.
+"""The Inception network against torch-fidelity's and TensorFlow's, and its resize against TensorFlow 1's.
 
 golden/inception.json: keys and shapes of the state dict of torch-fidelity 0.4.0's FeatureExtractorInceptionV3, in
 order. golden/inception.npz: its outputs for `pictures()` with the weights of `filled()`, of which every `STRIDES`-th
 number is kept ("spatial": what its Mixed_6d.branch1x1 returns, cut and flattened as the published evaluator does);
 and resize/HxW: every 13th pixel of what TensorFlow 1 makes of random images of that size.
+
+golden/inception_tensorflow.npz: outputs for `pictures()`, as many of them, of the published evaluator's network written
+in the operations of TensorFlow 2.21, with the weights of `tensorflow_weight()` under the names of its graph.
+golden/inception_tensorflow.json: each layer of the state dict and its scope in that graph.
 """
 
 from __future__ import annotations
@@ -95,6 +99,40 @@ def test_the_outputs_are_torch_fidelitys(seen, output):
     assert len(wanted) == 2
     assert np.abs(wanted[0] - wanted[1]).mean() > 0.05 * np.abs(wanted).mean()  # the pictures make a difference
     close(getattr(seen, output)[:, :: STRIDES[output]], wanted, 1e-4)
+
+
+def tensorflow_weight(name, shape):
+    """Numbers that follow from a name and a shape of the graph."""
+    noise = rng(name).standard_normal(shape, dtype=np.float32)
+    if len(shape) > 1:
+        return noise * np.float32((2 / np.prod(shape[:-1])) ** 0.5)
+    if name.endswith("variance"):
+        return np.exp(noise / 5)
+    return noise / 10 + np.float32(name.endswith("gamma"))
+
+
+def tensorflow_state():
+    """The weights of the graph as a state dict; there, the channels of input and output are the last axes."""
+    batchnorm = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+    names = {"fc.weight": "softmax/weights", "fc.bias": "softmax/biases"}
+    for layer, scope in json.loads((GOLDEN / "inception_tensorflow.json").read_text()).items():
+        names[f"{layer}.conv.weight"] = f"{scope}/conv2d_params"
+        names |= {f"{layer}.bn.{ours}": f"{scope}/batchnorm/{theirs}" for ours, theirs in batchnorm.items()}
+    state = {}
+    for key, name in names.items():
+        shape = SHAPES[key]
+        order, back = {4: ((2, 3, 1, 0), (3, 2, 0, 1)), 2: ((1, 0), (1, 0)), 1: ((0,), (0,))}[len(shape)]
+        state[key] = th.from_numpy(tensorflow_weight(name, tuple(shape[axis] for axis in order)).transpose(back))
+    return state
+
+
+def test_the_outputs_are_tensorflows():
+    network = InceptionNetwork()
+    network.load_state_dict(tensorflow_state(), strict=True)
+    seen = network(pictures())
+    with np.load(GOLDEN / "inception_tensorflow.npz") as golden:
+        for output, stride in STRIDES.items():
+            close(getattr(seen, output)[:, ::stride], golden[output], 1e-4)
 
 
 def test_shapes_and_types_of_outputs(seen):

@@ -11,7 +11,8 @@ import torch as th
 from PIL import Image
 
 from guided_diffusion.image_datasets import load_data
-from guided_diffusion.init_images import InitImages, images_at
+from guided_diffusion.image_files import images_at
+from guided_diffusion.init_images import InitImages
 from guided_diffusion.pictures import to_uint8
 
 RNG = np.random.default_rng(0)
@@ -53,10 +54,14 @@ def test_a_file_a_zip_and_a_member_of_it_are_found(folder: Path, tmp_path: Path)
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for name in ("a.png", "b.png"):
             archive.write(folder / name, f"deep/{name}")
-    assert images_at(str(folder / "b.png"), "init_image") == [str(folder / "b.png")]
     whole = [f"{tmp_path}/all.zip/deep/a.png", f"{tmp_path}/all.zip/deep/b.png"]
-    assert images_at(f"{tmp_path}/all.zip", "init_image") == whole
-    assert images_at(whole[1], "init_image") == [whole[1]]
+    for path, expected in (
+        (str(folder / "b.png"), [str(folder / "b.png")]),
+        (f"{tmp_path}/all.zip", whole),
+        (whole[1], whole[1:]),
+    ):
+        listing = images_at(path, "init_image")
+        assert [listing.path(name) for name in listing.images] == expected
     one, other = (InitImages(path, 8, 3).rows([0])["init_image"] for path in (whole[1], str(folder / "b.png")))
     assert th.equal(one, other)
 
@@ -74,13 +79,40 @@ def test_masks_are_cropped_like_their_images_and_have_two_values(tmp_path: Path)
     assert th.equal(InitImages(wide, 8, 3, masks=mask, swap=True).rows([0])["mask"], 1 - kept)
 
 
-def test_masks_take_turns_of_their_own(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "masks").mkdir()
-    for name, level in (("0", 0), ("1", 255)):
-        Image.fromarray(np.full((8, 8), level, np.uint8)).save(tmp_path / "masks" / f"{name}.png")
-    rows = InitImages(str(folder), 8, 3, masks=str(tmp_path / "masks")).rows(range(6))
-    assert rows["mask"][:, 0, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
-    assert th.equal(rows["init_image"][:3], rows["init_image"][3:])
+def write_masks(folder: Path, **levels: int) -> str:
+    """Masks of one level each, whose names say it."""
+    folder.mkdir()
+    for name, level in levels.items():
+        Image.fromarray(np.full((8, 8), level, np.uint8)).save(folder / f"{name}.bmp")
+    return str(folder)
+
+
+def test_masks_belong_to_images_by_name(folder: Path, tmp_path: Path) -> None:
+    """Not by order; one alone is everybody's, and one image takes several in turn."""
+    masks = write_masks(tmp_path / "masks", c=0, b=255, a=0)
+    images = InitImages(str(folder), 8, 3, masks=masks)
+    assert images.rows(range(6))["mask"][:, 0, 0, 0].tolist() == [0, 1, 0, 0, 1, 0]
+    assert InitImages(str(folder), 8, 3, masks=f"{masks}/b.bmp").rows(range(3))["mask"].mean() == 1
+    turns = InitImages(str(folder / "a.png"), 8, 3, masks=masks).rows(range(4))
+    assert turns["mask"][:, 0, 0, 0].tolist() == [0, 1, 0, 0]
+    assert th.equal(turns["init_image"][0], turns["init_image"][3])
+    assert images.describe_masks(99)[:2] == [
+        "mask a.bmp: one value, 0; what is not 0 keeps: nothing is kept, all is painted",
+        "mask b.bmp: one value, 255; what is not 0 keeps: all is kept, nothing is painted",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("levels", "sentence"),
+    [
+        ({"a": 0, "b": 0}, r"1 of 3 images have no mask in .*masks \('c.png'\): several images and masks belong"),
+        ({"a": 0, "b": 0, "c": 0, "d": 0}, r"1 of 4 masks have no image \('d.bmp'\)"),
+        ({"mask0": 0, "mask1": 0, "mask2": 0}, r"3 of 3 images have no mask .*'a.png', 'b.png', 'c.png'"),
+    ],
+)
+def test_a_partner_that_is_missing_is_named(folder: Path, tmp_path: Path, levels: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        InitImages(str(folder), 8, 3, masks=write_masks(tmp_path / "masks", **levels))
 
 
 def test_the_digest_is_of_what_is_used(folder: Path) -> None:
@@ -123,9 +155,9 @@ def test_what_cannot_be_used_is_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
-    save(tmp_path / "masks" / "0.png", 8, 8)
-    save(tmp_path / "masks" / "1.png", 4, 8)
+    for name, height in (("a", 8), ("b", 4), ("c", 8)):
+        save(tmp_path / "masks" / f"{name}.png", height, 8)
     images = InitImages(str(folder), 8, 3, masks=str(tmp_path / "masks"))
     images.check(1)
-    with pytest.raises(ValueError, match=r"the mask 1.png is 4x8 and its image b.png 8x8 \(height x width\)"):
+    with pytest.raises(ValueError, match=r"the mask b.png is 4x8 and its image b.png 8x8 \(height x width\)"):
         images.check(2)

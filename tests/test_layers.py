@@ -15,7 +15,9 @@ EVALUATIONS = ROOT.parent / "evaluations"
 # a module imports only from modules before it
 ORDER = [
     *[
+        "paths",
         "config",
+        "data_config",
         "evaluation_config",
         "dataset_config",
         "likelihood_config",
@@ -25,7 +27,6 @@ ORDER = [
         "npz_tool_config",
         "performance_config",
         "launchers",
-        "heartbeat",
         "cli",
         "nn",
         "ops",
@@ -34,7 +35,6 @@ ORDER = [
         "logger",
         "dist_util",
         "seeds",
-        "hardware",
     ],
     *[
         "untrusted",
@@ -72,24 +72,27 @@ ORDER = [
         "archives",
         "crops",
     ],
-    *["decoding"],
-    *["image_files", "upsampling", "image_labels", "conditioning", "image_order", "image_cache", "image_items"],
-    *["image_datasets", "init_images", "architecture", "manifest", "downloads", "compiling", "checkpoint"],
-    *["lora", "finetuning", "draws"],
-    *["meter", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood", "train_util"],
-    *["classifier_training", "script_util", "footprint"],
+    *["decoding", "masks"],
+    *["image_files", "upsampling", "label_tables", "image_labels", "conditioning", "image_order", "image_cache"],
+    *["image_items"],
+    *["image_datasets", "init_images", "architecture", "manifest", "downloads", "hardware", "compiling"],
+    *["checkpoint", "weight_files", "lora", "finetuning", "draws"],
+    *["meter", "batches", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood"],
+    *["train_util", "classifier_training", "script_util"],
     *["dataset_images", "dataset_folder", "dataset_planes", "dataset_tar", "dataset_pickle", "dataset_lmdb"],
-    *["dataset_output", "dataset_writer", "npz_tools", "npz_look", "commands"],
+    *["dataset_output", "dataset_writer", "commands"],
 ]
 # the same for the package evaluations, which stands above all of guided_diffusion but its commands
 EVALUATION_ORDER = [
-    *["metrics", "scores", "figures", "clouds", "plots", "levels", "inception", "frozen_graph", "weights", "vit"],
-    *["programs", "features", "sources", "npz", "feature_sets", "evaluator", "make_reference", "training", "sweep"],
+    *["metrics", "scores", "plots", "images", "inception", "weights", "features", "feature_sets", "references"],
+    *["evaluator", "training", "sweep"],
 ]
 NEVER_LOG = ORDER[: ORDER.index("fp16_util")]
 WITHOUT_TORCH = [
     "__init__",
+    "paths",
     "config",
+    "data_config",
     "evaluation_config",
     "dataset_config",
     "likelihood_config",
@@ -100,7 +103,6 @@ WITHOUT_TORCH = [
     "performance_config",
     "cli",
     "launchers",
-    "heartbeat",
     "log_writers",
 ]
 MODULES = {
@@ -172,6 +174,19 @@ def test_only_functions_of_commands_import_evaluations():
     assert {name.split("/")[0] for name, tree in MODULES.items() if uses(tree, nested=True)} <= {"commands"}
 
 
+def test_evaluations_stand_below_the_commands():
+    """All but the file that is called as the original's script."""
+    uses = {
+        name
+        for name, tree in EVALUATION_MODULES.items()
+        if any(full.startswith("guided_diffusion.commands") for full in imports(tree, nested=True))
+    }
+    assert uses == {"evaluator"}
+    assert not any(
+        full.startswith("guided_diffusion.commands") for full in imports(EVALUATION_MODULES["evaluator"], nested=False)
+    )
+
+
 def test_metrics_are_a_lone_file_of_numpy():
     standard = sys.stdlib_module_names | {"numpy"}
     assert {full.split(".")[0] for full in imports(EVALUATION_MODULES["metrics"], nested=True)} <= standard
@@ -187,6 +202,7 @@ def test_commands_parse_before_they_import_torch(name):
     assert set(ours(MODULES[name], nested=False)) <= {
         "cli",
         "config",
+        "data_config",
         "evaluation_config",
         "likelihood_config",
         "upsampling_config",

@@ -21,7 +21,7 @@ from PIL import Image
 from ranks import Nursery
 from test_docs import run as run_snippet, snippets
 
-from guided_diffusion import checkpoint, cli, logger
+from guided_diffusion import checkpoint, cli
 from guided_diffusion.commands import image_nll
 from guided_diffusion.commands._common import restore_unet
 from guided_diffusion.config import DiffusionConfig, UNetConfig, defaults
@@ -499,21 +499,24 @@ def test_half_precision(run: Path, folder: Path, tmp_path: Path, kind: tuple[str
     np.testing.assert_allclose(found[2], found[0], rtol=0.1)
 
 
-def test_a_likelihood_that_is_no_number_is_said(
-    run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_likelihood_that_is_no_number_ends_the_measuring(run: Path, folder: Path, tmp_path: Path) -> None:
     survey = surveyed(run, folder, tmp_path)
-    columns = th.full((5,), math.nan)
+    seen: list[int] = []
 
     def bits(images: th.Tensor, *_: object) -> dict[str, th.Tensor]:
-        bad = {name: columns[: len(images)] for name in survey.measure.columns}
-        return bad | {name: th.zeros(len(images), 4) for name in TERMS}
+        seen.append(len(images))
+        values = th.tensor([0.0, *[math.nan if len(seen) == 2 else 0.0] * (len(images) - 1)])
+        return dict.fromkeys(survey.measure.columns, values) | {name: th.zeros(len(images), 4) for name in TERMS}
 
-    logger.configure(str(tmp_path))
-    carry_out(replace(survey, measure=replace(survey.measure, bits=bits)))
-    text = (tmp_path / "log.txt").read_text()
-    assert "37 of 37 images have no finite likelihood, the first is 'cat_00.png'" in text
-    assert json.loads((tmp_path / "bpd.json").read_text())["mean"]["total_bpd"] is None
+    broken = replace(survey, measure=replace(survey.measure, bits=bits))
+    count = survey.batch_size
+    first = survey.names[count + 1]
+    message = f"{count - 1} of the {count} images of batch 1 have no finite likelihood, the first is '{first}'"
+    with pytest.raises(ValueError, match=message):
+        carry_out(broken)
+    assert not (tmp_path / "bpd.npz").exists()
+    carry_out(broken)
+    assert len(seen) == survey.batches + 1  # the batch before is measured once
 
 
 def test_the_originals_command_line_and_files(

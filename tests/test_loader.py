@@ -5,8 +5,10 @@ import io
 import os
 import random
 import resource
+import signal
 import textwrap
 import threading
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,8 @@ def test_a_damaged_zip_gives_what_zipfile_makes_of_it(tmp_path: Path, method: st
             archive, reference = Archive(str(path)), untrusted.open_archive(str(path))
         except ValueError:
             continue
-        for member, _ in archive.members():
-            found = outcome(archive.read, member.filename)
+        for member in reference.infolist():
+            found = outcome(archive.read, member.filename.replace("\\", "/"))
             assert found == outcome(lambda name: untrusted.read_member(reference, name), member.filename)  # noqa: B023
             refused += isinstance(found, str)
         archive.close()
@@ -348,51 +350,9 @@ def test_an_exif_tag_behind_the_pixels_is_heeded(tmp_path: Path) -> None:
     assert_same(opened(tmp_path, cache_images=True, **options), opened(tmp_path, **options))
 
 
-REFUSED = {
-    "memory": ({}, "takes .* for 9 images, in each of 1 ranks on this machine, and 1e-06 GB are free"),
-    "channels": ({"image_channels": 2}, "keeps pictures of 1, 3 or 4 channels, not of 2"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_kept_is_refused(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options, said = REFUSED[name]
-    monkeypatch.setattr(image_cache, "free_memory", lambda: 1000)
-    with pytest.raises(ValueError, match=said):
-        opened(folder, cache_images=True, **options)
-
-
-def test_each_rank_on_a_machine_needs_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    cache = opened(folder, cache_images=True, log=lines.append).dataset.cache
-    assert cache is not None
-    assert any(f"kept in memory, {cache.bytes / 1e9:.3g} GB" in line for line in lines)
-    assert cache.bytes == 9 * (8 * 8 * 3 + 32)
-    monkeypatch.setattr(image_cache, "free_memory", lambda: 3 * cache.bytes)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    opened(folder, cache_images=True)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="in each of 4 ranks"):
-        opened(folder, cache_images=True)
-
-
-@pytest.mark.parametrize(
-    ("said", "count"),
-    [
-        ({"SLURM_NTASKS_PER_NODE": "2"}, 2),
-        ({"SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NTASKS_PER_NODE": "2"}, 4),
-        ({"SLURM_STEP_TASKS_PER_NODE": "4,12(x3),2", "SLURM_TASKS_PER_NODE": "8"}, 12),
-        ({"SLURM_STEP_TASKS_PER_NODE": "many", "SLURM_TASKS_PER_NODE": "3"}, 3),
-        ({"LOCAL_WORLD_SIZE": "5", "MPI_LOCALNRANKS": "6", "SLURM_TASKS_PER_NODE": "8"}, 5),
-        ({}, 1),
-    ],
-)
-def test_launchers_say_how_many_ranks_share_a_machine(
-    said: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in said.items():
-        monkeypatch.setenv(name, value)
-    assert image_cache.ranks_here() == count
+def test_what_cannot_be_kept_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="keeps pictures of 1, 3 or 4 channels, not of 2"):
+        opened(folder, cache_images=True, image_channels=2)
 
 
 def test_sizes_are_read_from_headers_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,18 +386,6 @@ def test_finer_numbers_than_bytes_are_not_kept(folder: Path, num_workers: int) -
     kept = opened(folder, cache_images=True, batch_size=10, num_workers=num_workers)
     with pytest.raises(ValueError, match=r"keeps bytes, and image '.*a_9.npy' has finer numbers"):
         next(kept)
-
-
-def test_free_memory_heeds_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < image_cache.free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    (tmp_path / "limit").write_text("50000000\n")
-    (tmp_path / "stat").write_text("file 7000000\nanon 20000000\nshmem 10000000\nshmem_thp 9\n")
-    monkeypatch.setattr(image_cache, "LIMITS", [(str(tmp_path / "limit"), str(tmp_path / "stat"), ("anon", "shmem"))])
-    assert image_cache.free_memory() == 20_000_000
-    (tmp_path / "stat").unlink()
-    assert image_cache.free_memory() == 50_000_000
-    (tmp_path / "limit").write_text("max\n")
-    assert image_cache.free_memory() > 50_000_000
 
 
 # ---- --fast_decode
@@ -511,10 +459,26 @@ def test_the_flags_reach_the_images(folder: Path, monkeypatch: pytest.MonkeyPatc
         assert stream.dataset.fast_decode
         assert bool(stream.dataset.cache) == kept
     read: list[str] = []
-    monkeypatch.setattr(image_items, "read_whole", lambda path, *rest: read.append(path) or read_whole(path, *rest))
+    monkeypatch.setattr(
+        image_items,
+        "read_whole",
+        lambda path, *rest, **options: read.append(path) or read_whole(path, *rest, **options),
+    )
     for _ in range(9):
         next(streams.train)
     assert len(read) == 7  # of 9, as 2 were read before
+
+
+def test_a_lost_worker_is_found_out_when_a_batch_is_asked_for_and_not_in_the_middle_of_a_step(folder: Path) -> None:
+    stream = opened(folder, num_workers=1)
+    next(stream)
+    (worker,) = stream._batches._workers  # type: ignore[union-attr]
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    time.sleep(0.05)  # torch's own alarm would go off here, where a training may be changing weights
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        for _ in range(9):  # those that it has made are given
+            next(stream)
 
 
 def test_training_on_bytes_is_training_on_their_floats(folder: Path, tmp_path: Path) -> None:

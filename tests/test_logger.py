@@ -3,7 +3,9 @@
 import json
 import sys
 import tempfile
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +292,28 @@ def test_scopes_nest_and_reset_goes_back_to_the_default(monkeypatch, tmp_path):
     assert (tmp_path / "outer" / "log.txt").read_text() == f"Logging to {tmp_path}/outer\noutside\n"
     default_log = Path(default.get_dir(), "log.txt").read_text()
     assert default_log.splitlines()[-2:] == ["default", "Reset logger"]
+
+
+def test_threads_that_configure_have_loggers_of_their_own_and_others_share_the_main_one(tmp_path):
+    logger.configure(str(tmp_path / "main"), ["log"])
+    both = threading.Barrier(2)
+
+    def work(name):
+        if name != "idle":
+            logger.configure(str(tmp_path / name), ["log"])
+            both.wait(60)
+        logger.log(f"from {name}")
+        logger.logkv("x", name)
+        return logger.get_dir(), dict(logger.getkvs())
+
+    with ThreadPoolExecutor(3) as pool:
+        found = {name: pool.submit(work, name) for name in ("one", "two", "idle")}
+    for name, future in found.items():
+        folder = "main" if name == "idle" else name
+        assert future.result() == (str(tmp_path / folder), {"x": name})
+        assert f"from {name}\n" in (tmp_path / folder / "log.txt").read_text()
+    assert logger.get_dir() == str(tmp_path / "main")
+    assert "one" not in (tmp_path / "main" / "log.txt").read_text()
 
 
 def test_files_are_appended_to_and_never_emptied(tmp_path):

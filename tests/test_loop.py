@@ -9,7 +9,7 @@ import torch as th
 from oracle import GaussianData, make_process
 
 from guided_diffusion.guidance import combine, loss_guidance
-from guided_diffusion.loop import OWN_STREAM, network_calls, sample_loop
+from guided_diffusion.loop import network_calls, sample_loop
 from guided_diffusion.samplers import DDIM, PLMS, SAMPLERS, Ancestral, DDIMReverse, make_sampler
 from guided_diffusion.steps import ends_noisy, same_index
 
@@ -38,9 +38,17 @@ class Spy(GaussianData):
         return super().__call__(x, timesteps)
 
 
-def run(process, sampler, model=None, shape=SHAPE, **options):
-    """One run from the same x_T with the same draws."""
+def draw_seeds(generator):
+    """What a mask draws, once: a seed from every source of noise."""
+    sources = generator if isinstance(generator, list) else [generator]
+    return [int(th.randint(2**63 - 1, (), generator=source)) for source in sources]
+
+
+def run(process, sampler, model=None, shape=SHAPE, *, seeds_drawn=False, **options):
+    """One run from the same x_T with the same draws, but for those of a mask's seeds where `seeds_drawn`."""
     th.manual_seed(1)
+    if seeds_drawn:
+        draw_seeds(options.get("generator"))
     sampler = make_sampler(sampler) if isinstance(sampler, str) else sampler
     given = {"device": "cpu", "clip_denoised": False, **options}
     if not {"noise", "start"} & set(given):
@@ -80,12 +88,12 @@ def test_a_mask_of_zeros_is_no_mask_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_kept_is_exact_and_the_rest_is_painted(name):
-    """And what is kept costs the rest no draws: it is what it would be if the network did not look beyond a pixel."""
+    """And what is kept costs the rest one draw: it is what it would be if the network did not look beyond a pixel."""
     process = make_process(respacing="6")
     for make in (lambda: None, lambda: th.Generator().manual_seed(3), lambda: generators(3, 4)):
         out = run(process, name, init_image=IMAGE, mask=LEFT, generator=make())
         state = th.get_rng_state()
-        free = run(process, name, init_image=IMAGE, generator=make())
+        free = run(process, name, init_image=IMAGE, generator=make(), seeds_drawn=True)
         assert th.equal(th.get_rng_state(), state)
         assert th.equal(out[..., :2], IMAGE[..., :2])
         assert th.equal(out[..., 2:], free[..., 2:])
@@ -111,7 +119,7 @@ def test_the_noise_of_what_is_kept_has_generators_of_its_own(make):
     process, samplers = make_process(respacing="6"), [Watched(Ancestral()), Watched(Ancestral())]
     spy = Spy(process)
     for sampler, mask in zip(samplers, (None, LEFT), strict=True):
-        run(process, sampler, spy, init_image=IMAGE, mask=mask, generator=make())
+        run(process, sampler, spy, init_image=IMAGE, mask=mask, generator=make(), seeds_drawn=mask is None)
     drawn, draws = (sampler.draws for sampler in samplers)
     assert len(drawn) == 6
     assert all(map(th.equal, drawn, draws))
@@ -154,7 +162,8 @@ def test_a_soft_mask_mixes_at_every_level(name):
     """The loop by hand: bit for bit where the mask is 1 or 0, and by shares in between."""
     process, sampler = make_process(respacing="6"), make_sampler(name)
     mask = th.tensor([0.0, 0.25, 0.9, 1.0]).double().expand(1, 1, 4, 4)
-    painting, keeping = th.Generator().manual_seed(3), th.Generator().manual_seed(3 ^ OWN_STREAM)
+    painting = th.Generator().manual_seed(3)
+    keeping = th.Generator().manual_seed(*draw_seeds(painting))
 
     def paste(x, level):
         known = IMAGE
@@ -178,7 +187,7 @@ def test_a_soft_mask_mixes_at_every_level(name):
 
 
 def test_what_is_kept_depends_on_the_seed():
-    """Of the global generator too, which is not drawn from."""
+    """Of the global generator too."""
     process, inputs = make_process(respacing="6"), []
     for seed in (1, 2, 1):
         th.manual_seed(seed)
@@ -187,6 +196,22 @@ def test_what_is_kept_depends_on_the_seed():
         inputs.append(spy.seen[0])
     assert th.equal(inputs[0], inputs[2])
     assert not th.isclose(inputs[0], inputs[1])[..., :2].any()
+
+
+@pytest.mark.parametrize("make", [lambda: None, lambda: th.Generator().manual_seed(3), lambda: generators(3, 4)])
+@pytest.mark.parametrize("resample", [1, 2])
+def test_every_call_keeps_with_other_noise(make, resample):
+    """As it draws other noise, of one generator after another and for each image: also where the sampler draws none."""
+    process, generator, painted = make_process(respacing="6"), make(), []
+    pair = th.full((2, 1, 4, 4), 0.3).double()
+    for _ in range(2):
+        out = process.sample_loop(
+            "dpm++2m", Pair(process), (2, 1, 1, 2), noise=noise_like((2, 1, 1, 2)), device="cpu",
+            clip_denoised=False, init_image=pair[..., :1, :2], mask=LEFT[..., :1, 1:3], resample=resample,
+            generator=generator,
+        )  # fmt: skip
+        painted.extend(out[:, 0, 0, 1].tolist())
+    assert len(set(painted)) == 4
 
 
 def test_what_is_kept_is_kept_in_the_dtype_of_the_samples():
@@ -561,6 +586,8 @@ def test_an_option_that_there_is_not_is_refused(name):
         ({"init_image": IMAGE, "mask": LEFT / 0}, "mask has values outside of 0 .. 1"),
         ({"init_image": IMAGE[..., :2], "mask": LEFT}, r"init_image of shape \(2, 3, 4, 2\) does not fit the samples"),
         ({"init_image": IMAGE, "resample": 2}, "resample 2 has no effect without a mask: leave it out"),
+        ({"init_image": IMAGE, "jump": 3}, "jump 3 has no effect without a mask: leave it out"),
+        ({"clip_guided": True}, "clip_guided has no effect where no prediction is clipped: give clip_denoised or"),
         ({"init_image": IMAGE, "mask": LEFT, "resample": 0}, "resample 0 and jump 10 must be 1 or more"),
         ({"init_image": IMAGE, "mask": LEFT, "resample": 2, "jump": 0}, "resample 2 and jump 0 must be 1 or more"),
         ({"start": IMAGE, "noise": IMAGE}, "start and noise both say where x is at the first step"),

@@ -1,4 +1,4 @@
-"""npz files to folders and back, several to one, and looking into them."""
+"""npz files to folders and back."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion import cli, npz_tools
+from evaluations import images as images_module
+from guided_diffusion import cli
 from guided_diffusion.commands import npz_tool
 from guided_diffusion.crops import center_crop_arr
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.image_files import read_image
-from guided_diffusion.npz import save_npz
+from guided_diffusion.npz import Npz, save_npz
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "npz_tool.py"
 NAMES = ["cat", "dog", "eel", "owl"]  # no image is an eel
@@ -144,115 +145,22 @@ def test_files_that_came_or_went_are_noticed(labelled: str, tmp_path: Path, caps
     assert "does not tell the order" in refusal(capsys, "from-images", tmp_path / "files", "b.npz")
 
 
-# ---- several
-
-
-def test_merging_is_putting_one_after_the_other(tmp_path: Path) -> None:
-    images, labels = pixels(20), np.arange(20)
-    cuts = [(0, 7), (7, 8), (8, 20)]
-    for number, (start, stop) in enumerate(cuts):
-        save_npz(str(tmp_path / f"{number}.npz"), images[start:stop], labels[start:stop])
-    save_npz(str(tmp_path / "whole.npz"), images, labels)
-    run("merge", *(tmp_path / f"{number}.npz" for number in range(3)), tmp_path / "out.npz")
-    assert (tmp_path / "out.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
-
-
 def test_images_are_never_held_all_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npz_tools, "CHUNK", 2 * 5 * 7 * 3)
+    monkeypatch.setattr(images_module, "PIECE", 2 * 5 * 7 * 3)
     held: list[int] = []
-    chunks = npz_tools.Npz.chunks
+    chunks = Npz.chunks
 
-    def counted(self: npz_tools.Npz, name: str, rows: int) -> Any:
+    def counted(self: Npz, name: str, rows: int) -> Any:
         for chunk in chunks(self, name, rows):
             held.append(chunk.nbytes)
             yield chunk
 
-    monkeypatch.setattr(npz_tools.Npz, "chunks", counted)
-    for number in range(2):
-        save_npz(str(tmp_path / f"{number}.npz"), pixels(11, seed=number))
-    run("merge", tmp_path / "0.npz", tmp_path / "1.npz", tmp_path / "out.npz")
-    run("to-png", tmp_path / "out.npz", tmp_path / "files")
+    monkeypatch.setattr(Npz, "chunks", counted)
+    save_npz(str(tmp_path / "a.npz"), pixels(11))
+    run("to-png", tmp_path / "a.npz", tmp_path / "files")
     assert max(held) == 2 * 5 * 7 * 3
-    assert sum(held) == 2 * 22 * 5 * 7 * 3
-    with np.load(tmp_path / "out.npz") as found:
-        assert np.array_equal(found["arr_0"], np.concatenate([pixels(11), pixels(11, seed=1)]))
-
-
-def test_what_does_not_go_together_is_not_merged(
-    labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_npz(str(tmp_path / "bare.npz"), pixels())
-    save_npz(str(tmp_path / "wide.npz"), pixels(shape=(5, 8, 3)), LABELS)
-    out = tmp_path / "out.npz"
-    assert "bare.npz has none" in refusal(capsys, "merge", labelled, tmp_path / "bare.npz", out)
-    assert "(5, 8, 3)" in refusal(capsys, "merge", labelled, tmp_path / "wide.npz", out)
-    assert "nothing to merge" in refusal(capsys, "merge", labelled, out)
-    assert "required: OUT" in refusal(capsys, "merge", labelled)
-    assert not out.exists()
-
-
-def test_statistics_do_not_survive_a_merge_in_silence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez(tmp_path / "reference.npz", arr_0=pixels(), mu=np.zeros(8), sigma=np.eye(8))
-    save_npz(str(tmp_path / "more.npz"), pixels())
-    run("merge", tmp_path / "reference.npz", tmp_path / "more.npz", tmp_path / "out.npz")
-    assert "reference.npz alone: mu, sigma" in capsys.readouterr().out
-
-
-# ---- looking
-
-
-def test_info_says_what_is_there(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("info", labelled)
-    said = capsys.readouterr().out
-    assert "arr_0: 12 x 5 x 7 x 3 of uint8" in said
-    assert f"values from {pixels().min()} to {pixels().max()}" in said
-    assert "3 different labels, 3 to 5 images of each" in said
-    assert "warning" not in said
-    assert "statistics" not in said
-
-    np.savez(tmp_path / "reference.npz", mu=np.zeros(8), sigma=np.eye(8), mu_s=np.zeros(9), sigma_s=np.eye(9))
-    run("info", tmp_path / "reference.npz")
-    assert "statistics for FID (mu, sigma) and sFID (mu_s, sigma_s) are there" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("images", "warning"),
-    [
-        (np.linspace(-1, 1, 96, dtype=np.float32).reshape(2, 4, 4, 3), "floats in [-1, 1] where uint8 is read"),
-        (np.full((2, 4, 4, 3), np.nan, np.float32), "96 numbers are not finite"),
-        (np.ones((2, 4, 4, 3), np.uint8), "no number is above 1"),
-        (pixels(2, (3, 4, 5)), "channels first"),
-    ],
-)
-def test_info_warns(images: np.ndarray, warning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez(tmp_path / "odd.npz", images)
-    run("info", tmp_path / "odd.npz")
-    assert warning in capsys.readouterr().out
-
-
-def test_info_goes_on_behind_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez(tmp_path / "odd.npz", names=np.array(["a"], dtype=object), arr_0=pixels(3), arr_1=np.arange(4))
-    run("info", tmp_path / "odd.npz")
-    said = capsys.readouterr().out
-    assert "names: " in said
-    assert "where numbers are read" in said
-    assert "arr_1 (4,) is no label for each of the 3 images" in said
-
-
-@pytest.mark.parametrize(
-    ("words", "columns", "rows"),
-    [([], 4, 3), (["--columns", 6], 6, 2), (["--rows", 2, "--columns", 2], 2, 2), (["--rows", 1], 12, 1)],
-)
-def test_a_grid_holds_the_first_images(
-    labelled: str, tmp_path: Path, words: list[Any], columns: int, rows: int
-) -> None:
-    run("grid", labelled, tmp_path / "grid.png", *words)
-    picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    zoom = 64 // 5
-    assert picture.shape == (rows * (5 * zoom + 2) + 2, columns * (7 * zoom + 2) + 2, 3)
-    last = pixels()[rows * columns - 1]
-    top, left = 2 + (rows - 1) * (5 * zoom + 2), 2 + (columns - 1) * (7 * zoom + 2)
-    assert np.array_equal(picture[top : top + 5 * zoom : zoom, left : left + 7 * zoom : zoom], last)
+    assert sum(held) == 11 * 5 * 7 * 3
+    assert len(list((tmp_path / "files").glob("*.png"))) == 11
 
 
 # ---- bad input
@@ -261,16 +169,12 @@ def test_a_grid_holds_the_first_images(
 def test_nothing_is_overwritten(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "files").mkdir()
     (tmp_path / "there.npz").write_bytes(b"mine")
-    (tmp_path / "there.png").write_bytes(b"mine")
     for words in (
         ["to-png", labelled, tmp_path / "files"],
         ["from-images", tmp_path / "files", tmp_path / "there.npz"],
-        ["merge", labelled, labelled, tmp_path / "there.npz"],
-        ["merge", labelled, labelled, labelled],
-        ["grid", labelled, tmp_path / "there.png"],
     ):
         assert "exists already" in refusal(capsys, *words)
-    assert (tmp_path / "there.npz").read_bytes() == (tmp_path / "there.png").read_bytes() == b"mine"
+    assert (tmp_path / "there.npz").read_bytes() == b"mine"
     assert list((tmp_path / "files").iterdir()) == []
 
 
@@ -279,19 +183,16 @@ def test_floats_and_damaged_files_leave_nothing_behind(
 ) -> None:
     np.savez(tmp_path / "floats.npz", pixels() / np.float32(127.5) - 1)
     told = refusal(capsys, "to-png", tmp_path / "floats.npz", tmp_path / "files")
-    assert "is of float32, not of uint8" in told
+    assert "holds no images of uint8, but of float32" in told
     assert "* 127.5" in told
     np.savez(tmp_path / "two.npz", a=pixels(), b=pixels())
-    assert "a (12, 5, 7, 3), b (12, 5, 7, 3)" in refusal(capsys, "to-png", tmp_path / "two.npz", tmp_path / "files")
+    assert "more than one array of images (a, b)" in refusal(capsys, "to-png", tmp_path / "two.npz", tmp_path / "files")
     np.savez(tmp_path / "odd.npz", pixels(), LABELS[:5])
     assert "no label for each of 12" in refusal(capsys, "to-png", tmp_path / "odd.npz", tmp_path / "files")
 
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive, zipfile.ZipFile(labelled) as whole:
         archive.writestr("arr_0.npy", whole.read("arr_0.npy")[:-100])
     assert "it ends after" in refusal(capsys, "to-png", tmp_path / "short.npz", tmp_path / "files")
-    assert "it ends after" in refusal(
-        capsys, "merge", tmp_path / "short.npz", tmp_path / "short.npz", tmp_path / "o.npz"
-    )
 
     (tmp_path / "in").mkdir()
     Image.fromarray(pixels(1)[0]).save(tmp_path / "in" / "a.png")
@@ -321,7 +222,7 @@ def test_classes_that_cannot_name_files_are_refused(
 
 def test_a_wrong_word_is_answered_with_a_right_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean to-png?" in refusal(capsys, "to-pgn", "a.npz", "b")
-    assert "did you mean --columns?" in refusal(capsys, "grid", "a.npz", "b.png", "--colums", 3)
+    assert "did you mean --image_size?" in refusal(capsys, "from-images", "a", "b.npz", "--imgae_size", 3)
     with pytest.raises(SystemExit) as stop:
         npz_tool.main([])
     assert stop.value.code == 0
@@ -338,9 +239,8 @@ def test_as_a_script(labelled: str, tmp_path: Path) -> None:
     def script(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, cwd=tmp_path)
 
-    done = script("info", labelled)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "arr_1: 12 of int64" in done.stdout
-    done = script("info", "nothing.npz")
+    done = script("to-png", labelled, "files")
+    assert (done.returncode, done.stdout) == (0, "files: 12 images of 4 classes\n")
+    done = script("to-png", "nothing.npz", "other")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1

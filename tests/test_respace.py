@@ -16,8 +16,10 @@ from guided_diffusion.samplers import DDIM, Ancestral
     [
         (10, "ddim5", {0, 2, 4, 6, 8}),
         (10, "ddim10", set(range(10))),
-        (10, "ddim1", {0}),
-        (300, "1", {0}),
+        (10, "ddim1", {9}),  # where sampling starts
+        (300, "1", {299}),
+        (300, [1], {299}),
+        (300, "10,1,1", {0, 11, 22, 33, 44, 55, 66, 77, 88, 99, 100, 200}),
         (10, "2", {0, 9}),
         (11, "5", {0, 2, 5, 8, 10}),  # 2.5 is rounded to even, as ever
         (12, "2,3", {0, 5, 6, 8, 11}),
@@ -33,8 +35,8 @@ def test_grids(steps, grid, expected):
 def test_one_section_reaches_from_end_to_end(count):
     grid = sorted(space_timesteps(1000, str(count)))
     assert len(grid) == count
-    assert grid[0] == 0
-    assert count == 1 or grid[-1] == 999
+    assert grid[-1] == 999
+    assert count == 1 or grid[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -214,8 +216,8 @@ def test_the_network_is_fed_real_timesteps():
     assert process.timestep_map == [0, 10.5, 99]
     index = th.tensor([0, 1, 2])
     assert process.timesteps(index, th.zeros(3, 1, dtype=th.float64)).tolist() == [0.0, 105.0, 990.0]
-    assert process._scale_timesteps(index).dtype == th.float32
-    assert make_process(100, "list:0,10,99")._scale_timesteps(index).dtype == th.int64
+    assert process.timesteps(index, th.zeros(3, 1)).dtype == th.float32
+    assert make_process(100, "list:0,10,99").timesteps(index, th.zeros(3, 1)).dtype == th.int64
     assert process.alphas_cumprod[1] == pytest.approx(float(make_process(100).level(10.5).exp()))
 
 

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from ranks import Nursery
 
-from guided_diffusion import checkpoint, cli, dist_util
-from guided_diffusion.commands import classifier_sample, image_nll, image_sample, super_res_sample
+from guided_diffusion import checkpoint, cli, dist_util, logger
+from guided_diffusion.commands import _common, classifier_sample, image_nll, image_sample, super_res_sample
 from guided_diffusion.commands._common import labels_of
 from guided_diffusion.commands._editing import adds_noise
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
@@ -239,16 +241,31 @@ def test_precisions_are_those_of_the_network(runs: Runs, tmp_path: Path) -> None
     assert np.abs(fp16 - full).mean() < np.abs(bf16 - full).mean() < 8
 
 
-def test_a_moving_average_that_is_too_young_is_mentioned(runs: Runs, tmp_path: Path) -> None:
-    shutil.copytree(runs["unet"], tmp_path / "run")
-    os.rename(tmp_path / "run" / "ema_0.5_000100.pt", tmp_path / "run" / "ema_0.9999_000100.pt")
-    for number, folder in enumerate((runs["unet"], str(tmp_path / "run"))):
-        image_sample.main(["--model_path", folder, *SAMPLING, "--log_dir", str(tmp_path / str(number))])
-        said = (
-            "averages over about 10000 steps and was trained for 100"
-            in (tmp_path / str(number) / "log.txt").read_text()
-        )
-        assert said == (number == 1)
+@pytest.mark.parametrize(
+    ("rate", "warmed_up", "named", "kind", "words"),
+    [
+        ("0.9999", False, False, "model", "was trained for 100: it is not taken, unless it is given by its name"),
+        ("0.9999", False, True, "ema_0.9999_", "was trained for 100: if its samples are noise, try"),
+        ("0.9999", True, False, "ema_0.9999_", ""),
+        ("0.5", False, False, "ema_0.5_", ""),
+    ],
+)
+def test_a_folder_is_sampled_from_by_an_average_that_is_no_longer_than_its_run(
+    runs: Runs, tmp_path: Path, rate: str, warmed_up: bool, named: bool, kind: str, words: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["unet"], run)
+    os.rename(run / "ema_0.5_000100.pt", run / f"ema_{rate}_000100.pt")
+    shutil.copy(run / f"ema_{rate}_000100.pt", run / "model000100.pt")
+    config = json.loads((run / "config.json").read_text())
+    config["flags"]["ema_warmup"] = warmed_up
+    (run / "config.json").write_text(json.dumps(config))
+    path = run / f"ema_{rate}_000100.pt" if named else run
+    image_sample.main(["--model_path", str(path), *SAMPLING, "--log_dir", str(tmp_path / "samples")])
+    said = (tmp_path / "samples" / "log.txt").read_text()
+    assert f"model_path: {run / kind}000100.pt\n" in said
+    assert ("averages over about" in said) == bool(words)
+    assert words in said
 
 
 def test_two_ranks_write_the_file_of_one(runs: Runs, tmp_path: Path) -> None:
@@ -624,17 +641,52 @@ def test_scale_0_is_the_unguided_run(runs: Runs, tmp_path: Path) -> None:
             np.testing.assert_array_equal(plain[name], guided[name])
 
 
-@pytest.mark.parametrize(("name", "kind"), [("unet", "ddpm"), ("unconditional", "ddim")])
-def test_guidance_is_that_of_the_loop(runs: Runs, tmp_path: Path, name: str, kind: str) -> None:
-    argv = ["--model_path", runs[name], "--classifier_path", runs["classifier"], *SAMPLING, "--classes", "dog,owl"]
-    saved = saved_by(classifier_sample.main, tmp_path, *argv, "--classifier_scale", "3", "--sampler", kind)
+@pytest.mark.parametrize(
+    ("name", "kind", "words", "clipped"),
+    [
+        ("unet", "ddpm", "--timestep_respacing 4", None),
+        ("unconditional", "ddim", "--timestep_respacing 4", False),  # as the originals have it
+        ("unet", "plms", "--timestep_respacing ddim4", False),
+        ("unet", "ddim", "--steps 4", True),
+        ("unet", "plms", "--timestep_respacing logsnr4", True),
+        ("unet", "ddim", "--timestep_respacing 4 --clip_guided True", True),
+        ("unet", "dpm++2m", "--timestep_respacing 4", True),
+        ("unet", "dpm++2m", "--steps 4 --clip_guided False", False),
+    ],
+)
+def test_guidance_is_that_of_the_loop(
+    runs: Runs, tmp_path: Path, name: str, kind: str, words: str, clipped: bool | None
+) -> None:
+    argv = ["--model_path", runs[name], "--classifier_path", runs["classifier"], *SAMPLING[:4], "--classes", "dog,owl"]
+    argv += [*words.split(), "--classifier_scale", "30", "--sampler", kind]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv)
     network = runs.unet if name == "unet" else without_labels(runs.unconditional)
-    guide = classifier_guidance(runs.classifier, 3.0)
-    sampler = make_sampler(kind)
-    expected = by_hand(runs.process, network, [1, 2], 2, cond_fn=guide, sampler=sampler)
-    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    guide, sampler = classifier_guidance(runs.classifier, 30.0), make_sampler(kind)
+    grid = words.split()[1] if "--timestep" in words else f"{getattr(sampler, 'grid', '')}4"
+
+    def expected(**options: Any) -> np.ndarray:
+        return by_hand(on_grid(grid), network, [1, 2], 2, sampler=sampler, **options)
+
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected(cond_fn=guide, clip_guided=clipped))
     assert saved["arr_1"].tolist() == [1, 2, 1, 2, 1]
-    assert (expected != by_hand(runs.process, network, [1, 2], 2, sampler=sampler)).any()
+    assert (saved["arr_0"][:2] != expected()).any()
+    assert clipped is None or (saved["arr_0"][:2] != expected(cond_fn=guide, clip_guided=not clipped)).any()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--clip_guided maybe", "'maybe' is none of auto, True, False"),
+        ("--clip_guided True --classifier_scale 0 --sampler ddim", "--clip_guided True has no effect where no"),
+        ("--clip_guided False --sampler ddpm", "--clip_guided False has no effect on ddpm, whose mean is guided"),
+        ("--clip_guided True --sampler ddim --clip_denoised False", "has no effect with --clip_denoised False"),
+    ],
+)
+def test_clipping_that_has_no_effect_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    argv = ["--model_path", runs["unet"], "--classifier_path", runs["classifier"], "--log_dir", str(tmp_path)]
+    assert message in refused(classifier_sample.main, [*argv, *words.split()], capsys)
 
 
 def test_guided_samples_are_likelier_for_the_classifier(runs: Runs, tmp_path: Path) -> None:
@@ -742,6 +794,43 @@ def test_fewer_images_and_labels_from_the_command_line(runs: Runs, base: Path, t
     assert saved["arr_1"].tolist() == [2, 0, 2]
 
 
+def test_two_commands_run_in_threads_of_one_process(runs: Runs, tmp_path: Path) -> None:
+    def run(seed: int, folder: Path) -> bytes:
+        image_sample.main(["--model_path", runs["unet"], *SAMPLING, "--seed", str(seed), "--log_dir", str(folder)])
+        return next(folder.glob("*.npz")).read_bytes()
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, (1, 2), (tmp_path / "a", tmp_path / "b")))
+    assert together == [run(seed, tmp_path / f"alone{seed}") for seed in (1, 2)]
+    for name in ("a", "b"):
+        assert f"sampling complete: {tmp_path / name}" in (tmp_path / name / "log.txt").read_text()
+
+
+def test_a_command_that_fails_leaves_no_temporary_folder_but_one_with_results(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_LOGDIR")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    refused(image_sample.main, ["--model_path", runs["unet"], "--classes", "cow"], capsys)
+    assert list(tmp_path.iterdir()) == []
+    refused(image_sample.main, ["--model_path", runs["unet"], "--classes", "cow", "--log_dir", f"{tmp_path}/a"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    image_sample.main(["--model_path", runs["unet"], *SAMPLING])
+    assert len(list(tmp_path.glob("openai-*/*.npz"))) == 1
+
+
+@pytest.mark.parametrize(("words", "told"), [([], 1), (["--num_samples", "10000"], 0), (["--batch_size", "1000"], 0)])
+def test_a_long_run_that_nobody_asked_for_says_how_to_ask_for_less(
+    runs: Runs, tmp_path: Path, words: list[str], told: int
+) -> None:
+    flags = cli.parse("image_sample", words)
+    logger.configure(str(tmp_path), ["log"])
+    job = _common.job_of(flags, make_sampler("ddpm"), (3, 8, 8), {})
+    _common.announce(flags, runs.process, job, 40)
+    hint = "these are 25000 evaluations, the bar says how long they take: for a first look give --num_samples 16 --samp"
+    assert (tmp_path / "log.txt").read_text().count(hint) == told
+
+
 # ---- mistakes
 
 
@@ -760,13 +849,20 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
     ("argv", "message"),
     [
         ([], "--model_path is missing: give a checkpoint or the folder of a run"),
-        (["--model_path", "nowhere.pt"], "'nowhere.pt' does not exist"),
+        (["--model_path", "nowhere.pt"], "--model_path 'nowhere.pt' does not exist"),
+        (["--model_path", "CONFIG"], "it is of another kind, and no file of weights; beside it lie ema_0.5_000100.pt"),
+        (["--model_path", "UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
+        (["--model_path", "BARE_UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
+        (
+            ["--model_path", "UNET", "--autoguide_path", "nowhere", "--autoguide_scale", "2"],
+            "--autoguide_path 'nowhere'",
+        ),
+        (["--model_path", "UNET", "--lora_path", "nowhere"], "--lora_path 'nowhere' does not exist: give a file lora"),
         (["--model_path", "RUNS"], "holds no ema_RATE_NNNNNN.pt"),
         (
             ["--model_path", "UNET", "--sampler", "ddpm", "--use_ddim", "True"],
             "--sampler ddpm contradicts --use_ddim True",
         ),
-        (["--model_path", "UNET", "--sampler", "ddim", "--use_ddim", "False"], "contradicts --use_ddim False"),
         (["--model_path", "UNET", "--eta", "0.5"], "the sampler ddpm has no option eta: it is an option of ddim"),
         (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),
         (["--model_path", "UNET", "--sampler", "dim"], "sampler 'dim' is unknown: use one of ddpm, ddim, "),
@@ -867,6 +963,9 @@ def test_mistakes_in_sampling_get_one_sentence(
     checkpoint.save(str(tmp_path / "opt000100.pt"), {"state": {}, "param_groups": []})
     (tmp_path / "torn.pt").write_bytes(Path(weights).read_bytes()[:-100])
     places = {"RUNS": str(runs.root), "UNET": runs["unet"], "UNCONDITIONAL": runs["unconditional"]}
+    shutil.copy(os.path.join(runs["upsampler"], "ema_0.5_000100.pt"), tmp_path / "upsampler.pt")
+    places |= {"UPSAMPLER": runs["upsampler"], "BARE_UPSAMPLER": str(tmp_path / "upsampler.pt")}
+    places |= {"CONFIG": os.path.join(runs["unet"], "config.json")}
     places |= {"OPTIMIZER": str(tmp_path / "opt000100.pt"), "TORN": str(tmp_path / "torn.pt")}
     places |= {name: runs[name.lower()] for name in ("GUIDED", "WEAK")}
     places |= {name: str(tmp_path / f"{name.lower()}.png") for name in ("IMAGE", "MASK", "TALL")}
@@ -945,10 +1044,26 @@ def test_mistakes_in_guiding_and_measuring_get_one_sentence(
     assert "ema_0.5_000100.pt is a classifier" in refused(classifier_sample.main, swapped, capsys)
     twice = ["--model_path", runs["unet"], "--classifier_path", runs["unet"], "--log_dir", str(tmp_path)]
     assert "ema_0.5_000100.pt is no classifier" in refused(classifier_sample.main, twice, capsys)
-    assert "data_dir" in refused(image_nll.main, argv, capsys)
+    assert "--data_dir is missing: give a folder or a zip" in refused(image_nll.main, argv, capsys)
+    shutil.copy(os.path.join(runs["unet"], "ema_0.5_000100.pt"), tmp_path / "unet.pt")
+    bare = ["--model_path", str(tmp_path / "unet.pt"), "--log_dir", str(tmp_path)]
+    assert "unet.pt is no upsampler: give" in refused(super_res_sample.main, bare, capsys)
     image_nll.main([*argv, "--data_dir", str(pictures), "--timestep_respacing", "2"])
     again = [*argv, "--data_dir", str(pictures), "--timestep_respacing", "4"]
     assert "holds the likelihoods of another request" in refused(image_nll.main, again, capsys)
+
+
+def test_a_bare_checkpoint_says_what_it_leaves_to_defaults(runs: Runs, tmp_path: Path) -> None:
+    weights = str(shutil.copy(os.path.join(runs["unconditional"], "ema_0.5_000100.pt"), tmp_path / "unet.pt"))
+    known = ["--image_size", "8", "--noise_schedule", "cosine", "--diffusion_steps", "40"]
+    image_sample.main(["--model_path", weights, *known, *SAMPLING, "--log_dir", str(tmp_path / "run")])
+    said = (tmp_path / "run" / "log.txt").read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith(f"no config.json beside {weights}: by default ")]
+    assert "num_heads 4, num_heads_upsample -1" in line
+    assert "predict_xstart False" in line
+    assert not any(f"{flag} " in line for flag in ("num_channels", "learn_sigma", *(word[2:] for word in known[::2])))
+    image_sample.main(["--model_path", runs["unconditional"], *SAMPLING, "--log_dir", str(tmp_path / "other")])
+    assert "by default" not in (tmp_path / "other" / "log.txt").read_text()
 
 
 def test_a_wrong_flag_is_refused_before_torch_is_imported() -> None:

@@ -354,12 +354,28 @@ def test_class_lists() -> None:
     names = ["cat", "dog", "7"]
     assert parse_classes("2, 0", 3) == [2, 0]
     assert parse_classes("dog,1,cat", 3, names) == [1, 1, 0]
+    assert parse_classes(",".join(["dog"] * 30000), 3, names) == [1] * 30000
     with pytest.raises(ValueError, match=r"class 7 does not exist: the classes are 0 \.\. 2"):
         parse_classes("7", 3, names)
     with pytest.raises(ValueError, match="class 'cow' is unknown: the names are cat, dog"):
         parse_classes("cow", 3, names)
     with pytest.raises(ValueError, match="class 'cow' is unknown: there is no"):
         parse_classes("cow", 3)
+
+
+def test_names_of_classes_may_hold_commas() -> None:
+    names = ["tench, Tinca tinca", "cock", "great grey owl, great gray owl, Strix nebulosa", "Tinca tinca, cock"]
+    assert parse_classes("tench, Tinca tinca", 4, names) == [0]
+    assert parse_classes("3,tench,Tinca tinca , 1,great grey owl,great gray owl,Strix nebulosa,cock", 4, names) == [
+        *(3, 0, 1, 2, 1)
+    ]
+    with pytest.raises(ValueError, match="class 'tench' is unknown: the names are tench, Tinca tinca, cock"):
+        parse_classes("tench", 4, names)
+    with pytest.raises(ValueError, match="class 'Tinca tinca' is unknown"):
+        parse_classes("Tinca tinca, 1", 4, names)
+    with pytest.raises(ValueError, match=r"classes 'a, b, 1' may be \[a\]\[b\]\[b\] or \[a, b\]\[b\]: give ids"):
+        parse_classes("a, b, 1", 3, ["a", "b", "a, b"])
+    assert parse_classes("2,0,1", 3, ["a", "b", "a, b"]) == [2, 0, 1]
 
 
 # ---- one folder, one request
@@ -430,14 +446,46 @@ def test_images_and_grid_show_the_samples(tmp_path: Path) -> None:
         np.testing.assert_array_equal(grid[top : top + 64, left : left + 64], image.repeat(8, 0).repeat(8, 1))
 
 
-@pytest.mark.parametrize(("value", "message"), [(math.nan, "not finite"), (0.0, "of one colour")])
-def test_broken_samples_are_reported_once(tmp_path: Path, value: float, message: str) -> None:
+def test_samples_of_one_colour_are_reported_once(tmp_path: Path) -> None:
     logger.configure(str(tmp_path / "log"), format_strs=["log"])
-    saved = sampled(tmp_path / "out", Painter(STEPS, lambda: th.full((1, 1, 1, 1), value)))
+    saved = sampled(tmp_path / "out", Painter(STEPS, lambda: th.zeros(1, 1, 1, 1)))
     assert len(np.unique(saved["arr_0"])) == 1
     text = (tmp_path / "log" / "log.txt").read_text()
-    assert text.count(message) == 1
+    assert text.count("of one colour") == 1
     assert "3 of the 3 samples of batch 0" in text
+
+
+def test_samples_that_are_not_finite_end_the_run_which_goes_on_later(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def paint() -> th.Tensor:
+        calls.append(0)
+        return th.full((1, 1, 1, 1), math.nan if STEPS.num_timesteps < len(calls) <= 2 * STEPS.num_timesteps else 0.5)
+
+    with pytest.raises(
+        ValueError, match="3 of the 3 samples of batch 1 have values that are not finite, and no result"
+    ):
+        sampled(tmp_path, Painter(STEPS, paint))
+    assert not list(tmp_path.glob("*.npz"))
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["000000.npz"]
+    assert sampled(tmp_path, Painter(STEPS, paint))["arr_0"].shape[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("clipped", "words"), [(None, "where they were clipped"), (False, "give True if images are blots")]
+)
+@pytest.mark.parametrize(("size", "told"), [(1e-5, 0), (1.0, 1)])
+def test_guidance_that_leaves_the_range_is_told_once(
+    tmp_path: Path, clipped: bool | None, words: str, size: float, told: int
+) -> None:
+    logger.configure(str(tmp_path / "log"), format_strs=["log"])
+    shared = job(tmp_path / "out", sampler="dpm++2m")
+    guide = lambda x, timesteps, **_: th.full_like(x, size)  # noqa: E731
+    painter = Painter(STEPS, lambda: th.zeros(1, 1, 1, 1))
+    make_shards(STEPS, painter, shared, cond_fn=guide, clip_guided=clipped, device="cpu")
+    text = (tmp_path / "log" / "log.txt").read_text()
+    line = "guidance moved 100% of the values of a predicted x_0 far out of [-1, 1] in step 1 of 4, "
+    assert text.count(line) == text.count(words) == told
 
 
 # ---- films

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from itertools import islice
+from itertools import islice, product
 
 import pytest
 import torch as th
 from oracle import GaussianData, affine_step, make_process, moments
 
+from guided_diffusion.jobs import Job
 from guided_diffusion.loop import network_calls
-from guided_diffusion.respace import SpacedDiffusion
+from guided_diffusion.respace import GRIDS
 from guided_diffusion.samplers import DDIM, LMS, PLMS, SAMPLERS, Ancestral, Euler, EulerAncestral, Heun, make_sampler
+from guided_diffusion.schedules import SCHEDULES
 from guided_diffusion.solvers import DEIS, DPMSolver2, DPMSolver3, DPMSolverPP2M, DPMSolverPP2S, SASolver, UniPC
 
 SHAPE = (2, 3, 4, 4)
@@ -271,6 +273,48 @@ def test_single_step_process(name):
     assert th.isfinite(out).all()
 
 
+EVERY_SAMPLER = [
+    *[make_sampler(name) for name in NAMES],
+    *[DDIM(eta) for eta in (0.5, 1.0, 2.0)],
+    *[EulerAncestral(3.0), Euler(churn=5.0), Euler(churn=100.0), Heun(churn=5.0), Heun(churn=100.0)],
+    *[make_sampler(name, eta=eta) for name in ("dpm++2m_sde", "dpm++3m_sde", "sa") for eta in (0.0, 5.0)],
+    *[PLMS(1), PLMS(4), DEIS(4), LMS(1), UniPC(3), SASolver(3)],
+]
+KINDS = [*product(("EPSILON", "START_X", "VELOCITY"), (False,)), *product(("START_X", "VELOCITY"), (True,))]
+
+
+@pytest.mark.parametrize("turn", range(2))
+def test_every_sampler_is_finite_in_few_steps(turn):
+    """In float32, whose rounding shows next to where there is no signal or no noise; grids and numbers take turns."""
+    broken, noise, grids = [], noise_like((2, 1)).float(), ("", *GRIDS)
+    for number, (schedule, (mean, zero_terminal_snr)) in enumerate(product(SCHEDULES, KINDS)):
+        grid = f"{grids[(2 * number + turn) % len(grids)]}{(2, 3, 1, 4)[(number + turn) % 4]}"
+        process = make_process(1000, grid, name=schedule, mean=mean, zero_terminal_snr=zero_terminal_snr)
+        for sampler in EVERY_SAMPLER:
+            network = lambda x, timesteps: x * 0.9 if mean == "EPSILON" else x * 0 + 0.5  # noqa: B023, E731
+            out = process.sample_loop(sampler, network, noise.shape, noise=noise, device="cpu")
+            if not th.isfinite(out).all():
+                broken.append((sampler, schedule, mean, zero_terminal_snr, grid))
+    assert broken == []
+
+
+@pytest.mark.parametrize("eta", [1.0, 1.5, 100.0])
+def test_no_more_noise_is_added_than_there_is(eta):
+    """All of it at most: what is left of the step is then the prediction of x_0. Rounding does not break that."""
+    x, noise = noise_like().float(), noise_like(seed=1).float()
+    for grid, zero_terminal_snr in product(("ddim25", "logsnr20", *(f"trailing{n}" for n in range(5, 25))), (0, 1)):
+        process = make_process(1000, grid, mean="VELOCITY", zero_terminal_snr=bool(zero_terminal_snr))
+        predict = process.predictor(GaussianData(process))
+        for index in (0, 1, process.num_timesteps - 1):
+            t = th.tensor([index] * 2)
+            output, _ = DDIM(eta).step(process, predict, x, t, None, lambda: noise)
+            assert th.isfinite(output["sample"]).all()
+            if eta == 100.0 and index:
+                level = process.at(t - 1, x)
+                expected = level.alpha * output["pred_xstart"] + level.sigma * noise
+                assert th.allclose(output["sample"].double(), expected, atol=2e-3)
+
+
 def test_steps_are_lazy_and_taken_one_at_a_time():
     process = make_process(respacing="ddim10")
     data = GaussianData(process)
@@ -398,21 +442,6 @@ def test_a_step_called_alone_keeps_its_graph():
         assert grad.abs().sum() > 0
 
 
-def test_a_subclass_whose_step_no_loop_calls_is_told_so():
-    with pytest.warns(UserWarning, match="Mine overrides p_sample, which the sampling loops do not call"):
-
-        class Mine(SpacedDiffusion):
-            def p_sample(self, *args, **kwargs):
-                raise AssertionError("called")
-
-    class Fine(SpacedDiffusion):
-        def p_mean_variance(self, *args, **kwargs):
-            return super().p_mean_variance(*args, **kwargs)
-
-    assert issubclass(Fine, SpacedDiffusion)
-    assert Mine.p_sample is not SpacedDiffusion.p_sample
-
-
 def test_plms_state_is_a_value():
     """Steps by hand with old_out give the loop's images, and leave what they are given as it was."""
     process = make_process(respacing="ddim10")
@@ -427,6 +456,56 @@ def test_plms_state_is_a_value():
         kept.append(out)
     assert th.equal(x, process.plms_sample_loop(data, SHAPE, noise=noise_like(), device="cpu", order=3))
     assert [len(o["old_eps"]) for o in kept[:4]] == [1, 2, 3, 3]
+
+
+# ---- by name
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        *[("dpmpp_2m", "dpm++2m"), ("sample_dpmpp_2m_sde", "dpm++2m_sde"), ("dpmpp_3m_sde", "dpm++3m_sde")],
+        *[("sample_dpm_2", "dpm2"), ("k_euler_ancestral", "euler_ancestral"), ("sample_heun", "heun")],
+        *[("DPM++ 2M", "dpm++2m"), ("DPM++ 2M SDE", "dpm++2m_sde"), ("Euler a", "euler_ancestral"), ("UniPC", "unipc")],
+        *[("DPMSolverMultistepScheduler", "dpm++2m"), ("PNDMScheduler", "plms"), ("KDPM2DiscreteScheduler", "dpm2")],
+        *[("EulerAncestralDiscreteScheduler", "euler_ancestral"), ("UniPCMultistepScheduler", "unipc")],
+        *[("LMSDiscreteScheduler", "lms"), ("DEISMultistepScheduler", "deis"), ("SASolverScheduler", "sa")],
+        *[(name, name) for name in SAMPLERS],
+    ],
+)
+def test_other_libraries_names_lead_to_ours(theirs, ours):
+    assert make_sampler(theirs) == SAMPLERS[ours]()
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("unipq", "sampler 'unipq' is unknown: use one of ddpm, .*; did you mean unipc"),
+        ("DPM++ 2M Karras", "; karras is a grid of steps: use dpm\\+\\+2m on the grid 'karras20'"),
+        ("", "sampler '' is unknown"),
+    ],
+)
+def test_an_unknown_name_is_refused(name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_sampler(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_stands_for_a_sampler_wherever_one_is_taken(name):
+    process, images = make_process(respacing="5"), []
+    for sampler in (name, make_sampler(name)):
+        th.manual_seed(1)
+        images.append(process.sample_loop(sampler, GaussianData(process), SHAPE, device="cpu"))
+        job = Job(sampler=sampler, shape=SHAPE[1:], num_samples=1, batch_size=1, out_dir="")
+        assert (job.sampler, network_calls(process, sampler)) == (SAMPLERS[name](), network_calls(process, job.sampler))
+    assert th.equal(*images)
+
+
+@pytest.mark.parametrize("sampler", [DDIM, None, 7])
+def test_what_is_no_sampler_is_refused(sampler):
+    process = make_process(respacing="5")
+    with pytest.raises(TypeError, match="a sampler must be a name, or an object with a step"):
+        process.sample_loop(sampler, GaussianData(process), SHAPE, device="cpu")
 
 
 # ---- the loop's options

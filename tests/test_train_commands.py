@@ -162,6 +162,60 @@ def test_a_folder_whose_newest_checkpoint_is_damaged_goes_on_by_its_name_too(tmp
     assert "holds no complete checkpoint, the checkpoint of step 3 is passed over: model000003.pt is missing" in message
 
 
+def test_an_image_that_cannot_be_read_costs_no_step(tmp_path, pictures, capsys):
+    """Of the second batch; once it is repaired, the run goes on to the bytes of one that never met it."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    flags = {**TINY, "data_dir": pictures, "batch_size": 4, "max_steps": 3, "resume_checkpoint": "auto"}
+    image_train.main(command_line(**flags, log_dir=whole))
+    name = sorted(os.listdir(pictures))[np.random.default_rng([0, 0]).permutation(8)[5]]
+    content = (Path(pictures) / name).read_bytes()
+    (Path(pictures) / name).write_bytes(content[:-30])
+    with pytest.raises(SystemExit) as caught:
+        image_train.main(command_line(**flags, log_dir=out))
+    assert caught.value.code == 2
+    assert f"error: cannot read image '{pictures}/{name}'" in capsys.readouterr().err
+    assert checkpoint.sets_in(str(out)).keys() == {1}
+    (Path(pictures) / name).write_bytes(content)
+    image_train.main(command_line(**flags, log_dir=out))
+    for file in (name for name in os.listdir(whole) if name.endswith("000003.pt")):
+        assert (whole / file).read_bytes() == (out / file).read_bytes()
+    assert column(whole, "loss") == column(out, "loss")
+
+
+@pytest.mark.parametrize("command", ["image_train", "classifier_train", "super_res_train"])
+def test_fewer_validation_images_than_a_batch_are_measured(tmp_path, pictures, command):
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in sorted(os.listdir(pictures))[:3]:
+        (few / name).write_bytes((Path(pictures) / name).read_bytes())
+    flags = {**TINY, "num_classes": 2, "val_interval": 1}
+    if command == "super_res_train":
+        flags |= {"large_size": flags.pop("image_size"), "small_size": 4}
+    if command == "classifier_train":
+        names = ("image_size", "diffusion_steps", "num_workers", "log_interval", "num_classes")
+        flags = {name: flags[name] for name in names} | {"eval_interval": 1, "classifier_width": 64}
+        flags |= {"classifier_depth": 1, "classifier_channel_mult": "1", "classifier_attention_resolutions": "8"}
+    places = {"data_dir": pictures, "val_data_dir": few, "log_dir": tmp_path / "run"}
+    main = importlib.import_module(f"guided_diffusion.commands.{command}").main
+    main(command_line(**flags, **places, batch_size=4, max_steps=2))
+    losses = column(tmp_path / "run", "val_loss")
+    assert len(losses) == 2
+    assert min(losses) > 0
+
+
+@pytest.mark.parametrize(("low", "high", "narrow"), [(-1, 1, False), (0, 1, True), (-1, -0.875, True)])
+def test_the_range_of_the_images_is_said_and_a_narrow_one_is_doubted(tmp_path, low, high, narrow):
+    """Floats of [0, 1], or 12 bits in 16: files that hold less than a format says that they may."""
+    for index in range(4):
+        values = np.linspace(low, high, 64, dtype=np.float32).reshape(8, 8)
+        np.save(tmp_path / f"{index}.npy", values)
+    out = tmp_path / "run"
+    image_train.main(command_line(**TINY, image_channels=1, data_dir=tmp_path, log_dir=out, batch_size=2, max_steps=2))
+    said = (out / "log.txt").read_text()
+    assert said.count(f"images of the first batch, {low:.3g} to {high:.3g} of -1 to 1") == 1
+    assert ("--data_range" in said) == narrow
+
+
 def test_a_classifier_is_trained_and_measured(tmp_path, pictures):
     flags = {
         "classifier_width": 64,
@@ -270,14 +324,17 @@ def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
         ({"class_cond": True, "num_classes": 1}, "classes"),
         ({"batch_size": 9}, "8 images are fewer than one global batch of 9"),
         ({"precision": "bf16", "use_fp16": True}, "precision bf16 contradicts use_fp16 True"),
-        ({"resume_checkpoint": "model000007.pt"}, "model000007.pt does not exist"),
+        ({"resume_checkpoint": "model000007.pt"}, "the checkpoint 'model000007.pt' does not exist: give"),
+        ({"resume_checkpoint": "CLASSIFIER"}, "classifier is a classifier: give the checkpoint of a diffusion model"),
+        ({"init_from": "nowhere"}, "--init_from 'nowhere' does not exist: give"),
+        ({"val_data_dir": "nowhere"}, "--val_data_dir: data_dir 'nowhere'"),
         ({"schedule_sampler": "unifrom"}, "did you mean uniform?"),
         ({"image_channels": 2, "sample_interval": 1}, "--sample_interval draws images of 1, 3 or 4 channels"),
         ({"dropout": 2}, "dropout 2.0 is no probability"),
+        ({"ema_rate": "", "ema_warmup": True}, "--ema_warmup has no effect without --ema_rate: give both or none"),
         ({"ema_rate": "often"}, "ema_rate 'often' is not a list of rates"),
         ({"dims": 3}, "--dims 3 does not fit pictures"),
         ({"class_dropout": 0.1}, "--class_dropout 0.1 has no effect without --class_cond True"),
-        ({"class_cond": True, "class_dropout": 0.1, "null_class": False}, "contradicts --null_class False"),
         ({"class_cond": True, "num_classes": 2, "class_dropout": 1.5}, "class_dropout 1.5 is no probability"),
         ({"null_class": True}, "null_class needs a network with classes: give num_classes (by flags: class_cond True)"),
         ({"lr": "fast"}, "'fast' is not of type float"),
@@ -286,6 +343,10 @@ def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
 )
 def test_mistakes_are_answered_with_one_sentence(tmp_path, pictures, capsys, flags, sentence):
     usual = {**TINY, "data_dir": pictures, "max_steps": 1, "log_dir": tmp_path / "run", "batch_size": 2}
+    other = tmp_path / "classifier"
+    checkpoint.save(str(other / "model000001.pt"), {})
+    checkpoint.save_json(str(other / "config.json"), {"flags": {"image_size": 8, "classifier_width": 32}})
+    flags = {name: other if value == "CLASSIFIER" else value for name, value in flags.items()}
     assert sentence in refused(capsys, image_train.main, **{**usual, **flags})
 
 

@@ -4,6 +4,7 @@ import csv
 import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 from torch.overrides import TorchFunctionMode
 
 from guided_diffusion import checkpoint, dist_util, fp16_util, gradients, logger, microbatches, saving, train_util
+from guided_diffusion.batches import Validation
 from guided_diffusion.classifier_training import ClassifierTrainLoop
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from guided_diffusion.image_datasets import load_data
@@ -257,7 +259,13 @@ def train_at_once_and_in_parts(folder, pictures, *, batch_size=4, **options):
         sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=1)
         sampler._loss_counts[:] = 1  # it draws by losses from the first step on
         sampler._loss_history[:] = np.linspace(1, 2, 40)[:, None]
-        usual = {"ema_rate": "0.5,0.9,0.999", "warmup_steps": 2, "lr_anneal_steps": 9, "max_steps": 6}
+        usual = {
+            "ema_rate": "0.5,0.9,0.999",
+            "ema_warmup": True,
+            "warmup_steps": 2,
+            "lr_anneal_steps": 9,
+            "max_steps": 6,
+        }
         usual |= {"save_interval": 2, "class_dropout": 0.3, "weight_decay": 0.01, "grad_clip": 1.0, "keep_last": 2}
         usual |= {"network": labelled(dropout=0.2), "batch_size": batch_size, "microbatch": batch_size - 1}
         usual |= {"val_data": stream(pictures, batch_size, class_cond=True, seed=1), "val_interval": 2}
@@ -453,6 +461,172 @@ def test_two_ranks_fall_and_go_on_to_the_bit_and_stop_together(tmp_path, picture
         assert "global generators NOT restored" in text(folder)
     make(tmp_path / "whole", stream(pictures), max_steps=5).run_loop()
     assert column(tmp_path / "one", "loss")[-1] == pytest.approx(column(tmp_path / "whole", "loss")[-1], rel=1e-5)
+
+
+# ---- errors between steps
+
+
+def failing(error, at):
+    """A function that raises an error when it is called for the `at`-th time."""
+    calls = itertools.count(1)
+
+    def act(*_):
+        if next(calls) == at:
+            raise error
+
+    return act
+
+
+class Breaking(Doomed):
+    """A stream that raises an error in place of a batch, and can take the last one back."""
+
+    def __init__(self, data, count, error):
+        super().__init__(data, count, failing(error, 1))
+        self.give_back, self.dataset = data.give_back, data.dataset
+
+
+class FullDisk(logger.CSVOutputFormat):
+    """A table that takes two rows."""
+
+    def writekvs(self, kvs):
+        if kvs["step"] == 3:
+            raise FULL
+        super().writekvs(kvs)
+
+
+FULL = OSError("the disk is full")
+MISSING = ModuleNotFoundError("No module named 'judge'")
+
+
+def break_down(kind, loop):
+    """Let something around the third of a loop's steps go wrong; returns the error."""
+    if kind == "data":
+        loop.supply._iterator = Breaking(loop.data, 3, FULL)
+    elif kind == "worker":
+        error = RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+        loop.supply._iterator = Breaking(loop.data, 3, error)
+        return error
+    elif kind == "preview":
+        loop.hooks = [Hook(1, failing(FULL, 3))]
+    elif kind == "evaluation":
+        loop.hooks = [Hook(3, failing(MISSING, 1), on_all_ranks=True)]
+        return MISSING
+    elif kind == "validation":
+        loop.validation, loop.val_interval = Validation(Breaking(loop.data, 0, FULL), 1), 3
+    elif kind == "log":
+        writers = logger.get_current().output_formats
+        writers[0] = FullDisk(writers[0].filename)
+    elif kind == "memory":
+        Small(loop.model, 0, ON_A_CPU, backward=True).images = 8
+        error = failing(ON_A_CPU, 4)
+        loop.model.register_forward_hook(lambda *_: error())
+        return ON_A_CPU
+    return FULL
+
+
+KINDS = ["data", "worker", "preview", "evaluation", "validation", "log", "memory"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_between_steps_costs_no_step(tmp_path, pictures, kind):
+    """It is raised when everything is saved: after three steps, as a run that was to make three leaves it."""
+
+    def train(name, **more):
+        sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=1)
+        return make(tmp_path / name, stream(pictures), dropout=0.2, schedule_sampler=sampler, **more)
+
+    train("whole").run_loop()
+    loop = train("broken", max_steps=9, async_save=True)
+    error = break_down(kind, loop)
+    with pytest.raises(type(error), match=re.escape(str(error))):
+        loop.run_loop()
+    assert loop.updates == 3
+    assert f"{error}; the run ends here" in text(tmp_path / "broken")
+    assert_same_files(tmp_path / "whole", tmp_path / "broken", 3)
+    if kind != "log":
+        assert column(tmp_path / "whole", "loss") == column(tmp_path / "broken", "loss")
+
+
+def test_an_error_in_the_middle_of_an_update_or_before_the_first_saves_nothing(tmp_path, pictures):
+    loop = make(tmp_path, stream(pictures))
+    loop._update_ema = failing(FULL, 2)
+    with pytest.raises(OSError, match="the disk is full"):
+        loop.run_loop()
+    loop = make(tmp_path, stream(pictures))
+    loop.supply._iterator = Breaking(loop.data, 0, FULL)
+    with pytest.raises(OSError, match="the disk is full"):
+        loop.run_loop()
+    assert files(tmp_path) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_hides_no_earlier_error(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(saving, "write_set", lambda *_: failing(FULL, 1)())
+    for hooks, error in ([], FULL), ([Hook(2, failing(MISSING, 1))], MISSING):
+        loop = make(tmp_path, stream(pictures), save_interval=2, hooks=hooks)
+        with pytest.raises(type(error), match=str(error)):
+            loop.run_loop()
+        assert loop.updates == 2
+        assert f"{FULL}; the run ends here" in text(tmp_path)
+    assert files(tmp_path) == []
+
+
+FAILING_RANKS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_train_util as tests
+from guided_diffusion import dist_util, gradients
+
+folder, pictures = Path(sys.argv[2]), sys.argv[3]
+
+
+def main():
+    dist_util.setup_dist(device="cpu")
+    gradients.BUCKET = 2**14
+
+    def train(name, way, **more):
+        data = tests.stream(pictures, 2, class_cond=True)
+        more |= {"class_dropout": 0.3, "fsdp": way == "fsdp", "precision": "fp16" if way == "fp16" else "fp32"}
+        return tests.make(folder / f"{name} {way}", data, network=tests.labelled(), batch_size=2, **more)
+
+    for count in (5, 3, 1):
+        print(count, tests.measured(folder / f"few {count}", pictures, count, 2), flush=True)
+    for way in ("fp32", "fp16", "fsdp"):
+        train("whole", way).run_loop()
+    for broken, kind, way in eval(sys.argv[4]):
+        loop = train(kind, way, async_save=way == "fp32", max_steps=9)
+        if dist_util.rank() == broken or kind == "preview":
+            tests.break_down(kind, loop)
+        elif kind == "validation":
+            loop.validation, loop.val_interval = tests.Validation(loop.data, 1), 3
+        try:
+            loop.run_loop()
+        except Exception as error:
+            print(f"rank {dist_util.rank()}, {kind} {way}: {error}", flush=True)
+        assert loop.updates == 3
+
+
+dist_util.run(main)
+"""
+
+
+def test_ranks_measure_what_one_does_and_save_together_when_one_of_them_has_failed(tmp_path, pictures, ranks):
+    """Whichever it is, also where each has a part of everything."""
+    program = tmp_path / "program.py"
+    program.write_text(FAILING_RANKS)
+    cases = [(0, "preview", "fp32"), (0, "validation", "fp32"), (1, "log", "fp32")]
+    cases += [(1, "data", "fp16"), (1, "data", "fsdp")]
+    done = ranks.run([program, Path(__file__).parent, tmp_path, pictures, repr(cases)], timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for count in (5, 3, 1):  # smaller than the batch of both, or no multiple of it
+        assert f"{count} {measured(tmp_path / str(count), pictures, count, 4)}" in done.stdout
+    for broken, kind, way in cases:
+        for rank, words in (
+            (broken, "the disk is full"),
+            (1 - broken, f"rank {broken} has failed (the disk is full), and all ranks end"),
+        ):
+            assert f"rank {rank}, {kind} {way}: {words}\n" in done.stdout
+        assert_same_files(tmp_path / f"whole {way}", tmp_path / f"{kind} {way}", 3)
 
 
 @pytest.mark.parametrize("name", ["ema_0.5_000002.pt", "opt000002.pt", "state000002.pt", "set000002.json"])
@@ -734,6 +908,22 @@ def test_files_hold_exactly_as_many_updates_as_their_names_say(tmp_path, picture
         th.testing.assert_close(value, follows)
 
 
+def test_an_average_with_warm_up_follows_faster_at_first(tmp_path, pictures):
+    make(tmp_path, stream(pictures), save_interval=1, max_steps=3, ema_rate="0.15,0.999", ema_warmup=True).run_loop()
+
+    def weights(kind, step):
+        state = checkpoint.load(str(tmp_path / f"{kind}{step:06d}.pt"))
+        return th.cat([value.flatten() for value in state.values()])
+
+    for step in (2, 3):
+        for rate in (0.15, 0.999):
+            now, kind = min(rate, step / (9 + step)), f"ema_{rate}_"
+            follows = now * weights(kind, step - 1) + (1 - now) * weights("model", step)
+            th.testing.assert_close(weights(kind, step), follows)
+    assert "EMA [0.15, 0.999], warmed up" in text(tmp_path)
+    assert "averages over about" not in text(tmp_path)
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path, pictures):
     make(tmp_path, stream(pictures), save_interval=1, max_steps=4, keep_last=2, ema_rate="").run_loop()
     assert files(tmp_path) == [f"{kind}{step:06d}.pt" for kind in ("model", "opt", "state") for step in (3, 4)]
@@ -855,18 +1045,50 @@ def test_previews_and_validation_leave_the_training_alone(tmp_path, pictures):
     assert loop.model.training
 
 
-@pytest.mark.parametrize(("rate", "which"), [("0.5", "EMA 0.5"), ("", "raw")])
-def test_validation_repeats_itself_for_the_same_weights(tmp_path, pictures, rate, which):
+@pytest.mark.parametrize("rate", ["0.5", ""])
+def test_validation_repeats_itself_for_the_same_weights(tmp_path, pictures, rate):
     data = stream(pictures, seed=1)
     loop = make(tmp_path, stream(pictures), lr=0.0, ema_rate=rate, val_data=data, val_interval=1, precision="bf16")
     loop.run_loop()
     losses = column(tmp_path, "val_loss")
     assert len(set(losses)) == 1
     assert len(set(column(tmp_path, "loss"))) == 3
-    assert f"3 batches of 4 images with the same noise every time, by the {which} weights" in text(tmp_path)
+    assert "validation on the same 12 images every time, in batches of 4, with the same noise" in text(tmp_path)
     assert data.state_dict()["batches"] == 3  # one pass, read once
     quarters = [column(tmp_path, f"val_loss_q{quarter}")[0] for quarter in range(4)]
     assert np.mean(quarters) == pytest.approx(losses[0], rel=1e-5)  # three images in each
+
+
+class Means(TrainLoop):
+    """Of which the loss of an image is its mean, and a little of its noise and step."""
+
+    def compute_losses(self, batch, cond, draw, model=None):
+        return {"loss": batch.mean(dim=(1, 2, 3)) + draw.noise.mean(dim=(1, 2, 3)) + draw.t, "mean": batch[:, 0, 0, 0]}
+
+
+def few(pictures, count):
+    """A folder of the first images of another one."""
+    folder = Path(pictures).parent / f"few{count}"
+    folder.mkdir(exist_ok=True)
+    for name in sorted(os.listdir(pictures))[:count]:
+        (folder / name).write_bytes((Path(pictures) / name).read_bytes())
+    return str(folder)
+
+
+def measured(folder, pictures, count, batch_size):
+    """The losses of a set of so many images."""
+    val_data = stream(few(pictures, count), batch_size, fit=True, random_flip=False)
+    make(folder, iter([]), kind=Means, val_data=val_data, batch_size=batch_size).validate()
+    return {name: logger.getkvs()[name] for name in ("val_loss", "val_mean")}
+
+
+@pytest.mark.parametrize(("count", "batches"), [(5, "batches of 4"), (4, "batches of 4"), (3, "batches of 3")])
+def test_validation_counts_every_image_once_whatever_the_batch(tmp_path, pictures, count, batches):
+    """Sets that no batch divides, or smaller than one."""
+    found = measured(tmp_path, pictures, count, 4)
+    images = next(stream(few(pictures, count), count, random_flip=False))[0]
+    assert found["val_mean"] == pytest.approx(images[:, 0, 0, 0].mean().item(), rel=1e-5)
+    assert f"validation on the same {count} images every time, in {batches}, with the same noise" in text(tmp_path)
 
 
 def test_the_seed_decides_the_draws_and_no_global_generator(tmp_path, pictures):
@@ -935,8 +1157,9 @@ def test_an_average_longer_than_the_run_is_pointed_out(tmp_path, pictures):
 def test_a_foreign_iterator_will_do_and_its_end_is_an_error(tmp_path, pictures):
     batch = next(stream(pictures))
     loop = make(tmp_path, (batch for _ in range(2)))
-    with pytest.raises(ValueError, match="the data ended after 2 batches"):
+    with pytest.raises(ValueError, match="the data ended after 2 updates"):
         loop.run_loop()
+    assert "model000002.pt" in files(tmp_path)
     assert "a resumed run will not know its position" in text(tmp_path)
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -316,14 +317,12 @@ def test_weights_are_looked_for_in_three_places(tmp_path: Path, monkeypatch: pyt
     told = sentence_of(weights.find_inception)
     places = "--inception_weights", "$GUIDED_DIFFUSION_INCEPTION", str(tmp_path), "scripts/download.py inception"
     assert all(place in told for place in places)
-    (tmp_path / "classify_image_graph_def.pb").write_bytes(b"graph")
-    assert weights.find_inception() == str(tmp_path / "classify_image_graph_def.pb")
     (tmp_path / SOURCES["inception"].file).write_bytes(b"weights")
     assert weights.find_inception() == str(tmp_path / SOURCES["inception"].file)
     (tmp_path / "named.pth").write_bytes(b"weights")
     monkeypatch.setenv("GUIDED_DIFFUSION_INCEPTION", str(tmp_path / "named.pth"))
     assert weights.find_inception() == str(tmp_path / "named.pth")
-    assert weights.find_inception(str(tmp_path / "classify_image_graph_def.pb")).endswith(".pb")
+    assert weights.find_inception(str(tmp_path / SOURCES["inception"].file)).endswith("6726825d.pth")
     monkeypatch.setenv("GUIDED_DIFFUSION_INCEPTION", str(tmp_path / "gone"))
     for call in (lambda: weights.find_inception(), lambda: weights.find_inception(str(tmp_path / "gone"))):
         told = sentence_of(call)
@@ -358,7 +357,7 @@ def test_weights_of_another_network_are_named(tmp_path: Path, state: dict[str, t
     kinds: list[tuple[Any, str]] = [
         ({**small, "AuxLogits.fc.bias": th.zeros(1000)}, "torchvision's Inception"),
         (classifier.state_dict(), "those of a classifier for diffusion; missing: Conv2d_1a_3x3"),
-        ({"visual.conv1.weight": th.zeros(1)}, "those of CLIP"),
+        ({"visual.conv1.weight": th.zeros(1)}, "those of another network; missing: Conv2d_1a_3x3"),
         (th.optim.Adam([th.zeros(1, requires_grad=True)]).state_dict(), "the state of an optimizer"),
         ([1, 2], "something else than a state dict"),
         (
@@ -376,7 +375,7 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
     for content, message in (
         (b"\n<!DOCTYPE html><html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "the pointer that Git LFS leaves"),
-        (b"", "but nothing"),
+        (b"", "but an empty file"),
         (b"\x80\x02cos\nsystem\n(S'echo bad'\ntR.", "cannot be read as a checkpoint"),
         (b"PK\x03\x04 cut short", "cannot be read as a checkpoint"),
     ):
@@ -384,7 +383,11 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
         assert message in refused(path)
     np.savez(tmp_path / "arrays.npz", arr_0=np.zeros(3))
     assert "an npz" in refused(tmp_path / "arrays.npz")
-    (tmp_path / "graph.pb").write_bytes(b"no graph")
-    assert "no frozen TensorFlow graph" in refused(tmp_path / "graph.pb")
+    (tmp_path / "classify_image_graph_def.pb").write_bytes(b"graph")
+    told = refused(tmp_path / "classify_image_graph_def.pb")
+    assert "but a TensorFlow graph: give weights-inception-2015-12-05-6726825d.pth as --inception_weights" in told
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/constants.pkl", b"")
+    assert "but a TorchScript archive" in refused(tmp_path / "script.pt")
     assert "do not exist" in sentence_of(weights.load_inception, str(tmp_path / "gone"))
-    assert "but a folder: give the file as" in refused(tmp_path)
+    assert "but a folder: give weights-inception" in refused(tmp_path)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from .. import __version__
 from ..cli import COMMANDS
 from ..config import nearest
 
@@ -24,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
+        return
+    if name == "--version":
+        print(f"guided-diffusion {__version__}")
         return
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS) or f": use one of {', '.join(COMMANDS)}"

@@ -46,6 +46,9 @@ class Stage:
 def parse(argv: Sequence[str] | None = None) -> tuple[cli.Flags, list[Stage]]:
     """The flags that all stages share, and the stages; a wrong word ends the process with code 2 and a sentence."""
     shared_words, dotted = _split(sys.argv[1:] if argv is None else argv)
+    for word in (word.partition("=")[0].removeprefix("--") for word in shared_words if word.startswith("--")):
+        if word not in cli.COMMANDS[NAME].words() and word in cli.COMMANDS["classifier_sample"].words():
+            _refuse(f"--{word} is a flag of the stages: write --{BASE}.{word}, --{UPSAMPLER}1.{word}")
     shared = cli.parse(NAME, shared_words)
     words = _words_of_file(shared.part(CascadeConfig).stages)
     for name, more in dotted.items():
@@ -113,16 +116,18 @@ def _word(name: str, value: Any) -> str:
 def _stage(shared: cli.Flags, number: int, name: str, words: Sequence[str]) -> Stage:
     """The flags of a stage: its own over those that all share."""
     prog = f"{NAME}.py: stage {name}"
-    own = cli.parse("super_res_sample" if number else "classifier_sample", words, prog=prog).given
+    own = cli.parse("super_res_sample" if number else "classifier_sample", words, prog=prog)
     for flag in OWN:
-        if flag in own:
+        if flag in own.changed:
             remedy = "each stage takes its images from the one before" if flag == "base_samples" else f"write --{flag}"
             _refuse(f"stage {name} has no {flag} of its own: {remedy}")
-    command = "super_res_sample" if number else "classifier_sample" if "classifier_path" in own else "image_sample"
-    useless = [flag for flag in own if flag not in cli.COMMANDS[command].flags()]
+    command = own.command if number or own.values["classifier_path"] else "image_sample"
+    known = cli.COMMANDS[command].flags()
+    useless = [flag for flag in own.changed if flag not in known]
     if useless:
         _refuse(f"stage {name}: --{useless[0]} has no effect without --classifier_path: give both or none")
-    return Stage(name, cli.Flags(command, {**_inherited(shared, number), **own}))
+    given = {flag: value for flag, value in own.given.items() if flag in known and flag not in OWN}
+    return Stage(name, cli.Flags(command, {**_inherited(shared, number), **given}))
 
 
 def _inherited(shared: cli.Flags, number: int) -> Mapping[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch as th
 
-from .. import checkpoint, dist_util, logger, lora
+from .. import checkpoint, dist_util, logger, lora, paths, weight_files
 from ..architecture import architecture
 from ..cli import Flags
 from ..compiling import compile_network
@@ -22,6 +22,7 @@ from ..config import (
     UNetConfig,
     parse_size,
 )
+from ..data_config import RangeConfig
 from ..finetuning_config import AdapterConfig
 from ..gaussian_diffusion import GaussianDiffusion
 from ..guidance import dynamic_thresholding
@@ -30,11 +31,13 @@ from ..jobs import Job, parse_classes
 from ..loop import network_calls
 from ..npz import fingerprint
 from ..sample_util import generate
-from ..samplers import make_sampler
+from ..samplers import DDIM, make_sampler
 from ..script_util import build_classifier, build_diffusion, build_unet, build_upsampler
 from ..steps import Sampler
 from . import _performance as performance
 
+FIRST = "input_blocks.0.0.weight"  # the first convolution
+LONG = 10000  # evaluations of the network, from which on a run that was given no --num_samples is remarked on
 SAMPLER_OPTIONS = ("eta", "order", "churn")
 NOT_IN_THE_RESULT = ("use_checkpoint", "use_fp16", "precision", "classifier_use_fp16", "classifier_precision")
 
@@ -42,7 +45,7 @@ NOT_IN_THE_RESULT = ("use_checkpoint", "use_fp16", "precision", "classifier_use_
 def start(flags: Flags) -> None:
     """Join the other ranks and log, all to one folder."""
     run = flags.part(RunConfig)
-    dist_util.setup_dist(device=run.device)
+    dist_util.setup_dist(device=run.device, timeout=run.dist_timeout)
     logger.configure(dir=run.log_dir or None)
 
 
@@ -107,11 +110,12 @@ def _restore(
     config = flags.part(section)
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
         frame = build(config, flags.part(DiffusionConfig).learn_sigma)
-    weights = _adapted(flags, source, checkpoint.fitting_weights(frame, path, asdict(config)))
+    weights = _adapted(flags, source, weight_files.fitting_weights(frame, path, asdict(config)))
     network: Any = build(config, flags.part(DiffusionConfig).learn_sigma)
     network.load_state_dict(weights)
     logger.log(f"{source}: {path}")
-    _warn_if_young(path)
+    _warn_if_unknown(path, flags, section)
+    _say_which(flags.values[source], path)
     precision, names = _precision(config), checkpoint.classes_beside(path)
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
@@ -125,10 +129,12 @@ def _restore(
 def _adapted(flags: Flags, source: str, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
     """The weights of --model_path with the adapters of --lora_path; other weights as they are."""
     path = flags.values.get("lora_path", "") if source == "model_path" else ""
-    if not path and "lora_scale" in flags.given and source == "model_path":
+    if not path and "lora_scale" in flags.changed and source == "model_path":
         raise ValueError("--lora_scale has no effect without --lora_path: give both or none")
     if not path:
         return weights
+    if not paths.exists(path):
+        raise ValueError(f"--lora_path {path!r} does not exist: give a file loraNNNNNN.pt, or the folder of its run")
     scale = flags.part(AdapterConfig).lora_scale
     weights, doubt = lora.applied(weights, lora.read(path), scale=scale)
     logger.log(f"lora_path: {path}, times {scale:g}")
@@ -148,12 +154,13 @@ def described(flags: Flags, source: str, section: type[Any], *, secondary: bool 
     """
     if not flags.values[source]:
         raise ValueError(f"--{source} is missing: give a checkpoint or the folder of a run")
-    path = checkpoint.resolve_model(flags.values[source])
+    path = checkpoint.resolve_model(flags.values[source], f"--{source}")
     saved = checkpoint.config_beside(path) or _shapes(path, flags)
-    _check_kind(saved, section, f"--{source} {path}")
+    check_kind(saved, section, f"--{source} {path}")
     if secondary:
         flags = _without(flags, saved, section)
-    return path, flags.over(saved, section, DiffusionConfig)
+    data = [RangeConfig] if "data_range" in flags.values else []  # images to sample from are of the kind trained on
+    return path, flags.over(saved, section, DiffusionConfig, *data)
 
 
 def _without(flags: Flags, saved: Mapping[str, Any], section: type[Any]) -> Flags:
@@ -171,12 +178,12 @@ def _precision(config: Any) -> str:
     return precision
 
 
-def _check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:
+def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:
     """Refuse a network of one kind where one of another belongs, as far as what is saved with it tells them apart."""
     kinds = {"classifier": "classifier_width" in saved, "upsampler": "large_size" in saved}
     wanted = {ClassifierConfig: "classifier", SuperResConfig: "upsampler"}.get(section, "diffusion model")
     found = next((kind for kind, it_is in kinds.items() if it_is), "diffusion model")
-    told = saved and (found in kinds or wanted == "classifier" or "image_size" in saved)
+    told = saved and (found in kinds or wanted == "classifier" or {"image_size", "learn_sigma"} & set(saved))
     if told and found != wanted:
         answer = f"a {found}" if found == "classifier" else "an upsampler" if found in kinds else f"no {wanted}"
         article = "an" if wanted == "upsampler" else "a"
@@ -185,22 +192,36 @@ def _check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> Non
 
 def _shapes(path: str, flags: Flags) -> dict[str, Any]:
     """The flags that can be read off the weights themselves."""
-    state = checkpoint.load(path)
-    if not isinstance(state, dict) or not all(isinstance(value, th.Tensor) for value in state.values()):
-        return {}  # no weights: loading them says so
+    state, _ = weight_files.weights_of(path)
     size = flags.values.get("large_size", flags.values.get("image_size"))
     found = architecture(state)  # an attention pool knows its size
+    if found and not flags.values.get("cond_type") and state[FIRST].shape[1] == 2 * found.get("image_channels", 0):
+        found["large_size"] = flags.values.get("large_size", 0)  # it is an upsampler
     return architecture(state, found.get("image_size", size)) | found
 
 
-def _warn_if_young(path: str) -> None:
-    """Say so where a moving average reaches back beyond the start of its training."""
-    match = re.search(r"ema_([\d.]+)_(\d+)\.", path)
-    if match and int(match[2]) * (1 - float(match[1])) < 1:
-        logger.warn(
-            f"{path} averages over about {1 / (1 - float(match[1])):.0f} steps and was trained for {int(match[2])}: "
-            "if its samples are noise, try the model file or a faster average"
-        )
+def _warn_if_unknown(path: str, flags: Flags, section: type[Any]) -> None:
+    """Say what a checkpoint without a config.json leaves to defaults."""
+    specs = [spec for part in (section, DiffusionConfig) for spec in fields(part) if not spec.metadata["runtime"]]
+    usual = [f"{spec.name} {spec.default}" for spec in specs if spec.name not in {**flags.saved, **flags.given}]
+    if "noise_schedule" not in flags.saved:  # what weights show does not include the process
+        logger.warn(f"no config.json beside {path}: by default {', '.join(usual)}; give those that were others")
+
+
+def _say_which(given: str, path: str) -> None:
+    """Say so where a moving average is longer than its training: it was not taken, or was asked for by its name."""
+    step = checkpoint.step_of(path)
+    if step is None or checkpoint.config_beside(path).get("ema_warmup"):
+        return
+    files = checkpoint.sets_in(os.path.dirname(path) or ".").get(step, checkpoint.CheckpointSet(step))
+    for rate, average in files.emas.items():
+        if not checkpoint.is_young(rate, step):
+            continue
+        what = f"{average} averages over about {1 / (1 - float(rate)):.0f} steps and was trained for {step}"
+        if average == path:
+            logger.warn(f"{what}: if its samples are noise, try {files.model or 'a faster average'}")
+        elif given != path:
+            logger.log(f"{what}: it is not taken, unless it is given by its name")
 
 
 def refuse_difference(pairs: Mapping[str, tuple[Any, Any]], other: str, remedy: str) -> None:
@@ -223,8 +244,8 @@ def sampler_of(flags: Flags) -> Sampler:
     config = flags.part(SampleConfig)
     name = config.sampler or ("ddim" if config.use_ddim else "ddpm")
     sampler = make_sampler(name, **{word: flags.given[word] for word in SAMPLER_OPTIONS if word in flags.given})
-    if "use_ddim" in flags.given and config.use_ddim != (name == "ddim"):
-        raise ValueError(f"--sampler {name} contradicts --use_ddim {config.use_ddim}: give one of the two")
+    if config.use_ddim and type(sampler) is not DDIM:
+        raise ValueError(f"--sampler {name} contradicts --use_ddim True: give one of the two")
     if getattr(sampler, "ascending", False):
         raise ValueError(f"--sampler {name} turns images to noise: give --invert True and another sampler")
     if config.dynamic_threshold > 1:
@@ -309,6 +330,11 @@ def announce(flags: Flags, process: GaussianDiffusion, job: Job, calls: int) -> 
         f"{grid}, {calls} evaluations of the network per batch, {config.noise_schedule} schedule, the network predicts "
         f"{predicted} with {variance} variance, seed {job.seed}, {source if job.labelled else 'no classes'}"
     )
+    if "num_samples" not in flags.given and job.batches * calls >= LONG:
+        logger.log(
+            f"these are {job.batches * calls} evaluations, the bar says how long they take: for a first look give "
+            "--num_samples 16 --sampler dpm++2m --steps 20"
+        )
 
 
 def sample_and_say(

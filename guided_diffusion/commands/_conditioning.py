@@ -12,6 +12,7 @@ from ..cli import Flags
 from ..conditioning import CondImages, CondKind, CondSource, Pairing, cond_kind
 from ..conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
 from ..config import EditConfig, SampleConfig, TrainConfig, UNetConfig, defaults
+from ..data_config import parse_range
 from ..image_files import Listing
 from ..image_labels import read_labels
 from ..pictures import DRAWN_CHANNELS, Pixels, to_uint8
@@ -21,7 +22,8 @@ from ._common import Restored
 def kind_of(flags: Flags) -> CondKind | None:
     """What the conditioning images of the flags' network are."""
     config = flags.part(UNetConfig)
-    return cond_kind(config.cond_type, config.cond_channels, config.image_channels)
+    span = parse_range(flags.values.get("data_range", ""))
+    return cond_kind(config.cond_type, config.cond_channels, config.image_channels, span)
 
 
 # ---- training and measuring
@@ -31,8 +33,6 @@ def with_null_cond(flags: Flags) -> Flags:
     """The flags with the null conditioning image that --cond_dropout makes."""
     if not flags.values.get("cond_dropout"):
         return flags
-    if flags.given.get("null_cond") is False:
-        raise ValueError("--cond_dropout contradicts --null_cond False: give one of the two")
     return Flags(flags.command, {**flags.given, "null_cond": True}, flags.saved)
 
 
@@ -42,7 +42,7 @@ def check(flags: Flags) -> None:
         return
     kind, values = kind_of(flags), flags.values
     names = [name for name in (*defaults(CondTrainConfig), "null_cond") if name in values]
-    useless = [name for name in names if flags.given.get(name)]
+    useless = [name for name in names if name in flags.changed]
     if kind is None and useless:
         raise ValueError(f"--{useless[0]} has no effect without --cond_type: give both or none")
     if kind is not None and not values["cond_dir"]:
@@ -93,8 +93,9 @@ class Condition:
 
 def check_sampling(flags: Flags) -> None:
     """:raises ValueError: for flags without effect."""
-    if "cond_class_from" in flags.given and not flags.values["cond_images"]:
-        raise ValueError("--cond_class_from has no effect without --cond_images: give both or none")
+    for name, needed in (("cond_class_from", "cond_images"), ("label_column", "cond_class_from")):
+        if name in flags.changed and not flags.values[needed]:
+            raise ValueError(f"--{name} has no effect without --{needed}: give both or none")
     if flags.values["cond_class_from"] and flags.part(SampleConfig).classes:
         raise ValueError("--cond_class_from and --classes both say the classes: give one of the two")
 
@@ -121,8 +122,8 @@ def condition(model: Restored, labels: dict[str, Any], names: list[str]) -> Cond
         kind,
         model.flags.part(UNetConfig).image_size,
         options.num_samples,
-        all="num_samples" in model.flags.given,
-        label=_by_files(rule, names, model.flags.part(UNetConfig).num_classes) if rule else None,
+        all="num_samples" in model.flags.changed,
+        label=_by_files(model.flags, names) if rule else None,
     )
     images = source.open(path)
     return Condition({**_labels(images, labels, options), **_job(images)}, images.request())
@@ -138,8 +139,11 @@ def _labels(images: CondImages, labels: dict[str, Any], options: SampleConfig) -
     return labels if own is None else {"labels": own, "class_names": labels["class_names"]}
 
 
-def _by_files(rule: str, names: list[str], num_classes: int) -> Callable[[Listing], Sequence[int]]:
-    return lambda listing: read_labels(listing, rule, names or None, len(names) or num_classes).ids
+def _by_files(flags: Flags, names: list[str]) -> Callable[[Listing], Sequence[int]]:
+    config, count = flags.part(CondSampleConfig), len(names) or flags.part(UNetConfig).num_classes
+    return lambda listing: (
+        read_labels(listing, config.cond_class_from, names or None, count, label_column=config.label_column).ids
+    )
 
 
 def _check_editing(flags: Flags) -> None:

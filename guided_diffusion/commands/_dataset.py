@@ -21,17 +21,23 @@ def converter(name: str, read: Callable[[Any], Source]) -> Main:
     """
 
     def work(flags: cli.Flags) -> None:
-        from ..dataset_writer import convert
+        from ..dataset_writer import check_paths, convert
 
         config = flags.part(cli.DATASETS[name].sections[0])
+        check_paths(config.source, config.out)  # before the script looks for its files there
         try:
             convert(read(config), config, name)
         except (ValueError, OSError) as error:
-            if _comes_from(read, error):
-                raise type(error)(*error.args) from error  # here, so that it is this package's word on a wrong input
+            if _comes_from(read, error):  # raised here, it is this package's word on a wrong input
+                raise type(error)(*error.args, *_file_of(error)) from error
             raise
 
     return entry(name, work)
+
+
+def _file_of(error: Exception) -> list[str]:
+    """The file that the system says an error is about, which is none of its arguments."""
+    return [error.filename] if isinstance(error, OSError) and error.filename is not None else []
 
 
 def _comes_from(read: Callable[[Any], Source], error: Exception) -> bool:

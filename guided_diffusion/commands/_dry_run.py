@@ -1,14 +1,17 @@
-"""What --dry_run says of a training: how large the network is, what a step costs, and what memory it takes."""
+"""--dry_run: how large the network of a training is, and what a step costs, counted without values."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch as th
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import dist_util, logger
 from ..cli import Flags
@@ -22,9 +25,7 @@ from ..config import (
     parse_rates,
     parse_size,
 )
-from ..footprint import Footprint, Loss, measure
 from ..gaussian_diffusion import GaussianDiffusion
-from ..performance_config import TrainSpeedConfig
 from ..script_util import build_classifier, build_diffusion, build_unet, build_upsampler
 from . import (
     _conditioning as conditioning,
@@ -34,8 +35,37 @@ from . import (
 )
 from ._common import image_shape
 
-SEEN = 2  # microbatches of a step that are looked at: the gradients of the first are there in the second
+ADAM_MOMENTS = 2
+META = th.device("meta")
+Loss = Callable[[Any, int], th.Tensor]  # (network, n) -> the mean loss of n images
 Keywords = Callable[[int], dict[str, th.Tensor]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters of each part of a network, how many are trained, and floating-point operations per image.
+
+    :param forward: of a forward pass; `step` those of forward and backward pass.
+    """
+
+    parts: dict[str, int]
+    trained: int
+    forward: float
+    step: float
+
+
+def count(network: nn.Module, loss: Loss, n: int) -> Cost:
+    """What a step of n images costs, on a network on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        mean = loss(network, n)
+        forward = counter.get_total_flops()
+        mean.backward()
+    return Cost(
+        parts={name: sum(p.numel() for p in part.parameters()) for name, part in network.named_children()},
+        trained=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        forward=forward / n,
+        step=counter.get_total_flops() / n,
+    )
 
 
 def rehearse(flags: Flags) -> None:
@@ -49,16 +79,15 @@ def rehearse(flags: Flags) -> None:
         flags, choices = performance.with_precision(flags)
         for line in choices:
             logger.log(line)
-        network, loss = PLANS[flags.command](flags)
+        with META:
+            network, loss = PLANS[flags.command](flags)
         finetuning.choose_trained(flags, network)
         performance.recompute(flags, network)
         name = "precision" if "precision" in flags.values else "classifier_precision"
-        precision = performance.settled(name, flags.values)[0]
-        network.convert_to(precision, dist_util.dev())
-        averages = len(parse_rates(flags.part(TrainConfig).ema_rate))
-        sizes = _microbatches(flags)
-        found = measure(network, loss, sizes[:SEEN], dist_util.dev(), averages)
-        for line in report(flags, found, precision, sizes[0]):
+        network.convert_to(performance.settled(name, flags.values)[0], META)
+        with META:
+            cost = count(network, loss, flags.part(TrainConfig).batch_size)
+        for line in report(flags, cost):
             logger.log(line)
 
 
@@ -74,13 +103,6 @@ def _on_screen_alone() -> Iterator[None]:
         logger.Logger.CURRENT = before
 
 
-def _microbatches(flags: Flags) -> list[int]:
-    """How many images go through the network at a time, in one step; with auto all of them."""
-    config = flags.part(TrainConfig)
-    size = config.microbatch if isinstance(config.microbatch, int) and config.microbatch > 0 else config.batch_size
-    return [min(size, config.batch_size - start) for start in range(0, config.batch_size, size)]
-
-
 # ---- what is trained, by command
 
 
@@ -91,8 +113,7 @@ def _images(flags: Flags) -> tuple[Any, Loss]:
     def beside(n: int) -> dict[str, th.Tensor]:
         return {"cond_image": th.randn(n, kind.channels, *shape[1:])} if kind else {}
 
-    with th.device("meta"):
-        network = build_unet(config, flags.part(DiffusionConfig).learn_sigma)
+    network = build_unet(config, flags.part(DiffusionConfig).learn_sigma)
     return network, _denoising(build_diffusion(flags.part(DiffusionConfig)), shape, config.class_cond, beside)
 
 
@@ -104,8 +125,7 @@ def _upsampling(flags: Flags) -> tuple[Any, Loss]:
         level = {"low_res_level": th.rand(n)} if config.cond_aug else {}
         return {"low_res": th.randn(n, *small), **level}
 
-    with th.device("meta"):
-        network = build_upsampler(config, flags.part(DiffusionConfig).learn_sigma)
+    network = build_upsampler(config, flags.part(DiffusionConfig).learn_sigma)
     return network, _denoising(build_diffusion(flags.part(DiffusionConfig)), shape, config.class_cond, beside)
 
 
@@ -116,9 +136,8 @@ def _denoising(process: GaussianDiffusion, shape: tuple[int, ...], labelled: boo
     """
 
     def loss(network: Any, n: int) -> th.Tensor:
-        device = next(network.parameters()).device
-        x, t = th.randn(n, *shape, device=device), th.zeros(n, dtype=th.long, device=device)
-        keywords = {name: value.to(device) for name, value in beside(n).items()} | ({"y": t} if labelled else {})
+        x, t = th.randn(n, *shape), th.zeros(n, dtype=th.long)
+        keywords = beside(n) | ({"y": t} if labelled else {})
         return process.training_losses(network, x, t, model_kwargs=keywords, noise=th.randn_like(x))["loss"].mean()
 
     return loss
@@ -129,12 +148,9 @@ def _classes(flags: Flags) -> tuple[Any, Loss]:
     shape = image_shape(config.image_channels, config.image_size, config.dims)
 
     def loss(network: Any, n: int) -> th.Tensor:
-        device = next(network.parameters()).device
-        logits = network(th.randn(n, *shape, device=device), th.zeros(n, device=device))
-        return F.cross_entropy(logits, th.zeros(n, dtype=th.long, device=device))
+        return F.cross_entropy(network(th.randn(n, *shape), th.zeros(n)), th.zeros(n, dtype=th.long))
 
-    with th.device("meta"):
-        return build_classifier(config), loss
+    return build_classifier(config), loss
 
 
 PLANS: dict[str, Callable[[Flags], tuple[Any, Loss]]] = {
@@ -147,30 +163,21 @@ PLANS: dict[str, Callable[[Flags], tuple[Any, Loss]]] = {
 # ---- what is said
 
 
-def report(flags: Flags, found: Footprint, precision: str, microbatch: int) -> Iterator[str]:
+def report(flags: Flags, cost: Cost) -> Iterator[str]:
     """The lines of a dry run."""
-    total, batch, ranks = sum(found.parts.values()), flags.part(TrainConfig).batch_size, dist_util.world_size()
-    some = "all" if found.trained == total else f"{found.trained:,}"
+    config, total = flags.part(TrainConfig), sum(cost.parts.values())
+    batch = config.batch_size
+    some = "all" if cost.trained == total else f"{cost.trained:,}"
     yield f"dry run: nothing is trained and nothing is written\nparameters: {total:,}, {some} of them trained"
-    yield from (f"  {name:<16} {count:>15,}" for name, count in found.parts.items())
-    for name, each in (("a forward pass", found.forward), ("a training step", found.step)):
+    yield from (f"  {name:<16} {number:>15,}" for name, number in cost.parts.items())
+    for name, each in (("a forward pass", cost.forward), ("a training step", cost.step)):
         yield f"arithmetic of {name}: {_flops(each)} an image, {_flops(each * batch)} a batch of {batch}"
-    shared = f", on each of {ranks} ranks" if ranks > 1 else ""
-    yield f"memory of a step in {precision} on {dist_util.dev().type}{shared}, in microbatches of {microbatch}:"
-    copies = total * 4 + found.optimizer + found.averages  # which one rank gathers, even of what is split
-    if flags.part(TrainSpeedConfig).fsdp:
-        found = found.spread(ranks)
-    rows = {
-        "weights": found.weights,
-        "fp32 masters of them": found.masters,
-        "AdamW's state": found.optimizer,
-        "averages": found.averages,
-        "activations and gradients at their peak": max(found.activations, found.gradients),
-        "together (1.15 to 1.3 times as much was measured)": found.peak,
-    }
-    yield from (f"  {name:<50} {_bytes(size):>10}" for name, size in rows.items() if size)
-    if flags.part(TrainConfig).async_save:
-        yield f"  {'while a checkpoint is written, on the CPU':<50} {_bytes(copies):>10}"
+    averages = len(parse_rates(config.ema_rate))
+    lasting = 4 * (total * (1 + averages) + ADAM_MOMENTS * cost.trained)
+    yield (
+        f"weights, AdamW's state and {averages} averages: {_bytes(lasting)}; gradients, activations, and copies of the "
+        "weights in 16 bits come on top"
+    )
 
 
 def _flops(count: float) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch as th
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..cli import Flags
 from ..config import DiffusionConfig, EditConfig, SampleConfig, UNetConfig
+from ..data_config import RangeConfig, parse_range
 from ..editing import invert, slerp
 from ..init_images import InitImages
 from ..jobs import Start, parse_classes
@@ -45,13 +46,13 @@ def check(flags: Flags, sampler: Sampler) -> None:
 
     :raises ValueError: naming the flag.
     """
-    config, wanted = flags.part(EditConfig), [name for name in flags.given if flags.values[name]]
+    config, wanted = flags.part(EditConfig), list(flags.changed)
     _check_needs(wanted, NEED_IMAGE, "init_image" if config.init_image else "", "--init_image")
     _check_needs(wanted, NEED_MASK, config.mask, "--mask")
     _check_needs(wanted, ["init_classes"], config.interpolate or config.invert, "--invert or --interpolate")
     if "resample_jump" in wanted and config.resample == 1:
         raise ValueError("--resample_jump has no effect at --resample 1, every step once: give --resample 2 or more")
-    if "strength" in flags.given and not 0 < config.strength <= 1:
+    if "strength" in flags.changed and not 0 < config.strength <= 1:
         raise ValueError(f"--strength {config.strength} is no share of the way: give above 0 and up to 1")
     for name in ("invert", "mask", "strength"):
         if config.interpolate and name in wanted:
@@ -91,9 +92,13 @@ def plan(model: Restored, labels: dict[str, Any], count: int) -> Edit:
     if network.dims != 2:
         raise ValueError(f"--init_image has no effect with --dims {network.dims}: pictures have 2")
     size, channels = network.image_size, network.image_channels
-    images = InitImages(config.init_image, size, channels, masks=config.mask, swap=config.mask_invert)
+    span = parse_range(model.flags.part(RangeConfig).data_range)
+    images = InitImages(config.init_image, size, channels, masks=config.mask, swap=config.mask_invert, data_range=span)
+    for line in images.describe_masks(count):
+        logger.log(line)
     if config.interpolate:
-        return _interpolation(model, images, InitImages(config.interpolate, size, channels), labels, count)
+        other = InitImages(config.interpolate, size, channels, data_range=span)
+        return _interpolation(model, images, other, labels, count)
     strength = config.strength if config.strength > 0 else 1.0 if config.mask or config.invert else STRENGTH
     options: dict[str, Any] = {"strength": strength}
     if config.resample > 1:

@@ -33,7 +33,7 @@ def check_beginning(flags: Flags) -> None:
 
 def check(flags: Flags) -> None:
     """:raises ValueError: for flags that contradict each other, or have no effect."""
-    given, values = flags.given, flags.values
+    given, values = flags.changed, flags.values
     for without, section in (("init_from", ("init_mismatch",)), ("lora_rank", defaults(LoraConfig))):
         useless = [name for name in section if name in given and name != without]
         if useless and not values[without]:
@@ -92,7 +92,11 @@ def _start(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> list[st
         for name, value in asdict(flags.part(DiffusionConfig)).items()
         if source.flags.get(name, value) != value and not _is_runtime(DiffusionConfig, name)
     ]
-    lines = [*report.lines(), *([f"  other flags than the checkpoint's: {'; '.join(other)}"] if other else [])]
+    lines = [
+        *filter(None, [source.choice]),
+        *report.lines(),
+        *([f"  other flags than the checkpoint's: {'; '.join(other)}"] if other else []),
+    ]
     for line in lines:
         logger.log(line)
     if dist_util.rank() == 0:

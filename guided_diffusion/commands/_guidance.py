@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..cli import Flags
-from ..config import DiffusionConfig, FreeGuidanceConfig, GuidanceConfig
+from ..config import DiffusionConfig, FreeGuidanceConfig, GuidanceConfig, SampleConfig
 from ..guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
-from ._common import Restored, refuse_difference, restore_weaker
+from ..samplers import DDIM, PLMS, Ancestral
+from ._common import Restored, refuse_difference, restore_weaker, sampler_of
 
 SAME_IMAGES = ("image_size", "large_size", "small_size", "image_channels", "dims", "cond_type", "cond_channels")
 SAME_NOISE = ("diffusion_steps", "noise_schedule", "rescale_timesteps", "zero_terminal_snr")
@@ -39,15 +41,45 @@ def check(flags: Flags) -> None:
         raise ValueError(f"--cfg_rescale {config.cfg_rescale} is no share: give a number from 0 (none) to 1")
     if config.cfg_rescale and config.cfg_scale == 1:
         raise ValueError("--cfg_rescale has no effect at --cfg_scale 1, where nothing guides: give both or none")
-    if "autoguide_scale" in flags.given and not config.autoguide_path:
+    if "autoguide_scale" in flags.changed and not config.autoguide_path:
         raise ValueError("--autoguide_scale has no effect without --autoguide_path: give both or none")
     if config.autoguide_path and config.autoguide_scale == 1:
         raise ValueError("--autoguide_path has no effect at --autoguide_scale 1, the model alone: give another, e.g. 2")
+    by_classifier = flags.values.get("classifier_path") and flags.values["classifier_scale"]
+    if flags.values.get("clip_guided", "auto") != "auto":
+        _check_clipping(flags, guided=bool(by_classifier))
     if config.guidance_interval:
         parse_interval(config.guidance_interval)
-        by_classifier = flags.values.get("classifier_path") and flags.values["classifier_scale"]
         if config.cfg_scale == 1 and not config.autoguide_path and not by_classifier:
             raise ValueError("--guidance_interval has no effect where nothing guides: give a scale of guidance as well")
+
+
+def _check_clipping(flags: Flags, *, guided: bool) -> None:
+    choice = flags.values["clip_guided"]
+    if not guided:
+        raise ValueError(f"--clip_guided {choice} has no effect where no classifier guides: leave it out")
+    if type(sampler_of(flags)) is Ancestral:
+        raise ValueError(f"--clip_guided {choice} has no effect on ddpm, whose mean is guided: leave it out")
+    if choice == "True" and not _clips(flags):
+        raise ValueError("--clip_guided True has no effect with --clip_denoised False: give one of the two")
+
+
+def _clips(flags: Flags) -> bool:
+    config = flags.part(SampleConfig)
+    return config.clip_denoised or config.dynamic_threshold > 0
+
+
+def _clipping_again(flags: Flags) -> dict[str, bool]:
+    """Whether the guided x_0 is clipped, as an option of the loop; {} where there is nothing to clip.
+
+    By default it is, but for what the originals offer, where their images are kept: ddim and plms on their grids.
+    """
+    choice, kind = flags.values["clip_guided"], type(sampler_of(flags))
+    if kind is Ancestral or not _clips(flags):
+        return {}
+    grid = re.fullmatch(r"(ddim)?[\d, ]*", flags.values["timestep_respacing"])
+    theirs = kind in (DDIM, PLMS) and grid and not flags.part(SampleConfig).steps
+    return {"clip_guided": choice == "True" or (choice == "auto" and not theirs)}
 
 
 def parse_interval(text: str) -> tuple[float, float]:
@@ -84,7 +116,7 @@ def guided(model: Restored, classifier: Restored | None = None) -> Guided:
         guide = guide and interval(guide, *bounds)
         result = Guided(network, {}, {**result.request, "guidance_interval": list(bounds)})
     if guide is not None:
-        result.options["cond_fn"] = guide
+        result.options.update(cond_fn=guide, **_clipping_again(model.flags))
     return result
 
 

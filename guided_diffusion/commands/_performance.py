@@ -14,6 +14,7 @@ from ..performance_config import TrainSpeedConfig
 from ..recomputing import recompute_at
 
 ALIASES = {"precision": "use_fp16", "classifier_precision": "classifier_use_fp16"}
+WIDTHS = {"precision": "num_channels", "classifier_precision": "classifier_width"}
 
 
 def settled(name: str, values: Mapping[str, Any]) -> tuple[str, str]:
@@ -28,7 +29,7 @@ def settled(name: str, values: Mapping[str, Any]) -> tuple[str, str]:
         return resolve_precision(precision, values[alias], name, alias), ""
     if values[alias]:
         raise ValueError(f"{name} auto contradicts {alias} True: give one of the two")
-    choice = dist_util.broadcast_object(fastest_precision(dist_util.dev()))
+    choice = dist_util.decide(lambda: fastest_precision(dist_util.dev(), values[WIDTHS[name]]))
     return choice.precision, f"{name} auto: {choice.precision}, because {choice.reason}"
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import blobfile as bf
 import numpy as np
 import torch as th
 
-from .. import __version__, checkpoint, dist_util, logger
+from .. import __version__, checkpoint, dist_util, logger, paths
 from ..cli import COMMANDS, Flags
-from ..config import DataConfig, ImageTrainConfig, RunConfig, TrainConfig, defaults
+from ..config import ImageTrainConfig, RunConfig, TrainConfig, defaults
+from ..data_config import DataConfig, parse_range
 from ..evaluation_config import ExtractorConfig, TrainEvaluationConfig
 from ..image_datasets import ImageStream, load_data, save_classes
 from ..performance_config import LoaderConfig, TrainSpeedConfig
@@ -26,10 +26,12 @@ from . import (
     _finetuning as finetuning,
     _performance as performance,
 )
+from ._common import check_kind
 
 Load = Callable[..., ImageStream]
 
-OF_A_PROCESS = ("log_dir", "device", "resume_checkpoint")  # never taken from an earlier part of the run
+# never taken from an earlier part of the run
+OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "plugin", "resume_checkpoint")
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
 
 
@@ -41,7 +43,7 @@ def start(flags: Flags) -> Flags:
     auto, folder = flags.values["resume_checkpoint"] == "auto", _log_folder(flags)
     flags = resolved(flags)
     run = flags.part(RunConfig)
-    dist_util.setup_dist(device=run.device)
+    dist_util.setup_dist(device=run.device, timeout=run.dist_timeout)
     flags, choices = performance.with_precision(flags)
     files, faults = choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
     flags = Flags(flags.command, {**flags.given, "resume_checkpoint": files.model if files else ""}, flags.saved)
@@ -80,7 +82,7 @@ def resolved(flags: Flags) -> Flags:
 
 def _log_folder(flags: Flags) -> str:
     """The folder that the command line or the environment names; '' for a new temporary one."""
-    return os.path.expanduser(flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", ""))
+    return paths.local(flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", ""))
 
 
 def _check(flags: Flags) -> None:
@@ -92,19 +94,20 @@ def _check(flags: Flags) -> None:
             "guided_diffusion.train_util.TrainLoop data of your own"
         )
     samples = set(defaults(TrainEvaluationConfig)) <= set(flags.values)  # else --eval_interval is that of validation
+    _refuse_useless(flags, ["ema_warmup"], "ema_rate")
     _refuse_useless(flags, ["val_interval", *([] if samples else ["eval_interval"])], "val_data_dir")
     if samples:
         _refuse_useless(flags, defaults(TrainEvaluationConfig, ExtractorConfig), "eval_interval")
 
 
 def _refuse_useless(flags: Flags, names: Iterable[str], without: str) -> None:
-    useless = [name for name in names if name in flags.given and name != without]
+    useless = [name for name in names if name in flags.changed and name != without]
     if useless and not flags.values[without]:
         raise ValueError(f"--{useless[0]} has no effect without --{without}: give both or none")
 
 
 def _over_resumed(flags: Flags) -> Flags:
-    """The command line over everything that the resumed run was started with."""
+    """The command line over everything that the resumed run was started with; a precision auto is that of the run."""
     path = flags.values["resume_checkpoint"]
     if path == "auto":
         folder = _log_folder(flags)
@@ -113,11 +116,12 @@ def _over_resumed(flags: Flags) -> Flags:
     if not path:
         return flags
     checkpoint.find_set(path)  # that there is one comes before all else
-    known = set(COMMANDS[flags.command].flags()) - set(OF_A_PROCESS)
-    if any(name in flags.given for name in PRECISION_FLAGS):
+    known, config = set(COMMANDS[flags.command].flags()) - set(OF_A_PROCESS), checkpoint.config_beside(path)
+    given = {k: v for k, v in flags.given.items() if not (k in PRECISION_FLAGS and v == "auto" and config.get(k))}
+    if any(name in given for name in PRECISION_FLAGS):
         known -= set(PRECISION_FLAGS)
-    saved = {name: value for name, value in checkpoint.config_beside(path).items() if name in known}
-    return Flags(flags.command, flags.given, saved)
+    check_kind(config, finetuning.KINDS[flags.command][1], f"--resume_checkpoint {path}")
+    return Flags(flags.command, given, {name: value for name, value in config.items() if name in known})
 
 
 def _with_null_class(flags: Flags) -> Flags:
@@ -128,8 +132,6 @@ def _with_null_class(flags: Flags) -> Flags:
         return flags
     if not values["class_cond"]:
         raise ValueError(f"--class_dropout {rate} has no effect without --class_cond True: give both or none")
-    if flags.given.get("null_class") is False:
-        raise ValueError(f"--class_dropout {rate} contradicts --null_class False: give one of the two")
     if values["resume_checkpoint"] and saved and not saved.get("null_class"):
         raise ValueError(
             f"--class_dropout {rate} needs a null class, and the network of {values['resume_checkpoint']} has none: "
@@ -172,7 +174,7 @@ def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
 
 
 def _refuse_other_flags(folder: str, values: Mapping[str, Any]) -> None:
-    there = checkpoint.config_beside(folder) if checkpoint.exists(folder) else {}
+    there = checkpoint.config_beside(folder) if paths.exists(folder) else {}
     differing = [name for name in there if name not in OF_A_PROCESS and there[name] != values.get(name, there[name])]
     if differing:
         name = differing[0]
@@ -213,6 +215,8 @@ def open_streams(
         "image_channels": flags.values["image_channels"],
         "num_classes": flags.values["num_classes"] if options["class_cond"] else None,
         "on_bad_image": data.on_bad_image,
+        "data_range": parse_range(data.data_range),
+        "label_column": data.label_column,
         "seed": flags.part(RunConfig).seed,
         "fast_decode": loader.fast_decode,
         "as_bytes": True,
@@ -243,7 +247,10 @@ def _validation(path: str, train: ImageStream, load: Load, options: dict[str, An
     """The validation images, with the ids that the classes have in training."""
     options = {**options, "log": lambda line: None if line.startswith(" ") else logger.log(f"validation: {line}")}
     labels = {"class_from": train.class_from, "classes": train.classes} if train.classes else {}
-    return load(data_dir=path, random_crop=False, random_flip=False, **labels, **options)
+    try:
+        return load(data_dir=path, random_crop=False, random_flip=False, fit=True, **labels, **options)
+    except ValueError as error:
+        raise ValueError(f"--val_data_dir: {error}") from error
 
 
 def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, th.Tensor]]:
@@ -310,12 +317,12 @@ def train_diffusion(
 
 def preview_path(step: int) -> str:
     """Where the preview grid of a step goes."""
-    return str(bf.join(previews_folder(), f"{step:06d}.png"))
+    return os.path.join(previews_folder(), f"{step:06d}.png")
 
 
 def previews_folder() -> str:
     """Where all previews go."""
-    folder = str(bf.join(logger.get_dir(), "previews"))
+    folder = os.path.join(logger.get_dir(), "previews")
     os.makedirs(folder, exist_ok=True)
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -39,7 +40,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def show(config: DemoConfig) -> None:
-    """Train what is not trained yet, sample what is not sampled yet, and say what comes out."""
+    """Train what is not trained yet, sample what is not sampled yet, and say what comes out.
+
+    :raises ValueError: if the images are not there.
+    """
+    from .. import paths
+
+    if not paths.exists(config.data_dir):
+        bundled = (
+            "the pictures come with a checkout of the repository, not with the package: run this in a checkout, or "
+        )
+        where = bundled if config.data_dir == DemoConfig().data_dir else ""
+        raise ValueError(
+            f"--data_dir {config.data_dir} does not exist: {where}give a folder or zip of images in up to 9 classes"
+        )
     began = time.time()
     print(f"Everything goes to {os.path.abspath(config.log_dir)}; a second run goes on where the first one ended.")
     train(config)
@@ -67,20 +81,28 @@ def launch(command: str, *flags: str) -> None:
     import torch as th
 
     ranks = 1 if th.cuda.is_available() else process_count()
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-        "-m",
-        __package__.split(".commands")[0],
-    ]
+    package = __package__.rpartition(".")[0]
+    start = ["-c", f"from {__name__} import torchrun; torchrun()", "--standalone", f"--nproc_per_node={ranks}"]
     # tables go to files, not to the screen
     environment = {**os.environ, "OPENAI_LOG_FORMAT": "log,csv", "OPENAI_LOG_FORMAT_MPI": "log", "OMP_NUM_THREADS": "1"}
     batch = [f"--batch_size={BATCH[command] // (ranks if 'train' in command else 1)}"]
-    done = subprocess.run([sys.executable, *launcher, command, *batch, *flags], env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, *start, "-m", package, command, *batch, *flags], env=environment, check=False
+    )
     if done.returncode:
         raise SystemExit(done.returncode)
+
+
+def torchrun() -> None:
+    """What the command torchrun does, without its traceback around what the processes say when they fail."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.ERROR)
+    try:
+        run.run(run.parse_args(sys.argv[1:]))
+    except ChildFailedError as error:
+        raise SystemExit(error.get_first_failure()[1].exitcode) from None
 
 
 def process_count() -> int:
@@ -121,15 +143,15 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
 
     from evaluations.evaluator import evaluate, prepare
     from evaluations.features import make_extractor
-    from evaluations.npz import open_images
+    from evaluations.images import open_images
 
-    from .. import logger
+    from .. import dist_util, logger
     from ..pictures import save_grid
     from . import _common as common
 
     logger.configure(dir=config.log_dir, format_strs=[])
     judge = common.restore_classifier(cli.parse("classifier_sample", [f"--classifier_path={config.log_dir}/judge"]))
-    extractor = make_extractor(f"classifier:{config.log_dir}/judge")
+    extractor = make_extractor(f"classifier:{config.log_dir}/judge", device=dist_util.dev())
     real = prepare(open_images(config.data_dir, 32), extractor, needs=("pool_statistics",), cache=False)
     columns, titles = [], []
     print("\nHow often the separately trained classifier of clean images sees the class that was asked for, and the")
@@ -166,9 +188,12 @@ def to_float(images: Any) -> Any:
 
 
 def accuracy(classifier: Any, images: Any, labels: Any) -> float:
-    """The share of images [N, C, H, W] in [-1, 1] that a classifier gives their label, without noise."""
+    """The share of images [N, C, H, W] in [-1, 1] that a classifier on this process's device gives their label."""
     import torch as th
 
+    from .. import dist_util
+
+    images = images.to(dist_util.dev())
     with th.no_grad():
-        guesses = classifier(images, th.zeros(len(images))).argmax(dim=1)
-    return float((guesses == th.from_numpy(labels)).float().mean())
+        guesses = classifier(images, th.zeros(len(images), device=images.device)).argmax(dim=1)
+    return float((guesses.cpu() == th.from_numpy(labels)).float().mean())

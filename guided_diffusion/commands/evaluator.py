@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import cli
+from ..data_config import RangeConfig, parse_range
 from ..evaluation_config import EvaluatorConfig, ExtractorConfig
 from ._entry import entry
 
@@ -13,9 +14,8 @@ def compare(flags: cli.Flags) -> None:
     :raises ValueError: naming what is wrong with the files or the flags.
     """
     from evaluations.evaluator import evaluate
-    from evaluations.npz import open_images
+    from evaluations.images import FileImages, open_images
     from evaluations.scores import Options
-    from evaluations.sources import FileSource
 
     from .. import dist_util, logger
     from ..checkpoint import save_json
@@ -23,10 +23,13 @@ def compare(flags: cli.Flags) -> None:
 
     config, network = flags.part(EvaluatorConfig), flags.part(ExtractorConfig)
     common.start(flags)
-    for path in filter(None, (config.json, config.plot)):
-        common.check_writable(path)
-    reference, samples = (open_images(path, config.image_size or None) for path in (config.reference, config.samples))
-    if config.image_size and not any(isinstance(source, FileSource) for source in (reference, samples)):
+    if config.json:
+        common.check_writable(config.json)
+    span = parse_range(flags.part(RangeConfig).data_range)
+    reference, samples = (
+        open_images(path, config.image_size or None, span) for path in (config.reference, config.samples)
+    )
+    if config.image_size and not any(isinstance(images, FileImages) for images in (reference, samples)):
         raise ValueError(f"--image_size {config.image_size} has no effect, as no folder or zip is given: leave it out")
     report = evaluate(
         reference,
@@ -34,7 +37,6 @@ def compare(flags: cli.Flags) -> None:
         common.extractor_of(flags),
         metrics=config.metrics.split(","),
         options=Options(dtype=config.distances, seed=config.seed),
-        plot=config.plot,
         batch_size=network.eval_batch_size,
         cache=config.cache,
         progress=True,

@@ -6,7 +6,8 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from .. import cli
-from ..config import DiffusionConfig, LikelihoodConfig, RunConfig, UNetConfig
+from ..config import DiffusionConfig, RunConfig, UNetConfig
+from ..data_config import LikelihoodConfig, parse_range
 from ..likelihood_config import FlowConfig, MeasureConfig
 from ._entry import entry
 
@@ -25,6 +26,8 @@ def measure(flags: cli.Flags) -> None:
     from . import _common as common
 
     refuse_idle(flags)
+    if not flags.part(LikelihoodConfig).data_dir:
+        raise ValueError("--data_dir is missing: give a folder or a zip of images")
     common.start(flags)
     model = common.restore_unet(flags)
     carry_out(survey_of(model))
@@ -34,10 +37,10 @@ def refuse_idle(flags: cli.Flags) -> None:
     """:raises ValueError: for a flag that has no effect on what is measured."""
     kind = flags.part(MeasureConfig).likelihood
     idle = {spec.name for spec in fields(FlowConfig)} if kind == "vlb" else {"save_terms"}
-    given = sorted(idle & set(flags.given))
+    given = sorted(idle & set(flags.changed))
     if given:
         raise ValueError(f"--{given[0]} has no effect with --likelihood {kind}: leave it out")
-    if "flow_tolerance" in flags.given and flags.part(FlowConfig).flow_solver != "rk45":
+    if "flow_tolerance" in flags.changed and flags.part(FlowConfig).flow_solver != "rk45":
         raise ValueError("--flow_tolerance has no effect on --flow_solver heun: leave it out, or give rk45")
 
 
@@ -101,7 +104,7 @@ def images_of(model: Restored) -> ImageDataset:
 
     config, options = model.flags.part(UNetConfig), model.flags.part(LikelihoodConfig)
     conditioning.check(model.flags)
-    labels: dict[str, Any] = {"class_from": options.class_from}
+    labels: dict[str, Any] = {"class_from": options.class_from, "label_column": options.label_column}
     if config.class_cond:
         labels |= {"num_classes": config.num_classes, "classes": checkpoint.classes_beside(model.path) or None}
     return load_data(
@@ -112,6 +115,7 @@ def images_of(model: Restored) -> ImageDataset:
         random_flip=False,
         image_channels=config.image_channels,
         pairing=conditioning.pairing_of(model.flags),
+        data_range=parse_range(options.data_range),
         rank=0,
         world_size=1,
         **labels,

@@ -48,11 +48,10 @@ def evaluations(flags: cli.Flags, stream: Any) -> list[Any]:
     interval = flags.values["eval_interval"]
     if not interval:
         return []
-    from evaluations.training import Evaluation
-
     from ..train_util import Hook
+    from ._evaluation import evaluation_of
 
-    return [Hook(interval, Evaluation(flags, stream), on_all_ranks=True)]
+    return [Hook(interval, evaluation_of(flags, stream), on_all_ranks=True)]
 
 
 def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import cli
+from ..data_config import RangeConfig, parse_range
 from ..evaluation_config import ExtractorConfig, ReferenceConfig
 from ._entry import entry
 
@@ -12,8 +13,8 @@ def make(flags: cli.Flags) -> None:
 
     :raises ValueError: naming what is wrong with the files or the flags.
     """
-    from evaluations.make_reference import write_reference
-    from evaluations.npz import open_images
+    from evaluations.images import open_images
+    from evaluations.references import write_reference
 
     from .. import logger
     from . import _evaluation as common
@@ -23,7 +24,7 @@ def make(flags: cli.Flags) -> None:
         raise ValueError(f"{config.out!r} is no name of an npz: give one that ends in .npz")
     common.start(flags)
     common.check_writable(config.out)
-    source = open_images(config.data_dir, config.image_size)
+    source = open_images(config.data_dir, config.image_size, parse_range(flags.part(RangeConfig).data_range))
     extractor = common.extractor_of(flags) if config.statistics else None
     for line in write_reference(
         source,

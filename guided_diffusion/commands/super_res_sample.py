@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import cli
 from ..config import GuidanceConfig, RunConfig, SampleConfig, SuperResConfig, parse_size
+from ..data_config import RangeConfig, parse_range
 from ..upsampling_config import UpsampleConfig
 from ._entry import entry
 
@@ -57,10 +58,10 @@ def check(flags: cli.Flags) -> None:
     from . import _guidance as guidance
 
     if not flags.part(GuidanceConfig).classifier_path:
-        useless = [name for name in flags.given if name.startswith("classifier_")]
+        useless = [name for name in flags.changed if name.startswith("classifier_") or name == "clip_guided"]
         if useless:
             raise ValueError(f"--{useless[0]} has no effect without --classifier_path: give both or none")
-        if "image_size" in flags.given:
+        if "image_size" in flags.changed:
             raise ValueError("--image_size is that of a classifier: an upsampler has --large_size and --small_size")
     guidance.check(flags)
 
@@ -117,10 +118,13 @@ def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: b
     wanted = Wanted(
         (height, width, config.image_channels),
         options.num_samples,
-        all="num_samples" in flags.given,
+        all="num_samples" in flags.changed,
         label=_by_files(flags, classes or []) if labelled else None,
+        data_range=parse_range(flags.part(RangeConfig).data_range),
     )
     base = read(flags.part(UpsampleConfig).base_samples, wanted)
+    if "num_samples" in flags.given and len(base) < options.num_samples:
+        logger.warn(f"{len(base)} images are there, not {options.num_samples}: each is enlarged once")
     if base.left_out and not wanted.all:
         logger.warn(f"the first {len(base)} images are enlarged and {base.left_out} more are not: give --num_samples")
     return base
@@ -131,9 +135,10 @@ def _by_files(flags: cli.Flags, classes: list[str]) -> Callable[[Listing], list[
     from ..image_labels import read_labels
 
     def label(listing: Listing) -> list[int]:
-        rule, count = flags.part(UpsampleConfig).class_from, flags.part(SuperResConfig).num_classes
+        config, count = flags.part(UpsampleConfig), len(classes) or flags.part(SuperResConfig).num_classes
         try:
-            return read_labels(listing, rule, classes or None, len(classes) or count).ids
+            column = config.label_column
+            return read_labels(listing, config.class_from, classes or None, count, label_column=column).ids
         except ValueError as error:
             raise ValueError(f"the images have no labels that fit ({error}); or give --classes") from error
 

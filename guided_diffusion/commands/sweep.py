@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
 from .. import cli
+from ..config import ClassifierConfig, DiffusionConfig, RunConfig, UNetConfig
+from ..data_config import RangeConfig, parse_range
+from ..evaluation_config import ExtractorConfig, SweepConfig
 from ._entry import entry
+
+if TYPE_CHECKING:
+    from evaluations.sweep import Cell
+
+    from ._common import Restored
+
+# the command that samples, its flag of the scale, the scale at which nothing guides, and the scale's name
+KINDS = {
+    "classifier": ("classifier_sample", "classifier_scale", 0.0, "classifier scale"),
+    "cfg": ("image_sample", "cfg_scale", 1.0, "classifier-free scale"),
+}
 
 
 def sweep(flags: cli.Flags) -> None:
@@ -11,9 +30,140 @@ def sweep(flags: cli.Flags) -> None:
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from evaluations.sweep import run
+    from evaluations.evaluator import prepare
+    from evaluations.images import open_images
+    from evaluations.plots import require
+    from evaluations.scores import METRICS, Options
+    from evaluations.sweep import Measure, run_sweep
 
-    run(flags)
+    from .. import logger
+    from . import _common as common, _guidance as guidance
+    from ._evaluation import extractor_of
+
+    require()
+    config, batch_size = flags.part(SweepConfig), flags.part(ExtractorConfig).eval_batch_size
+    cells, base = list(cells_of(config)), sampling_flags(flags, config)
+    for own in (cell_flags(cell, base, config) for cell in cells):  # before anything is loaded
+        common.on_its_grid(own, common.sampler_of(own))
+        guidance.check(own)
+    common.start(flags)
+    span = parse_range(flags.part(RangeConfig).data_range)
+    images, extractor = open_images(config.reference, None, span), extractor_of(flags)
+    networks = restore(base, config)
+    metrics = config.metrics.split(",")
+    needs = {field for name in metrics for field in METRICS[name].needs}
+    reference = prepare(images, extractor, needs=needs, progress=True, batch_size=batch_size)
+    for line in (*reference.notes, *reference.warnings):
+        logger.log(line)
+    facts = {
+        "guidance": config.guidance,
+        "seed": flags.part(RunConfig).seed,
+        "reference": images.path,
+        "reference_images": images.count,
+        "features": extractor.name,
+        "model": networks.model.path,
+        "classifier": networks.classifier.path if networks.classifier else "",
+    }
+    run_sweep(
+        cells,
+        lambda cell, folder: sample(cell, folder, networks, config),
+        Measure(reference, extractor, metrics, Options(dtype=config.distances), batch_size=batch_size),
+        folder=logger.get_dir(),
+        num_samples=config.num_samples,
+        facts=facts,
+        scale=KINDS[config.guidance][3],
+    )
+
+
+def cells_of(config: SweepConfig) -> Iterator[Cell]:
+    """The cells, scale by scale within each number of steps of each sampler."""
+    from evaluations.sweep import Cell
+
+    steps, scales = map(int, config.steps.split(",")), map(float, config.scales.split(","))
+    for sampler, count, scale in product(dict.fromkeys(config.samplers.split(",")), [*steps], [*scales]):
+        yield Cell(sampler, count, scale)
+
+
+def sampling_flags(flags: cli.Flags, config: SweepConfig) -> cli.Flags:
+    """The command line of the sampling command, without what differs between cells.
+
+    :raises ValueError: if something is missing or without effect.
+    """
+    if not config.reference:
+        raise ValueError("--reference is missing: give an npz, folder or zip of real images")
+    if config.guidance == "cfg" and config.classifier_path:
+        raise ValueError("--classifier_path has no effect with --guidance cfg: leave one of them out")
+    command = KINDS[config.guidance][0]
+    own = {spec.name for spec in fields(SweepConfig)}
+    given = {name: value for name, value in flags.given.items() if name not in own}
+    given |= {name: value for name, value in asdict(config).items() if name not in ("samplers", "steps", "scales")}
+    known = cli.COMMANDS[command].flags()
+    return cli.Flags(command, {name: value for name, value in given.items() if name in known})
+
+
+def cell_flags(cell: Cell, base: cli.Flags, config: SweepConfig) -> cli.Flags:
+    """The command line of a cell, over what the model's checkpoint says."""
+    _, name, neutral, _ = KINDS[config.guidance]
+    given = {**base.given, "sampler": cell.sampler, "steps": cell.steps, name: cell.scale}
+    if cell.scale == neutral:  # where nothing guides, no interval says when
+        given.pop("guidance_interval", None)
+    return cli.Flags(base.command, given, base.saved)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks that sample, loaded once.
+
+    :param classifier: None where a model guides itself.
+    """
+
+    model: Restored
+    classifier: Restored | None
+
+
+def restore(base: cli.Flags, config: SweepConfig) -> Networks:
+    """The networks of --model_path and --classifier_path.
+
+    :raises ValueError: if they do not go together, or cannot be guided so.
+    """
+    from . import _common as common
+    from .classifier_sample import check_agreement
+
+    model = common.restore_unet(base)
+    if config.guidance == "cfg":
+        if config.classes and not model.flags.part(UNetConfig).class_cond:
+            raise ValueError(f"--classes {config.classes} has no effect on an unconditional model: leave it out")
+        return Networks(model, None)
+    classifier = common.restore_classifier(model.flags)
+    check_agreement(model, classifier)
+    return Networks(model, classifier)
+
+
+def sample(cell: Cell, folder: str, networks: Networks, config: SweepConfig) -> tuple[str, int]:
+    """The samples of a cell, and how often the network is evaluated for a batch of them."""
+    from ..guidance import without_labels
+    from ..loop import network_calls
+    from ..script_util import build_diffusion
+    from . import _common as common, _guidance as guidance
+
+    model, classifier = networks.model, networks.classifier
+    flags = cell_flags(cell, model.flags, config)
+    sampler = common.sampler_of(flags)
+    flags = common.on_its_grid(flags, sampler)
+    model = replace(model, flags=flags, process=build_diffusion(flags.part(DiffusionConfig)))
+    guided, unet = guidance.guided(model, classifier), flags.part(UNetConfig)
+    labels: dict[str, Any] = {}
+    if classifier is not None:
+        num_classes = classifier.flags.part(ClassifierConfig).num_classes
+        labels = common.labels_of(flags, classifier.classes or model.classes, num_classes)
+    elif unet.class_cond:
+        labels = common.labels_of(flags, model.classes, unet.num_classes)
+    network = without_labels(guided.network) if classifier and not unet.class_cond else guided.network
+    shape = common.image_shape(unet.image_channels, unet.image_size, unet.dims)
+    request = {**guided.request, **model.identity}
+    job = common.job_of(flags, sampler, shape, request, out_dir=folder, **labels)
+    calls = network_calls(model.process, sampler, **guided.options)
+    return common.sample_and_say(flags, model.process, network, job, **guided.options), calls
 
 
 main = entry("sweep", sweep)
