@@ -86,14 +86,15 @@ class Validation:
     def parts(self, updates: int) -> list[Part]:
         """What is measured after so many updates."""
         if not self._parts:
-            images, size = len(getattr(self.data, "dataset", ())), getattr(self.data, "global_batch", 1)
-            batches = list(islice(self.data, min(self.most, -(-images // size) or self.most)))
-            counts = [min(size, images - key * size) if images else None for key in range(len(batches))]
-            self._parts = [Part(key, images_, cond, counts[key]) for key, (images_, cond) in enumerate(batches)]
-            each = len(batches[0][0]) * dist_util.world_size()
+            size = getattr(self.data, "global_batch", 0)  # 0 where the data are no stream, and may be without end
+            total = len(self.data.dataset) if size else 0
+            count = min(self.most, -(-total // size)) if size else self.most
+            for key, (images, cond) in enumerate(islice(self.data, count)):
+                self._parts.append(Part(key, images, cond, min(size, total - key * size) if size else None))
+            each = len(self._parts[0].images) * dist_util.world_size()
             logger.log(
-                f"validation on the same {sum(count or each for count in counts)} images every time, in batches of "
-                f"{each}, with the same noise"
+                f"validation on the same {sum(part.counted or each for part in self._parts)} images every time, in "
+                f"batches of {each}, with the same noise"
             )
         return self._parts
 

@@ -99,6 +99,19 @@ class Failures:
             self.add(error)
             return None
 
+    def keep_of_all(self, work: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R | None:
+        """`keep`, for work in which ranks wait for each other: what is no ValueError may be one rank's alone.
+
+        It is raised at once then, where there are several, as the others would wait for ever.
+        """
+        try:
+            return work(*args, **keywords)
+        except Exception as error:
+            if dist_util.world_size() > 1 and not isinstance(error, ValueError):
+                raise
+            self.add(error)
+            return None
+
     def add(self, error: Exception) -> None:
         """Keep an error, if it is the first one, and say so."""
         self.own = self.own or error

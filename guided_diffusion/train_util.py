@@ -398,10 +398,10 @@ class TrainLoop:
         keep = self.failures.keep
         with self.meter.paused():
             if self.validation.data is not None and self._is_due(self.val_interval):
-                keep(self.validate)
+                self.failures.keep_of_all(self.validate)
             for hook in self.hooks:
                 if self._is_due(hook.interval):
-                    keep(self._look, hook)
+                    (self.failures.keep_of_all if hook.on_all_ranks else keep)(self._look, hook)
         if self._is_due(self.log_interval):
             keep(self.meter.dump, self.diffusion, self.loss_prefix)
         if self._is_due(self.save_interval):

@@ -19,7 +19,7 @@ from guided_diffusion.image_items import ignore_signals
 from guided_diffusion.npz import replacing, save_npz
 from guided_diffusion.saving import Saver, Snapshot, map_tensors
 
-KINDS = ("state", "ema_0.9_", "opt", "model")
+KINDS = ("state", "ema_0.25_", "opt", "model")
 
 
 class State:
@@ -89,11 +89,11 @@ def test_a_file_cut_at_any_tenth_is_never_taken_for_whole(run, kind):
 
 
 def test_sampling_takes_weights_from_a_folder_that_have_their_size(run):
-    assert checkpoint.resolve_model(str(run)).endswith("ema_0.9_000006.pt")
-    (run / "ema_0.9_000006.pt").write_bytes(b"cut")
-    assert checkpoint.resolve_model(str(run)).endswith("ema_0.9_000004.pt")
-    os.remove(run / "ema_0.9_000004.pt")
-    assert checkpoint.resolve_model(str(run)).endswith("ema_0.9_000002.pt")
+    assert checkpoint.resolve_model(str(run)).endswith("ema_0.25_000006.pt")
+    (run / "ema_0.25_000006.pt").write_bytes(b"cut")
+    assert checkpoint.resolve_model(str(run)).endswith("ema_0.25_000004.pt")
+    os.remove(run / "ema_0.25_000004.pt")
+    assert checkpoint.resolve_model(str(run)).endswith("ema_0.25_000002.pt")
 
 
 def test_a_changed_byte_is_found_by_who_resumes(run):
@@ -216,7 +216,7 @@ def test_a_save_that_ends_anywhere_leaves_the_sets_before_and_is_made_again(run,
     (run / "ema_0.5_000008.pt").write_bytes(b"of a run with other averages")
     Saver().save(State(), str(run), 8)
     assert newest(run, checksums=True) == (8, [])
-    assert sorted(checkpoint.sets_in(str(run))[8].emas) == ["0.9"]
+    assert sorted(checkpoint.sets_in(str(run))[8].emas) == ["0.25"]
 
 
 @pytest.mark.parametrize("removals", range(5))

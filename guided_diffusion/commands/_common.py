@@ -217,7 +217,7 @@ def _say_which(given: str, path: str) -> None:
     for rate, average in files.emas.items():
         if not checkpoint.is_young(rate, step):
             continue
-        what = f"{average} averages over about {1 / (1 - float(rate)):.0f} steps and was trained for {step}"
+        what = f"{average} averages over about {1 / max(1e-9, 1 - float(rate)):.0f} steps and was trained for {step}"
         if average == path:
             logger.warn(f"{what}: if its samples are noise, try {files.model or 'a faster average'}")
         elif given != path:
