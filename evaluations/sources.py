@@ -15,18 +15,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from evaluations.levels import Images
 from evaluations.metrics import Statistics
-from guided_diffusion import untrusted
 from guided_diffusion.config import Size, parse_size
-from guided_diffusion.crops import Picture, TooThin, center_crop_arr
-from guided_diffusion.decoding import FORMATS, Range
+from guided_diffusion.crops import Picture, TooThin, as_bytes, center_crop_arr
+from guided_diffusion.decoding import Range, size_in
 from guided_diffusion.image_files import Listing, UnreadableImage, read_bytes, read_image
 from guided_diffusion.untrusted import reason
-
-ORIENTATION = 0x112  # the EXIF tag
 
 
 @dataclass(frozen=True)
@@ -180,10 +176,7 @@ class FileSource(ImageSource):
             array = np.asarray(picture) if self.size is None else center_crop_arr(picture, self.size)
         except TooThin as error:
             raise UnreadableImage(path, str(error)) from error
-        if array.dtype == np.uint8:
-            return array
-        levels: Images = np.round((np.clip(array, -1, 1) + 1) * 127.5).astype(np.uint8)  # of 16 bits or floats
-        return levels
+        return as_bytes(array)
 
 
 def _content(path: str) -> bytes:
@@ -196,11 +189,6 @@ def _content(path: str) -> bytes:
 def _size(path: str, content: bytes) -> tuple[int, int]:
     """(H, W) of an image, by its first bytes, as a viewer turns it."""
     try:
-        if path.lower().endswith(".npy"):
-            height, width = untrusted.read_header(io.BytesIO(content)).shape[:2]
-            return height, width
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        lies = image.getexif().get(ORIENTATION, 1) > 4
-        return image.size if lies else image.size[::-1]
+        return size_in(io.BytesIO(content), ".npy" if path.lower().endswith(".npy") else "")
     except Exception as error:  # Pillow does not say what it raises on a damaged file
         raise UnreadableImage(path, reason(error) if content else "it is empty") from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from . import logger
 from .checkpoint import save_json
 from .config import Size, size_flag
-from .crops import TooThin, center_crop_arr
+from .crops import TooThin, as_bytes, center_crop_arr
 from .decoding import Range
 from .image_files import Listing, UnreadableImage, find_images, read_bytes, read_image
 from .image_labels import ClassRow, Labels, load_classes, read_labels, save_classes
@@ -301,9 +301,7 @@ def _read(listing: Listing, index: int, wanted: Wanted, channels: int) -> Pixels
         array = np.asarray(picture) if not wanted.size else center_crop_arr(picture, size_flag(wanted.size))
     except TooThin as error:
         raise UnreadableImage(path, str(error)) from error
-    if array.dtype != np.uint8:
-        array = np.rint((array + 1) * 127.5).clip(0, 255).astype(np.uint8)
-    return array[..., None] if array.ndim == 2 else array
+    return as_bytes(array)
 
 
 def _stream(listing: Listing, wanted: Wanted, shape: tuple[int, ...], channels: int) -> Iterator[Pixels]:
