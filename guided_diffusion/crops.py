@@ -55,6 +55,12 @@ def channels_first(array: NDArray[Any]) -> NDArray[np.float32]:
     return np.ascontiguousarray(unit.transpose(2, 0, 1), dtype=np.float32)
 
 
+def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """[H, W, C] of bytes of what a crop returns, or of the planes of a picture."""
+    array = array[..., None] if array.ndim == 2 else array
+    return array if array.dtype == np.uint8 else np.rint((array + 1) * 127.5).clip(0, 255).astype(np.uint8)
+
+
 def center_crop_arr(pil_image: Picture, image_size: Size, *, nearest: bool = False) -> NDArray[Any]:
     """The middle of a picture that was scaled until it just covers the size.
 

@@ -379,14 +379,7 @@ def _message(error: BaseException) -> str:
     if is_out_of_memory(error):
         told = f" ({str(error).splitlines()[0]})" if str(error) else ""
         return f"error: out of memory{told}: take a smaller --batch_size or, in training, --microbatch"
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {_sentence(error)}"
-
-
-def _sentence(error: BaseException) -> str:
-    """What an error says; of one that the system raised, about which file."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename!r} cannot be used ({error.strerror}): look at its path and its permissions"
-    return str(error)
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {paths.sentence(error)}"
 
 
 def _needs_no_traceback(error: BaseException) -> bool:

@@ -93,6 +93,13 @@ def is_remote(path: str) -> bool:
     return _BUCKET.match(path) is not None
 
 
+def sentence(error: BaseException) -> str:
+    """What an error says; of one that the system raised, about which file."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename!r} cannot be used ({error.strerror}): look at its path and its permissions"
+    return str(error)
+
+
 def join(folder: AnyPath, *names: str) -> str:
     """The path of something in a folder."""
     text = os.fspath(folder)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from . import paths
-from .crops import Picture
+from .crops import as_bytes
 from .decoding import Range
 from .image_files import Listing, images_at, read_image, read_size
 from .npz import fingerprint
@@ -183,7 +183,9 @@ def _read(listing: Listing, wanted: Wanted) -> BaseImages:
     first = read_size(listing.path(names[0])) if listing.array else wanted.shape[:2]
     pictures = list[Pixels]()
     if first == wanted.shape[:2]:
-        pictures = [_pixels(read_image(listing.path(name), wanted.shape[2], wanted.data_range)) for name in names]
+        pictures = [
+            as_bytes(np.asarray(read_image(listing.path(name), wanted.shape[2], wanted.data_range))) for name in names
+        ]
     sizes = [pixels.shape[:2] for pixels in pictures] or [first] * len(names)
     others = [(name, size) for name, size in zip(names, sizes, strict=True) if size != wanted.shape[:2]]
     if others:
@@ -197,13 +199,6 @@ def _read(listing: Listing, wanted: Wanted) -> BaseImages:
     return BaseImages(
         np.stack(pictures), None if labels is None else list(labels)[: len(names)], files, there - len(names)
     )
-
-
-def _pixels(picture: Picture) -> Pixels:
-    """[h, w, C]; numbers in [-1, 1] become bytes."""
-    array = np.asarray(picture)
-    array = array[..., None] if array.ndim == 2 else array
-    return array if array.dtype == np.uint8 else np.rint((array + 1) * 127.5).clip(0, 255).astype(np.uint8)
 
 
 # ---- the files that they become

@@ -23,7 +23,7 @@ from ranks import Nursery
 
 from guided_diffusion import checkpoint, cli, dist_util, logger
 from guided_diffusion.commands import _common, classifier_sample, image_nll, image_sample, super_res_sample
-from guided_diffusion.commands._common import labels_of
+from guided_diffusion.commands._common import labels_of, restore_unet, restore_upsampler
 from guided_diffusion.commands._editing import adds_noise
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
 from guided_diffusion.editing import invert, slerp
@@ -727,6 +727,21 @@ def test_a_classifier_of_another_kind_is_refused(
     folder = altered(runs, tmp_path / "classifier", **flags)
     argv = ["--model_path", runs["unet"], "--classifier_path", folder, *SAMPLING, "--log_dir", str(tmp_path / "out")]
     assert message in refused(classifier_sample.main, argv, capsys)
+
+
+@pytest.mark.parametrize("sizes", [{"image_size": 16}, {"image_size": "8x16"}, {"large_size": 16, "small_size": 8}])
+def test_at_another_size_attention_stays_where_it_was(runs: Runs, sizes: dict[str, Any]) -> None:
+    """Its resolution is another one then, which the weights tell; one that is given has the last word."""
+    upsampler = "large_size" in sizes
+    name, command = ("upsampler", "super_res_sample") if upsampler else ("unet", "image_sample")
+    flags = {"model_path": runs[name], **sizes}
+    restore = restore_upsampler if upsampler else restore_unet
+    model = restore(cli.Flags(command, flags))
+    assert model.flags.values["attention_resolutions"] == "8"
+    own = getattr(runs, name).state_dict()
+    assert all(th.equal(value, own[key]) for key, value in model.network.state_dict().items())
+    with pytest.raises(ValueError, match="attention_resolutions"):
+        restore(cli.Flags(command, {**flags, "attention_resolutions": "4"}))
 
 
 def test_classifiers_of_other_classes_or_sizes_are_refused(

@@ -159,8 +159,19 @@ def described(flags: Flags, source: str, section: type[Any], *, secondary: bool 
     check_kind(saved, section, f"--{source} {path}")
     if secondary:
         flags = _without(flags, saved, section)
+    else:
+        saved = saved | _of_another_size(flags, saved, path)
     data = [RangeConfig] if "data_range" in flags.values else []  # images to sample from are of the kind trained on
     return path, flags.over(saved, section, DiffusionConfig, *data)
+
+
+def _of_another_size(flags: Flags, saved: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What the levels of a network are at another size of images than it was trained with, read off its weights."""
+    sizes = [name for name in ("image_size", "large_size") if name in flags.given and name in saved]
+    if all(parse_size(flags.given[name]) == parse_size(saved[name]) for name in sizes):
+        return {}
+    ends = "attention_resolutions", "channel_mult"
+    return {name: value for name, value in _shapes(path, flags).items() if name.endswith(ends)}
 
 
 def _without(flags: Flags, saved: Mapping[str, Any], section: type[Any]) -> Flags:
