@@ -120,7 +120,9 @@ def kind_of_file(path: str) -> str:
         return "a web page"
     if head.startswith(b"version https://git-lfs"):
         return "the pointer that Git LFS leaves in place of a file"
-    return _kind_of_zip(path) if head.startswith(b"PK") and zipfile.is_zipfile(path) else "" if head else "an empty file"
+    return (
+        _kind_of_zip(path) if head.startswith(b"PK") and zipfile.is_zipfile(path) else "" if head else "an empty file"
+    )
 
 
 def _kind_of_zip(path: str) -> str:
