@@ -206,7 +206,7 @@ def _warn_if_unknown(path: str, flags: Flags, section: type[Any]) -> None:
         for spec in specs
         if spec.name not in {**flags.saved, **flags.given}
     ]
-    if "noise_schedule" not in flags.saved:  # what weights show does not include the process
+    if usual and "noise_schedule" not in flags.saved:  # what weights show does not include the process
         logger.warn(f"no config.json beside {path}: by default {', '.join(usual)}; give those that were others")
 
 
