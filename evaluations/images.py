@@ -25,7 +25,7 @@ from PIL import Image
 from guided_diffusion import dist_util, image_files, paths, untrusted
 from guided_diffusion.archives import is_stack
 from guided_diffusion.config import Size, parse_size
-from guided_diffusion.crops import Picture, TooThin, center_crop_arr
+from guided_diffusion.crops import Picture, TooThin, as_bytes, center_crop_arr
 from guided_diffusion.decoding import Range
 from guided_diffusion.image_files import Listing, UnreadableImage, find_images, split_archive
 from guided_diffusion.npz import Npz
@@ -107,10 +107,7 @@ def read_pixels(path: str, channels: int = 3, size: Size | None = None, data_ran
         array = np.asarray(picture) if size is None else center_crop_arr(picture, size)
     except TooThin as error:
         raise UnreadableImage(path, str(error)) from error
-    if array.dtype == np.uint8:
-        return array
-    pixels: Pixels = np.round((np.clip(array, -1, 1) + 1) * 127.5).astype(np.uint8)  # of 16 bits or floats
-    return pixels
+    return as_bytes(array)
 
 
 # ---- sets of images

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ _NAME = re.compile(
 )
 _SHOWN = 3
 _REMEDY = ": give the path of a checkpoint, or the folder of a run"
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files began before they were zips
 _MAX_FOREIGN = 1000  # names of classes in a file
 
 
@@ -86,9 +88,20 @@ def _foreign_names(path: str) -> list[str]:
     if is_remote(path):
         return []
     try:
-        return sorted(th.serialization.get_unsafe_globals_in_checkpoint(path))[:_MAX_FOREIGN]
+        zipped = zipfile.is_zipfile(path)
+        names = th.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else _names_in_legacy(path)
+        return sorted(names)[:_MAX_FOREIGN]
     except Exception:  # as in `load`
         return []
+
+
+def _names_in_legacy(path: str) -> set[str]:
+    """The same of a file as torch wrote it before 1.6: four pickles, then the numbers of tensors."""
+    with open(path, "rb") as file:
+        found = [arg for _ in range(4) for code, arg, _ in pickletools.genops(file) if code.name == "GLOBAL"]
+    return {
+        name.replace(" ", ".") for name in map(str, found) if not name.startswith(("torch ", "torch.", "collections "))
+    }
 
 
 def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
@@ -127,8 +140,8 @@ def _reason(path: str, error: Exception) -> str:
     if foreign:
         return f"it holds more than tensors and plain values: {', '.join(map(untrusted.printable, foreign[:_SHOWN]))}"
     with paths.open_blob(path) if is_remote(path) else open(path, "rb") as file:
-        ours = path.endswith(".safetensors") or file.read(2)[:1] in (b"P", b"\x80")  # zip, pickle
-    if ours:
+        head = file.read(len(_LEGACY))
+    if path.endswith(".safetensors") or head.startswith(b"PK") or head == _LEGACY:
         return "it is damaged or cut short, copy or download it again"
     return f"it is of another kind, and no file of weights{_neighbours(path)}"
 

@@ -410,7 +410,8 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
 
     :param prog: how the sentence begins, where it is not the script's name.
     """
-    run_plugins(argv, prog or f"{name}.py")
+    if "plugin" in command_of(name).flags():
+        run_plugins(argv, prog or f"{name}.py")
     command_line = parser(name)
     command_line.prog = prog or command_line.prog
     namespace, unknown = command_line.parse_known_args(argv)

@@ -317,8 +317,8 @@ def configure(
     :param log_suffix: goes before the extension of the files' names.
     """
     rank = get_rank_without_mpi_import()
-    named = dir or os.environ.get("OPENAI_LOGDIR")
-    folder = paths.local(named or _shared_dir or new_dir())
+    named = dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir
+    folder = paths.local(named or new_dir())
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -353,7 +353,7 @@ def discard() -> None:
     current = Logger.CURRENT
     if current is None or not current.unnamed or not os.path.isdir(current.dir):
         return
-    if all(name.startswith(("log", "progress")) for name in os.listdir(current.dir)):
+    if set(os.listdir(current.dir)) <= {"log.txt", "progress.csv", "progress.json"}:
         current.close()
         shutil.rmtree(current.dir, ignore_errors=True)
         Logger.CURRENT = None

@@ -79,6 +79,10 @@ def _plain_weights(content: Any, path: str) -> dict[str, th.Tensor]:
     beside = checkpoint.weights_beside(path)
     what = "optimizer state" if optimizer else f"no weights of a network of this package, but {_held(content)}"
     remedy = f"use {beside} beside it" if beside else "use a file ema_RATE_NNNNNN.pt or modelNNNNNN.pt"
+    if any(
+        isinstance(value, checkpoint.Inert) for value in (content.values() if isinstance(content, dict) else [content])
+    ):
+        remedy = "save the state_dict() of its network, and use that"
     raise ValueError(f"{path} holds {what}: {remedy}")
 
 
@@ -88,7 +92,7 @@ def _held(content: Any) -> str:
     def kind(value: Any) -> str:
         of = type(value)
         name = of.__qualname__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__qualname__}"
-        return f"{name} of {len(value)}" if isinstance(value, dict | list | tuple) else name
+        return f"{name} of {len(value)}" if isinstance(value, dict | list | tuple) else printable(name)
 
     if not isinstance(content, dict):
         return f"one object ({kind(content)})"

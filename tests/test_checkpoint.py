@@ -325,6 +325,7 @@ WRAPPERS = {
     "with a step": lambda plain, ema: {**ema, "step": 4},
     "rates": lambda plain, ema: {"params": plain, "params_ema": behind("module.", ema)},
     "net": lambda plain, ema: {"net": ema, "acc": np.int64(3)},
+    "legacy": lambda plain, ema: {"net": ema, **NOTES},
 }
 
 
@@ -332,7 +333,7 @@ WRAPPERS = {
 def test_weights_that_other_programs_wrapped_are_found_and_the_average_preferred(tmp_path, name):
     ema, path = tiny(), str(tmp_path / "theirs.pt")
     plain = {key: value + 1 for key, value in ema.state_dict().items()}
-    th.save(WRAPPERS[name](plain, ema.state_dict()), path)
+    th.save(WRAPPERS[name](plain, ema.state_dict()), path, _use_new_zipfile_serialization=name != "legacy")
     logger.configure(str(tmp_path), ["log"])
     model = tiny()
     weight_files.load_weights(model, path)
@@ -351,7 +352,7 @@ def test_a_file_without_weights_is_answered_by_what_it_holds(tmp_path):
             {"epoch": 3, "log": [1, 2], **NOTES},
             "'epoch' (int), 'log' (list of 2), 'args' (argparse.Namespace), 'best_fid'",
         ),
-        (whole, "but one object (types.SimpleNamespace)"),
+        (whole, "but one object (types.SimpleNamespace): save the state_dict() of its network"),
         ([1, 2], "but one object (list of 2)"),
         ({f"layer{i}": {"w": th.ones(1)} for i in range(20)}, "'layer11' (dict of 1) and 8 more"),
     ):

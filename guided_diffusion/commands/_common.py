@@ -214,8 +214,12 @@ def _shapes(path: str, flags: Flags) -> dict[str, Any]:
 def _warn_if_unknown(path: str, flags: Flags, section: type[Any]) -> None:
     """Say what a checkpoint without a config.json leaves to defaults."""
     specs = [spec for part in (section, DiffusionConfig) for spec in fields(part) if not spec.metadata["runtime"]]
-    usual = [f"{spec.name} {spec.default}" for spec in specs if spec.name not in {**flags.saved, **flags.given}]
-    if "noise_schedule" not in flags.saved:  # what weights show does not include the process
+    usual = [
+        f"{spec.name} {str(spec.default) or repr('')}"
+        for spec in specs
+        if spec.name not in {**flags.saved, **flags.given}
+    ]
+    if usual and "noise_schedule" not in flags.saved:  # what weights show does not include the process
         logger.warn(f"no config.json beside {path}: by default {', '.join(usual)}; give those that were others")
 
 
