@@ -414,8 +414,9 @@ def test_a_bucket_gets_the_files_and_then_their_manifest(monkeypatch):
     bucket, folder = Bucket(monkeypatch), "gs://bucket/run"
     logger.configure(dir="", format_strs=[])
     for step in (1, 2, 3):
-        Saver(keep_last=2, asynchronous=step == 2).save(State(), folder, step)
-        time.sleep(0.5 * (step == 2))
+        saver = Saver(keep_last=2, asynchronous=step == 2)
+        saver.save(State(), folder, step)
+        saver.wait()
     assert bucket.order[-5:] == [
         f"{folder}/{name}" for name in (*(f"{kind}000003.pt" for kind in KINDS), "set000003.json")
     ]
