@@ -6,7 +6,7 @@ Shapes: N images of all ranks, n of one rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -90,14 +90,15 @@ class Meter:
         """Share of the time since the last line of the log that this rank waited for data."""
         return self._waited / max(time.perf_counter() - self._start, 1e-9)
 
-    def dump(self, diffusion: Any, prefix: str = "") -> None:
+    def dump(self, log_losses: Callable[[th.Tensor, dict[str, th.Tensor]], object], prefix: str = "") -> None:
         """Write a line of the log, if there is a step that none holds; every rank calls it.
 
+        :param log_losses: (t, losses) -> None, as `log_loss_dict` does it.
         :param prefix: of the names of the losses.
         """
         if self._losses:  # not where a subclass of the loop computes and logs them in its own way
             t, losses = self.take_losses()
-            log_loss_dict(diffusion, t, {prefix + name: value for name, value in losses.items()})
+            log_losses(t, {prefix + name: value for name, value in losses.items()})
         if self._steps:
             self.log_speed()
             logger.dumpkvs()

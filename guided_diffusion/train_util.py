@@ -233,7 +233,7 @@ class TrainLoop:
                 self._after_step()
                 tested = bool(os.environ.get("DIFFUSION_TRAINING_TEST")) and self._saved == self.updates
                 stopped = tested or interruption.requested(self.updates)
-            self.failures.keep(self.meter.dump, self.diffusion, self.loss_prefix)
+            self.failures.keep(self._dump)
             if self._saved != self.updates:
                 self.failures.keep(self.save)
         self.failures.end()
@@ -403,11 +403,14 @@ class TrainLoop:
                 if self._is_due(hook.interval):
                     (self.failures.keep_of_all if hook.on_all_ranks else keep)(self._look, hook)
         if self._is_due(self.log_interval):
-            keep(self.meter.dump, self.diffusion, self.loss_prefix)
+            keep(self._dump)
         if self._is_due(self.save_interval):
             with self.meter.saving():
                 keep(self.save)
         keep(self.saver.poll)
+
+    def _dump(self) -> None:
+        self.meter.dump(lambda t, losses: log_loss_dict(self.diffusion, t, losses), self.loss_prefix)
 
     def _look(self, hook: Hook) -> None:
         looks = hook.on_all_ranks or dist_util.rank() == 0
@@ -418,8 +421,6 @@ class TrainLoop:
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.updates % interval == 0
-
-    # ---- measuring
 
     @contextmanager
     def evaluation_model(self) -> Iterator[th.nn.Module]:
