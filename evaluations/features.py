@@ -163,7 +163,9 @@ def _classifier(path: str, device: th.device, precision: str) -> NetworkExtracto
         head_inputs.clear()
         x = _planes(fitted(images, size, config.image_channels), device).float() / 127.5 - 1
         logits = network(x, th.zeros(len(x), device=device))
-        return head_inputs.pop().flatten(1), None, logits
+        pooled = head_inputs.pop()
+        pooled = pooled[:, :, 0] if pooled.ndim == 3 else pooled  # of an attention pool, whose first token is the mean
+        return pooled.flatten(1), None, logits
 
     return NetworkExtractor(name, f"classifier {_digest(sorted(facts.items()))} {VERSION}", run)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, TypeVarTuple, cast
 
+import blobfile as bf  # noqa: F401 - what a star import of the original's gives
 import torch as th
 import torch.distributed as dist
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from itertools import accumulate, pairwise, repeat
 from typing import Any
 
@@ -249,7 +248,9 @@ class SpacedDiffusion(GaussianDiffusion):
     def _wrap_model(self, model: Any) -> _WrappedModel:
         if isinstance(model, _WrappedModel):
             return model
-        return _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
+        wrapped = _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
+        wrapped.maps = self.__dict__.setdefault("_maps", {})
+        return wrapped
 
     def _scale_timesteps(self, t: th.Tensor) -> th.Tensor:
         return t  # what `_wrap_model` makes of a network maps and rescales it
@@ -263,20 +264,22 @@ class _WrappedModel:
     ) -> None:
         self.model, self.timestep_map = model, timestep_map
         self.rescale_timesteps, self.original_num_steps = rescale_timesteps, original_num_steps
+        self.maps: dict[object, tuple[list[float], th.Tensor]] = {}  # on each device, and of which numbers
 
     def __call__(self, x: th.Tensor, ts: th.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not ts.is_floating_point():
-            real = th.float64 if x.dtype == th.float64 else th.float32
-            ts = _map_tensor(tuple(self.timestep_map), ts.device, ts.dtype, real)[ts]
+            ts = self._map(ts.device, ts.dtype, th.float64 if x.dtype == th.float64 else th.float32)[ts]
         if self.rescale_timesteps:
             ts = (ts if ts.is_floating_point() else ts.float()) * (1000.0 / self.original_num_steps)
         return self.model(x, ts, *args, **kwargs)
 
-
-@lru_cache(maxsize=64)  # by its numbers: the list may be another at the next step
-def _map_tensor(steps: tuple[float, ...], device: th.device, whole: th.dtype, real: th.dtype) -> th.Tensor:
-    """A timestep map on a device."""
-    return th.tensor(steps, dtype=whole if all(step == int(step) for step in steps) else real, device=device)
+    def _map(self, device: th.device, whole: th.dtype, real: th.dtype) -> th.Tensor:
+        """The timestep map on a device; its numbers may be others than at the step before."""
+        steps, key = list(self.timestep_map), (device, whole, real)
+        if key not in self.maps or self.maps[key][0] != steps:
+            dtype = whole if all(step == int(step) for step in steps) else real
+            self.maps[key] = steps, th.tensor(steps, dtype=dtype, device=device)
+        return self.maps[key][1]
 
 
 def _alpha_bar(tau: Sequence[float], alphas_cumprod: Array) -> Array:
@@ -296,7 +299,7 @@ def respaced(process: GaussianDiffusion, grid: Grid) -> SpacedDiffusion:
     kind = type(process) if isinstance(process, SpacedDiffusion) else SpacedDiffusion
     other = kind.__new__(kind)
     own = {name: value for name, value in vars(process).items() if not callable(getattr(kind, name, None))}
-    vars(other).update({**own, "_tables": {}})
+    vars(other).update({**own, "_tables": {}, "_maps": {}})
     alphas_cumprod = process.original_alphas_cumprod
     levels = np.append(1.0, alphas_cumprod)
     SpacedDiffusion.__init__(

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from evaluations.npz import open_images
 from guided_diffusion.npz_tools import Wanted as FromImages, from_images
 from PIL import Image
 
+from evaluations.images import open_images
 from guided_diffusion import archives, cli, untrusted
 from guided_diffusion.commands._common import described
 from guided_diffusion.commands._conditioning import kind_of

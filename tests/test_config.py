@@ -32,6 +32,7 @@ COMMANDS = sorted(cli.COMMANDS)
 
 # flags beyond the originals', and what makes each do what the originals did
 BEYOND = {
+    "dist_timeout": 10.0,
     "compile": False,
     "checkpoint_resolutions": "",
     "fsdp": False,

@@ -588,7 +588,7 @@ def test_a_picture_with_finer_levels_is_kept_or_refused(made):
         ),
         ("emoji", lambda source: (source / "emoji.json").write_text("{"), "is no table of emoji"),
         ("parquet", lambda source: [path.unlink() for path in source.iterdir()], "holds no .parquet file"),
-        ("ffhq", lambda source: shutil.rmtree(source), "is neither a folder nor a zip"),
+        ("ffhq", lambda source: shutil.rmtree(source), "is not there: give the path of the data set"),
     ],
 )
 def test_what_is_no_such_data_set_is_told_in_a_sentence(name, spoil, told, made, capfd):

@@ -129,9 +129,9 @@ def test_nothing_but_the_images_and_the_network_counts(pair, tmp_path, change):
     assert second == pytest.approx(first, rel=tolerance, abs=tolerance)
 
 
-def test_names_stand_for_sources_extractors_and_metrics(pair, tmp_path, script):
+def test_names_stand_for_sources_extractors_and_metrics(pair, tmp_path, judge):
     """Whatever is opened or built from a name may be given by its name, and what is open already as it is."""
-    (reference, samples), name, built = pair, script, make_extractor(script)
+    (reference, samples), name, built = pair, judge, make_extractor(judge)
     expected = evaluate(open_images(reference), open_images(samples), built, metrics=("fid", "kid"), cache=False)
     for one, other in ((reference, samples), (Path(reference), Path(samples)), (prepare(reference, name), samples)):
         found = evaluate(one, other, name, metrics="fid,kid", cache=False)
@@ -507,7 +507,7 @@ def test_features_that_are_no_numbers_end_the_command(pair, tmp_path, capsys):
     features = classifier_run(tmp_path / "broken")
     path = str(tmp_path / "broken" / "model000010.pt")
     state = checkpoint.load(path)
-    state["out.0.weight"].fill_(float("nan"))
+    state["out.0.weight"].fill_(3e38)  # which overflows in the network
     os.remove(path)
     checkpoint.save(path, state)
     with pytest.raises(SystemExit) as ending:

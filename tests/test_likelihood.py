@@ -318,7 +318,7 @@ def test_ranks_and_batches_change_nothing_and_count_each_image_once(
         found.append({name: value for name, value in contents(out).items() if batch == "5"})
         means.append(float(total.mean()))
     assert found[0] == found[1] == found[2]
-    assert means == pytest.approx([means[0]] * 5, rel=1e-6)
+    assert means == pytest.approx([means[0]] * 5, rel=1e-4)  # convolutions round by the shape of a batch
 
 
 def test_three_processes_measure_what_one_does(run: Path, folder: Path, tmp_path: Path, ranks: Nursery) -> None:

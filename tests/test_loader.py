@@ -470,6 +470,7 @@ def test_the_flags_reach_the_images(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_lost_worker_is_found_out_when_a_batch_is_asked_for_and_not_in_the_middle_of_a_step(folder: Path) -> None:
+    alarm = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch sets its own with the first loader of a process
     stream = opened(folder, num_workers=1)
     next(stream)
     (worker,) = stream._batches._workers  # type: ignore[union-attr]
@@ -479,6 +480,7 @@ def test_a_lost_worker_is_found_out_when_a_batch_is_asked_for_and_not_in_the_mid
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         for _ in range(9):  # those that it has made are given
             next(stream)
+    signal.signal(signal.SIGCHLD, alarm)
 
 
 def test_training_on_bytes_is_training_on_their_floats(folder: Path, tmp_path: Path) -> None:

@@ -296,12 +296,12 @@ def test_scopes_nest_and_reset_goes_back_to_the_default(monkeypatch, tmp_path):
 
 def test_threads_that_configure_have_loggers_of_their_own_and_others_share_the_main_one(tmp_path):
     logger.configure(str(tmp_path / "main"), ["log"])
-    both = threading.Barrier(2)
+    everybody = threading.Barrier(3)  # so that none of the three takes the thread of another
 
     def work(name):
         if name != "idle":
             logger.configure(str(tmp_path / name), ["log"])
-            both.wait(60)
+        everybody.wait(60)
         logger.log(f"from {name}")
         logger.logkv("x", name)
         return logger.get_dir(), dict(logger.getkvs())

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch as th
 import urllib3
-from evaluations.npz import open_images
 from guided_diffusion.npz_tools import from_images
 from PIL import Image
 
+from evaluations.images import open_images
 from evaluations.weights import find_inception
 from guided_diffusion import checkpoint, cli, dist_util, logger, paths
 from guided_diffusion.commands._conditioning import kind_of

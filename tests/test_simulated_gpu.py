@@ -29,7 +29,7 @@ STEPS = 4
 ALLOWED = {
     "features.py:_numbers": "features are compared on the host, to which they go batch by batch",
     "flow_likelihood.py:_rk45": "how many steps a flow takes depends on the error of each",
-    "fp16_util.py:MixedPrecisionTrainer.optimize": "a step that is not finite is not taken: one wait for three numbers",
+    "fp16_util.py:MixedPrecisionTrainer._optimize_normal": "a step that is not finite is not taken: one wait",
     "guidance.py:GuidedNetwork.limited.<locals>.scale": "outside of its interval the weaker network is not asked",
     "guidance.py:interval.<locals>.limited": "outside of its interval the guide is not asked",
     "meter.py:log_loss_dict": "losses go to the log: of a line, or of a batch of validation",

@@ -658,7 +658,7 @@ def test_what_is_missing_is_said(tmp_path, pictures):
     assert "cat.pt is unknown" in said
     assert said.count("NOT restored") == 3  # average, optimizer, data
     assert all(th.equal(a, b) for a, b in zip(loop.ema_params[0], loop.model.parameters(), strict=True))
-    with pytest.raises(FileNotFoundError, match=r"model000004.pt does not exist; beside it lie ema_0.5_000003.pt"):
+    with pytest.raises(FileNotFoundError, match=r"model000004.pt' does not exist; beside it lie ema_0.5_000003.pt"):
         make(tmp_path / "new", iter([]), resume_checkpoint=str(tmp_path / "run" / "model000004.pt"))
 
 
