@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from .gaussian_diffusion import GaussianDiffusion, Losses
 from .prediction import CondFn, MeanVariance
 from .schedules import Array, NoiseLevels
+from .seeds import to_device
 from .surfaces import Model
 
 Grid = str | Sequence[float]
@@ -278,7 +279,7 @@ class _WrappedModel:
         steps, key = list(self.timestep_map), (device, whole, real)
         if key not in self.maps or self.maps[key][0] != steps:
             dtype = whole if all(step == int(step) for step in steps) else real
-            self.maps[key] = steps, th.tensor(steps, dtype=dtype, device=device)
+            self.maps[key] = steps, to_device(th.tensor(steps, dtype=dtype), device)
         return self.maps[key][1]
 
 

@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 import torch as th
 import urllib3
-from guided_diffusion.npz_tools import from_images
 from PIL import Image
 
 from evaluations.images import open_images
 from evaluations.weights import find_inception
 from guided_diffusion import checkpoint, cli, dist_util, logger, paths
 from guided_diffusion.commands._conditioning import kind_of
+from guided_diffusion.commands._npz_files import from_images
 from guided_diffusion.conditioning import CondSource, Pairing
 from guided_diffusion.image_datasets import load_data, save_classes
 from guided_diffusion.image_files import find_images
 from guided_diffusion.image_labels import load_classes, read_labels
 from guided_diffusion.init_images import InitImages
 from guided_diffusion.npz import Npz, save_npz
+from guided_diffusion.npz_tool_config import FromImagesConfig
 from guided_diffusion.pictures import to_uint8
 from guided_diffusion.upsampling import Wanted, read_base
 
@@ -175,7 +176,7 @@ def test_all_of_this_opens(place: Any) -> None:
         images, cond = next(load_data(data_dir=place(name), class_cond=True, log=lambda _: None, **options))
         np.testing.assert_array_equal(to_uint8(images + 1e-3), PIXELS)
         assert cond["y"].tolist() == [0, 1]
-        assert len(open_images(place(name)).seen.sizes) == 1
+        assert len(open_images(place(name)).scanned.sizes) == 1
         assert InitImages(place(name), 4, 3, masks=place("mask:cat_1.png")).check(2)
         kind = kind_of(cli.Flags("image_train", {"cond_type": "image"}))
         assert kind is not None
@@ -188,7 +189,9 @@ def test_all_of_this_opens(place: Any) -> None:
     labels = read_labels(find_images(place("images:1")))
     save_classes(place("classes:1.json"), labels)
     assert load_classes(place("classes:1.json")) == ["cat", "dog"]
-    assert from_images(place("images:1"), str(folder / "new:1.npz"))[-1].endswith("2 images 4x4x3")
+    assert from_images(FromImagesConfig(source=place("images:1"), out=str(folder / "new:1.npz")))[-1].endswith(
+        "2 images 4x4x3"
+    )
 
 
 def test_checkpoints_and_logs_open(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
