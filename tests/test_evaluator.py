@@ -138,7 +138,7 @@ def test_names_stand_for_sources_extractors_and_metrics(pair, tmp_path, judge):
         assert found.results == expected.results
     write_reference(Path(reference), str(tmp_path / "out.npz"), name, size=8)
     assert evaluate(tmp_path / "out.npz", samples, name, metrics="fid,kid", cache=False).results == expected.results
-    with pytest.raises(ValueError, match="a metric must be one of is, fid, .*got 'fdi'"):
+    with pytest.raises(ValueError, match=r"a metric must be one of is, fid, .*got 'fdi'"):
         evaluate(reference, samples, built, metrics=("fdi",))
 
 

@@ -13,7 +13,7 @@ from evaluations import sweep as sweep_module
 from evaluations.evaluator import evaluate
 from evaluations.features import make_extractor
 from evaluations.sweep import Cell
-from guided_diffusion import checkpoint, sample_util
+from guided_diffusion import sample_util, weight_files
 from guided_diffusion.commands import classifier_sample, classifier_train, image_sample, image_train, sweep
 
 IMAGES = {"image_size": 8, "diffusion_steps": 40, "num_workers": 0, "num_classes": 2, "batch_size": 4, "max_steps": 3}
@@ -150,13 +150,13 @@ def test_a_model_guides_itself_and_at_scale_1_not_at_all(flags, tmp_path):
 
 
 def test_networks_are_loaded_once(flags, tmp_path, monkeypatch):
-    loaded, real = [], checkpoint.fitting_weights
+    loaded, real = [], weight_files.fitting_weights
 
     def counted(model, path, *rest):
         loaded.append(os.path.basename(os.path.dirname(path)))
         return real(model, path, *rest)
 
-    monkeypatch.setattr(checkpoint, "fitting_weights", counted)
+    monkeypatch.setattr(weight_files, "fitting_weights", counted)
     sweep.main(command_line(**flags, log_dir=tmp_path / "sweep"))
     assert len(table(tmp_path / "sweep")) == 2
     assert sorted(loaded) == ["classifier", "judge", "model"]
