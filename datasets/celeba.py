@@ -6,10 +6,10 @@ import os
 
 from guided_diffusion import untrusted
 from guided_diffusion.commands._dataset import converter
-from guided_diffusion.config import nearest
 from guided_diffusion.dataset_config import CelebaConfig
 from guided_diffusion.dataset_folder import folder_source, listing_of
 from guided_diffusion.dataset_images import Source
+from guided_diffusion.options import nearest
 
 TABLE = "list_attr_celeba.txt"
 

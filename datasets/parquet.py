@@ -8,11 +8,11 @@ from typing import Any
 
 from guided_diffusion import untrusted
 from guided_diffusion.commands._dataset import converter
-from guided_diffusion.config import nearest
 from guided_diffusion.dataset_config import ParquetConfig
 from guided_diffusion.dataset_folder import folder_name
 from guided_diffusion.dataset_images import Item, Source, bad
 from guided_diffusion.dataset_planes import class_of
+from guided_diffusion.options import nearest
 from guided_diffusion.untrusted import printable, reason
 
 ROWS = 64  # read at a time

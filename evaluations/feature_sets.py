@@ -22,9 +22,8 @@ from evaluations.images import ImageSet
 from evaluations.metrics import RunningStatistics, Statistics
 from evaluations.scores import FeatureSet
 from guided_diffusion import dist_util, logger
-from guided_diffusion.downloads import cache_folder
-from guided_diffusion.npz import replacing
-from guided_diffusion.untrusted import parse_json, reason
+from guided_diffusion.paths import cache_folder
+from guided_diffusion.untrusted import parse_json, reason, replacing
 
 # the fields of a FeatureSet, and the columns of Features that they are made of
 ROWS = {"pool": "pool", "probs": "probs"}

@@ -23,9 +23,10 @@ from PIL import Image
 from evaluations.weights import find_inception, load_inception
 from guided_diffusion import checkpoint, logger, paths, untrusted, weight_files
 from guided_diffusion.architecture import architecture
-from guided_diffusion.config import PRECISIONS, ClassifierConfig, nearest, parse_size
+from guided_diffusion.config import PRECISIONS, ClassifierConfig
 from guided_diffusion.crops import center_crop_arr
 from guided_diffusion.npz import fingerprint
+from guided_diffusion.options import nearest, parse_size, saved_values
 from guided_diffusion.script_util import build_classifier
 from guided_diffusion.seeds import to_device
 
@@ -178,14 +179,11 @@ def read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
 
     :raises OSError, ValueError: if there is none, or it is another network.
     """
-    from guided_diffusion.cli import Flags
-
     path = checkpoint.resolve_model(path)
     saved = checkpoint.config_beside(path) or _flags_of(weight_files.weights_of(path)[0])
     if "classifier_width" not in saved:
         raise ValueError(f"--features classifier:{path} is no classifier: give the checkpoint of a classifier there")
-    flags = Flags("classifier_sample", {"classifier_precision": precision}).over(saved, ClassifierConfig)
-    config = flags.part(ClassifierConfig)
+    config = ClassifierConfig(**{**saved_values(saved, ClassifierConfig), "classifier_precision": precision})
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
         frame = build_classifier(config)
     weights = weight_files.fitting_weights(frame, path, asdict(config))

@@ -24,11 +24,11 @@ from PIL import Image
 
 from guided_diffusion import dist_util, image_files, paths, untrusted
 from guided_diffusion.archives import is_stack
-from guided_diffusion.config import Size, parse_size
 from guided_diffusion.crops import Picture, TooThin, as_bytes, center_crop_arr
 from guided_diffusion.decoding import Range
 from guided_diffusion.image_files import Listing, UnreadableImage, find_images, split_archive
 from guided_diffusion.npz import Npz
+from guided_diffusion.options import Size, parse_size
 from guided_diffusion.untrusted import parse_json, printable, quoted, read_file
 
 Pixels = NDArray[np.uint8]

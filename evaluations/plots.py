@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from guided_diffusion.npz import replacing
+from guided_diffusion.untrusted import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,8 +20,8 @@ from evaluations.images import RECORD, STATISTICS, ArrayImages, ImageSet, Opened
 from evaluations.metrics import Statistics
 from evaluations.scores import FeatureSet
 from guided_diffusion import dist_util
-from guided_diffusion.config import Size, parse_size
 from guided_diffusion.npz import Npz, Rows, write_arrays
+from guided_diffusion.options import Size, parse_size
 from guided_diffusion.untrusted import parse_json
 
 LARGEST_D = 2**14  # features that a stored covariance may have

@@ -19,9 +19,8 @@ from evaluations.plots import draw_sweep
 from evaluations.references import read_statistics
 from evaluations.scores import METRICS, Options, rehearse
 from guided_diffusion import dist_util, logger
-from guided_diffusion.checkpoint import save_json
-from guided_diffusion.npz import fingerprint, replacing
-from guided_diffusion.untrusted import parse_json, read_file
+from guided_diffusion.npz import fingerprint
+from guided_diffusion.untrusted import parse_json, read_file, replacing, write_json
 
 TABLE, RESULTS, PICTURE, CELL = "results.csv", "results.json", "sweep.png", "result.json"
 COLUMNS = ("sampler", "steps", "scale", "evaluations", "samples")  # of the table, before those of the metrics
@@ -87,7 +86,7 @@ def _write(rows: Sequence[Row], folder: str, facts: Mapping[str, Any]) -> None:
     writer.writerows(rows)
     with replacing(os.path.join(folder, TABLE)) as file:
         file.write(text.getvalue().encode())
-    save_json(os.path.join(folder, RESULTS), {**facts, "rows": list(rows)})
+    write_json(os.path.join(folder, RESULTS), {**facts, "rows": list(rows)})
 
 
 class Measure:
@@ -116,7 +115,7 @@ class Measure:
             logger.warn(line)
         self._warned = True
         results = dict(report.results)
-        dist_util.decide(lambda: save_json(path, {"request": request, "results": results}))
+        dist_util.decide(lambda: write_json(path, {"request": request, "results": results}))
         return results
 
     def _request(self) -> dict[str, Any]:

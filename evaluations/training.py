@@ -21,7 +21,7 @@ from evaluations.images import ImageSet, Pixels, open_images, to_rgb
 from evaluations.plots import base, best, draw_progress, require
 from evaluations.scores import METRICS, Options, rehearse
 from guided_diffusion import dist_util, logger
-from guided_diffusion.evaluation_config import TrainEvaluationConfig
+from guided_diffusion.config import TrainEvaluationConfig
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.image_datasets import ImageDataset, ImageStream
 from guided_diffusion.jobs import Job

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch as th
 
-from .config import Size, parse_size
+from .options import Size, parse_size
 
 Shape = tuple[int, ...]
 Layer = dict[str, Shape]  # name within the layer -> shape

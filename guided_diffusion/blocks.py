@@ -97,6 +97,19 @@ class Downsample(nn.Module):
         return out
 
 
+WIDE = 128  # channels from which channels_last helps convolutions on a CPU more than it costs normalizations
+
+
+def cast_convolutions(module: nn.Module, dtype: th.dtype, *, channels_last: bool) -> None:
+    """Cast the convolutions inside a module in place; the weights of 2-D ones may become channels_last."""
+    layout = th.channels_last if channels_last else th.contiguous_format
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            layer.to(dtype)
+        if isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=layout)  # type: ignore[call-overload]
+
+
 class ResBlock(TimestepBlock):
     """A residual block, which the embedding shifts, or scales and shifts.
 

@@ -8,7 +8,6 @@ before the first one, the files that must be there decide, of sets after it, the
 
 from __future__ import annotations
 
-import json
 import os
 import pickletools
 import re
@@ -21,7 +20,6 @@ import torch as th
 
 from . import dist_util, manifest, paths, untrusted
 from .manifest import Entry, Hashed
-from .npz import explained, replacing
 from .paths import exists, is_remote, isdir, join, names_in
 
 CONFIG, CLASSES = "config.json", "classes.json"
@@ -39,12 +37,7 @@ _MAX_FOREIGN = 1000  # names of classes in a file
 
 def _write(path: str, write: Callable[[Hashed], object]) -> Entry:
     """Let `write(file)` fill a file that takes the name `path` only when it is complete."""
-    if is_remote(path):  # object stores show a file when it is closed, and nothing of it after an error
-        with explained(path), paths.new_blob(path) as file:
-            hashed = Hashed(file)
-            write(hashed)
-        return hashed.entry
-    with replacing(path) as file:
+    with untrusted.writing(path) as file:
         hashed = Hashed(file)
         write(hashed)
     return hashed.entry
@@ -57,11 +50,6 @@ def save(path: str, obj: Any) -> Entry:
     :raises OSError: naming path and reason, if that is impossible.
     """
     return _write(path, lambda file: th.save(obj, cast(IO[bytes], file)))
-
-
-def save_json(path: str, value: Any) -> Entry:
-    """Write a JSON file as `save` writes tensors."""
-    return _write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 class Inert:

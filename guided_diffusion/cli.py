@@ -7,63 +7,60 @@ from __future__ import annotations
 
 import argparse
 import ast
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from . import __version__
-from .conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
 from .config import (
     ClassifierConfig,
+    ClassifierDataConfig,
     ClassifierTrainConfig,
-    DemoConfig,
+    CompileConfig,
+    CondDataConfig,
+    CondTrainConfig,
+    DataConfig,
     DiffusionConfig,
-    EditConfig,
-    FreeGuidanceConfig,
-    GuidanceConfig,
-    ImageTrainConfig,
-    RunConfig,
-    SampleConfig,
-    SuperResConfig,
-    UNetConfig,
-    defaults,
-    nearest,
-    str2bool,
-)
-from .data_config import ClassifierDataConfig, DataConfig, LikelihoodConfig, RangeConfig
-from .dataset_config import (
-    CelebaConfig,
-    CifarConfig,
-    ConversionConfig,
-    EmojiConfig,
-    FolderConfig,
-    Imagenet64Config,
-    ImagenetConfig,
-    LsunConfig,
-    MnistConfig,
-    OneClassConfig,
-    ParquetConfig,
-)
-from .evaluation_config import (
-    DownloadConfig,
-    EvaluatorConfig,
     ExtractorConfig,
+    ImageTrainConfig,
+    InitConfig,
+    LoaderConfig,
+    LoraConfig,
+    RangeConfig,
+    RunConfig,
+    SuperResConfig,
+    TrainEvaluationConfig,
+    TrainSpeedConfig,
+    UNetConfig,
+)
+from .launchers import announced_rank
+from .options import defaults, means_not_given, nearest, reader_of, saved_values
+from .sections import (
+    AdapterConfig,
+    CascadeConfig,
+    CondSampleConfig,
+    DemoConfig,
+    DownloadConfig,
+    EditConfig,
+    EvaluatorConfig,
+    FlowConfig,
+    FreeGuidanceConfig,
+    FromImagesConfig,
+    GuidanceConfig,
+    LikelihoodConfig,
+    MeasureConfig,
+    NpzToolConfig,
     PlaceConfig,
     ReferenceConfig,
+    SampleConfig,
     SweepConfig,
-    TrainEvaluationConfig,
+    ToPngConfig,
+    UpsampleConfig,
 )
-from .finetuning_config import AdapterConfig, InitConfig, LoraConfig
-from .launchers import announced_rank
-from .likelihood_config import FlowConfig, MeasureConfig
-from .npz_tool_config import FromImagesConfig, NpzToolConfig, ToPngConfig
-from .performance_config import CompileConfig, LoaderConfig, TrainSpeedConfig
-from .upsampling_config import CascadeConfig, UpsampleConfig
 
 Section = TypeVar("Section", bound=object)
 
@@ -159,32 +156,17 @@ COMMANDS = {
     "demo": Command("Train on the bundled pictures for some minutes, sample with and without guidance.", (DemoConfig,)),
 }
 
-# the scripts in datasets/, which are not among the commands of the console
-DATASETS = {
-    "imagenet": Command("ImageNet (ILSVRC 2012) from its tars.", (ImagenetConfig,)),
-    "imagenet64": Command("Downsampled ImageNet from its batches.", (Imagenet64Config,)),
-    "lsun": Command("LSUN from an LMDB per class.", (LsunConfig,)),
-    "cifar": Command("CIFAR-10 and CIFAR-100 from their Python batches.", (CifarConfig,)),
-    "mnist": Command("MNIST and Fashion-MNIST from their idx files.", (MnistConfig,)),
-    "ffhq": Command("FFHQ from its folders.", (OneClassConfig,)),
-    "afhq": Command("AFHQ from its folders.", (ConversionConfig,)),
-    "celeba": Command("CelebA from its folder of aligned faces.", (CelebaConfig,)),
-    "parquet": Command("A data set of the Hugging Face Hub from its parquet files.", (ParquetConfig,)),
-    "folder": Command("Any folder or zip of images.", (FolderConfig,)),
-    "emoji": Command("emoji64.zip from the drawings of Noto Emoji and Twemoji.", (EmojiConfig,)),
-}
 
-
-# the first word after npz_tool
-NPZ_TOOLS = {
+# what the console does not list: the tools of npz_tool by their first word, to which the converters add themselves
+OTHERS = {
     "npz_tool to-png": Command("Write the images of an npz as PNG files.", (ToPngConfig,)),
     "npz_tool from-images": Command("Write a folder or zip of images as an npz.", (FromImagesConfig,)),
 }
 
 
 def command_of(name: str) -> Command:
-    """A command of the console, a tool of npz_tool, or a script in datasets/."""
-    return {**DATASETS, **NPZ_TOOLS, **COMMANDS}[name]
+    """A command of the console, a tool of npz_tool, or a converter."""
+    return {**OTHERS, **COMMANDS}[name]
 
 
 @dataclass(frozen=True)
@@ -196,14 +178,19 @@ class Flags:
     saved: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def usual(self) -> dict[str, Any]:
+        """The default of every flag."""
+        return defaults(*command_of(self.command).sections)
+
+    @property
     def values(self) -> dict[str, Any]:
         """Every flag resolved, as plain JSON values."""
-        return {**defaults(*command_of(self.command).sections), **self.saved, **self.given}
+        return {**self.usual, **self.saved, **self.given}
 
     @property
     def changed(self) -> dict[str, Any]:
         """What the command line gives otherwise than by default: what a flag "without effect" is said of."""
-        usual = defaults(*command_of(self.command).sections)
+        usual = self.usual
         return {name: value for name, value in self.given.items() if value != usual.get(name)}
 
     def part(self, section: type[Section]) -> Section:
@@ -216,26 +203,7 @@ class Flags:
 
         :raises ValueError: if a saved value has another type than its flag.
         """
-        known = {spec.name: spec for section in sections for spec in fields(section)}
-        taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
-        for name, value in taken.items():
-            fault = _fault(known[name], value)
-            if fault:
-                shown = f"{value!r:.200}"
-                raise ValueError(f"the checkpoint's config.json says {name} {shown}, which {fault}")
-        return Flags(self.command, self.given, {**self.saved, **taken})
-
-
-def _fault(spec: Field[Any], value: Any) -> str:
-    """What is wrong with the saved value of a flag; '' if the command line would take it."""
-    kinds = f"{spec.type} int" if "float" in spec.type else spec.type
-    if type(value).__name__ not in kinds.replace("|", "").split():
-        return f"should be of type {spec.type}"
-    try:
-        _converter(spec)(str(value))
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        return f"is not to be used ({error})"
-    return ""
+        return Flags(self.command, self.given, {**self.saved, **saved_values(saved, *sections)})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -245,52 +213,6 @@ class _Parser(argparse.ArgumentParser):
         if announced_rank() == 0:
             self._print_message(f"{self.prog}: error: {message}\n")
         self.exit(2)
-
-
-def _converter(spec: Field[Any]) -> Callable[[str], Any]:
-    """text -> value of one flag, with its checks; the default always passes, such as -1 for "not given"."""
-
-    def read(text: str) -> Any:
-        if text == str(spec.default):
-            return spec.default
-        value = _converted(spec, text)
-        if value != spec.default:
-            _check_limits(spec, text, value)
-        return value
-
-    return read
-
-
-def _converted(spec: Field[Any], text: str) -> Any:
-    kind: type[Any] = type(spec.default)
-    convert = spec.metadata["convert"] or (str2bool if kind is bool else kind)
-    try:
-        return convert(text)
-    except ValueError as error:
-        detail = str(error) if spec.metadata["convert"] else f"{text!r} is not of type {kind.__name__}"
-        raise argparse.ArgumentTypeError(detail) from error
-
-
-def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
-    choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    if choices and str(value) not in choices:
-        allowed = ", ".join(choice or "''" for choice in choices)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
-    if low is not None and not value >= low:
-        raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
-    if high is not None and not value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is above the greatest value, {high}")
-
-
-def _means_not_given(spec: Field[Any], value: Any) -> bool:
-    """Whether a value is a default that no other value could be: --steps 0, --eta -1, --image_size ''."""
-    try:
-        _check_limits(spec, str(value), _converted(spec, str(value)))
-    except argparse.ArgumentTypeError:
-        return bool(value == spec.default)
-    return False
 
 
 def run_plugins(argv: Sequence[str] | None, prog: str) -> None:
@@ -336,7 +258,7 @@ def add_flag(group: argparse._ActionsContainer, spec: Field[Any], *, saved: bool
     :param saved: what a checkpoint says of it comes before its default.
     """
     if spec.metadata["positional"]:
-        group.add_argument(spec.name, type=_converter(spec), metavar=spec.name.upper(), help=_help(spec))
+        group.add_argument(spec.name, type=reader_of(spec), metavar=spec.name.upper(), help=_help(spec))
         return
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
     extra: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}
@@ -345,7 +267,7 @@ def add_flag(group: argparse._ActionsContainer, spec: Field[Any], *, saved: bool
         *names,
         dest=spec.name,
         default=argparse.SUPPRESS,
-        type=_converter(spec),
+        type=reader_of(spec),
         metavar=type(spec.default).__name__.upper(),
         help=f"{_help(spec)} ({shown})".replace("%", "%%"),
         **extra,
@@ -420,4 +342,4 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
             command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
         command_line.error(f"unknown flag {word}{_hint(word, command_of(name).words())}")
     flags = command_of(name).flags()
-    return Flags(name, {k: v for k, v in vars(namespace).items() if not _means_not_given(flags[k], v)})
+    return Flags(name, {k: v for k, v in vars(namespace).items() if not means_not_given(flags[k], v)})

@@ -19,7 +19,7 @@ import torch._functorch.config as autograd_config
 from torch import nn
 
 from . import logger
-from .downloads import cache_folder
+from .paths import cache_folder
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # the compiler's own variable
 SHAPES = 64  # that networks may be compiled for, all of them together: theirs is one function to the compiler

@@ -18,11 +18,12 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from .config import COND_TYPES, Size, nearest
+from .config import COND_TYPES
 from .crops import Draws, Picture, TooThin, center_crop_arr, channels_first, size_of
 from .decoding import Range
 from .image_files import Listing, UnreadableImage, find_images, images_at, read_ids, read_image, read_mask
 from .npz import fingerprint
+from .options import Size, nearest
 from .unet import UNetModel
 from .untrusted import quoted
 

@@ -1,23 +1,15 @@
-"""Every flag once: the config dataclasses and their help texts.
+"""The flags of networks, the diffusion process and training: dataclasses whose fields are the flags. No torch.
 
-A field is a flag: its name, default and help text stand here and nowhere else. The `*_defaults()` dictionaries, the
-command lines, the keyword sets of the factory and the config.json beside a checkpoint are all read off these classes.
-Nothing here imports torch, so that ``--help`` answers at once.
+A field's name, default and help text stand here, or in commands/sections.py for what commands alone take, and nowhere
+else. The `*_defaults()` dictionaries, the command lines, the keyword sets of the factory and the config.json beside a
+checkpoint are all read off these classes.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
-from . import paths
-
-T = TypeVar("T")
-Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
+from .options import flag, local_flag, names_of, parse_microbatch, path_flag, range_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 PRECISION_CHOICES = ("", *PRECISIONS, "auto")
@@ -29,114 +21,9 @@ LABEL_COLUMN = "column of the labels in a table that has several; '' where it is
 BAD_IMAGE_RULES = ("error", "skip")
 PLUGIN_HELP = "Python files that run first and may add samplers, grids and the like, separated by commas or by flags"
 COND_TYPES = ("image", "mask", "classes")
-
-
-def flag(
-    default: T,
-    help: str,
-    *,
-    choices: Iterable[str] = (),
-    at_least: float | None = None,
-    at_most: float | None = None,
-    runtime: bool = False,
-    alias: str = "",
-    convert: Callable[[str], Any] | None = None,
-    positional: bool = False,
-) -> T:
-    """A dataclass field that is also a flag.
-
-    :param runtime: True for what may change between training and sampling (precision, memory): never taken from a
-        checkpoint's config.
-    :param convert: text -> value where the type of the default does not say it.
-    :param positional: True for a word that a command always needs, written without a name, in the order of the fields;
-        one with a tuple as its default takes several.
-    """
-    extra = {
-        "help": help,
-        "choices": tuple(choices),
-        "at_least": at_least,
-        "at_most": at_most,
-        "runtime": runtime,
-        "alias": alias,
-        "convert": convert,
-        "positional": positional,
-    }
-    return field(default=default, metadata=extra)
-
-
-def path_flag(help: str, default: str = "", *, positional: bool = False) -> str:
-    """The flag of a path to read from."""
-    return flag(default, help, positional=positional, convert=paths.resolve)
-
-
-def local_flag(help: str, default: str = "", *, positional: bool = False) -> str:
-    """The flag of a path on this machine, such as all that is written to."""
-    return flag(default, help, positional=positional, convert=paths.local)
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def str2bool(v: str | bool) -> bool:
-    """The boolean that a word on the command line stands for."""
-    if isinstance(v, bool):
-        return v
-    known = dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True)
-    known |= dict.fromkeys(("no", "false", "f", "n", "0", "off"), False)
-    if v.lower() not in known:
-        raise argparse.ArgumentTypeError(f"boolean value expected: {v!r} is neither True nor False")
-    return known[v.lower()]
-
-
-def parse_size(size: Size) -> tuple[int, int]:
-    """(height, width) of a size given as 64, "64", "64x128" or a pair.
-
-    :raises ValueError: if it is none of these, or not positive.
-    """
-    try:
-        sides = size.lower().split("x") if isinstance(size, str) else [size] if isinstance(size, int) else list(size)
-        numbers = [int(side) for side in sides]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
-        raise ValueError(f"image size {size!r} is not a size: write 64, or HEIGHTxWIDTH such as 64x128")
-    return numbers[0], numbers[-1]
-
-
-def parse_rates(text: str | float) -> list[float]:
-    """The rates of moving averages in "0.999,0.9999"; [] of ''.
-
-    :raises ValueError: if one is not a number from 0 to 1.
-    """
-    try:
-        rates = [float(word) for word in str(text).split(",") if word.strip()]
-    except ValueError:
-        rates = [math.nan]
-    if not all(0 <= rate <= 1 for rate in rates):
-        raise ValueError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
-    return rates
-
-
-def parse_microbatch(text: str) -> int | str:
-    """A number of images, or "auto".
-
-    :raises ValueError: if it is neither.
-    """
-    if text == "auto":
-        return text
-    if not text.removeprefix("-").isdecimal() or int(text) < -1:
-        raise ValueError(f"{text!r} is no number of images: write a number, -1 for the whole batch, or auto")
-    return int(text)
-
-
-def size_flag(text: Size) -> int | str:
-    """The plain JSON form of a size: an int for squares, else the text HxW."""
-    height, width = parse_size(text)
-    return height if height == width else f"{height}x{width}"
-
+METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
+MISMATCHES = ("error", "reinit", "inflate")
+LORA_KINDS = ("attention", "convolutions")
 
 # ---- the networks and the process: saved with a checkpoint
 
@@ -259,7 +146,7 @@ class ClassifierConfig(SizedConfig):
     )
 
 
-# ---- what a command does with them
+# ---- images and training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +158,76 @@ class RunConfig:
     device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
     dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
     plugin: str = flag("", PLUGIN_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeConfig:
+    """What the numbers in images mean."""
+
+    data_range: str = flag(
+        "",
+        "LOW,HIGH: the numbers that are black and white in images, conditioning images too, but not in masks, such as "
+        "0,4095 for 12 bits in 16 or 0,1 for floats; '' the whole range of integers, and -1,1 of floats; 8-bit images "
+        "keep 0,255 unless it lies within that",
+        convert=range_flag,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(RangeConfig):
+    """The images to train on."""
+
+    data_dir: str = path_flag("folder or zip of images, searched in depth, or an array of them")
+    class_from: str = flag("auto", "where labels come from", choices=CLASS_RULES)
+    label_column: str = flag("", LABEL_COLUMN)
+    random_crop: bool = flag(False, "crop at random instead of the centre")
+    random_flip: bool = flag(True, "mirror half of the images")
+    num_workers: int = flag(2, "processes that decode images; 0: the main process does", at_least=0)
+    on_bad_image: str = flag(
+        "error", "error: an unreadable image ends the run; skip: another one takes its place", choices=BAD_IMAGE_RULES
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierDataConfig(DataConfig):
+    """The labelled images to train on."""
+
+    random_crop: bool = flag(True, "crop at random instead of the centre")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """Speed of reading images."""
+
+    fast_decode: bool = flag(
+        False, "decode JPEGs at a half, a quarter or an eighth where that is enough; pixels differ a little"
+    )
+    cache_images: bool = flag(False, "keep the decoded images in memory, shared by the processes of --num_workers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondDataConfig:
+    """Conditioning images beside the images of --data_dir, of the kind that --cond_type says."""
+
+    cond_dir: str = path_flag(
+        "folder or zip of a conditioning image for each image, of the same name but for the extension"
+    )
+    skip_unpaired: bool = flag(
+        False, "leave out images without a conditioning image, and the other way round; False: that is an error"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondTrainConfig(CondDataConfig):
+    """Conditioning images to train with, of the kind that --cond_type says."""
+
+    val_cond_dir: str = path_flag("as --cond_dir, for --val_data_dir")
+    cond_dropout: float = flag(
+        0.0,
+        "probability that a conditioning image becomes zeros in training, for classifier-free guidance",
+        at_least=0,
+        at_most=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,90 +288,91 @@ class ClassifierTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Sampling."""
+class CompileConfig:
+    """Compiling the networks."""
 
-    model_path: str = path_flag("a checkpoint, or the folder of a run (its newest EMA)")
-    num_samples: int = flag(10000, "images to make", at_least=1)
-    batch_size: int = flag(16, "images per pass of the network", at_least=1)
-    sampler: str = flag("", "one of {samplers}; '' is ddpm, or ddim with --use_ddim True")
-    use_ddim: bool = flag(False, "alias of --sampler ddim")
-    steps: int = flag(0, "steps, on the sampler's own grid; 0: as --timestep_respacing says", at_least=1)
-    eta: float = flag(-1.0, "noise of samplers that take it: 0 none, 1 ddpm's; -1: the sampler's own", at_least=0)
-    order: int = flag(0, "order of samplers that have several; 0: the sampler's own", at_least=1)
-    churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
-    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
-    dynamic_threshold: float = flag(
-        0.0, "clip x_0 at this percentile of its sizes, such as 0.995, then scale it to [-1, 1]; 0: off", at_least=0
-    )
-    classes: str = flag("", "labels in turn: 207,360 or names of classes.json; '' draws at random")
-    save_images: bool = flag(False, "write one PNG per image as well")
-    save_intermediate: int = flag(0, "film.png, film.gif: the first x_0 every so many steps; 0: none", at_least=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FreeGuidanceConfig:
-    """Guidance without a classifier, and when guidance of any kind acts."""
-
-    cfg_scale: float = flag(1.0, "w in uncond + w (cond - uncond): 1 conditional, 0 unconditional, above 1 guides")
-    cfg_rescale: float = flag(0.0, "share of guidance's gain in contrast to take back, 0 to 1; 0: none", at_least=0)
-    autoguide_path: str = path_flag("a weaker model of the same kind to guide away from: checkpoint or run folder")
-    autoguide_scale: float = flag(1.0, "w in weak + w (model - weak): 1 the model alone, above 1 guides")
-    guidance_interval: str = flag("", "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EditConfig:
-    """Starting from images."""
-
-    init_image: str = path_flag("an image to start from; of a folder or zip its images in turn")
-    mask: str = path_flag("white keeps --init_image, black is painted; of a folder or zip its masks in turn")
-    mask_invert: bool = flag(False, "black keeps and white is painted")
-    strength: float = flag(
-        -1.0, "share of the way to noise, above 0 and up to 1; -1: 0.6, and 1 with --mask or --invert", at_least=0
-    )
-    resample: int = flag(1, "how often every stretch of steps is taken, so that what is painted fits in", at_least=1)
-    resample_jump: int = flag(10, "steps in such a stretch", at_least=1)
-    invert: bool = flag(False, "start from the noise that makes --init_image, not from fresh noise")
-    interpolate: str = path_flag("an image: make --num_samples steps from --init_image to it")
-    init_classes: str = flag("", "classes of the images that --invert and --interpolate turn to noise; '' --classes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuidanceConfig:
-    """Classifier guidance."""
-
-    classifier_path: str = path_flag("the classifier's checkpoint, or the folder of its run")
-    classifier_scale: float = flag(1.0, "factor of the gradient of log p(y | x_t); 0 is the unguided sampler")
-    clip_guided: str = flag(
-        "auto",
-        "clip x_0 after guidance too; auto: not of ddim, plms without --steps",
-        choices=("auto", "True", "False"),
+    compile: bool = flag(
+        False,
+        "compile the networks before their first use, which takes minutes: for long runs; needs a C++ compiler; rounds "
+        "otherwise, and draws other masks of dropout",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The demonstration."""
+class TrainSpeedConfig(CompileConfig):
+    """Speed and memory of training."""
 
-    log_dir: str = local_flag("folder of the trained networks, the samples and the picture", "demo-output")
-    data_dir: str = path_flag("folder or zip of the images", "datasets/emoji64.zip")
-    seed: int = flag(0, "seed of all randomness", at_least=0)
+    checkpoint_resolutions: str = flag(
+        "",
+        "recompute activations in the backward pass at these resolutions alone, e.g. 32,16; --use_checkpoint at all",
+        runtime=True,
+    )
+    fsdp: bool = flag(False, "spread weights, gradients, optimizer and averages over the ranks (FSDP2)")
+    dry_run: bool = flag(False, "say how large the network is, what a step costs and what memory it takes, and end")
 
 
-def defaults(*sections: type[Any]) -> dict[str, Any]:
-    """Flag -> default of the given config classes, as plain JSON values."""
-    return {spec.name: spec.default for section in sections for spec in fields(section)}
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Starting from a trained network."""
+
+    init_from: str = path_flag(
+        "a checkpoint, or the folder of a run (its newest EMA), whose weights a new run starts from; '' for none"
+    )
+    init_mismatch: str = flag(
+        "error",
+        "parameters that do not fit it: error; reinit, they start anew; inflate, they grow so that the network still "
+        "computes what it did, and classes are found by name",
+        choices=MISMATCHES,
+    )
+    freeze: str = flag("", "parameters that are not trained: patterns such as input_blocks.*,time_embed.*; '' for none")
 
 
-def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse keywords that `where` does not know.
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) in place of training the weights."""
 
-    :raises TypeError: naming the unknown keyword and the one most like it.
-    """
-    for name in names:
-        if name not in known:
-            raise TypeError(f"{where} has no keyword {name!r}{nearest(name, known)}")
+    lora_rank: int = flag(0, "rank of the adapters; 0: none, all weights are trained", at_least=0, at_most=2**16)
+    lora_alpha: float = flag(0.0, "the adapters' output is scaled by this over the rank; 0: not scaled", at_least=0)
+    lora_on: str = flag(
+        "attention,convolutions",
+        "what has adapters: attention (its projections), convolutions (of the residual blocks)",
+        convert=names_of(LORA_KINDS, "layer that carries adapters"),
+    )
+    lora_train: str = flag("", "parameters that are trained beside the adapters: patterns such as label_emb.*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorConfig:
+    """The network whose features are compared."""
+
+    features: str = flag(
+        "inception",
+        "inception; classifier:PATH, a run of classifier_train; dinov2:FOLDER or clip:FOLDER, a local folder that "
+        "transformers reads",
+    )
+    inception_weights: str = path_flag(
+        "file of the Inception network, .pth or .safetensors; '' for $GUIDED_DIFFUSION_INCEPTION, then the cache that "
+        "download fills"
+    )
+    eval_batch_size: int = flag(64, "images per pass of the network", at_least=1)
+    eval_precision: str = flag("fp32", "precision of that network", choices=PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainEvaluationConfig:
+    """Metrics of samples during the training."""
+
+    eval_interval: int = flag(0, "steps between two evaluations of EMA samples; 0: none", at_least=0)
+    eval_metrics: str = flag(
+        "fid", f"their metrics, separated by commas: {','.join(METRIC_NAMES)}", convert=names_of(METRIC_NAMES, "metric")
+    )
+    eval_samples: int = flag(1000, "samples of an evaluation, always from the same noise", at_least=10)
+    eval_sampler: str = flag("dpm++2m", "their sampler, one of {samplers}")
+    eval_steps: int = flag(20, "their steps, on the sampler's own grid", at_least=1)
+    eval_reference: str = path_flag(
+        "npz, folder or zip of the images that they are compared with, or an npz of statistics; '' for at most 10000 "
+        "of those trained on, or as many as there are samples"
+    )
 
 
 def resolve_precision(precision: str, use_fp16: bool, name: str = "precision", alias: str = "use_fp16") -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import CLASS_RULES, LABEL_COLUMN, flag, local_flag, size_flag
+from .cli import Command
+from .config import CLASS_RULES, LABEL_COLUMN
+from .options import flag, local_flag, size_flag
 
 FORMATS = ("", "png", "jpeg")
 CROPS = ("center", "box")
@@ -122,3 +124,18 @@ class EmojiConfig(ConversionConfig):
 
     google: str = local_flag("Noto Emoji: a checkout, or emoji-datasource-google unpacked; '' is SOURCE")
     twitter: str = local_flag("Twemoji: a checkout, or emoji-datasource-twitter unpacked; '' is SOURCE")
+
+
+DATASETS = {
+    "imagenet": Command("ImageNet (ILSVRC 2012) from its tars.", (ImagenetConfig,)),
+    "imagenet64": Command("Downsampled ImageNet from its batches.", (Imagenet64Config,)),
+    "lsun": Command("LSUN from an LMDB per class.", (LsunConfig,)),
+    "cifar": Command("CIFAR-10 and CIFAR-100 from their Python batches.", (CifarConfig,)),
+    "mnist": Command("MNIST and Fashion-MNIST from their idx files.", (MnistConfig,)),
+    "ffhq": Command("FFHQ from its folders.", (OneClassConfig,)),
+    "afhq": Command("AFHQ from its folders.", (ConversionConfig,)),
+    "celeba": Command("CelebA from its folder of aligned faces.", (CelebaConfig,)),
+    "parquet": Command("A data set of the Hugging Face Hub from its parquet files.", (ParquetConfig,)),
+    "folder": Command("Any folder or zip of images.", (FolderConfig,)),
+    "emoji": Command("emoji64.zip from the drawings of Noto Emoji and Twemoji.", (EmojiConfig,)),
+}

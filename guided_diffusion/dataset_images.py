@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from .config import Size, parse_size
 from .crops import MAX_PIXELS, TooThin, center_crop_arr
 from .decoding import FORMATS, decode
+from .options import Size, parse_size
 from .untrusted import reason
 
 Content = bytes | NDArray[np.uint8]  # a file of any format that is read, or [H, W] or [H, W, 3]

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from . import npz
+from . import untrusted
 
 DATE = (2026, 1, 1, 0, 0, 0)  # of everything in a zip
 
@@ -75,7 +75,7 @@ class FolderSink:
 
     def add(self, name: str, content: bytes) -> Entry:
         """Write a file."""
-        with npz.explained(self._path(name)), open(self._path(name), "wb") as file:
+        with untrusted.explained(self._path(name)), open(self._path(name), "wb") as file:
             file.write(content)
         return _described(name, content)
 
@@ -109,7 +109,7 @@ class ZipSink:
     """A zip without compression, since images are packed already; the same files give the same bytes."""
 
     def __init__(self, part: str) -> None:
-        with npz.explained(part), open(part, "ab"):
+        with untrusted.explained(part), open(part, "ab"):
             pass  # it is there now, with what it held before
         self._part, self._file = part, open(part, "r+b")  # noqa: SIM115  it is closed by close()
         self._end, self._adopted = 0, list[zipfile.ZipInfo]()
@@ -119,7 +119,7 @@ class ZipSink:
         """Append a member."""
         assert self._zip is not None, "trim() comes first"
         info = _member(name)
-        with npz.explained(self._part):
+        with untrusted.explained(self._part):
             self._zip.writestr(info, content)
             self._file.flush()
         return {**_described(name, content), "offset": info.header_offset, "crc": info.CRC}
@@ -152,7 +152,7 @@ class ZipSink:
     def seal(self) -> str:
         """Write the directory: only now it is a zip."""
         assert self._zip is not None
-        with npz.explained(self._part):
+        with untrusted.explained(self._part):
             self._zip.close()
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -185,7 +185,7 @@ class Journal:
     def __init__(self, out: str, request: Mapping[str, Any]) -> None:
         self.path = f"{part_of(out)}.jsonl"
         self._out, self._request = out, dict(request)
-        with npz.explained(self.path):
+        with untrusted.explained(self.path):
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  it is closed by close()
         try:
@@ -249,7 +249,7 @@ class Journal:
         self._append(entry)
 
     def _append(self, entry: Entry) -> None:
-        with npz.explained(self.path):
+        with untrusted.explained(self.path):
             line = memoryview(json.dumps(entry).encode() + b"\n")
             while line:
                 line = line[self._file.write(line) :]

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from . import logger, npz, untrusted
+from . import logger, untrusted
 from .dataset_config import ConversionConfig
 from .dataset_images import Content, Encoded, Item, Recipe, Source, encode_all, end_with_parent
 from .dataset_output import Entry, Journal, Sink, open_sink, part_of
@@ -283,14 +283,14 @@ def _finish(out: str, request: Mapping[str, Any], tally: Tally, names: ClassName
     whole, name = sink.seal(), os.path.basename(out)
     lines = [f"{whole}  {name}\n"] if whole else [f"{digest}  {name}/{file}\n" for digest, file in sums]
     write_text(f"{out}.sha256", "".join(lines))
-    with npz.explained(out):
+    with untrusted.explained(out):
         os.rename(part_of(out), out)
     journal.remove()
 
 
 def write_text(path: str, text: str) -> None:
     """Replace a file as a whole."""
-    with npz.replacing(path) as file:
+    with untrusted.replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 

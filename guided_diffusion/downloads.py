@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from typing import IO, Any, BinaryIO
 
 from . import __version__, logger, paths, untrusted
-from .npz import PART, explained
+from .untrusted import PART, explained
 
 try:
     import fcntl
 except ImportError:  # Windows: there, two processes must not fetch the same file at once
     fcntl = None  # type: ignore[assignment]
 
-CACHE = "GUIDED_DIFFUSION_CACHE"  # variable with the folder where files are kept
 TIMEOUT = 30.0  # seconds without an answer, or without a byte of it
 ATTEMPTS = 5  # in which a connection may break off, per address
 PAUSE = 1.0  # seconds before the next of them
@@ -76,14 +75,9 @@ class _BrokenOff(_Failed):
     """An answer that ended too soon: the same address may give the rest."""
 
 
-def cache_folder() -> str:
-    """Where files are kept: $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion."""
-    return paths.local(os.environ.get(CACHE) or os.path.join("~", ".cache", "guided-diffusion"))
-
-
 def kept_at(source: Source) -> str:
     """Where a file is, or will be, in the cache."""
-    return os.path.join(cache_folder(), source.file)
+    return os.path.join(paths.cache_folder(), source.file)
 
 
 def fetch(source: Source, path: str = "", *, say: Callable[[str], object] = print) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 import torch as th
 from PIL import Image
 
-from .npz import replacing
 from .pictures import Pixels, grid, to_uint8
+from .untrusted import replacing
 
 FILM_IMAGES = 8
 GIF_ROW = 4  # images side by side in the animation

@@ -17,8 +17,8 @@ import torch.nn as nn
 
 from . import checkpoint, weight_files
 from .architecture import CLASSIFIER_NAMES, architecture
-from .config import Size, nearest
 from .image_datasets import load_classes
+from .options import Size, nearest
 
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 POSSIBLE = {(UNET, UNET), (UNET, UPSAMPLER), (UNET, CLASSIFIER), (UPSAMPLER, UPSAMPLER), (CLASSIFIER, CLASSIFIER)}

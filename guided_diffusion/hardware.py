@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch as th
 
 from . import untrusted
-from .blocks import TimestepEmbedSequential
-from .downloads import cache_folder
-from .npz import replacing
-from .unet import UNetBackbone
+from .blocks import WIDE, ResBlock, cast_convolutions
+from .paths import cache_folder
+from .untrusted import replacing
 
 KEPT = "precision.json"  # in the cache: what was measured before
 GAIN = 1.1  # how much faster 16 bits must be: a smaller gain may be that of another process on the machine
@@ -91,26 +90,18 @@ def _processor() -> str:
     return f"{name} {zlib.crc32(instructions.encode()):08x}, torch {th.__version__}, {th.get_num_threads()} threads"
 
 
-class _Block(UNetBackbone):
-    """Two convolutions and two normalizations of a U-Net, converted as they are there."""
-
-    def _build(self) -> None:
-        self.middle_block = TimestepEmbedSequential(self._residual(self.model_channels, self.model_channels))
-
-
 def _measured(width: int) -> dict[str, float]:
     """The least seconds of a forward and a backward pass of a block, after one that is not counted, taken in turns."""
     side, found = PIXELS // width, list[dict[str, float]]()
     with th.random.fork_rng(devices=[]):
         x, emb = th.randn(1, width, side, side), th.randn(1, 4 * width)
-        blocks = {name: _Block(side, 3, width, 3, 1, (), channel_mult=(1,)) for name in ("fp32", "bf16")}
-    for name, block in blocks.items():
-        block.convert_to(name)
+        blocks = {name: ResBlock(width, 4 * width, 0.0) for name in ("fp32", "bf16")}
+    cast_convolutions(blocks["bf16"], th.bfloat16, channels_last=width >= WIDE)
     inputs = {"fp32": x.requires_grad_(), "bf16": x.detach().bfloat16().requires_grad_()}
     while len(found) < 2 or (len(found) <= TURNS and sum(sum(turn.values()) for turn in found) < SECONDS):
         found.append({})
         for name, block in blocks.items():
             start = time.perf_counter()
-            block.middle_block(inputs[name], emb).sum().backward()
+            block(inputs[name], emb).sum().backward()
             found[-1][name] = time.perf_counter() - start
     return {name: min(turn[name] for turn in found[1:]) for name in blocks}

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .config import Size
 from .crops import shrunk, shrunk_size
 from .decoding import MODES, Whole
 from .image_files import UnreadableImage, read_size
+from .options import Size
 from .untrusted import quoted
 
 

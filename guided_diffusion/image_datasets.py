@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, Dataset as Dataset
 
 from . import dist_util, logger
 from .conditioning import Pairing
-from .config import Size, parse_size, size_flag
 from .crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
 from .decoding import Range
 from .image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images, hold
 from .image_items import BatchDataset, ImageDataset as ImageDataset, Loaded, batches
 from .image_labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
 from .image_order import Schedule
+from .options import Size, parse_size, size_flag
 from .pictures import to_unit
 from .untrusted import printable, quoted
 from .upsampling import SmallVersions

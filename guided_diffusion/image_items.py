@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from .conditioning import Partners
-from .config import BAD_IMAGE_RULES, Size, nearest
+from .config import BAD_IMAGE_RULES
 from .crops import (
     Draws,
     Picture,
@@ -32,6 +32,7 @@ from .decoding import Range, Whole
 from .image_cache import ImageCache, NotKept
 from .image_files import UnreadableImage, read_whole
 from .image_order import Key
+from .options import Size, nearest
 from .pictures import to_unit
 
 Item = tuple[NDArray[np.float32], dict[str, Any]]

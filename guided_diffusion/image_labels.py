@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict
 
 from . import label_tables, paths
-from .config import CLASS_RULES, nearest
+from .config import CLASS_RULES
 from .image_files import LABEL_FILES, Listing
 from .label_tables import Label
-from .npz import replacing
-from .untrusted import name_fault, parse_json, printable, read_file, reason
+from .options import nearest
+from .untrusted import name_fault, parse_json, printable, read_file, reason, replacing
 
 ClassRow = tuple[int, str, int]  # id, name, number of images
 

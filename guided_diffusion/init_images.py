@@ -15,12 +15,12 @@ import torch as th
 from numpy.typing import NDArray
 
 from .conditioning import by_name
-from .config import Size
 from .crops import TooThin, center_crop_arr, channels_first
 from .decoding import Range
-from .image_datasets import ImageDataset
 from .image_files import UnreadableImage, images_at, read_mask, read_size
+from .image_items import ImageDataset
 from .npz import fingerprint
+from .options import Size
 from .untrusted import printable
 
 DESCRIBED = 5  # masks of which it is said how they are read

@@ -10,13 +10,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as th
 
-from .samplers import make_sampler
-from .steps import Sampler
 from .untrusted import printable
+
+if TYPE_CHECKING:
+    from .steps import Sampler
 
 Conditioning = Callable[[Sequence[int]], Mapping[str, th.Tensor]]
 Start = Callable[[Sequence[int], dict[str, Any]], Mapping[str, Any]]
@@ -38,6 +39,7 @@ class Job:
     :param start: indices of a batch and the network's keyword arguments for it -> further options of the loop, such as
         init_image [B, C, H, W], in place of those of `generate`.
     :param request: what else identifies the run (weights, guidance scale, ...), as JSON values.
+    :param request_defaults: values that an older request, which does not name them, had.
     :param save_images: write one PNG per image too.
     :param names: the file that each image comes from, where they come from files: kept in names.json, and their PNG
         files are called like them.
@@ -56,12 +58,12 @@ class Job:
     conditioning: Conditioning | None = None
     start: Start | None = None
     request: Mapping[str, Any] = field(default_factory=dict)
+    request_defaults: Mapping[str, Any] = field(default_factory=dict)
     save_images: bool = False
     names: Sequence[str] = ()
     film: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sampler", make_sampler(self.sampler))
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1, the least number of images")

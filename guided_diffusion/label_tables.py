@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .config import CLASS_RULES, nearest
+from .config import CLASS_RULES
 from .image_files import IMAGE_EXTENSIONS, LABEL_FILES, Listing, read_bytes
+from .options import nearest
 from .untrusted import parse_json, printable, quoted, reason
 
 Label = str | int

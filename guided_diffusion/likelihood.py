@@ -22,16 +22,15 @@ import numpy.typing as npt
 import torch as th
 
 from . import dist_util, logger
-from .checkpoint import save_json
 from .flow_likelihood import FlowOptions, calc_flow_bpd
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import ImageDataset
 from .loop import drawer
-from .npz import PART, holds, read_npz, replacing, save_npz, write_npz
+from .npz import holds, read_npz, save_npz, write_npz
 from .request import REQUEST, read_request, refuse_another
 from .seeds import image_generator
 from .surfaces import Kwargs, Model
-from .untrusted import quoted
+from .untrusted import PART, quoted, replacing, write_json
 
 BPD_FILE, TABLE, SUMMARY = "bpd.npz", "images.csv", "bpd.json"
 Rows = npt.NDArray[np.float64]
@@ -85,6 +84,7 @@ class Survey:
     :param indices: of the images in it; the noise of an image depends on the seed and this index alone.
     :param names: what the table calls them.
     :param request: what else the numbers depend on (weights, flags, ...), as JSON values.
+    :param request_defaults: values that an older request, which does not name them, had.
     :param save_terms: keep the terms of each image, not their means alone.
     """
 
@@ -96,6 +96,7 @@ class Survey:
     out_dir: str
     seed: int = 0
     request: Mapping[str, Any] = field(default_factory=dict)
+    request_defaults: Mapping[str, Any] = field(default_factory=dict)
     save_terms: bool = False
 
     @property
@@ -149,14 +150,15 @@ def _claim(survey: Survey) -> bool:
     path, what = survey.file(REQUEST), "likelihoods"
     request = _request(survey)
     if os.path.exists(path):
-        refuse_another(read_request(path, what=what), request, survey.out_dir, what=what)
+        was, usual = read_request(path, what=what), survey.request_defaults
+        refuse_another(was, request, survey.out_dir, what=what, defaults=usual)
         return survey.finished
     taken = [name for name in (BPD_FILE, TABLE, SUMMARY, "shards") if os.path.exists(survey.file(name))]
     if taken:
         raise ValueError(
             f"{survey.file(taken[0])} exists and no {REQUEST} says what it is: give another --log_dir or remove it"
         )
-    save_json(path, request)
+    write_json(path, request)
     return False
 
 
@@ -222,7 +224,7 @@ def merge(survey: Survey) -> None:
     for number, name in enumerate(survey.measure.terms, start=1):
         _write_terms(survey, name, number)
     _write_table(survey, rows)
-    save_json(survey.file(SUMMARY), summary(survey, rows))
+    write_json(survey.file(SUMMARY), summary(survey, rows))
     save_npz(survey.file(BPD_FILE), rows[:, 0].copy(), rows[:, 1].copy())
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack
 import torch as th
 from tqdm.auto import tqdm
 
-from .config import nearest
+from .options import nearest
 from .samplers import DDIM, make_sampler
 from .steps import Draw, Generators, Process, Sampler, StepOutput, same_index
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from . import checkpoint, paths
 from .blocks import AttentionBlock, ResBlock
-from .finetuning_config import LORA_KINDS
+from .config import LORA_KINDS
 from .npz import fingerprint
 
 FORMAT = 1

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch as th
 
 from . import dist_util, logger
-from .config import parse_microbatch
+from .options import parse_microbatch
 
 # oneDNN's words for memory that it asked for in vain, among other things: these fail with a single image too
 NO_PRIMITIVE = ("could not create a primitive", "could not execute a primitive")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch as th
 
 from . import paths, untrusted
+from .untrusted import replacing
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
-PART = ".part-"  # in the names of files that are not whole yet, before the number of the process that writes them
 
 
 def fingerprint(tensors: Mapping[str, Any]) -> str:
@@ -29,73 +27,6 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(tensor.view(-1).view(th.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-class _Raw(io.FileIO):
-    """Keeps the first error of writing and then swallows the rest, as torch's writer in C++ cannot pass errors on."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write some bytes, or pretend to."""
-        if self.error is None:
-            try:
-                return super().write(data)
-            except OSError as error:
-                self.error = error
-        return memoryview(data).nbytes
-
-    def settle(self) -> None:
-        """Have everything on the disk, or raise what went wrong."""
-        if self.error is not None:
-            raise self.error
-        os.fsync(self.fileno())
-
-
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once it is whole and on the disk.
-
-    :raises OSError: naming path and reason, if the disk is full or nothing may be written there; `path` is as it was.
-    """
-    part = f"{path}{PART}{os.getpid()}"
-    try:
-        with explained(path):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            raw = _Raw(part, "wb")
-        with io.BufferedWriter(raw) as file:
-            yield file
-            file.flush()
-            with explained(path):
-                raw.settle()
-        with explained(path):
-            os.replace(part, path)
-        _sync_folder(os.path.dirname(path) or ".")
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-
-
-@contextlib.contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Turn an error of the system inside the block into a sentence about the file that was to be written."""
-    try:
-        yield
-    except OSError as error:
-        sentence = f"{path} cannot be written ({error.strerror or error}): make room there, or choose another folder"
-        told = OSError(sentence)
-        told.errno = error.errno
-        raise told from error
-
-
-def _sync_folder(folder: str) -> None:
-    """Have a new name on the disk too, where the file system can do that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 Rows = tuple[tuple[int, ...], Any, Iterable[npt.NDArray[Any]]]  # shape, dtype, chunks along the first axis

@@ -100,6 +100,11 @@ def sentence(error: BaseException) -> str:
     return str(error)
 
 
+def cache_folder() -> str:
+    """The folder of downloads and compiled code: $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion."""
+    return local(os.environ.get("GUIDED_DIFFUSION_CACHE") or os.path.join("~", ".cache", "guided-diffusion"))
+
+
 def join(folder: AnyPath, *names: str) -> str:
     """The path of something in a folder."""
     text = os.fspath(folder)

@@ -6,11 +6,14 @@ Most of the memory is at the high resolutions, and little of the work where ther
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .blocks import AttentionBlock, ResBlock, Upsample
-from .unet import UNetBackbone, UNetModel
+
+if TYPE_CHECKING:
+    from .unet import UNetBackbone
 
 
 def recompute_at(network: UNetBackbone, resolutions: str) -> int:
@@ -60,5 +63,6 @@ def _parts(network: UNetBackbone) -> Iterator[tuple[int, nn.Module]]:
     up = [level for level in range(last, -1, -1) for _ in range(repeats + 1)]
     yield from zip(down, network.input_blocks, strict=True)
     yield last, network.middle_block
-    if isinstance(network, UNetModel):
-        yield from zip(up, network.output_blocks, strict=True)
+    decoder = getattr(network, "output_blocks", None)  # classifiers have none
+    if decoder is not None:
+        yield from zip(up, decoder, strict=True)

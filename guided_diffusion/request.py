@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .cli import COMMANDS
 from .untrusted import parse_json, printable, read_file, reason
 
 REQUEST = "request.json"
@@ -28,12 +27,21 @@ def read_request(path: str, *, what: str = "samples") -> dict[str, Any]:
         ) from error
 
 
-def refuse_another(there: Mapping[str, Any], now: Mapping[str, Any], folder: str, *, what: str = "samples") -> None:
-    """Refuse to mix results; a flag that an older request does not know had its default then.
+def refuse_another(
+    there: Mapping[str, Any],
+    now: Mapping[str, Any],
+    folder: str,
+    *,
+    what: str = "samples",
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Refuse to mix results with those of other settings.
+
+    :param defaults: values that an older request, which does not name them, had.
 
     :raises ValueError: naming what differs between the request of a folder and the one of now.
     """
-    there = {**{key: value for key, value in _flag_defaults().items() if key in now}, **there}
+    there = {**{key: value for key, value in (defaults or {}).items() if key in now}, **there}
     differing = [key for key in {**there, **now} if there.get(key) != now.get(key)]
     if differing:
         words = ", ".join(
@@ -45,7 +53,3 @@ def refuse_another(there: Mapping[str, Any], now: Mapping[str, Any], folder: str
 
 def _shown(value: Any) -> str:
     return printable(str(value)) or "''"
-
-
-def _flag_defaults() -> dict[str, Any]:
-    return {name: spec.default for command in COMMANDS.values() for name, spec in command.flags().items()}

@@ -16,7 +16,7 @@ import torch as th
 import torch.distributed as dist  # noqa: F401
 
 from . import dist_util
-from .config import nearest
+from .options import nearest
 from .seeds import to_device
 
 Array = npt.NDArray[np.float64]

@@ -19,19 +19,19 @@ import numpy.typing as npt
 import torch as th
 
 from . import dist_util, logger
-from .checkpoint import save_json
 from .film import FILM_IMAGES, Film
 from .gallery import draw_each, draw_grid
 from .gaussian_diffusion import GaussianDiffusion
 from .jobs import LISTED, Job, check_labels
 from .loop import SampleOptions, network_calls
-from .npz import PART, fingerprint, holds, read_npz, save_npz, write_npz
+from .npz import fingerprint, holds, read_npz, save_npz, write_npz
 from .pictures import Pixels, can_draw, save_grid, to_uint8
 from .request import REQUEST, read_request, refuse_another
 from .respace import respaced, space_timesteps
 from .samplers import make_sampler
 from .seeds import image_generator, seeded
 from .steps import StepOutput
+from .untrusted import PART, write_json
 from .upsampling import NAMES, picture_names
 
 Model = Callable[..., th.Tensor]
@@ -111,7 +111,7 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         "seed": job.seed,
         "labels": labels if len(labels) <= LISTED else fingerprint({"labels": np.asarray(labels)}),
         "random_classes": 0 if labels else job.num_classes,
-        "sampler": repr(job.sampler),
+        "sampler": repr(make_sampler(job.sampler)),
         "steps": process.num_timesteps,
         "schedule": fingerprint(schedule),
         "prediction": f"{process.model_mean_type.name} {process.model_var_type.name} {process.rescale_timesteps}",
@@ -138,7 +138,7 @@ def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
     path = job.file(REQUEST)
     finished = _holds(job, job.path, job.num_samples)
     if os.path.exists(path):
-        refuse_another(read_request(path), manifest, job.out_dir)
+        refuse_another(read_request(path), manifest, job.out_dir, defaults=job.request_defaults)
         if os.path.exists(job.path) and not finished:
             logger.warn(f"{job.path} was damaged after it was written: it is made again")
         return finished
@@ -152,7 +152,7 @@ def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
     for taken in (job.path, *(job.file(name) for name in names)):
         if os.path.exists(taken):
             raise ValueError(f"{taken} exists and no request.json says what it is: give another --log_dir or remove it")
-    save_json(path, manifest)
+    write_json(path, manifest)
     return False
 
 
@@ -335,7 +335,7 @@ def _draw_pictures(job: Job) -> None:
     """samples.png and, where asked for, one PNG per image, shared out among the ranks; then the shards may go."""
     rank, world_size = dist_util.rank(), dist_util.world_size()
     if job.names and rank == 0:
-        save_json(job.file(NAMES), {"file": os.path.basename(job.path), "names": list(job.names)})
+        write_json(job.file(NAMES), {"file": os.path.basename(job.path), "names": list(job.names)})
     if not can_draw(job.shape):
         logger.log(f"no pictures: images of shape {job.shape} cannot be drawn, with 1, 3 or 4 channels they can")
     else:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import torch as th
 
-from .config import nearest
+from .options import nearest
 from .solvers import (
     DEIS,
     DPMSolver2,

@@ -14,6 +14,7 @@ from . import checkpoint, dist_util, logger, manifest, paths
 from .checkpoint import CheckpointSet
 from .image_datasets import ImageStream
 from .run_state import RunState
+from .untrusted import write_json
 
 # ---- the originals' functions, which research code replaces in train_util
 
@@ -90,7 +91,7 @@ def write_set(folder: str, step: int, parts: Mapping[str, Any]) -> Iterator[str]
         entries[os.path.basename(path)] = checkpoint.save(path, value)
         yield path
     path = paths.join(folder, manifest.name_of(step))
-    checkpoint.save_json(path, manifest.content(step, entries))
+    write_json(path, manifest.content(step, entries))
     yield path
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
-from .config import nearest
+from .options import nearest
 from .seeds import to_device
 
 Array = npt.NDArray[np.float64]

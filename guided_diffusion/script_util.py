@@ -18,18 +18,9 @@ import numpy as np
 
 from . import dist_util, gaussian_diffusion as gd
 from .conditioning import ConditionedModel, cond_kind
-from .config import (
-    ClassifierConfig,
-    DiffusionConfig,
-    NetworkConfig,
-    SuperResConfig,
-    UNetConfig,
-    check_keywords,
-    defaults,
-    parse_size,
-    str2bool as str2bool,
-)
+from .config import ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResConfig, UNetConfig
 from .hardware import fastest_precision
+from .options import check_keywords, defaults, parse_size, str2bool as str2bool
 from .respace import SpacedDiffusion, space_timesteps
 from .schedules import rescale_zero_terminal_snr
 from .unet import EncoderUNetModel, SuperResModel, UNetBackbone, UNetModel

@@ -17,20 +17,21 @@ from typing import Any, NamedTuple
 import blobfile as bf  # noqa: F401 - what a star import of the original's gives
 import torch as th
 import torch.distributed as dist  # noqa: F401
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: F401
 
 from . import checkpoint, dist_util, logger, paths
 from .adamw import AdamW
 from .bad_steps import BadSteps
-from .batches import Cond as Cond, Supply, Validation
+from .batches import Cond as Cond, RollingValidation, Supply, Validation
 from .compiling import eagerly
-from .config import parse_rates
 from .draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .interruption import Failures, Interruption
 from .meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
 from .microbatches import first_microbatch, halve_until_it_fits
 from .nn import update_ema
+from .options import parse_rates
 from .pictures import to_unit
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from .run_state import RunState, load_weights, warn_of_long_averages
@@ -42,8 +43,10 @@ from .saving import (
     find_resume_checkpoint,
     get_blob_logdir,
     parse_resume_step_from_filename,
+    skip_batches,
 )
 from .seeds import seeded, to_device
+from .untrusted import write_json
 
 
 class Hook(NamedTuple):
@@ -258,7 +261,7 @@ class TrainLoop:
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
         if self.config is not None and dist_util.rank() == 0:
-            checkpoint.save_json(paths.join(get_blob_logdir(), checkpoint.CONFIG), self.config)
+            write_json(paths.join(get_blob_logdir(), checkpoint.CONFIG), self.config)
 
     def _make_step(self) -> bool:
         """Make the coming update; False, and everything is as before, where a rank has failed."""
@@ -447,3 +450,35 @@ class TrainLoop:
                 found.append({name: value[:counted] for name, value in [("t", t), *losses.items()]})
         values = join(found)
         log_loss_dict(self.diffusion, values.pop("t"), {f"val_{name}": value for name, value in values.items()})
+
+
+class ClassifierTrainLoop(TrainLoop):
+    """Trains a classifier of noisy images: model(x_t, timesteps) returns logits [n, K], cond holds labels y [n].
+
+    Logs train_loss, train_acc@1, train_acc@5 (at most K) and, from the next batch of `val_data` each time, val_ ones.
+
+    :param noised: False trains on clean images, at t = 0.
+    """
+
+    loss_prefix, validation_of = "train_", RollingValidation
+
+    def __init__(self, *, noised: bool = True, **keywords: Any) -> None:
+        self.noised = noised
+        super().__init__(**keywords)
+        skip_batches(self.validation.data, self.resume_step // max(1, self.val_interval))
+
+    def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False, counted: int | None = None) -> Draw:
+        draw = super()._draw(batch, index, validation=validation, counted=counted)
+        return draw if self.noised else Draw(th.zeros_like(draw.t), th.ones_like(draw.weights), draw.noise)
+
+    def compute_losses(
+        self, batch: th.Tensor, cond: Cond, draw: Draw, model: th.nn.Module | None = None
+    ) -> dict[str, th.Tensor]:
+        """Cross-entropy [n], and 1 or 0 for each image whose label is among the first 1 and 5 guesses."""
+        noisy = self.diffusion.q_sample(batch, draw.t, draw.noise) if self.noised else batch
+        network = self.ddp_model if model is None else model
+        logits = network(noisy, timesteps=self.diffusion.timesteps(draw.t, noisy))
+        labels = cond["y"]
+        ranks = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        accuracies = {f"acc@{k}": ranks[:, :k].any(dim=1).float() for k in (1, ranks.shape[1])}
+        return {"loss": F.cross_entropy(logits, labels, reduction="none"), **accuracies}

@@ -10,7 +10,6 @@ import math as math
 import sys
 from abc import abstractmethod as abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 
 from . import blocks
 from .blocks import (
+    WIDE,
     AttentionBlock,
     AttentionPool2d,
     Downsample,
@@ -30,6 +30,7 @@ from .blocks import (
     TimestepBlock as TimestepBlock,
     TimestepEmbedSequential,
     Upsample,
+    cast_convolutions,
     count_flops_attn as count_flops_attn,
     strides,
 )
@@ -59,7 +60,6 @@ class _Door(ModuleType):
 
 sys.modules[__name__].__class__ = _Door
 _DTYPES = dict(zip(PRECISIONS, (th.float32, th.float16, th.bfloat16), strict=True))
-WIDE = 128  # channels from which convolutions gain more by channels that are innermost than normalizations lose
 _CONVERTED = ("input_blocks", "middle_block", "output_blocks")
 
 
@@ -235,13 +235,9 @@ class UNetBackbone(nn.Module):
         self._dtype = None
         on_cpu = (device or next(self.parameters()).device).type in ("cpu", "meta")
         innermost = precision != "fp32" and (min(self._widths) >= WIDE or not on_cpu)
-        layout = th.channels_last if innermost else th.contiguous_format
-        blocks = [child for name, child in self.named_children() if name in _CONVERTED]
-        for module in chain.from_iterable(block.modules() for block in blocks):
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                module.to(_DTYPES[precision])
-            if isinstance(module, nn.Conv2d):
-                module.to(memory_format=layout)  # type: ignore[call-overload]
+        for name, child in self.named_children():
+            if name in _CONVERTED:
+                cast_convolutions(child, _DTYPES[precision], channels_last=innermost)
 
     def convert_to_fp16(self) -> None:
         """`convert_to("fp16")`."""

@@ -1,11 +1,12 @@
-"""Reading what others wrote: files, members of zips, JSON and array headers that may be damaged, or made to do harm.
+"""Files: foreign ones read within limits (bytes, zip members, JSON, array headers), and new ones written whole.
 
-Whatever is wrong is a ValueError of one sentence, which says what; the callers say which file. Nothing is written to
-the disk, nothing is unpickled, and no more is held in memory than the limits below allow, whatever a header claims.
+A foreign file may be damaged, or made to do harm. What is wrong with it is a ValueError of one sentence; the callers
+name the file. Nothing is unpickled, and no more is held in memory than the limits below, whatever a header claims.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from . import paths
 from .paths import AnyPath, is_remote, open_blob, resolve
 
 MAX_BYTES = 2**29  # of a file, or of a member of a zip, that is read as a whole
@@ -318,3 +320,100 @@ def _pieces(file: IO[bytes], wanted: int, piece: int = PIECE_OF_FILE) -> Iterato
             return
         wanted -= len(read)
         yield read
+
+
+# ---- writing
+
+PART = ".part-"  # in the names of files that are not whole yet, before the number of the process that writes them
+
+
+class _Raw(io.FileIO):
+    """Keeps the first error of writing and then swallows the rest, as torch's writer in C++ cannot pass errors on."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write some bytes, or pretend to."""
+        if self.error is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def settle(self) -> None:
+        """Have everything on the disk, or raise what went wrong."""
+        if self.error is not None:
+            raise self.error
+        os.fsync(self.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once it is whole and on the disk.
+
+    :raises OSError: naming path and reason, if the disk is full or nothing may be written there; `path` is as it was.
+    """
+    part = f"{path}{PART}{os.getpid()}"
+    try:
+        with explained(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            raw = _Raw(part, "wb")
+        with io.BufferedWriter(raw) as file:
+            yield file
+            file.flush()
+            with explained(path):
+                raw.settle()
+        with explained(path):
+            os.replace(part, path)
+        _sync_folder(os.path.dirname(path) or ".")
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turn an error of the system inside the block into a sentence about the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        sentence = f"{path} cannot be written ({error.strerror or error}): make room there, or choose another folder"
+        told = OSError(sentence)
+        told.errno = error.errno
+        raise told from error
+
+
+def _sync_folder(folder: str) -> None:
+    """Have a new name on the disk too, where the file system can do that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[BinaryIO]:
+    """A local or remote file to write, seen under its name only once it is whole.
+
+    :raises OSError: naming path and reason, if it cannot be written.
+    """
+    if paths.is_remote(path):  # object stores show a file when it is closed, and nothing of it after an error
+        with explained(path), paths.new_blob(path) as file:
+            yield file
+    else:
+        with replacing(path) as file:
+            yield file
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write a value as JSON; readers of `path` see the old file or the whole new one."""
+    with writing(path) as file:
+        file.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """The text of a JSON file."""
+    return (json.dumps(value, indent=1) + "\n").encode()

@@ -19,11 +19,11 @@ from guided_diffusion.commands._npz_files import from_images
 from guided_diffusion.commands._training import open_streams
 from guided_diffusion.conditioning import CondKind, CondSource, Pairing
 from guided_diffusion.config import UNetConfig
-from guided_diffusion.data_config import parse_range
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.image_files import UnreadableImage, find_images, read_image
 from guided_diffusion.init_images import InitImages
-from guided_diffusion.npz_tool_config import FromImagesConfig
+from guided_diffusion.options import parse_range
+from guided_diffusion.sections import FromImagesConfig
 from guided_diffusion.upsampling import Wanted, read_base
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), np.uint8)

@@ -32,11 +32,12 @@ from cases import EMOJI32, IMAGES64, TINY, Case, count_flops
 from PIL import Image
 
 from guided_diffusion import checkpoint, cli
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, defaults
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig
 from guided_diffusion.crops import center_crop_arr
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.guidance import classifier_guidance
 from guided_diffusion.nn import update_ema
+from guided_diffusion.options import defaults
 from guided_diffusion.resample import UniformSampler
 from guided_diffusion.samplers import SAMPLERS
 from guided_diffusion.script_util import build_unet

@@ -29,8 +29,9 @@ from guided_diffusion.commands import (
     image_train,
 )
 from guided_diffusion.compiling import compile_network
-from guided_diffusion.config import DiffusionConfig, UNetConfig, defaults
+from guided_diffusion.config import DiffusionConfig, UNetConfig
 from guided_diffusion.guidance import classifier_guidance
+from guided_diffusion.options import defaults
 from guided_diffusion.script_util import build_diffusion, build_unet
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import EncoderUNetModel, UNetModel

@@ -14,18 +14,9 @@ import pytest
 
 import guided_diffusion.commands
 from guided_diffusion import cli
-from guided_diffusion.config import (
-    ClassifierConfig,
-    DiffusionConfig,
-    NetworkConfig,
-    UNetConfig,
-    check_keywords,
-    defaults,
-    nearest,
-    parse_size,
-    resolve_precision,
-    size_flag,
-)
+from guided_diffusion.commands._dataset import DATASETS
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, NetworkConfig, UNetConfig, resolve_precision
+from guided_diffusion.options import check_keywords, defaults, nearest, parse_size, size_flag
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "flags.json").read_text())
 COMMANDS = sorted(cli.COMMANDS)
@@ -297,7 +288,7 @@ def test_booleans_take_a_word_or_stand_alone(word):
     assert cli.parse("image_sample", word.split()).given == {"use_ddim": True}
 
 
-EVERY = {**cli.COMMANDS, **cli.DATASETS, **cli.NPZ_TOOLS}
+EVERY = {**cli.COMMANDS, **DATASETS, **cli.OTHERS}
 # where nothing else can mean what the default does: these never stand above what a checkpoint says
 NOT_GIVEN = {
     *(("steps", 0), ("order", 0), ("eta", -1.0), ("churn", -1.0), ("strength", -1.0)),

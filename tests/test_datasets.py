@@ -21,7 +21,8 @@ import pytest
 from dataset_sources import SCRIPTS, SOURCES, packed, run, tar_of
 from PIL import Image
 
-from guided_diffusion import cli, dataset_output
+from guided_diffusion import dataset_output
+from guided_diffusion.commands._dataset import DATASETS
 from guided_diffusion.image_datasets import load_data
 
 
@@ -157,7 +158,7 @@ def test_each_script_says_what_it_takes(name, capsys):
 
 def test_every_script_has_a_command_line_a_test_and_a_section_in_the_readme():
     names = {path.stem for path in SCRIPTS.glob("*.py")} - {"lsun_bedroom"}
-    assert names == set(cli.DATASETS) == set(SOURCES)
+    assert names == set(DATASETS) == set(SOURCES)
     readme = (SCRIPTS / "README.md").read_text()
     for name in names:
         assert f"python datasets/{name}.py " in readme

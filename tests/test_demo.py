@@ -10,7 +10,7 @@ import torch as th
 from PIL import Image
 
 from guided_diffusion.commands import demo
-from guided_diffusion.config import DemoConfig
+from guided_diffusion.sections import DemoConfig
 
 ROOT = Path(__file__).parent.parent
 

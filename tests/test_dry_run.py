@@ -15,7 +15,8 @@ from torch import nn
 from guided_diffusion import checkpoint, lora
 from guided_diffusion.commands import classifier_train, image_train, super_res_train
 from guided_diffusion.commands._dry_run import Cost, Loss, count
-from guided_diffusion.config import DiffusionConfig, UNetConfig, defaults
+from guided_diffusion.config import DiffusionConfig, UNetConfig
+from guided_diffusion.options import defaults
 from guided_diffusion.recomputing import recompute_at
 from guided_diffusion.script_util import build_unet
 from guided_diffusion.unet import UNetModel

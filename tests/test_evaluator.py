@@ -28,7 +28,8 @@ from evaluations.scores import METRICS, Options
 from guided_diffusion import checkpoint
 from guided_diffusion.cli import COMMANDS
 from guided_diffusion.commands import evaluator, make_reference
-from guided_diffusion.config import ClassifierConfig, defaults
+from guided_diffusion.config import ClassifierConfig
+from guided_diffusion.options import defaults
 from guided_diffusion.script_util import build_classifier
 
 ROOT = Path(__file__).parent.parent

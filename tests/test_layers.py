@@ -78,7 +78,7 @@ ORDER = [
     *["image_datasets", "init_images", "architecture", "manifest", "downloads", "hardware", "compiling"],
     *["checkpoint", "weight_files", "lora", "finetuning", "draws"],
     *["meter", "batches", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood"],
-    *["train_util", "classifier_training", "script_util"],
+    *["train_util", "script_util"],
     *["dataset_images", "dataset_folder", "dataset_planes", "dataset_tar", "dataset_pickle", "dataset_lmdb"],
     *["dataset_output", "dataset_writer", "commands"],
 ]

@@ -24,12 +24,13 @@ from test_docs import run as run_snippet, snippets
 from guided_diffusion import checkpoint, cli
 from guided_diffusion.commands import image_nll
 from guided_diffusion.commands._common import restore_unet
-from guided_diffusion.config import DiffusionConfig, UNetConfig, defaults
+from guided_diffusion.config import DiffusionConfig, UNetConfig
 from guided_diffusion.flow_likelihood import FlowOptions, calc_flow_bpd
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.likelihood import Survey, carry_out, measure_batches, merge
 from guided_diffusion.losses import HALF_BIN
 from guided_diffusion.npz import save_npz
+from guided_diffusion.options import defaults
 from guided_diffusion.script_util import build_unet
 from guided_diffusion.seeds import image_generator
 

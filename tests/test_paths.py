@@ -18,6 +18,7 @@ from evaluations.images import open_images
 from evaluations.weights import find_inception
 from guided_diffusion import checkpoint, cli, dist_util, logger, paths
 from guided_diffusion.commands._conditioning import kind_of
+from guided_diffusion.commands._dataset import DATASETS
 from guided_diffusion.commands._npz_files import from_images
 from guided_diffusion.conditioning import CondSource, Pairing
 from guided_diffusion.image_datasets import load_data, save_classes
@@ -25,8 +26,8 @@ from guided_diffusion.image_files import find_images
 from guided_diffusion.image_labels import load_classes, read_labels
 from guided_diffusion.init_images import InitImages
 from guided_diffusion.npz import Npz, save_npz
-from guided_diffusion.npz_tool_config import FromImagesConfig
 from guided_diffusion.pictures import to_uint8
+from guided_diffusion.sections import FromImagesConfig
 from guided_diffusion.upsampling import Wanted, read_base
 
 RESOLVED = {
@@ -84,7 +85,7 @@ def test_what_is_there_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 # ---- commands x flags
 
-COMMANDS = cli.COMMANDS | cli.NPZ_TOOLS | cli.DATASETS
+COMMANDS = cli.COMMANDS | cli.OTHERS | DATASETS
 WORDS = ("folder", "zip", "npz", "checkpoint", "an image to", "file of", "file that", "png file")
 NO_PATHS = (
     "features",

@@ -9,7 +9,7 @@ from guided_diffusion.request import read_request, refuse_another
 
 def test_a_flag_that_is_newer_than_the_folder_had_its_default_then():
     there = {"seed": 1, "image_size": 32}
-    refuse_another(there, {**there, "zero_terminal_snr": False}, "runs/a")
+    refuse_another(there, {**there, "zero_terminal_snr": False}, "runs/a", defaults={"zero_terminal_snr": False})
     with pytest.raises(ValueError, match="zero_terminal_snr was False and is True"):
         refuse_another(there, {**there, "zero_terminal_snr": True}, "runs/a")
 

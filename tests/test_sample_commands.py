@@ -25,7 +25,7 @@ from guided_diffusion import checkpoint, cli, dist_util, logger
 from guided_diffusion.commands import _common, classifier_sample, image_nll, image_sample, super_res_sample
 from guided_diffusion.commands._common import labels_of, restore_unet, restore_upsampler
 from guided_diffusion.commands._editing import adds_noise
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
 from guided_diffusion.editing import invert, slerp
 from guided_diffusion.guidance import (
     autoguidance,
@@ -37,6 +37,7 @@ from guided_diffusion.guidance import (
 )
 from guided_diffusion.init_images import InitImages
 from guided_diffusion.loop import network_calls
+from guided_diffusion.options import defaults
 from guided_diffusion.pictures import to_uint8
 from guided_diffusion.samplers import SAMPLERS, make_sampler
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler

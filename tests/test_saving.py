@@ -16,8 +16,9 @@ import torch as th
 
 from guided_diffusion import checkpoint, interruption, logger, manifest, npz, saving
 from guided_diffusion.image_items import ignore_signals
-from guided_diffusion.npz import replacing, save_npz
+from guided_diffusion.npz import save_npz
 from guided_diffusion.saving import Saver, Snapshot, map_tensors
+from guided_diffusion.untrusted import replacing
 
 KINDS = ("state", "ema_0.25_", "opt", "model")
 

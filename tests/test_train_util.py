@@ -20,12 +20,11 @@ from torch.overrides import TorchFunctionMode
 
 from guided_diffusion import checkpoint, dist_util, fp16_util, gradients, logger, microbatches, saving, train_util
 from guided_diffusion.batches import Validation
-from guided_diffusion.classifier_training import ClassifierTrainLoop
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import LossSecondMomentResampler, ScheduleSampler
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet
-from guided_diffusion.train_util import Hook, TrainLoop, log_loss_dict
+from guided_diffusion.train_util import ClassifierTrainLoop, Hook, TrainLoop, log_loss_dict
 
 DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=40))
 UNET = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": ""}

@@ -25,8 +25,8 @@ from guided_diffusion import dist_util, downloads
 from guided_diffusion.commands import download
 from guided_diffusion.config import ClassifierConfig
 from guided_diffusion.downloads import SOURCES, Source, fetch
-from guided_diffusion.npz import PART
 from guided_diffusion.script_util import build_classifier
+from guided_diffusion.untrusted import PART
 
 ROOT = Path(__file__).parent.parent
 CONTENT = np.random.default_rng(0).bytes(700_001)

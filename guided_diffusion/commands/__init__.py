@@ -8,7 +8,7 @@ from importlib import import_module
 
 from .. import __version__
 from ..cli import COMMANDS
-from ..config import nearest
+from ..options import nearest
 
 
 def usage() -> str:

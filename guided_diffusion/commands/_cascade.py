@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from .. import cli
-from ..upsampling_config import CascadeConfig
+from ..sections import CascadeConfig
 
 NAME = "cascade_sample"
 BASE, UPSAMPLER = "base", "up"

@@ -13,26 +13,18 @@ from .. import checkpoint, dist_util, logger, lora, paths, weight_files
 from ..architecture import architecture
 from ..cli import Flags
 from ..compiling import compile_network
-from ..config import (
-    ClassifierConfig,
-    DiffusionConfig,
-    RunConfig,
-    SampleConfig,
-    SuperResConfig,
-    UNetConfig,
-    parse_size,
-)
-from ..data_config import RangeConfig
-from ..finetuning_config import AdapterConfig
+from ..config import ClassifierConfig, DiffusionConfig, RangeConfig, RunConfig, SuperResConfig, UNetConfig
 from ..gaussian_diffusion import GaussianDiffusion
 from ..guidance import dynamic_thresholding
 from ..image_datasets import load_classes
 from ..jobs import Job, parse_classes
 from ..loop import network_calls
 from ..npz import fingerprint
+from ..options import parse_size
 from ..sample_util import generate
 from ..samplers import DDIM, make_sampler
 from ..script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from ..sections import AdapterConfig, SampleConfig
 from ..steps import Sampler
 from . import _performance as performance
 
@@ -308,6 +300,7 @@ def job_of(flags: Flags, sampler: Sampler, shape: tuple[int, ...], request: Mapp
         "out_dir": logger.get_dir(),
         "save_images": config.save_images,
         "film": config.save_intermediate,
+        "request_defaults": flags.usual,
         "request": {**asdict(flags.part(DiffusionConfig)), **threshold, **request},
     }
     return Job(sampler=sampler, shape=shape, **{**values, **options})

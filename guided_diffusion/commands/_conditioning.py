@@ -10,12 +10,12 @@ import torch as th
 
 from ..cli import Flags
 from ..conditioning import CondImages, CondKind, CondSource, Pairing, cond_kind
-from ..conditioning_config import CondDataConfig, CondSampleConfig, CondTrainConfig
-from ..config import EditConfig, SampleConfig, TrainConfig, UNetConfig, defaults
-from ..data_config import parse_range
+from ..config import CondDataConfig, CondTrainConfig, TrainConfig, UNetConfig
 from ..image_files import Listing
 from ..image_labels import read_labels
+from ..options import defaults, parse_range
 from ..pictures import DRAWN_CHANNELS, Pixels, to_uint8
+from ..sections import CondSampleConfig, EditConfig, SampleConfig
 from ._common import Restored
 
 

@@ -7,23 +7,26 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .. import cli
+from ..dataset_config import DATASETS
 from ._entry import Main, entry
 
 if TYPE_CHECKING:
     from ..dataset_images import Source
 
+cli.OTHERS.update(DATASETS)
+
 
 def converter(name: str, read: Callable[[Any], Source]) -> Main:
     """The `main(argv=None)` of a script.
 
-    :param name: in `cli.DATASETS`.
+    :param name: in `DATASETS`.
     :param read: the flags of the script's section -> the images of the data set.
     """
 
     def work(flags: cli.Flags) -> None:
         from ..dataset_writer import check_paths, convert
 
-        config = flags.part(cli.DATASETS[name].sections[0])
+        config = flags.part(DATASETS[name].sections[0])
         check_paths(config.source, config.out)  # before the script looks for its files there
         try:
             convert(read(config), config, name)

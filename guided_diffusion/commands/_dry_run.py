@@ -15,17 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import dist_util, logger
 from ..cli import Flags
-from ..config import (
-    ClassifierConfig,
-    DiffusionConfig,
-    RunConfig,
-    SuperResConfig,
-    TrainConfig,
-    UNetConfig,
-    parse_rates,
-    parse_size,
-)
+from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, TrainConfig, UNetConfig
 from ..gaussian_diffusion import GaussianDiffusion
+from ..options import parse_rates, parse_size
 from ..script_util import build_classifier, build_diffusion, build_unet, build_upsampler
 from . import (
     _conditioning as conditioning,

@@ -10,14 +10,15 @@ import torch as th
 
 from .. import dist_util, logger
 from ..cli import Flags
-from ..config import DiffusionConfig, EditConfig, SampleConfig, UNetConfig
-from ..data_config import RangeConfig, parse_range
+from ..config import DiffusionConfig, RangeConfig, UNetConfig
 from ..editing import invert, slerp
 from ..init_images import InitImages
 from ..jobs import Start, parse_classes
 from ..loop import network_calls
+from ..options import parse_range
 from ..samplers import make_sampler
 from ..script_util import build_diffusion
+from ..sections import EditConfig, SampleConfig
 from ..steps import Sampler
 from ._common import Restored, clipping_of
 

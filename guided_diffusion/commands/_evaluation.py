@@ -13,13 +13,14 @@ import torch as th
 
 from .. import checkpoint, dist_util, logger
 from ..cli import Flags
-from ..config import DiffusionConfig, RunConfig, UNetConfig, parse_size
-from ..evaluation_config import ExtractorConfig, PlaceConfig, TrainEvaluationConfig
+from ..config import DiffusionConfig, ExtractorConfig, RunConfig, TrainEvaluationConfig, UNetConfig
 from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import ImageDataset, ImageStream
 from ..jobs import Conditioning, Job
+from ..options import parse_size
 from ..samplers import make_sampler
 from ..script_util import build_diffusion
+from ..sections import PlaceConfig
 from ..seeds import seeded
 from ..steps import Sampler
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch as th
 
-from .. import checkpoint, dist_util, finetuning, logger, lora
+from .. import dist_util, finetuning, logger, lora, untrusted
 from ..cli import Flags
-from ..config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig, defaults
-from ..finetuning_config import InitConfig, LoraConfig
+from ..config import ClassifierConfig, DiffusionConfig, InitConfig, LoraConfig, SuperResConfig, UNetConfig
+from ..options import defaults
 
 REPORT = "init.json"
 KINDS: dict[str, tuple[str, type[Any]]] = {
@@ -100,7 +100,7 @@ def _start(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> list[st
     for line in lines:
         logger.log(line)
     if dist_util.rank() == 0:
-        checkpoint.save_json(os.path.join(logger.get_dir(), REPORT), {**asdict(report), "other_flags": other})
+        untrusted.write_json(os.path.join(logger.get_dir(), REPORT), {**asdict(report), "other_flags": other})
     return list(report.changed)
 
 

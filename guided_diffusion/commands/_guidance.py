@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..cli import Flags
-from ..config import DiffusionConfig, FreeGuidanceConfig, GuidanceConfig, SampleConfig
+from ..config import DiffusionConfig
 from ..guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
 from ..samplers import DDIM, PLMS, Ancestral
+from ..sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig
 from ._common import Restored, refuse_difference, restore_weaker, sampler_of
 
 SAME_IMAGES = ("image_size", "large_size", "small_size", "image_channels", "dims", "cond_type", "cond_channels")

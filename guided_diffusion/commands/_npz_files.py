@@ -14,14 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import logger
-from ..checkpoint import save_json
-from ..data_config import parse_range
 from ..image_files import Listing, find_images, read_bytes
 from ..image_labels import Labels, load_classes, read_labels, save_classes
-from ..npz import PART, Npz, explained, write_npz
-from ..npz_tool_config import FromImagesConfig, ToPngConfig
+from ..npz import Npz, write_npz
+from ..options import parse_range
 from ..pictures import DRAWN_CHANNELS, Pixels, save_png
-from ..untrusted import parse_json, quoted, reason
+from ..sections import FromImagesConfig, ToPngConfig
+from ..untrusted import PART, explained, parse_json, quoted, reason, write_json
 
 ORDER, CLASSES = "names.json", "classes.json"  # in a folder from an npz: its images in their order, and their classes
 MAX_LABEL = 2**16  # without names of the classes
@@ -60,7 +59,7 @@ def to_png(given: ToPngConfig) -> str:
                 save_png(os.path.join(part, name), image[..., None] if image.ndim == 2 else image)
             bar.update()
         order = {"file": os.path.basename(path), "shape": list(images.stored_shape), "names": names}
-        save_json(os.path.join(part, ORDER), order)
+        write_json(os.path.join(part, ORDER), order)
         if labels is not None:
             save_classes(os.path.join(part, CLASSES), labels)
     return f"{out}: {images.count} images" + (f" of {len(labels.classes)} classes" if labels else "")

@@ -8,9 +8,8 @@ from typing import Any
 from .. import dist_util, logger
 from ..cli import Flags
 from ..compiling import compile_network
-from ..config import TrainConfig, resolve_precision
+from ..config import TrainConfig, TrainSpeedConfig, resolve_precision
 from ..hardware import fastest_precision
-from ..performance_config import TrainSpeedConfig
 from ..recomputing import recompute_at
 
 ALIASES = {"precision": "use_fp16", "classifier_precision": "classifier_use_fp16"}

@@ -13,11 +13,18 @@ import torch as th
 
 from .. import __version__, checkpoint, dist_util, logger, paths
 from ..cli import COMMANDS, Flags
-from ..config import ImageTrainConfig, RunConfig, TrainConfig, defaults
-from ..data_config import DataConfig, parse_range
-from ..evaluation_config import ExtractorConfig, TrainEvaluationConfig
+from ..config import (
+    DataConfig,
+    ExtractorConfig,
+    ImageTrainConfig,
+    LoaderConfig,
+    RunConfig,
+    TrainConfig,
+    TrainEvaluationConfig,
+    TrainSpeedConfig,
+)
 from ..image_datasets import ImageStream, load_data, save_classes
-from ..performance_config import LoaderConfig, TrainSpeedConfig
+from ..options import defaults, parse_range
 from ..resample import create_named_schedule_sampler
 from ..saving import choose
 from ..train_util import Hook, TrainLoop

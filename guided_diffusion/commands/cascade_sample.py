@@ -14,16 +14,9 @@ from importlib import import_module
 from typing import Any
 
 from .. import cli
-from ..config import (
-    ClassifierConfig,
-    DiffusionConfig,
-    GuidanceConfig,
-    SampleConfig,
-    SuperResConfig,
-    UNetConfig,
-    parse_size,
-)
-from ..upsampling_config import CascadeConfig
+from ..config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
+from ..options import parse_size
+from ..sections import CascadeConfig, GuidanceConfig, SampleConfig
 from ._cascade import Stage, parse
 
 

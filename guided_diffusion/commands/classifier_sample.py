@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .. import cli
-from ..config import ClassifierConfig, DiffusionConfig, SampleConfig, UNetConfig
+from ..config import ClassifierConfig, DiffusionConfig, UNetConfig
+from ..sections import SampleConfig
 from ._entry import entry
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ def train(flags: cli.Flags) -> None:
     :raises ValueError: naming the flag that is wrong.
     """
     from .. import dist_util
-    from ..classifier_training import ClassifierTrainLoop
     from ..script_util import build_classifier, build_diffusion
+    from ..train_util import ClassifierTrainLoop
     from . import (
         _finetuning as finetuning,
         _performance as performance,

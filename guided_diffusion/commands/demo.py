@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .. import cli
-from ..config import DemoConfig
+from ..sections import DemoConfig
 
 IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False".split()
 TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1".split()

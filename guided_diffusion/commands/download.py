@@ -11,9 +11,9 @@ def download(flags: cli.Flags) -> None:
 
     :raises ValueError: if there is no such thing.
     """
-    from ..config import nearest
     from ..downloads import SOURCES, fetch
-    from ..evaluation_config import DownloadConfig
+    from ..options import nearest
+    from ..sections import DownloadConfig
 
     config = flags.part(DownloadConfig)
     if config.name not in SOURCES:

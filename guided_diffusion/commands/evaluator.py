@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .. import cli
-from ..data_config import RangeConfig, parse_range
-from ..evaluation_config import EvaluatorConfig, ExtractorConfig
+from ..config import ExtractorConfig, RangeConfig
+from ..options import parse_range
+from ..sections import EvaluatorConfig
 from ._entry import entry
 
 
@@ -18,7 +19,7 @@ def compare(flags: cli.Flags) -> None:
     from evaluations.scores import Options
 
     from .. import dist_util, logger
-    from ..checkpoint import save_json
+    from ..untrusted import write_json
     from . import _evaluation as common
 
     config, network = flags.part(EvaluatorConfig), flags.part(ExtractorConfig)
@@ -42,7 +43,7 @@ def compare(flags: cli.Flags) -> None:
         progress=True,
     )
     if dist_util.rank() == 0 and config.json:
-        save_json(config.json, report.facts)
+        write_json(config.json, report.facts)
     for line in (*report.notes, *(f"warning: {text}" for text in report.warnings), *report.omitted, *report.lines()):
         logger.log(line)
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import cli
 from ..config import DiffusionConfig, RunConfig, UNetConfig
-from ..data_config import LikelihoodConfig, parse_range
-from ..likelihood_config import FlowConfig, MeasureConfig
+from ..options import parse_range
+from ..sections import FlowConfig, LikelihoodConfig, MeasureConfig
 from ._entry import entry
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def survey_of(model: Restored) -> Survey:
         out_dir=logger.get_dir(),
         seed=model.flags.part(RunConfig).seed,
         request={**model.identity, **asdict(model.flags.part(DiffusionConfig)), **_said(model.flags)},
+        request_defaults=model.flags.usual,
         save_terms=config.save_terms,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .. import cli
-from ..config import SampleConfig, UNetConfig
+from ..config import UNetConfig
+from ..sections import SampleConfig
 from ._entry import entry
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .. import cli
-from ..data_config import RangeConfig, parse_range
-from ..evaluation_config import ExtractorConfig, ReferenceConfig
+from ..config import ExtractorConfig, RangeConfig
+from ..options import parse_range
+from ..sections import ReferenceConfig
 from ._entry import entry
 
 

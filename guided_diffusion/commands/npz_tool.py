@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import cli
-from ..npz_tool_config import FromImagesConfig, NpzToolConfig, ToPngConfig
+from ..sections import FromImagesConfig, NpzToolConfig, ToPngConfig
 
 
 def run(flags: cli.Flags) -> None:

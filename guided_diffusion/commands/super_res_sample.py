@@ -7,9 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import cli
-from ..config import GuidanceConfig, RunConfig, SampleConfig, SuperResConfig, parse_size
-from ..data_config import RangeConfig, parse_range
-from ..upsampling_config import UpsampleConfig
+from ..config import RangeConfig, RunConfig, SuperResConfig
+from ..options import parse_range, parse_size
+from ..sections import GuidanceConfig, SampleConfig, UpsampleConfig
 from ._entry import entry
 
 if TYPE_CHECKING:

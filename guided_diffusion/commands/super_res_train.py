@@ -45,7 +45,7 @@ def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
     import torch.nn.functional as F
 
     from .. import dist_util
-    from ..config import parse_size
+    from ..options import parse_size
     from ..sample_util import preview
     from ._training import first_images, preview_path
 

@@ -8,9 +8,9 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from .. import cli
-from ..config import ClassifierConfig, DiffusionConfig, RunConfig, UNetConfig
-from ..data_config import RangeConfig, parse_range
-from ..evaluation_config import ExtractorConfig, SweepConfig
+from ..config import ClassifierConfig, DiffusionConfig, ExtractorConfig, RangeConfig, RunConfig, UNetConfig
+from ..options import parse_range
+from ..sections import SweepConfig
 from ._entry import entry
 
 if TYPE_CHECKING:

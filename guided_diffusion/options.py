@@ -1,0 +1,278 @@
+"""Flags as dataclass fields, what their values may be, and the readers of their texts. No torch.
+
+A field made by `flag` carries its help text and limits, from which command lines and the checks of saved settings come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, field, fields
+from typing import Any, TypeVar
+
+from . import paths
+
+T = TypeVar("T")
+Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
+
+
+def flag(
+    default: T,
+    help: str,
+    *,
+    choices: Iterable[str] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+    runtime: bool = False,
+    alias: str = "",
+    convert: Callable[[str], Any] | None = None,
+    positional: bool = False,
+) -> T:
+    """A dataclass field that is also a flag.
+
+    :param runtime: True for what may change between training and sampling (precision, memory): never taken from a
+        checkpoint's config.
+    :param convert: text -> value where the type of the default does not say it.
+    :param positional: True for a word that a command always needs, written without a name, in the order of the fields;
+        one with a tuple as its default takes several.
+    """
+    extra = {
+        "help": help,
+        "choices": tuple(choices),
+        "at_least": at_least,
+        "at_most": at_most,
+        "runtime": runtime,
+        "alias": alias,
+        "convert": convert,
+        "positional": positional,
+    }
+    return field(default=default, metadata=extra)
+
+
+def path_flag(help: str, default: str = "", *, positional: bool = False) -> str:
+    """The flag of a path to read from."""
+    return flag(default, help, positional=positional, convert=paths.resolve)
+
+
+def local_flag(help: str, default: str = "", *, positional: bool = False) -> str:
+    """The flag of a path on this machine, such as all that is written to."""
+    return flag(default, help, positional=positional, convert=paths.local)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def str2bool(v: str | bool) -> bool:
+    """The boolean that a word on the command line stands for."""
+    if isinstance(v, bool):
+        return v
+    known = dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True)
+    known |= dict.fromkeys(("no", "false", "f", "n", "0", "off"), False)
+    if v.lower() not in known:
+        raise argparse.ArgumentTypeError(f"boolean value expected: {v!r} is neither True nor False")
+    return known[v.lower()]
+
+
+def defaults(*sections: type[Any]) -> dict[str, Any]:
+    """Flag -> default of the given config classes, as plain JSON values."""
+    return {spec.name: spec.default for section in sections for spec in fields(section)}
+
+
+def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse keywords that `where` does not know.
+
+    :raises TypeError: naming the unknown keyword and the one most like it.
+    """
+    for name in names:
+        if name not in known:
+            raise TypeError(f"{where} has no keyword {name!r}{nearest(name, known)}")
+
+
+# ---- texts of values
+
+
+def parse_size(size: Size) -> tuple[int, int]:
+    """(height, width) of a size given as 64, "64", "64x128" or a pair.
+
+    :raises ValueError: if it is none of these, or not positive.
+    """
+    try:
+        sides = size.lower().split("x") if isinstance(size, str) else [size] if isinstance(size, int) else list(size)
+        numbers = [int(side) for side in sides]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
+        raise ValueError(f"image size {size!r} is not a size: write 64, or HEIGHTxWIDTH such as 64x128")
+    return numbers[0], numbers[-1]
+
+
+def size_flag(text: Size) -> int | str:
+    """The plain JSON form of a size: an int for squares, else the text HxW."""
+    height, width = parse_size(text)
+    return height if height == width else f"{height}x{width}"
+
+
+def parse_rates(text: str | float) -> list[float]:
+    """The rates of moving averages in "0.999,0.9999"; [] of ''.
+
+    :raises ValueError: if one is not a number from 0 to 1.
+    """
+    try:
+        rates = [float(word) for word in str(text).split(",") if word.strip()]
+    except ValueError:
+        rates = [math.nan]
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise ValueError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
+    return rates
+
+
+def parse_microbatch(text: str) -> int | str:
+    """A number of images, or "auto".
+
+    :raises ValueError: if it is neither.
+    """
+    if text == "auto":
+        return text
+    if not text.removeprefix("-").isdecimal() or int(text) < -1:
+        raise ValueError(f"{text!r} is no number of images: write a number, -1 for the whole batch, or auto")
+    return int(text)
+
+
+def parse_range(text: str) -> tuple[float, float] | None:
+    """(LOW, HIGH) of "LOW,HIGH"; None of ''.
+
+    :raises ValueError: if it is no range.
+    """
+    try:
+        numbers = [float(word) for word in text.split(",")] if text else []
+    except ValueError:
+        numbers = [math.nan]
+    if text and not (len(numbers) == 2 and -math.inf < numbers[0] < numbers[1] < math.inf):
+        raise ValueError(f"data_range {text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
+    return (numbers[0], numbers[1]) if text else None
+
+
+def range_flag(text: str) -> str:
+    """The same text, if it is a range or ''."""
+    parse_range(text)
+    return text
+
+
+def parse_counts(text: str) -> str:
+    """The same text, if it lists different whole numbers above 0.
+
+    :raises ValueError: if it does not.
+    """
+    return _listed(text, lambda word: word.isdecimal() and int(word) > 0, "whole numbers above 0, such as 10,25")
+
+
+def parse_scales(text: str) -> str:
+    """The same text, if it lists different numbers.
+
+    :raises ValueError: if it does not.
+    """
+    return _listed(text, lambda word: re.fullmatch(r"-?\d+(\.\d*)?", word), "numbers, such as 0,1,2.5")
+
+
+def _listed(text: str, fits: Callable[[str], object], what: str) -> str:
+    words = text.split(",")
+    if not all(map(fits, words)) or len(set(map(float, words))) < len(words):
+        raise ValueError(f"{text!r} is no list of different {what}")
+    return text
+
+
+def names_of(names: Sequence[str], what: str) -> Callable[[str], str]:
+    """A reader of names separated by commas, which returns the text that it is given.
+
+    :raises ValueError: naming the word that is none of `names`.
+    """
+
+    def read(text: str) -> str:
+        for word in text.split(","):
+            if word not in names:
+                hint = nearest(word, names)
+                raise ValueError(f"{word!r} in {text!r} is no {what}: name some of {','.join(names)}{hint}")
+        return text
+
+    return read
+
+
+# ---- the checks of a field
+
+
+def reader_of(spec: Field[Any]) -> Callable[[str], Any]:
+    """text -> value of one flag, with its checks; the default always passes, such as -1 for "not given"."""
+
+    def read(text: str) -> Any:
+        if text == str(spec.default):
+            return spec.default
+        value = _converted(spec, text)
+        if value != spec.default:
+            _check_limits(spec, text, value)
+        return value
+
+    return read
+
+
+def _converted(spec: Field[Any], text: str) -> Any:
+    kind: type[Any] = type(spec.default)
+    convert = spec.metadata["convert"] or (str2bool if kind is bool else kind)
+    try:
+        return convert(text)
+    except ValueError as error:
+        detail = str(error) if spec.metadata["convert"] else f"{text!r} is not of type {kind.__name__}"
+        raise argparse.ArgumentTypeError(detail) from error
+
+
+def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
+    choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    if choices and str(value) not in choices:
+        allowed = ", ".join(choice or "''" for choice in choices)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
+    if low is not None and not value >= low:
+        raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
+    if high is not None and not value <= high:
+        raise argparse.ArgumentTypeError(f"{text} is above the greatest value, {high}")
+
+
+def means_not_given(spec: Field[Any], value: Any) -> bool:
+    """Whether a value is a default that no other value could be: --steps 0, --eta -1, --image_size ''."""
+    try:
+        _check_limits(spec, str(value), _converted(spec, str(value)))
+    except argparse.ArgumentTypeError:
+        return bool(value == spec.default)
+    return False
+
+
+def saved_values(saved: Mapping[str, Any], *sections: type[Any]) -> dict[str, Any]:
+    """Of the flags saved with a checkpoint those of the given config classes, checked; without runtime flags.
+
+    :raises ValueError: if a saved value has another type than its flag, or is out of its limits.
+    """
+    known = {spec.name: spec for section in sections for spec in fields(section)}
+    taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
+    for name, value in taken.items():
+        fault = _fault_of(known[name], value)
+        if fault:
+            raise ValueError(f"the checkpoint's config.json says {name} {f'{value!r:.200}'}, which {fault}")
+    return taken
+
+
+def _fault_of(spec: Field[Any], value: Any) -> str:
+    """What is wrong with the saved value of a flag; '' if the command line would take it."""
+    kinds = f"{spec.type} int" if "float" in spec.type else spec.type
+    if type(value).__name__ not in kinds.replace("|", "").split():
+        return f"should be of type {spec.type}"
+    try:
+        reader_of(spec)(str(value))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        return f"is not to be used ({error})"
+    return ""
