@@ -4,7 +4,6 @@
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
 	done)
-PACKAGES = guided_diffusion $(wildcard evaluations)
 READY = .venv/ready
 # tests of one file share what is slow to make
 PARALLEL = -n 2 --dist loadfile
@@ -40,7 +39,7 @@ coverage: $(READY)
 lint: $(READY)
 	.venv/bin/ruff check --quiet .
 	.venv/bin/ruff format --quiet --check .
-	.venv/bin/mypy $(PACKAGES)
+	.venv/bin/mypy
 
 # Made again only when the requirements change.
 $(READY): setup.py constraints.txt

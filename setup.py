@@ -45,7 +45,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["guided_diffusion*", "evaluations*"]),
+    packages=find_packages(include=["guided_diffusion*"]),
     package_data={"guided_diffusion": ["py.typed"]},
     install_requires=[
         "torch>=2.6",

@@ -27,8 +27,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import pages
 import torch as th
+
+import pages
 
 DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
 

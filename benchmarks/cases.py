@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch as th
-from plain import Plain
 from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion import cli
-from guided_diffusion.cli import Flags
-from guided_diffusion.commands import demo
+from guided_diffusion.commands import demo, flags as cli
+from guided_diffusion.commands.flags import Flags
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from guided_diffusion.script_util import attention_rates, build_classifier, build_diffusion, build_unet
+from plain import Plain
 
 Network = Any
 

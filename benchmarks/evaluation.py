@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pages
 
-from evaluations.metrics import Statistics, frechet_distance, precision_recall, statistics
+import pages
+from guided_diffusion.evaluation.metrics import Statistics, frechet_distance, precision_recall, statistics
 
 ROOT = Path(__file__).parent.parent
 Array = npt.NDArray[Any]
@@ -103,7 +103,7 @@ def _extract(batch: int, batches: int, precision: str) -> list[list[float]]:
     """Pooled features of as many images, by the network with random weights."""
     import torch as th
 
-    from evaluations.inception import InceptionNetwork
+    from guided_diffusion.evaluation.inception import InceptionNetwork
 
     th.set_num_threads(1)
     network = InceptionNetwork(dtype={"fp32": th.float32, "bf16": th.bfloat16}[precision])

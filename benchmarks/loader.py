@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from benching import Bench, Turns, times
 from numpy.typing import NDArray
 from PIL import Image
-from plain import PlainImages, plain_batches
 
+from benching import Bench, Turns, times
 from guided_diffusion.image_datasets import load_data
-from guided_diffusion.pictures import to_unit
+from guided_diffusion.runtime.pictures import to_unit
+from plain import PlainImages, plain_batches
 
 EMOJI = Path(__file__).parent.parent / "datasets" / "emoji64.zip"
 PLAIN = "originals' way"

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
+
 from benching import Bench, Turns, milliseconds, times
 from cases import ADM256, EMOJI32, IMAGES64, TINY, Case, count_flops, diffusers_flag, ours, plain, theirs
+from guided_diffusion.networks.compiling import compile_network
 from ours import Training, silent
 from plain import PlainTraining
-
-from guided_diffusion.compiling import compile_network
 
 CASES = {case.name: case for case in (IMAGES64, EMOJI32, ADM256)}
 COLUMNS = ["way", "ms", "speed-up", "GFLOP/s", "of the ceiling"]

@@ -22,7 +22,6 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from guided_diffusion.blocks import AttentionBlock, Downsample, QKVAttentionLegacy, ResBlock, Upsample
 from guided_diffusion.fp16_util import (
     convert_module_to_f16,
     get_param_groups_and_shapes,
@@ -30,6 +29,7 @@ from guided_diffusion.fp16_util import (
     master_params_to_model_params,
     model_grads_to_master_grads,
 )
+from guided_diffusion.networks.blocks import AttentionBlock, Downsample, QKVAttentionLegacy, ResBlock, Upsample
 from guided_diffusion.resample import UniformSampler
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 

@@ -22,14 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from benching import Bench
-from ours import silent
 
-from evaluations.evaluator import evaluate, prepare
-from evaluations.features import make_extractor
-from evaluations.images import open_images
-from guided_diffusion import cli
-from guided_diffusion.commands import image_sample
+from benching import Bench
+from guided_diffusion.commands import flags, image_sample
+from guided_diffusion.evaluation.evaluator import evaluate, prepare
+from guided_diffusion.evaluation.features import make_extractor
+from guided_diffusion.evaluation.images import open_images
+from ours import silent
 
 ROOT = Path(__file__).parent.parent
 
@@ -104,7 +103,7 @@ def sample(given: argparse.Namespace, way: Way, seed: int, folder: str, device: 
     words += ["--num_samples", given.num_samples, "--batch_size", given.batch_size, "--seed", seed]
     words += ["--log_dir", folder, "--device", device]
     with only_logging():
-        return image_sample.sample(cli.parse("image_sample", list(map(str, words))))
+        return image_sample.sample(flags.parse("image_sample", list(map(str, words))))
 
 
 @contextmanager

@@ -10,16 +10,17 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import pages
 from PIL import Image
+
+import pages
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from guided_diffusion.loop import network_calls
-from guided_diffusion.samplers import SAMPLERS, make_sampler
+from guided_diffusion.sampling.loop import network_calls
+from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
 
 Rows = Mapping[str, Sequence[tuple[int, float]]]
 

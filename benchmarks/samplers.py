@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch as th
+
 import pages
 import report
-import torch as th
-from mixture import Mixture, Oracle, images, ring
-
-from guided_diffusion.loop import network_calls
 from guided_diffusion.respace import GRIDS, SpacedDiffusion
-from guided_diffusion.samplers import SAMPLERS, make_sampler
+from guided_diffusion.sampling.loop import network_calls
+from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
 from guided_diffusion.script_util import create_gaussian_diffusion
+from mixture import Mixture, Oracle, images, ring
 
 DOCS = Path(__file__).parent.parent / "docs"
 BUDGETS = (5, 8, 10, 15, 20, 25, 50, 100)

@@ -15,10 +15,9 @@ from typing import Any
 import plain as originals
 from benching import Bench, milliseconds, times
 from cases import EMOJI32, IMAGES64, TINY, Case, diffusers_flag, ours, plain, theirs
-
-from guided_diffusion.guidance import classifier_guidance
-from guided_diffusion.loop import network_calls
-from guided_diffusion.samplers import SAMPLERS, make_sampler
+from guided_diffusion.sampling.guidance import classifier_guidance
+from guided_diffusion.sampling.loop import network_calls
+from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
 
 PARTS = ("step", "sample", "samplers")
 STEPS, BEST, FEW = 250, "unipc", 20  # the originals' way to a sample, and ours

@@ -22,12 +22,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch as th
+
 from benching import Bench, megabytes, synchronize, times
 from cases import ADM256, EMOJI32, IMAGES64, TINY, Case, plain
+from guided_diffusion.image_datasets import load_data
 from ours import Enough, Training, Watched, silent
 from plain import PlainImages, PlainTraining, plain_batches
-
-from guided_diffusion.image_datasets import load_data
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "datasets" / "emoji64.zip"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import ConversionConfig
-from guided_diffusion.dataset_folder import class_folders, folder_source, listing_of
-from guided_diffusion.dataset_images import Source
+from conversion.command import converter
+from conversion.config import ConversionConfig
+from conversion.folder import class_folders, folder_source, listing_of
+from conversion.images import Source
 
 
 def read(config: ConversionConfig) -> Source:

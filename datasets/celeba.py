@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from guided_diffusion import untrusted
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import CelebaConfig
-from guided_diffusion.dataset_folder import folder_source, listing_of
-from guided_diffusion.dataset_images import Source
-from guided_diffusion.options import nearest
+from conversion.command import converter
+from conversion.config import CelebaConfig
+from conversion.folder import folder_source, listing_of
+from conversion.images import Source
+from guided_diffusion.runtime import files as untrusted
+from guided_diffusion.runtime.options import nearest
 
 TABLE = "list_attr_celeba.txt"
 

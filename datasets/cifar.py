@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from guided_diffusion import dataset_pickle, untrusted
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import CifarConfig
-from guided_diffusion.dataset_images import Item, Source, bad
-from guided_diffusion.dataset_planes import class_of, row_items, side_of, with_empty_classes
-from guided_diffusion.dataset_tar import members, open_tar
-from guided_diffusion.untrusted import reason
+from conversion import pickles
+from conversion.command import converter
+from conversion.config import CifarConfig
+from conversion.images import Item, Source, bad
+from conversion.planes import class_of, row_items, side_of, with_empty_classes
+from conversion.tars import members, open_tar
+from guided_diffusion.runtime import files as untrusted
+from guided_diffusion.runtime.files import reason
 
 TEN = [f"data_batch_{number}" for number in range(1, 6)]
 # meta file -> batches of each split
@@ -71,7 +72,7 @@ def _kept(content: bytes) -> Callable[[], bytes]:
 
 def _names(content: Callable[[], bytes], key: str, where: str) -> list[str]:
     try:
-        names = dataset_pickle.load(content())[key]
+        names = pickles.load(content())[key]
         return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{where} has no {key} ({reason(error)}): fetch it again") from error
@@ -81,7 +82,7 @@ def _batch(name: str, content: Callable[[], bytes] | None, key: str, names: list
     try:
         if content is None:
             raise ValueError("it is missing, or the archive ends before it")
-        batch = dataset_pickle.load(content())
+        batch = pickles.load(content())
         rows, labels = _parts(batch, key)
     except (ValueError, OSError) as error:
         yield bad(name, reason(error))

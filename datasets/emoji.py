@@ -14,12 +14,12 @@ from typing import Any
 
 from PIL import Image
 
-from guided_diffusion import untrusted
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.crops import center_crop_arr
-from guided_diffusion.dataset_config import EmojiConfig
-from guided_diffusion.dataset_images import Item, Source, bad
-from guided_diffusion.decoding import decode
+from conversion.command import converter
+from conversion.config import EmojiConfig
+from conversion.images import Item, Source, bad
+from guided_diffusion.data.crops import center_crop_arr
+from guided_diffusion.data.decoding import decode
+from guided_diffusion.runtime import files as untrusted
 
 SIZE = 64
 CLASSES = {

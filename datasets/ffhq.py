@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import OneClassConfig
-from guided_diffusion.dataset_folder import folder_source, listing_of
-from guided_diffusion.dataset_images import Source
+from conversion.command import converter
+from conversion.config import OneClassConfig
+from conversion.folder import folder_source, listing_of
+from conversion.images import Source
 
 
 def read(config: OneClassConfig) -> Source:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import FolderConfig
-from guided_diffusion.dataset_folder import folder_source, listing_of, numbered
-from guided_diffusion.dataset_images import Source
+from conversion.command import converter
+from conversion.config import FolderConfig
+from conversion.folder import folder_source, listing_of, numbered
+from conversion.images import Source
 
 
 def read(config: FolderConfig) -> Source:
     """All images."""
-    from guided_diffusion.image_labels import read_labels
+    from guided_diffusion.data.labels import read_labels
 
     listing = listing_of(config.source)
     if config.prefix:

@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Iterator
 from typing import IO
 
-from guided_diffusion import untrusted
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import ImagenetConfig
-from guided_diffusion.dataset_folder import folder_name
-from guided_diffusion.dataset_images import Item, Source, bad
-from guided_diffusion.dataset_tar import Member, members, open_tar
-from guided_diffusion.untrusted import printable, quoted, reason
+from conversion.command import converter
+from conversion.config import ImagenetConfig
+from conversion.folder import folder_name
+from conversion.images import Item, Source, bad
+from conversion.tars import Member, members, open_tar
+from guided_diffusion.runtime import files
+from guided_diffusion.runtime.files import printable, quoted, reason
 
 Classify = Callable[[str], str]  # file name -> class; ValueError where there is none
 LARGEST_TAR = 2**40  # bytes of a tar in the tar, which is never read as a whole
@@ -140,7 +140,7 @@ def _synsets(path: str) -> list[str]:
 
 
 def _lines(path: str) -> list[str]:
-    text = untrusted.read_file(path).decode(errors="replace")
+    text = files.read_file(path).decode(errors="replace")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from guided_diffusion import dataset_pickle
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import Imagenet64Config
-from guided_diffusion.dataset_images import Item, Source, bad
-from guided_diffusion.dataset_planes import base, class_of, first_words, row_items, side_of
-from guided_diffusion.untrusted import check_regular, reason
+from conversion import pickles
+from conversion.command import converter
+from conversion.config import Imagenet64Config
+from conversion.images import Item, Source, bad
+from conversion.planes import base, class_of, first_words, row_items, side_of
+from guided_diffusion.runtime.files import check_regular, reason
 
 ROWS = 256  # read at a time from an npz
 BATCH = re.compile(r"(train|val)_data(_batch_\d+)?(\.npz|\.pickle)?$")
@@ -51,7 +51,7 @@ def _batch(path: str, names: list[str]) -> Iterator[Item]:
 
 
 def _npz(path: str, names: list[str]) -> Iterator[Item]:
-    from guided_diffusion.npz import Npz
+    from guided_diffusion.runtime.npz import Npz
 
     with Npz(path) as archive:
         count, header = archive.header("labels").shape[0], archive.header("data")
@@ -68,7 +68,7 @@ def _npz(path: str, names: list[str]) -> Iterator[Item]:
 def _pickle(path: str, names: list[str]) -> Iterator[Item]:
     check_regular(path)
     with open(path, "rb") as file:
-        batch = dataset_pickle.load(file)
+        batch = pickles.load(file)
     if "data" not in batch or "labels" not in batch:
         raise ValueError("it has no data and labels")
     rows, labels = np.asarray(batch["data"]), list(batch["labels"])

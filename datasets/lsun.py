@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import LsunConfig
-from guided_diffusion.dataset_folder import folder_name
-from guided_diffusion.dataset_images import Item, Source, bad
-from guided_diffusion.dataset_lmdb import Lmdb, Place
-from guided_diffusion.untrusted import printable, reason
+from conversion.command import converter
+from conversion.config import LsunConfig
+from conversion.folder import folder_name
+from conversion.images import Item, Source, bad
+from conversion.lmdb import Lmdb, Place
+from guided_diffusion.runtime.files import printable, reason
 
 
 def read(config: LsunConfig) -> Source:

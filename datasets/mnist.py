@@ -13,12 +13,12 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion import untrusted
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import MnistConfig
-from guided_diffusion.dataset_images import Item, Source, bad, of_pixels
-from guided_diffusion.dataset_planes import class_of, with_empty_classes
-from guided_diffusion.untrusted import MAX_BYTES, reason
+from conversion.command import converter
+from conversion.config import MnistConfig
+from conversion.images import Item, Source, bad, of_pixels
+from conversion.planes import class_of, with_empty_classes
+from guided_diffusion.runtime import files
+from guided_diffusion.runtime.files import MAX_BYTES, reason
 
 STARTS = {"train": "train", "test": "t10k"}
 CLOTHES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
@@ -56,7 +56,7 @@ def _find(folder: str, stem: str, kind: str) -> str:
 def _idx(path: str, dims: int) -> NDArray[np.uint8]:
     """The array of an idx file: two zeros, type, number of sides, the sides, then the numbers."""
     try:
-        untrusted.check_regular(path)
+        files.check_regular(path)
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             return _read_idx(file, dims)
     except (ValueError, OSError, EOFError, zlib.error) as error:
@@ -70,7 +70,7 @@ def _read_idx(file: IO[bytes] | gzip.GzipFile, dims: int) -> NDArray[np.uint8]:
     shape = struct.unpack(f">{dims}I", head[4:])
     if math.prod(shape) > MAX_BYTES:
         raise ValueError(f"its array of shape {shape} is too large")
-    return untrusted.read_rows(cast(IO[bytes], file), shape, np.dtype(np.uint8))
+    return files.read_rows(cast(IO[bytes], file), shape, np.dtype(np.uint8))
 
 
 main = converter("mnist", read)

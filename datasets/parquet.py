@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from guided_diffusion import untrusted
-from guided_diffusion.commands._dataset import converter
-from guided_diffusion.dataset_config import ParquetConfig
-from guided_diffusion.dataset_folder import folder_name
-from guided_diffusion.dataset_images import Item, Source, bad
-from guided_diffusion.dataset_planes import class_of
-from guided_diffusion.options import nearest
-from guided_diffusion.untrusted import printable, reason
+from conversion.command import converter
+from conversion.config import ParquetConfig
+from conversion.folder import folder_name
+from conversion.images import Item, Source, bad
+from conversion.planes import class_of
+from guided_diffusion.runtime import files as untrusted
+from guided_diffusion.runtime.files import printable, reason
+from guided_diffusion.runtime.options import nearest
 
 ROWS = 64  # read at a time
 LABELS = ("label", "labels", "fine_label", "class", "target")

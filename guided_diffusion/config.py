@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .options import flag, local_flag, names_of, parse_microbatch, path_flag, range_flag, size_flag
+from .runtime.options import flag, local_flag, names_of, parse_microbatch, path_flag, range_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 PRECISION_CHOICES = ("", *PRECISIONS, "auto")

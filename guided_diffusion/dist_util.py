@@ -20,8 +20,9 @@ import blobfile as bf  # noqa: F401 - what a star import of the original's gives
 import torch as th
 import torch.distributed as dist
 
-from . import launchers, logger, paths
-from .launchers import Place
+from . import logger
+from .runtime import launchers, paths
+from .runtime.launchers import Place
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -31,7 +32,7 @@ COLLECTIVE_TIMEOUT = 10.0  # minutes for the slowest rank to reach a collective:
 PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor alone is larger
 DEVICE_TYPES = ("cpu", "cuda", "mps")
 GPUS_PER_NODE, SETUP_RETRY_COUNT = 8, 3  # names of the originals; the launcher says how many there are
-OWN_PACKAGES = ("guided_diffusion", "evaluations")
+OWN_PACKAGES = ("guided_diffusion",)
 
 _joining = threading.Lock()  # commands may run in threads of one process
 _device: th.device | None = None

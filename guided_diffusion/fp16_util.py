@@ -17,8 +17,8 @@ import torch.nn as nn
 
 from . import logger
 from .config import resolve_precision
-from .gradients import AveragedGradients, Gradients, laid_out_as
 from .nn import convert_module_to_f16 as convert_module_to_f16, convert_module_to_f32 as convert_module_to_f32
+from .training.gradients import AveragedGradients, Gradients, laid_out_as
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 

@@ -18,17 +18,17 @@ import numpy.typing as npt
 import torch as th
 
 from .config import LOSS_WEIGHTS
-from .forward_process import ForwardProcess
+from .diffusion.forward_process import ForwardProcess
+from .diffusion.methods import DenoisedFn, Kwargs, Model, SamplingSurfaces
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .prediction import Bounds, CondFn, MeanVariance, Prediction, apply_rule, detached
-from .schedules import (
+from .sampling.prediction import Bounds, CondFn, MeanVariance, Prediction, apply_rule, detached
+from .sampling.schedules import (
     Array,
     betas_for_alpha_bar as betas_for_alpha_bar,
     get_named_beta_schedule as get_named_beta_schedule,
 )
-from .steps import Draw, Predict
-from .surfaces import DenoisedFn, Kwargs, Model, SamplingSurfaces
+from .sampling.steps import Draw, Predict
 
 
 class ModelMeanType(enum.Enum):

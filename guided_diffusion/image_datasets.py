@@ -20,17 +20,17 @@ from PIL import Image as Image
 from torch.utils.data import DataLoader, Dataset as Dataset
 
 from . import dist_util, logger
-from .conditioning import Pairing
-from .crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
-from .decoding import Range
-from .image_files import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images, hold
-from .image_items import BatchDataset, ImageDataset as ImageDataset, Loaded, batches
-from .image_labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
-from .image_order import Schedule
-from .options import Size, parse_size, size_flag
-from .pictures import to_unit
-from .untrusted import printable, quoted
-from .upsampling import SmallVersions
+from .data.conditioning import Pairing
+from .data.crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
+from .data.decoding import Range
+from .data.items import BatchDataset, ImageDataset as ImageDataset, Loaded, batches
+from .data.labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
+from .data.order import Schedule
+from .data.sources import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images, hold
+from .data.upsampling import SmallVersions
+from .runtime.files import printable, quoted
+from .runtime.options import Size, parse_size, size_flag
+from .runtime.pictures import to_unit
 
 Batch = tuple[th.Tensor, dict[str, th.Tensor]]
 

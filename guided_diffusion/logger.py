@@ -19,8 +19,8 @@ from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
 
 from tqdm.auto import tqdm
 
-from . import launchers, paths
-from .log_writers import (
+from .runtime import launchers, paths
+from .runtime.log_writers import (
     CSVOutputFormat as CSVOutputFormat,
     HumanOutputFormat as HumanOutputFormat,
     JSONOutputFormat as JSONOutputFormat,

@@ -16,8 +16,8 @@ import torch as th
 import torch.distributed as dist  # noqa: F401
 
 from . import dist_util
-from .options import nearest
-from .seeds import to_device
+from .runtime.options import nearest
+from .runtime.seeds import to_device
 
 Array = npt.NDArray[np.float64]
 

@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
+from .diffusion.methods import Model
 from .gaussian_diffusion import GaussianDiffusion, Losses
-from .prediction import CondFn, MeanVariance
-from .schedules import Array, NoiseLevels
-from .seeds import to_device
-from .surfaces import Model
+from .runtime.seeds import to_device
+from .sampling.prediction import CondFn, MeanVariance
+from .sampling.schedules import Array, NoiseLevels
 
 Grid = str | Sequence[float]
 WRITE = (

@@ -19,20 +19,20 @@ import numpy.typing as npt
 import torch as th
 
 from . import dist_util, logger
-from .film import FILM_IMAGES, Film
-from .gallery import draw_each, draw_grid
+from .data.upsampling import NAMES, picture_names
 from .gaussian_diffusion import GaussianDiffusion
-from .jobs import LISTED, Job, check_labels
-from .loop import SampleOptions, network_calls
-from .npz import fingerprint, holds, read_npz, save_npz, write_npz
-from .pictures import Pixels, can_draw, save_grid, to_uint8
-from .request import REQUEST, read_request, refuse_another
 from .respace import respaced, space_timesteps
-from .samplers import make_sampler
-from .seeds import image_generator, seeded
-from .steps import StepOutput
-from .untrusted import PART, write_json
-from .upsampling import NAMES, picture_names
+from .runtime.files import PART, write_json
+from .runtime.gallery import draw_each, draw_grid
+from .runtime.jobs import LISTED, Job, check_labels
+from .runtime.npz import fingerprint, holds, read_npz, save_npz, write_npz
+from .runtime.pictures import Pixels, can_draw, save_grid, to_uint8
+from .runtime.results import REQUEST, read_request, refuse_another
+from .runtime.seeds import image_generator, seeded
+from .runtime.trajectory import FILM_IMAGES, Film
+from .sampling.loop import SampleOptions, network_calls
+from .sampling.samplers import make_sampler
+from .sampling.steps import StepOutput
 
 Model = Callable[..., th.Tensor]
 

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import dist_util, gaussian_diffusion as gd
-from .conditioning import ConditionedModel, cond_kind
 from .config import ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResConfig, UNetConfig
-from .hardware import fastest_precision
-from .options import check_keywords, defaults, parse_size, str2bool as str2bool
+from .data.conditioning import ConditionedModel, cond_kind
+from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
-from .schedules import rescale_zero_terminal_snr
+from .runtime.options import check_keywords, defaults, parse_size, str2bool as str2bool
+from .sampling.schedules import rescale_zero_terminal_snr
 from .unet import EncoderUNetModel, SuperResModel, UNetBackbone, UNetModel
 
 T = TypeVar("T")

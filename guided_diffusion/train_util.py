@@ -20,23 +20,27 @@ import torch.distributed as dist  # noqa: F401
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: F401
 
-from . import checkpoint, dist_util, logger, paths
-from .adamw import AdamW
-from .bad_steps import BadSteps
-from .batches import Cond as Cond, RollingValidation, Supply, Validation
-from .compiling import eagerly
-from .draws import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
+from . import dist_util, logger
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
-from .interruption import Failures, Interruption
-from .meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
-from .microbatches import first_microbatch, halve_until_it_fits
+from .networks.compiling import eagerly
 from .nn import update_ema
-from .options import parse_rates
-from .pictures import to_unit
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
-from .run_state import RunState, load_weights, warn_of_long_averages
+from .runtime import paths
+from .runtime.files import write_json
+from .runtime.options import parse_rates
+from .runtime.pictures import to_unit
+from .runtime.seeds import seeded, to_device
 from .sample_util import evaluating
-from .saving import (
+from .training import checkpoints
+from .training.adamw import AdamW
+from .training.bad_steps import BadSteps
+from .training.batches import Cond as Cond, RollingValidation, Supply, Validation
+from .training.interruption import Failures, Interruption
+from .training.meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
+from .training.microbatches import first_microbatch, halve_until_it_fits
+from .training.noise import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
+from .training.run_state import RunState, load_weights, warn_of_long_averages
+from .training.saving import (
     Saver,
     agree,
     find_ema_checkpoint,
@@ -45,8 +49,6 @@ from .saving import (
     parse_resume_step_from_filename,
     skip_batches,
 )
-from .seeds import seeded, to_device
-from .untrusted import write_json
 
 
 class Hook(NamedTuple):
@@ -70,7 +72,7 @@ class TrainLoop:
     :param lr: None takes the one in the optimizer file that is resumed from.
     :param ema_rate: one rate, or several as text separated by commas; '' for none.
     :param ema_warmup: the rate after n updates is at most (1 + n) / (10 + n), so that a young average is no noise.
-    :param resume_checkpoint: any file of a run's checkpoint, or its folder; '' starts anew.
+    :param resume_checkpoint: any file of a run's checkpoints, or its folder; '' starts anew.
     :param lr_anneal_steps: updates over which the learning rate falls to 0, where the run stops; 0: constant.
     :param max_steps: updates after which the run stops; 0: without end.
     :param keep_last: how many checkpoints stay in the folder; 0: all.
@@ -140,7 +142,7 @@ class TrainLoop:
         files = self._load_and_sync_parameters()
         trainer: type[MixedPrecisionTrainer] = MixedPrecisionTrainer
         if fsdp:
-            from .sharding import ShardedTrainer as trainer  # not for others: it imports much of torch.distributed
+            from .training.sharding import ShardedTrainer as trainer
         self.mp_trainer = trainer(
             model=model,
             use_fp16=use_fp16,
@@ -152,7 +154,7 @@ class TrainLoop:
         )
         self._set_up(files, progress)
 
-    def _set_up(self, files: checkpoint.CheckpointSet | None, progress: bool) -> None:
+    def _set_up(self, files: checkpoints.CheckpointSet | None, progress: bool) -> None:
         """Make what stands on the masters: optimizer, moving averages, and the position that `files` are at."""
         self.device = next(self.model.parameters()).device
         # Gradients are averaged in fp32 by the trainer: nothing wraps the model, and forks that ask find it so.
@@ -161,7 +163,7 @@ class TrainLoop:
         self.opt = AdamW(masters, lr=self.lr or 0.0, weight_decay=self.weight_decay, fused=fused)
         self.ema_params = [[param.detach().clone() for param in masters] for _ in self.ema_rate]
         if files is not None or self.resume_step:  # the step alone: of a subclass that has loaded the weights itself
-            self._resume(files or agree(self.resume_checkpoint) or checkpoint.CheckpointSet(self.resume_step))
+            self._resume(files or agree(self.resume_checkpoint) or checkpoints.CheckpointSet(self.resume_step))
         if self.lr is None:
             raise ValueError("lr is None, and there is no optimizer file to take it from: give a learning rate")
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
@@ -189,7 +191,7 @@ class TrainLoop:
 
     # ---- resuming and saving
 
-    def _load_and_sync_parameters(self) -> checkpoint.CheckpointSet | None:
+    def _load_and_sync_parameters(self) -> checkpoints.CheckpointSet | None:
         """Load the weights to go on from, on every rank; without any, every rank takes those of rank 0."""
         files = agree(self.resume_checkpoint)
         if files is not None:
@@ -198,7 +200,7 @@ class TrainLoop:
         dist_util.sync_params(self.model.parameters())
         return files
 
-    def _resume(self, files: checkpoint.CheckpointSet) -> None:
+    def _resume(self, files: checkpoints.CheckpointSet) -> None:
         """Take up everything of a checkpoint but the weights."""
         self._files, self._resumed = files, self._state()
         step = self._resumed.open(files)
@@ -261,7 +263,7 @@ class TrainLoop:
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
         if self.config is not None and dist_util.rank() == 0:
-            write_json(paths.join(get_blob_logdir(), checkpoint.CONFIG), self.config)
+            write_json(paths.join(get_blob_logdir(), checkpoints.CONFIG), self.config)
 
     def _make_step(self) -> bool:
         """Make the coming update; False, and everything is as before, where a rank has failed."""

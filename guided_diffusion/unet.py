@@ -18,8 +18,9 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
-from . import blocks
-from .blocks import (
+from .config import POOLS, PRECISIONS
+from .networks import blocks
+from .networks.blocks import (
     WIDE,
     AttentionBlock,
     AttentionPool2d,
@@ -34,7 +35,6 @@ from .blocks import (
     count_flops_attn as count_flops_attn,
     strides,
 )
-from .config import POOLS, PRECISIONS
 from .nn import (
     avg_pool_nd as avg_pool_nd,
     checkpoint as checkpoint,

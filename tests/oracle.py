@@ -19,8 +19,8 @@ from guided_diffusion.gaussian_diffusion import (
     get_named_beta_schedule as schedule,
 )
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
-from guided_diffusion.schedules import rescale_zero_terminal_snr
-from guided_diffusion.steps import Sampler
+from guided_diffusion.sampling.schedules import rescale_zero_terminal_snr
+from guided_diffusion.sampling.steps import Sampler
 
 
 def make_process(

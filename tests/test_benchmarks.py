@@ -14,33 +14,34 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+import torch as th
+from PIL import Image
+
 import benching
 import evaluation
 import loader
 import network as network_benchmark
-import numpy as np
 import pages
 import plain
 import precision
-import pytest
 import sampling
 import startup
-import torch as th
 import training
 from benching import Bench, Turns, in_turns
 from cases import EMOJI32, IMAGES64, TINY, Case, count_flops
-from PIL import Image
-
-from guided_diffusion import checkpoint, cli
+from guided_diffusion.commands import flags as cli
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig
-from guided_diffusion.crops import center_crop_arr
+from guided_diffusion.data.crops import center_crop_arr
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
-from guided_diffusion.guidance import classifier_guidance
 from guided_diffusion.nn import update_ema
-from guided_diffusion.options import defaults
 from guided_diffusion.resample import UniformSampler
-from guided_diffusion.samplers import SAMPLERS
+from guided_diffusion.runtime.options import defaults
+from guided_diffusion.sampling.guidance import classifier_guidance
+from guided_diffusion.sampling.samplers import SAMPLERS
 from guided_diffusion.script_util import build_unet
+from guided_diffusion.training import checkpoints
 from guided_diffusion.unet import SuperResModel
 
 CPU = th.device("cpu")
@@ -307,8 +308,8 @@ def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) 
     flags = defaults(*cli.COMMANDS[command].sections)
     for config in configs:
         flags |= {name: value for name, value in asdict(config).items() if name in flags}
-    checkpoint.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
-    checkpoint.save_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
+    checkpoints.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
+    checkpoints.save_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
     return str(folder)
 
 

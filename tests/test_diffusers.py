@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch as th
-from cases import EMOJI32, IMAGES64
-from mixture import Oracle, images
 from oracle import make_process
 
-from guided_diffusion.samplers import make_sampler
+from cases import EMOJI32, IMAGES64
+from guided_diffusion.sampling.samplers import make_sampler
 from guided_diffusion.script_util import build_unet
+from mixture import Oracle, images
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

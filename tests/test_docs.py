@@ -10,8 +10,8 @@ import pytest
 import torch as th
 from oracle import GaussianData, make_process
 
-from guided_diffusion.loop import network_calls
-from guided_diffusion.samplers import DDIM, SAMPLERS, make_sampler
+from guided_diffusion.sampling.loop import network_calls
+from guided_diffusion.sampling.samplers import DDIM, SAMPLERS, make_sampler
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def test_the_guidance_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: 
 
 def test_the_readmes_sampler_is_a_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dataclass of under 20 lines and one entry: loop, guidance, masks and command line have it."""
-    monkeypatch.setattr("guided_diffusion.samplers.SAMPLERS", dict(SAMPLERS))
+    monkeypatch.setattr("guided_diffusion.sampling.samplers.SAMPLERS", dict(SAMPLERS))
     (code,) = [code for code in snippets("README.md") if "SAMPLERS[" in code]
     body = code[code.index("@dataclass") :]
     assert len([line for line in body.splitlines() if line.strip()]) < 20
@@ -62,8 +62,7 @@ def test_the_readmes_sampler_is_a_sampler(monkeypatch: pytest.MonkeyPatch) -> No
     painted = process.sample_loop(sampler, data, noise.shape, init_image=image, mask=mask, **options)
     assert (painted[..., 0] == 0).all()
 
-    from guided_diffusion import cli
-    from guided_diffusion.commands import _common as common
+    from guided_diffusion.commands import common, flags as cli
 
     flags = cli.parse("image_sample", ["--sampler", name, "--steps", "7"])
     assert repr(sampler) in repr(common.sampler_of(flags))

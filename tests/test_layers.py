@@ -10,222 +10,135 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "guided_diffusion"
-EVALUATIONS = ROOT.parent / "evaluations"
-
-# a module imports only from modules before it
-ORDER = [
-    *[
-        "paths",
-        "config",
-        "data_config",
-        "evaluation_config",
-        "dataset_config",
-        "likelihood_config",
-        "upsampling_config",
-        "finetuning_config",
-        "conditioning_config",
-        "npz_tool_config",
-        "performance_config",
-        "launchers",
-        "cli",
-        "nn",
-        "ops",
-        "losses",
-        "log_writers",
-        "logger",
-        "dist_util",
-        "seeds",
-    ],
-    *[
-        "untrusted",
-        "request",
-        "npz",
-        "pictures",
-        "gallery",
-        "film",
-        "schedules",
-        "steps",
-        "solvers",
-        "samplers",
-        "loop",
-    ],
-    *[
-        "prediction",
-        "guidance",
-        "editing",
-        "surfaces",
-        "forward_process",
-        "gaussian_diffusion",
-        "flow_likelihood",
-        "respace",
-    ],
-    *[
-        "resample",
-        "blocks",
-        "unet",
-        "recomputing",
-        "gradients",
-        "adamw",
-        "fp16_util",
-        "sharding",
-        "interruption",
-        "archives",
-        "crops",
-    ],
-    *["decoding", "masks"],
-    *["image_files", "upsampling", "label_tables", "image_labels", "conditioning", "image_order", "image_cache"],
-    *["image_items"],
-    *["image_datasets", "init_images", "architecture", "manifest", "downloads", "hardware", "compiling"],
-    *["checkpoint", "weight_files", "lora", "finetuning", "draws"],
-    *["meter", "batches", "microbatches", "bad_steps", "run_state", "saving", "jobs", "sample_util", "likelihood"],
-    *["train_util", "script_util"],
-    *["dataset_images", "dataset_folder", "dataset_planes", "dataset_tar", "dataset_pickle", "dataset_lmdb"],
-    *["dataset_output", "dataset_writer", "commands"],
-]
-# the same for the package evaluations, which stands above all of guided_diffusion but its commands
-EVALUATION_ORDER = [
-    *["metrics", "scores", "plots", "images", "inception", "weights", "features", "feature_sets", "references"],
-    *["evaluator", "training", "sweep"],
-]
-NEVER_LOG = ORDER[: ORDER.index("fp16_util")]
-WITHOUT_TORCH = [
-    "__init__",
-    "paths",
-    "config",
-    "data_config",
-    "evaluation_config",
-    "dataset_config",
-    "likelihood_config",
-    "upsampling_config",
-    "finetuning_config",
-    "conditioning_config",
-    "npz_tool_config",
-    "performance_config",
-    "cli",
-    "launchers",
-    "log_writers",
-]
-MODULES = {
-    path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text()) for path in ROOT.rglob("*.py")
-}
-COMMANDS = [tree for name, tree in MODULES.items() if name.startswith("commands/")]
-EVALUATION_MODULES = {path.stem: ast.parse(path.read_text()) for path in EVALUATIONS.glob("*.py")}
+# a module imports from its own line and from those above it
+LINES = """runtime
+config
+logger dist_util
+nn losses
+networks
+unet
+sampling
+diffusion
+gaussian_diffusion respace resample
+data
+image_datasets
+script_util
+sample_util
+fp16_util training
+train_util
+evaluation
+commands""".splitlines()
+LINE = {name: number for number, line in enumerate(LINES) for name in line.split()}
+TREES = {path.relative_to(ROOT).with_suffix("").parts: ast.parse(path.read_text()) for path in ROOT.rglob("*.py")}
+MODULES = sorted(name for name in TREES if name[-1] not in ("__init__", "__main__"))
+COMMANDS = [name for name in MODULES if name[0] == "commands" and "entry" in ast.unparse(TREES[name])]
+NEVER_LOG = ("runtime", "config", "nn", "losses", "networks", "unet", "sampling", "diffusion", "gaussian_diffusion")
+WITHOUT_TORCH = ("options", "launchers", "log_writers", "paths")  # of runtime
 
 
-def imports(tree, *, nested):
-    """Full names of what a module imports."""
-    for node in ast.walk(tree) if nested else tree.body:
+def imports(tree, name, *, nested=True):
+    """(module that is imported or is imported from, name taken from it); those for type checkers are left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((tuple(alias.name.split(".")), "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            inside = node.level == 2 or (node.level == 1 and tree not in COMMANDS)
-            base = ["guided_diffusion"] if inside else ["guided_diffusion", "commands"] if node.level else []
-            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+            base = ("guided_diffusion", *name)[: len(name) + 1 - node.level] if node.level else ()
+            yield from (((*base, *filter(None, (node.module or "").split("."))), alias.name) for alias in node.names)
+        elif nested or isinstance(node, ast.If | ast.Try):
+            yield from imports(node, name, nested=nested)
 
 
-def ours(tree, *, nested=True, package="guided_diffusion", order=ORDER):
-    """Modules of the package that a module imports."""
-    for name in imports(tree, nested=nested):
-        parts = name.split(".")
-        if parts[0] == package and len(parts) > 1 and parts[1] in order:
-            yield parts[1]
+def ours(name, *, nested=True):
+    """(module of the package, name taken from it) of what a module imports."""
+    for (package, *module), taken in imports(TREES[name], name, nested=nested):
+        inner = (*module, taken)
+        if package == "guided_diffusion":
+            yield (inner, "") if inner in TREES or (*inner, "__init__") in TREES else (tuple(module), taken)
 
 
-def test_every_module_has_its_place():
-    top = {name.split("/")[0] for name in MODULES} - {"__init__", "__main__"}
-    assert top == set(ORDER)
-    assert set(EVALUATION_MODULES) - {"__init__"} == set(EVALUATION_ORDER)
+@pytest.mark.parametrize("name", MODULES, ids=".".join)
+def test_modules_import_from_their_line_and_those_above(name):
+    assert {module for module, _ in ours(name) if module and LINE[module[0]] > LINE[name[0]]} == set()
+    assert name not in {module for module, _ in ours(name)}
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(MODULES) if not name.startswith("__")])
-def test_modules_import_only_from_earlier_ones(name):
-    here = ORDER.index(name.split("/")[0])
-    later = [other for other in ours(MODULES[name]) if ORDER.index(other) > here or other == name]
-    assert later == []
+def test_there_are_fourteen_modules_and_eight_rooms():
+    assert {name[0] for name in MODULES} == set(LINE)
+    assert len(LINE) == 22
+    rooms = {name[0] for name in MODULES if len(name) > 1}
+    assert len(rooms) == 8
+    for room in rooms:
+        assert ast.get_docstring(TREES[room, "__init__"]), room
+        assert sum(name[0] == room for name in MODULES) > 1, room
 
 
-@pytest.mark.parametrize("name", EVALUATION_ORDER)
-def test_modules_of_evaluations_import_only_from_earlier_ones(name):
-    found = ours(EVALUATION_MODULES[name], package="evaluations", order=EVALUATION_ORDER)
-    here = EVALUATION_ORDER.index(name)
-    assert [other for other in found if EVALUATION_ORDER.index(other) >= here] == []
+@pytest.mark.parametrize("name", MODULES, ids=".".join)
+def test_no_private_name_crosses_a_border(name):
+    assert {taken for _, taken in ours(name) if taken.startswith("_") and not taken.startswith("__")} == set()
+    assert not any(part.startswith("_") for part in name)
 
 
 def test_the_package_may_have_another_name():
     """Research code keeps a copy of it in a folder of its own: no module names the package that it is in."""
-    named = {name for name, tree in MODULES.items() for full in imports_as_written(tree) if full == "guided_diffusion"}
-    assert named == set()
-
-
-def imports_as_written(tree):
-    """First words of absolute imports."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module.split(".")[0]
-
-
-def test_only_functions_of_commands_import_evaluations():
-    def uses(tree, *, nested):
-        return any(full.split(".")[0] == "evaluations" for full in imports(tree, nested=nested))
-
-    assert [name for name, tree in MODULES.items() if uses(tree, nested=False)] == []
-    assert {name.split("/")[0] for name, tree in MODULES.items() if uses(tree, nested=True)} <= {"commands"}
-
-
-def test_evaluations_stand_below_the_commands():
-    """All but the file that is called as the original's script."""
-    uses = {
+    named = {
         name
-        for name, tree in EVALUATION_MODULES.items()
-        if any(full.startswith("guided_diffusion.commands") for full in imports(tree, nested=True))
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] == "guided_diffusion")
+        or (
+            isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "guided_diffusion" for alias in node.names)
+        )
     }
-    assert uses == {"evaluator"}
-    assert not any(
-        full.startswith("guided_diffusion.commands") for full in imports(EVALUATION_MODULES["evaluator"], nested=False)
-    )
+    assert named == set()
 
 
 def test_metrics_are_a_lone_file_of_numpy():
     standard = sys.stdlib_module_names | {"numpy"}
-    assert {full.split(".")[0] for full in imports(EVALUATION_MODULES["metrics"], nested=True)} <= standard
+    name = ("evaluation", "metrics")
+    assert {module[0] for module, _ in imports(TREES[name], name)} <= standard
 
 
-@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def uses_torch(name):
+    return any(module[0] == "torch" for module, _ in imports(TREES[name], name, nested=False))
+
+
+@pytest.mark.parametrize("name", [("config",), *(("runtime", module) for module in WITHOUT_TORCH)], ids=".".join)
 def test_what_help_needs_does_not_import_torch(name):
-    assert not any(full.split(".")[0] == "torch" for full in imports(MODULES[name], nested=False))
+    assert not uses_torch(name)
+    assert {module for module, _ in ours(name, nested=False)} <= {("config",), *(("runtime", m) for m in WITHOUT_TORCH)}
 
 
-@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("commands/") and "/_" not in name))
+@pytest.mark.parametrize("name", COMMANDS, ids=".".join)
 def test_commands_parse_before_they_import_torch(name):
-    assert set(ours(MODULES[name], nested=False)) <= {
-        "cli",
-        "config",
-        "data_config",
-        "evaluation_config",
-        "likelihood_config",
-        "upsampling_config",
-        "npz_tool_config",
-        "performance_config",
-        "commands",
+    allowed = {
+        ("config",),
+        ("runtime", "options"),
+        ("runtime", "launchers"),
+        ("commands", "flags"),
+        ("commands", "sections"),
     }
-    assert not any(full.split(".")[0] == "torch" for full in imports(MODULES[name], nested=False))
+    allowed |= {("commands", "entry"), ("commands", "stages")}
+    assert {module for module, _ in ours(name, nested=False) if module} <= allowed
+    assert not uses_torch(name)
 
 
-@pytest.mark.parametrize("name", [name for name in NEVER_LOG if name not in ("logger", "dist_util")])
-def test_the_lower_layers_never_log(name):
-    assert "logger" not in ours(MODULES[name])
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if name[0] in NEVER_LOG and name[-1] != "compiling"], ids=".".join
+)
+def test_the_lower_lines_never_log(name):
+    assert ("logger",) not in {module for module, _ in ours(name)}
 
 
 # ---- sizes
 
 
 def functions():
-    for name, tree in [*MODULES.items(), *((f"evaluations.{key}", tree) for key, tree in EVALUATION_MODULES.items())]:
+    for name, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                yield f"{name}.{node.name}", node
+                yield f"{'.'.join(name)}.{node.name}", node
 
 
 def body_lines(node):
@@ -246,8 +159,7 @@ def depth(node):
 
 
 def test_modules_are_short():
-    paths = [*ROOT.rglob("*.py"), *EVALUATIONS.glob("*.py")]
-    sizes = {str(path.relative_to(ROOT.parent)): len(path.read_text().splitlines()) for path in paths}
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in ROOT.rglob("*.py")}
     assert {name: lines for name, lines in sizes.items() if lines > 450} == {}
 
 

@@ -4,16 +4,16 @@ import math
 import runpy
 from pathlib import Path
 
-import mixture
-import pages
 import pytest
-import report
-import samplers as benchmark
 import torch as th
 from oracle import GaussianData, make_process
 
-from guided_diffusion.loop import network_calls
-from guided_diffusion.samplers import SAMPLERS, make_sampler
+import mixture
+import pages
+import report
+import samplers as benchmark
+from guided_diffusion.sampling.loop import network_calls
+from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
 
 TEXT = (Path(__file__).parent.parent / "docs" / "samplers.md").read_text()
 DATA = {"plane": mixture.ring(), "images": mixture.images(8)}
@@ -117,7 +117,7 @@ def test_the_picture_is_drawn(tmp_path):
 def test_asking_for_help_measures_nothing(word, status, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["samplers.py", word])
     monkeypatch.setattr(report, "overview", lambda process: pytest.fail("it measured"))
-    monkeypatch.setattr("guided_diffusion.samplers.make_sampler", lambda *_, **__: pytest.fail("it measured"))
+    monkeypatch.setattr("guided_diffusion.sampling.samplers.make_sampler", lambda *_, **__: pytest.fail("it measured"))
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(Path(benchmark.__file__)), run_name="__main__")
     assert end.value.code == status

@@ -19,10 +19,10 @@ from test_sample_commands import NAMES, PROCESS, scrambled, write_run
 from guided_diffusion import dist_util
 from guided_diffusion.commands import demo
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
-from guided_diffusion.guidance import loss_guidance
-from guided_diffusion.samplers import SAMPLERS, make_sampler
+from guided_diffusion.runtime.seeds import to_device
+from guided_diffusion.sampling.guidance import loss_guidance
+from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
-from guided_diffusion.seeds import to_device
 
 STEPS = 4
 # Waits that come back in all but one of the steps, or more often, and why they may.

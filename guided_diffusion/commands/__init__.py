@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
-from ..cli import COMMANDS
-from ..options import nearest
+from ..runtime.options import nearest
+from .flags import COMMANDS
 
 
 def usage() -> str:

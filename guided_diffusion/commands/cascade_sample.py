@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from .. import cli
 from ..config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
-from ..options import parse_size
-from ..sections import CascadeConfig, GuidanceConfig, SampleConfig
-from ._cascade import Stage, parse
+from ..runtime.options import parse_size
+from .flags import Flags
+from .sections import CascadeConfig, GuidanceConfig, SampleConfig
+from .stages import Stage, parse_stages
 
 
-def sample(shared: cli.Flags, stages: Sequence[Stage]) -> None:
+def sample(shared: Flags, stages: Sequence[Stage]) -> None:
     """Run the stages one after another.
 
     :raises ValueError: naming the stage and the flag that is wrong, before anything is sampled where that can be seen.
     """
     from .. import logger
-    from . import _common as common
+    from . import common
 
     common.start(shared)
     folder, config = logger.get_dir(), shared.part(CascadeConfig)
@@ -97,8 +97,8 @@ def check(stages: Sequence[Stage]) -> None:
             made = _made_by_upsampler(stage.flags, made)
 
 
-def _made_by_base(flags: cli.Flags) -> Made:
-    from . import _common as common, _editing as editing, _guidance as guidance
+def _made_by_base(flags: Flags) -> Made:
+    from . import common, editing, guidance
 
     guidance.check(flags)
     editing.check(flags, common.sampler_of(flags))
@@ -110,8 +110,8 @@ def _made_by_base(flags: cli.Flags) -> Made:
     return Made(parse_size(config.image_size), config.image_channels, labelled, classes)
 
 
-def _made_by_upsampler(flags: cli.Flags, before: Made) -> Made:
-    from . import _common as common, super_res_sample as upsampler
+def _made_by_upsampler(flags: Flags, before: Made) -> Made:
+    from . import common, super_res_sample as upsampler
 
     upsampler.check(flags)
     path, flags = _described(flags, SuperResConfig)
@@ -131,10 +131,10 @@ def _made_by_upsampler(flags: cli.Flags, before: Made) -> Made:
     return Made(parse_size(config.large_size), config.image_channels, labelled, before.classes or classes)
 
 
-def _described(flags: cli.Flags, section: type[Any]) -> tuple[str, cli.Flags]:
+def _described(flags: Flags, section: type[Any]) -> tuple[str, Flags]:
     """The checkpoint of --model_path and the flags over its own, once sampler and steps are possible."""
     from ..script_util import build_diffusion
-    from . import _common as common
+    from . import common
 
     path, flags = common.described(common.on_its_grid(flags, common.sampler_of(flags)), "model_path", section)
     build_diffusion(flags.part(DiffusionConfig))
@@ -143,10 +143,10 @@ def _described(flags: cli.Flags, section: type[Any]) -> tuple[str, cli.Flags]:
 
 def _classes(path: str) -> list[str]:
     """The class names that lie beside a checkpoint."""
-    from .. import checkpoint
     from ..image_datasets import load_classes
+    from ..training import checkpoints
 
-    names = checkpoint.classes_beside(path)
+    names = checkpoints.classes_beside(path)
     return load_classes(names) if names else []
 
 
@@ -156,7 +156,7 @@ def _short(classes: Sequence[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``cascade_sample`` with a command line."""
-    shared, stages = parse(argv)
+    shared, stages = parse_stages(argv)
     from .. import dist_util
 
     dist_util.run(sample, shared, stages)

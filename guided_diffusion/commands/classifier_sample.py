@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .. import cli
 from ..config import ClassifierConfig, DiffusionConfig, UNetConfig
-from ..sections import SampleConfig
-from ._entry import entry
+from .entry import entry
+from .flags import Flags
+from .sections import SampleConfig
 
 if TYPE_CHECKING:
-    from ._common import Restored
+    from .common import Restored
 
 SHARED = {
     "image_size": (UNetConfig, ClassifierConfig),
@@ -23,18 +23,13 @@ SHARED = {
 PER_CLASS = {"num_classes": (UNetConfig, ClassifierConfig)}
 
 
-def sample(flags: cli.Flags) -> str:
+def sample(flags: Flags) -> str:
     """Sample as the flags say; returns the path of the npz. The classifier's flags come from its own folder.
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from ..guidance import without_labels
-    from . import (
-        _common as common,
-        _conditioning as conditioning,
-        _editing as editing,
-        _guidance as guidance,
-    )
+    from ..sampling.guidance import without_labels
+    from . import common, conditioning, editing, guidance
 
     sampler = common.sampler_of(flags)
     flags = common.on_its_grid(flags, sampler)
@@ -64,7 +59,7 @@ def check_agreement(model: Restored, classifier: Restored) -> None:
 
     :raises ValueError: naming both values of the first flag that differs.
     """
-    from ._common import refuse_difference
+    from .common import refuse_difference
 
     conditional = model.flags.values["class_cond"]
     pairs: dict[str, tuple[type[Any], type[Any]]] = {**SHARED, **(PER_CLASS if conditional else {})}

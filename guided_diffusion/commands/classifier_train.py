@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .. import cli
 from ..config import ClassifierConfig, ClassifierTrainConfig, DiffusionConfig, resolve_precision
-from ._entry import entry
+from .entry import entry
+from .flags import Flags
 
 INITIAL_LOG_LOSS_SCALE = 16.0  # gradients of a cross-entropy are larger than those of a mean square
 
 
-def train(flags: cli.Flags) -> None:
+def train(flags: Flags) -> None:
     """Train as the flags say.
 
     :raises ValueError: naming the flag that is wrong.
@@ -17,11 +17,7 @@ def train(flags: cli.Flags) -> None:
     from .. import dist_util
     from ..script_util import build_classifier, build_diffusion
     from ..train_util import ClassifierTrainLoop
-    from . import (
-        _finetuning as finetuning,
-        _performance as performance,
-        _training as training,
-    )
+    from . import finetuning, performance, training
 
     flags = training.start(flags)
     config, loop = flags.part(ClassifierConfig), flags.part(ClassifierTrainConfig)

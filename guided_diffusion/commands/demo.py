@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .. import cli
-from ..sections import DemoConfig
+from .flags import parse
+from .sections import DemoConfig
 
 IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False".split()
 TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1".split()
@@ -33,7 +33,7 @@ CLASSES, SHOWN = 9, 6  # rows, and columns per scale
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``demo`` with a command line."""
-    flags = cli.parse("demo", argv)
+    flags = parse("demo", argv)
     from .. import dist_util
 
     dist_util.run(show, flags.part(DemoConfig))
@@ -44,7 +44,7 @@ def show(config: DemoConfig) -> None:
 
     :raises ValueError: if the images are not there.
     """
-    from .. import paths
+    from ..runtime import paths
 
     if not paths.exists(config.data_dir):
         bundled = (
@@ -141,16 +141,15 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
     """Print how often the judge sees the class that was asked for and how far its features are, and draw the rows."""
     import numpy as np
 
-    from evaluations.evaluator import evaluate, prepare
-    from evaluations.features import make_extractor
-    from evaluations.images import open_images
-
     from .. import dist_util, logger
-    from ..pictures import save_grid
-    from . import _common as common
+    from ..evaluation.evaluator import evaluate, prepare
+    from ..evaluation.features import make_extractor
+    from ..evaluation.images import open_images
+    from ..runtime.pictures import save_grid
+    from . import common
 
     logger.configure(dir=config.log_dir, format_strs=[])
-    judge = common.restore_classifier(cli.parse("classifier_sample", [f"--classifier_path={config.log_dir}/judge"]))
+    judge = common.restore_classifier(parse("classifier_sample", [f"--classifier_path={config.log_dir}/judge"]))
     extractor = make_extractor(f"classifier:{config.log_dir}/judge", device=dist_util.dev())
     real = prepare(open_images(config.data_dir, 32), extractor, needs=("pool_statistics",), cache=False)
     columns, titles = [], []

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from .. import cli
-from ._entry import entry
+from .entry import entry
+from .flags import Flags
 
 
-def download(flags: cli.Flags) -> None:
+def download(flags: Flags) -> None:
     """Fetch what is asked for; of several processes one does, and the others wait.
 
     :raises ValueError: if there is no such thing.
     """
-    from ..downloads import SOURCES, fetch
-    from ..options import nearest
-    from ..sections import DownloadConfig
+    from ..evaluation.downloads import SOURCES, fetch
+    from ..runtime.options import nearest
+    from .sections import DownloadConfig
 
     config = flags.part(DownloadConfig)
     if config.name not in SOURCES:

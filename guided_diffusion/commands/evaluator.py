@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from .. import cli
 from ..config import ExtractorConfig, RangeConfig
-from ..options import parse_range
-from ..sections import EvaluatorConfig
-from ._entry import entry
+from ..runtime.options import parse_range
+from .entry import entry
+from .flags import Flags
+from .sections import EvaluatorConfig
 
 
-def compare(flags: cli.Flags) -> None:
+def compare(flags: Flags) -> None:
     """Say where the features come from, what is unusual, and last of all the scores.
 
     :raises ValueError: naming what is wrong with the files or the flags.
     """
-    from evaluations.evaluator import evaluate
-    from evaluations.images import FileImages, open_images
-    from evaluations.scores import Options
-
     from .. import dist_util, logger
-    from ..untrusted import write_json
-    from . import _evaluation as common
+    from ..evaluation.evaluator import evaluate
+    from ..evaluation.images import FileImages, open_images
+    from ..evaluation.scores import Options
+    from ..runtime.files import write_json
+    from . import evaluation as common
 
     config, network = flags.part(EvaluatorConfig), flags.part(ExtractorConfig)
     common.start(flags)

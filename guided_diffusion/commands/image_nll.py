@@ -5,25 +5,25 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from .. import cli
 from ..config import DiffusionConfig, RunConfig, UNetConfig
-from ..options import parse_range
-from ..sections import FlowConfig, LikelihoodConfig, MeasureConfig
-from ._entry import entry
+from ..runtime.options import parse_range
+from .entry import entry
+from .flags import Flags
+from .sections import FlowConfig, LikelihoodConfig, MeasureConfig
 
 if TYPE_CHECKING:
+    from ..evaluation.likelihood import Measure, Survey
     from ..image_datasets import ImageDataset
-    from ..likelihood import Measure, Survey
-    from ._common import Restored
+    from .common import Restored
 
 
-def measure(flags: cli.Flags) -> None:
+def measure(flags: Flags) -> None:
     """Measure every image once, whatever the number of ranks.
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from ..likelihood import carry_out
-    from . import _common as common
+    from ..evaluation.likelihood import carry_out
+    from . import common
 
     refuse_idle(flags)
     if not flags.part(LikelihoodConfig).data_dir:
@@ -33,7 +33,7 @@ def measure(flags: cli.Flags) -> None:
     carry_out(survey_of(model))
 
 
-def refuse_idle(flags: cli.Flags) -> None:
+def refuse_idle(flags: Flags) -> None:
     """:raises ValueError: for a flag that has no effect on what is measured."""
     kind = flags.part(MeasureConfig).likelihood
     idle = {spec.name for spec in fields(FlowConfig)} if kind == "vlb" else {"save_terms"}
@@ -47,7 +47,7 @@ def refuse_idle(flags: cli.Flags) -> None:
 def survey_of(model: Restored) -> Survey:
     """What the flags ask for."""
     from .. import logger
-    from ..likelihood import Survey
+    from ..evaluation.likelihood import Survey
 
     options, config = model.flags.part(LikelihoodConfig), model.flags.part(MeasureConfig)
     dataset = images_of(model)
@@ -74,7 +74,7 @@ def survey_of(model: Restored) -> Survey:
     )
 
 
-def _said(flags: cli.Flags) -> dict[str, Any]:
+def _said(flags: Flags) -> dict[str, Any]:
     """The flags of what is measured, those that have an effect on it."""
     kind = flags.part(MeasureConfig).likelihood
     flow = asdict(flags.part(FlowConfig)) if kind == "flow" else {}
@@ -84,8 +84,8 @@ def _said(flags: cli.Flags) -> dict[str, Any]:
 def measure_of(model: Restored) -> Measure:
     """The kind of likelihood that the flags ask for."""
     from .. import logger
-    from ..flow_likelihood import FlowOptions
-    from ..likelihood import probability_flow, variational_bound
+    from ..evaluation.flow_likelihood import FlowOptions
+    from ..evaluation.likelihood import probability_flow, variational_bound
 
     network, clip = model.network, model.flags.part(LikelihoodConfig).clip_denoised
     steps = f"{model.process.num_timesteps} of {model.flags.part(DiffusionConfig).diffusion_steps} steps"
@@ -99,15 +99,15 @@ def measure_of(model: Restored) -> Measure:
 
 def images_of(model: Restored) -> ImageDataset:
     """The images of --data_dir as they are: neither mirrored nor cropped at random."""
-    from .. import checkpoint
     from ..image_datasets import load_data
-    from . import _conditioning as conditioning
+    from ..training import checkpoints
+    from . import conditioning
 
     config, options = model.flags.part(UNetConfig), model.flags.part(LikelihoodConfig)
     conditioning.check(model.flags)
     labels: dict[str, Any] = {"class_from": options.class_from, "label_column": options.label_column}
     if config.class_cond:
-        labels |= {"num_classes": config.num_classes, "classes": checkpoint.classes_beside(model.path) or None}
+        labels |= {"num_classes": config.num_classes, "classes": checkpoints.classes_beside(model.path) or None}
     return load_data(
         data_dir=options.data_dir,
         batch_size=1,

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from .. import cli
 from ..config import UNetConfig
-from ..sections import SampleConfig
-from ._entry import entry
+from .entry import entry
+from .flags import Flags
+from .sections import SampleConfig
 
 
-def sample(flags: cli.Flags) -> str:
+def sample(flags: Flags) -> str:
     """Sample as the flags say; returns the path of the npz.
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from . import (
-        _common as common,
-        _conditioning as conditioning,
-        _editing as editing,
-        _guidance as guidance,
-    )
+    from . import common, conditioning, editing, guidance
 
     sampler = common.sampler_of(flags)
     flags = common.on_its_grid(flags, sampler)

@@ -6,15 +6,15 @@ import math
 from functools import partial
 from typing import Any
 
-from .. import cli
 from ..config import DiffusionConfig, RunConfig, UNetConfig, resolve_precision
-from ._entry import entry
+from .entry import entry
+from .flags import Flags
 
 PREVIEWED = 16  # images in a preview grid
 COMPARED = 64  # images of the data whose colours are compared with it
 
 
-def train(flags: cli.Flags) -> None:
+def train(flags: Flags) -> None:
     """Train as the flags say.
 
     :raises ValueError: naming the flag that is wrong.
@@ -22,10 +22,10 @@ def train(flags: cli.Flags) -> None:
     from .. import dist_util
     from ..script_util import build_diffusion, build_unet
     from . import (
-        _conditioning as conditioning,
-        _finetuning as finetuning,
-        _performance as performance,
-        _training as training,
+        conditioning,
+        finetuning,
+        performance,
+        training,
     )
 
     flags = training.start(flags)
@@ -40,7 +40,7 @@ def train(flags: cli.Flags) -> None:
     training.train_diffusion(flags, model, diffusion, streams, precision=precision, previewer=previewer, hooks=hooks)
 
 
-def evaluations(flags: cli.Flags, stream: Any) -> list[Any]:
+def evaluations(flags: Flags, stream: Any) -> list[Any]:
     """The hook that measures samples, where the flags ask for it.
 
     :raises ValueError: if it could not do that later.
@@ -49,20 +49,20 @@ def evaluations(flags: cli.Flags, stream: Any) -> list[Any]:
     if not interval:
         return []
     from ..train_util import Hook
-    from ._evaluation import evaluation_of
+    from .evaluation import evaluation_of
 
     return [Hook(interval, evaluation_of(flags, stream), on_all_ranks=True)]
 
 
-def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
+def previewer(flags: Flags, diffusion: Any, stream: Any) -> Any:
     """The function (model, step) that draws a grid of samples, the classes in turn, with the same seed every time.
 
     :raises ValueError: if such images cannot be drawn.
     """
-    from ..pictures import DRAWN_CHANNELS
+    from ..runtime.pictures import DRAWN_CHANNELS
     from ..sample_util import preview
-    from ._common import image_shape
-    from ._training import compare_colours, first_images, preview_path
+    from .common import image_shape
+    from .training import compare_colours, first_images, preview_path
 
     config = flags.part(UNetConfig)
     if config.dims != 2 or config.image_channels not in DRAWN_CHANNELS:
@@ -80,15 +80,15 @@ def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
     return draw
 
 
-def condition_previews(flags: cli.Flags, stream: Any, labels: list[int]) -> tuple[list[int], dict[str, Any]]:
+def condition_previews(flags: Flags, stream: Any, labels: list[int]) -> tuple[list[int], dict[str, Any]]:
     """The labels of previews, and what else the network sees: the conditioning images of some images, with their own.
 
     These are drawn in previews/cond_images.png, and the images that they belong to in previews/images.png.
     """
     from .. import dist_util
-    from ..pictures import save_grid, to_uint8
-    from . import _conditioning as conditioning
-    from ._training import first_images, previews_folder
+    from ..runtime.pictures import save_grid, to_uint8
+    from . import conditioning
+    from .training import first_images, previews_folder
 
     kind = conditioning.kind_of(flags)
     if kind is None:

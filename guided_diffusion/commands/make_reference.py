@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from .. import cli
 from ..config import ExtractorConfig, RangeConfig
-from ..options import parse_range
-from ..sections import ReferenceConfig
-from ._entry import entry
+from ..runtime.options import parse_range
+from .entry import entry
+from .flags import Flags
+from .sections import ReferenceConfig
 
 
-def make(flags: cli.Flags) -> None:
+def make(flags: Flags) -> None:
     """Write what the flags describe.
 
     :raises ValueError: naming what is wrong with the files or the flags.
     """
-    from evaluations.images import open_images
-    from evaluations.references import write_reference
-
     from .. import logger
-    from . import _evaluation as common
+    from ..evaluation.images import open_images
+    from ..evaluation.references import write_reference
+    from . import evaluation as common
 
     config = flags.part(ReferenceConfig)
     if not config.out.endswith(".npz"):

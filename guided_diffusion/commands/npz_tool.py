@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from .. import cli
-from ..sections import FromImagesConfig, NpzToolConfig, ToPngConfig
+from .flags import Flags, parse
+from .sections import FromImagesConfig, NpzToolConfig, ToPngConfig
 
 
-def run(flags: cli.Flags) -> None:
+def run(flags: Flags) -> None:
     """Do what one of the tools is for, and say what was written."""
-    from . import _npz_files as files
+    from . import npz_files as files
 
     if flags.command.endswith("to-png"):
         print(files.to_png(flags.part(ToPngConfig)))
@@ -22,8 +22,8 @@ def run(flags: cli.Flags) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the tool that the first word names with the words after it."""
     first, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    tool = cli.parse("npz_tool", [first]).part(NpzToolConfig).tool
-    flags = cli.parse(f"npz_tool {tool}", rest, prog=f"npz_tool.py {tool}")
+    tool = parse("npz_tool", [first]).part(NpzToolConfig).tool
+    flags = parse(f"npz_tool {tool}", rest, prog=f"npz_tool.py {tool}")
     from .. import dist_util
 
     dist_util.run(run, flags)

@@ -6,27 +6,27 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .. import cli
 from ..config import RangeConfig, RunConfig, SuperResConfig
-from ..options import parse_range, parse_size
-from ..sections import GuidanceConfig, SampleConfig, UpsampleConfig
-from ._entry import entry
+from ..runtime.options import parse_range, parse_size
+from .entry import entry
+from .flags import Flags
+from .sections import GuidanceConfig, SampleConfig, UpsampleConfig
 
 if TYPE_CHECKING:
-    from ..image_files import Listing
-    from ..upsampling import BaseImages
-    from ._common import Restored
+    from ..data.sources import Listing
+    from ..data.upsampling import BaseImages
+    from .common import Restored
 
 SHARED = ("image_channels", "dims", "diffusion_steps", "noise_schedule", "rescale_timesteps")
 
 
-def sample(flags: cli.Flags) -> str:
+def sample(flags: Flags) -> str:
     """Enlarge as the flags say; returns the path of the npz.
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from ..guidance import without_labels
-    from . import _common as common, _guidance as guidance
+    from ..sampling.guidance import without_labels
+    from . import common, guidance
 
     sampler = common.sampler_of(flags)
     flags = common.on_its_grid(flags, sampler)
@@ -50,12 +50,12 @@ def sample(flags: cli.Flags) -> str:
     return common.sample_and_say(flags, model.process, network, job, **guided.options)
 
 
-def check(flags: cli.Flags) -> None:
+def check(flags: Flags) -> None:
     """Refuse flags of guidance that are out of range or without effect, before there are any networks.
 
     :raises ValueError: naming the flag.
     """
-    from . import _guidance as guidance
+    from . import guidance
 
     if not flags.part(GuidanceConfig).classifier_path:
         useless = [name for name in flags.changed if name.startswith("classifier_") or name == "clip_guided"]
@@ -66,7 +66,7 @@ def check(flags: cli.Flags) -> None:
     guidance.check(flags)
 
 
-def level_of(flags: cli.Flags) -> float:
+def level_of(flags: Flags) -> float:
     """The noise to put on the small images.
 
     :raises ValueError: if the upsampler was not trained with as much.
@@ -84,7 +84,7 @@ def classifier_of(model: Restored) -> Restored | None:
 
     :raises ValueError: if it was trained for other images, classes or noise than the upsampler.
     """
-    from . import _common as common
+    from . import common
 
     if not model.flags.part(GuidanceConfig).classifier_path:
         return None
@@ -102,7 +102,7 @@ def classifier_of(model: Restored) -> Restored | None:
     return classifier
 
 
-def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: bool = False) -> BaseImages:
+def read_base(flags: Flags, classes: list[str] | None = None, *, labelled: bool = False) -> BaseImages:
     """The images of --base_samples, as many as are wanted, and their labels if any.
 
     :param classes: class names by id, where they are known.
@@ -110,7 +110,7 @@ def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: b
     :raises ValueError: if there are fewer than asked for, or they do not fit the upsampler.
     """
     from .. import logger
-    from ..upsampling import Wanted, read_base as read
+    from ..data.upsampling import Wanted, read_base as read
 
     config, options = flags.part(SuperResConfig), flags.part(SampleConfig)
     labelled = (labelled and not options.classes) or flags.part(UpsampleConfig).class_from != "auto"
@@ -130,9 +130,9 @@ def read_base(flags: cli.Flags, classes: list[str] | None = None, *, labelled: b
     return base
 
 
-def _by_files(flags: cli.Flags, classes: list[str]) -> Callable[[Listing], list[int]]:
+def _by_files(flags: Flags, classes: list[str]) -> Callable[[Listing], list[int]]:
     """The classes of a folder's images by the rule of --class_from."""
-    from ..image_labels import read_labels
+    from ..data.labels import read_labels
 
     def label(listing: Listing) -> list[int]:
         config, count = flags.part(UpsampleConfig), len(classes) or flags.part(SuperResConfig).num_classes
@@ -145,13 +145,13 @@ def _by_files(flags: cli.Flags, classes: list[str]) -> Callable[[Listing], list[
     return label
 
 
-def labels_of(flags: cli.Flags, own: list[int] | None, names: list[str], *, wanted: bool) -> dict[str, Any]:
+def labels_of(flags: Flags, own: list[int] | None, names: list[str], *, wanted: bool) -> dict[str, Any]:
     """The labels of the job: the images' own, else those of --classes.
 
     :param wanted: something asks for labels: the upsampler, or the classifier that guides it.
     :raises ValueError: if labels are wanted and there are none, or they are given twice.
     """
-    from . import _common as common
+    from . import common
 
     check_labels(flags, own is not None, wanted=wanted)
     if own is not None:
@@ -160,7 +160,7 @@ def labels_of(flags: cli.Flags, own: list[int] | None, names: list[str], *, want
     return common.labels_of(flags, names, flags.values["num_classes"]) if given else {}
 
 
-def check_labels(flags: cli.Flags, labelled: bool, *, wanted: bool) -> None:
+def check_labels(flags: Flags, labelled: bool, *, wanted: bool) -> None:
     """Refuse labels that are missing or given twice.
 
     :param labelled: the images have labels of their own.

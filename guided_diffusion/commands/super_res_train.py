@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import cli
 from ..config import DiffusionConfig, RunConfig, SuperResConfig, resolve_precision
-from ._entry import entry
+from .entry import entry
+from .flags import Flags
 
 PREVIEWED = 16  # images in a preview grid
 
 
-def train(flags: cli.Flags) -> None:
+def train(flags: Flags) -> None:
     """Train as the flags say.
 
     :raises ValueError: naming the flag that is wrong.
@@ -19,11 +19,7 @@ def train(flags: cli.Flags) -> None:
     from .. import dist_util
     from ..image_datasets import load_superres_data
     from ..script_util import build_diffusion, build_upsampler
-    from . import (
-        _finetuning as finetuning,
-        _performance as performance,
-        _training as training,
-    )
+    from . import finetuning, performance, training
 
     flags = training.start(flags)
     config, schedule = flags.part(SuperResConfig), flags.part(DiffusionConfig)
@@ -40,14 +36,14 @@ def train(flags: cli.Flags) -> None:
     training.train_diffusion(flags, model, diffusion, streams, precision=precision, previewer=previewer)
 
 
-def previewer(flags: cli.Flags, diffusion: Any, stream: Any) -> Any:
+def previewer(flags: Flags, diffusion: Any, stream: Any) -> Any:
     """The function (model, step) that enlarges the same images of the data set every time."""
     import torch.nn.functional as F
 
     from .. import dist_util
-    from ..options import parse_size
+    from ..runtime.options import parse_size
     from ..sample_util import preview
-    from ._training import first_images, preview_path
+    from .training import first_images, preview_path
 
     images, labels = first_images(stream, PREVIEWED)
     small_size = parse_size(flags.part(SuperResConfig).small_size)

@@ -7,16 +7,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from .. import cli
 from ..config import ClassifierConfig, DiffusionConfig, ExtractorConfig, RangeConfig, RunConfig, UNetConfig
-from ..options import parse_range
-from ..sections import SweepConfig
-from ._entry import entry
+from ..runtime.options import parse_range
+from .entry import entry
+from .flags import COMMANDS, Flags
+from .sections import SweepConfig
 
 if TYPE_CHECKING:
-    from evaluations.sweep import Cell
-
-    from ._common import Restored
+    from ..evaluation.sweep import Cell
+    from .common import Restored
 
 # the command that samples, its flag of the scale, the scale at which nothing guides, and the scale's name
 KINDS = {
@@ -25,20 +24,19 @@ KINDS = {
 }
 
 
-def sweep(flags: cli.Flags) -> None:
+def sweep(flags: Flags) -> None:
     """Fill the grid that the flags describe.
 
     :raises ValueError: naming the flag that is wrong.
     """
-    from evaluations.evaluator import prepare
-    from evaluations.images import open_images
-    from evaluations.plots import require
-    from evaluations.scores import METRICS, Options
-    from evaluations.sweep import Measure, run_sweep
-
     from .. import logger
-    from . import _common as common, _guidance as guidance
-    from ._evaluation import extractor_of
+    from ..evaluation.evaluator import prepare
+    from ..evaluation.images import open_images
+    from ..evaluation.plots import require
+    from ..evaluation.scores import METRICS, Options
+    from ..evaluation.sweep import Measure, run_sweep
+    from . import common, guidance
+    from .evaluation import extractor_of
 
     require()
     config, batch_size = flags.part(SweepConfig), flags.part(ExtractorConfig).eval_batch_size
@@ -77,14 +75,14 @@ def sweep(flags: cli.Flags) -> None:
 
 def cells_of(config: SweepConfig) -> Iterator[Cell]:
     """The cells, scale by scale within each number of steps of each sampler."""
-    from evaluations.sweep import Cell
+    from ..evaluation.sweep import Cell
 
     steps, scales = map(int, config.steps.split(",")), map(float, config.scales.split(","))
     for sampler, count, scale in product(dict.fromkeys(config.samplers.split(",")), [*steps], [*scales]):
         yield Cell(sampler, count, scale)
 
 
-def sampling_flags(flags: cli.Flags, config: SweepConfig) -> cli.Flags:
+def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
     """The command line of the sampling command, without what differs between cells.
 
     :raises ValueError: if something is missing or without effect.
@@ -97,17 +95,17 @@ def sampling_flags(flags: cli.Flags, config: SweepConfig) -> cli.Flags:
     own = {spec.name for spec in fields(SweepConfig)}
     given = {name: value for name, value in flags.given.items() if name not in own}
     given |= {name: value for name, value in asdict(config).items() if name not in ("samplers", "steps", "scales")}
-    known = cli.COMMANDS[command].flags()
-    return cli.Flags(command, {name: value for name, value in given.items() if name in known})
+    known = COMMANDS[command].flags()
+    return Flags(command, {name: value for name, value in given.items() if name in known})
 
 
-def cell_flags(cell: Cell, base: cli.Flags, config: SweepConfig) -> cli.Flags:
+def cell_flags(cell: Cell, base: Flags, config: SweepConfig) -> Flags:
     """The command line of a cell, over what the model's checkpoint says."""
     _, name, neutral, _ = KINDS[config.guidance]
     given = {**base.given, "sampler": cell.sampler, "steps": cell.steps, name: cell.scale}
     if cell.scale == neutral:  # where nothing guides, no interval says when
         given.pop("guidance_interval", None)
-    return cli.Flags(base.command, given, base.saved)
+    return Flags(base.command, given, base.saved)
 
 
 @dataclass(frozen=True)
@@ -121,12 +119,12 @@ class Networks:
     classifier: Restored | None
 
 
-def restore(base: cli.Flags, config: SweepConfig) -> Networks:
+def restore(base: Flags, config: SweepConfig) -> Networks:
     """The networks of --model_path and --classifier_path.
 
     :raises ValueError: if they do not go together, or cannot be guided so.
     """
-    from . import _common as common
+    from . import common
     from .classifier_sample import check_agreement
 
     model = common.restore_unet(base)
@@ -141,10 +139,10 @@ def restore(base: cli.Flags, config: SweepConfig) -> Networks:
 
 def sample(cell: Cell, folder: str, networks: Networks, config: SweepConfig) -> tuple[str, int]:
     """The samples of a cell, and how often the network is evaluated for a batch of them."""
-    from ..guidance import without_labels
-    from ..loop import network_calls
+    from ..sampling.guidance import without_labels
+    from ..sampling.loop import network_calls
     from ..script_util import build_diffusion
-    from . import _common as common, _guidance as guidance
+    from . import common, guidance
 
     model, classifier = networks.model, networks.classifier
     flags = cell_flags(cell, model.flags, config)

@@ -24,8 +24,8 @@ from harness import (
 )
 from ranks import Nursery
 
-from guided_diffusion import checkpoint
 from guided_diffusion.commands import image_sample, image_train
+from guided_diffusion.training import checkpoints as checkpoint
 
 FLAGS: dict[str, Any] = {**TINY, "batch_size": 4, "save_interval": 2, "ema_rate": "0.5"}
 SAMPLES: dict[str, Any] = {"num_samples": 61, "batch_size": 4, "steps": 2}

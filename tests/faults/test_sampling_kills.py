@@ -29,7 +29,7 @@ from harness import (
 )
 
 from guided_diffusion.commands import image_sample, image_train
-from guided_diffusion.npz import read_npz
+from guided_diffusion.runtime.npz import read_npz
 
 BEGUN = "evaluations of the network per batch"
 
@@ -109,7 +109,7 @@ import resource, sys
 from oracle import make_process
 from guided_diffusion import logger
 from guided_diffusion.sample_util import Job, generate
-from guided_diffusion.samplers import make_sampler
+from guided_diffusion.sampling.samplers import make_sampler
 
 def sample(name, images):
     job = Job(sampler=make_sampler("ddim"), shape=(2, 512, 512), num_samples=images, batch_size=2, out_dir=name)

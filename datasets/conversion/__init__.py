@@ -1,0 +1,1 @@
+"""What the converters share: their flags, readers of archives, and the writer of folders and zips."""

@@ -1,0 +1,77 @@
+"""Images that lie in rows of numbers, plane behind plane, as in CIFAR and the downsampled ImageNet."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from guided_diffusion.runtime import files
+from guided_diffusion.runtime.files import printable
+
+from .images import Item, bad, of_pixels
+
+
+def side_of(rows: NDArray[Any]) -> int:
+    """The side of the square images [N, 3 * side * side] in three planes of uint8.
+
+    :raises ValueError: if they are none.
+    """
+    if rows.dtype != np.uint8:
+        raise ValueError(f"its images are numbers of type {rows.dtype}, where uint8 is read")
+    side = math.isqrt(rows.shape[1] // 3) if rows.ndim == 2 else 0
+    if not side or rows.shape[1] != 3 * side * side:
+        raise ValueError(f"its images have the shape {rows.shape}, where [N, 3 * side * side] is read")
+    return side
+
+
+def row_items(file: str, rows: NDArray[Any], labels: Sequence[str], start: int = 0) -> Iterator[Item]:
+    """An item per row.
+
+    :param rows: [N, 3 * side * side] uint8.
+    :param labels: [N].
+    :param start: the number of the first row in its file.
+    """
+    side = side_of(rows)
+    images = rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True), start):
+        yield of_pixels(f"{file}/{number}", label, np.ascontiguousarray(image))
+
+
+def class_of(value: Any, names: Sequence[str], first: int = 0) -> str:
+    """The name of a class given by number, or the number itself with four digits where there are no names.
+
+    :param first: the number of the first class.
+    :raises ValueError: if there is no such class.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"the label {printable(repr(value))} is no number")
+    if value < first or (names and value >= first + len(names)):
+        raise ValueError(f"the label {value} is none of {first} to {first + len(names) - 1}")
+    return names[int(value) - first] if names else f"{int(value):04d}"
+
+
+def with_empty_classes(items: Iterator[Item], names: Sequence[str], where: str) -> Iterator[Item]:
+    """The same items, and behind them what tells of classes without any."""
+    seen = set[str]()
+    for item in items:
+        seen.add(item.label)
+        yield item
+    for name in names:
+        if name not in seen:
+            yield bad(f"class {printable(name)} of {where}", "a class with no images", name)
+
+
+def first_words(path: str) -> list[str]:
+    """The first word of each line of a text file, such as map_clsloc.txt."""
+    lines = files.read_file(path).decode(errors="replace").splitlines()
+    return [line.split()[0] for line in lines if line.strip()]
+
+
+def base(path: str) -> str:
+    """The name of a file."""
+    return os.path.basename(path)

@@ -1,1 +1,0 @@
-"""Scores of generated images that agree with the published evaluator, without TensorFlow."""

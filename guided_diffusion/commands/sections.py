@@ -1,0 +1,285 @@
+"""The flags that commands alone take: sampling, likelihood, evaluation, tools. As in config.py, a field is a flag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_NAMES, PLUGIN_HELP, RangeConfig, RunConfig
+from ..runtime.options import flag, local_flag, names_of, parse_counts, parse_scales, path_flag, size_flag
+
+TOOLS = ("to-png", "from-images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Sampling."""
+
+    model_path: str = path_flag("a checkpoint, or the folder of a run (its newest EMA)")
+    num_samples: int = flag(10000, "images to make", at_least=1)
+    batch_size: int = flag(16, "images per pass of the network", at_least=1)
+    sampler: str = flag("", "one of {samplers}; '' is ddpm, or ddim with --use_ddim True")
+    use_ddim: bool = flag(False, "alias of --sampler ddim")
+    steps: int = flag(0, "steps, on the sampler's own grid; 0: as --timestep_respacing says", at_least=1)
+    eta: float = flag(-1.0, "noise of samplers that take it: 0 none, 1 ddpm's; -1: the sampler's own", at_least=0)
+    order: int = flag(0, "order of samplers that have several; 0: the sampler's own", at_least=1)
+    churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
+    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
+    dynamic_threshold: float = flag(
+        0.0, "clip x_0 at this percentile of its sizes, such as 0.995, then scale it to [-1, 1]; 0: off", at_least=0
+    )
+    classes: str = flag("", "labels in turn: 207,360 or names of classes.json; '' draws at random")
+    save_images: bool = flag(False, "write one PNG per image as well")
+    save_intermediate: int = flag(0, "film.png, film.gif: the first x_0 every so many steps; 0: none", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceConfig:
+    """Classifier guidance."""
+
+    classifier_path: str = path_flag("the classifier's checkpoint, or the folder of its run")
+    classifier_scale: float = flag(1.0, "factor of the gradient of log p(y | x_t); 0 is the unguided sampler")
+    clip_guided: str = flag(
+        "auto",
+        "clip x_0 after guidance too; auto: not of ddim, plms without --steps",
+        choices=("auto", "True", "False"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeGuidanceConfig:
+    """Guidance without a classifier, and when guidance of any kind acts."""
+
+    cfg_scale: float = flag(1.0, "w in uncond + w (cond - uncond): 1 conditional, 0 unconditional, above 1 guides")
+    cfg_rescale: float = flag(0.0, "share of guidance's gain in contrast to take back, 0 to 1; 0: none", at_least=0)
+    autoguide_path: str = path_flag("a weaker model of the same kind to guide away from: checkpoint or run folder")
+    autoguide_scale: float = flag(1.0, "w in weak + w (model - weak): 1 the model alone, above 1 guides")
+    guidance_interval: str = flag("", "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """Starting from images."""
+
+    init_image: str = path_flag("an image to start from; of a folder or zip its images in turn")
+    mask: str = path_flag("white keeps --init_image, black is painted; of a folder or zip its masks in turn")
+    mask_invert: bool = flag(False, "black keeps and white is painted")
+    strength: float = flag(
+        -1.0, "share of the way to noise, above 0 and up to 1; -1: 0.6, and 1 with --mask or --invert", at_least=0
+    )
+    resample: int = flag(1, "how often every stretch of steps is taken, so that what is painted fits in", at_least=1)
+    resample_jump: int = flag(10, "steps in such a stretch", at_least=1)
+    invert: bool = flag(False, "start from the noise that makes --init_image, not from fresh noise")
+    interpolate: str = path_flag("an image: make --num_samples steps from --init_image to it")
+    init_classes: str = flag("", "classes of the images that --invert and --interpolate turn to noise; '' --classes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """An adapter (LoRA) over the network of --model_path."""
+
+    lora_path: str = path_flag("its file loraNNNNNN.pt, or the folder of the run that trained it; '' for none")
+    lora_scale: float = flag(1.0, "how much of it: 0 none, 1 as it was trained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondSampleConfig:
+    """Conditioning images to sample for: a sample for each."""
+
+    cond_images: str = path_flag("folder or zip of conditioning images, a single one, or an npz of them (arr_0)")
+    cond_class_from: str = flag(
+        "", "where labels of a folder or zip come from; '' leaves that to --classes", choices=("", *CLASS_RULES)
+    )
+    label_column: str = flag("", LABEL_COLUMN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsampleConfig:
+    """The small images to enlarge."""
+
+    base_samples: str = path_flag(
+        "npz of small images (arr_0, labels in arr_1), the folder of a sampling run, or images: a folder, zip or file"
+    )
+    class_from: str = flag("auto", "where labels of a folder or zip come from", choices=CLASS_RULES)
+    label_column: str = flag("", LABEL_COLUMN)
+    cond_aug_level: float = flag(
+        0.0, "noise to put on the small images, for upsamplers trained with --cond_aug; 0: none", at_least=0, at_most=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeConfig(RunConfig):
+    """What all stages share; every other flag belongs to a stage: --base.model_path, --up1.model_path, --up1.steps."""
+
+    seed: int = flag(0, "seed of the base; up1 takes 1000000 more, up2 2000000 more", at_least=0)
+    num_samples: int = flag(10000, "images to make", at_least=1)
+    batch_size: int = flag(16, "images per pass of a network; --up1.batch_size is that of a stage", at_least=1)
+    classes: str = flag("", "labels in turn, of all stages: 207,360 or names of classes.json; '' draws at random")
+    save_images: bool = flag(False, "write one PNG per image of the last stage as well")
+    stages: str = local_flag("JSON or TOML file of the stages' flags, by stage; the command line has the last word")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig(RangeConfig):
+    """The images to measure."""
+
+    data_dir: str = path_flag("folder or zip of images, or an array of them")
+    class_from: str = flag("auto", "where labels come from", choices=CLASS_RULES)
+    label_column: str = flag("", LABEL_COLUMN)
+    model_path: str = path_flag("a checkpoint, or the folder of a run (its newest EMA)")
+    num_samples: int = flag(1000, "images to measure", at_least=1)
+    batch_size: int = flag(1, "images per pass of the network", at_least=1)
+    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is measured of the images."""
+
+    likelihood: str = flag(
+        "vlb", "vlb: the variational bound; flow: the likelihood of the probability flow", choices=("vlb", "flow")
+    )
+    spread: bool = flag(False, "take --num_samples images evenly over the data, not the first ones by name")
+    save_terms: bool = flag(False, "vlb: keep the terms of each image too, as arr_1 [N, T] beside their means")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """How the likelihood of the probability flow is measured."""
+
+    dequantize: str = flag(
+        "uniform",
+        "what 8-bit pixels become: uniform, a point of their bin; decoder, noised by the first step of diffusion and "
+        "read back by the network, as in the variational bound",
+        choices=("uniform", "decoder"),
+    )
+    probes: int = flag(1, "random directions along which the divergence is measured", at_least=1)
+    probe_noise: str = flag("rademacher", "what they are drawn from", choices=("rademacher", "gaussian"))
+    flow_solver: str = flag(
+        "rk45", "rk45: steps as long as --flow_tolerance allows; heun: the steps of the grid", choices=("rk45", "heun")
+    )
+    flow_tolerance: float = flag(1e-4, "rk45: the error of a step, absolute and relative, at most", at_least=1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatorConfig:
+    """What is compared, and what is told of it."""
+
+    reference: str = path_flag("npz, folder or zip of real images, or an npz of their statistics", positional=True)
+    samples: str = path_flag("npz, folder or zip of samples, or the folder of a run", positional=True)
+    metrics: str = flag(
+        "is,fid,sfid,pr",
+        f"metrics, separated by commas: {','.join(METRIC_NAMES)}",
+        convert=names_of(METRIC_NAMES, "metric"),
+    )
+    json: str = local_flag("file to write the results to, as JSON")
+    distances: str = flag(
+        "float16",
+        "type of the distances of precision and recall: the published numbers' is float16",
+        choices=("float16", "float32"),
+    )
+    image_size: int | str = flag(
+        "", "crop and scale the images of folders and zips to 64, or HEIGHTxWIDTH, as in training", convert=size_flag
+    )
+    cache: bool = flag(True, "keep features by the content of what they are of, and take those that are kept")
+    seed: int = flag(0, "seed of the subsets that KID is the mean of", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The images of a reference, and where it goes."""
+
+    data_dir: str = path_flag("folder or zip of images, or an npz of them", positional=True)
+    out: str = local_flag("npz to write", positional=True)
+    image_size: int | str = flag(
+        64, "crop and scale the images to 64, or HEIGHTxWIDTH, as in training", convert=size_flag
+    )
+    num_samples: int = flag(10000, "images to keep for precision and recall, evenly over the data; 0: all", at_least=0)
+    statistics: bool = flag(True, "mean and covariance of the features of all images; False: images alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """The grid: every sampler in every number of steps at every scale."""
+
+    model_path: str = path_flag("the diffusion model: a checkpoint, or the folder of a run (its newest EMA)")
+    classifier_path: str = path_flag("the classifier that guides: a checkpoint, or the folder of its run")
+    reference: str = path_flag("npz, folder or zip of real images, or an npz of their statistics")
+    guidance: str = flag(
+        "classifier",
+        "what the scales are of: --classifier_scale, or --cfg_scale for cfg",
+        choices=("classifier", "cfg"),
+    )
+    samplers: str = flag("ddim,dpm++2m", "samplers, separated by commas: {samplers}")
+    steps: str = flag("25", "numbers of steps, on each sampler's own grid", convert=parse_counts)
+    scales: str = flag("0,1,2,4", "scales of guidance", convert=parse_scales)
+    metrics: str = flag("fid,pr", f"metrics: {','.join(METRIC_NAMES)}", convert=names_of(METRIC_NAMES, "metric"))
+    num_samples: int = flag(1000, "images of each cell of the grid, always from the same noise", at_least=10)
+    batch_size: int = flag(16, "images per pass of the diffusion model", at_least=1)
+    classes: str = flag("", "labels in turn: 207,360 or names of classes.json; '' draws at random")
+    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
+    guidance_interval: str = flag("", "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout")
+    distances: str = flag(
+        "float16",
+        "type of the distances of precision and recall: the published numbers' is float16",
+        choices=("float16", "float32"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceConfig:
+    """Where it happens."""
+
+    log_dir: str = local_flag("folder to keep log.txt in, with all that is said; '' keeps none")
+    device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
+    dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
+    plugin: str = flag("", PLUGIN_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """What to fetch."""
+
+    name: str = flag(
+        "",
+        "what to fetch: inception, the weights of the network of FID",
+        positional=True,
+    )
+    out: str = local_flag("file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpzToolConfig:
+    """What to do."""
+
+    tool: str = flag("", f"one of {', '.join(TOOLS)}; TOOL --help lists its flags", choices=TOOLS, positional=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToPngConfig:
+    """From an npz to a folder."""
+
+    file: str = path_flag("npz of images (arr_0) and, if any, labels (arr_1)", positional=True)
+    out: str = local_flag("folder of PNG files that is made", positional=True)
+    classes: str = path_flag("classes.json with the names of the classes; '' calls them by their numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromImagesConfig(RangeConfig):
+    """From images to an npz."""
+
+    source: str = path_flag("folder or zip of images", positional=True)
+    out: str = local_flag("npz that is made", positional=True)
+    image_size: int | str = flag("", "scale and crop to 64, or HEIGHTxWIDTH; '': as they are", convert=size_flag)
+    image_channels: int = flag(0, "channels: 1, 3 or 4; 0: what to-png wrote down, else 3", at_least=0, at_most=4)
+    class_from: str = flag("", "where labels come from; '' is auto where that finds any", choices=("", *CLASS_RULES))
+    label_column: str = flag("", LABEL_COLUMN)
+    classes: str = path_flag("classes.json with the ids of the classes; '': that in SOURCE, else by their names")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The demonstration."""
+
+    log_dir: str = local_flag("folder of the trained networks, the samples and the picture", "demo-output")
+    data_dir: str = path_flag("folder or zip of the images", "datasets/emoji64.zip")
+    seed: int = flag(0, "seed of all randomness", at_least=0)

@@ -1,0 +1,328 @@
+"""Conditioning images: pictures, masks or maps of classes that a network sees beside the noisy image.
+
+They enter the first convolution as further channels: pictures in [-1, 1], masks as 0 and 1, a map of K classes as K
+channels of which one is 1 in each place. Zeros stand for "no conditioning image".
+
+Shapes: N batch, C channels of images, K of conditioning images, H W space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+
+from ..config import COND_TYPES
+from ..runtime.files import quoted
+from ..runtime.npz import fingerprint
+from ..runtime.options import Size, nearest
+from ..unet import UNetModel
+from .crops import Draws, Picture, TooThin, center_crop_arr, channels_first, size_of
+from .decoding import Range
+from .sources import Listing, UnreadableImage, find_images, images_at, read_ids, read_image, read_mask
+
+NO_CLASS = 255  # in a map: none of the classes, zeros in all channels
+NAMED = 5  # files in a message
+
+Array = NDArray[np.float32]
+
+
+# ---- the network
+
+
+class ConditionedModel(UNetModel):
+    """A U-Net that also sees a conditioning image of the size of its image.
+
+    :param in_channels: C of the images; `cond_channels` more enter the first convolution, behind them.
+    :param null_cond: it knows zeros as "no conditioning image", for classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        *args: Any,
+        cond_channels: int,
+        null_cond: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_size, in_channels + cond_channels, *args, **kwargs)
+        self.cond_channels, self.null_cond = cond_channels, null_cond
+
+    def forward(
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        y: th.Tensor | None = None,
+        *,
+        cond_image: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """Predict from noisy images and their conditioning images.
+
+        :param cond_image: [N, K, ...] of the images' size.
+        """
+        if cond_image is None:
+            raise ValueError(
+                "cond_image is missing: the network was trained with conditioning images, one for each image"
+            )
+        wanted = (len(x), self.cond_channels, *x.shape[2:])
+        if cond_image.shape != wanted:
+            raise ValueError(f"cond_image must be of shape {wanted}, got {tuple(cond_image.shape)}")
+        return self._predict(th.cat([x, cond_image.to(x.dtype)], dim=1), self._embed(x, timesteps, y))
+
+
+# ---- what conditioning images are
+
+
+@dataclass(frozen=True)
+class CondKind:
+    """What the numbers of conditioning images mean.
+
+    :param name: image, mask, or classes.
+    :param channels: K.
+    :param data_range: of images, as `read_image` takes it.
+    """
+
+    name: str
+    channels: int
+    data_range: Range | None = None
+
+    @property
+    def nearest(self) -> bool:
+        """Whether their numbers must not be mixed when they are scaled."""
+        return self.name != "image"
+
+    def read(self, path: str) -> Picture:
+        """The picture in a file.
+
+        :raises UnreadableImage: if it cannot be meant.
+        """
+        if self.name == "mask":
+            return read_mask(path).picture
+        if self.name == "image":
+            return read_image(path, self.channels, self.data_range)
+        ids = read_ids(path)
+        wrong = ids[(ids < 0) | ((ids >= self.channels) & (ids != NO_CLASS))]
+        if wrong.size:
+            known = f"0 .. {self.channels - 1}, and {NO_CLASS} for none"
+            raise UnreadableImage(
+                path, f"class {int(wrong[0])} in a map, where cond_channels {self.channels} allows {known}"
+            )
+        return ids
+
+    def encode(self, array: NDArray[Any]) -> Array:
+        """What the network sees, [K, H, W], of a crop."""
+        if self.name == "classes":
+            ids = array.reshape(array.shape[:2]).astype(np.int64)
+            planes: Array = (np.arange(self.channels)[:, None, None] == ids).astype(np.float32)
+            return planes
+        planes = channels_first(array)
+        return (planes > 0).astype(np.float32) if self.name == "mask" else planes
+
+    def load(self, path: str, size: Size) -> Array:
+        """What the network sees of a file, scaled and cropped as in training: the middle."""
+        try:
+            return self.encode(center_crop_arr(self.read(path), size, nearest=self.nearest))
+        except TooThin as error:
+            raise UnreadableImage(path, str(error)) from error
+
+
+def cond_kind(
+    cond_type: str, cond_channels: int, image_channels: int, data_range: Range | None = None
+) -> CondKind | None:
+    """The kind that flags describe, None without conditioning images.
+
+    :raises ValueError: if they contradict each other.
+    """
+    if not cond_type:
+        if cond_channels:
+            raise ValueError(f"cond_channels {cond_channels} has no effect without cond_type: give both or none")
+        return None
+    if cond_type not in COND_TYPES:
+        raise ValueError(f"cond_type {cond_type!r} is none of {', '.join(COND_TYPES)}{nearest(cond_type, COND_TYPES)}")
+    if cond_type == "classes" and not cond_channels:
+        raise ValueError("cond_type classes needs the number of classes in the maps: give cond_channels")
+    if cond_type == "mask" and cond_channels > 1:
+        raise ValueError(f"cond_channels {cond_channels} contradicts cond_type mask, which has 1: leave it out")
+    return CondKind(cond_type, cond_channels or (1 if cond_type == "mask" else image_channels), data_range)
+
+
+# ---- pairs of files
+
+
+@dataclass(frozen=True)
+class Partners:
+    """The conditioning images of a data set.
+
+    :param paths: one for each image.
+    :param dropout: probability of zeros in their place.
+    """
+
+    kind: CondKind
+    paths: Sequence[str]
+    dropout: float = 0.0
+
+    def item(
+        self, index: int, size: tuple[int, int], place: Callable[..., NDArray[Any]], draws: Draws
+    ) -> dict[str, Array]:
+        """cond_image [K, H, W] of one image.
+
+        :param size: (height, width) of the image in its file.
+        :param place: (picture, nearest=) crops and mirrors a picture as the image was.
+        :param draws: of this image, behind those of its crop and its mirroring.
+        :raises UnreadableImage: if it cannot be read, or is of another size.
+        """
+        path = self.paths[index]
+        picture = self.kind.read(path)
+        if size_of(picture) != size:
+            own, theirs = ("x".join(map(str, one)) for one in (size_of(picture), size))
+            raise UnreadableImage(path, f"it is {own} and its image {theirs} (height x width)")
+        seen = self.kind.encode(place(picture, nearest=self.kind.nearest))
+        return {"cond_image": np.zeros_like(seen) if self.dropout and draws.random() < self.dropout else seen}
+
+    def shard(self, first: int, step: int) -> Partners:
+        """Those of every `step`-th image from one on."""
+        return replace(self, paths=list(self.paths[first::step]))
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Where the conditioning images of a data set lie.
+
+    :param folder: folder or zip; a file belongs to the image of the same name but for the extension.
+    :param skip_unpaired: leave out what has no partner; else it is an error.
+    :param dropout: of the `Partners`.
+    """
+
+    folder: str
+    kind: CondKind
+    skip_unpaired: bool = False
+    dropout: float = 0.0
+
+    def match(self, images: Listing, say: Callable[[str], object]) -> tuple[Listing, Partners]:
+        """The images that have a conditioning image, and these.
+
+        :param say: takes lines for the user.
+        :raises ValueError: if names are not clear, nothing is left, or something is left over.
+        """
+        there = find_images(self.folder, self.kind.channels)
+        pairs, told = by_name(images, there, "conditioning image")
+        if not pairs or (told and not self.skip_unpaired):
+            remedy = "set skip_unpaired to True" if pairs else "names must agree but for the extension"
+            raise ValueError(f"{told}: add or remove some; {remedy}")
+        paths = [there.path(theirs) for _, theirs in pairs]
+        say(f"{there.root}: found {len(there.images)} conditioning images, {there.skipped()}")
+        if told:
+            say(f"  left out: {told}")
+        if self.kind.name == "mask":
+            mask = read_mask(paths[0])
+            say(f"  masks are read by what is in each; {quoted(pairs[0][1])}: {mask.values}; {mask.white} is white")
+        return replace(images, images=[own for own, _ in pairs]), Partners(self.kind, paths, self.dropout)
+
+
+def by_name(images: Listing, partners: Listing, what: str) -> tuple[list[tuple[str, str]], str]:
+    """The pairs of images and partners whose names agree but for the extension, and a sentence about all others.
+
+    :param what: a partner is called.
+    :raises ValueError: if it is not clear which of them belong together.
+    """
+    own, theirs = (_by_stem(listing) for listing in (images, partners))
+    alone = [name for stem, name in own.items() if stem not in theirs]
+    extra = [name for stem, name in theirs.items() if stem not in own]
+    faults = [
+        f"{len(alone)} of {len(own)} images have no {what} in {partners.root} ({_some(alone)})" * bool(alone),
+        f"{len(extra)} of {len(theirs)} {what}s have no image ({_some(extra)})" * bool(extra),
+    ]
+    pairs = [(name, theirs[stem]) for stem, name in own.items() if stem in theirs]
+    return pairs, "; ".join(filter(None, faults))
+
+
+def _by_stem(listing: Listing) -> dict[str, str]:
+    """Names by what is left of them without extension, in their order."""
+    found: dict[str, str] = {}
+    for name in listing.images:
+        stem = re.sub(r"\.[^./]+$", "", name)
+        if stem in found:
+            raise ValueError(
+                f"{quoted(found[stem])} and {quoted(name)} in {listing.root} differ in the extension alone, so that it "
+                "is not clear which of them belongs to which: remove or rename one"
+            )
+        found[stem] = name
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(quoted, names[:NAMED])) + ", ..." * (len(names) > NAMED)
+
+
+# ---- sampling
+
+
+@dataclass(frozen=True)
+class CondImages:
+    """Conditioning images to sample for: the first is that of the first sample.
+
+    :param load: index -> what the network sees of it, [K, H, W].
+    :param labels: class ids, None where they have none.
+    :param names: the files that they come from, [] where they come from none.
+    """
+
+    count: int
+    load: Callable[[int], Array]
+    labels: list[int] | None = None
+    names: list[str] = field(default_factory=list)
+
+    def conditioning(self, indices: Sequence[int]) -> dict[str, th.Tensor]:
+        """cond_image [n, K, H, W] of some samples."""
+        return {"cond_image": th.from_numpy(np.stack([self.load(index) for index in indices]))}
+
+    def request(self) -> dict[str, str]:
+        """What stands for them in a sampling request; each is read once.
+
+        :raises ValueError: if one cannot be used.
+        """
+        digest = hashlib.sha256("\n".join(self.names).encode())
+        for index in range(self.count):
+            digest.update(fingerprint({"": self.load(index)}).encode())
+        return {"cond_images": digest.hexdigest()[:16]}
+
+
+@dataclass(frozen=True)
+class CondSource:
+    """What is wanted of a file or folder of conditioning images.
+
+    :param count: how many, or fewer where there are fewer.
+    :param all: fewer are an error.
+    :param label: listing of a folder -> class ids of its images; None leaves them without.
+    """
+
+    kind: CondKind
+    size: Size
+    count: int
+    all: bool = False
+    label: Callable[[Listing], Sequence[int]] | None = None
+
+    def open(self, path: str) -> CondImages:
+        """The conditioning images at a path.
+
+        :raises ValueError: if there are none, too few, or none that fit.
+        """
+        listing = images_at(path, "cond_images", self.kind.channels)
+        there = len(listing.images)
+        if self.all and self.count > there:
+            raise ValueError(f"{self.count} samples are asked for, and {path} holds {there} conditioning images")
+        count = min(there, self.count)
+        labels = listing.ids if self.label is None else self.label(listing)
+        names = listing.images[:count]
+        return CondImages(
+            count,
+            lambda index: self.kind.load(listing.path(names[index]), self.size),
+            None if labels is None else list(labels)[:count],
+            [] if listing.array else list(names),
+        )

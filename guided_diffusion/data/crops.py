@@ -1,0 +1,167 @@
+"""Pictures cropped to size: the middle of one, or a window anywhere in it.
+
+Shapes: H W space, C channels. A size is 64, "64x128" or (64, 128): height before width.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..runtime.options import Size, parse_size
+
+Picture = Image.Image | NDArray[np.float32]  # 8 bit as PIL has it; anything finer as planes [H, W, C] in [-1, 1]
+
+MIN_CROP_FRAC, MAX_CROP_FRAC = 0.8, 1.0  # of random crops: a window's least and greatest share of the covered side
+MAX_PIXELS = 2**28 // 3  # of a picture as it lies there and as it is scaled: 89 megapixels, 256 MiB of RGB
+
+
+class TooThin(ValueError):
+    """A picture that has too many pixels once it covers the size."""
+
+
+class Draws(Protocol):
+    """What crops and flips need of `random` or of a `random.Random`."""
+
+    def random(self) -> float: ...
+
+    def randrange(self, start: int, stop: int | None = None) -> int: ...
+
+    def getstate(self) -> Any: ...
+
+
+def replay(draws: Draws) -> random.Random:
+    """A generator that will draw what `draws` is about to."""
+    twin = random.Random(0)
+    twin.setstate(draws.getstate())
+    return twin
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(height, width)."""
+    return picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+
+
+def channels_first(array: NDArray[Any]) -> NDArray[np.float32]:
+    """[C, H, W] in [-1, 1] of what a crop returns."""
+    array = array[..., None] if array.ndim == 2 else array
+    # bicubic interpolation overshoots: PIL has clipped bytes already, but not float planes
+    unit = array.astype(np.float32) / 127.5 - 1 if array.dtype == np.uint8 else np.clip(array, -1, 1)
+    return np.ascontiguousarray(unit.transpose(2, 0, 1), dtype=np.float32)
+
+
+def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """[H, W, C] of bytes of what a crop returns, or of the planes of a picture."""
+    array = array[..., None] if array.ndim == 2 else array
+    return array if array.dtype == np.uint8 else np.rint((array + 1) * 127.5).clip(0, 255).astype(np.uint8)
+
+
+def center_crop_arr(pil_image: Picture, image_size: Size, *, nearest: bool = False) -> NDArray[Any]:
+    """The middle of a picture that was scaled until it just covers the size.
+
+    :param pil_image: a PIL image, or planes [H, W, C] of float32.
+    :param nearest: take every pixel as it is from the nearest place, for numbers that no mean makes sense of.
+    :return: [H, W] or [H, W, C], as numpy sees the picture's mode.
+    """
+    height, width = parse_size(image_size)
+    array = _cover(pil_image, height, width, nearest=nearest)
+    return _window(array, (array.shape[0] - height) // 2, (array.shape[1] - width) // 2, height, width)
+
+
+def random_crop_arr(
+    pil_image: Picture,
+    image_size: Size,
+    min_crop_frac: float = MIN_CROP_FRAC,
+    max_crop_frac: float = MAX_CROP_FRAC,
+    *,
+    rng: Draws | None = None,
+    nearest: bool = False,
+) -> NDArray[Any]:
+    """A window anywhere in a picture that was scaled to cover a little more than the size.
+
+    :param min_crop_frac: the window's least share of the covered side; `max_crop_frac` its greatest, at most 1.
+    :param rng: None draws from the module `random`: the scale, the top, the left.
+    :param nearest: as for `center_crop_arr`.
+    """
+    if not 0 < min_crop_frac <= max_crop_frac <= 1:
+        raise ValueError(
+            f"crop fractions from {min_crop_frac} to {max_crop_frac} are no part of the picture; "
+            "choose 0 < min_crop_frac <= max_crop_frac <= 1"
+        )
+    draws: Draws = random if rng is None else rng
+    height, width = parse_size(image_size)
+    short = min(height, width)
+    side = draws.randrange(math.ceil(short / max_crop_frac), math.ceil(short / min_crop_frac) + 1)
+    array = _cover(pil_image, *_scaled((height, width), side, short), nearest=nearest)
+    top = draws.randrange(array.shape[0] - height + 1)
+    left = draws.randrange(array.shape[1] - width + 1)
+    return _window(array, top, left, height, width)
+
+
+def _scaled(size: tuple[int, int], side: int, short: int) -> tuple[int, int]:
+    """A size whose short side is to be `side` instead."""
+    return -(-size[0] * side // short), -(-size[1] * side // short)
+
+
+def largest_cover(image_size: Size, *, random_crop: bool) -> tuple[int, int]:
+    """The (height, width) that a picture is scaled to cover at the most before it is cropped."""
+    size = parse_size(image_size)
+    short = min(size)
+    return _scaled(size, math.ceil(short / MIN_CROP_FRAC), short) if random_crop else size
+
+
+def shrunk(picture: Image.Image, image_size: Size, *, random_crop: bool) -> Image.Image:
+    """A smaller picture that all crops to a size are taken from with the same result, bit for bit.
+
+    :param random_crop: crops anywhere in it, with fractions as they are where none are given; else the middle.
+    """
+    if random_crop:
+        return _halved(picture, *largest_cover(image_size, random_crop=True))
+    return Image.fromarray(center_crop_arr(picture, image_size))
+
+
+def shrunk_size(size: tuple[int, int], image_size: Size, *, random_crop: bool) -> tuple[int, int]:
+    """(height, width) of what `shrunk` makes of a picture of a size."""
+    height, width = largest_cover(image_size, random_crop=random_crop)
+    if not random_crop:
+        return height, width
+    while size[0] >= 2 * height and size[1] >= 2 * width:
+        size = size[0] // 2, size[1] // 2
+    return size
+
+
+def _window(array: NDArray[Any], top: int, left: int, height: int, width: int) -> NDArray[Any]:
+    return array[top : top + height, left : left + width]
+
+
+def _halved(picture: Image.Image, height: int, width: int) -> Image.Image:
+    """Halve both sides for as long as neither becomes shorter than asked."""
+    while picture.width >= 2 * width and picture.height >= 2 * height:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    return picture
+
+
+def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) -> NDArray[Any]:
+    """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked.
+
+    :raises TooThin: if it is so long and thin that this makes more than `MAX_PIXELS` of it.
+    """
+    if isinstance(picture, np.ndarray):
+        planes = map(Image.fromarray, np.moveaxis(picture, -1, 0))
+        return np.stack([_cover(plane, height, width, nearest=nearest) for plane in planes], -1)
+    whole, picture = picture, _halved(picture, height, width)
+    scale = max(width / picture.width, height / picture.height)
+    size = round(picture.width * scale), round(picture.height * scale)
+    if size[0] * size[1] > MAX_PIXELS:
+        raise TooThin(
+            f"it is so long and thin that scaled to {size[0]} x {size[1]}, which covers {width} x {height}, it has "
+            f"more than {MAX_PIXELS} pixels"
+        )
+    # step by step, the nearest pixels would drift to one corner
+    scaled = whole.resize(size, Image.Resampling.NEAREST) if nearest else picture.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(scaled)

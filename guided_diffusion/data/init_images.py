@@ -1,0 +1,141 @@
+"""Images to start sampling from, and masks that say what to keep of them.
+
+Shapes: B batch, C channels, H W space. A size is 64, "64x128" or (64, 128): height before width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+
+from ..runtime.files import printable
+from ..runtime.npz import fingerprint
+from ..runtime.options import Size
+from .conditioning import by_name
+from .crops import TooThin, center_crop_arr, channels_first
+from .decoding import Range
+from .items import ImageDataset
+from .sources import UnreadableImage, images_at, read_mask, read_size
+
+DESCRIBED = 5  # masks of which it is said how they are read
+
+
+class InitImages:
+    """Images and their masks, taken in turn: sample i starts from image i % n, and keeps what its mask says.
+
+    They are scaled and cropped as in training, the masks like the images. One mask is that of all images, and one image
+    takes several masks in turn; several of both belong together by name, but for the extension.
+
+    :param images: path of an image, or of a folder, zip or array of images.
+    :param size: of the samples.
+    :param channels: C of the samples.
+    :param masks: path of a mask, or of a folder, zip or array of masks: white is kept, black is not (`masks` says what
+        is white); '' for none.
+    :param swap: black is kept, white is not.
+    :param data_range: of the images, as `image_files.read_image` takes it.
+    :raises ValueError: if there is nothing at a path, or an image has no mask.
+    """
+
+    def __init__(
+        self,
+        images: str,
+        size: Size,
+        channels: int,
+        *,
+        masks: str = "",
+        swap: bool = False,
+        data_range: Range | None = None,
+    ) -> None:
+        self.channels, self.size, self.swap = channels, size, swap
+        listing = images_at(images, "init_image", channels)
+        self.masks: list[str] = []
+        if masks:
+            partners = images_at(masks, "mask")
+            if min(len(listing.images), len(partners.images)) > 1:
+                pairs, told = by_name(listing, partners, "mask")
+                if told:
+                    raise ValueError(f"{told}: several images and masks belong together by name: add or remove some")
+                self.masks = [partners.path(theirs) for _, theirs in pairs]
+            else:
+                self.masks = [partners.path(name) for name in partners.images]
+        paths = [listing.path(name) for name in listing.images]
+        self.images = ImageDataset(size, paths, random_flip=False, image_channels=channels, data_range=data_range)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, indices: Sequence[int]) -> dict[str, th.Tensor]:
+        """init_image [B, C, H, W] in [-1, 1] of the samples with these indices, and mask [B, 1, H, W] if there are any.
+
+        Bytes come back as they were from `pictures.to_uint8`.
+        """
+        images = [_reversible(self.images[index % len(self)][0]) for index in indices]
+        rows = {"init_image": th.from_numpy(np.stack(images))}
+        if self.masks:
+            rows["mask"] = th.from_numpy(np.stack([self._mask(index) for index in indices]))
+        return rows
+
+    def _mask(self, index: int) -> NDArray[np.float32]:
+        path = self.masks[index % len(self.masks)]
+        try:
+            array = channels_first(center_crop_arr(read_mask(path).picture, self.size))
+        except TooThin as error:
+            raise UnreadableImage(path, str(error)) from error
+        kept: NDArray[np.bool_] = (array > 0) != self.swap
+        return kept.astype(np.float32)
+
+    def _turns(self, count: int) -> range:
+        return range(min(count, math.lcm(len(self), len(self.masks) or 1)))
+
+    def check(self, count: int) -> str:
+        """Read what the first `count` samples start from; returns 16 hex digits that stand for it.
+
+        :raises ValueError: if an image cannot be read, or a mask has another size than its image.
+        """
+        digest = hashlib.sha256()
+        for index in self._turns(count):
+            self._check_size(index)
+            digest.update(fingerprint(self.rows([index])).encode())
+        return digest.hexdigest()[:16]
+
+    def describe_masks(self, count: int) -> list[str]:
+        """How the masks of the first `count` samples are read, and what of an image they keep."""
+        turns = [index for index in self._turns(count) if self.masks][: len(self.masks)]
+        lines = [self._described(index) for index in turns[:DESCRIBED]]
+        return lines + [f"and {len(turns) - DESCRIBED} masks more, each read by what is in it"] * (
+            len(turns) > DESCRIBED
+        )
+
+    def _described(self, index: int) -> str:
+        path = self.masks[index % len(self.masks)]
+        mask, share = read_mask(path), float(self._mask(index).mean())
+        ends = {0.0: "nothing is kept, all is painted", 1.0: "all is kept, nothing is painted"}
+        kept = ends.get(share, f"{100 * share:.3g} % is kept")
+        keeper = mask.black if self.swap else mask.white
+        return f"mask {printable(os.path.basename(path))}: {mask.values}; {keeper} keeps: {kept}"
+
+    def _check_size(self, index: int) -> None:
+        if not self.masks:
+            return
+        paths = self.images.local_images[index % len(self)], self.masks[index % len(self.masks)]
+        theirs, own = map(read_size, paths)
+        if theirs != own:
+            names = [os.path.basename(path) for path in paths]
+            sizes = ["x".join(map(str, size)) for size in (theirs, own)]
+            raise ValueError(
+                f"the mask {names[1]} is {sizes[1]} and its image {names[0]} {sizes[0]} (height x width): "
+                "give a mask of the image's own size"
+            )
+
+
+def _reversible(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[C, H, W] in [-1, 1], raised by one unit in the last place where truncation would not give the byte back."""
+    levels = (image + np.float32(1)) * np.float32(127.5)
+    lost = np.trunc(levels) < np.round(levels)
+    return np.where(lost, np.nextafter(image, np.float32(2)), image)

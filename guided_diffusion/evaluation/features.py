@@ -1,0 +1,340 @@
+"""Networks that make the features which are compared: Inception, classifiers of this project, DINOv2 and CLIP.
+
+A new kind is a function (path, device, precision) -> `NetworkExtractor` and its entry in `EXTRACTORS`. In Python, any
+callable with the attributes of `Extractor` is one.
+
+Shapes: N images, H W pixels, C channels, D features, S spatial features, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+from PIL import Image
+
+from .. import logger
+from ..config import PRECISIONS, ClassifierConfig
+from ..data.crops import center_crop_arr
+from ..networks.architecture import architecture
+from ..runtime import files, paths
+from ..runtime.npz import fingerprint
+from ..runtime.options import nearest, parse_size, saved_values
+from ..runtime.seeds import to_device
+from ..script_util import build_classifier
+from ..training import checkpoints, weights as weight_files
+from .weights import find_inception, load_inception
+
+VERSION = 1  # of what is done to images before a network sees them: features of other versions are not taken again
+DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
+MODES = {1: "L", 3: "RGB"}  # PIL's names by number of channels
+
+Images = NDArray[np.uint8]
+Numbers = NDArray[np.float32]
+
+
+class Features(NamedTuple):
+    """What the metrics are made of."""
+
+    pool: Numbers  # [N, D]
+    spatial: Numbers | None = None  # [N, S]
+    probs: Numbers | None = None  # [N, K], each row sums to 1
+
+
+class Extractor(Protocol):
+    """What makes features of images.
+
+    name: as it stands in the name of a number, e.g. FD (emoji32 classifier).
+    published: whether the numbers may be called what the published ones are: FID, sFID, Inception Score.
+    identity: differs where features differ by more than rounding: weights, precision, what is done to the images.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def published(self) -> bool: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def __call__(self, images: Images) -> Features:
+        """Features of images [N, H, W, C] of 0 .. 255; they depend on the other images in rounding alone."""
+
+
+Outputs = tuple[th.Tensor, th.Tensor | None, th.Tensor | None]  # pool, spatial and logits, on any device
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkExtractor:
+    """An `Extractor` made of a function that runs a network; it runs without gradients."""
+
+    name: str
+    identity: str
+    run: Callable[[Images], Outputs]
+    published: bool = False
+
+    def __call__(self, images: Images) -> Features:
+        """Features of images.
+
+        :raises ValueError: if these are no images, or the network cannot take them.
+        """
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in MODES or not all(images.shape):
+            raise ValueError(
+                f"images of shape {images.shape} and type {images.dtype}: features are made of uint8 [N, H, W, C] "
+                "with C 1 or 3"
+            )
+        with th.no_grad():
+            pool, spatial, logits = self.run(images)
+        probs = None if logits is None else logits.float().softmax(dim=1)
+        return Features(_numbers(pool), *(None if x is None else _numbers(x) for x in (spatial, probs)))
+
+
+def _numbers(values: th.Tensor) -> Numbers:
+    return np.ascontiguousarray(values.float().cpu().numpy())
+
+
+def _planes(images: Images, device: th.device) -> th.Tensor:
+    """[N, H, W, C] -> [N, C, H, W]."""
+    return to_device(th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), device)
+
+
+def _colours(images: Images) -> Images:
+    """Grey images in three channels."""
+    return images if images.shape[-1] == 3 else images.repeat(3, axis=-1)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _base(path: str) -> str:
+    """The name of a folder, or of a file without its extension."""
+    name = os.path.basename(os.path.normpath(path))
+    return files.printable(name if os.path.isdir(path) else os.path.splitext(name)[0])
+
+
+# ---- the published one
+
+
+def _inception(path: str, device: th.device, precision: str) -> NetworkExtractor:
+    """The Inception of the published evaluator; what its score is made of is the softmax of logits without bias."""
+    network = load_inception(path, dtype=DTYPES[precision]).to(device)
+
+    def run(images: Images) -> Outputs:
+        out = network(_planes(_colours(images), device))
+        return out.pool, out.spatial, out.logits_unbiased
+
+    identity = f"inception {fingerprint(network.state_dict())} {precision} {VERSION}"
+    return NetworkExtractor("Inception", identity, run, published=True)
+
+
+# ---- a classifier of this project
+
+
+def _classifier(path: str, device: th.device, precision: str) -> NetworkExtractor:
+    """A classifier of noisy images at t = 0: the input of its head, and its classes.
+
+    Images of another size are scaled and cropped as those of its training were.
+    """
+    config, network = read_classifier(path, precision)
+    if config.dims != 2 or config.image_channels not in MODES:
+        images = f"{config.image_channels} channels in {config.dims} dimensions"
+        raise ValueError(f"--features classifier:{path} is of images of {images}: features need pictures, grey or RGB")
+    facts = {name: value for name, value in asdict(config).items() if name not in NOT_IN_THE_FEATURES}
+    weights = fingerprint(network.state_dict())
+    facts |= {"features classifier weights": weights, "features classifier precision": precision}
+    network.to(device).eval().requires_grad_(False).convert_to(precision)
+    name = _base(path) if _base(path).endswith("classifier") else f"{_base(path)} classifier"
+    size, warned = parse_size(config.image_size), False
+    head_inputs: list[th.Tensor] = []
+    head_of(network).register_forward_pre_hook(lambda _, inputs: head_inputs.append(inputs[0]))
+
+    def run(images: Images) -> Outputs:
+        nonlocal warned
+        if images.shape[1:3] != size and not warned:
+            given, needed = ("x".join(map(str, sides)) for sides in (images.shape[1:3], size))
+            logger.warn(f"images of {given} are scaled and cropped to {needed}, as in the training of the {name}")
+            warned = True
+        head_inputs.clear()
+        x = _planes(fitted(images, size, config.image_channels), device).float() / 127.5 - 1
+        logits = network(x, th.zeros(len(x), device=device))
+        pooled = head_inputs.pop()
+        pooled = pooled[:, :, 0] if pooled.ndim == 3 else pooled  # of an attention pool, whose first token is the mean
+        return pooled.flatten(1), None, logits
+
+    return NetworkExtractor(name, f"classifier {_digest(sorted(facts.items()))} {VERSION}", run)
+
+
+NOT_IN_THE_FEATURES = ("use_checkpoint", "classifier_use_fp16", "classifier_precision")  # flags of a classifier
+
+
+def read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
+    """A classifier and its flags, which are those saved beside its checkpoints, else read off its weights.
+
+    :raises OSError, ValueError: if there is none, or it is another network.
+    """
+    path = checkpoints.resolve_model(path)
+    saved = checkpoints.config_beside(path) or _flags_of(weight_files.weights_of(path)[0])
+    if "classifier_width" not in saved:
+        raise ValueError(f"--features classifier:{path} is no classifier: give the checkpoint of a classifier there")
+    config = ClassifierConfig(**{**saved_values(saved, ClassifierConfig), "classifier_precision": precision})
+    with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
+        frame = build_classifier(config)
+    weights = weight_files.fitting_weights(frame, path, asdict(config))
+    network = build_classifier(config)
+    network.load_state_dict(weights)
+    logger.log(f"features classifier: {path}")
+    return config, network
+
+
+def _flags_of(weights: Mapping[str, th.Tensor]) -> dict[str, Any]:
+    """What the shapes of weights tell; images are of the default size where an attention pool does not tell theirs."""
+    found = architecture(weights)
+    return architecture(weights, found.get("image_size", ClassifierConfig().image_size)) | found
+
+
+def head_of(network: Any) -> th.nn.Module:
+    """The layer whose input is the feature vector [N, D] of a classifier: the last one in which space is gone.
+
+    adaptive: the mean over space of the normalised feature map; attention: what the mean has attended to; spatial and
+    spatial_v2: the means over space of all feature maps.
+    """
+    places = {"adaptive": "out.3", "attention": "out.2.c_proj", "spatial": "out.0", "spatial_v2": "out.0"}
+    layer: th.nn.Module = network.get_submodule(places[network.pool])
+    return layer
+
+
+def fitted(images: Images, size: tuple[int, int], channels: int) -> Images:
+    """Images of any height, width and colour as a network was trained on them, [N, H, W, C] -> [N, *size, channels]."""
+    if images.shape[1:] == (*size, channels):
+        return images
+    pictures = [Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]) for image in images]
+    rows = [center_crop_arr(picture.convert(MODES[channels]), size) for picture in pictures]
+    return np.stack(rows).reshape(len(images), *size, channels)
+
+
+# ---- DINOv2 and CLIP
+
+
+class Pretrained(NamedTuple):
+    """A kind of network that transformers reads from a local folder.
+
+    :param model_types: the values that model_type may have in the folder's config.json.
+    :param loader: the class of transformers that reads it.
+    :param output: the field of its output with the features [N, D].
+    """
+
+    title: str
+    model_types: tuple[str, ...]
+    loader: str
+    output: str
+
+
+PRETRAINED = {
+    # the normalised class token
+    "dinov2": Pretrained("DINOv2", ("dinov2", "dinov2_with_registers"), "AutoModel", "pooler_output"),
+    # the embedding that is compared with those of texts
+    "clip": Pretrained("CLIP", ("clip", "clip_vision_model"), "CLIPVisionModelWithProjection", "image_embeds"),
+}
+
+
+def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> NetworkExtractor:
+    """A network of transformers; images are scaled, cropped and normalised as the folder's preprocessor_config says."""
+    about = PRETRAINED[kind]
+    try:
+        network, processor = _from_folder(about, folder)
+    except Exception as error:  # transformers raises all kinds of them on a damaged folder
+        raise ValueError(f"--features {kind}:{folder} cannot be used: {files.reason(error)}") from error
+    images_as = _digest(sorted(processor.to_dict().items()))
+    identity = f"{kind} {fingerprint(network.state_dict())} {images_as} {precision} {VERSION}"
+    network.to(device).eval().requires_grad_(False)
+
+    def run(images: Images) -> Outputs:
+        x = processor(list(_colours(images)), return_tensors="pt")["pixel_values"].to(device)
+        with th.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            return getattr(network(x), about.output), None, None
+
+    name = _base(folder)
+    return NetworkExtractor(name if kind in name.lower() else f"{about.title} {name}", identity, run)
+
+
+def _from_folder(kind: Pretrained, folder: str) -> tuple[Any, Any]:
+    """The network and its image processor, without the internet and without code from the folder.
+
+    :raises ValueError: if something is missing.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError("give a folder with config.json, preprocessor_config.json and model.safetensors")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError('transformers is missing: run `pip install "guided-diffusion[eval]"`') from error
+    library: Any = transformers
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    reading: dict[str, Any] = {"dtype": th.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    config = library.AutoConfig.from_pretrained(folder, **options)
+    if config.model_type not in kind.model_types:
+        raise ValueError(f"its config.json is of a model_type {files.quoted(config.model_type)}, not {kind.title}")
+    if config.model_type == "clip":  # of images and texts together
+        config.vision_config.projection_dim = config.projection_dim
+        config = config.vision_config
+    processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+    level = library.logging.get_verbosity()
+    library.logging.set_verbosity_error()  # else every tensor of CLIP's part for texts is listed
+    try:
+        network, found = getattr(library, kind.loader).from_pretrained(folder, config=config, **reading, **options)
+    finally:
+        library.logging.set_verbosity(level)
+    faults = [*sorted(found["missing_keys"]), *(name for name, *_ in found["mismatched_keys"])]
+    if faults:  # which transformers draws at random
+        raise ValueError(f"{len(faults)} of its tensors are missing or of another shape, the first is {faults[0]}")
+    return network, processor
+
+
+# ---- by name
+
+
+EXTRACTORS: dict[str, Callable[[str, th.device, str], NetworkExtractor]] = {
+    "inception": _inception,
+    "classifier": _classifier,
+    **{kind: partial(_pretrained, kind) for kind in PRETRAINED},
+}
+
+
+def make_extractor(
+    kind: str | Extractor, *, weights: str = "", device: th.device | str = "cpu", precision: str = "fp32"
+) -> Extractor:
+    """The extractor that --features names.
+
+    :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:dinov2-base"; an
+        extractor is returned as it is.
+    :param weights: the file of Inception, as `find_inception` has it.
+    :param precision: fp32, fp16 or bf16 for the network's convolutions or matrices.
+    :raises OSError, ValueError: if there is no such kind or file, or the file is of another network.
+    """
+    if not isinstance(kind, str):
+        return kind
+    name, colon, path = kind.partition(":")
+    if name not in EXTRACTORS:
+        hint = nearest(name, EXTRACTORS) or f": give inception, or {', '.join(list(EXTRACTORS)[1:])} and :PATH"
+        raise ValueError(f"--features {files.quoted(kind)} is unknown{hint}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"--eval_precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if name == "inception":
+        if colon:
+            raise ValueError(f"--features {files.quoted(kind)} names a file: give it as --inception_weights")
+        path = find_inception(weights)
+    elif weights:
+        raise ValueError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
+    elif not path:
+        raise ValueError(f"--features {name} is without a path: write {name}:PATH")
+    return EXTRACTORS[name](paths.resolve(path), th.device(device), precision)

@@ -1,0 +1,289 @@
+"""The likelihood of images under the probability flow (Song et al. 2021, sec. 4.3 and D.2).
+
+The flow turns an image at the first noise level of a process into noise at the last one, by
+dx / dtheta = v = (alpha x - x_0(x)) / sigma with alpha = cos theta, sigma = sin theta, and changes of variables give
+
+    log p(x) = log N(x at the end; 0, 1) + integral of div v along the way.
+
+div v is measured along random directions e (Hutchinson): e . dv/dx e, whose mean is the divergence.
+
+Shapes: images are [N, C, H, W] (or any [N, C, ...]) of D numbers each; theta and volume are [N].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch as th
+
+from ..diffusion.methods import Kwargs, Model
+from ..gaussian_diffusion import GaussianDiffusion
+from ..losses import HALF_BIN, discretized_gaussian_log_likelihood
+from ..nn import mean_flat
+from ..sampling.loop import drawer
+from ..sampling.steps import Generators, Level
+
+MAX_STEPS = 10_000
+FASTER, SLOWER, SAFETY = 5.0, 0.2, 0.9  # bounds of how a step's length changes, and how much of the allowed is used
+
+# Dormand & Prince 1980: six stages of order 5, and the difference to order 4 with the seventh
+STAGES = (
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+    (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+)
+ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+class Point(NamedTuple):
+    """Where images are on their way, or how that changes with theta: x, and the integral of div v so far."""
+
+    x: th.Tensor
+    volume: th.Tensor
+
+
+Slope = Callable[[Point, th.Tensor], Point]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowOptions:
+    """How the flow is measured; the fields are the flags of `FlowConfig`."""
+
+    dequantize: str = "uniform"
+    probes: int = 1
+    probe_noise: str = "rademacher"
+    flow_solver: str = "rk45"
+    flow_tolerance: float = 1e-4
+
+
+DEFAULTS = FlowOptions()
+
+
+def calc_flow_bpd(
+    process: GaussianDiffusion,
+    model: Model,
+    x_start: th.Tensor,
+    clip_denoised: bool = True,
+    model_kwargs: Kwargs = None,
+    *,
+    options: FlowOptions = DEFAULTS,
+    generator: Generators = None,
+) -> dict[str, th.Tensor]:
+    """Bits per dimension [N] of 8-bit images as points that the probability flow makes of noise.
+
+    prior_bpd is that of the noise at the end, volume_bpd what the flow adds, data_bpd what the rounding to 8 bits does;
+    they sum to total_bpd. evaluations says how often the network was asked for each image.
+
+    :param x_start: pixels that are levels of [-1, 1] in steps of 2/255.
+    :param generator: source of all randomness; a sequence of N draws each image from its own.
+    :raises ValueError: if the solver cannot follow the flow, or there is none.
+    """
+    if process.num_timesteps < 2:
+        raise ValueError("one step has no flow between its ends: give --timestep_respacing 2 or more, or none")
+    x, data = _dequantized(process, model, x_start, clip_denoised, model_kwargs, options=options, generator=generator)
+    probes = _probes(x, options, generator)
+    slope = partial(_slope, process, model, clip_denoised=clip_denoised, kwargs=model_kwargs or {}, probes=probes)
+    start = Point(x, th.zeros(len(x), dtype=_angles(process, x).dtype, device=x.device))
+    if options.flow_solver == "heun":
+        end, evaluations = _heun(slope, start, _angles(process, x))
+    else:
+        end, evaluations = _rk45(slope, start, _angles(process, x)[[0, -1]], options.flow_tolerance)
+    size = math.log(2) * x[0].numel()
+    prior, volume = -_log_normal(end.x) / size, -end.volume / size
+    return {
+        "total_bpd": prior + volume + data,
+        "prior_bpd": prior,
+        "volume_bpd": volume,
+        "data_bpd": data,
+        "evaluations": evaluations.to(prior) + (options.dequantize == "decoder"),
+    }
+
+
+def _angles(process: GaussianDiffusion, x: th.Tensor) -> th.Tensor:
+    """theta [T] of the steps of a process, image first; in float64 where the device has it."""
+    level = process.at(th.arange(process.num_timesteps, device=x.device), x)
+    return th.atan2(level.sigma, level.alpha).flatten()
+
+
+def _log_normal(x: th.Tensor) -> th.Tensor:
+    """log N(x; 0, 1) [N], summed in float64 where the device has it."""
+    wide = x if x.device.type == "mps" else x.double()
+    return -0.5 * (wide**2 + math.log(2 * math.pi)).flatten(1).sum(dim=1)
+
+
+# ---- from 8 bits to the flow's first point, and back
+
+
+def _dequantized(
+    process: GaussianDiffusion,
+    model: Model,
+    x_start: th.Tensor,
+    clip_denoised: bool,
+    model_kwargs: Kwargs,
+    *,
+    options: FlowOptions,
+    generator: Generators,
+) -> tuple[th.Tensor, th.Tensor]:
+    """A point of the flow for each image, and -log2 P(image | point) + log2 q(point | image) per dimension [N].
+
+    "uniform": q is uniform in the bins, and rounding leads back for certain (Theis et al. 2016). "decoder": q is the
+    first step of diffusion, and what leads back is the last step of the variational bound (Ho et al. 2020, eq. 13).
+    """
+    if options.dequantize == "uniform":
+        draw = drawer(partial(th.rand, dtype=x_start.dtype), x_start.shape, x_start.device, generator)
+        bits = -math.log2(2 * HALF_BIN)
+        return x_start + (2 * draw() - 1) * HALF_BIN, th.full((len(x_start),), bits, device=x_start.device)
+    noise = drawer(partial(th.randn, dtype=x_start.dtype), x_start.shape, x_start.device, generator)()
+    t = th.zeros(len(x_start), dtype=th.int64, device=x_start.device)
+    x = process.q_sample(x_start, t, noise)
+    with th.no_grad():
+        out = process.p_mean_variance(model, x, t, clip_denoised, model_kwargs=model_kwargs)
+    back = discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=out["log_variance"] / 2)
+    there = _log_normal(noise) / noise[0].numel() - float(process.log_one_minus_alphas_cumprod[0]) / 2
+    return x, (there - mean_flat(back)) / math.log(2)
+
+
+# ---- the flow and its divergence
+
+
+def _probes(x: th.Tensor, options: FlowOptions, generator: Generators) -> list[th.Tensor]:
+    """Directions with the identity as their covariance, each like x; the same all along the way."""
+    make: Callable[..., th.Tensor] = partial(th.randn, dtype=x.dtype)
+    if options.probe_noise == "rademacher":
+        make = _signs
+    draw = drawer(make, x.shape, x.device, generator)
+    return [draw().to(x.dtype) for _ in range(options.probes)]
+
+
+def _signs(shape: Sequence[int], **where: object) -> th.Tensor:
+    signs: th.Tensor = 2 * th.randint(2, tuple(shape), **where) - 1  # type: ignore[call-overload]
+    return signs
+
+
+def _slope(
+    process: GaussianDiffusion,
+    model: Model,
+    point: Point,
+    theta: th.Tensor,
+    *,
+    clip_denoised: bool,
+    kwargs: dict[str, th.Tensor],
+    probes: Sequence[th.Tensor],
+) -> Point:
+    """v and div v at points of angle theta."""
+    alpha, sigma = th.cos(theta), th.sin(theta)
+    tau = process.tau(Level(alpha, sigma).log_alpha_bar)
+    tau = tau.to(th.float64 if point.x.dtype == th.float64 else th.float32)
+    with th.enable_grad():
+        leaf = point.x.detach().requires_grad_()
+        xstart = process.p_mean_variance(model, leaf, tau, clip_denoised, model_kwargs=kwargs)["pred_xstart"]
+        traces = [_along(xstart, leaf, probe, last=probe is probes[-1]) for probe in probes]
+    trace = th.stack(traces).mean(dim=0).to(theta)
+    velocity = _mix(leaf.detach(), alpha / sigma, xstart.detach(), -1 / sigma)
+    return Point(velocity, (alpha * leaf[0].numel() - trace) / sigma)
+
+
+def _along(output: th.Tensor, leaf: th.Tensor, probe: th.Tensor, *, last: bool) -> th.Tensor:
+    """probe . d output / d leaf probe [N]."""
+    (product,) = th.autograd.grad(output, leaf, probe, retain_graph=not last)
+    return (product * probe).flatten(1).sum(dim=1)
+
+
+def _mix(x: th.Tensor, factor: th.Tensor, other: th.Tensor, its_factor: th.Tensor) -> th.Tensor:
+    """factor * x + its_factor * other with factors [N]."""
+    rows = (-1, *[1] * (x.ndim - 1))
+    return factor.to(x.dtype).view(rows) * x + its_factor.to(x.dtype).view(rows) * other.to(x.dtype)
+
+
+# ---- solvers
+
+
+def _moved(point: Point, length: th.Tensor, slopes: Sequence[Point], weights: Sequence[float]) -> Point:
+    """The point after a step of `length` [N] along the weighted slopes."""
+    used = [(slope, weight) for slope, weight in zip(slopes, weights, strict=True) if weight]
+    x = sum((weight * slope.x for slope, weight in used[1:]), used[0][1] * used[0][0].x)
+    volume = sum((weight * slope.volume for slope, weight in used[1:]), used[0][1] * used[0][0].volume)
+    return Point(_mix(point.x, th.ones_like(length), x, length), point.volume + length * volume)
+
+
+def _heun(slope: Slope, point: Point, angles: th.Tensor) -> tuple[Point, th.Tensor]:
+    """The end of the way in steps from angle to angle, and how often the network was asked [N]."""
+    count = len(point.x)
+    for now, then in pairwise(angles):
+        length = (then - now).expand(count)
+        first = slope(point, now.expand(count))
+        second = slope(_moved(point, length, [first], [1.0]), then.expand(count))
+        point = _moved(point, length, [first, second], [0.5, 0.5])
+    _refuse_broken(bool(_finite(point)))  # what breaks on the way stays broken
+    return point, th.full((count,), 2.0 * (len(angles) - 1), device=point.x.device)
+
+
+def _rk45(slope: Slope, point: Point, ends: th.Tensor, tolerance: float) -> tuple[Point, th.Tensor]:
+    """As `_heun`, in steps whose length each image chooses for itself: those beside it do not matter."""
+    theta, end = ends[0].expand(len(point.x)), ends[1]
+    length = theta.clamp(max=float(end - ends[0]))  # of the order of the first noise level
+    first, evaluations, after = slope(point, theta), th.ones_like(theta), point
+    for _ in range(MAX_STEPS):
+        going = theta < end
+        more, finite = th.stack([going.any(), _finite(after)]).tolist()  # the step's one wait for the device
+        _refuse_broken(finite)
+        if not more:
+            return point, evaluations
+        last = theta + length >= end
+        length = th.where(last, end - theta, length)
+        after, slopes = _stages(slope, point, theta, length, first)
+        error = _error(point, after, _moved(Point(0 * point.x, 0 * point.volume), length, slopes, ERROR), tolerance)
+        accepted = going & (error <= 1)
+        evaluations = evaluations + 6 * going
+        theta = th.where(accepted, th.where(last, end, theta + length), theta)
+        point, first = _chosen(accepted, after, point), _chosen(accepted, slopes[-1], first)
+        length = length * (SAFETY * error.clamp(min=1e-10) ** -0.2).clamp(SLOWER, FASTER)
+    raise ValueError(
+        f"the flow is not at its end after {MAX_STEPS} steps: give --flow_solver heun or a larger --flow_tolerance "
+        f"than {tolerance}"
+    )
+
+
+def _stages(slope: Slope, point: Point, theta: th.Tensor, length: th.Tensor, first: Point) -> tuple[Point, list[Point]]:
+    """The point after a step of order 5, and the slopes at all seven stages."""
+    slopes, after = [first], point
+    for weights in STAGES:
+        after = _moved(point, length, slopes, weights)
+        slopes.append(slope(after, theta + sum(weights) * length))
+    return after, slopes
+
+
+def _error(before: Point, after: Point, error: Point, tolerance: float) -> th.Tensor:
+    """The error of a step [N] as a share of what is allowed: of x the root mean square, of the volume per dimension."""
+    scale = tolerance * (1 + th.maximum(before.x.abs(), after.x.abs()))
+    ofx = mean_flat((error.x / scale) ** 2).sqrt()
+    size = before.x[0].numel()
+    allowed = tolerance * (size + th.maximum(before.volume.abs(), after.volume.abs()))
+    return th.maximum(ofx.to(error.volume), error.volume.abs() / allowed)
+
+
+def _chosen(where: th.Tensor, yes: Point, no: Point) -> Point:
+    """Image by image one of two points."""
+    rows = where.view(-1, *[1] * (yes.x.ndim - 1))
+    return Point(th.where(rows, yes.x, no.x), th.where(where, yes.volume, no.volume))
+
+
+def _finite(point: Point) -> th.Tensor:
+    """Whether all numbers are finite []."""
+    return (mean_flat(point.x).isfinite() & point.volume.isfinite()).all()
+
+
+def _refuse_broken(finite: bool) -> None:
+    if not finite:
+        raise ValueError(
+            "the flow leads to numbers that are not finite: do the diffusion flags fit those of the training? "
+            "Else give --precision fp32"
+        )

@@ -1,0 +1,172 @@
+"""Metrics of a model while it is trained: samples made for them, evaluation.csv and evaluation.png.
+
+Shapes: N images, n per batch, H W space, C channels.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from .. import dist_util, logger
+from ..config import TrainEvaluationConfig
+from ..gaussian_diffusion import GaussianDiffusion
+from ..image_datasets import ImageDataset, ImageStream
+from ..runtime.jobs import Job
+from ..runtime.log_writers import CSVOutputFormat
+from ..sample_util import Model, sampled
+from .evaluator import Report, Side, evaluate, prepare
+from .features import Extractor
+from .images import ImageSet, Pixels, open_images, to_rgb
+from .plots import base, best, draw_progress, require
+from .scores import METRICS, Options, rehearse
+
+REFERENCE_IMAGES = 10_000  # of those trained on; more where more samples are compared with them
+TABLE, PICTURE = "evaluation.csv", "evaluation.png"
+LEADING = ("FID", "FD")  # the best step is that of the best of these, else of the first metric
+
+
+class FreshSamples(ImageSet):
+    """Samples of a model, made when they are asked for and kept nowhere; the same for any number of ranks."""
+
+    def __init__(self, name: str, process: GaussianDiffusion, model: Model, job: Job) -> None:
+        super().__init__(name, job.num_samples)
+        self._process, self._model, self._job = process, model, job
+
+    def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
+        job, device = replace(self._job, batch_size=size), dist_util.dev()
+        for _, images in sampled(self._process, self._model, job, rank=first, world_size=step, device=device):
+            yield [to_rgb(images)]
+
+
+class TrainingImages(ImageSet):
+    """Images that are trained on, cropped as in training, and not mirrored: `count` of them, evenly over the data."""
+
+    def __init__(self, dataset: ImageDataset, count: int) -> None:
+        super().__init__("the training data", count)
+        paths = [dataset.local_images[index * len(dataset) // count] for index in range(count)]
+        kind: dict[str, Any] = {"image_channels": dataset.image_channels, "on_bad_image": dataset.on_bad_image}
+        self._dataset = ImageDataset(dataset.resolution, paths, random_flip=False, seed=dataset.seed, **kind)
+
+    def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
+        for start in range(first * size, self.count, step * size):
+            indices = range(start, min(start + size, self.count))
+            images = np.stack([self._dataset.take((0, index))[0][0] for index in indices])
+            yield [to_rgb(np.round((images + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1))]
+
+
+class Evaluation:
+    """Called as (model, step), on all ranks: a row of evaluation.csv, and evaluation.png anew.
+
+    :param job: what is sampled.
+    :param process: in the steps in which it is sampled.
+    :param done: steps that the training has behind it; the rows of later ones are dropped.
+    :raises ValueError: before the training begins, if it could not be done later.
+    """
+
+    def __init__(
+        self,
+        config: TrainEvaluationConfig,
+        extractor: Extractor,
+        stream: ImageStream,
+        *,
+        job: Job,
+        process: GaussianDiffusion,
+        done: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        require()
+        self._metrics = config.eval_metrics.split(",")
+        self._extractor, self._job, self._process, self._batch_size = extractor, job, process, batch_size
+        self._check_network()
+        self._reference = self._prepare(config, stream)
+        self._table: CSVOutputFormat | None = None
+        if dist_util.rank() == 0:
+            self._table = CSVOutputFormat(os.path.join(logger.get_dir(), TABLE), ("step", "samples"))
+            self._table.rewind(done)
+        self._warned = False
+
+    def _check_network(self) -> None:
+        """Try the network once.
+
+        :raises ValueError: if it gives no features that a metric needs.
+        """
+        tried = self._extractor(np.zeros((1, *self._job.shape[1:], 3), np.uint8))
+        for metric in self._metrics:
+            for name in METRICS[metric].needs_samples:
+                if getattr(tried, name.removesuffix("_statistics")) is None:
+                    features = name.replace("_", " ")
+                    raise ValueError(f"--eval_metrics {metric} needs {features}, and {self._extractor.name} gives none")
+
+    def _prepare(self, config: TrainEvaluationConfig, stream: ImageStream) -> Side:
+        """The features of the reference; those of the training data are not kept, as it would have to be read to know
+        them again.
+
+        :raises ValueError: if it has not got those that a metric needs.
+        """
+        needs = {name for metric in self._metrics for name in METRICS[metric].needs}
+        images: str | ImageSet = config.eval_reference
+        if images:
+            images = open_images(images, None, stream.dataset.data_range)
+        else:
+            count = min(len(stream.dataset), max(REFERENCE_IMAGES, config.eval_samples))
+            images = TrainingImages(stream.dataset, count)
+        options: dict[str, Any] = {"batch_size": self._batch_size, "cache": bool(config.eval_reference)}
+        side = prepare(images, self._extractor, needs=needs, progress=True, **options)
+        for line in side.notes:
+            logger.log(f"evaluation: {line}")
+        dist_util.decide(lambda: self._check_reference(side))
+        return side
+
+    def _check_reference(self, side: Side) -> None:
+        for metric in self._metrics:
+            if any(getattr(side.features, name) is None for name in METRICS[metric].needs):
+                raise ValueError(
+                    f"--eval_metrics {metric} needs the images of a reference, and {side.images.path} holds their "
+                    f"statistics: give images, or leave {metric} out"
+                )
+        try:
+            rehearse(side.features, [METRICS[metric] for metric in self._metrics], Options())
+        except ValueError as error:
+            raise ValueError(f"{side.images.path} cannot be the reference: {error}") from error
+
+    def __call__(self, model: th.nn.Module, step: int) -> None:
+        samples = FreshSamples(f"the samples of step {step}", self._process, model, self._job)
+        options: dict[str, Any] = {"metrics": self._metrics, "cache": False, "batch_size": self._batch_size}
+        report = evaluate(self._reference, samples, self._extractor, **options)
+        dist_util.decide(lambda: self._record(step, report))
+
+    def _record(self, step: int, report: Report) -> None:
+        assert self._table is not None
+        folder, results = logger.get_dir(), report.results
+        self._table.writekvs({"step": step, "samples": self._job.num_samples, **results})
+        for name, value in results.items():
+            logger.logkv(f"eval_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}", value)
+        rows = [row for row in read_table(os.path.join(folder, TABLE)) if row["samples"] == self._job.num_samples]
+        draw_progress(rows, list(results), os.path.join(folder, PICTURE))
+        for line in [*report.warnings, *report.omitted] if not self._warned else []:
+            logger.warn(f"evaluation: {line}")
+        self._warned = True
+        logger.log(_sentence(step, report, rows))
+
+
+def read_table(path: str) -> list[dict[str, Any]]:
+    """The rows of a table of numbers, without the empty cells."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return [{name: float(text) for name, text in row.items() if name and text} for row in csv.DictReader(file)]
+
+
+def _sentence(step: int, report: Report, rows: list[dict[str, Any]]) -> str:
+    """The line of the log about an evaluation."""
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in report.results.items())
+    chosen = next((name for name in report.results if base(name) in LEADING), next(iter(report.results)))
+    top = best(rows, chosen)
+    so_far = "" if top is None else f"; the best {chosen} so far is {top[chosen]:.4g}, at step {top['step']:.0f}"
+    return f"evaluation at step {step}: {numbers}{so_far}"

@@ -1,0 +1,130 @@
+"""Networks compiled to machine code: every call is one graph, made before the first call of each shape.
+
+That takes minutes on a CPU, so it pays for long runs alone. What is made is kept for the next run of the same network.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch as th
+import torch._functorch.config as autograd_config
+from torch import nn
+
+from .. import logger
+from ..runtime.paths import cache_folder
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # the compiler's own variable
+SHAPES = 64  # that networks may be compiled for, all of them together: theirs is one function to the compiler
+Key = tuple[Any, ...]
+
+
+def compile_network(
+    network: nn.Module, name: str, *, sampling: bool = False, backend: str = "inductor"
+) -> Callable[..., Any]:
+    """Let the calls of a network run compiled, in place: parameters, their names and copies of it stay as they were.
+
+    A copy (`copy.deepcopy`, pickle) is not compiled.
+
+    :param name: of the network, for the log.
+    :param sampling: nothing but the output is wanted, and perhaps its gradient by the input: parameters are frozen. On
+        a CPU, where no gradient is wanted, they become constants of the code, in the order that it reads them in. On a
+        GPU the launches of a call are recorded once and replayed (CUDA graphs); in training the gradients of the
+        parameters would lie in the memory of such a record, which the next microbatch overwrites.
+    :raises ValueError: if there is no compiler.
+    """
+    device = next(network.parameters()).device
+    if backend == "inductor":
+        _check_compiler(device)
+    th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, SHAPES)
+    options: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
+    recorded = sampling and device.type == "cuda"
+    if sampling:
+        network.requires_grad_(False)
+        # Guidance and likelihoods go back through a graph twice; its backward pass is made when it is first needed.
+        autograd_config.donated_buffer = False
+    if recorded:
+        options["mode"] = "reduce-overhead"
+    constants = sampling and device.type == "cpu" and backend == "inductor"
+    compiled = _Compiled(network, name, options, owned=recorded, constants=constants)
+    # The place that torch.nn.Module.compile uses: copies and files of the module leave it out.
+    network._compiled_call_impl = compiled
+    return compiled
+
+
+class _Compiled:
+    """The compiled call of a network, which says when it is being made.
+
+    :param owned: outputs lie in memory that the next call overwrites, and are copied out of it.
+    :param constants: the code may hold the parameters as constants.
+    """
+
+    def __init__(
+        self, network: nn.Module, name: str, options: Mapping[str, Any], *, owned: bool, constants: bool
+    ) -> None:
+        self.network, self.name, self.owned, self.constants = network, name, owned, constants
+        self.folder = use_cache() if options["backend"] == "inductor" else ""  # first: the compiler sets its own
+        self.call: Callable[..., Any] = th.compile(network._call_impl, **options)
+        self.known: set[Key] = set()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key = (self.network.training, th.is_grad_enabled(), *_shapes([*args, *kwargs.values()]))
+        out = self.call(*args, **kwargs) if key in self.known else self._first(key, args, kwargs)
+        return out.clone() if self.owned else out
+
+    def _first(self, key: Key, args: Any, kwargs: Any) -> Any:
+        kept = f", and is kept in {self.folder}" if self.folder else ""
+        twice = ", and as many for its backward pass" if th.is_grad_enabled() else ""
+        sizes = "x".join(map(str, key[2][0])) if key[2:] else "no tensors"
+        logger.log(f"compiling {self.name} for {sizes}, which may take minutes{twice}{kept}")
+        began = time.monotonic()
+        try:
+            with th._inductor.config.patch(freezing=True) if self.constants else nullcontext():
+                out = self.call(*args, **kwargs)
+        except (th._dynamo.exc.TorchDynamoException, th._dynamo.exc.FailOnRecompileLimitHit) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ValueError(f"{self.name} could not be compiled ({reason}): leave out --compile") from error
+        logger.log(f"compiled {self.name}: its first call took {time.monotonic() - began:.1f} s")
+        self.known.add(key)
+        return out
+
+
+@contextmanager
+def eagerly(network: nn.Module) -> Iterator[None]:
+    """Inside, the calls of a network run as if `compile_network` had not been there."""
+    compiled, network._compiled_call_impl = network._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = compiled
+
+
+def _shapes(values: list[Any]) -> list[tuple[Any, ...]]:
+    """What the compiled code depends on, of the tensors that a network is given."""
+    tensors = [value for value in values if isinstance(value, th.Tensor)]
+    return [(tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in tensors]
+
+
+def use_cache() -> str:
+    """The folder in which what is compiled is kept, ours where the user has set none."""
+    return os.environ.setdefault(CACHE, os.path.join(cache_folder(), "compiled"))
+
+
+def _check_compiler(device: th.device) -> None:
+    """:raises ValueError: if what the compiler needs is not there."""
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--compile is for cpu and cuda, not for {device.type}: leave it out")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("--compile needs the package triton on cuda, which is not installed: leave it out, or install")
+    program = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(program.split()[0]) is None:
+        raise ValueError(
+            f"--compile needs a C++ compiler, and there is no {program}: install one, name it in $CXX, or leave it out"
+        )

@@ -1,0 +1,107 @@
+"""Which precision this hardware is fastest in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch as th
+
+from ..runtime import files
+from ..runtime.files import replacing
+from ..runtime.paths import cache_folder
+from .blocks import WIDE, ResBlock, cast_convolutions
+
+KEPT = "precision.json"  # in the cache: what was measured before
+GAIN = 1.1  # how much faster 16 bits must be: a smaller gain may be that of another process on the machine
+NARROWEST, WIDEST, PIXELS = 32, 256, 2048  # channels that are measured; channels times pixels of a side
+TURNS, SECONDS = 8, 0.4  # steps in each precision, fewer where they take longer together
+
+
+class Choice(NamedTuple):
+    """A precision of `config.PRECISIONS`, and why."""
+
+    precision: str
+    reason: str
+
+
+def fastest_precision(device: th.device | str, width: int = 128) -> Choice:
+    """The precision that networks train and sample in fastest on a device, without a loss of quality.
+
+    On a CPU it is measured, once per processor, version of torch and width.
+
+    :param width: channels of the network's first level.
+    """
+    device = th.device(device)
+    if device.type == "cuda":
+        return _of_gpu(device)
+    if device.type == "cpu":
+        return _of_cpu(max(NARROWEST, min(width, WIDEST)) // 32 * 32)
+    return Choice("fp32", f"nothing is known of lower precisions on {device.type}")
+
+
+def _of_gpu(device: th.device) -> Choice:
+    name = th.cuda.get_device_name(device)
+    with th.cuda.device(device):
+        native = th.cuda.is_bf16_supported(including_emulation=False)
+    if native:
+        return Choice("bf16", f"{name} computes in it and it has the range of fp32")
+    return Choice("fp16", f"{name} does not compute in bf16")
+
+
+def _of_cpu(width: int) -> Choice:
+    path, key = os.path.join(cache_folder(), KEPT), f"{_processor()}, {width} channels"
+    kept = _read(path)
+    if key not in kept:
+        kept[key] = _measured(width)
+        with contextlib.suppress(OSError), replacing(path) as file:  # else it is measured again next time
+            file.write(json.dumps(kept, indent=1).encode())
+    seconds = kept[key]
+    fast = seconds["bf16"] * GAIN < seconds["fp32"]
+    return Choice(
+        "bf16" if fast else "fp32",
+        f"a block of {width} channels took {1e3 * seconds['bf16']:.3g} ms in bf16 and {1e3 * seconds['fp32']:.3g} ms "
+        f"in fp32 on this CPU, forward and backward (kept in {path})",
+    )
+
+
+def _read(path: str) -> dict[str, Mapping[str, float]]:
+    """What was measured before: processor and width -> precision -> seconds; what is damaged counts for nothing."""
+    try:
+        entries = files.parse_json(files.read_file(path))
+        return {key: {name: float(entry[name]) for name in ("fp32", "bf16")} for key, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _processor() -> str:
+    """What the speed depends on: name and instructions of the processor, torch, and its threads."""
+    text = ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        text = file.read()
+    fields = dict(line.split("\t: ", 1) for line in text.split("\n\n", 1)[0].splitlines() if "\t: " in line)
+    name = fields.get("model name", "")
+    instructions = fields.get("flags", fields.get("Features", "")) + th.backends.cpu.get_cpu_capability()
+    return f"{name} {zlib.crc32(instructions.encode()):08x}, torch {th.__version__}, {th.get_num_threads()} threads"
+
+
+def _measured(width: int) -> dict[str, float]:
+    """The least seconds of a forward and a backward pass of a block, after one that is not counted, taken in turns."""
+    side, found = PIXELS // width, list[dict[str, float]]()
+    with th.random.fork_rng(devices=[]):
+        x, emb = th.randn(1, width, side, side), th.randn(1, 4 * width)
+        blocks = {name: ResBlock(width, 4 * width, 0.0) for name in ("fp32", "bf16")}
+    cast_convolutions(blocks["bf16"], th.bfloat16, channels_last=width >= WIDE)
+    inputs = {"fp32": x.requires_grad_(), "bf16": x.detach().bfloat16().requires_grad_()}
+    while len(found) < 2 or (len(found) <= TURNS and sum(sum(turn.values()) for turn in found) < SECONDS):
+        found.append({})
+        for name, block in blocks.items():
+            start = time.perf_counter()
+            block(inputs[name], emb).sum().backward()
+            found[-1][name] = time.perf_counter() - start
+    return {name: min(turn[name] for turn in found[1:]) for name in blocks}

@@ -1,0 +1,188 @@
+"""Arrays in npz files, written and read chunk by chunk, and names for what is in them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+
+from . import files, paths
+from .files import replacing
+
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
+
+
+def fingerprint(tensors: Mapping[str, Any]) -> str:
+    """16 hex digits that stand for names, shapes and values of tensors or arrays, e.g. of a state dict."""
+    digest = hashlib.sha256()
+    for name, value in tensors.items():
+        tensor = value if isinstance(value, th.Tensor) else th.from_numpy(np.array(value))
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.view(-1).view(th.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+Rows = tuple[tuple[int, ...], Any, Iterable[npt.NDArray[Any]]]  # shape, dtype, chunks along the first axis
+
+
+def write_npz(path: str, *arrays: Rows) -> None:
+    """Write arr_0, arr_1, ... chunk by chunk; the same arrays give the same bytes."""
+    write_arrays(path, {f"arr_{number}": array for number, array in enumerate(arrays)})
+
+
+def write_arrays(path: str, arrays: Mapping[str, Rows]) -> None:
+    """Write arrays by name, chunk by chunk; the same arrays give the same bytes."""
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, (shape, dtype, chunks) in arrays.items():
+            _write_member(archive, f"{name}.npy", shape, np.dtype(dtype), chunks)
+
+
+def _write_member(
+    archive: zipfile.ZipFile,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    chunks: Iterable[npt.NDArray[Any]],
+) -> None:
+    info = zipfile.ZipInfo(name)  # dated 1980
+    info.create_system, info.external_attr = 3, 0o600 << 16
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with archive.open(info, "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        for chunk in chunks:
+            member.write(np.ascontiguousarray(chunk, dtype).data)
+
+
+def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
+    """Write whole arrays as arr_0, arr_1, ...; the same arrays give the same bytes."""
+    write_npz(path, *((array.shape, array.dtype, [array]) for array in arrays))
+
+
+def read_npz(path: str, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
+    """Chunks of `rows` rows of one array of an npz, without holding more than one of them.
+
+    :raises ValueError: if it is no npz, has no such array, or is not whole.
+    """
+    with Npz(path) as archive:
+        yield from archive.chunks(name, rows)
+
+
+class Npz:
+    """The arrays of a local or remote npz that may be anybody's: their headers, and as many rows as are asked for.
+
+    :raises ValueError: if it is none.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        if not paths.exists(path):
+            raise ValueError(f"{path} does not exist: give an npz")
+        try:
+            self._archive = files.open_archive(path)
+        except ValueError as error:
+            raise self._refusal(str(error)) from error
+
+    def __enter__(self) -> Npz:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._archive.close()
+
+    def __contains__(self, name: str) -> bool:
+        return f"{name}.npy" in self._archive.NameToInfo
+
+    def header(self, name: str) -> files.Header:
+        """Shape and type of an array, of which nothing is read."""
+        with self._opened(name) as (_, header):
+            return header
+
+    def names(self) -> list[str]:
+        """Of the arrays, as they lie in the file."""
+        return [name.removesuffix(".npy") for name in self._archive.NameToInfo if name.endswith(".npy")]
+
+    def chunks(self, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
+        """An array, `rows` rows at a time; one in the order of Fortran is held as a whole."""
+        with self._opened(name) as (member, header):
+            whole = files.read_numbers(member, header) if header.fortran else None
+            for start in range(0, header.shape[0], rows):
+                shape = (min(rows, header.shape[0] - start), *header.shape[1:])
+                if whole is None:
+                    yield files.read_rows(member, shape, header.dtype)
+                else:
+                    yield np.ascontiguousarray(whole[start : start + rows])
+
+    def whole(self, name: str) -> npt.NDArray[Any]:
+        """All of an array.
+
+        :raises ValueError: if it is larger than `files.MAX_ARRAY`.
+        """
+        with self._opened(name) as (member, header):
+            array = files.read_numbers(member, header)
+            if member.read(1):
+                raise ValueError("there is more behind its numbers")
+            return array
+
+    def name_of_images(self) -> str:
+        """The name of the array of images: arr_0, or the only one with two axes or more that is no statistic.
+
+        :raises ValueError: if it is not clear which it is.
+        """
+        if "arr_0" in self:
+            return "arr_0"
+        names = [name for name in self.names() if name not in STATISTICS and len(self.header(name).shape) > 1]
+        if len(names) != 1:
+            held = ", ".join(map(files.printable, self.names()[:8])) or "no array"
+            raise ValueError(f"{self.path} holds {held}, and it is not clear which are images: save them as arr_0")
+        return names[0]
+
+    def labels(self) -> list[int] | None:
+        """The class ids in arr_1, one for each image of arr_0; None where there are none.
+
+        :raises ValueError: if arr_1 is something else.
+        """
+        if not {"arr_0", "arr_1"} <= set(self.names()):
+            return None
+        images, labels = self.header("arr_0"), self.header("arr_1")
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one integer for each of the "
+                f"{images.shape[0]} images, or none"
+            )
+        ids: list[int] = self.whole("arr_1").tolist()
+        if max(ids, default=0) >= 2**63:
+            raise ValueError(f"{self.path} holds a label {max(ids)}, which is no class: give ids of classes")
+        return ids
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[IO[bytes], files.Header]]:
+        if name not in self:
+            held = ", ".join(map(files.printable, self.names()[:8])) or "no array"
+            raise ValueError(f"{self.path} holds no {name}, but {held}: save what is wanted under that name")
+        try:
+            with self._archive.open(f"{name}.npy") as member:
+                header = files.read_header(member)
+                if not header.shape:
+                    raise ValueError("it is one number, no array")
+                yield member, header
+        except Exception as error:  # zipfile does not say what a damaged member leads it to
+            raise self._refusal(f"{name} cannot be read, {files.reason(error)}") from error
+
+    def _refusal(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is no npz with rows of numbers ({reason}): make or copy it again")
+
+
+def holds(path: str, *arrays: tuple[tuple[int, ...], Any]) -> bool:
+    """Whether a file is there with arr_0, arr_1, ... of these shapes and types, by its directory and headers."""
+    try:
+        with Npz(path) as archive:
+            headers = [archive.header(f"arr_{number}") for number in range(len(arrays))]
+    except (OSError, ValueError):
+        return False
+    return [(header.shape, header.dtype) for header in headers] == [(shape, np.dtype(kind)) for shape, kind in arrays]

@@ -1,0 +1,106 @@
+"""The batches of a training: those that it learns from, and those that it is measured on.
+
+Shapes: N images of a batch on all ranks together, n of them on this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch as th
+
+from .. import dist_util, logger
+from ..runtime.pictures import range_in_words, to_unit
+from .meter import Meter
+
+Cond = Mapping[str, th.Tensor]
+
+
+class Supply:
+    """The batches to learn from, one after the other: (images [n, C, H, W], model keywords).
+
+    :param data: an endless iterator.
+    :param meter: measures how long they are waited for.
+    """
+
+    def __init__(self, data: Any, meter: Meter) -> None:
+        self._data, self._meter, self._iterator = data, meter, iter(data)
+        self._last: tuple[th.Tensor, Cond] | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a batch was taken."""
+        return self._last is not None
+
+    def take(self, updates: int) -> tuple[th.Tensor, Cond]:
+        """The next batch, after so many updates; of the first one the range of its numbers is said.
+
+        :raises ValueError: if there is none.
+        """
+        with self._meter.waiting_for_data():
+            try:
+                batch, cond = next(self._iterator)
+            except StopIteration as error:
+                raise ValueError(
+                    f"the data ended after {updates} updates: give an endless iterator, or max_steps {updates}"
+                ) from error
+        if not self.begun:
+            logger.log(f"images of the first batch, {range_in_words(to_unit(batch))}")
+        self._last = batch, cond
+        return self._last
+
+    def give_back(self) -> None:
+        """Let a resumed run begin with the batch that was taken last, where the data can."""
+        if hasattr(self._data, "give_back"):
+            self._data.give_back()
+
+    def spoiled(self) -> tuple[th.Tensor, Cond]:
+        """A batch whose loss is not finite: all ranks skip its step."""
+        assert self._last is not None
+        images, cond = self._last
+        return th.full_like(images, float("nan"), dtype=th.float32), cond
+
+
+class Part(NamedTuple):
+    """A batch to measure, and the key of its noise; `counted` of its N images count, None: all."""
+
+    key: int
+    images: th.Tensor
+    cond: Cond
+    counted: int | None = None
+
+
+class Validation:
+    """The batches to measure: the same ones every time, the first `most` or fewer where these hold all images.
+
+    Where the images do not fill the last batch, an `ImageStream` fills it with images of its next round: these do not
+    count.
+    """
+
+    def __init__(self, data: Any, most: int) -> None:
+        self.data, self.most = data, most
+        self._parts: list[Part] = []
+
+    def parts(self, updates: int) -> list[Part]:
+        """What is measured after so many updates."""
+        if not self._parts:
+            size = getattr(self.data, "global_batch", 0)  # 0 where the data are no stream, and may be without end
+            total = len(self.data.dataset) if size else 0
+            count = min(self.most, -(-total // size)) if size else self.most
+            for key, (images, cond) in enumerate(islice(self.data, count)):
+                self._parts.append(Part(key, images, cond, min(size, total - key * size) if size else None))
+            each = len(self._parts[0].images) * dist_util.world_size()
+            logger.log(
+                f"validation on the same {sum(part.counted or each for part in self._parts)} images every time, in "
+                f"batches of {each}, with the same noise"
+            )
+        return self._parts
+
+
+class RollingValidation(Validation):
+    """The next batch every time, with noise of its own."""
+
+    def parts(self, updates: int) -> list[Part]:
+        return [Part(updates, *next(self.data))]

@@ -1,0 +1,136 @@
+"""Ending a long loop after the step in progress, the same step on every rank: on a signal, or on an error of a rank."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import ParamSpec, TypeVar
+
+import torch as th
+
+from .. import dist_util, logger
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+ECHO = 1.0  # seconds in which a launcher passes on what the terminal has sent already: no second request
+ASK_EVERY = 2.0  # seconds between two questions to all ranks, at most one step more
+
+
+class Interruption:
+    """Inside the block the first signal is only noted, so that a loop can save and stop; a later one acts at once."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._before: dict[int, object] = {}
+        self._noted = 0.0
+        self._asked, self._asked_at, self._next = 0, time.monotonic(), 0
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._restore()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if not self.signum:
+            self.signum, self._noted = signum, time.monotonic()
+        elif time.monotonic() - self._noted > ECHO:
+            self._restore()
+            signal.raise_signal(signum)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop now, after `step`; with several ranks every one calls it after every step, and all agree.
+
+        They ask each other every ASK_EVERY seconds, and decide from what all of them then say after how many steps
+        they will do so again: asking costs a collective.
+        """
+        if dist_util.world_size() == 1:
+            return self.signum > 0
+        if step < self._next:
+            return False
+        pace = (time.monotonic() - self._asked_at) / max(1, step - self._asked)
+        said = th.tensor([[float(self.signum), pace]], device=dist_util.dev())
+        signum, pace = th.cat(dist_util.gather(said)).max(dim=0).values.tolist()
+        self.signum = int(signum)
+        self._asked, self._asked_at = step, time.monotonic()
+        self._next = step + max(1, int(ASK_EVERY / max(pace, 1e-3)))
+        return self.signum > 0
+
+    def end(self) -> None:
+        """End the process with the code that the signal stands for, once everything is saved."""
+        if self.signum:
+            logger.log(f"stopped by {signal.Signals(self.signum).name}; everything is saved")
+            raise SystemExit(128 + self.signum)
+
+
+class Failures:
+    """Errors that end a loop after a step and with everything saved, not at once.
+
+    A rank with an error keeps entering the collectives of the others until all of them know of it.
+    """
+
+    def __init__(self) -> None:
+        self.own: Exception | None = None
+        self.told: list[str] = []  # a sentence for each rank that has failed, the same on all ranks
+
+    @property
+    def known(self) -> bool:
+        """Whether all ranks know of an error."""
+        return bool(self.told) or (self.own is not None and dist_util.world_size() == 1)
+
+    def keep(self, work: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R | None:
+        """What `work` returns; None where it raises an error, the first of which is kept."""
+        try:
+            return work(*args, **keywords)
+        except Exception as error:
+            self.add(error)
+            return None
+
+    def keep_of_all(self, work: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R | None:
+        """`keep`, for work in which ranks wait for each other: what is no ValueError may be one rank's alone.
+
+        It is raised at once then, where there are several, as the others would wait for ever.
+        """
+        try:
+            return work(*args, **keywords)
+        except Exception as error:
+            if dist_util.world_size() > 1 and not isinstance(error, ValueError):
+                raise
+            self.add(error)
+            return None
+
+    def add(self, error: Exception) -> None:
+        """Keep an error, if it is the first one, and say so."""
+        self.own = self.own or error
+        with suppress(OSError):  # perhaps of the log itself
+            logger.error(f"{_sentence(error)}; the run ends here")
+
+    def tell(self) -> bool:
+        """Whether any rank has kept an error; every rank calls it, and all know of it from then on."""
+        texts = dist_util.gather_objects(_sentence(self.own) if self.own else "")
+        self.told = [f"rank {rank} has failed ({text})" for rank, text in enumerate(texts) if text]
+        return bool(self.told)
+
+    def end(self) -> None:
+        """Raise this rank's error, or one that names the ranks that failed; nothing if there is none."""
+        if self.own is not None:
+            raise self.own
+        if self.told:
+            raise ValueError(f"{'; '.join(self.told)}, and all ranks end")
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,142 @@
+"""What the steps between two lines of the log have in common: their losses, their speed, and the progress bar.
+
+Shapes: N images of all ranks, n of one rank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from .. import dist_util, logger
+
+
+class Meter:
+    """Collects losses on their device and times on the host, so that a step waits for neither.
+
+    :param global_batch: images per step, of all ranks.
+    :param done: steps before the first one; `total` steps at the end, 0 if there is no end.
+    :param progress: show a bar on stderr, on rank 0.
+    """
+
+    def __init__(self, global_batch: int, *, done: int = 0, total: int = 0, progress: bool = False) -> None:
+        self.global_batch = global_batch
+        shown = progress and dist_util.rank() == 0
+        self._bar = logger.progress_bar(shown=shown, total=total or None, initial=done, unit="step", dynamic_ncols=True)
+        self._losses: list[dict[str, th.Tensor]] = []
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start, self._waited, self._steps, self._stalled = time.perf_counter(), 0.0, 0, 0.0
+
+    def __enter__(self) -> Meter:
+        self._restart()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.close()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time inside as waiting."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the measured speed."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Leave the time inside out of the measured speed, and count it as standing still for a checkpoint."""
+        start = time.perf_counter()
+        with self.paused():
+            yield
+        self._stalled += time.perf_counter() - start
+
+    def add_losses(self, t: th.Tensor, losses: Mapping[str, th.Tensor]) -> None:
+        """Keep the losses [n] of this rank's images at steps t [n]."""
+        self._losses.append({"t": t, **{name: value.detach() for name, value in losses.items()}})
+
+    def drop_losses(self) -> None:
+        """Forget the losses that were added last, of a step that was skipped for them."""
+        self._losses = self._losses[:-1]
+
+    def step_done(self) -> None:
+        """Count a step, and show it."""
+        self._steps += 1
+        self._bar.set_postfix_str(
+            f"{self.images_per_second:.3g} images/s, {100 * self.data_wait:.0f}% waiting for data", refresh=False
+        )
+        self._bar.update()
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all ranks, since the last line of the log."""
+        return self._steps * self.global_batch / max(time.perf_counter() - self._start, 1e-9)
+
+    @property
+    def data_wait(self) -> float:
+        """Share of the time since the last line of the log that this rank waited for data."""
+        return self._waited / max(time.perf_counter() - self._start, 1e-9)
+
+    def dump(self, log_losses: Callable[[th.Tensor, dict[str, th.Tensor]], object], prefix: str = "") -> None:
+        """Write a line of the log, if there is a step that none holds; every rank calls it.
+
+        :param log_losses: (t, losses) -> None, as `log_loss_dict` does it.
+        :param prefix: of the names of the losses.
+        """
+        if self._losses:  # not where a subclass of the loop computes and logs them in its own way
+            t, losses = self.take_losses()
+            log_losses(t, {prefix + name: value for name, value in losses.items()})
+        if self._steps:
+            self.log_speed()
+            logger.dumpkvs()
+
+    def take_losses(self) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """(t, losses) of all ranks since the last call; every rank must call it."""
+        rows, self._losses = self._losses, []
+        return gather_losses(join(rows))
+
+    def log_speed(self) -> None:
+        """Log images_per_second, data_wait and, after a checkpoint, save_stall; and begin to measure anew.
+
+        Every rank must call it: data_wait is that of the rank that waited longest, for which the others wait in turn.
+        """
+        logger.logkv("images_per_second", self.images_per_second)
+        logger.logkv("data_wait", max(dist_util.gather_objects(self.data_wait)))
+        if self._stalled:
+            logger.logkv("save_stall", self._stalled)
+        self._restart()
+
+
+def join(rows: Sequence[Mapping[str, th.Tensor]]) -> dict[str, th.Tensor]:
+    """The entries of all rows, one after the other."""
+    return {name: th.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def gather_losses(local: Mapping[str, th.Tensor]) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    """The entry "t" and the others, of all ranks one after the other; every rank must call it."""
+    table = th.stack([value.float() for value in local.values()], dim=1)
+    columns = dict(zip(local, th.cat(dist_util.gather(table)).unbind(1), strict=True))
+    return columns.pop("t").long(), columns
+
+
+def log_loss_dict(diffusion: Any, ts: th.Tensor, losses: Mapping[str, th.Tensor]) -> None:
+    """Log the mean of each loss [N], and its mean over each quarter of the timesteps as NAME_q0 .. NAME_q3."""
+    columns = th.stack([ts.float(), *(value.detach().float() for value in losses.values())]).cpu()
+    quarters = (columns[0].long() * 4 // diffusion.num_timesteps).tolist()
+    for name, values in zip(losses, columns[1:].tolist(), strict=True):
+        logger.logkv_mean(name, float(np.mean(values)))
+        for quarter, value in sorted(zip(quarters, values, strict=True)):
+            logger.logkv_mean(f"{name}_q{quarter}", value)

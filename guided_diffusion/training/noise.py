@@ -1,0 +1,105 @@
+"""What a step draws by key, so that neither the number of ranks nor microbatches change it.
+
+A rank draws the noise of its own images alone, by (seed, number of the image), and the few numbers that there are per
+image (t, weights, dropped labels) for all ranks, by (seed, step).
+
+Shapes: N images of a step on all ranks together, n of them on one rank or in one microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+
+from .. import dist_util
+from ..resample import ScheduleSampler
+from ..runtime.seeds import image_seed, to_device
+
+# Added to the seed, so that training, validation and sampling never draw the same numbers.
+TRAINING, VALIDATION = 1 << 64, 2 << 64
+
+
+class Draw(NamedTuple):
+    """The random part of a step: t [n], importance weights [n], noise of the images' shape [n, ...]."""
+
+    t: th.Tensor
+    weights: th.Tensor
+    noise: th.Tensor
+
+    def cut(self, part: slice) -> Draw:
+        """The part for some of the images."""
+        return Draw(*(value[part] for value in self))
+
+
+def _own(count: int) -> slice:
+    """Where this rank's `count` images are among those of all ranks."""
+    first = dist_util.rank() * count
+    return slice(first, first + count)
+
+
+def _noise(batch: th.Tensor, first: int, seed: int, device: th.device) -> th.Tensor:
+    """Noise for the images number `first` and following, which each depends on the seed and its number alone."""
+    noise, generator = th.empty(batch.shape, device=device), th.Generator(device)
+    for number, image in enumerate(noise, first):
+        image.normal_(generator=generator.manual_seed(image_seed(seed, number)))
+    return noise
+
+
+def draw_for_training(batch: th.Tensor, sampler: ScheduleSampler, seed: int, index: int, device: th.device) -> Draw:
+    """This rank's part of step `index`; every rank has as many images in its batch."""
+    count, own, seed = len(batch) * dist_util.world_size(), _own(len(batch)), seed + TRAINING
+    keyed = {"rng": np.random.default_rng([seed, index])}
+    t, weights = sampler.sample(count, device, **(keyed if "rng" in signature(sampler.sample).parameters else {}))
+    return Draw(t[own], weights[own], _noise(batch, index * count + own.start, seed, device))
+
+
+def draw_for_validation(
+    batch: th.Tensor, num_timesteps: int, seed: int, index: int, device: th.device, counted: int | None = None
+) -> Draw:
+    """This rank's part of validation batch `index`: steps spread evenly, so that a few images see every noise level.
+
+    :param counted: over how many of the images of all ranks, from the first on; None: over all of them.
+    """
+    count, own, seed = len(batch) * dist_util.world_size(), _own(len(batch)), seed + VALIDATION
+    spread = counted or count
+    steps = (np.random.default_rng([seed, index]).permutation(spread) + 0.5) * num_timesteps / spread
+    t = to_device(th.from_numpy(np.resize(steps, count)[own]).long(), device)
+    return Draw(t, th.ones(len(batch), device=device), _noise(batch, index * count + own.start, seed, device))
+
+
+@dataclass(frozen=True)
+class LabelDropout:
+    """Turns labels into "no class" in training, so that one network learns both scores (Ho and Salimans 2022, alg. 1).
+
+    :param rate: the probability for each label.
+    :param null_label: of the network, None where it has none.
+    :raises ValueError: if the rate is no probability, or the network has no such label.
+    """
+
+    rate: float
+    null_label: int | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"class_dropout {self.rate} is no probability: give 0 for none, or a number up to 1")
+        if self.rate and self.null_label is None:
+            raise ValueError(
+                f"class_dropout {self.rate} needs a network that knows 'no class': build it with null_class True"
+            )
+
+    def __call__(self, cond: Mapping[str, th.Tensor], seed: int, index: int) -> Mapping[str, th.Tensor]:
+        """The model keywords of step `index` with labels "y" [n] of this rank dropped; rate 0 draws nothing."""
+        if not self.rate or self.null_label is None:
+            return cond
+        if "y" not in cond:
+            raise ValueError(f"class_dropout {self.rate} drops labels and the data have none: give them under 'y'")
+        labels = cond["y"]
+        # spawned, unlike the key of t: another stream
+        rng = np.random.default_rng(np.random.SeedSequence(seed + TRAINING, spawn_key=(2, index)))
+        dropped = rng.random(len(labels) * dist_util.world_size())[_own(len(labels))] < self.rate
+        return {**cond, "y": labels.masked_fill(to_device(th.from_numpy(dropped), labels.device), self.null_label)}

@@ -1,0 +1,234 @@
+"""All of a run that its checkpoints hold, to files and back."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from .. import dist_util, logger
+from ..fp16_util import MixedPrecisionTrainer, unflatten_optimizer_state
+from ..resample import ScheduleSampler
+from . import checkpoints, lora, weights as weight_files
+
+
+def rng_state(device: th.device | None = None) -> dict[str, Any]:
+    """The states of the global generators of torch, numpy and random, and of a GPU, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    gpu = {"cuda": th.cuda.get_rng_state(device)} if device is not None and device.type == "cuda" else {}
+    return {
+        "torch": th.get_rng_state(),
+        "numpy": [str(name), th.from_numpy(np.asarray(keys, np.int64)), *rest],
+        "python": random.getstate(),
+        **gpu,
+    }
+
+
+def set_rng_state(state: dict[str, Any], device: th.device | None = None) -> None:
+    """Put the global generators where `rng_state` found them."""
+    th.set_rng_state(state["torch"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    if "cuda" in state and device is not None and device.type == "cuda":
+        th.cuda.set_rng_state(state["cuda"], device)
+
+
+def _of_all_ranks(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of all ranks by rank; every rank must call it."""
+    if dist_util.world_size() == 1:
+        return [state]
+    file = io.BytesIO()
+    th.save(state, file)
+    parts = dist_util.gather(th.frombuffer(bytearray(file.getvalue()), dtype=th.uint8))
+    return [th.load(io.BytesIO(part.numpy().tobytes()), weights_only=True) for part in parts]
+
+
+def warn_of_long_averages(rates: Sequence[float], updates: int) -> None:
+    """Name the moving averages that are longer than a run of so many updates, 0 for one without end."""
+    for rate in rates:
+        if rate < 1 and updates and checkpoints.is_young(rate, updates):
+            logger.warn(
+                f"EMA {rate} averages over about {1 / (1 - rate):.0f} updates and the run has {updates}: it will still "
+                "resemble the first weights; choose a smaller ema_rate, or ema_warmup True"
+            )
+
+
+def load_weights(model: th.nn.Module, files: checkpoints.CheckpointSet, flags: Mapping[str, Any]) -> None:
+    """Load the weights to go on from, those below adapters and the adapters apart.
+
+    :param flags: that the network was built from, for messages.
+    :raises ValueError: if they are of another network, or of other adapters.
+    """
+    adapted = lora.adapters(model)
+    if not adapted:
+        weight_files.load_weights(model, files.model, flags)
+        return
+    if not (files.lora and files.state):
+        raise ValueError(
+            f"{files.model} is no checkpoint of a run with adapters: give --init_from {files.model} to start one, or "
+            "leave out --lora_rank"
+        )
+    own = {name: value for name, value in model.state_dict().items() if not lora.is_part(name)}
+    plain, pack = weight_files.fitting(own, files.model, flags), lora.read(files.lora)
+    below = checkpoints.load(files.state).get("base", {})
+    if {adapter.scale for adapter in adapted.values()} != {pack.scale}:
+        raise ValueError(f"the adapters of {files.lora} are scaled by {pack.scale:g}: leave --lora_alpha as it was")
+    model.load_state_dict(lora.joined(model, plain, below, pack.weights["model"]))
+
+
+@dataclass
+class RunState:
+    """The parts of a training run that change with its steps.
+
+    :param ema_rate: rates of the moving averages in `ema_params`, one list of tensors each, in parameter order.
+    :param lr: the learning rate before warm-up and annealing; None takes the optimizer file's.
+    :param global_batch: images per step, of all ranks.
+    """
+
+    trainer: MixedPrecisionTrainer
+    opt: th.optim.Optimizer
+    ema_rate: Sequence[float]
+    ema_params: list[list[th.Tensor]]
+    schedule_sampler: ScheduleSampler
+    data: Any
+    lr: float | None
+    global_batch: int
+    _lora: str = ""  # the file of adapters that is resumed from
+    _found: dict[str, Any] = field(default_factory=dict)  # in its state file
+    _said: list[str] = field(default_factory=list)  # about what was restored
+
+    # ---- to files
+
+    def parts(self, step: int) -> dict[str, Any]:
+        """What each file of a set holds, by the name in front of the step, in the order in which they are written.
+
+        The weights come last: without them no reader takes a set for complete. Every rank must call it, and rank 0,
+        which writes, has them.
+        """
+        model, (now, *averages) = self.trainer.model, self._weights()
+        rest, opt = self._rest(step), self.trainer.state_for_files(self.opt)
+        if dist_util.rank() > 0:
+            return {}
+        averaged = dict(zip(map(str, self.ema_rate), averages, strict=True))
+        adapted = bool(lora.adapters(model))
+        return {
+            "state": {**rest, **({"base": lora.base(model, now)} if adapted else {})},
+            **{f"ema_{rate}_": lora.merged(model, weights) for rate, weights in averaged.items()},
+            "opt": opt,
+            **({"lora": lora.content(model, {"model": now, **averaged})} if adapted else {}),
+            "model": lora.merged(model, now),
+        }
+
+    def _weights(self) -> Iterator[dict[str, th.Tensor]]:
+        """The state dicts of the masters and of each average."""
+        for masters in [list[th.Tensor](self.trainer.master_params), *self.ema_params]:
+            state = self.trainer.weights_for_files(masters)
+            yield {name: value.detach() for name, value in state.items()}
+
+    def _rest(self, step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "lr": self.lr,
+            "global_batch": self.global_batch,
+            "precision": self.trainer.state_dict(),
+            "schedule_sampler": self.schedule_sampler.state_dict(),
+            "data": self.data.state_dict() if hasattr(self.data, "state_dict") else {},
+            "rng": _of_all_ranks(rng_state(self._device)),
+        }
+
+    @property
+    def _device(self) -> th.device:
+        return self.trainer.master_params[0].device
+
+    # ---- back
+
+    def open(self, files: checkpoints.CheckpointSet) -> int:
+        """Begin to take up a set; returns its step. `average`, `load_optimizer` and `close` follow."""
+        if files.step is None:
+            logger.warn(
+                f"the step of {files.model} is unknown, as its name has no number: counting from 0, and the optimizer "
+                "and the moving averages start anew"
+            )
+        self._found = checkpoints.load(files.state) if files.state else {}
+        self._lora, self._said = files.lora, [f"weights from {files.model or 'elsewhere'}"]
+        return int(self._found.get("step", files.step or 0))
+
+    def average(self, rate: float, path: str | None) -> list[th.Tensor]:
+        """The moving average of a file of the set, one tensor per master; without a file the weights are its start."""
+        if not path:
+            self._said.append(f"EMA {rate} NOT restored, it starts from the weights")
+            return [master.detach().clone() for master in self.trainer.master_params]
+        model, weights = self.trainer.model, checkpoints.load(path)
+        if lora.adapters(model):
+            now = self.trainer.master_params_to_state_dict(self.trainer.master_params)
+            parts = lora.read(self._lora).weights.get(str(rate), {})
+            weights = lora.joined(model, weights, lora.base(model, now), parts)
+        self._said.append(f"EMA {rate} restored")
+        return list(self.trainer.state_dict_to_master_params(weights))
+
+    def load_optimizer(self, path: str) -> None:
+        """Take up the optimizer's moments from a file of the set, '' for none."""
+        if not path:
+            self._said.append("optimizer NOT restored, it starts anew")
+            return
+        saved = checkpoints.load(path)
+        # Rates and decay are this run's: only the moments are taken from the file.
+        state = self.trainer.state_from_files(unflatten_optimizer_state(saved["state"], self.trainer.model))
+        self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
+        group = saved["param_groups"][0]
+        there = {"lr": self._found.get("lr", group["lr"]), "weight_decay": group.get("weight_decay", 0.0)}
+        self.lr = there["lr"] if self.lr is None else self.lr  # older runs kept no more than the last step's
+        here = {"lr": self.lr, "weight_decay": self.opt.param_groups[0]["weight_decay"]}
+        other = [f"{name} {here[name]:g} instead of its {there[name]:g}" for name in here if here[name] != there[name]]
+        self._said.append("optimizer restored" + (f" with {' and '.join(other)}" if other else ""))
+
+    def close(self, step: int) -> float | None:
+        """Take up everything else but the weights, say what was there and what not, and return the learning rate."""
+        parts = [*self._said, *self._restore_rest(self._found)]
+        logger.log(f"resuming at step {step}: {'; '.join(parts)}")
+        self._compare(self._found)
+        return self.lr
+
+    def _restore_rest(self, state: dict[str, Any]) -> Iterator[str]:
+        if state.get("precision"):
+            self.trainer.load_state_dict(state["precision"])
+            yield f"loss scale 2^{self.trainer.lg_loss_scale:.6g} restored"
+        if state.get("schedule_sampler") and self.schedule_sampler.state_dict():
+            self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+            yield "loss history restored"
+        if state.get("data") and hasattr(self.data, "load_state_dict"):
+            self.data.load_state_dict(state["data"])
+            yield "data position restored"
+        else:
+            yield "data position NOT restored, the data start anew"
+        if "rng" in state:
+            yield from self._restore_generators(state["rng"])
+
+    def _restore_generators(self, saved: Any) -> Iterator[str]:
+        states = [saved] if isinstance(saved, dict) else list(saved)  # older runs kept those of rank 0
+        if len(states) == dist_util.world_size():
+            set_rng_state(states[dist_util.rank()], self._device)
+            yield "generators restored"
+        else:
+            yield "global generators NOT restored, as the number of ranks is another one"
+
+    def _compare(self, state: dict[str, Any]) -> None:
+        """Say what can no longer be exact, where a run goes on otherwise than it was begun."""
+        before, ranks = len(state["rng"]) if isinstance(state.get("rng"), list) else 0, dist_util.world_size()
+        if before not in (0, ranks):
+            logger.warn(
+                f"the number of ranks is {ranks} instead of {before}: with the same global batch, images, timesteps, "
+                "noise and dropped labels stay the same and sums are rounded otherwise, but dropout masks differ"
+            )
+        batch = state.get("global_batch", self.global_batch)
+        if batch != self.global_batch:
+            logger.warn(
+                f"the global batch is {self.global_batch} instead of {batch}: the images go on where they were, with "
+                "other timesteps and noise"
+            )

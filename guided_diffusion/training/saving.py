@@ -1,0 +1,215 @@
+"""Writing the sets of a run, at once or while training goes on, and agreeing on the one to resume from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch as th
+
+from .. import dist_util, logger
+from ..image_datasets import ImageStream
+from ..runtime import paths
+from ..runtime.files import write_json
+from . import checkpoints, manifest
+from .checkpoints import CheckpointSet
+from .run_state import RunState
+
+# ---- the originals' functions, which research code replaces in train_util
+
+
+def parse_resume_step_from_filename(filename: str) -> int:
+    """The number of updates in a name such as model070000.pt or ema_0.9999_070000.pt; 0 where it has none."""
+    return checkpoints.step_of(filename) or 0
+
+
+def get_blob_logdir() -> str:
+    """Where checkpoints go: the folder of the logs. Replace it to keep them elsewhere, e.g. in a bucket."""
+    return logger.get_dir()
+
+
+def find_resume_checkpoint() -> str | None:
+    """A checkpoint to go on from where none was given: none. Replace it where runs are restarted by themselves."""
+    return None
+
+
+def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
+    """The moving average of a rate that lies beside a model of that step, or None."""
+    sets = checkpoints.sets_in(os.path.dirname(main_checkpoint) or ".") if main_checkpoint else {}
+    averages = sets[step].emas.items() if step in sets else ()
+    return next((path for text, path in averages if float(text) == float(rate)), None)
+
+
+# ---- resuming
+
+
+def choose(path: str, *, auto: bool = False) -> tuple[CheckpointSet | None, list[str]]:
+    """The set to resume from, the same on all ranks: rank 0 chooses it, and reads its files for their checksums.
+
+    :param path: any file of it, or a run's folder; '' for none.
+    :param auto: none is no mistake.
+    :return: the set, and a line for each newer one that is not complete.
+    :raises FileNotFoundError, ValueError: if there is no such set, or it is not what was written.
+    """
+    found: tuple[CheckpointSet | None, list[str]] = None, []
+    if dist_util.rank() == 0 and path:
+        found = checkpoints.newest(path, checksums=True) if paths.isdir(path) else (None, [])
+        if not auto:
+            found = checkpoints.find_set(path, checksums=True), found[1]
+    return dist_util.broadcast_object(found)
+
+
+def agree(path: str) -> CheckpointSet | None:
+    """`choose`, with what was passed over in the log."""
+    files, faults = choose(path)
+    for line in faults:
+        logger.warn(line)
+    return files
+
+
+def skip_batches(data: Any, count: int) -> None:
+    """Let a stream go on after so many global batches, if it is one that can."""
+    if count and isinstance(data, ImageStream):
+        data.load_state_dict({"batches": count})
+
+
+# ---- writing
+
+
+def write_set(folder: str, step: int, parts: Mapping[str, Any]) -> Iterator[str]:
+    """Write the files of a step one after the other, their manifest last, and yield the path of each.
+
+    :param parts: what each file holds, by the name in front of the step; "model" comes last.
+    """
+    before = checkpoints.sets_in(folder).get(step)
+    if before is not None:  # what a killed process or a damaged disk left: nothing of it mixes with the new files
+        checkpoints.remove(before)
+    entries = {}
+    for name, value in parts.items():
+        path = paths.join(folder, f"{name}{step:06d}.pt")
+        entries[os.path.basename(path)] = checkpoints.save(path, value)
+        yield path
+    path = paths.join(folder, manifest.name_of(step))
+    write_json(path, manifest.content(step, entries))
+    yield path
+
+
+def map_tensors(value: Any, change: Callable[[th.Tensor], th.Tensor]) -> Any:
+    """The same dicts, lists, tuples and plain values with other tensors in them."""
+    if isinstance(value, th.Tensor):
+        return change(value.detach())
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(item, change) for item in value)
+    return value
+
+
+class Snapshot:
+    """Copies of tensors in CPU memory, which is kept for the next copies: page-locked where a GPU writes to it.
+
+    They are contiguous, as those in files are, whatever the layout that a network computes in.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: list[th.Tensor] = []
+
+    def take(self, value: Any) -> Any:
+        """A copy of everything, valid until the next call."""
+        before, self._buffers = iter(self._buffers), []
+        copied = map_tensors(value, lambda tensor: self._copy(tensor, next(before, None)))
+        if any(buffer.is_pinned() for buffer in self._buffers):
+            th.cuda.synchronize()
+        return copied
+
+    def _copy(self, tensor: th.Tensor, buffer: th.Tensor | None) -> th.Tensor:
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._buffers.append(buffer)
+        return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+
+
+class Saver:
+    """Writes the sets of one run; as a context it ends only when everything is written, on every rank.
+
+    :param asynchronous: a save returns when there is a copy of everything in CPU memory, and a thread writes that; the
+        next save waits for it, and raises what went wrong.
+    :param keep_last: how many complete sets stay in the folder; 0: all.
+    """
+
+    def __init__(self, *, asynchronous: bool = False, keep_last: int = 0) -> None:
+        self.asynchronous, self.keep_last = asynchronous, keep_last
+        self.source = ""  # the weights that were resumed from: never written again
+        self._snapshot = Snapshot()
+        self._pending: Future[list[str]] | None = None
+        self._swept = False
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if error is None:
+            self.wait()
+            dist_util.barrier()
+            return
+        try:
+            self.wait()
+        except Exception as failure:  # the error that ends the run matters more
+            logger.error(f"the last checkpoint was not written: {failure}")
+
+    def save(self, state: RunState, folder: str, step: int) -> None:
+        """Write the set of a step; every rank calls it, rank 0 writes.
+
+        :raises OSError: if this set, or the one before, cannot be written.
+        """
+        parts = state.parts(step)
+        try:
+            self.wait()
+        finally:  # what was not written before is no reason not to write this
+            self._begin(parts, folder, step)
+
+    def _begin(self, parts: Mapping[str, Any], folder: str, step: int) -> None:
+        """Write a set, or let the thread begin with it."""
+        try:
+            if self.source == paths.join(folder, f"model{step:06d}.pt"):
+                logger.log(f"{self.source} is what this run resumed from, and stays as it is")
+            elif dist_util.rank() == 0 and self.asynchronous:
+                pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+                self._pending = pool.submit(self._write, folder, step, self._snapshot.take(parts))
+                pool.shutdown(wait=False)
+            elif dist_util.rank() == 0:
+                _report(self._write(folder, step, map_tensors(parts, lambda tensor: tensor.cpu().contiguous())))
+        finally:
+            if not self.asynchronous:
+                dist_util.barrier()
+
+    def _write(self, folder: str, step: int, parts: Mapping[str, Any]) -> list[str]:
+        """Write a set and remove older ones; returns the lines for the log, whose writers belong to the main thread."""
+        if not self._swept:
+            checkpoints.sweep(folder)
+            self._swept = True
+        lines = [f"saved {path}" for path in write_set(folder, step, parts)]
+        try:
+            checkpoints.keep_last(folder, self.keep_last)
+        except OSError as error:  # a full folder is no reason to stop
+            lines.append(f"an older checkpoint could not be removed: {error}")
+        return lines
+
+    def poll(self) -> None:
+        """Log what the thread has finished, or raise what went wrong there; returns at once."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """As `poll`, when the thread has finished."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            _report(pending.result())
+
+
+def _report(lines: list[str]) -> None:
+    for line in lines:
+        logger.log(line)

@@ -1,0 +1,505 @@
+"""Flags: what the originals' scripts take, what a wrong word is answered, and which value wins."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import guided_diffusion.commands
+from conversion.command import DATASETS
+from guided_diffusion.commands import common, conditioning, editing, flags as cli
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, NetworkConfig, UNetConfig, resolve_precision
+from guided_diffusion.runtime.options import check_keywords, defaults, nearest, parse_size, size_flag
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "flags.json").read_text())
+COMMANDS = sorted(cli.COMMANDS)
+
+# flags beyond the originals', and what makes each do what the originals did
+BEYOND = {
+    "dist_timeout": 10.0,
+    "compile": False,
+    "checkpoint_resolutions": "",
+    "fsdp": False,
+    "dry_run": False,
+    "fast_decode": False,
+    "cache_images": False,
+    "log_dir": "",  # $OPENAI_LOGDIR or a temporary folder
+    "seed": 0,  # the originals drew theirs from the system: any seed is one of their runs
+    "device": "",  # a GPU where there is one
+    "class_from": "auto",  # their rule, the file name, wherever it is not contradicted by folders
+    "num_workers": 2,  # changes no number
+    "on_bad_image": "error",  # the originals end with Pillow's own error
+    "random_crop": False,
+    "random_flip": True,
+    "warmup_steps": 0,
+    "grad_clip": 0.0,
+    "max_bad_steps": 50,  # the originals trained on with numbers that are none
+    "keep_last": 0,
+    "async_save": True,  # the same files, written while training goes on
+    "val_data_dir": "",
+    "val_interval": 1000,  # of no effect without val_data_dir
+    "plugin": "",
+    "max_steps": 0,
+    "sample_interval": 0,
+    "eval_interval": 0,
+    "eval_metrics": "fid",
+    "eval_samples": 1000,
+    "eval_sampler": "dpm++2m",
+    "eval_steps": 20,
+    "eval_reference": "",
+    "label_column": "",
+    "data_range": "",
+    "features": "inception",
+    "inception_weights": "",
+    "eval_batch_size": 64,
+    "eval_precision": "fp32",
+    "precision": "",
+    "classifier_precision": "",
+    "num_classes": 1000,
+    "image_channels": 3,
+    "dims": 2,
+    "use_neighborhood_attention": False,
+    "predict_v": False,
+    "zero_terminal_snr": False,
+    "loss_weight": "",
+    "min_snr_gamma": 5.0,  # of no effect without loss_weight
+    "null_class": False,
+    "cond_aug": 0.0,
+    "cond_aug_level": 0.0,
+    "class_dropout": 0.0,
+    "classifier_channel_mult": "",
+    "sampler": "",
+    "steps": 0,  # as timestep_respacing says
+    "eta": -1.0,  # the sampler's own, 0 for ddim
+    "order": 0,  # the sampler's own
+    "churn": -1.0,  # the sampler's own, 0
+    "dynamic_threshold": 0.0,
+    "classes": "",
+    "save_images": False,
+    "save_intermediate": 0,
+    "likelihood": "vlb",
+    "spread": False,
+    "save_terms": False,
+    "dequantize": "uniform",  # this and what follows are of no effect without likelihood flow
+    "probes": 1,
+    "probe_noise": "rademacher",
+    "flow_solver": "rk45",
+    "flow_tolerance": 1e-4,
+    "cfg_scale": 1.0,  # the conditional model, left as it is
+    "cfg_rescale": 0.0,
+    "autoguide_path": "",
+    "autoguide_scale": 1.0,
+    "guidance_interval": "",
+    "init_image": "",
+    "mask": "",
+    "mask_invert": False,
+    "strength": -1.0,  # of no effect without init_image
+    "resample": 1,
+    "resample_jump": 10,
+    "invert": False,
+    "interpolate": "",
+    "init_classes": "",
+    "init_from": "",
+    "init_mismatch": "error",
+    "freeze": "",
+    "lora_rank": 0,
+    "lora_alpha": 0.0,
+    "lora_on": "attention,convolutions",
+    "lora_train": "",
+    "lora_path": "",
+    "lora_scale": 1.0,
+    "cond_type": "",
+    "cond_channels": 0,
+    "null_cond": False,
+    "cond_dir": "",
+    "val_cond_dir": "",
+    "skip_unpaired": False,
+    "cond_dropout": 0.0,
+    "cond_images": "",
+    "cond_class_from": "",
+    # an original's flag, new to some of its scripts
+    "classifier_path": "",
+    "classifier_scale": 1.0,  # of no effect, the second, without the first
+    "clip_guided": "auto",  # what the originals offer is not clipped
+    **defaults(ClassifierConfig),  # and neither these
+    "ema_rate": "",
+    "ema_warmup": False,
+    "fp16_scale_growth": 0.001,
+    "channel_mult": "",
+    "use_new_attention_order": False,
+}
+# classifier_train cropped at random; image_train has kept averages all along
+DIFFERENT = {("classifier_train", "random_crop"): True}
+
+
+@pytest.mark.parametrize("command", sorted(GOLDEN))
+def test_every_flag_of_the_originals_with_its_default_and_type(command):
+    ours = defaults(*cli.COMMANDS[command].sections)
+    theirs = {name: default for name, (default, _) in GOLDEN[command].items()}
+    assert {name: ours.get(name, "absent") for name in theirs} == theirs
+    assert {name: type(ours[name]) for name in theirs} == {name: type(value) for name, value in theirs.items()}
+
+
+@pytest.mark.parametrize("command", sorted(GOLDEN))
+def test_every_other_flag_reproduces_them_by_default(command):
+    ours = defaults(*cli.COMMANDS[command].sections)
+    more = {name: value for name, value in ours.items() if name not in GOLDEN[command]}
+    assert more == {name: DIFFERENT.get((command, name), BEYOND.get(name, "unknown flag")) for name in more}
+
+
+MODEL = "--image_size 64 --num_channels 192 --num_res_blocks 3 --learn_sigma True --class_cond True"
+README = [
+    (
+        "image_train",
+        f"--data_dir images {MODEL} --diffusion_steps 4000 --noise_schedule cosine --lr 1e-4 --batch_size 128",
+    ),
+    (
+        "classifier_sample",
+        "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --dropout 0.1 --image_size 64 "
+        "--learn_sigma True --noise_schedule cosine --num_channels 192 --num_head_channels 64 --num_res_blocks 3 "
+        "--resblock_updown True --use_new_attention_order True --use_fp16 True --use_scale_shift_norm True "
+        "--classifier_scale 1.0 --classifier_path 64x64_classifier.pt --classifier_depth 4 "
+        "--model_path 64x64_diffusion.pt --batch_size 4 --num_samples 100 --timestep_respacing 250",
+    ),
+    (
+        "classifier_sample",
+        "--attention_resolutions 32,16,8 --class_cond False --diffusion_steps 1000 --image_size 256 --learn_sigma True "
+        "--noise_schedule linear --num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True "
+        "--use_fp16 True --use_scale_shift_norm True --classifier_scale 10.0 --classifier_path 256x256_classifier.pt "
+        "--model_path 256x256_diffusion_uncond.pt --batch_size 4 --timestep_respacing ddim25 --use_ddim True",
+    ),
+    (
+        "super_res_sample",
+        "--attention_resolutions 32,16,8 --class_cond True --diffusion_steps 1000 --large_size 256 --small_size 64 "
+        "--learn_sigma True --noise_schedule linear --num_channels 192 --num_heads 4 --num_res_blocks 2 "
+        "--resblock_updown True --use_fp16 True --use_scale_shift_norm True --model_path 64_256_upsampler.pt "
+        "--base_samples 64_samples.npz --batch_size 4 --num_samples 100 --timestep_respacing 250",
+    ),
+    (
+        "classifier_train",
+        "--iterations 300000 --anneal_lr True --batch_size 256 --lr 3e-4 --save_interval 10000 --weight_decay 0.05 "
+        "--image_size 128 --classifier_attention_resolutions 32,16,8 --classifier_depth 2 --classifier_width 128 "
+        "--classifier_pool attention --classifier_resblock_updown True --classifier_use_scale_shift_norm True",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "line"), README)
+def test_published_command_lines_parse_unchanged(command, line):
+    given = cli.parse(command, shlex.split(line)).given
+    words = shlex.split(line)
+    assert set(given) == {word[2:] for word in words[::2]}
+    for flag, word in zip(words[::2], words[1::2], strict=True):
+        assert str(given[flag[2:]]) in (
+            word,
+            str(float(word)) if word[0].isdigit() and "," not in word and word[-1].isdigit() else word,
+        )
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("--num_chanels 3", "unknown flag --num_chanels; did you mean --num_channels?"),
+        ("--zzz 3", "unknown flag --zzz; --help lists the flags"),
+        ("stray", "unexpected word stray: flags are written --NAME VALUE; --help lists them"),
+        ("--guidance_scale=3", "unknown flag --guidance_scale=3; did you mean --cfg_scale?"),
+        ("--ckpt x", "unknown flag --ckpt; did you mean --model_path?"),
+        ("--dims 5", "argument --dims: '5' is none of 1, 2, 3"),
+        ("--cfg 3", "unknown flag --cfg; did you mean --cfg_scale?"),
+        ("--num_inference_steps 3", "unknown flag --num_inference_steps; did you mean --steps?"),
+        ("--init_img a.png", "unknown flag --init_img; did you mean --init_image?"),
+        ("--steps -3", "argument --steps: -3 is below the least value, 1"),
+        ("--eta -0.5", "argument --eta: -0.5 is below the least value, 0"),
+        ("--churn -2", "argument --churn: -2 is below the least value, 0"),
+        ("--order -1", "argument --order: -1 is below the least value, 1"),
+        ("--strength -0.5", "argument --strength: -0.5 is below the least value, 0"),
+        ("--cfg_scale nan", "argument --cfg_scale: nan is not a finite number"),
+        ("--autoguide_scale inf", "argument --autoguide_scale: inf is not a finite number"),
+        ("--dynamic_threshold nan", "argument --dynamic_threshold: nan is not a finite number"),
+        ("--image_size 64x", "image size '64x' is not a size: write 64, or HEIGHTxWIDTH such as 64x128"),
+        ("--image_size 0", "image size '0' is not a size"),
+        ("--batch_size 0", "argument --batch_size: 0 is below the least value, 1"),
+        ("--batch_size two", "argument --batch_size: 'two' is not of type int"),
+        ("--eta nan", "argument --eta: nan is not a finite number"),
+        ("--eta inf", "argument --eta: inf is not a finite number"),
+        ("--use_ddim maybe", "boolean value expected: 'maybe' is neither True nor False"),
+        ("--num_samples", "argument --num_samples: expected one argument"),
+    ],
+)
+def test_a_wrong_flag_is_answered_by_a_sentence(line, answer, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse("image_sample", line.split())
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert answer in printed
+    assert len(printed.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "meant"),
+    [
+        ("image_train", "--epochs", "max_steps"),
+        ("classifier_train", "--epochs", "max_steps"),
+        ("image_train", "--steps", "max_steps"),
+        ("image_sample", "--num_steps", "steps"),
+        ("image_train", "--num_steps", "max_steps"),
+        ("image_sample", "--guidance_scale", "cfg_scale"),
+        ("super_res_sample", "--guidance_scale", "classifier_scale"),
+        ("classifier_sample", "--guidance_scale", "classifier_scale"),
+        ("image_sample", "--scheduler", "sampler"),
+    ],
+)
+def test_hints_are_of_the_command_and_know_aliases(command, word, meant, capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(command, [word, "3"])
+    assert f"did you mean --{meant}?" in capsys.readouterr().err
+
+
+def test_every_hint_names_a_flag():
+    known = {word for command in cli.COMMANDS.values() for word in command.words()}
+    assert {name for names in cli.SYNONYMS.values() for name in names} <= known
+
+
+def test_the_names_of_the_samplers_are_read_off_their_table():
+    from guided_diffusion.sampling.samplers import SAMPLERS
+
+    assert cli.sampler_names() == list(SAMPLERS)
+    help_text = " ".join(cli.parser("image_sample").format_help().split())
+    assert f"one of {', '.join(SAMPLERS)}; ''" in help_text
+
+
+@pytest.mark.parametrize("variable", ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"])
+def test_one_rank_answers_for_all(variable, capsys, monkeypatch):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(SystemExit):
+        cli.parse("image_sample", ["--zzz"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("word", ["--use_ddim", "--use_ddim True", "--use_ddim=yes", "--use_ddim 1"])
+def test_booleans_take_a_word_or_stand_alone(word):
+    assert cli.parse("image_sample", word.split()).given == {"use_ddim": True}
+
+
+EVERY = {**cli.COMMANDS, **DATASETS, **cli.OTHERS}
+# where nothing else can mean what the default does: these never stand above what a checkpoint says
+NOT_GIVEN = {
+    *(("steps", 0), ("order", 0), ("eta", -1.0), ("churn", -1.0), ("strength", -1.0)),
+    *(("cond_channels", 0), ("image_size", ""), ("rows", 0), ("columns", 0)),
+}
+
+
+def spelled_out(command):
+    """A command line of what a command always needs, and of every other flag with the default that --help shows."""
+    flags = EVERY[command].flags()
+    words = [spec.metadata["choices"][0] if spec.metadata["choices"] else name for name, spec in flags.items()]
+    needed = [word for word, spec in zip(words, flags.values(), strict=True) if spec.metadata["positional"]]
+    optional = {name: spec for name, spec in flags.items() if not spec.metadata["positional"]}
+    return needed, [word for name, spec in optional.items() for word in (f"--{name}", str(spec.default))]
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_a_default_that_is_given_is_as_if_it_were_not(command):
+    needed, defaults_of_all = spelled_out(command)
+    bare, given = cli.parse(command, needed), cli.parse(command, needed + defaults_of_all)
+    assert (given.values, given.changed) == (bare.values, bare.changed)
+    absent = set(EVERY[command].flags()) - set(given.given)
+    assert absent == {name for name in absent if (name, EVERY[command].flags()[name].default) in NOT_GIVEN}
+
+
+def checks_of_sampling(flags):
+    """What the sampling commands look at before there are networks."""
+    from guided_diffusion.commands import guidance, super_res_sample
+
+    sampler = common.sampler_of(flags)
+    found = [common.on_its_grid(flags, sampler).values, sampler]
+    if flags.command == "super_res_sample":
+        super_res_sample.check(flags)
+    else:
+        guidance.check(flags)
+        editing.check(flags, sampler)
+        conditioning.check_sampling(flags)
+    return found
+
+
+def checks_of_training(flags):
+    from guided_diffusion.commands import training
+
+    return training.resolved(cli.Flags(flags.command, {**flags.given, "data_dir": "images"})).values
+
+
+def checks_of_measuring(flags):
+    from guided_diffusion.commands import conditioning, image_nll
+
+    image_nll.refuse_idle(flags)
+    conditioning.check(flags)
+
+
+CHECKS = {
+    **dict.fromkeys(("image_sample", "classifier_sample", "super_res_sample"), checks_of_sampling),
+    **dict.fromkeys(("image_train", "classifier_train", "super_res_train"), checks_of_training),
+    "image_nll": checks_of_measuring,
+}
+
+
+@pytest.mark.parametrize("command", CHECKS)
+def test_no_rule_about_flags_without_effect_minds_a_default(command):
+    bare, given = CHECKS[command](cli.parse(command, [])), cli.parse(command, spelled_out(command)[1]).given
+    for said in ({name: value} for name, value in given.items()):
+        assert CHECKS[command](cli.Flags(command, said)) == bare, said
+    assert CHECKS[command](cli.Flags(command, given)) == bare
+
+
+def test_iterations_and_max_steps_are_one_flag():
+    for word in ("--iterations", "--max_steps"):
+        assert cli.parse("classifier_train", [word, "7"]).given == {"iterations": 7}
+
+
+def test_precedence_is_command_line_then_checkpoint_then_default():
+    flags = cli.parse("image_sample", ["--num_channels", "32", "--seed", "5"])
+    saved = {
+        "num_channels": 64,
+        "num_res_blocks": 3,
+        "use_fp16": True,
+        "seed": 9,
+        "noise_schedule": "cosine",
+        "lr": 1.0,
+    }
+    over = flags.over(saved, UNetConfig, DiffusionConfig)
+    assert over.part(UNetConfig).num_channels == 32
+    assert over.part(UNetConfig).num_res_blocks == 3
+    assert over.part(UNetConfig).dropout == 0.0
+    assert over.part(DiffusionConfig).noise_schedule == "cosine"
+    assert over.part(UNetConfig).use_fp16 is False  # precision belongs to a run, not to a checkpoint
+    assert over.values["seed"] == 5
+    assert "lr" not in over.values
+    assert flags.over(saved, ClassifierConfig).part(UNetConfig).num_res_blocks == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_channels", "64"), ("class_cond", 1), ("channel_mult", None)])
+def test_saved_flags_of_another_type_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"config.json says {name} .*, which should be of type"):
+        cli.parse("image_sample", []).over({name: value}, UNetConfig)
+
+
+def test_saved_numbers_and_sizes_may_take_either_form():
+    over = cli.parse("image_sample", []).over({"dropout": 0, "image_size": "32x64"}, UNetConfig)
+    assert over.part(UNetConfig).image_size == "32x64"
+
+
+def test_every_flag_has_a_help_text_and_a_plain_default():
+    for command in cli.COMMANDS.values():
+        for spec in command.flags().values():
+            assert len(spec.metadata["help"]) > 8, spec.name
+            assert json.loads(json.dumps(spec.default)) == spec.default
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_flag(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(command, ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    flags = cli.COMMANDS[command].flags().items()
+    assert all((name.upper() if spec.metadata["positional"] else f"--{name} ") in shown for name, spec in flags)
+
+
+def test_help_says_what_a_checkpoint_decides():
+    text = " ".join(cli.parser("image_sample").format_help().split())
+    for shown in (
+        "pixels: 64, or HEIGHTxWIDTH (from the checkpoint, else 64)",
+        "condition the network on class labels (from the checkpoint, else False)",
+        "'' chooses by size (from the checkpoint, else '')",
+        "images per pass of the network (default: 16)",
+        "recompute activations in the backward pass to save memory (default: False)",
+    ):
+        assert shown in text
+    assert "from the checkpoint" not in cli.parser("image_train").format_help()
+
+
+@pytest.mark.parametrize("words", [["--version"], *([name, "--version"] for name in cli.COMMANDS)])
+def test_version(words, capsys):
+    with contextlib.suppress(SystemExit):
+        guided_diffusion.commands.main(words)
+    assert capsys.readouterr().out == f"guided-diffusion {guided_diffusion.__version__}\n"
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
+
+@dataclass(frozen=True)
+class Mine:
+    def step(self, *args):
+        return make_sampler("ddim").step(*args)
+
+SAMPLERS["mine"] = Mine
+"""
+
+
+def test_a_plugin_adds_a_sampler_before_the_flags_are_checked(tmp_path, capsys, monkeypatch):
+    from guided_diffusion.commands import common
+    from guided_diffusion.sampling import samplers
+
+    monkeypatch.setattr(samplers, "SAMPLERS", dict(samplers.SAMPLERS))
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "other.py").write_text(PLUGIN.replace("mine", "other"))
+    with pytest.raises(ValueError, match="sampler 'mine' is unknown"):
+        common.sampler_of(cli.parse("image_sample", ["--sampler", "mine"]))
+    files = ["--plugin", f"{tmp_path}/mine.py", "--plugin", f"{tmp_path}/other.py"]
+    for words in (files, ["--plugin", f"{files[1]},{files[3]}"]):
+        sampler = common.sampler_of(cli.parse("image_sample", [*words, "--sampler", "mine"]))
+        assert type(sampler).__name__ == "Mine"
+    assert cli.sampler_names()[-2:] == ["mine", "other"]
+    with pytest.raises(SystemExit) as stop:
+        cli.parse("image_sample", ["--plugin", str(tmp_path / "absent.py")])
+    assert stop.value.code == 2
+    assert "absent.py is no Python file" in capsys.readouterr().err
+
+
+def test_flags_need_no_torch():
+    code = "import sys; from guided_diffusion import cli; cli.parse('image_sample', []); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(64, (64, 64)), ("64", (64, 64)), ("32x48", (32, 48)), ((8, 16), (8, 16))]
+)
+def test_sizes(size, expected):
+    assert parse_size(size) == expected
+    assert size_flag(size) == (expected[0] if expected[0] == expected[1] else f"{expected[0]}x{expected[1]}")
+
+
+@pytest.mark.parametrize("size", ["", "x", "1x2x3", "-4", 0, (4, 0), None, "a"])
+def test_bad_sizes(size):
+    with pytest.raises(ValueError, match="is not a size: write 64"):
+        parse_size(size)
+
+
+@pytest.mark.parametrize(
+    ("precision", "use_fp16", "expected"),
+    [("", False, "fp32"), ("", True, "fp16"), ("bf16", False, "bf16"), ("fp16", True, "fp16"), ("fp32", False, "fp32")],
+)
+def test_precision(precision, use_fp16, expected):
+    assert resolve_precision(precision, use_fp16) == expected
+
+
+def test_precision_contradictions():
+    with pytest.raises(ValueError, match="precision bf16 contradicts use_fp16 True"):
+        resolve_precision("bf16", True)
+    with pytest.raises(ValueError, match="use one of fp32, fp16, bf16"):
+        resolve_precision("half", False)
+
+
+def test_unknown_keywords_name_the_nearest():
+    with pytest.raises(TypeError, match="create has no keyword 'num_chanels'; did you mean num_channels"):
+        check_keywords(["num_chanels"], [spec.name for spec in fields(NetworkConfig)], "create")
+    assert nearest("zzz", ["abc"]) == ""

@@ -1,0 +1,1118 @@
+"""The commands that sample and measure, from checkpoint folders to files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+import torch.nn.functional as F
+from PIL import Image
+from ranks import Nursery
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.commands import (
+    classifier_sample,
+    common,
+    flags as cli,
+    image_nll,
+    image_sample,
+    super_res_sample,
+)
+from guided_diffusion.commands.common import labels_of, restore_unet, restore_upsampler
+from guided_diffusion.commands.editing import adds_noise
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
+from guided_diffusion.data.init_images import InitImages
+from guided_diffusion.runtime.options import defaults
+from guided_diffusion.runtime.pictures import to_uint8
+from guided_diffusion.runtime.seeds import image_generator
+from guided_diffusion.sampling.editing import invert, slerp
+from guided_diffusion.sampling.guidance import (
+    autoguidance,
+    classifier_free,
+    classifier_guidance,
+    dynamic_thresholding,
+    interval,
+    without_labels,
+)
+from guided_diffusion.sampling.loop import network_calls
+from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
+from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from guided_diffusion.training import checkpoints
+
+Main = Callable[[list[str]], None]
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+NAMES = ["cat", "dog", "owl"]
+PROCESS = DiffusionConfig(diffusion_steps=40, noise_schedule="cosine", learn_sigma=True, timestep_respacing="4")
+NETWORK: dict[str, Any] = {
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,1",
+    "attention_resolutions": "4",
+    "num_heads": 2,
+    "num_classes": 3,
+    "class_cond": True,
+}
+UNET = UNetConfig(image_size=8, **NETWORK)
+UNCONDITIONAL = UNetConfig(image_size=8, **{**NETWORK, "class_cond": False})
+GUIDED = UNetConfig(image_size=8, **NETWORK, null_class=True)
+WEAK = UNetConfig(image_size=8, **{**NETWORK, "num_res_blocks": 2})
+UPSAMPLER = SuperResConfig(large_size=8, small_size=4, **NETWORK)
+CLASSIFIER = ClassifierConfig(
+    image_size=8,
+    num_classes=3,
+    classifier_width=32,
+    classifier_depth=1,
+    classifier_channel_mult="1,2",
+    classifier_attention_resolutions="4",
+)
+SAMPLING = ["--num_samples", "5", "--batch_size", "2", "--timestep_respacing", "4"]
+
+
+def scrambled(network: th.nn.Module) -> Any:
+    """The network with random weights everywhere, also where training starts from zeros."""
+    generator = th.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = 0.05 * th.randn(parameter.shape, generator=generator) + (parameter.ndim == 1)
+    return network.eval()
+
+
+def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) -> Path:
+    """A folder as training leaves it."""
+    flags = defaults(*cli.COMMANDS[command].sections)
+    for config in configs:
+        flags |= {name: value for name, value in asdict(config).items() if name in flags}
+    checkpoints.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
+    checkpoints.save_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
+    table = {"classes": NAMES, "class_from": "filename", "counts": [1, 1, 1]}
+    checkpoints.save_json(str(folder / "classes.json"), table)
+    return folder
+
+
+class Runs:
+    """A folder and a network of each kind."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.process = root, build_diffusion(PROCESS)
+        self.unet = scrambled(build_unet(UNET, True))
+        self.unconditional = scrambled(build_unet(UNCONDITIONAL, True))
+        self.guided = scrambled(build_unet(GUIDED, True))
+        self.weak = scrambled(build_unet(WEAK, True))
+        self.classifier = scrambled(build_classifier(CLASSIFIER))
+        self.upsampler = scrambled(build_upsampler(UPSAMPLER, True))
+        write_run(root / "unet", "image_train", self.unet, UNET, PROCESS)
+        write_run(root / "unconditional", "image_train", self.unconditional, UNCONDITIONAL, PROCESS)
+        write_run(root / "guided", "image_train", self.guided, GUIDED, PROCESS)
+        write_run(root / "weak", "image_train", self.weak, WEAK, PROCESS)
+        write_run(root / "classifier", "classifier_train", self.classifier, CLASSIFIER, PROCESS)
+        write_run(root / "upsampler", "super_res_train", self.upsampler, UPSAMPLER, PROCESS)
+
+    def __getitem__(self, name: str) -> str:
+        return str(self.root / name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small images with labels, as a first stage of sampling leaves them."""
+    path = tmp_path_factory.mktemp("base") / "samples_5x4x4x3.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, rng.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8), np.array([2, 0, 1, 1, 2]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for index in range(5):
+        pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{NAMES[index % 3]}_{index}.png")
+    return folder
+
+
+def saved_by(main: Main, folder: Path, *argv: str) -> dict[str, np.ndarray]:
+    """What a command leaves as its npz."""
+    main([*argv, "--log_dir", str(folder)])
+    (path,) = folder.glob("samples_*.npz")
+    with np.load(path) as saved:
+        return dict(saved)
+
+
+def by_hand(
+    process: Any,
+    network: Any,
+    labels: list[int] | None,
+    count: int,
+    *,
+    shape: tuple[int, ...] = (3, 8, 8),
+    **options: Any,
+) -> np.ndarray:
+    """Samples of the first batch, of `count` images, straight from the loop."""
+    generators = [image_generator(0, index) for index in range(count)]
+    kwargs = {**options.pop("more", {}), **({} if labels is None else {"y": th.tensor(labels)})}
+    sampler = options.pop("sampler", make_sampler("ddpm"))
+    loop = {"model_kwargs": kwargs, "generator": generators, "device": "cpu", **options}
+    return to_uint8(process.sample_loop(sampler, network, (count, *shape), **loop))
+
+
+# ---- image_sample
+
+
+def test_a_run_folder_is_all_that_sampling_needs(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "owl,0", "--save_images"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    assert saved["arr_1"].tolist() == [2, 0, 2, 0, 2]
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unet, [2, 0], 2))
+    assert sorted(os.listdir(tmp_path / "images"))[:2] == ["000000_y2.png", "000001_y0.png"]
+    log = (tmp_path / "log.txt").read_text()
+    assert str(tmp_path) in log.splitlines()[0]
+    assert str(tmp_path / "samples_5x8x8x3.npz") in log.splitlines()[-1]
+    for words in ("Ancestral()", "4 of 40 steps", "cosine schedule", "predicts eps with a learned variance", "seed 0"):
+        assert words in log
+
+
+def test_random_labels_differ_by_image_and_seed(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--timestep_respacing", "1", "--num_samples", "24"]
+    first = saved_by(image_sample.main, tmp_path / "0", *argv, "--batch_size", "24")
+    second = saved_by(image_sample.main, tmp_path / "1", *argv, "--batch_size", "24", "--seed", "1")
+    assert set(first["arr_1"]) == set(second["arr_1"]) == {0, 1, 2}
+    assert (first["arr_1"] != second["arr_1"]).any()
+    assert len({image.tobytes() for image in [*first["arr_0"], *second["arr_0"]]}) == 48
+
+
+def test_an_unconditional_model_saves_no_labels(runs: Runs, tmp_path: Path) -> None:
+    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unconditional"], *SAMPLING)
+    assert set(saved) == {"arr_0"}
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unconditional, None, 2))
+
+
+def test_the_command_line_wins_over_the_config_of_the_checkpoint(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--noise_schedule", "linear"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    linear = build_diffusion(DiffusionConfig(**{**asdict(PROCESS), "noise_schedule": "linear"}))
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(linear, runs.unet, [1, 1], 2))
+
+
+def test_without_a_config_the_weights_say_what_they_can(runs: Runs, tmp_path: Path) -> None:
+    lone = tmp_path / "lone.pt"
+    shutil.copy(os.path.join(runs["unet"], "ema_0.5_000100.pt"), lone)
+    untold = ["--image_size", "8", "--num_heads", "2", "--diffusion_steps", "40", "--noise_schedule", "cosine"]
+    saved = saved_by(
+        image_sample.main, tmp_path / "out", "--model_path", str(lone), *SAMPLING, "--classes", "2", *untold
+    )
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unet, [2, 2], 2))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sampler"),
+    [
+        (["--use_ddim", "True"], make_sampler("ddim")),
+        (["--sampler", "ddim", "--eta", "0.7"], make_sampler("ddim", eta=0.7)),
+        (["--sampler", "ddim", "--use_ddim", "True"], make_sampler("ddim")),
+        (["--sampler", "plms"], make_sampler("plms")),
+        (["--sampler", "plms", "--order", "3", "--use_ddim", "False"], make_sampler("plms", order=3)),
+        (["--clip_denoised", "False"], make_sampler("ddpm")),
+    ],
+)
+def test_the_sampler_is_the_one_asked_for(runs: Runs, tmp_path: Path, argv: list[str], sampler: Any) -> None:
+    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *SAMPLING, "--classes", "1", *argv)
+    clip = {"clip_denoised": "--clip_denoised" not in argv}
+    expected = by_hand(runs.process, runs.unet, [1, 1], 2, sampler=sampler, **clip)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+
+
+def test_precisions_are_those_of_the_network(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1"]
+    full, *half = (
+        saved_by(image_sample.main, tmp_path / str(number), *argv, *more)["arr_0"].astype(int)
+        for number, more in enumerate(([], ["--precision", "bf16"], ["--precision", "fp16"], ["--use_fp16", "True"]))
+    )
+    bf16, fp16, alias = half
+    np.testing.assert_array_equal(fp16, alias)
+    for rounded in half:
+        assert (rounded != full).any()
+    assert np.abs(fp16 - full).mean() < np.abs(bf16 - full).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("rate", "warmed_up", "named", "kind", "words"),
+    [
+        ("0.9999", False, False, "model", "was trained for 100: it is not taken, unless it is given by its name"),
+        ("0.9999", False, True, "ema_0.9999_", "was trained for 100: if its samples are noise, try"),
+        ("0.9999", True, False, "ema_0.9999_", ""),
+        ("0.5", False, False, "ema_0.5_", ""),
+    ],
+)
+def test_a_folder_is_sampled_from_by_an_average_that_is_no_longer_than_its_run(
+    runs: Runs, tmp_path: Path, rate: str, warmed_up: bool, named: bool, kind: str, words: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["unet"], run)
+    os.rename(run / "ema_0.5_000100.pt", run / f"ema_{rate}_000100.pt")
+    shutil.copy(run / f"ema_{rate}_000100.pt", run / "model000100.pt")
+    config = json.loads((run / "config.json").read_text())
+    config["flags"]["ema_warmup"] = warmed_up
+    (run / "config.json").write_text(json.dumps(config))
+    path = run / f"ema_{rate}_000100.pt" if named else run
+    image_sample.main(["--model_path", str(path), *SAMPLING, "--log_dir", str(tmp_path / "samples")])
+    said = (tmp_path / "samples" / "log.txt").read_text()
+    assert f"model_path: {run / kind}000100.pt\n" in said
+    assert ("averages over about" in said) == bool(words)
+    assert words in said
+
+
+def test_two_ranks_write_the_file_of_one(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING]
+    image_sample.main([*argv, "--log_dir", str(tmp_path / "one")])
+    script = [str(SCRIPTS / "image_sample.py"), *argv, "--log_dir", str(tmp_path / "two"), "--device", "cpu"]
+    mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+    result = subprocess.run([mpiexec, "-n", "2", sys.executable, *script], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    name = "samples_5x8x8x3.npz"
+    assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert not (tmp_path / "two" / "shards").exists()
+    assert "8/8 [" in result.stderr  # rank 0 has two of the three batches, and shows them alone
+    assert "4/4 [" not in result.stderr
+
+
+def test_a_second_call_neither_samples_again_nor_mixes_requests(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--log_dir", str(tmp_path)]
+    image_sample.main(argv)
+    content = (tmp_path / "samples_5x8x8x3.npz").read_bytes()
+    image_sample.main(argv)
+    assert "nothing to sample" in capsys.readouterr().out
+    for more, message in (
+        (["--seed", "7"], "seed was 0 and is 7"),
+        (["--noise_schedule", "linear"], "noise_schedule was cosine and is linear"),
+        (["--precision", "bf16"], "model_path precision was fp32 and is bf16"),
+        (["--model_path", runs["unconditional"]], "class_cond was True and is False"),
+    ):
+        assert message in refused(image_sample.main, [*argv, *more], capsys)
+    assert (tmp_path / "samples_5x8x8x3.npz").read_bytes() == content
+
+
+# ---- every sampler, every grid
+
+
+def on_grid(grid: str, **flags: Any) -> Any:
+    """The process of the tests on another grid."""
+    return build_diffusion(DiffusionConfig(**{**asdict(PROCESS), "timestep_respacing": grid, **flags}))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in SAMPLERS.items() if not getattr(kind, "ascending", False)])
+def test_every_sampler_takes_steps_on_its_own_grid(runs: Runs, tmp_path: Path, name: str) -> None:
+    argv = ["--num_samples", "2", "--batch_size", "2", "--classes", "1", "--sampler", name, "--steps", "5"]
+    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *argv)
+    sampler = make_sampler(name)
+    grid = f"{getattr(sampler, 'grid', '')}5"
+    process = on_grid(grid)
+    assert process.num_timesteps == 5
+    np.testing.assert_array_equal(saved["arr_0"], by_hand(process, runs.unet, [1, 1], 2, sampler=sampler))
+    words = f"5 of 40 steps (grid {grid}), {network_calls(process, sampler)} evaluations of the network per batch"
+    assert words in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "sampler", "grid"),
+    [
+        (
+            ["--sampler", "heun", "--churn", "3", "--timestep_respacing", "quad4"],
+            make_sampler("heun", churn=3.0),
+            "quad4",
+        ),
+        (["--sampler", "deis", "--order", "2", "--steps", "4"], make_sampler("deis", order=2), "logsnr4"),
+        (
+            ["--sampler", "sa", "--order", "3", "--eta", "0.5", "--timestep_respacing", "list:0,10.5,39"],
+            make_sampler("sa", order=3, eta=0.5),
+            "list:0,10.5,39",
+        ),
+    ],
+)
+def test_options_and_grids_are_those_given(
+    runs: Runs, tmp_path: Path, argv: list[str], sampler: Any, grid: str
+) -> None:
+    words = ["--model_path", runs["unet"], "--num_samples", "2", "--batch_size", "2", "--classes", "1", *argv]
+    saved = saved_by(image_sample.main, tmp_path, *words)
+    np.testing.assert_array_equal(saved["arr_0"], by_hand(on_grid(grid), runs.unet, [1, 1], 2, sampler=sampler))
+
+
+def test_predictions_are_thresholded_where_asked_for(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--dynamic_threshold", "0.8"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    expected = by_hand(runs.process, runs.unet, [1, 1], 2, denoised_fn=dynamic_thresholding(0.8))
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    assert (expected != by_hand(runs.process, runs.unet, [1, 1], 2)).any()
+
+
+# ---- guidance without a classifier
+
+
+def test_at_scale_1_nothing_guides(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--classes", "1", "--log_dir"]
+    image_sample.main([*argv, str(tmp_path / "plain")])
+    image_sample.main([*argv, str(tmp_path / "one"), "--cfg_scale", "1"])
+    for name in ("samples_5x8x8x3.npz", "request.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("scale", "rescale"), [(0.0, 0.0), (3.0, 0.0), (3.0, 0.7)])
+def test_classifier_free_guidance_is_that_of_the_loop(runs: Runs, tmp_path: Path, scale: float, rescale: float) -> None:
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--classes", "1", "--cfg_scale", str(scale)]
+    saved = saved_by(image_sample.main, tmp_path, *argv, *(["--cfg_rescale", str(rescale)] if rescale else []))
+    network = classifier_free(runs.guided, scale, rescale=rescale)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
+    unconditional = by_hand(runs.process, runs.guided, [3, 3], 2)
+    assert (scale == 0) == bool((saved["arr_0"][:2] == unconditional).all())
+
+
+def test_a_weaker_model_guides_by_its_own_config(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--num_res_blocks", "1"]
+    saved = saved_by(image_sample.main, tmp_path, *argv, "--autoguide_path", runs["weak"], "--autoguide_scale", "2")
+    network = autoguidance(runs.unet, runs.weak, 2.0)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
+
+
+def test_both_kinds_of_guidance_without_a_classifier_and_an_interval(runs: Runs, tmp_path: Path) -> None:
+    """Together they limit and guide as they do in Python."""
+    weak = ["--autoguide_path", runs["weak"], "--autoguide_scale", "2", "--guidance_interval", "5,30"]
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--classes", "1", "--cfg_scale", "3", *weak]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    both = interval(autoguidance(classifier_free(runs.guided, 3.0), runs.weak, 2.0), 5, 30)
+    inner = interval(classifier_free(runs.guided, 3.0), 5, 30)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, both, [1, 1], 2))
+    outside = by_hand(runs.process, interval(autoguidance(inner, runs.weak, 2.0), 5, 30), [1, 1], 2)
+    np.testing.assert_array_equal(saved["arr_0"][:2], outside)
+
+
+def test_an_unconditional_model_may_be_the_weaker_one(runs: Runs, tmp_path: Path) -> None:
+    weak = ["--autoguide_path", runs["unconditional"], "--autoguide_scale", "2"]
+    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *SAMPLING, "--classes", "1", *weak)
+    network = autoguidance(runs.unet, without_labels(runs.unconditional), 2.0)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
+
+
+@pytest.mark.parametrize(
+    ("model", "weak", "message"),
+    [
+        ("unconditional", "unet", "the model has class_cond False and the weaker model True"),
+        ("unet", "classifier", "ema_0.5_000100.pt is a classifier"),
+        ("unet", "upsampler", "ema_0.5_000100.pt is an upsampler: give the checkpoint of a diffusion model there"),
+    ],
+)
+def test_a_weaker_model_of_another_kind_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, weak: str, message: str
+) -> None:
+    argv = ["--model_path", runs[model], *SAMPLING, "--autoguide_path", runs[weak], "--autoguide_scale", "2"]
+    assert message in refused(image_sample.main, [*argv, "--log_dir", str(tmp_path)], capsys)
+
+
+def test_a_weaker_model_without_a_config_is_told_by_the_command_line(runs: Runs, tmp_path: Path) -> None:
+    lone = tmp_path / "lone.pt"
+    shutil.copy(os.path.join(runs["weak"], "ema_0.5_000100.pt"), lone)
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--autoguide_scale", "2", "--image_size", "8"]
+    argv += ["--num_heads", "2", "--diffusion_steps", "40", "--noise_schedule", "cosine"]
+    saved = saved_by(image_sample.main, tmp_path / "out", *argv, "--autoguide_path", str(lone))
+    network = autoguidance(runs.unet, runs.weak, 2.0)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
+
+
+def test_both_kinds_of_guidance_add_up(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["guided"], "--classifier_path", runs["classifier"], *SAMPLING, "--classes", "1,2"]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv, "--classifier_scale", "3", "--cfg_scale", "2")
+    network, guide = classifier_free(runs.guided, 2.0), classifier_guidance(runs.classifier, 3.0)
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 2], 2, cond_fn=guide))
+
+
+@pytest.mark.parametrize("rescaled", [False, True])
+def test_guidance_of_every_kind_keeps_to_its_interval(runs: Runs, tmp_path: Path, rescaled: bool) -> None:
+    """Timesteps of the interval are those of training, whatever the networks are fed."""
+    argv = ["--model_path", runs["guided"], "--classifier_path", runs["classifier"], *SAMPLING, "--classes", "1,2"]
+    argv += ["--classifier_scale", "3", "--cfg_scale", "2", "--guidance_interval", "10,30"]
+    argv += ["--rescale_timesteps", str(rescaled)]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv)
+    unit = 1000 / 40 if rescaled else 1
+    network = interval(classifier_free(runs.guided, 2.0), 10 * unit, 30 * unit)
+    guide = interval(classifier_guidance(runs.classifier, 3.0), 10 * unit, 30 * unit)
+    process = on_grid("4", rescale_timesteps=rescaled)
+    expected = by_hand(process, network, [1, 2], 2, cond_fn=guide)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    throughout = by_hand(
+        process, classifier_free(runs.guided, 2.0), [1, 2], 2, cond_fn=classifier_guidance(runs.classifier, 3.0)
+    )
+    assert (expected != throughout).any()
+
+
+def test_an_interval_without_guidance_is_an_error_also_with_a_classifier(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_path", runs["unet"], "--classifier_path", runs["classifier"], "--log_dir", str(tmp_path)]
+    argv += ["--classifier_scale", "0", "--guidance_interval", "10,30"]
+    assert "has no effect where nothing guides" in refused(classifier_sample.main, argv, capsys)
+
+
+# ---- starting from images
+
+
+def test_samplers_that_add_noise_are_told_from_those_that_do_not() -> None:
+    noisy = {"ddpm", "dpm++2m_sde", "dpm++3m_sde", "euler_ancestral", "sa"}
+    assert {name for name in SAMPLERS if adds_noise(make_sampler(name))} == noisy
+    for name, options, expected in (
+        ("ddim", {"eta": 0.5}, True),
+        ("heun", {"churn": 1.0}, True),
+        ("sa", {"eta": 0.0}, False),
+    ):
+        assert adds_noise(make_sampler(name, **options)) == expected
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mask that keeps all, one that keeps none, and one that keeps the left half."""
+    folder = tmp_path_factory.mktemp("masks")
+    for name, columns in (("all", 8), ("none", 0), ("half", 4)):
+        pixels = np.zeros((8, 8), np.uint8)
+        pixels[:, :columns] = 255
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return folder
+
+
+def images_of(pictures: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(pictures.iterdir())])
+
+
+def test_images_are_started_from_in_turn(runs: Runs, pictures: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--init_image", str(pictures)]
+    saved = saved_by(image_sample.main, tmp_path, *argv, "--num_samples", "7", "--batch_size", "7", "--strength", "0.7")
+    images = InitImages(str(pictures), 8, 3).rows(range(7))["init_image"]
+    assert th.equal(images[:2], images[5:])
+    expected = by_hand(runs.process, runs.unet, [1] * 7, 7, init_image=images, strength=0.7)
+    np.testing.assert_array_equal(saved["arr_0"], expected)
+
+
+def test_a_strength_of_its_own(runs: Runs, pictures: Path, tmp_path: Path, masks: Path) -> None:
+    """0.6 from an image, all the way where a mask keeps what is to be kept."""
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--init_image", str(pictures / "cat_0.png")]
+    half = ["--mask", str(masks / "half.png")]
+    for number, (more, strength) in enumerate((([], "0.6"), (half, "1"))):
+        own = saved_by(image_sample.main, tmp_path / f"a{number}", *argv, *more)
+        given = saved_by(image_sample.main, tmp_path / f"b{number}", *argv, *more, "--strength", strength)
+        np.testing.assert_array_equal(own["arr_0"], given["arr_0"])
+        names = [tmp_path / f"{kind}{number}" / "request.json" for kind in "ab"]
+        assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_what_masks_keep_is_kept_byte_for_byte(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--init_image", str(pictures)]
+    originals = images_of(pictures)
+    whole = saved_by(image_sample.main, tmp_path / "all", *argv, "--mask", str(masks / "all.png"))
+    np.testing.assert_array_equal(whole["arr_0"], originals)
+    inverted = saved_by(
+        image_sample.main, tmp_path / "swapped", *argv, "--mask", str(masks / "none.png"), "--mask_invert"
+    )
+    np.testing.assert_array_equal(inverted["arr_0"], originals)
+    half = saved_by(image_sample.main, tmp_path / "half", *argv, "--mask", str(masks / "half.png"))
+    np.testing.assert_array_equal(half["arr_0"][:, :, :4], originals[:, :, :4])
+    assert (half["arr_0"][:, :, 4:] != originals[:, :, 4:]).mean() > 0.9
+    none = saved_by(image_sample.main, tmp_path / "none", *argv, "--mask", str(masks / "none.png"))
+    plain = saved_by(image_sample.main, tmp_path / "plain", *argv, "--strength", "1")
+    np.testing.assert_array_equal(none["arr_0"], plain["arr_0"])
+
+
+def test_painting_resamples_as_the_loop_does(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--init_image", str(pictures)]
+    argv += ["--mask", str(masks / "half.png"), "--resample", "2", "--resample_jump", "3"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    rows = InitImages(str(pictures), 8, 3, masks=str(masks / "half.png")).rows([0, 1])
+    expected = by_hand(runs.process, runs.unet, [1, 1], 2, resample=2, jump=3, **rows)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    assert "8 evaluations of the network per batch" in (tmp_path / "log.txt").read_text()
+
+
+def test_inverted_images_are_sampled_under_another_class(runs: Runs, pictures: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--init_image", str(pictures), "--use_ddim"]
+    argv += ["--invert", "--init_classes", "0,1", "--classes", "owl"]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    images = InitImages(str(pictures), 8, 3).rows([0, 1])["init_image"]
+    noise = invert(runs.process, runs.unet, images, model_kwargs={"y": th.tensor([0, 1])})
+    expected = by_hand(runs.process, runs.unet, [2, 2], 2, sampler=make_sampler("ddim"), start=noise)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+    assert "8 evaluations of the network per batch" in (tmp_path / "log.txt").read_text()
+
+
+def test_part_of_the_way_to_noise_and_back_with_a_mask(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--init_image", str(pictures), "--sampler", "dpm++2m"]
+    argv += ["--invert", "--classes", "owl", "--strength", "0.7", "--mask", str(masks / "half.png")]
+    saved = saved_by(image_sample.main, tmp_path, *argv)
+    rows = InitImages(str(pictures), 8, 3, masks=str(masks / "half.png")).rows([0, 1])
+    labels = th.tensor([2, 2])
+    noise = invert(runs.process, runs.unet, rows["init_image"], model_kwargs={"y": labels}, strength=0.7)
+    loop: dict[str, Any] = {"sampler": make_sampler("dpm++2m"), "start": noise, "strength": 0.7, **rows}
+    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unet, [2, 2], 2, **loop))
+
+
+def test_interpolation_goes_from_one_image_to_the_other(runs: Runs, pictures: Path, tmp_path: Path) -> None:
+    ends = [str(pictures / name) for name in ("cat_0.png", "dog_1.png")]
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--use_ddim", "--init_image", ends[0], "--interpolate", ends[1]]
+    saved = saved_by(image_sample.main, tmp_path, *argv, "--classes", "cat,cat,cat,dog,dog", "--batch_size", "5")
+    images = th.cat([InitImages(end, 8, 3).rows([0])["init_image"] for end in ends])
+    noise = invert(runs.process, runs.unet, images, model_kwargs={"y": th.tensor([0, 1])})
+    between = slerp(noise[0], noise[1], th.linspace(0, 1, 5))
+    th.testing.assert_close(between[[0, 4]], noise)
+    sampler = make_sampler("ddim")
+    expected = by_hand(runs.process, runs.unet, [0, 0, 0, 1, 1], 5, sampler=sampler, start=between)
+    assert np.abs(saved["arr_0"].astype(int) - expected).max() <= 1
+    assert len({image.tobytes() for image in saved["arr_0"]}) == 5
+
+
+def test_interpolation_takes_one_image_at_either_end(
+    runs: Runs, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = str(pictures / "cat_0.png")
+    argv = ["--model_path", runs["unet"], *SAMPLING, "--use_ddim", "--classes", "0", "--log_dir", str(tmp_path)]
+    for ends, name in (((str(pictures), one), "init_image"), ((one, str(pictures)), "interpolate")):
+        words = [*argv, "--init_image", ends[0], "--interpolate", ends[1]]
+        assert f"--{name} holds 5 images, and --interpolate goes" in refused(image_sample.main, words, capsys)
+
+
+def test_a_guided_model_may_start_from_images_too(runs: Runs, pictures: Path, masks: Path, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unconditional"], "--classifier_path", runs["classifier"], *SAMPLING]
+    argv += ["--classes", "dog", "--init_image", str(pictures), "--mask", str(masks / "half.png")]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv)
+    rows = InitImages(str(pictures), 8, 3, masks=str(masks / "half.png")).rows([0, 1])
+    guide = classifier_guidance(runs.classifier, 1.0)
+    network = without_labels(runs.unconditional)
+    expected = by_hand(runs.process, network, [1, 1], 2, cond_fn=guide, **rows)
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
+
+
+def test_two_ranks_guide_paint_and_film_as_one(
+    runs: Runs, pictures: Path, masks: Path, tmp_path: Path, ranks: Nursery
+) -> None:
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--cfg_scale", "2", "--init_image", str(pictures)]
+    named = tmp_path / "masks"  # a mask for each image, by its name
+    named.mkdir()
+    for image, mask in zip(sorted(pictures.iterdir()), ("all", "half", "none", "all", "half"), strict=True):
+        shutil.copy(masks / f"{mask}.png", named / image.name)
+    argv += ["--mask", str(named), "--resample", "2", "--resample_jump", "2", "--save_intermediate", "2"]
+    argv += ["--guidance_interval", "5,30", "--device", "cpu"]
+    image_sample.main([*argv, "--log_dir", str(tmp_path / "one")])
+    result = ranks.run([SCRIPTS / "image_sample.py", *argv, "--log_dir", tmp_path / "two"])
+    assert result.returncode == 0, result.stderr
+    for name in ("samples_5x8x8x3.npz", "film.png", "film.gif", "request.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_requests_know_guidance_and_images(
+    runs: Runs, pictures: Path, masks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = ["--init_image", str(pictures / "cat_0.png")]
+    half = ["--mask", str(masks / "half.png")]
+    argv = ["--model_path", runs["guided"], *SAMPLING, "--log_dir", str(tmp_path), "--cfg_scale", "2"]
+    image_sample.main([*argv, *image, *half])
+    for more, message in (
+        ([*image, *half, "--cfg_scale", "3"], "cfg_scale was 2.0 and is 3.0"),
+        ([*image, *half, "--cfg_rescale", "0.5"], "cfg_rescale was 0.0 and is 0.5"),
+        ([*image, *half, "--guidance_interval", "5,30"], "guidance_interval was '' and is [5.0, 30.0]"),
+        ([*image, *half, "--dynamic_threshold", "0.9"], "dynamic_threshold was 0.0 and is 0.9"),
+        ([*image, *half, "--mask_invert"], "init_image was "),
+        ([*image, *half, "--strength", "0.5"], "strength was 1.0 and is 0.5"),
+        ([*image, *half, "--resample", "2"], "resample was 1 and is 2"),
+        (["--init_image", str(pictures / "dog_1.png"), *half], "init_image was "),
+        ([], "init_image was "),
+        ([*image, "--invert", "--use_ddim"], "sampler was Ancestral() and is DDIM(eta=0.0)"),
+    ):
+        assert message in refused(image_sample.main, [*argv, *more], capsys)
+
+
+# ---- classifier_sample
+
+
+def test_scale_0_is_the_unguided_run(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING]
+    for number, more in enumerate(([], ["--use_ddim", "True"])):
+        plain = saved_by(image_sample.main, tmp_path / f"a{number}", *argv, *more)
+        guide = ["--classifier_path", runs["classifier"], "--classifier_scale", "0"]
+        guided = saved_by(classifier_sample.main, tmp_path / f"b{number}", *argv, *more, *guide)
+        for name in ("arr_0", "arr_1"):
+            np.testing.assert_array_equal(plain[name], guided[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words", "clipped"),
+    [
+        ("unet", "ddpm", "--timestep_respacing 4", None),
+        ("unconditional", "ddim", "--timestep_respacing 4", False),  # as the originals have it
+        ("unet", "plms", "--timestep_respacing ddim4", False),
+        ("unet", "ddim", "--steps 4", True),
+        ("unet", "plms", "--timestep_respacing logsnr4", True),
+        ("unet", "ddim", "--timestep_respacing 4 --clip_guided True", True),
+        ("unet", "dpm++2m", "--timestep_respacing 4", True),
+        ("unet", "dpm++2m", "--steps 4 --clip_guided False", False),
+    ],
+)
+def test_guidance_is_that_of_the_loop(
+    runs: Runs, tmp_path: Path, name: str, kind: str, words: str, clipped: bool | None
+) -> None:
+    argv = ["--model_path", runs[name], "--classifier_path", runs["classifier"], *SAMPLING[:4], "--classes", "dog,owl"]
+    argv += [*words.split(), "--classifier_scale", "30", "--sampler", kind]
+    saved = saved_by(classifier_sample.main, tmp_path, *argv)
+    network = runs.unet if name == "unet" else without_labels(runs.unconditional)
+    guide, sampler = classifier_guidance(runs.classifier, 30.0), make_sampler(kind)
+    grid = words.split()[1] if "--timestep" in words else f"{getattr(sampler, 'grid', '')}4"
+
+    def expected(**options: Any) -> np.ndarray:
+        return by_hand(on_grid(grid), network, [1, 2], 2, sampler=sampler, **options)
+
+    np.testing.assert_array_equal(saved["arr_0"][:2], expected(cond_fn=guide, clip_guided=clipped))
+    assert saved["arr_1"].tolist() == [1, 2, 1, 2, 1]
+    assert (saved["arr_0"][:2] != expected()).any()
+    assert clipped is None or (saved["arr_0"][:2] != expected(cond_fn=guide, clip_guided=not clipped)).any()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--clip_guided maybe", "'maybe' is none of auto, True, False"),
+        ("--clip_guided True --classifier_scale 0 --sampler ddim", "--clip_guided True has no effect where no"),
+        ("--clip_guided False --sampler ddpm", "--clip_guided False has no effect on ddpm, whose mean is guided"),
+        ("--clip_guided True --sampler ddim --clip_denoised False", "has no effect with --clip_denoised False"),
+    ],
+)
+def test_clipping_that_has_no_effect_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    argv = ["--model_path", runs["unet"], "--classifier_path", runs["classifier"], "--log_dir", str(tmp_path)]
+    assert message in refused(classifier_sample.main, [*argv, *words.split()], capsys)
+
+
+def test_guided_samples_are_likelier_for_the_classifier(runs: Runs, tmp_path: Path) -> None:
+    argv = ["--model_path", runs["unconditional"], "--classifier_path", runs["classifier"], *SAMPLING]
+    likelihoods = []
+    for scale in ("0", "10"):
+        out = saved_by(classifier_sample.main, tmp_path / scale, *argv, "--classifier_scale", scale)
+        images = th.from_numpy(out["arr_0"]).movedim(-1, 1) / 127.5 - 1
+        logits = runs.classifier(images, th.zeros(5, dtype=th.long))
+        likelihoods.append(-F.cross_entropy(logits, th.from_numpy(out["arr_1"])).item())
+    assert likelihoods[1] > likelihoods[0]
+
+
+def altered(runs: Runs, folder: Path, **flags: Any) -> str:
+    """The classifier's folder with other flags in its config."""
+    shutil.copytree(runs["classifier"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"] |= flags
+    (folder / "config.json").write_text(json.dumps(config))
+    if "num_classes" in flags:
+        network = build_classifier(ClassifierConfig(**{**asdict(CLASSIFIER), **flags}))
+        checkpoints.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"noise_schedule": "linear"}, "the model has noise_schedule cosine and the classifier linear"),
+        ({"diffusion_steps": 50}, "the model has diffusion_steps 40 and the classifier 50"),
+        ({"num_classes": 4}, "the model has num_classes 3 and the classifier 4"),
+        ({"classifier_width": 64}, "the checkpoint has classifier_width 32, you gave 64"),
+    ],
+)
+def test_a_classifier_of_another_kind_is_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], message: str
+) -> None:
+    folder = altered(runs, tmp_path / "classifier", **flags)
+    argv = ["--model_path", runs["unet"], "--classifier_path", folder, *SAMPLING, "--log_dir", str(tmp_path / "out")]
+    assert message in refused(classifier_sample.main, argv, capsys)
+
+
+@pytest.mark.parametrize("sizes", [{"image_size": 16}, {"image_size": "8x16"}, {"large_size": 16, "small_size": 8}])
+def test_at_another_size_attention_stays_where_it_was(runs: Runs, sizes: dict[str, Any]) -> None:
+    """Its resolution is another one then, which the weights tell; one that is given has the last word."""
+    upsampler = "large_size" in sizes
+    name, command = ("upsampler", "super_res_sample") if upsampler else ("unet", "image_sample")
+    flags = {"model_path": runs[name], **sizes}
+    restore = restore_upsampler if upsampler else restore_unet
+    model = restore(cli.Flags(command, flags))
+    assert model.flags.values["attention_resolutions"] == "8"
+    own = getattr(runs, name).state_dict()
+    assert all(th.equal(value, own[key]) for key, value in model.network.state_dict().items())
+    with pytest.raises(ValueError, match="attention_resolutions"):
+        restore(cli.Flags(command, {**flags, "attention_resolutions": "4"}))
+
+
+def test_classifiers_of_other_classes_or_sizes_are_refused(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = altered(runs, tmp_path / "names")
+    table = {"classes": ["cat", "dog", "yak"], "class_from": "folder", "counts": [1, 1, 1]}
+    checkpoints.save_json(f"{names}/classes.json", table)
+    bigger = ClassifierConfig(**{**asdict(CLASSIFIER), "image_size": 16})
+    network = build_classifier(ClassifierConfig(**{**asdict(bigger), "classifier_attention_resolutions": "8"}))
+    checkpoints.save(str(tmp_path / "bigger" / "model000010.pt"), network.state_dict())
+    for folder, message in (
+        (names, "the model has classes ['cat', 'dog', 'owl'] and the classifier ['cat', 'dog', 'yak']"),
+        (str(tmp_path / "bigger"), "the model has image_size 8 and the classifier 16"),
+    ):
+        argv = ["--model_path", runs["unet"], "--classifier_path", folder, "--log_dir", str(tmp_path / "out")]
+        assert message in refused(classifier_sample.main, [*argv, *SAMPLING], capsys)
+
+
+# ---- super_res_sample
+
+
+def test_enlarged_images_keep_order_and_labels(runs: Runs, base: Path, tmp_path: Path, ranks: Nursery) -> None:
+    argv = ["--model_path", runs["upsampler"], "--base_samples", str(base), "--batch_size", "2"]
+    argv += ["--timestep_respacing", "4", "--use_ddim", "True"]
+    saved = saved_by(super_res_sample.main, tmp_path / "one", *argv)
+    with np.load(base) as small:
+        images, labels = small["arr_0"], small["arr_1"].tolist()
+    assert saved["arr_1"].tolist() == labels
+    low_res = th.from_numpy(images).movedim(-1, 1) / 127.5 - 1
+    expected = by_hand(runs.process, runs.upsampler, labels, 5, sampler=make_sampler("ddim"), more={"low_res": low_res})
+    assert np.abs(saved["arr_0"].astype(int) - expected).max() <= 1
+    assert "5 images 8x8" in (tmp_path / "one" / "log.txt").read_text()
+
+    script = [SCRIPTS / "super_res_sample.py", *argv, "--log_dir", tmp_path / "two", "--device", "cpu"]
+    result = ranks.run(script)
+    assert result.returncode == 0, result.stderr
+    with np.load(tmp_path / "two" / "samples_5x8x8x3.npz") as two:
+        np.testing.assert_array_equal(two["arr_0"], saved["arr_0"])
+
+
+def test_upsamplers_are_guided_by_weaker_ones_and_by_their_null_class(runs: Runs, base: Path, tmp_path: Path) -> None:
+    config = SuperResConfig(**{**asdict(UPSAMPLER), "null_class": True})
+    weak = scrambled(build_upsampler(config, True))
+    folder = write_run(tmp_path / "weak", "super_res_train", weak, config, PROCESS)
+    argv = ["--base_samples", str(base), *SAMPLING, "--batch_size", "5"]
+    with np.load(base) as small:
+        images, labels = th.from_numpy(small["arr_0"]).movedim(-1, 1) / 127.5 - 1, small["arr_1"].tolist()
+    away = ["--model_path", runs["upsampler"], "--autoguide_path", str(folder), "--autoguide_scale", "2"]
+    free = ["--model_path", str(folder), "--cfg_scale", "2"]
+    networks = autoguidance(runs.upsampler, weak, 2.0), classifier_free(weak, 2.0)
+    for number, (words, network) in enumerate(zip((away, free), networks, strict=True)):
+        saved = saved_by(super_res_sample.main, tmp_path / str(number), *argv, *words)
+        expected = by_hand(runs.process, network, labels, 5, more={"low_res": images})
+        np.testing.assert_array_equal(saved["arr_0"], expected)
+
+
+def test_fewer_images_and_labels_from_the_command_line(runs: Runs, base: Path, tmp_path: Path) -> None:
+    unlabelled = tmp_path / "base.npz"
+    with np.load(base) as small:
+        np.savez(unlabelled, small["arr_0"])
+    argv = ["--model_path", runs["upsampler"], "--base_samples", str(unlabelled), *SAMPLING]
+    saved = saved_by(super_res_sample.main, tmp_path / "out", *argv, "--num_samples", "3", "--classes", "owl,cat")
+    assert saved["arr_0"].shape == (3, 8, 8, 3)
+    assert saved["arr_1"].tolist() == [2, 0, 2]
+
+
+def test_two_commands_run_in_threads_of_one_process(runs: Runs, tmp_path: Path) -> None:
+    def run(seed: int, folder: Path) -> bytes:
+        image_sample.main(["--model_path", runs["unet"], *SAMPLING, "--seed", str(seed), "--log_dir", str(folder)])
+        return next(folder.glob("*.npz")).read_bytes()
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, (1, 2), (tmp_path / "a", tmp_path / "b")))
+    assert together == [run(seed, tmp_path / f"alone{seed}") for seed in (1, 2)]
+    for name in ("a", "b"):
+        assert f"sampling complete: {tmp_path / name}" in (tmp_path / name / "log.txt").read_text()
+
+
+def test_a_command_that_fails_leaves_no_temporary_folder_but_one_with_results(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_LOGDIR")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    refused(image_sample.main, ["--model_path", runs["unet"], "--classes", "cow"], capsys)
+    assert list(tmp_path.iterdir()) == []
+    refused(image_sample.main, ["--model_path", runs["unet"], "--classes", "cow", "--log_dir", f"{tmp_path}/a"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    image_sample.main(["--model_path", runs["unet"], *SAMPLING])
+    assert len(list(tmp_path.glob("openai-*/*.npz"))) == 1
+
+
+@pytest.mark.parametrize(("words", "told"), [([], 1), (["--num_samples", "10000"], 0), (["--batch_size", "1000"], 0)])
+def test_a_long_run_that_nobody_asked_for_says_how_to_ask_for_less(
+    runs: Runs, tmp_path: Path, words: list[str], told: int
+) -> None:
+    flags = cli.parse("image_sample", words)
+    logger.configure(str(tmp_path), ["log"])
+    job = common.job_of(flags, make_sampler("ddpm"), (3, 8, 8), {})
+    common.announce(flags, runs.process, job, 40)
+    hint = "these are 25000 evaluations, the bar says how long they take: for a first look give --num_samples 16 --samp"
+    assert (tmp_path / "log.txt").read_text().count(hint) == told
+
+
+# ---- mistakes
+
+
+def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence with which a command refuses its flags, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    text = capsys.readouterr().err.strip()
+    assert "Traceback" not in text
+    return text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--model_path is missing: give a checkpoint or the folder of a run"),
+        (["--model_path", "nowhere.pt"], "--model_path 'nowhere.pt' does not exist"),
+        (["--model_path", "CONFIG"], "it is of another kind, and no file of weights; beside it lie ema_0.5_000100.pt"),
+        (["--model_path", "UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
+        (["--model_path", "BARE_UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
+        (
+            ["--model_path", "UNET", "--autoguide_path", "nowhere", "--autoguide_scale", "2"],
+            "--autoguide_path 'nowhere'",
+        ),
+        (["--model_path", "UNET", "--lora_path", "nowhere"], "--lora_path 'nowhere' does not exist: give a file lora"),
+        (["--model_path", "RUNS"], "holds no ema_RATE_NNNNNN.pt"),
+        (
+            ["--model_path", "UNET", "--sampler", "ddpm", "--use_ddim", "True"],
+            "--sampler ddpm contradicts --use_ddim True",
+        ),
+        (["--model_path", "UNET", "--eta", "0.5"], "the sampler ddpm has no option eta: it is an option of ddim"),
+        (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),
+        (["--model_path", "UNET", "--sampler", "dim"], "sampler 'dim' is unknown: use one of ddpm, ddim, "),
+        (["--model_path", "UNET", "--sampler", "ddin"], "did you mean ddim?"),
+        (["--sampler", "dpm++2m", "--eta", "0.5"], "the sampler dpm++2m has no option eta: it is an option of ddim, "),
+        (
+            ["--sampler", "dpm++2m", "--churn", "5"],
+            "the sampler dpm++2m has no option churn: it is an option of heun, euler",
+        ),
+        (["--sampler", "plms", "--order", "7"], "order 7"),
+        (["--sampler", "ddim_reverse"], "--sampler ddim_reverse turns images to noise: give --invert True"),
+        (["--steps", "4"], "--steps 4 and --timestep_respacing 4 both say which steps to take: give one"),
+        (["--model_path", "UNET", "--timestep_respacing", "karras0"], "timestep_respacing 'karras0' has no steps"),
+        (["--model_path", "UNET", "--timestep_respacing", "list:3,3,9"], "timesteps 3, 3, 9 are not in rising order"),
+        (["--dynamic_threshold", "1.5"], "--dynamic_threshold 1.5 is no share"),
+        (["--cfg_rescale", "0.5"], "--cfg_rescale has no effect at --cfg_scale 1"),
+        (["--cfg_scale", "2", "--cfg_rescale", "1.5"], "--cfg_rescale 1.5 is no share"),
+        (["--model_path", "UNET", "--cfg_scale", "2"], "was trained without --class_dropout"),
+        (
+            ["--model_path", "UNCONDITIONAL", "--cfg_scale", "2"],
+            "--cfg_scale 2.0 has no effect on an unconditional model",
+        ),
+        (["--autoguide_scale", "2"], "--autoguide_scale has no effect without --autoguide_path"),
+        (["--autoguide_path", "WEAK"], "--autoguide_path has no effect at --autoguide_scale 1"),
+        (["--guidance_interval", "5,20"], "--guidance_interval has no effect where nothing guides"),
+        (["--cfg_scale", "2", "--guidance_interval", "20,5"], "'20,5' is no interval: write LOW,HIGH"),
+        (["--cfg_scale", "2", "--guidance_interval", "nan,5"], "'nan,5' is no interval: write LOW,HIGH"),
+        (
+            ["--model_path", "GUIDED", "--cfg_scale", "2", "--guidance_interval", "1,2"],
+            "--guidance_interval 1,2 holds none of the steps, which are 4 from 0 to 39",
+        ),
+        (["--mask", "m.png"], "--mask has no effect without --init_image: give both or none"),
+        (["--strength", "0.5"], "--strength has no effect without --init_image"),
+        (["--invert"], "--invert has no effect without --init_image"),
+        (
+            ["--init_image", "IMAGE", "--strength", "0"],
+            "--strength 0.0 is no share of the way: give above 0 and up to 1",
+        ),
+        (["--init_image", "IMAGE", "--strength", "1.1"], "--strength 1.1 is no share of the way"),
+        (
+            ["--model_path", "UNET", "--init_image", "IMAGE", "--strength", "0.1", "--timestep_respacing", "trailing4"],
+            "--strength 0.1 takes none of the 4 steps",
+        ),
+        (["--init_image", "IMAGE", "--mask_invert"], "--mask_invert has no effect without --mask"),
+        (["--init_image", "IMAGE", "--resample", "2"], "--resample has no effect without --mask"),
+        (
+            ["--init_image", "IMAGE", "--mask", "MASK", "--resample_jump", "2"],
+            "--resample_jump has no effect at --resample 1",
+        ),
+        (
+            ["--init_image", "IMAGE", "--init_classes", "1"],
+            "--init_classes has no effect without --invert or --interpolate",
+        ),
+        (["--init_image", "IMAGE", "--invert"], "--invert needs a sampler that adds no noise, and Ancestral() does"),
+        (["--init_image", "IMAGE", "--interpolate", "IMAGE"], "--interpolate needs a sampler that adds no noise"),
+        (
+            ["--init_image", "IMAGE", "--interpolate", "IMAGE", "--mask", "MASK"],
+            "--interpolate goes all the way between two images: leave --mask out",
+        ),
+        (
+            ["--init_image", "IMAGE", "--interpolate", "IMAGE", "--num_samples", "1", "--use_ddim"],
+            "--interpolate goes from one image to another: give --num_samples 2 or more",
+        ),
+        (
+            ["--model_path", "UNET", "--init_image", "IMAGE", "--interpolate", "IMAGE", "--use_ddim"],
+            "--interpolate needs the class of every sample: give --classes",
+        ),
+        (["--model_path", "UNET", "--init_image", "nowhere.png"], "init_image 'nowhere.png' does not exist"),
+        (["--model_path", "UNET", "--init_image", "TORN"], "cannot read image"),
+        (
+            ["--model_path", "UNET", "--init_image", "IMAGE", "--mask", "TALL"],
+            "the mask tall.png is 12x8 and its image",
+        ),
+        (
+            ["--model_path", "UNCONDITIONAL", "--init_image", "IMAGE", "--invert", "--use_ddim", "--init_classes", "1"],
+            "--init_classes 1 has no effect on an unconditional model",
+        ),
+        (["--model_path", "UNET", "--classes", "7"], "class 7 does not exist: the classes are 0 .. 2"),
+        (["--model_path", "UNET", "--classes", ","], "classes ',' names no class"),
+        (["--model_path", "UNET", "--classes", "cow"], "class 'cow' is unknown: the names are cat, dog, owl"),
+        (["--model_path", "UNCONDITIONAL", "--classes", "1"], "--classes 1 has no effect on an unconditional model"),
+        (["--model_path", "UNET", "--num_channels", "64"], "the checkpoint has num_channels 32, you gave 64"),
+        (["--model_path", "UNET", "--class_cond", "False"], "the checkpoint has class_cond True, you gave False"),
+        (["--model_path", "UNET", "--precision", "bf16", "--use_fp16", "True"], "precision bf16 contradicts use_fp16"),
+        (["--model_path", "UNET", "--timestep_respacing", "50"], "cannot take 50 steps"),
+        (["--model_path", "UNET", "--image_size", "9"], "image size 9 is not a multiple of 2"),
+        (["--model_path", "UNET", "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--model_path", "UNET", "--batch_size", "0"], "0 is below the least value, 1"),
+        (["--model_path", "OPTIMIZER"], "holds optimizer state: use"),
+        (["--model_path", "TORN"], "cannot be read as a checkpoint"),
+    ],
+)
+def test_mistakes_in_sampling_get_one_sentence(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    weights = os.path.join(runs["unet"], "ema_0.5_000100.pt")
+    shutil.copy(weights, tmp_path / "model000100.pt")
+    checkpoints.save(str(tmp_path / "opt000100.pt"), {"state": {}, "param_groups": []})
+    (tmp_path / "torn.pt").write_bytes(Path(weights).read_bytes()[:-100])
+    places = {"RUNS": str(runs.root), "UNET": runs["unet"], "UNCONDITIONAL": runs["unconditional"]}
+    shutil.copy(os.path.join(runs["upsampler"], "ema_0.5_000100.pt"), tmp_path / "upsampler.pt")
+    places |= {"UPSAMPLER": runs["upsampler"], "BARE_UPSAMPLER": str(tmp_path / "upsampler.pt")}
+    places |= {"CONFIG": os.path.join(runs["unet"], "config.json")}
+    places |= {"OPTIMIZER": str(tmp_path / "opt000100.pt"), "TORN": str(tmp_path / "torn.pt")}
+    places |= {name: runs[name.lower()] for name in ("GUIDED", "WEAK")}
+    places |= {name: str(tmp_path / f"{name.lower()}.png") for name in ("IMAGE", "MASK", "TALL")}
+    for name, size in (("image", (8, 8)), ("mask", (8, 8)), ("tall", (8, 12))):
+        Image.new("L", size).save(tmp_path / f"{name}.png")
+    words = [*SAMPLING, *(places.get(word, word) for word in argv), "--log_dir", str(tmp_path / "out")]
+    assert message in refused(image_sample.main, words, capsys)
+    assert not list(tmp_path.glob("out/*.npz"))
+    assert not list(tmp_path.glob("out/request.json"))
+
+
+def test_impossible_steps_are_refused_before_weights_are_read(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs["unet"], tmp_path / "run")
+    (tmp_path / "run" / "ema_0.5_000100.pt").write_bytes(b"torn")
+    argv = ["--model_path", str(tmp_path / "run"), "--log_dir", str(tmp_path / "out")]
+    for more, message in (
+        (["--steps", "50"], "cannot take 50 steps from a section of 40"),
+        (["--timestep_respacing", "list:0,40"], "timesteps 0, 40 are not all in 0 .. 39"),
+        (["--steps", "4"], "cannot be read as a checkpoint"),
+    ):
+        assert message in refused(image_sample.main, [*argv, *more], capsys)
+
+
+def save_small(path: Path, *arrays: np.ndarray) -> str:
+    np.savez(path, *arrays)
+    return str(path)
+
+
+def test_mistakes_in_enlarging_get_one_sentence(
+    runs: Runs, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.npz").write_text("no npz")
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
+    small = np.zeros((2, 4, 4, 3), np.uint8)
+    cases = [
+        ([], "--base_samples '' does not exist"),
+        (["--base_samples", str(tmp_path / "text.npz")], "is no npz"),
+        (["--base_samples", str(tmp_path / "picture.png")], "the images have no labels that fit"),
+        (["--base_samples", str(base), "--num_samples", "6"], "--num_samples 6 is more than the 5 images of"),
+        (["--base_samples", str(base), "--classes", "1"], "the images have labels of their own"),
+        (
+            ["--base_samples", save_small(tmp_path / "a.npz", small)],
+            "the images have no labels (arr_1): give --classes",
+        ),
+        (["--base_samples", save_small(tmp_path / "b.npz", small[:, :3])], "are not of small_size 4x4, the first is"),
+        (
+            ["--base_samples", save_small(tmp_path / "d.npz", small, np.array([0, 3]))],
+            "class 3 does not exist: the classes are 0 .. 2",
+        ),
+        (["--base_samples", save_small(tmp_path / "e.npz", small, np.array([1]))], "labels arr_1 (1,) of int64"),
+        (["--base_samples", save_small(tmp_path / "f.npz", small, np.ones(2))], "labels arr_1 (2,) of float64"),
+    ]
+    for argv, message in cases:
+        words = [
+            "--model_path",
+            runs["upsampler"],
+            "--timestep_respacing",
+            "2",
+            *argv,
+            "--log_dir",
+            str(tmp_path / "out"),
+        ]
+        assert message in refused(super_res_sample.main, words, capsys)
+    assert not list(tmp_path.glob("out/*.npz"))
+
+
+def test_mistakes_in_guiding_and_measuring_get_one_sentence(
+    runs: Runs, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model_path", runs["unet"], "--log_dir", str(tmp_path)]
+    assert "--classifier_path is missing" in refused(classifier_sample.main, argv, capsys)
+    swapped = ["--model_path", runs["classifier"], "--classifier_path", runs["unet"], "--log_dir", str(tmp_path)]
+    assert "ema_0.5_000100.pt is a classifier" in refused(classifier_sample.main, swapped, capsys)
+    twice = ["--model_path", runs["unet"], "--classifier_path", runs["unet"], "--log_dir", str(tmp_path)]
+    assert "ema_0.5_000100.pt is no classifier" in refused(classifier_sample.main, twice, capsys)
+    assert "--data_dir is missing: give a folder or a zip" in refused(image_nll.main, argv, capsys)
+    shutil.copy(os.path.join(runs["unet"], "ema_0.5_000100.pt"), tmp_path / "unet.pt")
+    bare = ["--model_path", str(tmp_path / "unet.pt"), "--log_dir", str(tmp_path)]
+    assert "unet.pt is no upsampler: give" in refused(super_res_sample.main, bare, capsys)
+    image_nll.main([*argv, "--data_dir", str(pictures), "--timestep_respacing", "2"])
+    again = [*argv, "--data_dir", str(pictures), "--timestep_respacing", "4"]
+    assert "holds the likelihoods of another request" in refused(image_nll.main, again, capsys)
+
+
+def test_a_bare_checkpoint_says_what_it_leaves_to_defaults(runs: Runs, tmp_path: Path) -> None:
+    weights = str(shutil.copy(os.path.join(runs["unconditional"], "ema_0.5_000100.pt"), tmp_path / "unet.pt"))
+    known = ["--image_size", "8", "--noise_schedule", "cosine", "--diffusion_steps", "40"]
+    image_sample.main(["--model_path", weights, *known, *SAMPLING, "--log_dir", str(tmp_path / "run")])
+    said = (tmp_path / "run" / "log.txt").read_text()
+    (line,) = [line for line in said.splitlines() if line.startswith(f"no config.json beside {weights}: by default ")]
+    assert "num_heads 4, num_heads_upsample -1" in line
+    assert "predict_xstart False" in line
+    assert not any(f"{flag} " in line for flag in ("num_channels", "learn_sigma", *(word[2:] for word in known[::2])))
+    image_sample.main(["--model_path", runs["unconditional"], *SAMPLING, "--log_dir", str(tmp_path / "other")])
+    assert "by default" not in (tmp_path / "other" / "log.txt").read_text()
+
+
+def test_a_wrong_flag_is_refused_before_torch_is_imported() -> None:
+    for name in ("image_sample", "classifier_sample", "super_res_sample", "image_nll"):
+        code = f"import sys; sys.argv = ['{name}.py', '--modle_path', 'x']; import runpy\n"
+        code += f"try: runpy.run_path({str(SCRIPTS / name) + '.py'!r}, run_name='__main__')\n"
+        code += "except SystemExit as end: sys.exit(40 + end.code + 100 * ('torch' in sys.modules))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 42
+        assert "did you mean --model_path?" in result.stderr
+
+
+def test_without_a_folder_the_environment_names_it(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "there"))
+    image_sample.main(["--model_path", runs["unet"], *SAMPLING, "--num_samples", "1"])
+    assert (tmp_path / "there" / "samples_1x8x8x3.npz").exists()
+    assert dist_util.world_size() == 1
+
+
+def test_random_labels_are_drawn_from_the_classes_of_the_training_alone() -> None:
+    flags = cli.parse("image_sample", [])
+    assert labels_of(flags, ["cat", "dog"], 1000)["num_classes"] == 2
+    assert labels_of(flags, [], 1000)["num_classes"] == 1000
+    with pytest.raises(ValueError, match=r"class 500 does not exist: the classes are 0 \.\. 1"):
+        labels_of(cli.parse("image_sample", ["--classes", "500"]), ["cat", "dog"], 1000)

@@ -1,0 +1,134 @@
+"""The precision that "auto" becomes: what was measured decides, and is said and kept."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch as th
+
+from guided_diffusion.commands import flags as cli, performance, training
+from guided_diffusion.networks import hardware
+from guided_diffusion.networks.hardware import fastest_precision
+from guided_diffusion.script_util import classifier_defaults, create_classifier, create_model
+
+WIDTHS = (32, 64, 128, 224, 256)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of what was measured, in a cache of its own."""
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / hardware.KEPT
+
+
+@pytest.fixture(params=[True, False])
+def fast(request: pytest.FixtureRequest, kept: Path) -> bool:
+    """Whether bf16 was found to be faster here."""
+    write(kept, 0.01 if request.param else 0.1)
+    return bool(request.param)
+
+
+def write(kept: Path, bf16: float) -> None:
+    """What was measured for this processor, where fp32 takes 50 ms."""
+    seconds = {"fp32": 0.05, "bf16": bf16}
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps({f"{hardware._processor()}, {width} channels": seconds for width in WIDTHS}))
+
+
+@pytest.mark.parametrize(("bf16", "precision"), [(0.01, "bf16"), (0.04, "bf16"), (0.048, "fp32"), (0.2, "fp32")])
+def test_a_cpu_takes_bf16_where_it_was_measured_to_be_faster(kept: Path, bf16: float, precision: str) -> None:
+    write(kept, bf16)
+    before = kept.read_bytes()
+    for width in (16, 32, 33, 64, 250, 1024):
+        choice = fastest_precision("cpu", width)
+        assert choice.precision == precision
+        assert f" channels took {1e3 * bf16:g} ms in bf16 and 50 ms in fp32 on this CPU" in choice.reason
+    assert kept.read_bytes() == before
+
+
+def test_what_is_measured_is_kept_for_the_processor_and_its_threads(kept: Path) -> None:
+    state = th.get_rng_state()
+    first = fastest_precision("cpu", 32)
+    assert th.equal(th.get_rng_state(), state)
+    ((key, seconds),) = json.loads(kept.read_text()).items()
+    assert f"torch {th.__version__}, 1 threads, 32 channels" in key
+    assert min(seconds["fp32"], seconds["bf16"]) > 0
+    assert first.precision == ("bf16" if seconds["bf16"] * hardware.GAIN < seconds["fp32"] else "fp32")
+    assert fastest_precision("cpu", 32) == first
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": {"fp32": "x"}}'])
+def test_a_damaged_file_is_measured_anew(kept: Path, content: str) -> None:
+    kept.parent.mkdir()
+    kept.write_text(content)
+    fastest_precision("cpu", 32)
+    assert len(json.loads(kept.read_text())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "file"))
+    assert fastest_precision("cpu", 32).precision in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_takes_fp16_where_bf16_would_be_emulated(
+    native: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(th.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(th.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(th.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    choice = fastest_precision("cuda:1")
+    assert choice.precision == precision
+    assert choice.reason.startswith("GPU 1 ")
+
+
+def test_nothing_is_guessed_of_other_devices() -> None:
+    assert fastest_precision("mps") == ("fp32", "nothing is known of lower precisions on mps")
+
+
+def test_flags_have_a_precision_in_place_of_auto(fast: bool) -> None:
+    flags = cli.parse("classifier_sample", ["--precision=auto", "--classifier_precision=fp16", "--seed=3"])
+    settled, lines = performance.with_precision(flags)
+    expected = "bf16" if fast else "fp32"
+    assert settled.given == {"precision": expected, "classifier_precision": "fp16", "seed": 3}
+    assert [line.partition(", because a block of ")[0] for line in lines] == [f"precision auto: {expected}"]
+    assert performance.with_precision(settled) == (settled, [])
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_gave_it(kept: Path, tmp_path: Path) -> None:
+    write(kept, 0.2)
+    (tmp_path / "model000001.pt").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"precision": "bf16", "use_fp16": False}}))
+    words = [f"--resume_checkpoint={tmp_path / 'model000001.pt'}", "--data_dir=pictures"]
+    for given, expected in (([], "bf16"), (["--precision=auto"], "bf16"), (["--precision=fp16"], "fp16")):
+        flags = training.resolved(cli.parse("image_train", [*words, *given]))
+        assert performance.with_precision(flags)[0].values["precision"] == expected
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"precision": ""}}))
+    flags = training.resolved(cli.parse("image_train", [*words, "--precision=auto"]))
+    assert performance.with_precision(flags)[0].values["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--precision auto --use_fp16 True", "precision auto contradicts use_fp16 True"),
+        ("--precision bf16 --use_fp16 True", "precision bf16 contradicts use_fp16 True"),
+    ],
+)
+def test_contradictions_are_refused(words: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        performance.settled("precision", cli.parse("image_train", words.split()).values)
+
+
+def test_networks_are_built_in_the_precision_of_the_device(fast: bool) -> None:
+    expected = th.bfloat16 if fast else th.float32
+    options: dict[str, Any] = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1"}
+    assert create_model(**options, attention_resolutions="", precision="auto").dtype == expected
+    own = {"image_size": 8, "classifier_width": 64, "classifier_depth": 1, "classifier_channel_mult": "1"}
+    own |= {"classifier_attention_resolutions": "", "classifier_precision": "auto"}
+    assert create_classifier(**{**classifier_defaults(), **own}).dtype == expected
