@@ -37,6 +37,7 @@ from guided_diffusion.data.crops import center_crop_arr
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.nn import update_ema
 from guided_diffusion.resample import UniformSampler
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.options import defaults
 from guided_diffusion.sampling.guidance import classifier_guidance
 from guided_diffusion.sampling.samplers import SAMPLERS
@@ -309,7 +310,7 @@ def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) 
     for config in configs:
         flags |= {name: value for name, value in asdict(config).items() if name in flags}
     checkpoints.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
-    checkpoints.save_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
+    write_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
     return str(folder)
 
 

@@ -19,8 +19,8 @@ from test_sample_commands import NAMES as CLASSES, NETWORK, PROCESS, SCRIPTS, sc
 
 from guided_diffusion.commands import cascade_sample, super_res_sample
 from guided_diffusion.config import ClassifierConfig, SuperResConfig, UNetConfig
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.script_util import build_classifier, build_unet, build_upsampler
-from guided_diffusion.training import checkpoints
 
 BASE = UNetConfig(image_size=4, **NETWORK)
 FIRST = SuperResConfig(small_size=4, large_size=8, **NETWORK, null_class=True)
@@ -230,7 +230,7 @@ def test_classes_must_be_there_and_the_same(runs: Runs, tmp_path: Path, capsys: 
     write_run(tmp_path / "unlabelled", "image_train", scrambled(build_unet(config, True)), config, PROCESS)
     write_run(tmp_path / "other", "image_train", scrambled(build_unet(BASE, True)), BASE, PROCESS)
     table = {"classes": [*CLASSES[:2], "cow"], "class_from": "filename", "counts": [1, 1, 1]}
-    checkpoints.save_json(str(tmp_path / "other" / "classes.json"), table)
+    write_json(str(tmp_path / "other" / "classes.json"), table)
     up = ["--up1.model_path", runs["first"], "--up1.timestep_respacing", "1", "--num_samples", "2"]
     for name, message in (
         ("unlabelled", "stage up1: the upsampler is class-conditional and the images have no labels"),

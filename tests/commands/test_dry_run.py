@@ -16,6 +16,7 @@ from guided_diffusion.commands import classifier_train, image_train, super_res_t
 from guided_diffusion.commands.dry_run import Cost, Loss, count
 from guided_diffusion.config import DiffusionConfig, UNetConfig
 from guided_diffusion.networks.memory import recompute_at
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.options import defaults
 from guided_diffusion.script_util import build_unet
 from guided_diffusion.training import checkpoints, lora
@@ -160,7 +161,7 @@ def test_adapters_over_another_network_train_themselves_alone(
     flags = {**defaults(UNetConfig, DiffusionConfig), **SIZES, "image_size": 8}
     network = build_unet(UNetConfig(image_size=8, **SIZES), learn_sigma=False)
     checkpoints.save(str(tmp_path / "model000001.pt"), network.state_dict())
-    checkpoints.save_json(str(tmp_path / "config.json"), {"command": "image_train", "flags": flags})
+    write_json(str(tmp_path / "config.json"), {"command": "image_train", "flags": flags})
     image_train.main([f"--init_from={tmp_path / 'model000001.pt'}", "--lora_rank=2", "--dry_run"])
     adapters = lora.attach(network, rank=2, alpha=0.0, on=["attention", "convolutions"], train=[])
     trained = sum(param.numel() for param in network.parameters() if param.requires_grad)

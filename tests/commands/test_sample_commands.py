@@ -34,6 +34,7 @@ from guided_diffusion.commands.common import labels_of, restore_unet, restore_up
 from guided_diffusion.commands.editing import adds_noise
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
 from guided_diffusion.data.init_images import InitImages
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.options import defaults
 from guided_diffusion.runtime.pictures import to_uint8
 from guided_diffusion.runtime.seeds import image_generator
@@ -95,9 +96,9 @@ def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) 
     for config in configs:
         flags |= {name: value for name, value in asdict(config).items() if name in flags}
     checkpoints.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
-    checkpoints.save_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
+    write_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
     table = {"classes": NAMES, "class_from": "filename", "counts": [1, 1, 1]}
-    checkpoints.save_json(str(folder / "classes.json"), table)
+    write_json(str(folder / "classes.json"), table)
     return folder
 
 
@@ -762,7 +763,7 @@ def test_classifiers_of_other_classes_or_sizes_are_refused(
 ) -> None:
     names = altered(runs, tmp_path / "names")
     table = {"classes": ["cat", "dog", "yak"], "class_from": "folder", "counts": [1, 1, 1]}
-    checkpoints.save_json(f"{names}/classes.json", table)
+    write_json(f"{names}/classes.json", table)
     bigger = ClassifierConfig(**{**asdict(CLASSIFIER), "image_size": 16})
     network = build_classifier(ClassifierConfig(**{**asdict(bigger), "classifier_attention_resolutions": "8"}))
     checkpoints.save(str(tmp_path / "bigger" / "model000010.pt"), network.state_dict())

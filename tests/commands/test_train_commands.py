@@ -17,6 +17,7 @@ from guided_diffusion import commands, logger
 from guided_diffusion.commands import classifier_train, flags as cli, image_train, super_res_train
 from guided_diffusion.commands.common import restore_unet, restore_upsampler
 from guided_diffusion.commands.training import compare_colours
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.training import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -348,7 +349,7 @@ def test_mistakes_are_answered_with_one_sentence(tmp_path, pictures, capsys, fla
     usual = {**TINY, "data_dir": pictures, "max_steps": 1, "log_dir": tmp_path / "run", "batch_size": 2}
     other = tmp_path / "classifier"
     checkpoints.save(str(other / "model000001.pt"), {})
-    checkpoints.save_json(str(other / "config.json"), {"flags": {"image_size": 8, "classifier_width": 32}})
+    write_json(str(other / "config.json"), {"flags": {"image_size": 8, "classifier_width": 32}})
     flags = {name: other if value == "CLASSIFIER" else value for name, value in flags.items()}
     assert sentence in refused(capsys, image_train.main, **{**usual, **flags})
 

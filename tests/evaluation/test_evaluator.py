@@ -28,6 +28,7 @@ from guided_diffusion.evaluation.images import RECORD, STATISTICS, open_images
 from guided_diffusion.evaluation.inception import InceptionNetwork
 from guided_diffusion.evaluation.references import write_reference
 from guided_diffusion.evaluation.scores import METRICS, Options
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.options import defaults
 from guided_diffusion.script_util import build_classifier
 from guided_diffusion.training import checkpoints
@@ -410,7 +411,7 @@ def classifier_run(folder):
         th.nn.init.normal_(parameter, std=0.1)  # where some begin as zeros, all images would look the same
     checkpoints.save(str(folder / "model000010.pt"), network.state_dict())
     saved = {name: getattr(config, name) for name in defaults(ClassifierConfig)}
-    checkpoints.save_json(str(folder / "config.json"), {"flags": saved})
+    write_json(str(folder / "config.json"), {"flags": saved})
     return f"classifier:{folder}"
 
 

@@ -22,6 +22,7 @@ from guided_diffusion.config import ClassifierConfig, UNetConfig
 from guided_diffusion.data.crops import center_crop_arr
 from guided_diffusion.evaluation.features import EXTRACTORS, fitted, make_extractor
 from guided_diffusion.evaluation.inception import InceptionNetwork
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.script_util import build_classifier, build_unet
 from guided_diffusion.training import checkpoints
 
@@ -63,7 +64,7 @@ def save_run(folder: Path, config: Any, network: th.nn.Module) -> Path:
     with th.no_grad():
         for parameter in network.parameters():
             parameter.copy_(th.randn(parameter.shape, generator=generator) * 0.1)
-    checkpoints.save_json(str(folder / "config.json"), {"flags": vars(config)})
+    write_json(str(folder / "config.json"), {"flags": vars(config)})
     checkpoints.save(str(folder / "model000010.pt"), network.state_dict())
     return folder
 

@@ -28,6 +28,7 @@ from guided_diffusion.evaluation.flow_likelihood import FlowOptions, calc_flow_b
 from guided_diffusion.evaluation.likelihood import Survey, carry_out, measure_batches, merge
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.losses import HALF_BIN
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.npz import save_npz
 from guided_diffusion.runtime.options import defaults
 from guided_diffusion.runtime.seeds import image_generator
@@ -254,9 +255,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parameter.data = 0.05 * th.randn(parameter.shape, generator=generator) + (parameter.ndim == 1)
     flags = {**defaults(*cli.COMMANDS["image_train"].sections), **UNET.__dict__, **PROCESS.__dict__}
     checkpoints.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
-    checkpoints.save_json(str(folder / "config.json"), {"command": "image_train", "version": "0", "flags": flags})
+    write_json(str(folder / "config.json"), {"command": "image_train", "version": "0", "flags": flags})
     table = {"classes": NAMES, "class_from": "filename", "counts": [1, 1, 1]}
-    checkpoints.save_json(str(folder / "classes.json"), table)
+    write_json(str(folder / "classes.json"), table)
     return folder
 
 

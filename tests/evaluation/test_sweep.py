@@ -170,7 +170,7 @@ def test_networks_are_loaded_once(flags, tmp_path, monkeypatch):
 def test_a_sweep_that_was_killed_comes_to_the_same_table(flags, tmp_path, monkeypatch, sampled, whole, killed_in):
     options, batches = flags | THREE, 9
     place = {"sampling": (sample_util, "save_npz"), "measuring": (sweep_module, "evaluate")}
-    target, name = place.get(killed_in, (sweep_module, "save_json"))
+    target, name = place.get(killed_in, (sweep_module, "write_json"))
     real, calls = getattr(target, name), []
 
     def killed(*args, **keywords):

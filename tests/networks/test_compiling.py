@@ -31,6 +31,7 @@ from guided_diffusion.commands import (
 from guided_diffusion.config import DiffusionConfig, UNetConfig
 from guided_diffusion.networks import compiling
 from guided_diffusion.networks.compiling import compile_network
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.options import defaults
 from guided_diffusion.sampling.guidance import classifier_guidance
 from guided_diffusion.script_util import build_diffusion, build_unet
@@ -202,7 +203,7 @@ def test_a_command_samples_compiled_what_it_samples_otherwise(tmp_path: Path, mo
     network = random_weights(build_unet(UNetConfig(**sizes), learn_sigma=False))
     checkpoints.save(str(tmp_path / "model000001.pt"), network.state_dict())
     flags = {**defaults(UNetConfig, DiffusionConfig), **sizes, "diffusion_steps": 40}
-    checkpoints.save_json(str(tmp_path / "config.json"), {"command": "image_train", "flags": flags})
+    write_json(str(tmp_path / "config.json"), {"command": "image_train", "flags": flags})
     words = ["--model_path", str(tmp_path / "model000001.pt"), "--num_samples=3", "--batch_size=2", "--steps=3"]
     found = []
     for name, more in (("plain", []), ("compiled", ["--compile"])):

@@ -14,6 +14,7 @@ import torch as th
 
 from guided_diffusion import logger
 from guided_diffusion.config import ClassifierConfig, UNetConfig
+from guided_diffusion.runtime.files import write_json
 from guided_diffusion.script_util import build_classifier, build_unet
 from guided_diffusion.training import checkpoints, weights
 
@@ -36,7 +37,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path):
     path = str(tmp_path / "run" / "model000001.pt")
     checkpoints.save(path, {"a": th.ones(3)})
     with pytest.raises(TypeError):
-        checkpoints.save_json(path, {"not json": object()})
+        write_json(path, {"not json": object()})
     with pytest.raises(Exception, match="pickle"):
         checkpoints.save(path, {"a": th.zeros(3), "b": lambda: 0})
     assert th.equal(checkpoints.load(path)["a"], th.ones(3))
@@ -187,7 +188,7 @@ def test_sampling_takes_the_newest_average_then_the_newest_model(tmp_path):
 )
 def test_sampling_takes_the_slowest_average_that_is_no_longer_than_the_run(tmp_path, step, warmed_up, kinds, taken):
     write_set(tmp_path, step, kinds=kinds)
-    checkpoints.save_json(str(tmp_path / "config.json"), {"flags": {"ema_warmup": warmed_up}})
+    write_json(str(tmp_path / "config.json"), {"flags": {"ema_warmup": warmed_up}})
     assert checkpoints.resolve_model(str(tmp_path)) == str(tmp_path / taken)
 
 
@@ -207,7 +208,7 @@ def test_config_and_classes_lie_beside_the_weights(tmp_path):
     path = str(tmp_path / "ema_0.99_000001.pt")
     assert checkpoints.config_beside(path) == {}
     assert checkpoints.classes_beside(path) == ""
-    checkpoints.save_json(str(tmp_path / "config.json"), {"command": "image_train", "flags": {"image_size": 8}})
+    write_json(str(tmp_path / "config.json"), {"command": "image_train", "flags": {"image_size": 8}})
     (tmp_path / "classes.json").write_text("{}")
     for where in (path, str(tmp_path)):
         assert checkpoints.config_beside(where) == {"image_size": 8}
