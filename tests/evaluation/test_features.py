@@ -379,12 +379,11 @@ def test_kinds_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for kind, message in (
         ("incepton", "did you mean inception?"),
         ("xyz:file", "give inception, or classifier, dinov2, clip and :PATH"),
-        ("clip", "--features clip is without a path: write clip:PATH"),
-        ("inception:file", "give it as --inception_weights"),
+        ("clip", "--features clip needs a path: write clip:PATH"),
+        ("inception:file", "'file' does not exist"),
         ("inception", "scripts/download.py inception"),
     ):
         assert message in sentence_of(make_extractor, kind)
-    assert "fp8" in sentence_of(make_extractor, "inception", precision="fp8")
     assert "is not used by" in sentence_of(make_extractor, "clip:file", weights="w.pth")
     assert next(iter(EXTRACTORS)) == "inception"
 
