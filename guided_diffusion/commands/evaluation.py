@@ -97,7 +97,7 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
         raise ValueError(f"--eval_interval compares images of 1 or 3 channels, not {unet.image_channels}: leave it out")
     dataset = stream.dataset
     chosen = (np.arange(count) * len(dataset) // count)[np.random.default_rng(seed).permutation(count)]
-    labelled = unet.class_cond and dataset.local_classes is not None
+    classes = dataset.local_classes if unet.class_cond else None
 
     def cond_images(indices: Sequence[int]) -> dict[str, th.Tensor]:
         rows = [dataset.take((0, int(chosen[index])))[0][1]["cond_image"] for index in indices]
@@ -111,5 +111,5 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
         batch_size=1,  # as asked for
         out_dir="",
         seed=seed,
-        labels=[int(dataset.local_classes[index]) for index in chosen] if labelled else [],
+        labels=[] if classes is None else [int(classes[index]) for index in chosen],
     )

@@ -109,7 +109,8 @@ def _in_order(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterat
         features = None
         if group is not None:  # one run of images of each size
             columns: Any = zip(*map(extractor, group), strict=True)
-            features = Features(*(None if column[0] is None else np.concatenate(column) for column in columns))
+            joined: Any = (None if column[0] is None else np.concatenate(column) for column in columns)
+            features = Features(*joined)
         yield from filter(None, dist_util.gather_objects(features))
 
 

@@ -49,21 +49,11 @@ class Features(NamedTuple):
 
 
 class Extractor(Protocol):
-    """A callable that computes features of images.
+    """A callable that computes features of images."""
 
-    name: part of the labels of scores, e.g. FD (emoji32 classifier).
-    published: whether scores may have the published names: FID, sFID, Inception Score.
-    identity: differs where features differ by more than rounding, as by weights, precision or preparation of images.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def published(self) -> bool: ...
-
-    @property
-    def identity(self) -> str: ...
+    name: str  # part of the labels of scores, e.g. FD (emoji32 classifier)
+    published: bool  # whether scores may have the published names: FID, sFID, Inception Score
+    identity: str  # differs where features do by more than rounding: weights, precision, preparation of images
 
     def __call__(self, images: Images) -> Features:
         """Features of images [N, H, W, C] of 0 .. 255; each depends on the other images only by rounding."""
@@ -72,9 +62,9 @@ class Extractor(Protocol):
 Outputs = tuple[th.Tensor, th.Tensor | None, th.Tensor | None]  # pool, spatial and logits, on any device
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NetworkExtractor:
-    """An `Extractor` of a function that runs a network, without gradients."""
+    """An `Extractor` made of a function that runs a network; there are no gradients."""
 
     name: str
     identity: str

@@ -80,9 +80,8 @@ class RunningStatistics:
 
     def __init__(self) -> None:
         self.n = 0
-        self._total: Statistics | None = None
-        self._rows = np.empty((ROWS, 0))
-        self._filled = 0
+        self._total: Statistics | None = None  # of whole blocks of ROWS images
+        self._rest = np.empty((0, 0))
 
     def add(self, features: npt.ArrayLike) -> None:
         """Take the next features [N, D].
@@ -92,27 +91,25 @@ class RunningStatistics:
         if not len(np.asarray(features)):
             return
         batch = _matrix(features, "the features", self.n)
-        if not self.n:
-            self._rows = np.empty((ROWS, batch.shape[1]))
+        rows = np.concatenate([self._rest, batch]) if self.n else batch
         self.n += len(batch)
-        while len(batch):
-            room = self._rows[self._filled : self._filled + len(batch)]
-            room[:], batch = batch[: len(room)], batch[len(room) :]
-            self._filled += len(room)
-            if self._filled == ROWS:
-                self._total, self._filled = self.result(), 0
+        whole = len(rows) - len(rows) % ROWS
+        for block in _cuts(0, whole, ROWS):
+            self._total = self._with(rows[block])
+        self._rest = rows[whole:].copy()
 
-    def result(self) -> Statistics:
-        """Statistics of all features so far."""
-        if self._total is not None and not self._filled:
-            return self._total
-        if not self.n:
-            raise ValueError("there are no features: give those of at least one image")
-        rows = self._rows[: self._filled]
+    def _with(self, rows: Array) -> Statistics:
+        rows = rows.astype(np.float64)
         mean = rows.mean(axis=0)
         centred = rows - mean
         latest = Statistics(len(rows), mean, centred.T @ centred / max(len(rows) - 1, 1))
         return latest if self._total is None else self._total + latest
+
+    def result(self) -> Statistics:
+        """Statistics of all features so far."""
+        if not self.n:
+            raise ValueError("there are no features: give those of at least one image")
+        return self._with(self._rest) if self._total is None or len(self._rest) else self._total
 
 
 def statistics(features: Array | Iterable[Array]) -> Statistics:
@@ -148,7 +145,7 @@ def _square(factor: Array, covariance: Array) -> Array:
 def _trace_of_root(first: Array, second: Array) -> float:
     """Tr (S T)^1/2 of covariances S = A A^T and T = B B^T: the sum of the singular values of A^T B.
 
-    Eigenvalues of B^T S B are faster, but have only half the digits of small singular values.
+    The eigenvalues of A^T T A, their squares, are faster, but have only half the digits of small ones.
     """
     try:
         squares = np.linalg.eigvalsh(_square(np.linalg.cholesky(first), second).T, "U")

@@ -121,7 +121,7 @@ def draw_progress(rows: Sequence[Row], labels: Sequence[str], path: str) -> None
         from matplotlib.ticker import MaxNLocator
 
         for index, label in enumerate(group):
-            look = {"color": SERIES[index], "marker": MARKERS[index]}
+            look: dict[str, Any] = {"color": SERIES[index], "marker": MARKERS[index]}
             top = best(rows, label)
             _curve(axis, rows, "step", label, {**look, "linestyle": STROKES[index], "label": _with_best(label, top)})
             if top is not None:
