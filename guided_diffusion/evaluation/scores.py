@@ -106,18 +106,10 @@ class Metric:
         return self.function(getattr(reference, self.field), getattr(samples, self.field), options)
 
 
-def _inception(_: Any, probs: Any, options: Options) -> tuple[float, ...]:
-    return (inception_score(probs, options.split_size),)
-
-
 def _frechet(reference: Statistics, samples: Statistics, _: Options) -> tuple[float, ...]:
     if 1 in (reference.n, samples.n):
         raise ValueError("one image has no covariance: take 2 images or more")
     return (frechet_distance(reference.mean, reference.cov, samples.mean, samples.cov),)
-
-
-def _manifolds(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    return precision_recall(reference, samples, options.k, options.dtype)
 
 
 def _kernel(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
@@ -128,17 +120,13 @@ def _kernel(reference: Any, samples: Any, options: Options) -> tuple[float, ...]
     return kernel_distance(reference, samples, subsets=options.subsets, subset_size=size, seed=options.seed)
 
 
-def _density(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    return density_coverage(reference, samples, options.density_k)
-
-
 METRICS = {  # in the order in which they are printed
-    "is": Metric(("Inception Score",), "probs", _inception, compares=False),
+    "is": Metric(("Inception Score",), "probs", lambda _, x, o: (inception_score(x, o.split_size),), compares=False),
     "fid": Metric(("FID",), "pool_statistics", _frechet),
     "sfid": Metric(("sFID",), "spatial_statistics", _frechet),
-    "pr": Metric(("Precision", "Recall"), "pool", _manifolds),
+    "pr": Metric(("Precision", "Recall"), "pool", lambda r, x, o: precision_recall(r, x, o.k, o.dtype)),
     "kid": Metric(("KID", "KID standard error"), "pool", _kernel),
-    "dc": Metric(("Density", "Coverage"), "pool", _density),
+    "dc": Metric(("Density", "Coverage"), "pool", lambda r, x, o: density_coverage(r, x, o.density_k)),
 }
 DEFAULT_METRICS = ("is", "fid", "sfid", "pr")  # the published evaluator's
 REHEARSED = 64  # images
