@@ -145,13 +145,6 @@ def test_names_stand_for_sources_extractors_and_metrics(pair, tmp_path, judge):
         evaluate(reference, samples, built, metrics=("fdi",))
 
 
-def test_a_set_has_no_distance_from_itself(pair):
-    report = evaluate(pair[0], pair[0], Cheap(), metrics=("fid", "sfid", "pr"))
-    assert report.results["FD (cheap)"] < 1e-6
-    assert report.results["sFD (cheap)"] < 1e-6
-    assert (report.results["Precision"], report.results["Recall"]) == (1, 1)
-
-
 def test_another_network_gives_numbers_of_other_names(pair):
     report = evaluate(*pair, Cheap(name="emoji32 classifier", parts=("probs",)), metrics=EVERYTHING)
     assert list(report.results) == [
@@ -560,7 +553,7 @@ def test_inception_prints_the_lines_of_the_original(pair, tmp_path, capsys, metr
     th.manual_seed(0)
     network = InceptionNetwork()
     th.save(network.state_dict(), tmp_path / "inception.pth")
-    for name, images in (("a", REAL[:6]), ("b", MADE[:5])):
+    for name, images in (("a", REAL[:4]), ("b", MADE[:4])):
         np.savez(tmp_path / f"{name}.npz", images)
     words = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), "--inception_weights", str(tmp_path / "inception.pth")]
     evaluator.main([*words, "--metrics", metrics])
