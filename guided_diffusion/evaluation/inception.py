@@ -10,6 +10,7 @@ Shapes: N images, C channels, H W pixels. Images have 3 channels and values in [
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch as th
@@ -47,28 +48,17 @@ class Layer(NamedTuple):
     beside: bool = False
 
 
-def _average(x: th.Tensor) -> th.Tensor:
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _maximum(x: th.Tensor) -> th.Tensor:
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def _halve(x: th.Tensor) -> th.Tensor:
-    return F.max_pool2d(x, 3, stride=2)
-
-
 Pool = Callable[[th.Tensor], th.Tensor]
 Branch = Mapping[str, Layer | Pool]  # steps that follow each other, by the names of the state dict
+
+_average: Pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_maximum: Pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+_halve: Pool = partial(F.max_pool2d, kernel_size=3, stride=2)
+_strided = partial(Layer, height=3, width=3, stride=2, padded=False)
 
 
 def _chain(name: str, *layers: Layer) -> Branch:
     return {f"{name}_{number}": layer for number, layer in enumerate(layers, 1)}
-
-
-def _strided(channels: int) -> Layer:
-    return Layer(channels, 3, 3, stride=2, padded=False)
 
 
 def _block_a(pooled: int) -> tuple[Branch, ...]:
