@@ -305,10 +305,10 @@ def make_extractor(
     if name not in EXTRACTORS:
         hint = nearest(name, EXTRACTORS) or f": give inception, or {', '.join(list(EXTRACTORS)[1:])} and :PATH"
         raise ValueError(f"--features {files.quoted(kind)} is unknown{hint}")
+    if weights and kind != "inception":
+        raise ValueError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
     if name == "inception":
         path = find_inception(path or weights)
-    elif weights:
-        raise ValueError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
     elif not path:
         raise ValueError(f"--features {name} needs a path: write {name}:PATH")
     return EXTRACTORS[name](paths.resolve(path), th.device(device), precision)
