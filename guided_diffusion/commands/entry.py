@@ -1,4 +1,4 @@
-"""How every command begins: flags first, torch after."""
+"""The `main` of every command, which parses the flags before it imports torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Main = Callable[..., None]
 
 
 def entry(name: str, work: Callable[[Flags], object]) -> Main:
-    """The `main(argv=None)` of a command: read the command line, then do the work under the guard of all commands.
+    """The `main(argv=None)` of a command: parse the command line, then work under the guard of all commands.
 
-    With --dry_run the work is to say what it would take.
+    With --dry_run, only the size of the work is printed.
     """
 
     def main(argv: Sequence[str] | None = None) -> None:
