@@ -19,7 +19,8 @@ from PIL import Image
 from guided_diffusion import logger
 from guided_diffusion.config import UNetConfig
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.runtime.jobs import Job, parse_classes
+from guided_diffusion.runtime.jobs import Job
+from guided_diffusion.runtime.labels import parse_classes
 from guided_diffusion.runtime.npz import fingerprint, read_npz, save_npz, write_npz
 from guided_diffusion.runtime.pictures import GROUP_GAP, PAD, save_grid, save_png, to_uint8
 from guided_diffusion.runtime.seeds import image_generator, image_seed, seeded
@@ -333,9 +334,9 @@ def test_labels_that_do_not_fit_are_refused(model: UNetModel, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 0}, "num_samples 0 is below 1"),
-        ({"batch_size": 0}, "batch_size 0 is below 1"),
-        ({"seed": -1}, "seed -1 is negative"),
+        ({"num_samples": 0}, "num_samples 0 is below the least value, 1"),
+        ({"batch_size": 0}, "batch_size 0 is below the least value, 1"),
+        ({"seed": -1}, "seed -1 is below the least value, 0"),
         ({"labels": [-1]}, "class -1 does not exist: the classes are 0 or more"),
         ({"labels": [3], "num_classes": 3}, "class 3 does not exist"),
     ],
@@ -691,8 +692,8 @@ def test_names_and_titles_lie_beside_the_images(tmp_path: Path) -> None:
         (np.zeros((4, 8, 8, 2), np.uint8), {}, "C = 1, 3 or 4"),
         (np.zeros((4, 8, 8, 3), np.float32), {}, "cannot be drawn"),
         (np.zeros((0, 8, 8, 3), np.uint8), {}, "0 images in 2 columns"),
-        (np.zeros((4, 8, 8, 3), np.uint8), {"titles": ["a", "b", "c"]}, "under 3 titles make no grid"),
-        (np.zeros((4, 8, 8, 3), np.uint8), {"row_names": ["a"]}, "1 row_names are given for 2 rows"),
+        (np.zeros((4, 8, 8, 3), np.uint8), {"titles": ["a", "b", "c"]}, "under 3 titles"),
+        (np.zeros((4, 8, 8, 3), np.uint8), {"row_names": ["a"]}, "beside 1 row names make no grid"),
     ],
 )
 def test_impossible_grids_are_refused(

@@ -30,7 +30,8 @@ from guided_diffusion.data.labels import read_labels
 from guided_diffusion.data.sources import find_images, read_image
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.networks.architecture import architecture
-from guided_diffusion.runtime.jobs import Job, parse_classes
+from guided_diffusion.runtime.jobs import Job
+from guided_diffusion.runtime.labels import parse_classes
 from guided_diffusion.runtime.npz import read_npz, save_npz
 from guided_diffusion.sample_util import _claim
 from guided_diffusion.sampling.samplers import make_sampler

@@ -32,7 +32,8 @@ from guided_diffusion.data.sources import UnreadableImage, find_images, read_ima
 from guided_diffusion.image_datasets import ImageDataset, ImageStream, load_data
 from guided_diffusion.networks.architecture import architecture
 from guided_diffusion.runtime import files as untrusted
-from guided_diffusion.runtime.jobs import Job, parse_classes
+from guided_diffusion.runtime.jobs import Job
+from guided_diffusion.runtime.labels import parse_classes
 from guided_diffusion.runtime.npz import holds, read_npz, save_npz
 from guided_diffusion.runtime.pictures import save_grid
 from guided_diffusion.sample_util import _claim
