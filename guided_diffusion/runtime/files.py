@@ -378,9 +378,9 @@ def explained(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        refusal = OSError(
-            f"{path} cannot be written ({error.strerror or error}): make room there, or choose another folder"
-        )
+        if error.strerror is None:  # a sentence already
+            raise
+        refusal = OSError(f"{path} cannot be written ({error.strerror}): make room there, or choose another folder")
         refusal.errno = error.errno
         raise refusal from error
 
