@@ -150,7 +150,8 @@ def names_in(folder: AnyPath) -> list[str]:
     if not isdir(folder):
         return []
     where = resolve(folder)
-    return [name for name, _ in folders_and_files(where)] if is_remote(where) else sorted(os.listdir(where))
+    names = _ask(where, lambda blobs: list(blobs.listdir(where))) if is_remote(where) else os.listdir(where)
+    return sorted(name.rstrip("/") for name in names)
 
 
 def folders_and_files(bucket: str) -> list[tuple[str, bool]]:
