@@ -32,8 +32,10 @@ def test_a_folder_goes_on_with_its_own_request_alone(tmp_path, earlier, request_
         assert job.claim(request_now, ["a.npz"]) is True
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "{", '{"a": 1, "a": 2}', "[" * 100_000, "", "\x00"])
+@pytest.mark.parametrize(
+    "content", [b"[]", b"3", b"{", b'{"a": 1, "a": 2}', b"[" * 100_000, b"", b"\xff"], ids=range(7)
+)
 def test_a_request_that_is_none_is_named(tmp_path, content):
-    (tmp_path / "request.json").write_text(content)
+    (tmp_path / "request.json").write_bytes(content)
     with pytest.raises(UserError, match=r"request\.json does not say whose results lie there"):
         RestartableJob(out_dir=str(tmp_path), batch_size=1).claim({"seed": 1}, [])
