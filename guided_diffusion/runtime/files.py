@@ -1,6 +1,6 @@
 """Files: foreign ones read within limits (bytes, zip members, JSON, array headers), and new ones written whole.
 
-A foreign file may be damaged, or made to do harm. Its fault is a ValueError of one sentence; the callers name the file.
+A foreign file may be damaged, or made to do harm. Its fault is a UserError of one sentence; the callers name the file.
 Nothing is unpickled, and no more is held in memory than the limits below, whatever a header claims.
 """
 
@@ -56,10 +56,7 @@ def reason(error: BaseException) -> str:
 
 
 def open_file(path: AnyPath) -> BinaryIO:
-    """A file that a user names, to read from; a zip in a bucket is then read piece by piece.
-
-    :raises UserError: for a pipe, a device or a socket: to read one may wait for ever, or never end.
-    """
+    """A file that a user names, to read from; a zip in a bucket is then read piece by piece."""
     where = resolve(path)
     if is_remote(where):
         return open_blob(where)
@@ -68,33 +65,23 @@ def open_file(path: AnyPath) -> BinaryIO:
 
 
 def check_regular(path: str) -> None:
-    """Refuse a local path that is no file with an end.
-
-    :raises OSError, UserError: if there is nothing, or something else.
-    """
+    """Refuse a local path that is no file with an end: to read a pipe or a device may wait for ever."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         raise UserError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
 
 
 def read_file(path: AnyPath) -> bytes:
-    """All of a file.
-
-    :raises UserError: if it is no regular file, or larger than `MAX_BYTES`.
-    """
+    """All of a file of at most `MAX_BYTES`."""
     with open_file(path) as file:
-        if not is_remote(resolve(path)):
-            return file.read(local_size(file))
-        content = b"".join(_pieces(file, MAX_BYTES + 1))
+        size = MAX_BYTES + 1 if is_remote(resolve(path)) else local_size(file)
+        content = b"".join(_pieces(file, size)) if size > MAX_BYTES else file.read(size)
     _check_size(len(content))
     return content
 
 
 def local_size(file: BinaryIO) -> int:
-    """Bytes of a file on the disk.
-
-    :raises UserError: if they are more than `MAX_BYTES`.
-    """
+    """Bytes of a file on the disk."""
     size = os.fstat(file.fileno()).st_size
     _check_size(size)
     return size
@@ -135,10 +122,7 @@ def kind_of_file(path: str) -> str:
 
 
 def open_archive(path: str) -> zipfile.ZipFile:
-    """A zip to read from.
-
-    :raises UserError: if it is none.
-    """
+    """A zip to read from."""
     try:
         where = resolve(path)
         if is_remote(where):
@@ -150,10 +134,7 @@ def open_archive(path: str) -> zipfile.ZipFile:
 
 
 def check_unpacked(path: str) -> None:
-    """Refuse a zip whose members claim more bytes than the file has: torch writes them as they are, never packed.
-
-    :raises OSError, UserError: also if there is no regular file.
-    """
+    """Refuse a zip whose members claim more bytes than the file has: torch writes them as they are, never packed."""
     check_regular(path)
     if zipfile.is_zipfile(path):
         with open_archive(path) as archive:
@@ -199,10 +180,7 @@ def member_fault(member: zipfile.ZipInfo, name: str = "") -> str:
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """All of a member of a zip, no matter what size its entry claims.
-
-    :raises UserError: if it is not there, damaged, encrypted or a bomb.
-    """
+    """All of a member of a zip, no matter what size its entry claims."""
     member = archive.NameToInfo.get(name)
     fault = "it is not in the zip" if member is None else member_fault(member)
     if member is None or fault:
@@ -218,10 +196,7 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON text.
-
-    :raises UserError: if it is no UTF-8, no JSON, nested too deeply, or gives a key twice in one object.
-    """
+    """The value of a JSON text."""
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
     except RecursionError as error:
@@ -253,10 +228,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: IO[bytes]) -> Header:
-    """The header of an npy, leaving the file at its first number.
-
-    :raises UserError: if it is no npy, or holds anything but numbers.
-    """
+    """The header of an npy, leaving the file at its first number."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -270,19 +242,13 @@ def read_header(file: IO[bytes]) -> Header:
 
 
 def read_array(content: bytes) -> np.ndarray[Any, Any]:
-    """The array of an npy, which cannot be written to.
-
-    :raises UserError: if it is not whole, or holds anything but numbers.
-    """
+    """The array of an npy, which cannot be written to."""
     file = io.BytesIO(content)
     return read_numbers(file, read_header(file))
 
 
 def read_numbers(file: IO[bytes], header: Header) -> np.ndarray[Any, Any]:
-    """The array of a header that was read.
-
-    :raises UserError: if the file ends before its last number, or it is larger than `MAX_ARRAY`.
-    """
+    """The array of a header that was read."""
     size = math.prod(header.shape) * header.dtype.itemsize
     if size > MAX_ARRAY:
         raise UserError(f"an array of {size} bytes, more than the {MAX_ARRAY} that are held: np.save it in C order")
@@ -291,10 +257,7 @@ def read_numbers(file: IO[bytes], header: Header) -> np.ndarray[Any, Any]:
 
 
 def read_rows(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """The next numbers of an npy; for those that the file has not got no memory is taken.
-
-    :raises UserError: if the file ends before them.
-    """
+    """The next numbers of an npy; for those that the file has not got no memory is taken."""
     size = math.prod(shape) * dtype.itemsize
     try:
         content = b"".join(_pieces(file, size))

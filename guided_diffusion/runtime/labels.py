@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import UserError
 from .files import printable
@@ -16,10 +15,7 @@ _ID = re.compile(r"-?\d{1,18}")
 
 
 def check_labels(labels: Iterable[int], num_classes: float) -> None:
-    """Refuse labels outside of 0 .. num_classes - 1.
-
-    :raises UserError: naming the first of them and the range.
-    """
+    """Refuse labels outside of 0 .. num_classes - 1."""
     for label in labels:
         if not 0 <= label < num_classes:
             allowed = f"0 .. {num_classes - 1}" if num_classes < math.inf else "0 or more"
@@ -27,43 +23,32 @@ def check_labels(labels: Iterable[int], num_classes: float) -> None:
 
 
 def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
-    """Class ids from "207,360" or from names, which may hold commas themselves; a number always is an id.
+    """Class ids from "207,360" or from names; a number always is an id.
+
+    Names may hold commas themselves: of several names that fit, the longest counts.
 
     :param names: names by class id, as in classes.json.
-    :raises UserError: for an id out of range, an unknown name, no name at all, or commas that can be read in two ways.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise UserError(f"classes {text!r} names no class: write ids or names with commas in between")
-    readings = _readings(words, names)
-    if not readings:
-        unknown = next((word for word in words if not _ID.fullmatch(word) and word not in names), text)
-        shown = ", ".join(map(printable, names[:SHOWN_NAMES]))
-        known = f"the names are {shown}" if names else "there is no classes.json with names: give ids"
-        raise UserError(f"class {printable(unknown)!r} is unknown: {known}")
-    if len(readings) > 1:
-        one, other = ("".join(f"[{dict(enumerate(names)).get(n, n)}]" for n in labels) for labels in readings)
-        raise UserError(f"classes {printable(text)!r} may be {printable(one)} or {printable(other)}: give ids")
-    check_labels(readings[0], num_classes)
-    return readings[0]
+    ids = {tuple(map(str.strip, name.split(","))): label for label, name in reversed([*enumerate(names)])}
+    longest, labels, start = max(map(len, ids), default=1), list[int](), 0
+    while start < len(words):
+        label, count = _first(words[start : start + longest], ids)
+        if label is None:
+            shown = ", ".join(map(printable, names[:SHOWN_NAMES]))
+            known = f"the names are {shown}" if names else "there is no classes.json with names: give ids"
+            raise UserError(f"class {printable(words[start])!r} is unknown: {known}")
+        labels.append(label)
+        start += count
+    check_labels(labels, num_classes)
+    return labels
 
 
-def _readings(words: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """At most two ways to read words as ids and names, of which some are several words with commas in between."""
-    ids = {", ".join(map(str.strip, name.split(","))): label for label, name in reversed([*enumerate(names)])}
-    longest = max((name.count(",") + 1 for name in names), default=1)
-    ways: list[list[Any]] = [[()]]  # to read the last 0, 1, ... words, each as (label, the way to read the rest)
-    for start in reversed(range(len(words))):
-        longer: list[Any] = []
-        for count in range(1, min(longest, len(words) - start) + 1):
-            name = ", ".join(words[start : start + count])
-            label = int(name) if _ID.fullmatch(name) else ids.get(name)
-            longer += [] if label is None else [(label, rest) for rest in ways[-count]]
-        ways.append(longer[:2])
-    return [list(_unrolled(way)) for way in ways[-1]]
-
-
-def _unrolled(way: Any) -> Iterator[int]:
-    while way:
-        label, way = way
-        yield label
+def _first(words: Sequence[str], ids: Mapping[tuple[str, ...], int]) -> tuple[int | None, int]:
+    """The class that words begin with, None where they begin with none, and the number of its words."""
+    if _ID.fullmatch(words[0]):
+        return int(words[0]), 1
+    counts = [count for count in range(1, len(words) + 1) if tuple(words[:count]) in ids]
+    return (ids[tuple(words[: counts[-1]])], counts[-1]) if counts else (None, 1)

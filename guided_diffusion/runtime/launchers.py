@@ -67,10 +67,7 @@ def announced_place() -> Place:
 
 
 def place() -> Place:
-    """The place of this process; under mpiexec, MPI's own word, and the first call is a collective.
-
-    :raises ValueError: if mpiexec started several ranks and mpi4py is missing or belongs to another MPI.
-    """
+    """The place of this process; under mpiexec, MPI's own word, and the first call is a collective."""
     announced = announced_place()
     return _join_mpi(announced.size) if announced.launcher == "mpiexec" else announced
 

@@ -249,7 +249,6 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
 
     :param format: one of FORMATS.
     :param log_suffix: goes before the extension of the file's name.
-    :raises ValueError: if there is no such format, or its package is not installed.
     """
     if format not in FORMATS:
         raise UserError(f"unknown log format {format!r}: choose from {', '.join(FORMATS)}")

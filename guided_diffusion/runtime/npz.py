@@ -57,19 +57,13 @@ def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
 
 
 def read_npz(path: str, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
-    """Chunks of `rows` rows of one array of an npz, without holding more than one of them.
-
-    :raises ValueError: if it is no npz, has no such array, or is not whole.
-    """
+    """Chunks of `rows` rows of one array of an npz, without holding more than one of them."""
     with Npz(path) as archive:
         yield from archive.chunks(name, rows)
 
 
 class Npz:
-    """The arrays of a local or remote npz that may be anybody's: their headers, and as many rows as are asked for.
-
-    :raises UserError: if it is none.
-    """
+    """The arrays of a local or remote npz that may be anybody's: their headers, and as many rows as are asked for."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -108,10 +102,7 @@ class Npz:
                     yield np.ascontiguousarray(whole[start : start + rows])
 
     def whole(self, name: str) -> npt.NDArray[Any]:
-        """All of an array.
-
-        :raises UserError: if it is larger than `files.MAX_ARRAY`.
-        """
+        """All of an array."""
         with self._opened(name) as (member, header):
             array = files.read_numbers(member, header)
             if member.read(1):
@@ -119,10 +110,7 @@ class Npz:
             return array
 
     def name_of_images(self) -> str:
-        """The name of the array of images: arr_0, or the only one with two axes or more that is no statistic.
-
-        :raises UserError: if it is not clear which it is.
-        """
+        """The name of the array of images: arr_0, or the only one with two axes or more that is no statistic."""
         if "arr_0" in self:
             return "arr_0"
         names = [name for name in self.names() if name not in STATISTICS and len(self.header(name).shape) > 1]
@@ -133,10 +121,7 @@ class Npz:
         return names[0]
 
     def labels(self) -> list[int] | None:
-        """The class ids in arr_1, one for each image of arr_0; None where there are none.
-
-        :raises UserError: if arr_1 is something else.
-        """
+        """The class ids in arr_1, one for each image of arr_0; None where there are none."""
         if not {"arr_0", "arr_1"} <= set(self.names()):
             return None
         images, labels = self.header("arr_0"), self.header("arr_1")

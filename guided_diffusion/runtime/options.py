@@ -91,10 +91,7 @@ def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def parse_size(size: Size) -> tuple[int, int]:
-    """(height, width) of a size given as 64, "64", "64x128" or a pair.
-
-    :raises UserError: if it is none of these, or not positive.
-    """
+    """(height, width) of a size given as 64, "64", "64x128" or a pair."""
     try:
         sides = size.lower().split("x") if isinstance(size, str) else [size] if isinstance(size, int) else list(size)
         numbers = [int(side) for side in sides]
@@ -120,10 +117,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def parse_rates(text: str | float) -> list[float]:
-    """The rates of moving averages in "0.999,0.9999"; [] of ''.
-
-    :raises UserError: if one is not a number from 0 to 1.
-    """
+    """The rates of moving averages in "0.999,0.9999"; [] of ''."""
     rates = _numbers(str(text).strip(" ,"))
     if not all(0 <= rate <= 1 for rate in rates):
         raise UserError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
@@ -235,10 +229,7 @@ def means_not_given(spec: Field[Any], value: Any) -> bool:
 
 
 def saved_values(saved: Mapping[str, Any], *sections: type[Any]) -> dict[str, Any]:
-    """Of the flags saved with a checkpoint those of the given config classes, checked; without runtime flags.
-
-    :raises UserError: if a saved value has another type than its flag, or is out of its limits.
-    """
+    """Of the flags saved with a checkpoint those of the given config classes, checked; without runtime flags."""
     known = {spec.name: spec for section in sections for spec in fields(section)}
     taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
     for name, value in taken.items():

@@ -37,10 +37,7 @@ _REMEDIES["http"] = _REMEDIES["https"]
 
 
 def resolve(path: AnyPath) -> str:
-    """The path as the rest of the package takes it: a local one, or the URL of a bucket.
-
-    :raises UserError: for a URL that is not read, and for a path of Windows elsewhere, saying what to do.
-    """
+    """The path as the rest of the package takes it: a local one, or the URL of a bucket."""
     text = os.fspath(path)
     if os.path.lexists(text):
         return text
@@ -73,10 +70,7 @@ def _local_of(url: str, path: str) -> str:
 
 
 def local(path: AnyPath) -> str:
-    """`resolve` for a path that must lie on this machine, such as all that is written.
-
-    :raises UserError: for a bucket too.
-    """
+    """`resolve` for a path that must lie on this machine, such as all that is written."""
     text = resolve(path)
     if is_remote(text):
         raise UserError(f"{text!r} is in a bucket, where a local path is needed: give one, and copy to or from there")

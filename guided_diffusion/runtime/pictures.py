@@ -126,7 +126,6 @@ def grid(
     :param titles: written above groups of columns: ("unguided", "guided") halves the picture.
     :param gap: how many pixels further apart than images these groups are set.
     :param zoom: how many pixels wide a pixel is drawn; 0 enlarges small images.
-    :raises UserError: if there are no images, or names and titles do not fit rows and columns.
     """
     rows = -(-len(images) // columns) if columns > 0 else 0
     groups = max(1, len(titles))
