@@ -275,7 +275,6 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     if paths.is_remote(path):
         with paths.open_blob(path) as file:
             return th.load(io.BytesIO(file.read()), **kwargs)
-    os.stat(path)  # here, so that a missing file counts as the caller's mistake and not as torch's
     return th.load(path, **kwargs)
 
 

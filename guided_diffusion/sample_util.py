@@ -67,9 +67,7 @@ def generate(process: GaussianDiffusion, model: Model, job: Job, **options: Unpa
     _check(job, model, options)
     finished = dist_util.decide(lambda: _claim(job, _manifest(process, model, job, options)))
     if job.film and (finished or job.is_whole(0)) and not os.path.exists(job.file("film.gif")):
-        logger.warn(
-            f"no film: the images that it shows are made already; for a film give another folder than {job.out_dir}"
-        )
+        logger.warn(f"no film: the images that it shows are made already; give another folder than {job.out_dir}")
     rank, world_size = dist_util.rank(), dist_util.world_size()
     if finished:
         logger.log(f"{job.path} is there already, whole and of the same request: nothing to sample")
@@ -128,10 +126,7 @@ def _plain(value: Any) -> Any:
 
 
 def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
-    """Make the folder this job's; True where its result is there already.
-
-    :raises ValueError: if the folder is another job's.
-    """
+    """Make the folder this job's; True where its result is there already."""
     results = [os.path.basename(job.path), "samples.png", "shards", *["images"] * job.save_images]
     results += [*["film.png", "film.gif"] * (job.film > 0), *[NAMES] * bool(job.names)]
     finished = job.claim(manifest, results) and job.holds(job.path, job.size)
@@ -149,10 +144,7 @@ def make_shards(
     world_size: int = 1,
     **options: Unpack[SampleOptions],
 ) -> None:
-    """Sample and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay.
-
-    :raises ValueError: if images are not finite.
-    """
+    """Sample and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay."""
     missing = job.missing(rank, world_size, log=logger.log)
     show = options.pop("progress", False) and rank == 0
     steps = network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
@@ -250,10 +242,7 @@ def _strayed(outside: Sequence[th.Tensor | None], *, clipped: bool) -> str:
 
 
 def merge(job: Job) -> None:
-    """Put the shards together, batch by batch.
-
-    :raises ValueError: if one is missing or damaged.
-    """
+    """Put the shards together, batch by batch."""
     write_npz(job.path, *job.merged())
 
 
@@ -294,21 +283,11 @@ def preview(
     :param shape: of all images, [N, C, H, W].
     :param labels: taken in turn; empty for an unconditional network.
     """
-    job = Job(
-        sampler=make_sampler("ddim"),
-        shape=tuple(shape[1:]),
-        num_samples=shape[0],
-        batch_size=shape[0],
-        out_dir=os.path.dirname(path),
-        seed=seed,
-        labels=labels,
-    )
-    [(_, images)] = sampled(_few_steps(process), model, job)
-    save_grid(path, images, math.ceil(math.sqrt(len(images))))
-    return images
-
-
-def _few_steps(process: GaussianDiffusion) -> GaussianDiffusion:
-    """The same process in at most 25 of its steps."""
     kept = space_timesteps(process.num_timesteps, [min(PREVIEW_STEPS, process.num_timesteps)])
-    return respaced(process, [float(process.timestep_map[int(t)]) for t in sorted(kept)])
+    few_steps = respaced(process, [float(process.timestep_map[int(t)]) for t in sorted(kept)])
+    count, *image_shape = shape
+    sizes: dict[str, Any] = {"shape": tuple(image_shape), "num_samples": count, "batch_size": count}
+    job = Job(sampler="ddim", out_dir=os.path.dirname(path), seed=seed, labels=labels, **sizes)
+    [(_, images)] = sampled(few_steps, model, job)
+    save_grid(path, images, math.ceil(math.sqrt(count)))
+    return images

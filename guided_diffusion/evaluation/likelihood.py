@@ -149,10 +149,7 @@ def measure_batches(survey: Survey, *, rank: int = 0, world_size: int = 1) -> No
 
 
 def _measured(survey: Survey, batch: int) -> list[npt.NDArray[Any]]:
-    """The columns [B, K] and the terms [B, T] of one batch.
-
-    :raises ValueError: if a likelihood is not finite.
-    """
+    """The columns [B, K] and the terms [B, T] of one batch."""
     rows, device, measure = survey.rows(batch), dist_util.dev(), survey.measure
     indices = [survey.indices[row] for row in rows]
     images, labels = zip(*[survey.dataset[index] for index in indices], strict=True)
@@ -174,10 +171,7 @@ def _measured(survey: Survey, batch: int) -> list[npt.NDArray[Any]]:
 
 
 def merge(survey: Survey) -> None:
-    """Write the result from the shards; bpd.npz comes last, and says that all is there.
-
-    :raises ValueError: if a shard is missing or damaged.
-    """
+    """Write the result from the shards; bpd.npz comes last, and says that all is there."""
     survey.check_complete()
     rows: Rows = np.concatenate(list(survey.column(0)))
     for array, name in enumerate(survey.measure.terms, start=1):
