@@ -1,4 +1,4 @@
-"""The batches of a training: those that it learns from, and those that it is measured on.
+"""The batches that a training learns from, and those that it is measured on.
 
 Shapes: N images of a batch on all ranks together, n of them on this one.
 """
@@ -35,7 +35,7 @@ class Supply:
         return self._last is not None
 
     def take(self, updates: int) -> tuple[th.Tensor, Cond]:
-        """The next batch, after so many updates; of the first one the range of its numbers is said.
+        """The next batch, after so many updates; logs the range of the first one's numbers.
 
         :raises ValueError: if there is none.
         """
@@ -63,6 +63,9 @@ class Supply:
         return th.full_like(images, float("nan"), dtype=th.float32), cond
 
 
+# ---- validation
+
+
 class Part(NamedTuple):
     """A batch to measure, and the key of its noise; `counted` of its N images count, None: all."""
 
@@ -75,7 +78,7 @@ class Part(NamedTuple):
 class Validation:
     """The batches to measure: the same ones every time, the first `most` or fewer where these hold all images.
 
-    Where the images do not fill the last batch, an `ImageStream` fills it with images of its next round: these do not
+    Where the images do not fill the last batch, an `ImageStream` fills it with images of its next round, which do not
     count.
     """
 

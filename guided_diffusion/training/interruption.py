@@ -83,13 +83,13 @@ class Failures:
     """
 
     def __init__(self) -> None:
-        self.own: Exception | None = None
-        self.told: list[str] = []  # a sentence for each rank that has failed, the same on all ranks
+        self.error: Exception | None = None
+        self.sentences: list[str] = []  # a sentence for each rank that has failed, the same on all ranks
 
     @property
     def known(self) -> bool:
         """Whether all ranks know of an error."""
-        return bool(self.told) or (self.own is not None and dist_util.world_size() == 1)
+        return bool(self.sentences) or (self.error is not None and dist_util.world_size() == 1)
 
     def keep(self, work: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R | None:
         """What `work` returns; None where it raises an error, the first of which is kept."""
@@ -114,22 +114,22 @@ class Failures:
 
     def add(self, error: Exception) -> None:
         """Keep an error, if it is the first one, and say so."""
-        self.own = self.own or error
+        self.error = self.error or error
         with suppress(OSError):  # perhaps of the log itself
             logger.error(f"{_sentence(error)}; the run ends here")
 
     def tell(self) -> bool:
         """Whether any rank has kept an error; every rank calls it, and all know of it from then on."""
-        texts = dist_util.gather_objects(_sentence(self.own) if self.own else "")
-        self.told = [f"rank {rank} has failed ({text})" for rank, text in enumerate(texts) if text]
-        return bool(self.told)
+        texts = dist_util.gather_objects(_sentence(self.error) if self.error else "")
+        self.sentences = [f"rank {rank} has failed ({text})" for rank, text in enumerate(texts) if text]
+        return bool(self.sentences)
 
     def end(self) -> None:
         """Raise this rank's error, or one that names the ranks that failed; nothing if there is none."""
-        if self.own is not None:
-            raise self.own
-        if self.told:
-            raise ValueError(f"{'; '.join(self.told)}, and all ranks end")
+        if self.error is not None:
+            raise self.error
+        if self.sentences:
+            raise ValueError(f"{'; '.join(self.sentences)}, and all ranks end")
 
 
 def _sentence(error: Exception) -> str:
