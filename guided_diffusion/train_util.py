@@ -119,7 +119,7 @@ class TrainLoop:
             all_reduce=dist_util.world_size() > 1,
         )
 
-    def _set_up(self, files: checkpoints.CheckpointSet | None) -> None:
+    def _set_up(self, files: checkpoints.Checkpoint | None) -> None:
         """Make the optimizer and the moving averages of the masters, and resume from `files`."""
         self.device = next(self.model.parameters()).device
         # Gradients are averaged in fp32 by the trainer: nothing wraps the model, and forks that ask find it so.
@@ -128,7 +128,7 @@ class TrainLoop:
         self.opt = AdamW(masters, lr=self.lr or 0.0, weight_decay=self.weight_decay, fused=fused)
         self.ema_params = [[param.detach().clone() for param in masters] for _ in self.ema_rate]
         if files is not None or self.resume_step:  # the step alone: of a subclass that has loaded the weights itself
-            self._resume(files or agree(self.resume_checkpoint) or checkpoints.CheckpointSet(self.resume_step))
+            self._resume(files or agree(self.resume_checkpoint) or checkpoints.Checkpoint(self.resume_step))
         if self.lr is None:
             raise ValueError("lr is None, and there is no optimizer file to take it from: give a learning rate")
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
@@ -157,7 +157,7 @@ class TrainLoop:
 
     # ---- resuming and saving
 
-    def _load_and_sync_parameters(self) -> checkpoints.CheckpointSet | None:
+    def _load_and_sync_parameters(self) -> checkpoints.Checkpoint | None:
         """Load the weights to go on from, on every rank; without any, every rank takes those of rank 0."""
         files = agree(self.resume_checkpoint)
         if files is not None:
@@ -166,7 +166,7 @@ class TrainLoop:
         dist_util.sync_params(self.model.parameters())
         return files
 
-    def _resume(self, files: checkpoints.CheckpointSet) -> None:
+    def _resume(self, files: checkpoints.Checkpoint) -> None:
         """Take up everything of a checkpoint but the weights."""
         self._files, self._resumed = files, self._state()
         step = self._resumed.open(files)

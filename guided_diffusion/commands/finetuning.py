@@ -95,7 +95,7 @@ def _start(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> list[st
         if source.flags.get(name, value) != value and not _is_runtime(DiffusionConfig, name)
     ]
     lines = [
-        *filter(None, [source.choice]),
+        *filter(None, [source.picked[1]]),
         *report.lines(),
         *([f"  other flags than the checkpoint's: {'; '.join(other)}"] if other else []),
     ]

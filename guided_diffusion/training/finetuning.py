@@ -15,12 +15,11 @@ from typing import Any
 import torch as th
 import torch.nn as nn
 
-from ..image_datasets import load_classes
 from ..networks.architecture import CLASSIFIER_NAMES, architecture
 from ..runtime.options import Size, nearest
-from . import checkpoints, weights as weight_files
+from .checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint, open_checkpoint
+from .weights import difference
 
-UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 POSSIBLE = {(UNET, UNET), (UNET, UPSAMPLER), (UNET, CLASSIFIER), (UPSAMPLER, UPSAMPLER), (CLASSIFIER, CLASSIFIER)}
 _ARTICLES = {UNET: "a", UPSAMPLER: "an", CLASSIFIER: "a"}
 SIZE_FLAGS = {UNET: "image_size", UPSAMPLER: "large_size", CLASSIFIER: "image_size"}
@@ -36,45 +35,18 @@ Weights = Mapping[str, th.Tensor]
 # ---- the checkpoint
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint to start from.
-
-    :param flags: of the run that made it, {} where no config.json lies beside it.
-    :param classes: names by id, [] where they are unknown.
-    :param choice: which weights of the file these are, '' where it holds no more.
-    """
-
-    path: str
-    weights: Weights
-    flags: Mapping[str, Any]
-    classes: Sequence[str]
-    choice: str = ""
-
-    @property
-    def kind(self) -> str:
-        """UNET, UPSAMPLER or CLASSIFIER."""
-        if not any(name.startswith("output_blocks.") for name in self.weights):
-            return CLASSIFIER
-        inputs, channels = self.weights[_INPUT].shape[1], architecture(self.weights)["image_channels"]
-        upsampler = "large_size" in self.flags if self.flags else inputs == 2 * channels
-        return UPSAMPLER if upsampler else UNET
-
-
-def open_source(path: str) -> Source:
+def open_source(path: str) -> Checkpoint:
     """The checkpoint at a path, or the newest moving average of a run's folder.
 
     :raises FileNotFoundError, ValueError: if there is none, or it is of no network of this package.
     """
-    path = checkpoints.resolve_model(path, "--init_from")
-    weights, choice = weight_files.weights_of(path)
-    if not architecture(weights):
-        raise ValueError(f"--init_from {path} is no U-Net, upsampler or classifier: give the checkpoint of one")
-    names = checkpoints.classes_beside(path)
-    return Source(path, weights, checkpoints.config_beside(path), load_classes(names) if names else [], choice)
+    source = open_checkpoint(path, "--init_from")
+    if not source.kind:
+        raise ValueError(f"--init_from {source.path} is no U-Net, upsampler or classifier: give the checkpoint of one")
+    return source
 
 
-def flags_for(source: Source, kind: str, size: Size | None, usual: Size) -> dict[str, Any]:
+def flags_for(source: Checkpoint, kind: str, size: Size | None, usual: Size) -> dict[str, Any]:
     """The flags of a network of some kind that takes what it can of a checkpoint.
 
     What depends on the size of the images (the levels and where they attend) is that of the checkpoint's own.
@@ -136,7 +108,12 @@ def _listed(names: Sequence[str]) -> str:
 
 @th.no_grad()
 def initialise(
-    model: nn.Module, source: Source, *, mismatch: str = "error", classes: Sequence[str] = (), size: Size | None = None
+    model: nn.Module,
+    source: Checkpoint,
+    *,
+    mismatch: str = "error",
+    classes: Sequence[str] = (),
+    size: Size | None = None,
 ) -> Report:
     """Give a network the weights of a checkpoints, where they fit.
 
@@ -178,7 +155,7 @@ def _why(old: th.Tensor | None, fresh: th.Tensor) -> str:
 class _Fitting:
     """How the ends of a network are made from those of another one."""
 
-    def __init__(self, model: nn.Module, source: Source, classes: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, source: Checkpoint, classes: Sequence[str]) -> None:
         self.source, self.classes = source, classes
         there, here = architecture(source.weights), architecture(model.state_dict())
         self.channels = there.get("image_channels", 0), here.get("image_channels", 0)
@@ -201,7 +178,7 @@ class _Fitting:
             null = "with" if self.null[0] else "without"
             there, here = _listed(self.source.classes), _listed(self.classes)
             return f"its classes are {there}, {null} a null class, and those of the data {here}"
-        return weight_files.difference(self.source.weights, own, size)
+        return difference(self.source.weights, own, size)
 
     def grown(self, name: str, fresh: th.Tensor, old: th.Tensor | None) -> tuple[th.Tensor, str]:
         """A parameter made from the checkpoint's, and what was done.

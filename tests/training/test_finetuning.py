@@ -28,7 +28,8 @@ from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResC
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training import checkpoints, finetuning
-from guided_diffusion.training.finetuning import CLASSIFIER, UNET, UPSAMPLER, Source, flags_for, freeze, initialise
+from guided_diffusion.training.checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint
+from guided_diffusion.training.finetuning import flags_for, freeze, initialise
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
@@ -70,8 +71,11 @@ def classifier(**more: Any) -> Any:
     return fresh(build_classifier(ClassifierConfig(**{**usual, "classifier_resblock_updown": False, **more})))
 
 
-def source(model: Any, classes: str = "", **flags: Any) -> Source:
-    return Source("old.pt", model.state_dict(), flags, list(classes))
+def source(model: Any, classes: str = "", **flags: Any) -> Checkpoint:
+    """A checkpoint that has been read."""
+    read = Checkpoint(None, path="old.pt")
+    vars(read).update(picked=(model.state_dict(), ""), flags=flags, classes=list(classes))
+    return read
 
 
 def out(model: Any, channels: int = 3, **keywords: Any) -> th.Tensor:

@@ -19,7 +19,7 @@ from guided_diffusion.data.items import ignore_signals
 from guided_diffusion.runtime import npz
 from guided_diffusion.runtime.files import replacing
 from guided_diffusion.runtime.npz import save_npz
-from guided_diffusion.training import checkpoints, interruption, manifest, saving
+from guided_diffusion.training import checkpoints, interruption, manifest
 from guided_diffusion.training.saving import Saver, Snapshot, map_tensors
 
 KINDS = ("state", "ema_0.25_", "opt", "model")
@@ -106,11 +106,11 @@ def test_a_changed_byte_is_found_by_who_resumes(run):
     path.write_bytes(content)
     assert newest(run) == (6, [])  # by sizes
     assert newest(run, checksums=True)[0] == 4
-    files, faults = saving.choose(str(run))
+    files, faults = checkpoints.choose(str(run))
     assert (files.step, files.model) == (4, str(run / "model000004.pt"))
     assert faults == ["the checkpoint of step 6 is passed over: opt000006.pt was altered: its checksum is another one"]
     with pytest.raises(ValueError, match=r"damaged checkpoints, opt000006.pt was altered"):
-        saving.choose(str(run / "model000006.pt"))
+        checkpoints.choose(str(run / "model000006.pt"))
 
 
 def test_a_missing_file_makes_a_folder_pass_a_set_over_and_a_named_file_go_on(run):
@@ -179,12 +179,12 @@ def test_a_folder_of_weights_alone_is_a_set_and_a_torn_first_set_is_none(run, tm
     with pytest.raises(
         ValueError, match=r"no complete checkpoints, the checkpoint of step 2 is passed over: it has no"
     ):
-        saving.choose(str(torn))
-    files, faults = saving.choose(str(torn), auto=True)
+        checkpoints.choose(str(torn))
+    files, faults = checkpoints.choose(str(torn), auto=True)
     assert files is None
     assert len(faults) == 1
-    assert saving.choose("", auto=True) == (None, [])
-    assert saving.choose(str(tmp_path / "nowhere"), auto=True) == (None, [])
+    assert checkpoints.choose("", auto=True) == (None, [])
+    assert checkpoints.choose(str(tmp_path / "nowhere"), auto=True) == (None, [])
 
 
 # ---- interrupted writing
