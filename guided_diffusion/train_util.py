@@ -368,7 +368,7 @@ class TrainLoop:
         if self._is_due(self.log_interval):
             keep(self._dump)
         if self._is_due(self.save_interval):
-            with self.meter.saving():
+            with self.meter.paused(saving=True):
                 keep(self.save)
         keep(self.saver.poll)
 

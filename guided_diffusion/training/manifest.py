@@ -71,7 +71,7 @@ def read(path: str) -> dict[str, Entry]:
     try:
         value = untrusted.parse_json(raw)
         files: dict[str, Entry] = {name: _entry(name, entry) for name, entry in value["files"].items()}
-        fits = f"set{value['step']:06d}.json" == os.path.basename(path) and value["format"] == FORMAT
+        fits = name_of(value["step"]) == os.path.basename(path) and value["format"] == FORMAT
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("its manifest is damaged") from None
     if not fits or not any(name.startswith("model") for name in files):

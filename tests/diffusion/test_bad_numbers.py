@@ -223,8 +223,8 @@ def test_an_image_of_a_foreign_iterator_is_named_by_its_place(tmp_path):
 
 
 def test_of_many_bad_images_the_first_are_shown():
-    images = [bad_steps.Suspect(f"{index}.png", index, None, index % 2 == 0) for index in range(40)]
-    shown = bad_steps._accusation(images, "loss")
+    images = [(f"{index}.png (t {index})", index % 2 == 0) for index in range(40)]
+    shown = bad_steps.blamed(images, "loss")
     assert shown.startswith("the loss of 20 of its 40 images was not finite: 1.png (t 1), 3.png (t 3), ")
     assert shown.endswith("15.png (t 15) and 12 more")
 

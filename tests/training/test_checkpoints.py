@@ -98,7 +98,7 @@ def test_objects_other_than_tensors_are_never_unpickled(tmp_path):
 
 def test_a_missing_file_is_answered_with_those_beside_it(tmp_path):
     write_set(tmp_path, 5)
-    with pytest.raises(FileNotFoundError, match=r"model000006.pt does not exist; beside it lie .*model000005.pt"):
+    with pytest.raises(FileNotFoundError, match=r"model000006.pt' does not exist; beside it lie .*model000005.pt"):
         checkpoints.resolve_model(str(tmp_path / "model000006.pt"))
     for path in ("", "nowhere.pt"):
         with pytest.raises(FileNotFoundError, match=r"does not exist: give the path of a checkpoint, or the folder"):
@@ -363,7 +363,7 @@ def test_a_file_without_weights_is_answered_by_what_it_holds(tmp_path):
     ):
         th.save(content, tmp_path / "theirs.pt")
         with pytest.raises(ValueError, match="holds no weights of a network") as caught:
-            checkpoints.open_checkpoint(str(tmp_path / "theirs.pt")).picked
+            checkpoints.load_weights(tiny(), str(tmp_path / "theirs.pt"))
         assert sentence in str(caught.value)
         assert "again" not in str(caught.value)
 
