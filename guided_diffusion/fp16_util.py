@@ -18,7 +18,7 @@ import torch.nn as nn
 from . import logger
 from .config import resolve_precision
 from .nn import convert_module_to_f16 as convert_module_to_f16, convert_module_to_f32 as convert_module_to_f32
-from .training.gradients import AveragedGradients, Gradients, laid_out_as
+from .training.gradients import Gradients, laid_out_as
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 
@@ -166,10 +166,11 @@ def convert(model: nn.Module, precision: str) -> None:
 
     :raises TypeError: if it has no such method.
     """
-    if hasattr(model, "convert_to"):
-        model.convert_to(precision)
-    elif precision == "fp16" and hasattr(model, "convert_to_fp16"):
-        model.convert_to_fp16()
+    convert_to, convert_to_fp16 = (getattr(model, name, None) for name in ("convert_to", "convert_to_fp16"))
+    if convert_to is not None:
+        convert_to(precision)
+    elif precision == "fp16" and convert_to_fp16 is not None:
+        convert_to_fp16()
     else:
         raise TypeError(f"{type(model).__name__} cannot train in {precision}: it has no method convert_to(precision)")
 
@@ -221,7 +222,7 @@ class MixedPrecisionTrainer:
         self.gradients = self._make_gradients()
 
     def _make_gradients(self) -> Gradients:
-        return AveragedGradients(self._trained) if self.all_reduce else Gradients(self._trained)
+        return Gradients(self._trained, averaged=self.all_reduce)
 
     def _make_masters(self) -> list[nn.Parameter]:
         if self.precision == "fp32":
@@ -378,7 +379,7 @@ class MixedPrecisionTrainer:
         return model
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs beside the weights: the loss scale."""
+        """The loss scale, which a resumed run needs beside the weights."""
         return {"lg_loss_scale": self.lg_loss_scale} if self.use_fp16 else {}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:

@@ -29,13 +29,12 @@ from .runtime import paths
 from .runtime.files import write_json
 from .runtime.options import parse_rates
 from .runtime.seeds import seeded
-from .training import checkpoints
-from .training.adamw import AdamW
+from .training import batches, checkpoints
 from .training.bad_steps import BadSteps
 from .training.batches import Cond, RollingValidation, Supply, Validation
+from .training.gradients import AdamW
 from .training.interruption import Failures, Interruption
 from .training.meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
-from .training.microbatches import first_microbatch, halve_until_it_fits, microbatches
 from .training.noise import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from .training.run_state import RunState, load_weights, warn_of_long_averages
 from .training.saving import (
@@ -89,7 +88,7 @@ class TrainLoop:
         self.settings = options = Settings(**settings)
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size, self.global_batch = batch_size, batch_size * dist_util.world_size()
-        self.microbatch, self.auto_microbatch = first_microbatch(microbatch, batch_size, fsdp=options.fsdp)
+        self.microbatch, self.auto_microbatch = batches.first_microbatch(microbatch, batch_size, fsdp=options.fsdp)
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
         self.ema_rate, self.seed = parse_rates(ema_rate), options.seed
         self.log_interval, self.save_interval = log_interval, save_interval
@@ -290,7 +289,9 @@ class TrainLoop:
             with seeded(self.seed + TRAINING, key, self.device):
                 self.forward_backward(batch, cond)
 
-        halve_until_it_fits(attempt, self.microbatch, self.mp_trainer.zero_grad if self.auto_microbatch else None)
+        batches.halve_until_it_fits(
+            attempt, self.microbatch, self.mp_trainer.zero_grad if self.auto_microbatch else None
+        )
         self._unchanged = False
 
     def forward_backward(self, batch: th.Tensor, cond: Cond) -> None:
@@ -298,7 +299,7 @@ class TrainLoop:
         self.mp_trainer.zero_grad()
         draw, cond = self._draw(batch, self.updates), self.label_dropout(cond, self.seed, self.updates)
         rows, done = [], 0
-        for images, keywords, part in microbatches(batch, cond, draw, self.microbatch):
+        for images, keywords, part in batches.microbatches(batch, cond, draw, self.microbatch):
             losses = self.compute_losses(images, keywords, part)
             mean = (losses["loss"] * part.weights).mean()
             done += len(images)
@@ -357,7 +358,7 @@ class TrainLoop:
         logger.logkv("lr", self.opt.param_groups[0]["lr"])
 
     def _after_step(self) -> None:
-        """What happens every so many updates: validation, hooks, a line of the log, a checkpoint."""
+        """Validate, call hooks, log and save, each every so many updates."""
         keep = self.failures.keep
         with self.meter.paused():
             if self.validation.data is not None and self._is_due(self.val_interval):
@@ -405,7 +406,7 @@ class TrainLoop:
         with self.evaluation_model() as model:
             for key, batch, cond, counted in parts:
                 draw = self._draw(batch, key, validation=True, counted=counted)
-                cut = microbatches(batch, cond, draw, self.microbatch)
+                cut = batches.microbatches(batch, cond, draw, self.microbatch)
                 terms = [self.compute_losses(*part, model) for part in cut]
                 t, losses = gather_losses({"t": draw.t, **join(terms)})
                 rows.append({name: value[:counted] for name, value in [("t", t), *losses.items()]})

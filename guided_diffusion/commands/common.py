@@ -25,7 +25,7 @@ from ..sampling.loop import network_calls
 from ..sampling.samplers import DDIM, make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_classifier, build_diffusion, build_unet, build_upsampler
-from ..training import checkpoints, lora
+from ..training import checkpoints, lora, weights as weight_files
 from . import performance
 from .flags import Flags
 from .sections import AdapterConfig, SampleConfig
@@ -104,7 +104,7 @@ def _restore(
     config = flags.part(section)
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
         frame = build(config, flags.part(DiffusionConfig).learn_sigma)
-    weights = _adapted(flags, source, checkpoints.open_checkpoint(path).fitting(frame, asdict(config)))
+    weights = _adapted(flags, source, weight_files.fitting_weights(frame, path, asdict(config)))
     network: Any = build(config, flags.part(DiffusionConfig).learn_sigma)
     network.load_state_dict(weights)
     logger.log(f"{source}: {path}")
@@ -128,7 +128,7 @@ def _adapted(flags: Flags, source: str, weights: dict[str, th.Tensor]) -> dict[s
     if not path:
         return weights
     if not paths.exists(path):
-        raise ValueError(f"--lora_path {path!r} does not exist: give a folder loraNNNNNN, or that of its run")
+        raise ValueError(f"--lora_path {path!r} does not exist: give a file loraNNNNNN.pt, or the folder of its run")
     scale = flags.part(AdapterConfig).lora_scale
     weights, doubt = lora.applied(weights, lora.read(path), scale=scale)
     logger.log(f"lora_path: {path}, times {scale:g}")
@@ -197,7 +197,7 @@ def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None
 
 def _shapes(path: str, flags: Flags) -> dict[str, Any]:
     """The flags that can be read off the weights themselves."""
-    state = checkpoints.open_checkpoint(path).weights
+    state, _ = weight_files.weights_of(path)
     size = flags.values.get("large_size", flags.values.get("image_size"))
     found = architecture(state)  # an attention pool knows its size
     if found and not flags.values.get("cond_type") and state[FIRST].shape[1] == 2 * found.get("image_channels", 0):
@@ -222,7 +222,7 @@ def _say_which(given: str, path: str) -> None:
     step = checkpoints.step_of(path)
     if step is None or checkpoints.config_beside(path).get("ema_warmup"):
         return
-    files = checkpoints.sets_in(os.path.dirname(path) or ".").get(step, checkpoints.Checkpoint(step))
+    files = checkpoints.sets_in(os.path.dirname(path) or ".").get(step, checkpoints.CheckpointSet(step))
     for rate, average in files.emas.items():
         if not checkpoints.is_young(rate, step):
             continue

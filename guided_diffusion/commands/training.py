@@ -28,6 +28,7 @@ from ..runtime import paths
 from ..runtime.options import defaults, parse_range
 from ..train_util import Hook, TrainLoop
 from ..training import checkpoints
+from ..training.saving import choose
 from . import conditioning, finetuning, performance
 from .common import check_kind
 from .flags import COMMANDS, Flags
@@ -49,7 +50,7 @@ def start(flags: Flags) -> Flags:
     run = flags.part(RunConfig)
     dist_util.setup_dist(device=run.device, timeout=run.dist_timeout)
     flags, choices = performance.with_precision(flags)
-    files, faults = checkpoints.choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
+    files, faults = choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
     flags = Flags(flags.command, {**flags.given, "resume_checkpoint": files.model if files else ""}, flags.saved)
     if folder and dist_util.rank() == 0:
         refuse_other_run(folder, flags, auto=auto)

@@ -29,7 +29,7 @@ from ..runtime.npz import fingerprint
 from ..runtime.options import nearest, parse_size, saved_values
 from ..runtime.seeds import to_device
 from ..script_util import build_classifier
-from ..training import checkpoints
+from ..training import checkpoints, weights as weight_files
 from .weights import find_inception, load_inception
 
 VERSION = 1  # of what is done to images before a network sees them: features of other versions are not taken again
@@ -181,14 +181,14 @@ def read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
 
     :raises OSError, ValueError: if there is none, or it is another network.
     """
-    checkpoint = checkpoints.open_checkpoint(path)
-    path, saved = checkpoint.path, checkpoint.flags or _flags_of(checkpoint.weights)
+    path = checkpoints.resolve_model(path)
+    saved = checkpoints.config_beside(path) or _flags_of(weight_files.weights_of(path)[0])
     if "classifier_width" not in saved:
         raise ValueError(f"--features classifier:{path} is no classifier: give the checkpoint of a classifier there")
     config = ClassifierConfig(**{**saved_values(saved, ClassifierConfig), "classifier_precision": precision})
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
         frame = build_classifier(config)
-    weights = checkpoint.fitting(frame, asdict(config))
+    weights = weight_files.fitting_weights(frame, path, asdict(config))
     network = build_classifier(config)
     network.load_state_dict(weights)
     logger.log(f"features classifier: {path}")

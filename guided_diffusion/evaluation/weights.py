@@ -9,7 +9,7 @@ import torch as th
 
 from ..networks.architecture import architecture
 from ..runtime import files, paths
-from ..training import weights
+from ..training import checkpoints, weights
 from .downloads import SOURCES, kept_at
 from .inception import InceptionNetwork
 
@@ -64,7 +64,7 @@ def _read(path: str) -> dict[str, th.Tensor]:
     kind = "" if paths.is_remote(path) else files.kind_of_file(path)
     if kind:
         raise _refusal(path, kind)
-    state = weights.load(path)
+    state = checkpoints.load(path)
     if isinstance(state, dict) and {"state", "param_groups"} <= set(state):
         raise _refusal(path, "the state of an optimizer")
     if not isinstance(state, dict) or not all(isinstance(value, th.Tensor) for value in state.values()):

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch as th
 
-from .. import dist_util, logger
+from .. import dist_util
 from ..networks.architecture import architecture
 from ..runtime import files, paths
 from ..runtime.paths import exists, is_remote, isdir, join, names_in
 from . import manifest
-from .weights import SHOWN, difference, load as load, pick, save as save
+from .weights import SHOWN, checked, load as load, pick, save as save
 
 CONFIG, CLASSES = "config.json", "classes.json"
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
@@ -102,14 +102,7 @@ class Checkpoint:
         :param flags: that it was built from, of which the sizes name attention resolutions in messages.
         :raises ValueError: if the file is no weights, or fits other flags, which the message then names.
         """
-        expected = network.state_dict() if isinstance(network, th.nn.Module) else network
-        state, choice = self.picked
-        if choice:
-            logger.log(choice)
-        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
-            size = flags.get("large_size", flags.get("image_size"))
-            raise ValueError(f"{self.path} does not fit the flags: {difference(state, expected, size)}")
-        return state
+        return checked(self.picked, network, self.path, flags)
 
     @property
     def kind(self) -> str:
@@ -122,6 +115,9 @@ class Checkpoint:
         inputs = self.weights["input_blocks.0.0.weight"].shape[1]
         upsampler = "large_size" in self.flags if self.flags else inputs == 2 * read["image_channels"]
         return UPSAMPLER if upsampler else UNET
+
+
+CheckpointSet = Checkpoint  # its older name
 
 
 def is_young(rate: str | float, updates: int) -> bool:

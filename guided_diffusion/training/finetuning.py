@@ -224,7 +224,8 @@ def _grown(old: th.Tensor, fresh: th.Tensor, axis: int, channels: Sequence[int])
     if target.shape != parts.shape:
         return None
     target.copy_(parts)
-    return pieces.flatten(axis, axis + 1)
+    grown: th.Tensor = pieces.flatten(axis, axis + 1)
+    return grown
 
 
 # ---- what is trained

@@ -191,8 +191,8 @@ def read(path: str) -> Pack:
     value = load(paths.join(path, WEIGHTS) if folder else path)
     try:
         pack = _of_peft(files.parse_json(config), value) if folder else _slowest(older_packs(value))
-        assert _whole(pack.weights)
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+        _check_pairs(pack.weights)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise ValueError(
             f"{path} holds no adapters that can be merged: give a folder loraNNNNNN of a run with --lora_rank"
         ) from error
@@ -228,12 +228,13 @@ def _slowest(packs: Mapping[str, Pack]) -> Pack:
     return packs[max(rates, key=float)] if rates else packs["model"]
 
 
-def _whole(parts: Mapping[str, Any]) -> bool:
-    """Whether these are tensors, and some of them adapters with both parts, of one rank."""
-    floats = all(isinstance(value, th.Tensor) and value.is_floating_point() for value in parts.values())
-    downs = {name.removesuffix(_DOWN): value for name, value in parts.items() if name.endswith(_DOWN)}
-    ups = {name.removesuffix(_UP): value for name, value in parts.items() if name.endswith(_UP)}
-    return floats and bool(downs) and set(downs) == set(ups) and all(len(downs[n]) == ups[n].shape[1] for n in downs)
+def _check_pairs(weights: Mapping[str, th.Tensor]) -> None:
+    """Refuse what is not tensors with some adapters among them, each with both parts, of one rank."""
+    downs = {name.removesuffix(_DOWN): value for name, value in weights.items() if name.endswith(_DOWN)}
+    ups = {name.removesuffix(_UP): value for name, value in weights.items() if name.endswith(_UP)}
+    paired = downs and set(downs) == set(ups) and all(len(downs[n]) == ups[n].shape[1] for n in downs)
+    if not paired or not all(value.is_floating_point() for value in weights.values()):
+        raise ValueError("no adapters")
 
 
 @th.no_grad()
@@ -246,31 +247,27 @@ def applied(weights: Mapping[str, th.Tensor], pack: Pack, *, scale: float = 1.0)
     :return: the weights, and a warning, '' for none.
     :raises ValueError: if they are of another network.
     """
-    result, below = dict(weights), list[str]()
+    result, below = dict(weights), dict[str, th.Tensor]()
     for name, value in pack.weights.items():
-        target = name.removesuffix(_DOWN).removesuffix(_UP) + _WEIGHT if is_part(name) else name
-        weight = weights.get(target)
-        if weight is None or not _fits(name, value, weight):
+        if name.endswith(_UP):
+            continue
+        adapted = name.endswith(_DOWN)
+        target = name.removesuffix(_DOWN) + _WEIGHT if adapted else name
+        up = pack.weights[name.removesuffix(_DOWN) + _UP] if adapted else value
+        weight, shape = weights.get(target), (len(up), *value.shape[1:]) if value.ndim else ()
+        if weight is None or weight.shape != shape:
             raise ValueError(
-                f"the adapters are of another network: there is {name} {list(value.shape)} for "
-                f"{'nothing' if weight is None else f'{target} {list(weight.shape)}'}"
+                f"the adapters are of another network: there is one of {list(shape)} for {target}, which "
+                f"{'is missing' if weight is None else f'has {list(weight.shape)}'}"
             )
-        if name.endswith(_DOWN):
-            below.append(target)
-            result[target] = _sum(weight, value, pack.weights[name.removesuffix(_DOWN) + _UP], scale * pack.scale)
-        elif not is_part(name):
+        if adapted:
+            below[target] = weight
+            result[target] = _sum(weight, value, up, scale * pack.scale)
+        else:
             result[name] = weight + scale * (value - weight)
-    same = not pack.base or _fingerprint({name: weights[name] for name in below}) == pack.base
+    same = not pack.base or _fingerprint(below) == pack.base
     return result, "" if same else "the adapters were trained over other weights than these"
 
 
 def _fingerprint(weights: Mapping[str, th.Tensor]) -> str:
     return fingerprint(dict(sorted(weights.items())))
-
-
-def _fits(name: str, value: th.Tensor, weight: th.Tensor) -> bool:
-    if name.endswith(_DOWN):
-        return value.ndim == weight.ndim > 2 and value.shape[1:] == weight.shape[1:]
-    if name.endswith(_UP):
-        return value.ndim == weight.ndim > 2 and len(value) == len(weight) and set(value.shape[2:]) == {1}
-    return value.shape == weight.shape

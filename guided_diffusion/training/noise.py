@@ -97,6 +97,8 @@ class LabelDropout:
         """The model keywords of step `index` with labels "y" [n] of this rank dropped; rate 0 draws nothing."""
         if not self.rate or self.null_label is None:
             return cond
+        if "y" not in cond:
+            raise ValueError(f"class_dropout {self.rate} drops labels and the data have none: give them under 'y'")
         labels = cond["y"]
         # spawned, unlike the key of t: another stream
         rng = np.random.default_rng(np.random.SeedSequence(seed + TRAINING, spawn_key=(2, index)))

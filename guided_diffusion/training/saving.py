@@ -14,7 +14,7 @@ from .. import dist_util, logger
 from ..runtime import paths
 from ..runtime.files import write_json
 from . import checkpoints, manifest
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, choose
 from .run_state import RunState
 
 # ---- the originals' functions, which research code replaces in train_util
@@ -44,7 +44,7 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
 
 def agree(path: str) -> Checkpoint | None:
     """The checkpoint of `checkpoints.choose`, with what was passed over in the log."""
-    files, faults = checkpoints.choose(path)
+    files, faults = choose(path)
     for line in faults:
         logger.warn(line)
     return files
@@ -90,28 +90,17 @@ def map_tensors(value: Any, change: Callable[[th.Tensor], th.Tensor]) -> Any:
     return value
 
 
-class Snapshot:
-    """Copies of tensors in CPU memory, which is kept for the next copies: page-locked where a GPU writes to it.
+def snapshot(value: Any) -> Any:
+    """The same with contiguous copies of its tensors in CPU memory, page-locked where a GPU writes them."""
 
-    They are contiguous, as those in files are, whatever the layout that a network computes in.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: list[th.Tensor] = []
-
-    def take(self, value: Any) -> Any:
-        """A copy of everything, valid until the next call."""
-        before, self._buffers = iter(self._buffers), []
-        copied = map_tensors(value, lambda tensor: self._copy(tensor, next(before, None)))
-        if any(buffer.is_pinned() for buffer in self._buffers):
-            th.cuda.synchronize()
-        return copied
-
-    def _copy(self, tensor: th.Tensor, buffer: th.Tensor | None) -> th.Tensor:
-        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-            buffer = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        self._buffers.append(buffer)
+    def copy(tensor: th.Tensor) -> th.Tensor:
+        buffer = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+
+    copied = map_tensors(value, copy)
+    if th.cuda.is_initialized():
+        th.cuda.synchronize()
+    return copied
 
 
 class Saver:
@@ -125,7 +114,6 @@ class Saver:
     def __init__(self, *, asynchronous: bool = False, keep_last: int = 0) -> None:
         self.asynchronous, self.keep_last = asynchronous, keep_last
         self.source = ""  # the weights that were resumed from: never written again
-        self._snapshot = Snapshot()
         self._pending: Future[list[str]] | None = None
         self._swept = False
 
@@ -160,7 +148,7 @@ class Saver:
                 logger.log(f"{self.source} is what this run resumed from, and stays as it is")
             elif dist_util.rank() == 0 and self.asynchronous:
                 pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-                self._pending = pool.submit(self._write, folder, step, self._snapshot.take(parts))
+                self._pending = pool.submit(self._write, folder, step, snapshot(parts))
                 pool.shutdown(wait=False)
             elif dist_util.rank() == 0:
                 _report(self._write(folder, step, map_tensors(parts, lambda tensor: tensor.cpu().contiguous())))

@@ -9,7 +9,7 @@ from typing import IO, Any, cast
 
 import torch as th
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..networks.architecture import architecture, networks_in
 from ..runtime import files, paths
 from ..runtime.files import printable
@@ -197,6 +197,33 @@ def _held(content: Any) -> str:
 
 
 # ---- whether they fit a network
+
+
+def weights_of(path: str) -> tuple[dict[str, th.Tensor], str]:
+    """`pick`, of a path alone."""
+    return pick(path, "")
+
+
+def fitting_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
+    """`Checkpoint.fitting`, of the path of its file."""
+    return checked(weights_of(path), network, path, flags or {})
+
+
+def checked(
+    picked: tuple[dict[str, th.Tensor], str], network: th.nn.Module | State, path: str, flags: Mapping[str, Any]
+) -> dict[str, th.Tensor]:
+    """The weights of `pick` if they fit a network; logs which they are.
+
+    :raises ValueError: naming the flags, else the tensors, that differ.
+    """
+    state, choice = picked
+    expected = network.state_dict() if isinstance(network, th.nn.Module) else network
+    if choice:
+        logger.log(choice)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+        size = flags.get("large_size", flags.get("image_size"))
+        raise ValueError(f"{path} does not fit the flags: {difference(state, expected, size)}")
+    return state
 
 
 def difference(theirs: State, ours: State, size: Any) -> str:

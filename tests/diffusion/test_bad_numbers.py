@@ -325,7 +325,7 @@ def test_the_image_of_one_rank_stops_the_step_of_all_and_every_log_names_it(tmp_
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(TWO_RANKS))
     mpiexec = [str(Path(sysconfig.get_path("scripts"), "mpiexec")), "-n", "2", sys.executable]
-    command = [*mpiexec, str(script), str(tmp_path / "run"), str(Path(__file__).parents[1])]
+    command = [*mpiexec, str(script), str(tmp_path / "run"), str(Path(__file__).parent)]
     job = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert job.returncode == 2, job.stdout + job.stderr
     for rank in (0, 1):
