@@ -23,7 +23,7 @@ from ..networks.architecture import architecture
 from ..runtime import files, paths
 from ..runtime.paths import exists, is_remote, isdir, join, names_in
 from . import manifest
-from .weights import SHOWN, checked, load as load, pick, save as save
+from .weights import checked, load as load, neighbours, pick, save as save
 
 CONFIG, CLASSES = "config.json", "classes.json"
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
@@ -31,7 +31,6 @@ _NAME = re.compile(
     r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
     r"|lora(?P<adapted>\d+)(?:\.pt)?)$"
 )
-_REMEDY = ": give the path of a checkpoint, or the folder of a run"
 
 
 @dataclass
@@ -161,12 +160,9 @@ def _beside(path: str) -> Checkpoint:
 
 
 def _check_exists(path: str, what: str) -> None:
-    if path and exists(path):
-        return
-    names = [name for name in names_in(os.path.dirname(path) or ".") if _NAME.search(name)]
-    weights = [name for name in names if not name.startswith(("opt", "state", "lora"))][-SHOWN:]
-    hint = f"; beside it lie {', '.join(weights)}" if weights else _REMEDY
-    raise FileNotFoundError(f"{what} {path!r} does not exist{hint}")
+    if not path or not exists(path):
+        hint = neighbours(path) or ": give the path of a checkpoint, or the folder of a run"
+        raise FileNotFoundError(f"{what} {path!r} does not exist{hint}")
 
 
 # ---- to sample from

@@ -59,7 +59,8 @@ def attach(
         import peft
     except ImportError as error:
         raise ValueError('adapters are those of the library peft: pip install "guided-diffusion[lora]"') from error
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets)
+    scale: Any = alpha or rank  # a fraction too, whatever peft's annotation
+    config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=targets)
     peft.inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_part(_plain(name)) or _plain(name) in train)
@@ -163,7 +164,8 @@ def content(model: nn.Module, state: Mapping[str, th.Tensor]) -> dict[str, Any]:
     named, parts, adapted = plain_names(state), split(model, state), list(adapters(model))
     modules = {name.rpartition(".")[0] for name in parts if not is_part(name)} - {*adapted, ""}
     whole = {name: value for name, value in named.items() if name in parts or name.rpartition(".")[0] in modules}
-    config = {name: _jsonable(value) for name, value in model.peft_config["default"].to_dict().items()}
+    configs: Any = model.peft_config
+    config = {name: _jsonable(value) for name, value in configs["default"].to_dict().items()}
     config |= {"modules_to_save": sorted(modules) or None, "inference_mode": True, "target_modules": adapted}
     config |= {"base_model_name_or_path": _BASE + _fingerprint(base(model, state))}
     return {CONFIG: config, WEIGHTS: {_PREFIX + name: value for name, value in whole.items()}}

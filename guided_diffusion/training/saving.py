@@ -14,7 +14,7 @@ from .. import dist_util, logger
 from ..runtime import paths
 from ..runtime.files import write_json
 from . import checkpoints, manifest
-from .checkpoints import Checkpoint, choose
+from .checkpoints import Checkpoint, choose as choose
 from .run_state import RunState
 
 # ---- the originals' functions, which research code replaces in train_util

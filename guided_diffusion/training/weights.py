@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,8 +18,8 @@ from .manifest import Entry, Hashed
 
 SHOWN = 3
 _KEYS, _MAX_FOREIGN = 12, 1000  # keys in a message; names of classes in a file
+_WEIGHTS = re.compile(r"(model|ema).*\.(pt|pth|safetensors)")
 _AVERAGE = re.compile(r"(?<![a-zA-Z])ema(?![a-zA-Z])", re.IGNORECASE)  # in a place such as model_ema.module
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files began before they were zips
 
 State = Mapping[str, th.Tensor]
 
@@ -67,16 +68,11 @@ def _stand_ins(path: str) -> list[Any]:
 def _foreign_names(path: str) -> list[str]:
     """The classes and functions that a local zip of torch.save names, and `load` does not load."""
     try:
-        if not is_zip(path):
+        if paths.is_remote(path) or not zipfile.is_zipfile(path):
             return []
         return sorted(th.serialization.get_unsafe_globals_in_checkpoint(path))[:_MAX_FOREIGN]
     except Exception:  # as in `load`
         return []
-
-
-def is_zip(path: str) -> bool:
-    """Whether a path is that of a local zip."""
-    return not paths.is_remote(path) and zipfile.is_zipfile(path)
 
 
 def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
@@ -87,7 +83,7 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     """
     path = paths.resolve(path)
     if not paths.exists(path):
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist{neighbours(path)}")
     try:
         if not paths.is_remote(path):
             files.check_unpacked(path)
@@ -114,11 +110,13 @@ def _reason(path: str, error: Exception) -> str:
     foreign = _foreign_names(path)
     if foreign:
         return f"it holds more than tensors and plain values: {', '.join(map(printable, foreign[:SHOWN]))}"
-    with paths.open_blob(path) if paths.is_remote(path) else open(path, "rb") as file:
-        head = file.read(len(_LEGACY))
-    if path.endswith(".safetensors") or head.startswith(b"PK") or head == _LEGACY:
-        return "it is damaged or cut short, copy or download it again"
-    return "it is of another kind, and no file of weights"
+    return f"it is damaged, cut short, or no file of weights{neighbours(path)}"
+
+
+def neighbours(path: str) -> str:
+    """What a message adds about a file that is missing or of another kind: the weights beside it."""
+    names = [name for name in paths.names_in(os.path.dirname(path) or ".") if _WEIGHTS.fullmatch(name)]
+    return f"; beside it lie {', '.join(names[-SHOWN:])}" if names else ""
 
 
 def _check_filled(value: Any) -> None:
@@ -183,17 +181,11 @@ def _plain_weights(content: Any, path: str, beside: str) -> dict[str, th.Tensor]
 
 
 def _held(content: Any) -> str:
-    """The keys of a file's dictionary and the kinds of its values."""
-
-    def kind(value: Any) -> str:
-        of = type(value)
-        name = of.__qualname__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__qualname__}"
-        return f"{name} of {len(value)}" if isinstance(value, dict | list | tuple) else printable(name)
-
+    """The keys of a file's dictionary, or the class of another object."""
     if not isinstance(content, dict):
-        return f"one object ({kind(content)})"
-    keys = [f"{key!r:.50} ({kind(value)})" for key, value in content.items()]
-    return ", ".join(keys[:_KEYS]) + (f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else "")
+        return f"one object ({printable(f'{type(content).__module__}.{type(content).__qualname__}')})"
+    more = f" and {len(content) - _KEYS} more" if len(content) > _KEYS else ""
+    return ", ".join(f"{key!r:.50}" for key in list(content)[:_KEYS]) + more
 
 
 # ---- whether they fit a network
