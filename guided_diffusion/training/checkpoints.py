@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -29,7 +30,7 @@ CONFIG, CLASSES = "config.json", "classes.json"
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
     r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
-    r"|lora(?P<adapted>\d+)(?:\.pt)?)$"
+    r"|lora(?P<adapted>\d{6,})(?:\.pt)?)$"
 )
 
 
@@ -345,13 +346,15 @@ def keep_last(folder: str, count: int) -> None:
 def remove(entry: Checkpoint) -> None:
     """Remove the files of a checkpoint, in an order that never leaves a part that passes for complete."""
     for path in entry.files:
-        if not isdir(path):
+        if path != entry.lora or path.endswith(".pt"):
             paths.remove(path)
             continue
         for name in names_in(path):
-            paths.remove(join(path, name))
+            if name.startswith("adapter_"):
+                paths.remove(join(path, name))
         if not is_remote(path):
-            os.rmdir(path)
+            with suppress(OSError):  # files of others may lie there
+                os.rmdir(path)
 
 
 def sweep(folder: str) -> None:
