@@ -251,11 +251,9 @@ def matching(model: nn.Module, text: str, flag: str) -> list[str]:
 def freeze(model: nn.Module, text: str) -> list[str]:
     """Take parameters out of the training, by patterns; returns their names.
 
-    :raises ValueError: if a pattern matches nothing, or all parameters are matched.
+    :raises ValueError: if a pattern matches nothing.
     """
     names = matching(model, text, "freeze")
-    if len(names) == len(list(model.parameters())):
-        raise ValueError(f"--freeze {text} leaves nothing to train: name fewer parameters")
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     return names

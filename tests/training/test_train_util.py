@@ -121,12 +121,12 @@ def test_a_tiny_network_overfits_four_images(tmp_path, pictures):
     loop = make(
         tmp_path,
         itertools.repeat((images, {})),
-        lr=3e-3,
-        max_steps=150,
+        lr=5e-3,
+        max_steps=80,
         log_interval=1000,
         ema_rate="0.9",
         val_data=itertools.repeat((images, {})),
-        val_interval=150,
+        val_interval=80,
     )
     loop.validate()
     first = logger.getkvs()["val_loss"]
