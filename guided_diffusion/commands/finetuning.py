@@ -44,7 +44,8 @@ def check(flags: Flags) -> None:
     if values["lora_rank"] and not values["init_from"]:
         raise ValueError(f"--lora_rank {values['lora_rank']} adapts a trained network: name it with --init_from")
     if values["lora_rank"] and values["freeze"]:
-        raise ValueError("--freeze has no effect with --lora_rank, which freezes all but --lora_train: leave it out")
+        frozen = values["freeze"]
+        raise ValueError(f"--freeze {frozen} has no effect with --lora_rank, which freezes all but --lora_train")
 
 
 def over_source(flags: Flags) -> Flags:

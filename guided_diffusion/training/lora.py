@@ -243,9 +243,7 @@ def _is_paired(weights: Mapping[str, th.Tensor]) -> bool:
 def applied(weights: Mapping[str, th.Tensor], pack: Pack, *, scale: float = 1.0) -> tuple[Weights, str]:
     """Plain weights with adapters merged into them.
 
-    What was trained beside the adapters is moved towards as far as they are added.
-
-    :param scale: how much of them: 1 as they were trained.
+    :param scale: how much of them, and of the parameters that were trained beside them: 1 as they were trained.
     :return: the weights, and a warning, '' for none.
     :raises ValueError: if they are of another network.
     """
