@@ -139,7 +139,7 @@ def _conditioning(dataset: ImageDataset, count: int, seed: int) -> Conditioning 
     order, picked = np.random.default_rng(seed).permutation(count), _evenly(len(dataset), count)
 
     def take(indices: Sequence[int]) -> dict[str, th.Tensor]:
-        rows = [dataset.take((0, picked[order[index]]))[0][1]["cond_image"] for index in indices]
+        rows = [dataset[0, picked[order[index]]][1]["cond_image"] for index in indices]
         return {"cond_image": th.from_numpy(np.stack(rows))}
 
     return take

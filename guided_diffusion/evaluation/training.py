@@ -52,13 +52,13 @@ class TrainingImages(ImageSet):
     def __init__(self, dataset: ImageDataset, count: int) -> None:
         super().__init__("the training data", count)
         paths = [dataset.local_images[index * len(dataset) // count] for index in range(count)]
-        kind: dict[str, Any] = {"image_channels": dataset.image_channels, "on_bad_image": dataset.on_bad_image}
-        self._dataset = ImageDataset(dataset.resolution, paths, random_flip=False, seed=dataset.seed, **kind)
+        options = replace(dataset.options, cache_images=False, fast_decode=False)
+        self._dataset = ImageDataset(dataset.resolution, paths, random_flip=False, options=options)
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         for start in range(first * size, self.count, step * size):
             indices = range(start, min(start + size, self.count))
-            images = np.stack([self._dataset.take((0, index))[0][0] for index in indices])
+            images = np.stack([self._dataset[0, index][0] for index in indices])
             yield [to_rgb(np.round((images + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1))]
 
 
@@ -114,7 +114,7 @@ class Evaluation:
         needs = {name for metric in self._metrics for name in METRICS[metric].needs}
         images: str | ImageSet = config.eval_reference
         if images:
-            images = open_images(images, None, stream.dataset.data_range)
+            images = open_images(images, None, stream.dataset.options.data_range)
         else:
             count = min(len(stream.dataset), max(REFERENCE_IMAGES, config.eval_samples))
             images = TrainingImages(stream.dataset, count)
