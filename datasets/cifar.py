@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from conversion import pickles
 from conversion.command import converter
 from conversion.config import CifarConfig
 from conversion.images import Item, Source, bad
-from conversion.planes import class_of, row_items, side_of, with_empty_classes
+from conversion.planes import row_items, with_empty_classes
 from conversion.tars import members, open_tar
 from guided_diffusion.runtime import files as untrusted
 from guided_diffusion.runtime.files import reason
@@ -83,25 +82,11 @@ def _batch(name: str, content: Callable[[], bytes] | None, key: str, names: list
         if content is None:
             raise ValueError("it is missing, or the archive ends before it")
         batch = pickles.load(content())
-        rows, labels = _parts(batch, key)
+        if "data" not in batch or not isinstance(batch.get(key), list):
+            raise ValueError(f"it has no data and {key}")
+        yield from row_items(name, np.asarray(batch["data"]), batch[key], names)
     except (ValueError, OSError) as error:
         yield bad(name, reason(error))
-        return
-    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        try:
-            yield from row_items(name, row[None], [class_of(label, names)], number)
-        except ValueError as error:
-            yield bad(f"{name}/{number}", reason(error))
-
-
-def _parts(batch: dict[str, Any], key: str) -> tuple[Any, list[Any]]:
-    if "data" not in batch or not isinstance(batch.get(key), list):
-        raise ValueError(f"it has no data and {key}")
-    rows, labels = np.asarray(batch["data"]), batch[key]
-    side_of(rows)
-    if len(rows) != len(labels):
-        raise ValueError(f"it has {len(rows)} images and {len(labels)} labels")
-    return rows, labels
 
 
 main = converter("cifar", read)

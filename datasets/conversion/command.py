@@ -1,4 +1,4 @@
-"""How every script in datasets/ begins: a name and a reader make its command line."""
+"""The command line of every script in datasets/, made of its name and its reader."""
 
 from __future__ import annotations
 
@@ -32,19 +32,11 @@ def converter(name: str, read: Callable[[Any], Source]) -> Main:
         try:
             convert(read(config), config, name)
         except (ValueError, OSError) as error:
-            if _comes_from(read, error):  # raised here, it is this package's word on a wrong input
-                raise type(error)(*error.args, *_file_of(error)) from error
-            raise
+            *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+            if innermost.f_globals is not read.__globals__:
+                raise
+            # raised by the script itself, it is a sentence for the user, as the package's own errors are
+            file = [error.filename] if isinstance(error, OSError) and error.filename is not None else []
+            raise type(error)(*error.args, *file) from error
 
     return entry(name, work)
-
-
-def _file_of(error: Exception) -> list[str]:
-    """The file that the system says an error is about, which is none of its arguments."""
-    return [error.filename] if isinstance(error, OSError) and error.filename is not None else []
-
-
-def _comes_from(read: Callable[[Any], Source], error: Exception) -> bool:
-    """Whether the script itself raised an error, not some library that it called."""
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return innermost.f_globals is read.__globals__

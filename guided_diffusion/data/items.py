@@ -38,10 +38,8 @@ MAX_REPLACEMENTS = 100  # images tried in place of one that cannot be read
 class DataOptions(LoaderConfig):
     """How a data set is read, beside the originals' keywords; the fields of `LoaderConfig` are flags.
 
-    :param class_from: filename, folder, csv, json, or auto (see `labels.read_labels`).
-    :param label_column: of the labels in a table that has several.
-    :param classes: class names by id, or the path of the classes.json of an earlier run, whose rule "auto" then takes.
-    :param num_classes: K of the network; more classes than that are an error.
+    class_from, label_column, classes and num_classes are those of `labels.read_labels`.
+
     :param image_channels: C.
     :param data_range: the numbers that are black and white, where files do not say it: (0, 4095).
     :param on_bad_image: "error" ends with the name of an image that cannot be read; "skip" takes another one instead,

@@ -59,7 +59,7 @@ def read(source: ImageSource, rule: str, column: str) -> tuple[list[Label], list
             f"{len(unlabelled)} of {len(names.all)} images have no label in {file!r}, the first {unlabelled[0]!r}; "
             f"add them, with paths as they are below that file, which begins with {shown!r}"
         )
-    notes = [f"{file} labels {surplus} files that are not there"] if surplus else []
+    notes = [f"{file} labels {surplus} files that are not there"] * bool(surplus)
     if len(table.heading) > 2:
         notes.append(f"labels are the column {table.heading[label_column]!r} of {', '.join(table.heading)}")
     return as_numbers([labels[name] for name in names.all]), notes

@@ -299,8 +299,8 @@ def _most_open() -> int:
         import resource
     except ImportError:  # a system that sets no such limit
         return MAX_OPEN_ARCHIVES
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_OPEN_ARCHIVES if limit == resource.RLIM_INFINITY else max(1, min(MAX_OPEN_ARCHIVES, limit // 2))
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1 for none
+    return max(1, min(MAX_OPEN_ARCHIVES, limit // 2)) if limit > 0 else MAX_OPEN_ARCHIVES
 
 
 # ---- reading
@@ -317,8 +317,7 @@ def read_content(path: str) -> Content:
 
 def read_bytes(path: str) -> bytes:
     """The bytes of a file on the disk, in a bucket or in a zip."""
-    content = read_content(path)
-    return content if isinstance(content, bytes) else content.tobytes()
+    return bytes(read_content(path))
 
 
 def read_image(path: str, channels: int, data_range: Range | None = None) -> Picture:

@@ -27,7 +27,7 @@ from guided_diffusion.data import cache, items, sources
 from guided_diffusion.data.archives import Archive
 from guided_diffusion.data.conditioning import CondKind, Pairing
 from guided_diffusion.data.crops import center_crop_arr, largest_cover, random_crop_arr, shrunk, shrunk_size, size_of
-from guided_diffusion.data.sources import UnreadableImage, read_image, read_size, read_decoded
+from guided_diffusion.data.sources import UnreadableImage, read_decoded, read_image, read_size
 from guided_diffusion.image_datasets import ImageStream, load_data, load_superres_data
 from guided_diffusion.runtime import files
 from guided_diffusion.runtime.pictures import to_unit
