@@ -62,8 +62,6 @@ class ImageStream(Iterator[Batch]):
         self.dataset, self.labels, self.num_workers = dataset, labels, options.num_workers
         self.rank = dist_util.rank() if options.rank is None else options.rank
         self.world_size = dist_util.world_size() if options.world_size is None else options.world_size
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not one of {self.world_size}; give 0 <= rank < world_size")
         self.batch_size = batch_size
         if options.fit:
             self.batch_size = min(batch_size, max(1, -(-len(dataset) // self.world_size)))
@@ -83,8 +81,8 @@ class ImageStream(Iterator[Batch]):
 
     def _check_batch_size(self) -> None:
         count, most = len(self.dataset), len(self.dataset) // self.world_size
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(f"batch_size {self.batch_size} on rank {self.rank} of {self.world_size}: give 1 or more")
         if count < self.global_batch and not (self.dataset.options.fit and count):
             remedy = f"set batch_size to at most {most}" if most else f"start at most {count} ranks"
             raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from guided_diffusion.data.crops import MAX_PIXELS, TooThin, center_crop_arr
+from guided_diffusion.data.crops import MAX_PIXELS, center_crop_arr
 from guided_diffusion.data.decoding import FORMATS, decode
 from guided_diffusion.runtime.files import reason
 from guided_diffusion.runtime.options import Size, parse_size
@@ -138,7 +138,7 @@ def _box_crop(picture: Image.Image, size: Size) -> NDArray[Any]:
     scale = max(height / picture.height, width / picture.width)
     wide, high = round(picture.width * scale), round(picture.height * scale)
     if wide * high > MAX_PIXELS:
-        raise TooThin(f"it is so long and thin that scaled to {wide} x {high} it has more than {MAX_PIXELS} pixels")
+        raise ValueError(f"it is so long and thin that scaled to {wide} x {high} it has more than {MAX_PIXELS} pixels")
     array = np.asarray(picture.resize((wide, high), Image.Resampling.BOX))
     top, left = (high - height) // 2, (wide - width) // 2
     return array[top : top + height, left : left + width]

@@ -51,7 +51,7 @@ class Folder:
     def adopt(self, entry: Entry) -> bool:
         """Whether the file of an entry is there as it was written; if so, it is kept."""
         try:
-            whole = digest_of(os.path.join(self._part, entry["name"])) == entry["sha256"]
+            whole = bool(digest_of(os.path.join(self._part, entry["name"])) == entry["sha256"])
         except OSError:
             return False
         self._kept |= {entry["name"]} if whole else set()

@@ -71,7 +71,8 @@ class Archive:
         header = os.pread(self._handle, LOCAL_HEADER.size, member.header_offset)
         if member.flag_bits & PATCH_OR_ENCRYPTED or len(header) < LOCAL_HEADER.size or header[:4] != b"PK\3\4":
             return -1
-        return member.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header)[1:])
+        _, name, extra = LOCAL_HEADER.unpack(header)
+        return int(member.header_offset + LOCAL_HEADER.size + name + extra)
 
     def _content(self, member: zipfile.ZipInfo) -> bytes | None:
         """The content of a stored or deflated member whose length and checksum are right."""

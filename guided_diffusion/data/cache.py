@@ -16,7 +16,7 @@ from ..runtime.files import quoted
 from ..runtime.options import Size
 from .crops import shrunk, shrunk_size
 from .decoding import MODES, Decoded
-from .sources import UnreadableImage, read_size
+from .sources import UnreadableImage, naming, read_size
 
 
 class ImageCache:
@@ -69,7 +69,8 @@ class ImageCache:
             raise ValueError(
                 f"cache_images keeps bytes, and image {quoted(self._paths[index])} has finer numbers: leave it out"
             )
-        picture = shrunk(decoded.picture, self._image_size, random_crop=self._random_crop)
+        with naming(self._paths[index]):
+            picture = shrunk(decoded.picture, self._image_size, random_crop=self._random_crop)
         first, end = self._starts[index : index + 2].tolist()
         array = np.asarray(picture)
         if array.size <= end - first:  # else an EXIF tag behind the pixels has turned it: it is decoded each time

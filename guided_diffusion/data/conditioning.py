@@ -23,9 +23,9 @@ from ..runtime.files import quoted
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size, nearest
 from ..unet import UNetModel
-from .crops import Draws, Picture, TooThin, center_crop_arr, channels_first, size_of
+from .crops import Draws, Picture, center_crop_arr, channels_first, size_of
 from .decoding import Range
-from .sources import ImageSource, UnreadableImage, find_images, images_at, read_ids, read_image, read_mask
+from .sources import ImageSource, UnreadableImage, find_images, images_at, naming, read_ids, read_image, read_mask
 
 NO_CLASS = 255  # in a map: none of the classes, zeros in all channels
 NAMED = 5  # files in a message
@@ -65,12 +65,9 @@ class ConditionedModel(UNetModel):
     ) -> th.Tensor:
         """Predict from noisy images and their conditioning images [N, K, ...] of the same size."""
         shape = (len(x), self.cond_channels, *x.shape[2:])
-        if cond_image is None:
-            raise ValueError(
-                "cond_image is missing: the network was trained with one conditioning image for each image"
-            )
-        if cond_image.shape != shape:
-            raise ValueError(f"cond_image must be of shape {shape}, got {tuple(cond_image.shape)}")
+        if cond_image is None or cond_image.shape != shape:
+            given = "none" if cond_image is None else tuple(cond_image.shape)
+            raise ValueError(f"the network needs conditioning images: cond_image must be of shape {shape}, got {given}")
         return self._predict(th.cat([x, cond_image.to(x.dtype)], dim=1), self._embed(x, timesteps, y))
 
 
@@ -104,29 +101,26 @@ class CondKind:
             return read_mask(path).picture
         if self.name == "image":
             return read_image(path, self.channels, self.data_range)
-        ids = read_ids(path)
-        wrong = ids[(ids < 0) | ((ids >= self.channels) & (ids != NO_CLASS))]
+        ids, last = read_ids(path), self.channels - 1
+        wrong = ids[(ids < 0) | ((ids > last) & (ids != NO_CLASS))]
         if wrong.size:
-            known = f"0 .. {self.channels - 1}, and {NO_CLASS} for none"
-            raise UnreadableImage(
-                path, f"class {int(wrong[0])} in a map, where cond_channels {self.channels} allows {known}"
-            )
+            allowed = f"cond_channels {self.channels} allows 0 .. {last}, and {NO_CLASS} for none"
+            raise UnreadableImage(path, f"class {int(wrong[0])} in a map, where {allowed}")
         return ids
 
     def encode(self, array: NDArray[Any]) -> Array:
         """A crop as the network sees it, [K, H, W]."""
         if self.name == "classes":
             ids = array.reshape(array.shape[:2]).astype(np.int64)
-            return (np.arange(self.channels)[:, None, None] == ids).astype(np.float32)
+            planes: Array = (np.arange(self.channels)[:, None, None] == ids).astype(np.float32)
+            return planes
         planes = channels_first(array)
         return (planes > 0).astype(np.float32) if self.name == "mask" else planes
 
     def load(self, path: str, size: Size) -> Array:
         """The middle of a file, scaled and cropped as in training, as the network sees it."""
-        try:
+        with naming(path):
             return self.encode(center_crop_arr(self.read(path), size, nearest=self.nearest))
-        except TooThin as error:
-            raise UnreadableImage(path, str(error)) from error
 
 
 def cond_kind(

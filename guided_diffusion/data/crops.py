@@ -21,10 +21,6 @@ MIN_CROP_FRAC, MAX_CROP_FRAC = 0.8, 1.0  # of random crops: a window's least and
 MAX_PIXELS = 2**28 // 3  # of a picture as it lies there and as it is scaled: 89 megapixels, 256 MiB of RGB
 
 
-class TooThin(ValueError):
-    """A picture that has too many pixels once it is scaled to cover a size."""
-
-
 class Draws(Protocol):
     """The draws of crops and flips: the module `random`, or a `random.Random`."""
 
@@ -145,7 +141,7 @@ def _halved(picture: Image.Image, height: int, width: int) -> Image.Image:
 def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) -> NDArray[Any]:
     """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked.
 
-    :raises TooThin: if it is so long and thin that this makes more than `MAX_PIXELS` of it.
+    :raises ValueError: if it is so long and thin that this makes more than `MAX_PIXELS` of it.
     """
     if isinstance(picture, np.ndarray):
         planes = map(Image.fromarray, np.moveaxis(picture, -1, 0))
@@ -154,7 +150,7 @@ def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) 
     scale = max(width / picture.width, height / picture.height)
     size = round(picture.width * scale), round(picture.height * scale)
     if size[0] * size[1] > MAX_PIXELS:
-        raise TooThin(
+        raise ValueError(
             f"it is so long and thin that scaled to {size[0]} x {size[1]}, which covers {width} x {height}, it has "
             f"more than {MAX_PIXELS} pixels"
         )

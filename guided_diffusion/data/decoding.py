@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,6 @@ Content = bytes | NDArray[Any]
 Range = tuple[float, float]  # the numbers that black and white are
 SIDEWAYS = (5, 6, 7, 8)  # values of EXIF's orientation that swap height and width
 REDUCTIONS = (8, 4, 2)  # pixels in a row of which libjpeg can make one
-_TOO_MANY = f"it has too many pixels, more than {MAX_PIXELS} are not read"
 
 
 class Decoded(NamedTuple):
@@ -108,20 +108,24 @@ def _turned(image: Image.Image) -> Image.Image:
 
 def opened(file: IO[bytes]) -> Image.Image:
     """A picture of which the header is read."""
-    try:
+    with _within_limits():
         image = Image.open(file, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
-        raise ValueError(_TOO_MANY) from error
     check_pixels(image.width, image.height)
     return image
 
 
 def _loaded(image: Image.Image) -> Image.Image:
-    try:
+    with _within_limits():
         image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(_TOO_MANY) from error
     return image
+
+
+@contextlib.contextmanager
+def _within_limits() -> Iterator[None]:
+    try:
+        yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
+        raise ValueError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
 
 
 def check_pixels(width: int, height: int) -> None:

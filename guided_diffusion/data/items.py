@@ -23,9 +23,9 @@ from ..runtime.options import Size, nearest
 from ..runtime.pictures import to_unit
 from .cache import ImageCache
 from .conditioning import Pairing, Partners
-from .crops import Draws, Picture, TooThin, center_crop_arr, channels_first, largest_cover, random_crop_arr, replay
+from .crops import Draws, Picture, center_crop_arr, channels_first, largest_cover, random_crop_arr, replay
 from .decoding import Decoded, Range
-from .sources import UnreadableImage, read_decoded
+from .sources import UnreadableImage, naming, read_decoded
 
 Key = tuple[int, int]  # (epoch, index)
 Item = tuple[NDArray[np.float32], dict[str, Any]]
@@ -145,11 +145,9 @@ class ImageDataset(Dataset[Item]):
     def _crop(self, index: int, draws: Draws) -> Crop:
         path, again = self.local_images[index], replay(draws) if self.partners else draws
         read = partial(self._read, path)
-        try:
-            decoded = self.cache.take(index, read) if self.cache else read()
+        decoded = self.cache.take(index, read) if self.cache else read()
+        with naming(path):
             array = self._place(decoded.picture, draws)
-        except TooThin as error:
-            raise UnreadableImage(path, str(error)) from error
         label: dict[str, Any] = {}
         if self.local_classes is not None:
             label["y"] = np.array(self.local_classes[index], dtype=np.int64)

@@ -26,8 +26,8 @@ LONGEST_ID = 18  # characters of a number
 LONGEST_PATH = 4096
 SAMPLED = 500  # rows that show which column names the images
 FILE_HEADINGS = ("file", "file_name", "filename", "path", "file_path", "filepath", "image", "image_path", "img", "name")
-CAPTIONS_OR_NUMBERS = ("text", "caption", "captions", "prompt", "description", "id", "index", "idx", "no", "number", "")
-CAPTIONS_OR_NUMBERS += ("unnamed: 0",)
+CAPTIONS = ("text", "caption", "captions", "prompt", "description")
+CAPTIONS_OR_NUMBERS = (*CAPTIONS, "id", "index", "idx", "no", "number", "", "unnamed: 0")
 
 
 class Table(NamedTuple):

@@ -27,7 +27,7 @@ from ..runtime.files import printable, quoted, reason
 from ..runtime.options import Size
 from ..runtime.paths import is_remote
 from .archives import Archive, Stack, is_stack
-from .crops import Picture, TooThin, as_bytes, center_crop_arr
+from .crops import Picture, as_bytes, center_crop_arr
 from .decoding import Content, Decoded, Range, decode, decode_ids, size_in
 from .masks import Mask, decode_mask
 
@@ -80,7 +80,9 @@ class ImageSource:
         """The paths of all images."""
         return [self.path(name) for name in self.images]
 
-    def pixels(self, index: int, channels: int, size: Size | None = None, data_range: Range | None = None) -> Any:
+    def pixels(
+        self, index: int, channels: int, size: Size | None = None, data_range: Range | None = None
+    ) -> NDArray[np.uint8]:
         """An image as `read_pixels` gives it."""
         return read_pixels(self.path(self.images[index]), channels, size, data_range)
 
@@ -347,11 +349,9 @@ def read_pixels(
     :param size: scaled and cropped to it as in training; None: as it is.
     :raises UnreadableImage: if it cannot be read, or is too thin for the size.
     """
-    picture = read_image(path, channels, data_range)
-    try:
+    with naming(path):
+        picture = read_image(path, channels, data_range)
         return as_bytes(np.asarray(picture) if size is None else center_crop_arr(picture, size))
-    except TooThin as error:
-        raise UnreadableImage(path, str(error)) from error
 
 
 def read_size(path: str) -> tuple[int, int]:
@@ -361,7 +361,7 @@ def read_size(path: str) -> tuple[int, int]:
     """
     if is_remote(path) or split_archive(path):
         return read_by(path, size_of_content)
-    with _naming(path), files.open_file(path) as file:
+    with naming(path), files.open_file(path) as file:
         if not files.local_size(file):
             raise ValueError(EMPTY)
         return size_in(file, _extension(path))
@@ -393,7 +393,7 @@ def read_by(path: str, decoder: Callable[[Content, str], T]) -> T:
 
     :raises UnreadableImage: naming the file and what is wrong with it.
     """
-    with _naming(path):
+    with naming(path):
         content = read_content(path)
         if len(content) == 0:
             raise ValueError(EMPTY)
@@ -401,10 +401,12 @@ def read_by(path: str, decoder: Callable[[Content, str], T]) -> T:
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
+def naming(path: str) -> Iterator[None]:
+    """Turn any error inside the block into an `UnreadableImage`."""
     try:
         yield
-    except UnidentifiedImageError as error:
-        raise UnreadableImage(path, "its content is no image") from error
+    except UnreadableImage:
+        raise
     except Exception as error:  # Pillow does not say what it raises on a damaged file
-        raise UnreadableImage(path, reason(error)) from error
+        no_image = isinstance(error, UnidentifiedImageError)
+        raise UnreadableImage(path, "its content is no image" if no_image else reason(error)) from error

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -149,12 +150,11 @@ def _names_beside(path: str, count: int) -> list[str]:
         record = parse_json(read_file(where))
         if not isinstance(record, dict) or record.get("file") != os.path.basename(path):
             return []
-        names = record.get("names")
-        if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"it does not name {count} files")
-        if any(path_fault(name, "folder") for name in names):
-            raise ValueError("it names files outside the folder")
-        return names
+        names: Any = record.get("names")
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not texts or len(names) != count or any(path_fault(name, "folder") for name in names):
+            raise ValueError(f"it does not name {count} files within the folder")
+        return list(names)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where} cannot be used ({reason(error)}): repair or remove it") from error
 

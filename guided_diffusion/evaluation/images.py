@@ -45,7 +45,7 @@ RECORD = "record"  # the array that says what the statistics are of
 PIECE = 2**22  # bytes of an array that are read at a time
 # kinds of type, low, high, and (shift, factor, offset) by which numbers in that range become 0 .. 255 before fractions
 # are cut off
-CONVERSIONS = (
+CONVERSIONS: tuple[tuple[str, int, int, tuple[float, float, float], str], ...] = (
     ("iu", 0, 255, (0, 1, 0), "its integers of 0 .. 255 are taken as they are"),
     ("f", 0, 1, (0, 255, 0.5), "its values lie in [0, 1], and are scaled to 0 .. 255 and rounded"),
     ("f", -1, 1, (1, 127.5, 0), "its values lie in [-1, 1], and are scaled to 0 .. 255 as sampling does"),
@@ -304,14 +304,14 @@ def _header(path: str, name: str) -> files.Header:
     with Npz(path) as archive:
         header = archive.header(name)
     shape = header.shape
-    if header.dtype.kind not in "iuf":
-        raise ValueError(f"{path}: {name} is of {header.dtype}, where images are of uint8: save them as that")
-    if len(shape) == 4 and shape[-1] not in (1, 3, 4) and shape[1] in (1, 3, 4):
+    fits = len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3, 4))
+    if header.dtype.kind not in "iuf" or not fits or 0 in shape[1:]:
+        channels_first = len(shape) == 4 and not fits and shape[1] in (1, 3, 4)
+        remedy = f": write {name}.transpose(0, 2, 3, 1)" * channels_first
         raise ValueError(
-            f"{path}: {name} has the shape {shape}, channels first: write {name}.transpose(0, 2, 3, 1), [N, H, W, C]"
+            f"{path}: {name} is {shape} of {header.dtype}, where images are [N, H, W] or [N, H, W, 1, 3 or 4] of "
+            f"uint8{remedy}"
         )
-    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[-1] not in (1, 3, 4)) or 0 in shape[1:]:
-        raise ValueError(f"{path}: {name} has the shape {shape}, where images are [N, H, W] or [N, H, W, 1, 3 or 4]")
     return header
 
 

@@ -107,12 +107,14 @@ def read_statistics(images: ImageSet) -> tuple[dict[str, Statistics], dict[str, 
 
 def _read_pair(archive: Npz, mu: str, sigma: str, n: int) -> Statistics:
     shapes = archive.header(mu).shape, archive.header(sigma).shape
-    if shapes != (shapes[0][:1], shapes[0] * 2) or not 0 < shapes[0][0] <= LARGEST_D:
-        raise ValueError(f"{archive.path}: {mu} {shapes[0]} and {sigma} {shapes[1]} are no mean and covariance")
-    mean, cov = (next(archive.chunks(name, shapes[0][0])).astype(np.float64) for name in (mu, sigma))
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise ValueError(f"{archive.path}: {mu} or {sigma} holds numbers that are not finite: make the file again")
-    return Statistics(n, mean, cov)
+    if shapes == (shapes[0][:1], shapes[0] * 2) and 0 < shapes[0][0] <= LARGEST_D:
+        mean, cov = (next(archive.chunks(name, shapes[0][0])).astype(np.float64) for name in (mu, sigma))
+        if np.isfinite(mean).all() and np.isfinite(cov).all():
+            return Statistics(n, mean, cov)
+    raise ValueError(
+        f"{archive.path}: {mu} {shapes[0]} and {sigma} {shapes[1]} are no mean and covariance of finite numbers: make "
+        "the file again"
+    )
 
 
 def _read_record(archive: Npz) -> dict[str, Any]:

@@ -840,9 +840,9 @@ STREAM_ERRORS = {
     ),
     "many ranks": ({"batch_size": 1, "world_size": 5, "rank": 4}, "start at most 3 ranks"),
     "in order": ({"batch_size": 9, "deterministic": True}, "fewer than one global batch of 9"),
-    "nothing": ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    "nothing": ({"batch_size": 0}, "batch_size 0 on rank 0 of 1: give 1 or more"),
     "workers": ({"batch_size": 1, "num_workers": -1}, "num_workers -1 must not be negative"),
-    "rank": ({"batch_size": 1, "rank": 2, "world_size": 2}, "rank 2 is not one of 2"),
+    "rank": ({"batch_size": 1, "rank": 2, "world_size": 2}, "batch_size 1 on rank 2 of 2"),
     "seed": ({"batch_size": 1, "seed": -1}, "seed -1 and num_workers 0 must not be negative"),
     "size": ({"batch_size": 1, "image_size": "4by4"}, "'4by4' is not a size"),
 }
