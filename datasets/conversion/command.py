@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.commands import flags as cli
 from guided_diffusion.commands.entry import Main, entry
+from guided_diffusion.runtime.errors import as_user_errors
 
 from .config import DATASETS
 
@@ -28,15 +28,8 @@ def converter(name: str, read: Callable[[Any], Source]) -> Main:
         from .writer import check_paths, convert
 
         config = flags.part(DATASETS[name].sections[0])
-        check_paths(config.source, config.out)  # before the script looks for its files there
-        try:
+        with as_user_errors():
+            check_paths(config.source, config.out)  # before the script looks for its files there
             convert(read(config), config, name)
-        except (ValueError, OSError) as error:
-            *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-            if innermost.f_globals is not read.__globals__:
-                raise
-            # raised by the script itself, it is a sentence for the user, as the package's own errors are
-            file = [error.filename] if isinstance(error, OSError) and error.filename is not None else []
-            raise type(error)(*error.args, *file) from error
 
     return entry(name, work)

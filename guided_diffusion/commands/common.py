@@ -16,7 +16,8 @@ from ..image_datasets import load_classes
 from ..networks.architecture import architecture
 from ..networks.compiling import compile_network
 from ..runtime import paths
-from ..runtime.jobs import Job, parse_classes
+from ..runtime.jobs import Job
+from ..runtime.labels import parse_classes
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
 from ..sample_util import generate

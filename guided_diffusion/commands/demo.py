@@ -145,7 +145,7 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
     from ..evaluation.evaluator import evaluate, prepare
     from ..evaluation.features import make_extractor
     from ..evaluation.images import open_images
-    from ..runtime.pictures import save_grid
+    from ..runtime.pictures import planes, save_grid
     from . import common
 
     logger.configure(dir=config.log_dir, format_strs=[])
@@ -160,7 +160,7 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
             images, labels = file["arr_0"], file["arr_1"]
         name = f"guided, scale {scale:g}" if scale else "unguided"
         (distance,) = evaluate(real, path, extractor, metrics=("fid",), cache=False).results.values()
-        print(f"    {name:24s} {accuracy(judge.network, to_float(images), labels):6.1%}   FD {distance:5.2f}")
+        print(f"    {name:24s} {accuracy(judge.network, planes(images), labels):6.1%}   FD {distance:5.2f}")
         columns.append(np.stack([images[labels == label][:SHOWN] for label in range(CLASSES)]))
         titles.append(name)
     print(f"    {'real images, for scale':24s} {accuracy(judge.network, *real_images(config)):6.1%}")
@@ -177,13 +177,6 @@ def real_images(config: DemoConfig) -> tuple[Any, Any]:
     stream = load_data(data_dir=config.data_dir, batch_size=512, image_size=32, class_cond=True, random_flip=False)
     images, cond = next(stream)
     return images, cond["y"].numpy()
-
-
-def to_float(images: Any) -> Any:
-    """[N, C, H, W] in [-1, 1] from uint8 [N, H, W, C]."""
-    import torch as th
-
-    return th.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def accuracy(classifier: Any, images: Any, labels: Any) -> float:

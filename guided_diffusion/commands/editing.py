@@ -11,7 +11,8 @@ import torch as th
 from .. import dist_util, logger
 from ..config import DiffusionConfig, RangeConfig, UNetConfig
 from ..data.init_images import InitImages
-from ..runtime.jobs import Start, parse_classes
+from ..runtime.jobs import Start
+from ..runtime.labels import parse_classes
 from ..runtime.options import parse_range
 from ..sampling.editing import invert, slerp
 from ..sampling.loop import network_calls

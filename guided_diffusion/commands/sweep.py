@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ..config import ClassifierConfig, DiffusionConfig, ExtractorConfig, RangeConfig, RunConfig, UNetConfig
+from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import COMMANDS, Flags
@@ -25,10 +26,7 @@ KINDS = {
 
 
 def sweep(flags: Flags) -> None:
-    """Fill the grid that the flags describe.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """Fill the grid that the flags describe."""
     from .. import logger
     from ..evaluation.evaluator import prepare
     from ..evaluation.images import open_images
@@ -41,13 +39,14 @@ def sweep(flags: Flags) -> None:
     require()
     config, batch_size = flags.part(SweepConfig), flags.part(ExtractorConfig).eval_batch_size
     cells, base = list(cells_of(config)), sampling_flags(flags, config)
-    for own in (cell_flags(cell, base, config) for cell in cells):  # before anything is loaded
-        common.on_its_grid(own, common.sampler_of(own))
-        guidance.check(own)
+    for cell in cells:  # before anything is loaded
+        cell_line = cell_flags(cell, base, config)
+        common.on_its_grid(cell_line, common.sampler_of(cell_line))
+        guidance.check(cell_line)
     common.start(flags)
     span = parse_range(flags.part(RangeConfig).data_range)
     images, extractor = open_images(config.reference, None, span), extractor_of(flags)
-    networks = restore(base, config)
+    model, classifier = restore(base, config)
     metrics = config.metrics.split(",")
     needs = {field for name in metrics for field in METRICS[name].needs}
     reference = prepare(images, extractor, needs=needs, progress=True, batch_size=batch_size)
@@ -59,13 +58,13 @@ def sweep(flags: Flags) -> None:
         "reference": images.path,
         "reference_images": images.count,
         "features": extractor.name,
-        "model": networks.model.path,
-        "classifier": networks.classifier.path if networks.classifier else "",
+        "model": model.path,
+        "classifier": classifier.path if classifier else "",
     }
     run_sweep(
         cells,
-        lambda cell, folder: sample(cell, folder, networks, config),
-        Measure(reference, extractor, metrics, Options(dtype=config.distances), batch_size=batch_size),
+        lambda cell, folder: sample(cell, folder, model, classifier, config),
+        Measure(reference, extractor, metrics, Options(dtype=config.distances), batch_size),
         folder=logger.get_dir(),
         num_samples=config.num_samples,
         facts=facts,
@@ -83,17 +82,14 @@ def cells_of(config: SweepConfig) -> Iterator[Cell]:
 
 
 def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
-    """The command line of the sampling command, without what differs between cells.
-
-    :raises ValueError: if something is missing or without effect.
-    """
+    """The command line of the sampling command, without what differs between cells."""
     if not config.reference:
-        raise ValueError("--reference is missing: give an npz, folder or zip of real images")
+        raise UserError("--reference is missing: give an npz, folder or zip of real images")
     if config.guidance == "cfg" and config.classifier_path:
-        raise ValueError("--classifier_path has no effect with --guidance cfg: leave one of them out")
+        raise UserError("--classifier_path has no effect with --guidance cfg: leave one of them out")
     command = KINDS[config.guidance][0]
-    own = {spec.name for spec in fields(SweepConfig)}
-    given = {name: value for name, value in flags.given.items() if name not in own}
+    of_the_sweep = {spec.name for spec in fields(SweepConfig)}
+    given = {name: value for name, value in flags.given.items() if name not in of_the_sweep}
     given |= {name: value for name, value in asdict(config).items() if name not in ("samplers", "steps", "scales")}
     known = COMMANDS[command].flags()
     return Flags(command, {name: value for name, value in given.items() if name in known})
@@ -108,19 +104,8 @@ def cell_flags(cell: Cell, base: Flags, config: SweepConfig) -> Flags:
     return Flags(base.command, given, base.saved)
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The networks that sample, loaded once.
-
-    :param classifier: None where a model guides itself.
-    """
-
-    model: Restored
-    classifier: Restored | None
-
-
-def restore(base: Flags, config: SweepConfig) -> Networks:
-    """The networks of --model_path and --classifier_path.
+def restore(base: Flags, config: SweepConfig) -> tuple[Restored, Restored | None]:
+    """The networks of --model_path and --classifier_path; no classifier where a model guides itself.
 
     :raises ValueError: if they do not go together, or cannot be guided so.
     """
@@ -130,21 +115,22 @@ def restore(base: Flags, config: SweepConfig) -> Networks:
     model = common.restore_unet(base)
     if config.guidance == "cfg":
         if config.classes and not model.flags.part(UNetConfig).class_cond:
-            raise ValueError(f"--classes {config.classes} has no effect on an unconditional model: leave it out")
-        return Networks(model, None)
+            raise UserError(f"--classes {config.classes} has no effect on an unconditional model: leave it out")
+        return model, None
     classifier = common.restore_classifier(model.flags)
     check_agreement(model, classifier)
-    return Networks(model, classifier)
+    return model, classifier
 
 
-def sample(cell: Cell, folder: str, networks: Networks, config: SweepConfig) -> tuple[str, int]:
+def sample(
+    cell: Cell, folder: str, model: Restored, classifier: Restored | None, config: SweepConfig
+) -> tuple[str, int]:
     """The samples of a cell, and how often the network is evaluated for a batch of them."""
     from ..sampling.guidance import without_labels
     from ..sampling.loop import network_calls
     from ..script_util import build_diffusion
     from . import common, guidance
 
-    model, classifier = networks.model, networks.classifier
     flags = cell_flags(cell, model.flags, config)
     sampler = common.sampler_of(flags)
     flags = common.on_its_grid(flags, sampler)

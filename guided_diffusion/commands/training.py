@@ -26,6 +26,7 @@ from ..image_datasets import ImageStream, load_data, save_classes
 from ..resample import create_named_schedule_sampler
 from ..runtime import paths
 from ..runtime.options import defaults, parse_range
+from ..runtime.pictures import planes
 from ..train_util import Hook, TrainLoop
 from ..training import checkpoints
 from ..training.saving import choose
@@ -336,7 +337,7 @@ def compare_colours(step: int, samples: Any, images: th.Tensor) -> None:
 
     :param samples: uint8 [N, H, W, C]; `images` are [N, C, H, W] in [-1, 1].
     """
-    rows = {"samples": th.from_numpy(samples).movedim(-1, 1) / 127.5 - 1, "data": images}
+    rows = {"samples": planes(samples), "data": images}
     texts = [
         f"{name} {' '.join(f'{float(v[:, c].mean()):+.2f}/{float(v[:, c].std()):.2f}' for c in range(v.shape[1]))}"
         for name, v in rows.items()

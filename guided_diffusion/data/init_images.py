@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..runtime.files import printable
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
+from ..runtime.pictures import levels
 from .conditioning import CondKind, by_name
 from .decoding import Range
 from .sources import images_at, read_mask, read_size
@@ -124,6 +125,5 @@ class InitImages:
 
 def _reversible(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """[C, H, W] in [-1, 1], raised by one unit in the last place where truncation would not give the byte back."""
-    levels = (image + np.float32(1)) * np.float32(127.5)
-    lost = np.trunc(levels) < np.round(levels)
+    lost = np.trunc(levels(image)) < np.round(levels(image))
     return np.where(lost, np.nextafter(image, np.float32(2)), image)

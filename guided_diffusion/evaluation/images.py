@@ -13,7 +13,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -36,6 +36,7 @@ from ..runtime import files, paths
 from ..runtime.files import parse_json, printable, quoted, read_file
 from ..runtime.npz import Npz
 from ..runtime.options import Size, parse_size
+from ..runtime.pictures import levels
 
 Pixels = NDArray[np.uint8]
 
@@ -43,13 +44,12 @@ Pixels = NDArray[np.uint8]
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 RECORD = "record"  # the array that says what the statistics are of
 PIECE = 2**22  # bytes of an array that are read at a time
-# kinds of type, low, high, and (shift, factor, offset) by which numbers in that range become 0 .. 255 before fractions
-# are cut off
-CONVERSIONS: tuple[tuple[str, int, int, tuple[float, float, float], str], ...] = (
-    ("iu", 0, 255, (0, 1, 0), "its integers of 0 .. 255 are taken as they are"),
-    ("f", 0, 1, (0, 255, 0.5), "its values lie in [0, 1], and are scaled to 0 .. 255 and rounded"),
-    ("f", -1, 1, (1, 127.5, 0), "its values lie in [-1, 1], and are scaled to 0 .. 255 as sampling does"),
-    ("f", 0, 255, (0, 1, 0.5), "its values lie in [0, 255], and are rounded"),
+# (kinds of type, low, high, scale, how) by which numbers in a range become 0 .. 255, before fractions are cut off
+CONVERSIONS: tuple[tuple[str, int, int, Callable[[NDArray[Any]], NDArray[Any]], str], ...] = (
+    ("iu", 0, 255, lambda x: x, "its integers of 0 .. 255 are taken as they are"),
+    ("f", 0, 1, lambda x: x * 255 + 0.5, "its values lie in [0, 1], and are scaled to 0 .. 255 and rounded"),
+    ("f", -1, 1, levels, "its values lie in [-1, 1], and are scaled to 0 .. 255 as sampling does"),
+    ("f", 0, 255, lambda x: x + 0.5, "its values lie in [0, 255], and are rounded"),
 )
 
 
@@ -248,7 +248,7 @@ class ArrayImages(ImageSet):
         return Scan(digest.hexdigest(), float(low), float(high), {self.shape[:2]: self.count})
 
     def _adopt(self, scan: Scan) -> None:
-        for kinds, low, high, self._conversion, self._how in CONVERSIONS:
+        for kinds, low, high, self._scale, self._how in CONVERSIONS:
             if self.dtype.kind in kinds and low <= scan.low <= scan.high <= high:
                 return super()._adopt(scan)
         finite = np.isfinite([scan.low, scan.high]).all()
@@ -267,8 +267,8 @@ class ArrayImages(ImageSet):
         if numbers.dtype == np.uint8:
             return numbers
         numbers = numbers.astype(np.float32) if numbers.dtype == np.float16 else numbers
-        shift, factor, offset = self._conversion
-        return np.clip((numbers + shift) * factor + offset, 0, 255).astype(np.uint8)
+        pixels: Pixels = np.clip(self._scale(numbers), 0, 255).astype(np.uint8)
+        return pixels
 
     def warnings(self) -> list[str]:
         if not self.count:

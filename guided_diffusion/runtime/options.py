@@ -1,4 +1,4 @@
-"""Flags as dataclass fields, what their values may be, and the readers of their texts. No torch.
+"""Flags as dataclass fields, their limits, and the readers of their texts. No torch.
 
 A field made by `flag` carries its help text and limits, from which command lines and the checks of saved settings come.
 """
@@ -14,6 +14,7 @@ from dataclasses import Field, field, fields
 from typing import Any, TypeVar
 
 from . import paths
+from .errors import UserError
 
 T = TypeVar("T")
 Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
@@ -39,17 +40,9 @@ def flag(
     :param positional: True for a word that a command always needs, written without a name, in the order of the fields;
         one with a tuple as its default takes several.
     """
-    extra = {
-        "help": help,
-        "choices": tuple(choices),
-        "at_least": at_least,
-        "at_most": at_most,
-        "runtime": runtime,
-        "alias": alias,
-        "convert": convert,
-        "positional": positional,
-    }
-    return field(default=default, metadata=extra)
+    limits = {"choices": tuple(choices), "at_least": at_least, "at_most": at_most}
+    extra = {"runtime": runtime, "alias": alias, "convert": convert, "positional": positional}
+    return field(default=default, metadata={"help": help, **limits, **extra})
 
 
 def path_flag(help: str, default: str = "", *, positional: bool = False) -> str:
@@ -98,17 +91,14 @@ def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def parse_size(size: Size) -> tuple[int, int]:
-    """(height, width) of a size given as 64, "64", "64x128" or a pair.
-
-    :raises ValueError: if it is none of these, or not positive.
-    """
+    """(height, width) of a size given as 64, "64", "64x128" or a pair."""
     try:
         sides = size.lower().split("x") if isinstance(size, str) else [size] if isinstance(size, int) else list(size)
         numbers = [int(side) for side in sides]
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
-        raise ValueError(f"image size {size!r} is not a size: write 64, or HEIGHTxWIDTH such as 64x128")
+        raise UserError(f"image size {size!r} is not a size: write 64, or HEIGHTxWIDTH such as 64x128")
     return numbers[0], numbers[-1]
 
 
@@ -118,44 +108,39 @@ def size_flag(text: Size) -> int | str:
     return height if height == width else f"{height}x{width}"
 
 
-def parse_rates(text: str | float) -> list[float]:
-    """The rates of moving averages in "0.999,0.9999"; [] of ''.
-
-    :raises ValueError: if one is not a number from 0 to 1.
-    """
+def _numbers(text: str) -> list[float]:
+    """The numbers in a list with commas, [] of ''; [nan] of any other text."""
     try:
-        rates = [float(word) for word in str(text).split(",") if word.strip()]
+        return [float(word) for word in text.split(",")] if text else []
     except ValueError:
-        rates = [math.nan]
+        return [math.nan]
+
+
+def parse_rates(text: str | float) -> list[float]:
+    """The rates of moving averages in "0.999,0.9999"; [] of ''."""
+    rates = _numbers(str(text).strip(" ,"))
     if not all(0 <= rate <= 1 for rate in rates):
-        raise ValueError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
+        raise UserError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
     return rates
 
 
 def parse_microbatch(text: str) -> int | str:
-    """A number of images, or "auto".
-
-    :raises ValueError: if it is neither.
-    """
+    """A number of images, or "auto"."""
     if text == "auto":
         return text
     if not text.removeprefix("-").isdecimal() or int(text) < -1:
-        raise ValueError(f"{text!r} is no number of images: write a number, -1 for the whole batch, or auto")
+        raise UserError(f"{text!r} is no number of images: write a number, -1 for the whole batch, or auto")
     return int(text)
 
 
 def parse_range(text: str) -> tuple[float, float] | None:
-    """(LOW, HIGH) of "LOW,HIGH"; None of ''.
-
-    :raises ValueError: if it is no range.
-    """
-    try:
-        numbers = [float(word) for word in text.split(",")] if text else []
-    except ValueError:
-        numbers = [math.nan]
-    if text and not (len(numbers) == 2 and -math.inf < numbers[0] < numbers[1] < math.inf):
-        raise ValueError(f"data_range {text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
-    return (numbers[0], numbers[1]) if text else None
+    """(LOW, HIGH) of "LOW,HIGH"; None of ''."""
+    numbers = _numbers(text)
+    if not numbers:
+        return None
+    if len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
+        raise UserError(f"data_range {text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
+    return numbers[0], numbers[1]
 
 
 def range_flag(text: str) -> str:
@@ -165,39 +150,30 @@ def range_flag(text: str) -> str:
 
 
 def parse_counts(text: str) -> str:
-    """The same text, if it lists different whole numbers above 0.
-
-    :raises ValueError: if it does not.
-    """
-    return _listed(text, lambda word: word.isdecimal() and int(word) > 0, "whole numbers above 0, such as 10,25")
+    """The same text, if it lists different whole numbers above 0."""
+    return _listed(text, r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
 
 
 def parse_scales(text: str) -> str:
-    """The same text, if it lists different numbers.
-
-    :raises ValueError: if it does not.
-    """
-    return _listed(text, lambda word: re.fullmatch(r"-?\d+(\.\d*)?", word), "numbers, such as 0,1,2.5")
+    """The same text, if it lists different numbers."""
+    return _listed(text, r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
 
 
-def _listed(text: str, fits: Callable[[str], object], what: str) -> str:
+def _listed(text: str, pattern: str, what: str) -> str:
     words = text.split(",")
-    if not all(map(fits, words)) or len(set(map(float, words))) < len(words):
-        raise ValueError(f"{text!r} is no list of different {what}")
+    if not all(re.fullmatch(pattern, word, re.ASCII) for word in words) or len(set(map(float, words))) < len(words):
+        raise UserError(f"{text!r} is no list of different {what}")
     return text
 
 
 def names_of(names: Sequence[str], what: str) -> Callable[[str], str]:
-    """A reader of names separated by commas, which returns the text that it is given.
-
-    :raises ValueError: naming the word that is none of `names`.
-    """
+    """A reader of names separated by commas, which returns the text that it is given."""
 
     def read(text: str) -> str:
         for word in text.split(","):
             if word not in names:
                 hint = nearest(word, names)
-                raise ValueError(f"{word!r} in {text!r} is no {what}: name some of {','.join(names)}{hint}")
+                raise UserError(f"{word!r} in {text!r} is no {what}: name some of {','.join(names)}{hint}")
         return text
 
     return read
@@ -253,16 +229,13 @@ def means_not_given(spec: Field[Any], value: Any) -> bool:
 
 
 def saved_values(saved: Mapping[str, Any], *sections: type[Any]) -> dict[str, Any]:
-    """Of the flags saved with a checkpoint those of the given config classes, checked; without runtime flags.
-
-    :raises ValueError: if a saved value has another type than its flag, or is out of its limits.
-    """
+    """Of the flags saved with a checkpoint those of the given config classes, checked; without runtime flags."""
     known = {spec.name: spec for section in sections for spec in fields(section)}
     taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
     for name, value in taken.items():
         fault = _fault_of(known[name], value)
         if fault:
-            raise ValueError(f"the checkpoint's config.json says {name} {f'{value!r:.200}'}, which {fault}")
+            raise UserError(f"the checkpoint's config.json says {name} {f'{value!r:.200}'}, which {fault}")
     return taken
 
 
