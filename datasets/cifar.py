@@ -33,8 +33,9 @@ def read(config: CifarConfig) -> Source:
     files = _files(config.source)
     meta = next((name for name in LAYOUTS if name in files), "")
     if not meta:
-        wanted = " nor ".join(LAYOUTS)
-        raise ValueError(f"{config.source} has neither {wanted}: give the tar.gz of the Python version, or its folder")
+        raise ValueError(
+            f"{config.source} has neither {' nor '.join(LAYOUTS)}: give the tar.gz of the Python version, or its folder"
+        )
     if config.coarse and meta != "meta":
         raise ValueError("--coarse True is for CIFAR-100, and this is CIFAR-10: leave it out")
     names_key, key = COARSE if config.coarse else KEYS[meta]
@@ -45,20 +46,20 @@ def read(config: CifarConfig) -> Source:
 
 
 def _files(source: str) -> Files:
-    wanted = {name for meta, splits in LAYOUTS.items() for name in (meta, *splits["train"], *splits["test"])}
+    known = {name for meta, splits in LAYOUTS.items() for name in (meta, *splits["train"], *splits["test"])}
     if os.path.isdir(source):
-        return {name: _reader(os.path.join(source, name)) for name in sorted(wanted & set(os.listdir(source)))}
-    found: Files = {}
+        return {name: _reader(os.path.join(source, name)) for name in sorted(known & set(os.listdir(source)))}
+    files: Files = {}
     with open_tar(source) as file:
         try:
             for member in members(file):
                 name = os.path.basename(member.name)
-                if name in wanted and not member.fault:
-                    found.setdefault(name, _kept(member.read()))
+                if name in known and not member.fault:
+                    files.setdefault(name, _kept(member.read()))
         except ValueError as error:
-            if not LAYOUTS.keys() & found.keys():
+            if not LAYOUTS.keys() & files.keys():
                 raise ValueError(f"{source}: {error}") from error
-    return found
+    return files
 
 
 def _reader(path: str) -> Callable[[], bytes]:

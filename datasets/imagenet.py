@@ -83,8 +83,8 @@ def _image(member: Member, key: str, classify: Classify) -> Item:
 
 def _from_name(name: str) -> str:
     """n01440764 of n01440764_18.JPEG."""
-    label, found, _ = name.partition("_")
-    if not found or not re.fullmatch(r"n\d+", label):
+    label, separator, _ = name.partition("_")
+    if not separator or not re.fullmatch(r"n\d+", label):
         raise ValueError("its name begins with no wnid: for the validation tar, give --ground_truth")
     return label
 

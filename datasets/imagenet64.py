@@ -32,15 +32,15 @@ def read(config: Imagenet64Config) -> Source:
 def _batches(source: str) -> list[str]:
     if os.path.isfile(source):
         return [source]
-    found = [name for name in os.listdir(source) if BATCH.match(name)]
-    if not found:
+    batches = [name for name in os.listdir(source) if BATCH.match(name)]
+    if not batches:
         raise ValueError(f"{source} holds no train_data_batch_N or val_data, as npz or pickle: unpack the zips there")
-    kinds = {(name.split("_")[0], os.path.splitext(name)[1]) for name in found}
+    kinds = {(name.split("_")[0], os.path.splitext(name)[1]) for name in batches}
     if len(kinds) > 1:
         raise ValueError(
-            f"{source} holds {len(kinds)} kinds of batches ({', '.join(sorted(found)[:5])}): give one file"
+            f"{source} holds {len(kinds)} kinds of batches ({', '.join(sorted(batches)[:5])}): give one file"
         )
-    return [os.path.join(source, name) for name in sorted(found, key=lambda name: (len(name), name))]
+    return [os.path.join(source, name) for name in sorted(batches, key=lambda name: (len(name), name))]
 
 
 def _batch(path: str, names: list[str]) -> Iterator[Item]:

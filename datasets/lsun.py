@@ -27,10 +27,10 @@ def _databases(source: str) -> list[str]:
     if os.path.isfile(source) or os.path.isfile(os.path.join(source, "data.mdb")):
         return [source]
     inner = sorted(os.path.join(source, name) for name in os.listdir(source))
-    found = [path for path in inner if os.path.isfile(os.path.join(path, "data.mdb"))]
-    if not found:
+    databases = [path for path in inner if os.path.isfile(os.path.join(path, "data.mdb"))]
+    if not databases:
         raise ValueError(f"{source} holds no data.mdb, nor does a folder in it: unpack LSUN's zip and give its folder")
-    return found
+    return databases
 
 
 def _class_of(path: str) -> str:

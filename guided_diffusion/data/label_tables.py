@@ -105,7 +105,7 @@ def _has_labels(source: ImageSource, file: str) -> bool:
     )
 
 
-def _columns(table: Table, names: _Names, wanted: str) -> tuple[int, int]:
+def _columns(table: Table, names: _Names, column: str) -> tuple[int, int]:
     """The columns of paths and of labels.
 
     :raises ValueError: if it is not clear which that is, listing the columns.
@@ -114,10 +114,10 @@ def _columns(table: Table, names: _Names, wanted: str) -> tuple[int, int]:
     heading = [name.strip() for name in table.heading]
     rest = [index for index in range(len(table.rows[0]) if table.rows else 2) if index != path_column]
     listed = ", ".join(printable(heading[index]) for index in rest) if heading else f"{len(rest)} without a heading"
-    if wanted:
-        named = [index for index in rest if heading and wanted.lower() == heading[index].lower()]
+    if column:
+        named = [index for index in rest if heading and column.lower() == heading[index].lower()]
         if not named:
-            raise ValueError(f"label_column {wanted!r} is none of its columns ({listed}){nearest(wanted, heading)}")
+            raise ValueError(f"label_column {column!r} is none of its columns ({listed}){nearest(column, heading)}")
         return path_column, named[0]
     likely = [i for i in rest if len(rest) == 1 or not heading or heading[i].lower() not in CAPTIONS_OR_NUMBERS]
     if len(likely) != 1:
@@ -191,9 +191,9 @@ class _Names:
         if exact or not parts:
             return exact
         named = os.path.splitext(parts[-1])[1].lower() in IMAGE_EXTENSIONS
-        found = [self._stems.get(end, "") for end in ends if not named]
-        found += [self._bare.get(end, "") for end in ends if len(parts) == 1]
-        return next(filter(None, found), "")
+        meant = [self._stems.get(end, "") for end in ends if not named]
+        meant += [self._bare.get(end, "") for end in ends if len(parts) == 1]
+        return next(filter(None, meant), "")
 
     @cached_property
     def _stems(self) -> dict[str, str]:

@@ -177,8 +177,8 @@ def _read(source: ImageSource, wanted: Wanted) -> BaseImages:
             f"first is {quoted(odd[0][0])} with {odd[0][1][0]}x{odd[0][1][1]}: scale them, or leave them out"
         )
     names = _names_beside(source.root, len(source)) if source.array else list(source.images)
-    own = None if labels is None else list(labels)[:count]
-    return BaseImages(np.stack(pixels), own, names[:count], len(source) - count)
+    ids = None if labels is None else list(labels)[:count]
+    return BaseImages(np.stack(pixels), ids, names[:count], len(source) - count)
 
 
 # ---- the files that they become

@@ -218,18 +218,18 @@ class ArrayImages(ImageSet):
         self.labels = self._labels()
 
     def _labels(self) -> NDArray[np.int64] | None:
-        labels: list[int] = []
+        ids: list[int] = []
         for part in self.parts:
             with Npz(part) as archive:
                 try:
-                    found = archive.labels() if self.name == "arr_0" else None
+                    labels = archive.labels() if self.name == "arr_0" else None
                 except ValueError as error:
                     self.notes.append(f"the labels are not used: {error}")
                     return None
-            if found is None:
+            if labels is None:
                 return None
-            labels += found
-        return np.asarray(labels, np.int64)
+            ids += labels
+        return np.asarray(ids, np.int64)
 
     def stored(self, rows: int = 0) -> Iterator[NDArray[Any]]:
         """The numbers as they are stored, at most `rows` images at a time; 0: as many as `PIECE` bytes hold."""
@@ -392,12 +392,12 @@ def _find_array(archive: Npz) -> tuple[str, list[str]]:
     if not images and any(set(pair) <= names for pair in STATISTICS.values()):
         return "", notes
     held = ", ".join(map(printable, [name for name in archive.names() if name in names][:8])) or "no array"
-    found = "more than one array of images" if images else "neither images nor statistics"
-    raise ValueError(f"{archive.path} holds {found} ({held}): save the images as arr_0, [N, H, W, C] of uint8")
+    content = "more than one array of images" if images else "neither images nor statistics"
+    raise ValueError(f"{archive.path} holds {content} ({held}): save the images as arr_0, [N, H, W, C] of uint8")
 
 
 def request_of(path: str) -> dict[str, Any]:
-    """The request.json beside the samples of a run; {} if there is none."""
+    """The request.json beside the samples of a run, {} if there is none."""
     is_folder = bool(path) and paths.isdir(path)
     folder = path if is_folder else os.path.dirname(path) or "."
     where = f"{folder.rstrip('/')}/request.json"

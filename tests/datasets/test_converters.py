@@ -459,7 +459,7 @@ HOSTILE = {
         edit_lsun,
         {"bedroom": 3, "church-outdoor": 0, "empty": 0, "tower": 0, "zoo": 0},
         {
-            "church_outdoor_train_lmdb": "version mismatch",
+            "church_outdoor_train_lmdb": "LMDB data format v999 is not supported",
             "empty_lmdb": "a class with no images",
             "tower_lmdb": "File is not an LMDB file",
             "zoo_lmdb": "it was cut",
