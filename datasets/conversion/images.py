@@ -1,4 +1,4 @@
-"""The images of a data set, and what is done to each on its way to an output file, in any process.
+"""The images of a data set, and what is done to each on its way to an output file; without torch, as workers load it.
 
 Shapes: H W space, C channels.
 """
@@ -6,6 +6,10 @@ Shapes: H W space, C channels.
 from __future__ import annotations
 
 import io
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -142,3 +146,15 @@ def _box_crop(picture: Image.Image, size: Size) -> NDArray[Any]:
     array = np.asarray(picture.resize((wide, high), Image.Resampling.BOX))
     top, left = (high - height) // 2, (wide - width) // 2
     return array[top : top + height, left : left + width]
+
+
+def end_with_parent() -> None:
+    """Have this worker process end when the one that started it was killed, and could not end it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_watch, args=(parent.sentinel,), daemon=True).start()
+
+
+def _watch(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
-import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -26,7 +24,7 @@ from guided_diffusion.runtime import files
 from guided_diffusion.runtime.files import printable, quoted, reason
 
 from .config import ConversionConfig
-from .images import Encoded, Item, Recipe, Source, encode
+from .images import Encoded, Item, Recipe, Source, encode, end_with_parent
 from .output import Entry, Folder, Journal, Zip, open_sink, part_of
 
 AHEAD = 16  # images per worker that are handed out before the first is waited for
@@ -251,7 +249,7 @@ def _encoded(
     pool: Executor = _ThisProcess()
     if config.workers:  # new processes, as what threads of this one hold would be copied to forked ones
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(config.workers, mp_context=context, initializer=_end_with_parent)
+        pool = ProcessPoolExecutor(config.workers, mp_context=context, initializer=end_with_parent)
     try:
         for index, item in items:
             waiting.append((index, item, _submitted(pool, item, recipe)))
@@ -277,14 +275,3 @@ def _submitted(pool: Executor, item: Item, recipe: Recipe) -> Future[Encoded | s
         failed.set_result(reason(error))
         return failed
     return pool.submit(encode, content, recipe)
-
-
-def _end_with_parent() -> None:
-    """Have this process end when the one that started it was killed, and could not end it."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel] if parent else [])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

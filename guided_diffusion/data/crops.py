@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..runtime.options import Size, parse_size
-from ..runtime.pictures import HALF, levels
 
 Picture = Image.Image | NDArray[np.float32]  # 8 bit as PIL has it; anything finer as planes [H, W, C] in [-1, 1]
 
+HALF = 127.5  # levels of a byte from the middle to either end; `runtime.pictures` has it too, and imports torch
 MIN_CROP_FRAC, MAX_CROP_FRAC = 0.8, 1.0  # of random crops: a window's least and greatest share of the covered side
 MAX_PIXELS = 2**28 // 3  # of a picture as it lies there and as it is scaled: 89 megapixels, 256 MiB of RGB
 
@@ -55,7 +55,7 @@ def channels_first(array: NDArray[Any]) -> NDArray[np.float32]:
 def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     """A crop, or the planes of a picture, as bytes [H, W, C]."""
     array = array[..., None] if array.ndim == 2 else array
-    return array if array.dtype == np.uint8 else np.rint(levels(array)).clip(0, 255).astype(np.uint8)
+    return array if array.dtype == np.uint8 else np.rint((array + 1) * HALF).clip(0, 255).astype(np.uint8)
 
 
 def center_crop_arr(pil_image: Picture, image_size: Size, *, nearest: bool = False) -> NDArray[Any]:

@@ -8,13 +8,15 @@ import json
 import os
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from dataset_sources import packed, pixels, tar_of
+from dataset_sources import ROOT, SCRIPTS, packed, pixels, tar_of
 from PIL import Image
 
 from conversion import output, pickles
@@ -291,6 +293,13 @@ def test_a_full_disk_is_told_and_survived(config, monkeypatch):
         with pytest.raises(OSError, match=r"data.zip.part cannot be written \(No space left on device\)"):
             convert(items(), config, "script")
     assert result(config, "out") == result(config, "whole")
+
+
+def test_workers_load_no_torch():
+    """Which would take each of them seconds and memory."""
+    code = "import sys, conversion.images; sys.exit('torch' in sys.modules)"
+    folders = os.pathsep.join([str(ROOT), str(SCRIPTS)])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folders}, check=True)
 
 
 class Deadly(bytes):
