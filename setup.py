@@ -19,7 +19,7 @@ def version() -> str:
     return match[1]
 
 
-DATASETS = ["pyarrow>=17"]
+DATASETS = ["lmdb>=1.5", "pyarrow>=17"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.17"]
@@ -31,7 +31,6 @@ DEV = [
     "ruff>=0.9",
     "mypy>=1.13",
     "setuptools>=77",
-    "lmdb>=1.5",
 ]
 LORA = ["peft>=0.17"]
 EVAL = ["matplotlib>=3.10.9", "transformers>=5.8"]

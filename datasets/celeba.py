@@ -32,12 +32,12 @@ def _table_path(config: CelebaConfig) -> str:
     folder = os.path.abspath(config.source)
     places = [config.attribute_file] if config.attribute_file else []
     places += [os.path.join(place, TABLE) for place in (folder, os.path.dirname(folder))]
-    found = next((place for place in places[: 1 if config.attribute_file else None] if os.path.isfile(place)), None)
-    if found is None:
+    path = next((place for place in places[: 1 if config.attribute_file else None] if os.path.isfile(place)), None)
+    if path is None:
         raise ValueError(
             f"--attribute {config.attribute} needs {TABLE}, not found at {', '.join(places)}: fetch it too"
         )
-    return found
+    return path
 
 
 def _marks(path: str, attribute: str) -> dict[str, str]:

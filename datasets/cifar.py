@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from conversion import pickles
 from conversion.command import converter
 from conversion.config import CifarConfig
 from conversion.images import Item, Source, bad
-from conversion.planes import class_of, row_items, side_of, with_empty_classes
+from conversion.planes import row_items, with_empty_classes
 from conversion.tars import members, open_tar
 from guided_diffusion.runtime import files as untrusted
 from guided_diffusion.runtime.files import reason
@@ -34,8 +33,9 @@ def read(config: CifarConfig) -> Source:
     files = _files(config.source)
     meta = next((name for name in LAYOUTS if name in files), "")
     if not meta:
-        wanted = " nor ".join(LAYOUTS)
-        raise ValueError(f"{config.source} has neither {wanted}: give the tar.gz of the Python version, or its folder")
+        raise ValueError(
+            f"{config.source} has neither {' nor '.join(LAYOUTS)}: give the tar.gz of the Python version, or its folder"
+        )
     if config.coarse and meta != "meta":
         raise ValueError("--coarse True is for CIFAR-100, and this is CIFAR-10: leave it out")
     names_key, key = COARSE if config.coarse else KEYS[meta]
@@ -46,20 +46,20 @@ def read(config: CifarConfig) -> Source:
 
 
 def _files(source: str) -> Files:
-    wanted = {name for meta, splits in LAYOUTS.items() for name in (meta, *splits["train"], *splits["test"])}
+    known = {name for meta, splits in LAYOUTS.items() for name in (meta, *splits["train"], *splits["test"])}
     if os.path.isdir(source):
-        return {name: _reader(os.path.join(source, name)) for name in sorted(wanted & set(os.listdir(source)))}
-    found: Files = {}
+        return {name: _reader(os.path.join(source, name)) for name in sorted(known & set(os.listdir(source)))}
+    files: Files = {}
     with open_tar(source) as file:
         try:
             for member in members(file):
                 name = os.path.basename(member.name)
-                if name in wanted and not member.fault:
-                    found.setdefault(name, _kept(member.read()))
+                if name in known and not member.fault:
+                    files.setdefault(name, _kept(member.read()))
         except ValueError as error:
-            if not LAYOUTS.keys() & found.keys():
+            if not LAYOUTS.keys() & files.keys():
                 raise ValueError(f"{source}: {error}") from error
-    return found
+    return files
 
 
 def _reader(path: str) -> Callable[[], bytes]:
@@ -83,25 +83,11 @@ def _batch(name: str, content: Callable[[], bytes] | None, key: str, names: list
         if content is None:
             raise ValueError("it is missing, or the archive ends before it")
         batch = pickles.load(content())
-        rows, labels = _parts(batch, key)
+        if "data" not in batch or not isinstance(batch.get(key), list):
+            raise ValueError(f"it has no data and {key}")
+        yield from row_items(name, np.asarray(batch["data"]), batch[key], names)
     except (ValueError, OSError) as error:
         yield bad(name, reason(error))
-        return
-    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        try:
-            yield from row_items(name, row[None], [class_of(label, names)], number)
-        except ValueError as error:
-            yield bad(f"{name}/{number}", reason(error))
-
-
-def _parts(batch: dict[str, Any], key: str) -> tuple[Any, list[Any]]:
-    if "data" not in batch or not isinstance(batch.get(key), list):
-        raise ValueError(f"it has no data and {key}")
-    rows, labels = np.asarray(batch["data"]), batch[key]
-    side_of(rows)
-    if len(rows) != len(labels):
-        raise ValueError(f"it has {len(rows)} images and {len(labels)} labels")
-    return rows, labels
 
 
 main = converter("cifar", read)

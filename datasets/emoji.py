@@ -122,7 +122,7 @@ def _draw(path: str) -> bytes:
     """A PNG of the drawing on white."""
     content = untrusted.read_file(path)
     try:
-        picture = decode(content, "", 3)
+        picture = decode(content, "", 3).picture
     except Exception as error:  # Pillow does not say what it raises on a damaged file
         raise ValueError(untrusted.reason(error)) from error
     assert isinstance(picture, Image.Image)

@@ -13,7 +13,7 @@ from typing import IO
 from conversion.command import converter
 from conversion.config import ImagenetConfig
 from conversion.folder import folder_name
-from conversion.images import Item, Source, bad
+from conversion.images import EMPTY_CLASS, Item, Source, bad
 from conversion.tars import Member, members, open_tar
 from guided_diffusion.runtime import files
 from guided_diffusion.runtime.files import printable, quoted, reason
@@ -64,7 +64,7 @@ def _class_tar(file: IO[bytes], name: str) -> Iterator[Item]:
         empty = False
         yield bad(name, str(error), label)
     if empty:
-        yield bad(name, "a class with no images", label)
+        yield bad(name, EMPTY_CLASS, label)
 
 
 def _is_hidden(name: str) -> bool:
@@ -83,8 +83,8 @@ def _image(member: Member, key: str, classify: Classify) -> Item:
 
 def _from_name(name: str) -> str:
     """n01440764 of n01440764_18.JPEG."""
-    label, found, _ = name.partition("_")
-    if not found or not re.fullmatch(r"n\d+", label):
+    label, separator, _ = name.partition("_")
+    if not separator or not re.fullmatch(r"n\d+", label):
         raise ValueError("its name begins with no wnid: for the validation tar, give --ground_truth")
     return label
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 from conversion.command import converter
 from conversion.config import LsunConfig
 from conversion.folder import folder_name
-from conversion.images import Item, Source, bad
-from conversion.lmdb import Lmdb, Place
-from guided_diffusion.runtime.files import printable, reason
+from conversion.images import EMPTY_CLASS, Item, Source, bad
+from guided_diffusion.runtime.files import MAX_BYTES, printable, reason
 
 
 def read(config: LsunConfig) -> Source:
@@ -26,10 +27,10 @@ def _databases(source: str) -> list[str]:
     if os.path.isfile(source) or os.path.isfile(os.path.join(source, "data.mdb")):
         return [source]
     inner = sorted(os.path.join(source, name) for name in os.listdir(source))
-    found = [path for path in inner if os.path.isfile(os.path.join(path, "data.mdb"))]
-    if not found:
+    databases = [path for path in inner if os.path.isfile(os.path.join(path, "data.mdb"))]
+    if not databases:
         raise ValueError(f"{source} holds no data.mdb, nor does a folder in it: unpack LSUN's zip and give its folder")
-    return found
+    return databases
 
 
 def _class_of(path: str) -> str:
@@ -39,25 +40,44 @@ def _class_of(path: str) -> str:
 
 
 def _items(path: str, label: str) -> Iterator[Item]:
-    name = folder_name(path)
+    lmdb, name = _library(), folder_name(path)
+    empty = True
     try:
-        database = Lmdb(path)
-    except (ValueError, OSError) as error:
-        yield bad(name, reason(error), label)
+        with (
+            lmdb.open(path, subdir=os.path.isdir(path), readonly=True, lock=False, create=False) as database,
+            database.begin(buffers=True) as transaction,
+        ):
+            _check_whole(path, database)
+            for key, value in transaction.cursor():
+                empty = False
+                yield Item(f"{name}/{printable(bytes(key).decode('latin-1'))}", label, partial(_content, value))
+    except (lmdb.Error, OSError, ValueError) as error:
+        yield bad(name, reason(error).removeprefix(f"{path}: "), label)
         return
+    if empty:
+        yield bad(name, EMPTY_CLASS, label)
+
+
+def _library() -> Any:
     try:
-        for key, place in database.places():
-            yield _item(database, f"{name}/{printable(key.decode('latin-1'))}", label, place)
-    except ValueError as error:
-        yield bad(name, reason(error), label)
-    finally:
-        database.close()
-    if not len(database):
-        yield bad(name, "a class with no images", label)
+        import lmdb
+    except ImportError as error:
+        raise ValueError('LSUN\'s databases need lmdb: pip install "guided-diffusion[datasets]"') from error
+    return lmdb
 
 
-def _item(database: Lmdb, key: str, label: str, place: Place) -> Item:
-    return Item(key, label, lambda: database.value(place))
+def _check_whole(path: str, database: Any) -> None:
+    """Refuse a file that was cut: the library maps it to memory, and to read behind its end would end the process."""
+    size = os.path.getsize(os.path.join(path, "data.mdb") if os.path.isdir(path) else path)
+    needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+    if size < needed:
+        raise ValueError(f"it was cut: it has {size} bytes of {needed}")
+
+
+def _content(value: memoryview) -> bytes:
+    if len(value) > MAX_BYTES:
+        raise ValueError("too many bytes")
+    return bytes(value)
 
 
 main = converter("lsun", read)

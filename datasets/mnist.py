@@ -47,10 +47,10 @@ def _items(images: NDArray[Any], labels: NDArray[Any], names: list[str], start: 
 def _find(folder: str, stem: str, kind: str) -> str:
     names = [f"{stem}{dot}{kind}{end}" for dot in "-." for end in (".gz", "")]
     paths = [os.path.join(folder, name) for name in names]
-    found = next((path for path in paths if os.path.isfile(path)), None)
-    if found is None:
+    path = next(filter(os.path.isfile, paths), None)
+    if path is None:
         raise ValueError(f"{folder} has no {names[0]}, packed or not: fetch it into that folder")
-    return found
+    return path
 
 
 def _idx(path: str, dims: int) -> NDArray[np.uint8]:

@@ -27,8 +27,8 @@ def read(config: ParquetConfig) -> Source:
 def _files(source: str) -> list[str]:
     if os.path.isfile(source):
         return [source]
-    found = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
-    files = sorted(path for path in found if path.endswith(".parquet"))
+    paths = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
+    files = sorted(path for path in paths if path.endswith(".parquet"))
     if not files:
         raise ValueError(f"{source} holds no .parquet file: give the folder that does")
     return files
@@ -87,9 +87,9 @@ def _columns(schema: Any, config: ParquetConfig) -> tuple[str, str]:
     holders = [field.name for field in schema if _holds_images(field.type, kinds)]
     image = config.image_column or (holders[0] if len(holders) == 1 else "")
     if image not in holders:
-        wanted = f"no column {image!r}" if image else f"{len(holders)} columns"
-        found = ", ".join(holders) or "none"
-        raise ValueError(f"{config.source} has {wanted} with images: give --image_column (bytes are in {found})")
+        fault = f"no column {image!r}" if image else f"{len(holders)} columns"
+        listed = ", ".join(holders) or "none"
+        raise ValueError(f"{config.source} has {fault} with images: give --image_column (bytes are in {listed})")
     label = config.label_column or next((name for name in LABELS if name in schema.names and not config.prefix), "")
     if label and label not in schema.names:
         others = ", ".join(schema.names)

@@ -9,7 +9,7 @@ import math as math
 import random as random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,13 +20,10 @@ from PIL import Image as Image
 from torch.utils.data import DataLoader, Dataset as Dataset
 
 from . import dist_util, logger
-from .data.conditioning import Pairing
 from .data.crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
-from .data.decoding import Range
-from .data.items import BatchDataset, ImageDataset as ImageDataset, Loaded, batches
+from .data.items import BatchDataset, DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
 from .data.labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
-from .data.order import Schedule
-from .data.sources import IMAGE_EXTENSIONS, Listing, UnreadableImage, find_images, hold
+from .data.sources import IMAGE_EXTENSIONS, UnreadableImage, find_images
 from .data.upsampling import SmallVersions
 from .runtime.files import printable, quoted
 from .runtime.options import Size, parse_size, size_flag
@@ -39,8 +36,7 @@ TABLE_ROWS = 40
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
-    listing = find_images(data_dir)
-    return [listing.path(name) for name in listing.images]
+    return find_images(data_dir).paths
 
 
 # ---- the stream of batches
@@ -53,44 +49,28 @@ class ImageStream(Iterator[Batch]):
     The ranks cut it into global batches and each takes its slice, so that neither their number nor the batch size
     changes what comes after what, and no image is left out.
 
+    :param dataset: whose `options` say num_workers, as_bytes, fit, rank and world_size (see `DataOptions`).
     :param batch_size: of one rank.
     :param labels: of the data set's images; None leaves the stream without a class table.
-    :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer, a quarter of the memory;
-        `pictures.to_unit` makes [-1, 1] of them, on any device.
-    :param fit: fewer images than one global batch are no error: batches are then as small as the images allow.
-    :param rank: None, like `world_size`, asks `dist_util`.
     :raises ValueError: if there are fewer images than one global batch, and, while iterating, if one cannot be read.
     """
 
     def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_size: int,
-        *,
-        deterministic: bool = False,
-        labels: Labels | None = None,
-        num_workers: int = 0,
-        as_bytes: bool = False,
-        fit: bool = False,
-        rank: int | None = None,
-        world_size: int | None = None,
+        self, dataset: ImageDataset, batch_size: int, *, deterministic: bool = False, labels: Labels | None = None
     ) -> None:
-        self.as_bytes = as_bytes
-        self.dataset = dataset
-        self.batch_size, self.fit = batch_size, fit
-        self.deterministic = deterministic
-        self.labels = labels
-        self.num_workers = num_workers
-        self.rank = dist_util.rank() if rank is None else rank
-        self.world_size = dist_util.world_size() if world_size is None else world_size
-        if fit:
+        options = dataset.options
+        self.dataset, self.labels, self.num_workers = dataset, labels, options.num_workers
+        self.rank = dist_util.rank() if options.rank is None else options.rank
+        self.world_size = dist_util.world_size() if options.world_size is None else options.world_size
+        self.batch_size = batch_size
+        if options.fit:
             self.batch_size = min(batch_size, max(1, -(-len(dataset) // self.world_size)))
         self.small_versions: SmallVersions | None = None
         self.skipped: dict[str, str] = {}  # path of an image that could not be read -> why
-        self._check()
+        self._check_batch_size()
         self._schedule = Schedule(
             len(dataset),
-            dataset.seed,
+            options.seed,
             batch_size=self.batch_size,
             rank=self.rank,
             world_size=self.world_size,
@@ -99,18 +79,11 @@ class ImageStream(Iterator[Batch]):
         self._loader: DataLoader[Loaded | ValueError] | None = None
         self._batches: Iterator[Loaded | ValueError] | None = None
 
-    def _check(self) -> None:
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise ValueError(
-                f"batch_size {self.batch_size} with num_workers {self.num_workers} reads nothing; "
-                "give batch_size >= 1 and num_workers >= 0"
-            )
-        if self.dataset.seed < 0:
-            raise ValueError(f"seed {self.dataset.seed} is negative; give seed >= 0")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not one of {self.world_size}; give 0 <= rank < world_size")
+    def _check_batch_size(self) -> None:
         count, most = len(self.dataset), len(self.dataset) // self.world_size
-        if count < self.global_batch and not (self.fit and count):
+        if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(f"batch_size {self.batch_size} on rank {self.rank} of {self.world_size}: give 1 or more")
+        if count < self.global_batch and not (self.dataset.options.fit and count):
             remedy = f"set batch_size to at most {most}" if most else f"start at most {count} ranks"
             raise ValueError(
                 f"{count} images are fewer than one global batch of {self.global_batch} "
@@ -127,6 +100,10 @@ class ImageStream(Iterator[Batch]):
         """The rule that the labels come from; "" without labels."""
         return self.labels.class_from if self.labels else ""
 
+    def class_table(self) -> list[ClassRow]:
+        """The classes by id and how many images each has; [] without labels."""
+        return self.labels.class_table() if self.labels else []
+
     @property
     def global_batch(self) -> int:
         """Images that all ranks together take per step."""
@@ -135,7 +112,7 @@ class ImageStream(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._batches is None:
             if self._loader is None:
-                made = BatchDataset(self.dataset, as_bytes=self.as_bytes)
+                made = BatchDataset(self.dataset, as_bytes=self.dataset.options.as_bytes)
                 self._loader = batches(made, self._schedule, self.num_workers)
             with _without_alarm():
                 self._batches = iter(self._loader)
@@ -167,8 +144,10 @@ class ImageStream(Iterator[Batch]):
             return f"{message}, or set on_bad_image to skip"
         shown = ", ".join(f"{quoted(error.path)} ({error.reason})" for error in bad[:5])
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        found = f"{len(bad)} of {len(self.dataset)} images cannot be read: {shown}{more}"
-        return f"{found}; repair or remove them, or set on_bad_image to skip"
+        return (
+            f"{len(bad)} of {len(self.dataset)} images cannot be read: {shown}{more}; repair or remove them, or set "
+            "on_bad_image to skip"
+        )
 
     def names(self) -> list[str]:
         """The files of the images that this rank was given last; those in `skipped` had others in their place."""
@@ -180,7 +159,7 @@ class ImageStream(Iterator[Batch]):
         return {"batches": self._schedule.taken // self.global_batch, "images": self._schedule.taken}
 
     def give_back(self) -> None:
-        """Count the batch that was taken last as not taken, in `state_dict`."""
+        """Count the last batch as not taken, in `state_dict`."""
         self._schedule.taken -= self.global_batch
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -192,14 +171,10 @@ class ImageStream(Iterator[Batch]):
         """Stop the worker processes; asking for another batch starts new ones."""
         self._batches = self._loader = None
 
-    def class_table(self) -> list[ClassRow]:
-        """The classes by id and how many images each has; [] without labels."""
-        return self.labels.class_table() if self.labels else []
-
 
 @contextmanager
 def _without_alarm() -> Iterator[None]:
-    """What torch starts inside does not interrupt the main thread wherever it is when a worker is lost.
+    """Undo torch's signal handler, which would interrupt the main thread wherever it is when a worker is lost.
 
     Asking for a batch finds that out too, within seconds and at a moment at which a training can still be saved.
     """
@@ -222,98 +197,46 @@ def load_data(
     deterministic: bool = False,
     random_crop: bool = False,
     random_flip: bool = True,
-    class_from: str = "auto",
-    classes: Sequence[str] | str | None = None,
-    num_classes: int | None = None,
-    image_channels: int = 3,
-    num_workers: int = 0,
-    seed: int = 0,
-    on_bad_image: str = "error",
-    pairing: Pairing | None = None,
-    fast_decode: bool = False,
-    cache_images: bool = False,
-    as_bytes: bool = False,
-    fit: bool = False,
-    rank: int | None = None,
-    world_size: int | None = None,
     log: Callable[[str], object] | None = None,
-    label_column: str = "",
-    data_range: Range | None = None,
+    **options: Any,
 ) -> ImageStream:
     """The stream of all images below a folder or a zip, or in an array.
 
     :param data_dir: folder, zip, folder in a zip, any of them in a bucket, or an .npy or .npz [N, H, W, C].
     :param deterministic: in the order of the names instead of shuffled.
-    :param class_from: filename, folder, csv, json, or auto (see `image_labels.read_labels`).
-    :param classes: class names by id, or the path of the classes.json of an earlier run, whose rule "auto" then takes.
-    :param num_classes: K of the network; more classes than that are an error.
-    :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
-    :param on_bad_image: "error" ends with the name of an image that cannot be read; "skip" takes another one instead,
-        the same on every run, and says so.
-    :param pairing: where the images have conditioning images.
-    :param fast_decode: decode JPEGs at a half, a quarter or an eighth where that covers the crop: pixels differ a
-        little from those of halving them afterwards, and windows and flips do not.
-    :param cache_images: keep the decoded images in memory, which the processes of `num_workers` share: the batches are
-        the same. Conditioning images are read each time.
-    :param as_bytes: of the `ImageStream`, as `fit` is.
-    :param log: takes lines about what was found; None writes them to `logger`.
-    :param label_column: of the labels in a table that has several.
-    :param data_range: the numbers that black and white are in the images, where files do not say it: (0, 4095).
+    :param log: takes lines about the data set; None writes them to `logger`.
+    :param options: fields of `DataOptions`: class_from, classes, num_workers, seed, ...
     :raises ValueError: naming what does not fit: sizes, files, labels.
     """
-    say = logger.log if log is None else log
-    listing = _images_below(data_dir, image_channels)
-    hold(listing)
-    say(listing.summary())
-    listing, partners = pairing.match(listing, say) if pairing else (listing, None)
+    say, given = logger.log if log is None else log, DataOptions(**options)
+    source = find_images(data_dir, given.image_channels)
+    if not source.images:
+        known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
+        raise ValueError(f"data_dir {data_dir!r} holds no images, {source.skipped()}; readable are {known}")
+    source.hold()
+    say(source.summary())
+    source, partners = given.pairing.match(source, say) if given.pairing else (source, None)
     labels = None
     if class_cond:
-        labels = read_labels(listing, class_from, classes, num_classes, label_column=label_column)
-    elif class_from != "auto" or classes or label_column:
-        raise ValueError(
-            f"class_from {class_from!r}, label_column {label_column!r} and classes {classes!r} have no effect; set "
-            "class_cond to True"
+        labels = read_labels(
+            source, given.class_from, given.classes, given.num_classes, label_column=given.label_column
         )
-    if cache_images and random_crop:
-        say(f"  reading the sizes of {len(listing.images)} images, which say how much memory they take")
-    dataset = ImageDataset(
-        size_flag(image_size),
-        [listing.path(name) for name in listing.images],
-        labels.ids if labels else None,
-        random_crop=random_crop,
-        random_flip=random_flip,
-        image_channels=image_channels,
-        seed=seed,
-        on_bad_image=on_bad_image,
-        partners=partners,
-        fast_decode=fast_decode,
-        cache_images=cache_images,
-        data_range=data_range,
-    )
+    elif given.class_from != "auto" or given.classes or given.label_column:
+        raise ValueError(
+            f"class_from {given.class_from!r}, label_column {given.label_column!r} and classes {given.classes!r} have "
+            "no effect; set class_cond to True"
+        )
+    if given.cache_images and random_crop:
+        say(f"  reading the sizes of {len(source)} images, which say how much memory they take")
+    ids = labels.ids if labels else None
+    crop: dict[str, bool] = {"random_crop": random_crop, "random_flip": random_flip}
+    dataset = ImageDataset(size_flag(image_size), source.paths, ids, **crop, partners=partners, options=given)
     if dataset.cache:
         say(f"  the decoded images are kept in memory, {dataset.cache.bytes / 1e9:.3g} GB when all of them are read")
-    stream = ImageStream(
-        dataset,
-        batch_size,
-        deterministic=deterministic,
-        labels=labels,
-        num_workers=num_workers,
-        as_bytes=as_bytes,
-        fit=fit,
-        rank=rank,
-        world_size=world_size,
-    )
+    stream = ImageStream(dataset, batch_size, deterministic=deterministic, labels=labels)
     if labels:
         say("\n".join([*labels.notes, *_table_lines(labels.class_table())]))
     return stream
-
-
-def _images_below(data_dir: str, channels: int) -> Listing:
-    listing = find_images(data_dir, channels)
-    if not listing.images:
-        known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
-        raise ValueError(f"data_dir {data_dir!r} holds no images, {listing.skipped()}; readable are {known}")
-    return listing
 
 
 def _table_lines(rows: list[ClassRow]) -> list[str]:
@@ -342,5 +265,5 @@ def load_superres_data(
     stream = load_data(
         data_dir=data_dir, batch_size=batch_size, image_size=large_size, class_cond=class_cond, **options
     )
-    stream.small_versions = SmallVersions((small_height, small_width), cond_aug, stream.dataset.seed)
+    stream.small_versions = SmallVersions((small_height, small_width), cond_aug, stream.dataset.options.seed)
     return stream

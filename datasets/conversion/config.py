@@ -22,7 +22,7 @@ def optional_size(text: str) -> int | str:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionConfig:
-    """What is read, and what is written."""
+    """The source and the output."""
 
     source: str = local_flag("the data set as it was fetched: file or folder", positional=True)
     out: str = local_flag("folder to make, or a file whose name ends in .zip", positional=True)
@@ -42,14 +42,14 @@ class ConversionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OneClassConfig(ConversionConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     prefix: str = flag("", "the class of all images; '' takes it from the source")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LsunConfig(OneClassConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     size: int | str = flag(
         256, "pixels: 256, or HEIGHTxWIDTH; 0 leaves images as they are", convert=optional_size, alias="image-size"
@@ -63,7 +63,7 @@ class LsunConfig(OneClassConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagenetConfig(ConversionConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     ground_truth: str = local_flag(
         "for the validation tar: a class per line in the order of the files, or LOC_val_solution.csv"
@@ -73,14 +73,14 @@ class ImagenetConfig(ConversionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Imagenet64Config(ConversionConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     synsets: str = local_flag("map_clsloc.txt, for names in place of numbers: its line N starts with that of class N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CifarConfig(ConversionConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     split: str = flag("train", "which images", choices=("train", "test"))
     coarse: bool = flag(False, "the 20 coarse classes of CIFAR-100 in place of its 100")
@@ -88,7 +88,7 @@ class CifarConfig(ConversionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MnistConfig(ConversionConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     split: str = flag("train", "which images", choices=("train", "test"))
     fashion: bool = flag(False, "they are clothes: put Fashion-MNIST's words behind the digits")
@@ -96,7 +96,7 @@ class MnistConfig(ConversionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CelebaConfig(OneClassConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     attribute: str = flag("", "one of list_attr_celeba.txt, e.g. Smiling, for the two classes with and without it")
     attribute_file: str = local_flag("that file; '' looks for it beside the images and one folder up")
@@ -104,7 +104,7 @@ class CelebaConfig(OneClassConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetConfig(OneClassConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     image_column: str = flag("", "column of the images; '' takes the only one that holds any")
     label_column: str = flag("", "column of the classes; '' takes 'label' or the like, or --prefix where there is none")
@@ -112,7 +112,7 @@ class ParquetConfig(OneClassConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig(OneClassConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     class_from: str = flag("auto", "where classes come from", choices=CLASS_RULES)
     label_column: str = flag("", LABEL_COLUMN)
@@ -120,7 +120,7 @@ class FolderConfig(OneClassConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiConfig(ConversionConfig):
-    """What is read, and what is written."""
+    """The source and the output."""
 
     google: str = local_flag("Noto Emoji: a checkout, or emoji-datasource-google unpacked; '' is SOURCE")
     twitter: str = local_flag("Twemoji: a checkout, or emoji-datasource-twitter unpacked; '' is SOURCE")

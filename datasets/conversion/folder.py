@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
-from guided_diffusion.data.sources import Listing, find_images, read_bytes
+from guided_diffusion.data.sources import ImageSource, find_images, read_content
 from guided_diffusion.runtime import files
 
-from .images import Content, Item, Source, bad
+from .images import EMPTY_CLASS, Content, Item, Source, bad
+
+
+def listing_of(path: str) -> ImageSource:
+    """The images in a folder or zip.
+
+    :raises ValueError: if it holds no image.
+    """
+    listing = find_images(path)
+    if not listing.images:
+        raise ValueError(f"{path} holds no image: {listing.skipped()}; give the folder that does")
+    return listing
 
 
 def folder_name(path: str) -> str:
@@ -18,10 +30,9 @@ def folder_name(path: str) -> str:
     return os.path.basename(os.path.abspath(path))
 
 
-def class_folders(listing: Listing) -> list[str]:
+def class_folders(listing: ImageSource) -> list[str]:
     """The class of every image: the folder it lies in, or the whole where there is none."""
-    own = folder_name(listing.root)
-    return [os.path.basename(os.path.dirname(name)) or own for name in listing.images]
+    return [os.path.basename(os.path.dirname(name)) or folder_name(listing.root) for name in listing.images]
 
 
 def numbered(names: Sequence[str]) -> list[str]:
@@ -30,54 +41,41 @@ def numbered(names: Sequence[str]) -> list[str]:
     return [name.zfill(width) for name in names] if all(name.isdecimal() for name in names) else list(names)
 
 
-def folder_source(listing: Listing, labels: Iterable[str], *, folders_are_classes: bool = False) -> Source:
-    """The images of a listing.
+def folder_source(listing: ImageSource, labels: Iterable[str], *, folders_are_classes: bool = False) -> Source:
+    """A source of images that are found already.
 
     :param labels: the class of each.
-    :param folders_are_classes: True reports folders in which there is no image.
+    :param folders_are_classes: report folders in which there is no image.
     """
     print(listing.summary())
-    faults = list(listing.refused) + (_empty_folders(listing) if folders_are_classes else [])
-    return Source(_items(listing, labels, faults), len(listing.images) + len(faults))
+    faults = [bad(name, fault) for name, fault in listing.refused]
+    if folders_are_classes:
+        faults += [bad(name, EMPTY_CLASS, name) for name in _empty_folders(listing)]
+    return Source(_items(listing, labels, faults), len(listing) + len(faults))
 
 
-def _items(listing: Listing, labels: Iterable[str], faults: Sequence[tuple[str, str]]) -> Iterator[Item]:
-    for name, fault in faults:
-        yield bad(name, fault, folder_name(name) if fault == EMPTY else "")
+def _items(listing: ImageSource, labels: Iterable[str], faults: Sequence[Item]) -> Iterator[Item]:
+    yield from faults
     for name, label in zip(listing.images, labels, strict=True):
-        yield Item(name, label, lambda name=name: _load(listing.path(name)))  # type: ignore[misc]
+        yield Item(name, label, partial(_load, listing.path(name)))
 
 
-EMPTY = "a class with no images"
-
-
-def _empty_folders(listing: Listing) -> list[tuple[str, str]]:
+def _empty_folders(listing: ImageSource) -> list[str]:
     if not os.path.isdir(listing.root):
         return []
     filled = {name.split("/")[0] for name in listing.images}
     with os.scandir(listing.root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    return [(name, EMPTY) for name in names if name not in filled]
+    return [name for name in names if name not in filled]
 
 
 def _load(path: str) -> Content:
-    content = read_bytes(path)
-    if not path.lower().endswith(".npy"):
+    content = read_content(path)
+    if isinstance(content, bytes) and not path.lower().endswith(".npy"):
         return content
-    array = files.read_array(content)
+    array = files.read_array(content) if isinstance(content, bytes) else content
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
         raise ValueError(
             f"an array of {array.dtype} of shape {array.shape}, where uint8 of [H, W] or [H, W, 3] is read"
         )
     return array
-
-
-def listing_of(path: str) -> Listing:
-    """Everything in a folder or zip.
-
-    :raises ValueError: if it holds no image.
-    """
-    listing = find_images(path)
-    if not listing.images:
-        raise ValueError(f"{path} holds no image: {listing.skipped()}; give the folder that does")
-    return listing

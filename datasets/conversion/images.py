@@ -1,4 +1,4 @@
-"""One image on its way from a data set to an output file, in whichever process.
+"""The images of a data set, and what is done to each on its way to an output file; without torch, as workers load it.
 
 Shapes: H W space, C channels.
 """
@@ -18,107 +18,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from guided_diffusion.data.crops import MAX_PIXELS, TooThin, center_crop_arr
+from guided_diffusion.data.crops import MAX_PIXELS, center_crop_arr
 from guided_diffusion.data.decoding import FORMATS, decode
 from guided_diffusion.runtime.files import reason
 from guided_diffusion.runtime.options import Size, parse_size
 
 Content = bytes | NDArray[np.uint8]  # a file of any format that is read, or [H, W] or [H, W, 3]
 
+EMPTY_CLASS = "a class with no images"
 EXTENSIONS = {"png": ".png", "jpeg": ".jpg"}
 GREY = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is done to every image; as the flags of those names say."""
-
-    size: Size = 0
-    crop: str = "center"
-    format: str = ""
-    quality: int = 95
-
-
-class Encoded(NamedTuple):
-    """An output file: the end of its name, and its bytes."""
-
-    extension: str
-    content: bytes
-
-
-def encode_all(contents: Iterable[Content], recipe: Recipe) -> list[Encoded | str]:
-    """The output file of each image, or what is wrong with it."""
-    return [_encoded_or_fault(content, recipe) for content in contents]
-
-
-def end_with_parent() -> None:
-    """Have this process end when the one that started it was killed, and could not end it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_watch, args=(parent.sentinel,), daemon=True).start()
-
-
-def _watch(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-
-def _encoded_or_fault(content: Content, recipe: Recipe) -> Encoded | str:
-    try:
-        return _encode(content, recipe)
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        return "its content is no image"
-    except Exception as error:  # Pillow does not say what it raises on a damaged file
-        return reason(error)
-
-
-def _encode(content: Content, recipe: Recipe) -> Encoded:
-    if not isinstance(content, bytes):
-        return _write(Image.fromarray(content), recipe)
-    if not content:
-        raise ValueError("it is empty")
-    with Image.open(io.BytesIO(content), formats=FORMATS) as header:
-        kind, mode = (header.format or "").lower(), header.mode
-    picture = decode(content, "", 1 if mode in GREY else 3)  # all of it, also where its bytes are kept: it may be cut
-    if kind in EXTENSIONS and recipe.format in ("", kind) and not recipe.size:
-        return Encoded(EXTENSIONS[kind], content)
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"it has finer levels than 8 bits (mode {mode}), which only a PNG left as it is can keep")
-    return _write(picture, recipe)
-
-
-def _write(picture: Image.Image, recipe: Recipe) -> Encoded:
-    if recipe.size:
-        cropped = (_box_crop if recipe.crop == "box" else center_crop_arr)(picture, recipe.size)
-        picture = Image.fromarray(cropped)
-    file, kind = io.BytesIO(), recipe.format or "png"
-    options: dict[str, Any] = {"quality": recipe.quality, "subsampling": 0} if kind == "jpeg" else {}
-    picture.save(file, kind, **options)
-    return Encoded(EXTENSIONS[kind], file.getvalue())
-
-
-def _box_crop(picture: Image.Image, size: Size) -> NDArray[Any]:
-    """The middle of a picture whose every pixel is the mean of those it covers, scaled until it covers the size."""
-    height, width = parse_size(size)
-    scale = max(height / picture.height, width / picture.width)
-    wide, high = round(picture.width * scale), round(picture.height * scale)
-    if wide * high > MAX_PIXELS:
-        raise TooThin(f"it is so long and thin that scaled to {wide} x {high} it has more than {MAX_PIXELS} pixels")
-    array = np.asarray(picture.resize((wide, high), Image.Resampling.BOX))
-    top, left = (high - height) // 2, (wide - width) // 2
-    return array[top : top + height, left : left + width]
-
-
-# ---- what sources are made of
+# ---- sources
 
 
 @dataclass(frozen=True)
 class Item:
     """One image of a source.
 
-    :param key: what it is called there.
+    :param key: its name there.
     :param label: its class, as the source names it; '' for what is no image, such as an archive that ends early.
     :param load: its content; raises ValueError or OSError where there is something wrong with it.
     :param name: stands in its file name behind the class, in place of its number.
@@ -157,5 +75,86 @@ def bad(key: str, fault: str, label: str = "") -> Item:
 
 
 def of_pixels(key: str, label: str, pixels: NDArray[np.uint8]) -> Item:
-    """An image that is there already: [H, W] or [H, W, 3]."""
+    """An image [H, W] or [H, W, 3] that is decoded already."""
     return Item(key, label, lambda: pixels)
+
+
+# ---- encoding
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to every image; as the flags of those names say."""
+
+    size: Size = 0
+    crop: str = "center"
+    format: str = ""
+    quality: int = 95
+
+
+class Encoded(NamedTuple):
+    """An output file: the end of its name, and its bytes."""
+
+    extension: str
+    content: bytes
+
+
+def encode(content: Content, recipe: Recipe) -> Encoded | str:
+    """The output file of an image, or what is wrong with it."""
+    try:
+        return _encoded(content, recipe)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        return "its content is no image"
+    except Exception as error:  # Pillow does not say what it raises on a damaged file
+        return reason(error)
+
+
+def _encoded(content: Content, recipe: Recipe) -> Encoded:
+    if not isinstance(content, bytes):
+        return _write(Image.fromarray(content), recipe)
+    if not content:
+        raise ValueError("it is empty")
+    with Image.open(io.BytesIO(content), formats=FORMATS) as header:
+        kind, mode = (header.format or "").lower(), header.mode
+    # all of it is decoded, also where its bytes are kept: it may be cut
+    picture = decode(content, "", 1 if mode in GREY else 3).picture
+    if kind in EXTENSIONS and recipe.format in ("", kind) and not recipe.size:
+        return Encoded(EXTENSIONS[kind], content)
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"it has finer levels than 8 bits (mode {mode}), which only a PNG left as it is can keep")
+    return _write(picture, recipe)
+
+
+def _write(picture: Image.Image, recipe: Recipe) -> Encoded:
+    if recipe.size:
+        picture = Image.fromarray((_box_crop if recipe.crop == "box" else center_crop_arr)(picture, recipe.size))
+    file, kind = io.BytesIO(), recipe.format or "png"
+    options: dict[str, Any] = {"quality": recipe.quality, "subsampling": 0} if kind == "jpeg" else {}
+    picture.save(file, kind, **options)
+    return Encoded(EXTENSIONS[kind], file.getvalue())
+
+
+def _box_crop(picture: Image.Image, size: Size) -> NDArray[Any]:
+    """The middle of a picture whose every pixel is the mean of those it covers, scaled until it covers the size."""
+    height, width = parse_size(size)
+    scale = max(height / picture.height, width / picture.width)
+    wide, high = round(picture.width * scale), round(picture.height * scale)
+    if wide * high > MAX_PIXELS:
+        raise ValueError(f"it is so long and thin that scaled to {wide} x {high} it has more than {MAX_PIXELS} pixels")
+    array = np.asarray(picture.resize((wide, high), Image.Resampling.BOX))
+    top, left = (high - height) // 2, (wide - width) // 2
+    return array[top : top + height, left : left + width]
+
+
+def end_with_parent() -> None:
+    """Have this worker process end when the one that started it was killed, and could not end it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_watch, args=(parent.sentinel,), daemon=True).start()
+
+
+def _watch(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

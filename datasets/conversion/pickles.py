@@ -1,8 +1,7 @@
-"""Pickles of plain data and arrays, read so that nothing of them is ever run.
+"""Pickles of plain data and arrays, such as CIFAR and the downsampled ImageNet, read without running anything in them.
 
-CIFAR and the downsampled ImageNet come as such files. Dicts, lists, numbers, texts and bytes are made as they are; of
-everything that a pickle can call by name, four names of numpy and one of codecs are answered, by inert classes of this
-module. Any other name ends the reading.
+Dicts, lists, numbers, texts and bytes are made as they are. Of everything that a pickle can call by name, four names of
+numpy and one of codecs are answered, by inert classes of this module; any other name ends the reading.
 """
 
 from __future__ import annotations
@@ -82,16 +81,15 @@ _NAMES: dict[tuple[str, str], Any] = {
 
 class _Unpickler(_Plain):
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name; there is no other way to one."""
-        try:
-            return _NAMES[module, name]
-        except KeyError:
-            told = printable(f"{module}.{name}")
-            raise pickle.UnpicklingError(f"it calls {told}, which data has no need of") from None
+        """The stand-in for a name, the only way to one."""
+        if (module, name) not in _NAMES:
+            called = printable(f"{module}.{name}")
+            raise pickle.UnpicklingError(f"it calls {called}, which data has no need of")
+        return _NAMES[module, name]
 
 
 def load(file: IO[bytes] | bytes) -> dict[str, Any]:
-    """The dict of a pickle: by texts, with arrays of numbers that cannot be written to.
+    """The dict in a pickle, with texts as keys and read-only arrays of numbers.
 
     :raises ValueError: if it is damaged, holds anything but data, or is no dict.
     """

@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion.runtime import files
-from guided_diffusion.runtime.files import printable
+from guided_diffusion.runtime.files import printable, reason
 
-from .images import Item, bad, of_pixels
+from .images import EMPTY_CLASS, Item, bad, of_pixels
 
 
-def side_of(rows: NDArray[Any]) -> int:
+def check_rows(rows: NDArray[Any], labels: Sequence[Any]) -> int:
     """The side of the square images [N, 3 * side * side] in three planes of uint8.
 
-    :raises ValueError: if they are none.
+    :raises ValueError: if they are none, or labels are missing.
     """
     if rows.dtype != np.uint8:
         raise ValueError(f"its images are numbers of type {rows.dtype}, where uint8 is read")
     side = math.isqrt(rows.shape[1] // 3) if rows.ndim == 2 else 0
     if not side or rows.shape[1] != 3 * side * side:
         raise ValueError(f"its images have the shape {rows.shape}, where [N, 3 * side * side] is read")
+    if len(rows) != len(labels):
+        raise ValueError(f"it has {len(rows)} images and {len(labels)} labels")
     return side
 
 
-def row_items(file: str, rows: NDArray[Any], labels: Sequence[str], start: int = 0) -> Iterator[Item]:
-    """An item per row.
+def row_items(
+    file: str, rows: NDArray[Any], labels: Sequence[Any], names: Sequence[str], *, first: int = 0, start: int = 0
+) -> Iterator[Item]:
+    """An item per row of `check_rows`.
 
-    :param rows: [N, 3 * side * side] uint8.
-    :param labels: [N].
+    :param labels: [N] numbers of classes.
+    :param names: of the classes; [] calls them by their numbers.
+    :param first: the number of the first class.
     :param start: the number of the first row in its file.
     """
-    side = side_of(rows)
+    side = check_rows(rows, labels)
     images = rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
     for number, (image, label) in enumerate(zip(images, labels, strict=True), start):
-        yield of_pixels(f"{file}/{number}", label, np.ascontiguousarray(image))
+        key = f"{file}/{number}"
+        try:
+            yield of_pixels(key, class_of(label, names, first), np.ascontiguousarray(image))
+        except ValueError as error:
+            yield bad(key, reason(error))
 
 
 def class_of(value: Any, names: Sequence[str], first: int = 0) -> str:
@@ -63,15 +70,4 @@ def with_empty_classes(items: Iterator[Item], names: Sequence[str], where: str) 
         yield item
     for name in names:
         if name not in seen:
-            yield bad(f"class {printable(name)} of {where}", "a class with no images", name)
-
-
-def first_words(path: str) -> list[str]:
-    """The first word of each line of a text file, such as map_clsloc.txt."""
-    lines = files.read_file(path).decode(errors="replace").splitlines()
-    return [line.split()[0] for line in lines if line.strip()]
-
-
-def base(path: str) -> str:
-    """The name of a file."""
-    return os.path.basename(path)
+            yield bad(f"class {printable(name)} of {where}", EMPTY_CLASS, name)

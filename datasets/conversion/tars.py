@@ -1,4 +1,4 @@
-"""Tars that may be anybody's, read from where they lie: nothing of them is written to the disk.
+"""Untrusted tars, read from where they lie: nothing of them is written to the disk.
 
 Members are found one after the other, and their content is read when it is asked for, from the one open file.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 from guided_diffusion.runtime import files
@@ -20,8 +21,8 @@ BLOCK = tarfile.BLOCKSIZE
 class Member:
     """A member that is no folder.
 
-    :param fault: why it is not to be used; '' if it may be.
-    :param open: its content as a file.
+    :param fault: why it is not read; '' if it may be.
+    :param open: opens its content as a file.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Member:
     open: Callable[[], IO[bytes]]
 
     def read(self) -> bytes:
-        """All of it.
+        """Its content.
 
         :raises ValueError: if there is a fault, or the tar ends before it does.
         """
@@ -43,7 +44,7 @@ class Member:
 
 
 class Truncated(ValueError):
-    """A tar that ends early, or is damaged at some place; what comes before it is sound."""
+    """A tar that ends early or is damaged, behind members that are sound."""
 
 
 def members(file: IO[bytes], *, largest: int = MAX_BYTES) -> Iterator[Member]:
@@ -63,24 +64,21 @@ def members(file: IO[bytes], *, largest: int = MAX_BYTES) -> Iterator[Member]:
             if not info.isdir():
                 fault = _fault(info, largest) or ("a duplicate of an earlier name" if info.name in seen else "")
                 seen.add(info.name)
-                yield Member(info.name, fault, _opener(archive, info))
+                yield Member(info.name, fault, partial(_extracted, archive, info))
             archive.members.clear()  # type: ignore[attr-defined]
         _check_end(archive)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         raise Truncated(f"it ends early or is damaged ({reason(error)})") from error
 
 
-def _opener(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Callable[[], IO[bytes]]:
-    def opened() -> IO[bytes]:
-        file = archive.extractfile(info)
-        assert file is not None, "only regular files are read"
-        return file
-
-    return opened
+def _extracted(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    file = archive.extractfile(info)
+    assert file is not None, "only regular files are read"
+    return file
 
 
 def _fault(info: tarfile.TarInfo, largest: int) -> str:
-    """Why a member is not read, as far as its entry tells."""
+    """Why a member is not read, as far as its header tells."""
     fault = path_fault(info.name, "tar")
     if not fault and (info.issym() or info.islnk()):
         fault = "a link"

@@ -11,7 +11,7 @@ import torch as th
 from ..config import CondDataConfig, CondTrainConfig, TrainConfig, UNetConfig
 from ..data.conditioning import CondImages, CondKind, CondSource, Pairing, cond_kind
 from ..data.labels import read_labels
-from ..data.sources import Listing
+from ..data.sources import ImageSource
 from ..runtime.options import defaults, parse_range
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
 from .common import Restored
@@ -139,7 +139,7 @@ def _labels(images: CondImages, labels: dict[str, Any], options: SampleConfig) -
     return labels if own is None else {"labels": own, "class_names": labels["class_names"]}
 
 
-def _by_files(flags: Flags, names: list[str]) -> Callable[[Listing], Sequence[int]]:
+def _by_files(flags: Flags, names: list[str]) -> Callable[[ImageSource], Sequence[int]]:
     config, count = flags.part(CondSampleConfig), len(names) or flags.part(UNetConfig).num_classes
     return lambda listing: (
         read_labels(listing, config.cond_class_from, names or None, count, label_column=config.label_column).ids

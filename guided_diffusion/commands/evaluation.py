@@ -100,7 +100,7 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
     classes = dataset.local_classes if unet.class_cond else None
 
     def cond_images(indices: Sequence[int]) -> dict[str, th.Tensor]:
-        rows = [dataset.take((0, int(chosen[index])))[0][1]["cond_image"] for index in indices]
+        rows = [dataset[0, int(chosen[index])][1]["cond_image"] for index in indices]
         return {"cond_image": th.from_numpy(np.stack(rows))}
 
     return Job(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .. import logger
 from ..data.labels import Labels, load_classes, read_labels, save_classes
-from ..data.sources import Listing, find_images, read_bytes
+from ..data.sources import ImageSource, find_images, read_bytes, read_pixels
 from ..runtime.errors import UserError
 from ..runtime.files import PART, explained, parse_json, quoted, reason, write_json
 from ..runtime.npz import Npz, write_npz
@@ -121,7 +121,7 @@ def from_images(given: FromImagesConfig) -> list[str]:
     return [listing.summary(), *notes, f"{out}: {count} images {'x'.join(map(str, shape))}"]
 
 
-def _in_order(listing: Listing) -> tuple[Listing, tuple[int, ...]]:
+def _in_order(listing: ImageSource) -> tuple[ImageSource, tuple[int, ...]]:
     """The files in the order of the npz that they come from, and the shape of its images; () for any other folder."""
     if ORDER not in listing.others:
         return listing, ()
@@ -133,10 +133,10 @@ def _in_order(listing: Listing) -> tuple[Listing, tuple[int, ...]]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         fault = f"{listing.path(ORDER)} does not tell the order of the images ({reason(error)}): remove it"
         raise UserError(fault) from error
-    return Listing(listing.root, names, listing.others, listing.refused), shape
+    return ImageSource(listing.root, names, listing.others, listing.refused), shape
 
 
-def _labels(listing: Listing, given: FromImagesConfig) -> tuple[Labels | None, list[str]]:
+def _labels(listing: ImageSource, given: FromImagesConfig) -> tuple[Labels | None, list[str]]:
     """The labels, None where there are none and none are asked for; and lines about them."""
     classes = given.classes
     if not classes and CLASSES in listing.others and not listing.root.lower().endswith(".zip"):
@@ -150,10 +150,8 @@ def _labels(listing: Listing, given: FromImagesConfig) -> tuple[Labels | None, l
     return labels, labels.notes
 
 
-def _pixels(listing: Listing, channels: int, given: FromImagesConfig) -> Iterator[Pixels]:
+def _pixels(listing: ImageSource, channels: int, given: FromImagesConfig) -> Iterator[Pixels]:
     """Each image, [H, W] or [H, W, C], all of one size."""
-    from ..evaluation.images import read_pixels
-
     span = parse_range(given.data_range)
     first: tuple[int, ...] = ()
     with logger.progress_bar(total=len(listing.images), desc="reading", unit="image") as bar:

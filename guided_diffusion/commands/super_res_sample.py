@@ -13,7 +13,7 @@ from .flags import Flags
 from .sections import GuidanceConfig, SampleConfig, UpsampleConfig
 
 if TYPE_CHECKING:
-    from ..data.sources import Listing
+    from ..data.sources import ImageSource
     from ..data.upsampling import BaseImages
     from .common import Restored
 
@@ -130,11 +130,11 @@ def read_base(flags: Flags, classes: list[str] | None = None, *, labelled: bool 
     return base
 
 
-def _by_files(flags: Flags, classes: list[str]) -> Callable[[Listing], list[int]]:
+def _by_files(flags: Flags, classes: list[str]) -> Callable[[ImageSource], list[int]]:
     """The classes of a folder's images by the rule of --class_from."""
     from ..data.labels import read_labels
 
-    def label(listing: Listing) -> list[int]:
+    def label(listing: ImageSource) -> list[int]:
         config, count = flags.part(UpsampleConfig), len(classes) or flags.part(SuperResConfig).num_classes
         try:
             column = config.label_column

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -224,7 +224,7 @@ def open_streams(
         "data_range": parse_range(data.data_range),
         "label_column": data.label_column,
         "seed": flags.part(RunConfig).seed,
-        "fast_decode": loader.fast_decode,
+        **asdict(loader),
         "as_bytes": True,
     }
     known = checkpoints.classes_beside(train.resume_checkpoint) if train.resume_checkpoint else ""
@@ -235,7 +235,6 @@ def open_streams(
         random_crop=data.random_crop,
         random_flip=data.random_flip,
         num_workers=data.num_workers,
-        cache_images=loader.cache_images,
         **options,
     )
     if len(stream.classes) < (options["num_classes"] or 0):
@@ -245,7 +244,7 @@ def open_streams(
         )
     if stream.classes and dist_util.rank() == 0:
         save_classes(os.path.join(logger.get_dir(), checkpoints.CLASSES), stream)
-    options |= validation or {}
+    options |= {"cache_images": False, **(validation or {})}
     return Streams(stream, _validation(train.val_data_dir, stream, load, options) if train.val_data_dir else None)
 
 

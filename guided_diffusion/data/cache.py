@@ -1,4 +1,4 @@
-"""Decoded pictures, kept in memory that the processes that decode share: each is decoded once, by whoever needs it.
+"""Decoded pictures in memory that the processes that decode share: each is decoded once, by the first that needs it.
 
 Shapes: H W space, C channels.
 """
@@ -6,7 +6,7 @@ Shapes: H W space, C channels.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,22 +15,17 @@ from PIL import Image
 from ..runtime.files import quoted
 from ..runtime.options import Size
 from .crops import shrunk, shrunk_size
-from .decoding import MODES, Whole
-from .sources import UnreadableImage, read_size
-
-
-class NotKept(ValueError):
-    """A picture that an `ImageCache` cannot keep."""
+from .decoding import MODES, Decoded
+from .sources import UnreadableImage, naming, read_size
 
 
 class ImageCache:
-    """Pictures as crops to one size need them: crops of what is kept are those of the pictures, bit for bit.
+    """Pictures, shrunk as far as crops to one size stay the same bit for bit.
 
-    Processes that are forked share it, without a lock: two that decode the same picture write the same bytes, and
-    nobody takes a picture before its height is written, behind all the rest.
+    Processes that are forked share it without a lock: two that decode the same picture write the same bytes, and a
+    picture is read once its height is written, after all the rest.
 
-    :param paths: of all pictures.
-    :param random_crop: windows anywhere are wanted; else the middle of a picture is all that is kept of it.
+    :param random_crop: keep what random crops need; else the middle.
     :raises ValueError: if pictures of so many channels cannot be kept.
     """
 
@@ -39,7 +34,7 @@ class ImageCache:
             raise ValueError(f"cache_images keeps pictures of 1, 3 or 4 channels, not of {channels}: leave it out")
         self._paths, self._image_size, self._random_crop = paths, image_size, random_crop
         self._channels = channels
-        self._starts = np.cumsum([0, *(height * width * channels for height, width in self._sizes())])
+        self._starts = np.cumsum([0, *(height * width * channels for height, width in map(self._size, paths))])
         table = 4 * np.dtype(np.int64).itemsize * len(paths)
         self.bytes = table + int(self._starts[-1])
         # backed by memory once it is written to, and by that of all processes that inherit it
@@ -48,20 +43,18 @@ class ImageCache:
         # (height, width) as kept and in the file; zeros where a picture is not kept yet
         self._table: NDArray[np.int64] = memory[:table].view(np.int64).reshape(-1, 4)
 
-    def _sizes(self) -> Iterator[tuple[int, int]]:
-        """(height, width) of what is to be kept; (0, 0) of what cannot be read."""
-        for path in self._paths:
-            try:
-                size = read_size(path) if self._random_crop else (1, 1)
-            except UnreadableImage:
-                yield 0, 0
-            else:
-                yield shrunk_size(size, self._image_size, random_crop=self._random_crop)
+    def _size(self, path: str) -> tuple[int, int]:
+        """(height, width) of the shrunk picture; (0, 0) where the file cannot be read."""
+        try:
+            size = read_size(path) if self._random_crop else (1, 1)
+        except UnreadableImage:
+            return 0, 0
+        return shrunk_size(size, self._image_size, random_crop=self._random_crop)
 
-    def take(self, index: int, read: Callable[[], Whole]) -> Whole:
-        """A picture, which is read and kept where it is not yet.
+    def take(self, index: int, read: Callable[[], Decoded]) -> Decoded:
+        """A picture, which is read and kept where it is not kept yet.
 
-        :raises NotKept: if it is finer than bytes.
+        :raises ValueError: if it is finer than bytes.
         """
         height, width, *size = self._table[index].tolist()
         if not height:
@@ -69,18 +62,19 @@ class ImageCache:
         first = int(self._starts[index])
         array = self._pixels[first : first + height * width * self._channels]
         shape = (height, width) if self._channels == 1 else (height, width, self._channels)
-        return Whole(Image.fromarray(array.reshape(shape)), (size[0], size[1]))
+        return Decoded(Image.fromarray(array.reshape(shape)), (size[0], size[1]))
 
-    def _keep(self, index: int, whole: Whole) -> Whole:
-        if not isinstance(whole.picture, Image.Image):
-            raise NotKept(
+    def _keep(self, index: int, decoded: Decoded) -> Decoded:
+        if not isinstance(decoded.picture, Image.Image):
+            raise ValueError(
                 f"cache_images keeps bytes, and image {quoted(self._paths[index])} has finer numbers: leave it out"
             )
-        picture = shrunk(whole.picture, self._image_size, random_crop=self._random_crop)
+        with naming(self._paths[index]):
+            picture = shrunk(decoded.picture, self._image_size, random_crop=self._random_crop)
         first, end = self._starts[index : index + 2].tolist()
         array = np.asarray(picture)
         if array.size <= end - first:  # else an EXIF tag behind the pixels has turned it: it is decoded each time
             self._pixels[first : first + array.size] = array.reshape(-1)
-            self._table[index, 1:] = (picture.width, *whole.size)
+            self._table[index, 1:] = (picture.width, *decoded.size)
             self._table[index, 0] = picture.height
-        return Whole(picture, whole.size)
+        return Decoded(picture, decoded.size)

@@ -23,9 +23,9 @@ from ..runtime.files import quoted
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size, nearest
 from ..unet import UNetModel
-from .crops import Draws, Picture, TooThin, center_crop_arr, channels_first, size_of
+from .crops import Draws, Picture, center_crop_arr, channels_first, size_of
 from .decoding import Range
-from .sources import Listing, UnreadableImage, find_images, images_at, read_ids, read_image, read_mask
+from .sources import ImageSource, UnreadableImage, find_images, images_at, naming, read_ids, read_image, read_mask
 
 NO_CLASS = 255  # in a map: none of the classes, zeros in all channels
 NAMED = 5  # files in a message
@@ -63,26 +63,20 @@ class ConditionedModel(UNetModel):
         *,
         cond_image: th.Tensor | None = None,
     ) -> th.Tensor:
-        """Predict from noisy images and their conditioning images.
-
-        :param cond_image: [N, K, ...] of the images' size.
-        """
-        if cond_image is None:
-            raise ValueError(
-                "cond_image is missing: the network was trained with conditioning images, one for each image"
-            )
-        wanted = (len(x), self.cond_channels, *x.shape[2:])
-        if cond_image.shape != wanted:
-            raise ValueError(f"cond_image must be of shape {wanted}, got {tuple(cond_image.shape)}")
+        """Predict from noisy images and their conditioning images [N, K, ...] of the same size."""
+        shape = (len(x), self.cond_channels, *x.shape[2:])
+        if cond_image is None or cond_image.shape != shape:
+            given = "none" if cond_image is None else tuple(cond_image.shape)
+            raise ValueError(f"the network needs conditioning images: cond_image must be of shape {shape}, got {given}")
         return self._predict(th.cat([x, cond_image.to(x.dtype)], dim=1), self._embed(x, timesteps, y))
 
 
-# ---- what conditioning images are
+# ---- kinds of conditioning images
 
 
 @dataclass(frozen=True)
 class CondKind:
-    """What the numbers of conditioning images mean.
+    """How the numbers of conditioning images are read.
 
     :param name: image, mask, or classes.
     :param channels: K.
@@ -101,23 +95,21 @@ class CondKind:
     def read(self, path: str) -> Picture:
         """The picture in a file.
 
-        :raises UnreadableImage: if it cannot be meant.
+        :raises UnreadableImage: if it is none of this kind.
         """
         if self.name == "mask":
             return read_mask(path).picture
         if self.name == "image":
             return read_image(path, self.channels, self.data_range)
-        ids = read_ids(path)
-        wrong = ids[(ids < 0) | ((ids >= self.channels) & (ids != NO_CLASS))]
+        ids, last = read_ids(path), self.channels - 1
+        wrong = ids[(ids < 0) | ((ids > last) & (ids != NO_CLASS))]
         if wrong.size:
-            known = f"0 .. {self.channels - 1}, and {NO_CLASS} for none"
-            raise UnreadableImage(
-                path, f"class {int(wrong[0])} in a map, where cond_channels {self.channels} allows {known}"
-            )
+            allowed = f"cond_channels {self.channels} allows 0 .. {last}, and {NO_CLASS} for none"
+            raise UnreadableImage(path, f"class {int(wrong[0])} in a map, where {allowed}")
         return ids
 
     def encode(self, array: NDArray[Any]) -> Array:
-        """What the network sees, [K, H, W], of a crop."""
+        """A crop as the network sees it, [K, H, W]."""
         if self.name == "classes":
             ids = array.reshape(array.shape[:2]).astype(np.int64)
             planes: Array = (np.arange(self.channels)[:, None, None] == ids).astype(np.float32)
@@ -126,11 +118,9 @@ class CondKind:
         return (planes > 0).astype(np.float32) if self.name == "mask" else planes
 
     def load(self, path: str, size: Size) -> Array:
-        """What the network sees of a file, scaled and cropped as in training: the middle."""
-        try:
+        """The middle of a file, scaled and cropped as in training, as the network sees it."""
+        with naming(path):
             return self.encode(center_crop_arr(self.read(path), size, nearest=self.nearest))
-        except TooThin as error:
-            raise UnreadableImage(path, str(error)) from error
 
 
 def cond_kind(
@@ -145,7 +135,9 @@ def cond_kind(
             raise ValueError(f"cond_channels {cond_channels} has no effect without cond_type: give both or none")
         return None
     if cond_type not in COND_TYPES:
-        raise ValueError(f"cond_type {cond_type!r} is none of {', '.join(COND_TYPES)}{nearest(cond_type, COND_TYPES)}")
+        raise ValueError(
+            f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{nearest(cond_type, COND_TYPES)}"
+        )
     if cond_type == "classes" and not cond_channels:
         raise ValueError("cond_type classes needs the number of classes in the maps: give cond_channels")
     if cond_type == "mask" and cond_channels > 1:
@@ -181,10 +173,10 @@ class Partners:
         path = self.paths[index]
         picture = self.kind.read(path)
         if size_of(picture) != size:
-            own, theirs = ("x".join(map(str, one)) for one in (size_of(picture), size))
-            raise UnreadableImage(path, f"it is {own} and its image {theirs} (height x width)")
-        seen = self.kind.encode(place(picture, nearest=self.kind.nearest))
-        return {"cond_image": np.zeros_like(seen) if self.dropout and draws.random() < self.dropout else seen}
+            sizes = ["x".join(map(str, sides)) for sides in (size_of(picture), size)]
+            raise UnreadableImage(path, f"it is {sizes[0]} and its image {sizes[1]} (height x width)")
+        array = self.kind.encode(place(picture, nearest=self.kind.nearest))
+        return {"cond_image": np.zeros_like(array) if self.dropout and draws.random() < self.dropout else array}
 
     def shard(self, first: int, step: int) -> Partners:
         """Those of every `step`-th image from one on."""
@@ -196,7 +188,7 @@ class Pairing:
     """Where the conditioning images of a data set lie.
 
     :param folder: folder or zip; a file belongs to the image of the same name but for the extension.
-    :param skip_unpaired: leave out what has no partner; else it is an error.
+    :param skip_unpaired: leave out images and conditioning images without a partner; else they are an error.
     :param dropout: of the `Partners`.
     """
 
@@ -205,56 +197,55 @@ class Pairing:
     skip_unpaired: bool = False
     dropout: float = 0.0
 
-    def match(self, images: Listing, say: Callable[[str], object]) -> tuple[Listing, Partners]:
+    def match(self, images: ImageSource, say: Callable[[str], object]) -> tuple[ImageSource, Partners]:
         """The images that have a conditioning image, and these.
 
         :param say: takes lines for the user.
         :raises ValueError: if names are not clear, nothing is left, or something is left over.
         """
-        there = find_images(self.folder, self.kind.channels)
-        pairs, told = by_name(images, there, "conditioning image")
-        if not pairs or (told and not self.skip_unpaired):
+        conds = find_images(self.folder, self.kind.channels)
+        pairs, unpaired = by_name(images, conds, "conditioning image")
+        if not pairs or (unpaired and not self.skip_unpaired):
             remedy = "set skip_unpaired to True" if pairs else "names must agree but for the extension"
-            raise ValueError(f"{told}: add or remove some; {remedy}")
-        paths = [there.path(theirs) for _, theirs in pairs]
-        say(f"{there.root}: found {len(there.images)} conditioning images, {there.skipped()}")
-        if told:
-            say(f"  left out: {told}")
+            raise ValueError(f"{unpaired}: add or remove some; {remedy}")
+        paths = [conds.path(cond) for _, cond in pairs]
+        say(f"{conds.root}: found {len(conds)} conditioning images, {conds.skipped()}")
+        if unpaired:
+            say(f"  left out: {unpaired}")
         if self.kind.name == "mask":
             mask = read_mask(paths[0])
             say(f"  masks are read by what is in each; {quoted(pairs[0][1])}: {mask.values}; {mask.white} is white")
-        return replace(images, images=[own for own, _ in pairs]), Partners(self.kind, paths, self.dropout)
+        return replace(images, images=[image for image, _ in pairs]), Partners(self.kind, paths, self.dropout)
 
 
-def by_name(images: Listing, partners: Listing, what: str) -> tuple[list[tuple[str, str]], str]:
+def by_name(images: ImageSource, partners: ImageSource, kind: str) -> tuple[list[tuple[str, str]], str]:
     """The pairs of images and partners whose names agree but for the extension, and a sentence about all others.
 
-    :param what: a partner is called.
+    :param kind: of the partners, for the sentence.
     :raises ValueError: if it is not clear which of them belong together.
     """
-    own, theirs = (_by_stem(listing) for listing in (images, partners))
-    alone = [name for stem, name in own.items() if stem not in theirs]
-    extra = [name for stem, name in theirs.items() if stem not in own]
+    image_of, partner_of = _by_stem(images), _by_stem(partners)
+    alone = [name for stem, name in image_of.items() if stem not in partner_of]
+    extra = [name for stem, name in partner_of.items() if stem not in image_of]
     faults = [
-        f"{len(alone)} of {len(own)} images have no {what} in {partners.root} ({_some(alone)})" * bool(alone),
-        f"{len(extra)} of {len(theirs)} {what}s have no image ({_some(extra)})" * bool(extra),
+        f"{len(alone)} of {len(image_of)} images have no {kind} in {partners.root} ({_some(alone)})" * bool(alone),
+        f"{len(extra)} of {len(partner_of)} {kind}s have no image ({_some(extra)})" * bool(extra),
     ]
-    pairs = [(name, theirs[stem]) for stem, name in own.items() if stem in theirs]
+    pairs = [(name, partner_of[stem]) for stem, name in image_of.items() if stem in partner_of]
     return pairs, "; ".join(filter(None, faults))
 
 
-def _by_stem(listing: Listing) -> dict[str, str]:
-    """Names by what is left of them without extension, in their order."""
-    found: dict[str, str] = {}
-    for name in listing.images:
+def _by_stem(source: ImageSource) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name in source.images:
         stem = re.sub(r"\.[^./]+$", "", name)
-        if stem in found:
+        if stem in names:
             raise ValueError(
-                f"{quoted(found[stem])} and {quoted(name)} in {listing.root} differ in the extension alone, so that it "
+                f"{quoted(names[stem])} and {quoted(name)} in {source.root} differ in the extension alone, so that it "
                 "is not clear which of them belongs to which: remove or rename one"
             )
-        found[stem] = name
-    return found
+        names[stem] = name
+    return names
 
 
 def _some(names: Sequence[str]) -> str:
@@ -268,7 +259,7 @@ def _some(names: Sequence[str]) -> str:
 class CondImages:
     """Conditioning images to sample for: the first is that of the first sample.
 
-    :param load: index -> what the network sees of it, [K, H, W].
+    :param load: index -> the image as the network sees it, [K, H, W].
     :param labels: class ids, None where they have none.
     :param names: the files that they come from, [] where they come from none.
     """
@@ -283,7 +274,7 @@ class CondImages:
         return {"cond_image": th.from_numpy(np.stack([self.load(index) for index in indices]))}
 
     def request(self) -> dict[str, str]:
-        """What stands for them in a sampling request; each is read once.
+        """Their fingerprint in a sampling request; each is read once.
 
         :raises ValueError: if one cannot be used.
         """
@@ -295,34 +286,32 @@ class CondImages:
 
 @dataclass(frozen=True)
 class CondSource:
-    """What is wanted of a file or folder of conditioning images.
+    """Which conditioning images to sample for.
 
     :param count: how many, or fewer where there are fewer.
     :param all: fewer are an error.
-    :param label: listing of a folder -> class ids of its images; None leaves them without.
+    :param label: source -> class ids of its images; None leaves them without.
     """
 
     kind: CondKind
     size: Size
     count: int
     all: bool = False
-    label: Callable[[Listing], Sequence[int]] | None = None
+    label: Callable[[ImageSource], Sequence[int]] | None = None
 
     def open(self, path: str) -> CondImages:
         """The conditioning images at a path.
 
         :raises ValueError: if there are none, too few, or none that fit.
         """
-        listing = images_at(path, "cond_images", self.kind.channels)
-        there = len(listing.images)
-        if self.all and self.count > there:
-            raise ValueError(f"{self.count} samples are asked for, and {path} holds {there} conditioning images")
-        count = min(there, self.count)
-        labels = listing.ids if self.label is None else self.label(listing)
-        names = listing.images[:count]
+        source = images_at(path, "cond_images", self.kind.channels)
+        if self.all and self.count > len(source):
+            raise ValueError(f"{self.count} samples are asked for, and {path} holds {len(source)} conditioning images")
+        count, paths = min(len(source), self.count), source.paths
+        labels = source.ids if self.label is None else self.label(source)
         return CondImages(
             count,
-            lambda index: self.kind.load(listing.path(names[index]), self.size),
+            lambda index: self.kind.load(paths[index], self.size),
             None if labels is None else list(labels)[:count],
-            [] if listing.array else list(names),
+            [] if source.array else list(source.images[:count]),
         )

@@ -1,4 +1,4 @@
-"""Pictures cropped to size: the middle of one, or a window anywhere in it.
+"""Crops of pictures: the middle of one, or a window anywhere in it.
 
 Shapes: H W space, C channels. A size is 64, "64x128" or (64, 128): height before width.
 """
@@ -14,20 +14,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..runtime.options import Size, parse_size
-from ..runtime.pictures import HALF, levels
 
 Picture = Image.Image | NDArray[np.float32]  # 8 bit as PIL has it; anything finer as planes [H, W, C] in [-1, 1]
 
+HALF = 127.5  # levels of a byte from the middle to either end; `runtime.pictures` has it too, and imports torch
 MIN_CROP_FRAC, MAX_CROP_FRAC = 0.8, 1.0  # of random crops: a window's least and greatest share of the covered side
 MAX_PIXELS = 2**28 // 3  # of a picture as it lies there and as it is scaled: 89 megapixels, 256 MiB of RGB
 
 
-class TooThin(ValueError):
-    """A picture that has too many pixels once it covers the size."""
-
-
 class Draws(Protocol):
-    """What crops and flips need of `random` or of a `random.Random`."""
+    """The draws of crops and flips: the module `random`, or a `random.Random`."""
 
     def random(self) -> float: ...
 
@@ -37,7 +33,7 @@ class Draws(Protocol):
 
 
 def replay(draws: Draws) -> random.Random:
-    """A generator that will draw what `draws` is about to."""
+    """A generator that will draw what `draws` draws next."""
     twin = random.Random(0)
     twin.setstate(draws.getstate())
     return twin
@@ -49,7 +45,7 @@ def size_of(picture: Picture) -> tuple[int, int]:
 
 
 def channels_first(array: NDArray[Any]) -> NDArray[np.float32]:
-    """[C, H, W] in [-1, 1] of what a crop returns."""
+    """A crop as [C, H, W] in [-1, 1]."""
     array = array[..., None] if array.ndim == 2 else array
     # bicubic interpolation overshoots: PIL has clipped bytes already, but not float planes
     unit = array.astype(np.float32) / np.float32(HALF) - 1 if array.dtype == np.uint8 else np.clip(array, -1, 1)
@@ -57,21 +53,21 @@ def channels_first(array: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """[H, W, C] of bytes of what a crop returns, or of the planes of a picture."""
+    """A crop, or the planes of a picture, as bytes [H, W, C]."""
     array = array[..., None] if array.ndim == 2 else array
-    return array if array.dtype == np.uint8 else np.rint(levels(array)).clip(0, 255).astype(np.uint8)
+    return array if array.dtype == np.uint8 else np.rint((array + 1) * HALF).clip(0, 255).astype(np.uint8)
 
 
 def center_crop_arr(pil_image: Picture, image_size: Size, *, nearest: bool = False) -> NDArray[Any]:
-    """The middle of a picture that was scaled until it just covers the size.
+    """The middle [H, W] or [H, W, C] of a picture that was scaled until it just covers the size.
 
     :param pil_image: a PIL image, or planes [H, W, C] of float32.
-    :param nearest: take every pixel as it is from the nearest place, for numbers that no mean makes sense of.
-    :return: [H, W] or [H, W, C], as numpy sees the picture's mode.
+    :param nearest: take every pixel unchanged from the nearest place, for numbers such as classes.
     """
     height, width = parse_size(image_size)
     array = _cover(pil_image, height, width, nearest=nearest)
-    return _window(array, (array.shape[0] - height) // 2, (array.shape[1] - width) // 2, height, width)
+    top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
+    return array[top : top + height, left : left + width]
 
 
 def random_crop_arr(
@@ -101,7 +97,7 @@ def random_crop_arr(
     array = _cover(pil_image, *_scaled((height, width), side, short), nearest=nearest)
     top = draws.randrange(array.shape[0] - height + 1)
     left = draws.randrange(array.shape[1] - width + 1)
-    return _window(array, top, left, height, width)
+    return array[top : top + height, left : left + width]
 
 
 def _scaled(size: tuple[int, int], side: int, short: int) -> tuple[int, int]:
@@ -110,16 +106,16 @@ def _scaled(size: tuple[int, int], side: int, short: int) -> tuple[int, int]:
 
 
 def largest_cover(image_size: Size, *, random_crop: bool) -> tuple[int, int]:
-    """The (height, width) that a picture is scaled to cover at the most before it is cropped."""
+    """The largest (height, width) that a picture is scaled to cover before it is cropped."""
     size = parse_size(image_size)
     short = min(size)
     return _scaled(size, math.ceil(short / MIN_CROP_FRAC), short) if random_crop else size
 
 
 def shrunk(picture: Image.Image, image_size: Size, *, random_crop: bool) -> Image.Image:
-    """A smaller picture that all crops to a size are taken from with the same result, bit for bit.
+    """A smaller picture, crops of which to a size are those of the picture, bit for bit.
 
-    :param random_crop: crops anywhere in it, with fractions as they are where none are given; else the middle.
+    :param random_crop: random crops with the default fractions; else those of the middle.
     """
     if random_crop:
         return _halved(picture, *largest_cover(image_size, random_crop=True))
@@ -127,7 +123,7 @@ def shrunk(picture: Image.Image, image_size: Size, *, random_crop: bool) -> Imag
 
 
 def shrunk_size(size: tuple[int, int], image_size: Size, *, random_crop: bool) -> tuple[int, int]:
-    """(height, width) of what `shrunk` makes of a picture of a size."""
+    """(height, width) of the `shrunk` picture."""
     height, width = largest_cover(image_size, random_crop=random_crop)
     if not random_crop:
         return height, width
@@ -136,12 +132,8 @@ def shrunk_size(size: tuple[int, int], image_size: Size, *, random_crop: bool) -
     return size
 
 
-def _window(array: NDArray[Any], top: int, left: int, height: int, width: int) -> NDArray[Any]:
-    return array[top : top + height, left : left + width]
-
-
 def _halved(picture: Image.Image, height: int, width: int) -> Image.Image:
-    """Halve both sides for as long as neither becomes shorter than asked."""
+    """Halve both sides for as long as neither becomes shorter than this."""
     while picture.width >= 2 * width and picture.height >= 2 * height:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     return picture
@@ -150,7 +142,7 @@ def _halved(picture: Image.Image, height: int, width: int) -> Image.Image:
 def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) -> NDArray[Any]:
     """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked.
 
-    :raises TooThin: if it is so long and thin that this makes more than `MAX_PIXELS` of it.
+    :raises ValueError: if it is so long and thin that this makes more than `MAX_PIXELS` of it.
     """
     if isinstance(picture, np.ndarray):
         planes = map(Image.fromarray, np.moveaxis(picture, -1, 0))
@@ -159,7 +151,7 @@ def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) 
     scale = max(width / picture.width, height / picture.height)
     size = round(picture.width * scale), round(picture.height * scale)
     if size[0] * size[1] > MAX_PIXELS:
-        raise TooThin(
+        raise ValueError(
             f"it is so long and thin that scaled to {size[0]} x {size[1]}, which covers {width} x {height}, it has "
             f"more than {MAX_PIXELS} pixels"
         )

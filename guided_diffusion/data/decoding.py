@@ -1,6 +1,6 @@
-"""What the bytes of image files hold: pictures, whole or decoded at a part of their size, and maps of classes.
+"""The content of image files: pictures, whole or at a part of their size, and maps of classes.
 
-Whatever Pillow raises on a damaged file comes out as it is.
+A content is the bytes of a file, or an array [H, W] or [H, W, C] of numbers. Pillow's own errors come out as they are.
 
 Shapes: H W space, C channels.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -22,65 +23,59 @@ from .crops import MAX_PIXELS, Picture, size_of
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+Content = bytes | NDArray[Any]
 Range = tuple[float, float]  # the numbers that black and white are
 SIDEWAYS = (5, 6, 7, 8)  # values of EXIF's orientation that swap height and width
-PARTS = (8, 4, 2)  # pixels in a row of which libjpeg can make one
-_TOO_MANY = f"it has too many pixels, more than {MAX_PIXELS} are not read"
+REDUCTIONS = (8, 4, 2)  # pixels in a row of which libjpeg can make one
 
 
-class Whole(NamedTuple):
+class Decoded(NamedTuple):
     """A picture, and the (height, width) that it has in its file, upright."""
 
     picture: Picture
     size: tuple[int, int]
 
 
-def decode(content: bytes, extension: str, channels: int) -> Picture:
-    """A picture, as `image_files.read_image` describes it."""
-    return decode_whole(content, extension, channels).picture
-
-
-def decode_whole(
-    content: bytes,
+def decode(
+    content: Content,
     extension: str,
     channels: int,
     at_least: tuple[int, int] | None = None,
     data_range: Range | None = None,
-) -> Whole:
-    """A picture and its size.
+) -> Decoded:
+    """A picture of `channels` channels, as `sources.read_image` describes it.
 
-    :param at_least: a (height, width) that is enough: a JPEG is then decoded at a half, a quarter or an eighth of its
-        size where that covers it. Its pixels differ a little from those that halving it afterwards makes.
+    :param at_least: (height, width): a JPEG is decoded at a half, a quarter or an eighth of its size where that covers
+        it. Pixels then differ a little from those of halving the whole picture.
     """
-    if extension == ".npy":
-        picture = _decode_array(files.read_array(content), channels, data_range)
-        return Whole(picture, size_of(picture))
+    array = array_in(content, extension)
+    if array is not None:
+        picture = _decode_array(array, channels, data_range)
+        return Decoded(picture, size_of(picture))
+    assert isinstance(content, bytes)
     image = opened(io.BytesIO(content))
     if at_least and isinstance(image, JpegImageFile):
         size = _upright_size(image)
-        return Whole(_decode_picture(_reduced(image, _parts(size, at_least)), channels, data_range), size)
-    picture = _decode_picture(loaded(image), channels, data_range)
-    return Whole(picture, size_of(picture))
+        return Decoded(_decode_image(_reduced(image, size, at_least), channels, data_range), size)
+    picture = _decode_image(_loaded(image), channels, data_range)
+    return Decoded(picture, size_of(picture))
 
 
 def size_in(file: IO[bytes], extension: str) -> tuple[int, int]:
-    """(height, width) of a picture, upright, without its pixels, of which no more than the header is read."""
+    """(height, width) of a picture, upright, of which the header alone is read."""
     if extension != ".npy":
         return _upright_size(opened(file))
     shape = files.read_header(file).shape
     return shape[0], shape[1]
 
 
-def decode_ids(content: bytes, extension: str) -> NDArray[np.float32]:
-    """A map of classes, as `image_files.read_ids` describes it."""
-    if extension == ".npy":
-        array = files.read_array(content)
-    else:
-        image = loaded(opened(io.BytesIO(content)))
+def decode_ids(content: Content, extension: str) -> NDArray[np.float32]:
+    """A map of classes, as `sources.read_ids` describes it."""
+    array = array_in(content, extension)
+    if array is None:
+        image = upright(content)
         if image.format == "JPEG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16L", "I;16B"):
             raise ValueError(f"a {image.format} of mode {image.mode}, where maps of classes are PNG, grey or palette")
-        with contextlib.suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
         array = np.asarray(image)
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.ndim != 2 or array.dtype.kind not in "biu" or np.abs(array.astype(np.int64)).max(initial=0) >= 2**24:
@@ -89,41 +84,68 @@ def decode_ids(content: bytes, extension: str) -> NDArray[np.float32]:
     return array[..., None].astype(np.float32)
 
 
+# ---- arrays and pictures of any kind
+
+
+def array_in(content: Content, extension: str) -> NDArray[Any] | None:
+    """The array of an .npy, or one that is read already; None for a picture."""
+    if isinstance(content, bytes):
+        return files.read_array(content) if extension == ".npy" else None
+    return content
+
+
+def upright(content: Content) -> Image.Image:
+    """The picture in the bytes of a file, turned by its EXIF tag; its `format` is that of the file."""
+    assert isinstance(content, bytes)
+    return _turned(_loaded(opened(io.BytesIO(content))))
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # a damaged EXIF block takes nothing from the picture itself
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def opened(file: IO[bytes]) -> Image.Image:
     """A picture of which the header is read."""
-    try:
+    with _within_limits():
         image = Image.open(file, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
-        raise ValueError(_TOO_MANY) from error
     check_pixels(image.width, image.height)
     return image
 
 
-def loaded(image: Image.Image) -> Image.Image:
-    try:
+def _loaded(image: Image.Image) -> Image.Image:
+    with _within_limits():
         image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(_TOO_MANY) from error
     return image
 
 
-def _parts(size: tuple[int, int], at_least: tuple[int, int]) -> int:
-    """Of how many pixels in a row one may be made: what is left covers all that is needed."""
-    return next((n for n in PARTS if size[0] >= n * at_least[0] and size[1] >= n * at_least[1]), 1)
+@contextlib.contextmanager
+def _within_limits() -> Iterator[None]:
+    try:
+        yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
+        raise ValueError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
 
 
-def _reduced(image: JpegImageFile, parts: int) -> Image.Image:
-    """A JPEG of which the decoder makes one pixel of so many in a row."""
-    size, box = (image.width // parts, image.height // parts), (0, 0, image.width / parts, image.height / parts)
-    if parts == 1 or image.draft(None, size) is None:
-        return loaded(image)
+def check_pixels(width: int, height: int) -> None:
+    """Refuse pictures that are empty or too large."""
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels, where 1 to {MAX_PIXELS} are read")
+
+
+def _reduced(image: JpegImageFile, size: tuple[int, int], at_least: tuple[int, int]) -> Image.Image:
+    """A JPEG, decoded at the smallest part of its size that still covers what is needed."""
+    part = next((n for n in REDUCTIONS if size[0] >= n * at_least[0] and size[1] >= n * at_least[1]), 1)
+    smaller, box = (image.width // part, image.height // part), (0, 0, image.width / part, image.height / part)
+    if part == 1 or image.draft(None, smaller) is None:
+        return _loaded(image)
     # The decoder rounds sizes up, the last pixels being parts of some, and halving stretches what is odd over the lower
     # size: as this does, so that crops of either are of the same places.
-    return loaded(image).resize(size, Image.Resampling.BICUBIC, box)
+    return _loaded(image).resize(smaller, Image.Resampling.BICUBIC, box)
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) once a picture is turned by its EXIF tag."""
     turned = False
     if "exif" in image.info or not isinstance(image, PngImageFile):  # else Pillow looks for one behind the pixels
         with contextlib.suppress(Exception):
@@ -131,9 +153,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def check_pixels(width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels, where 1 to {MAX_PIXELS} are read")
+# ---- channels and ranges
 
 
 def _decode_array(array: NDArray[Any], channels: int, data_range: Range | None) -> Picture:
@@ -148,22 +168,8 @@ def _decode_array(array: NDArray[Any], channels: int, data_range: Range | None) 
     return _with_channels(_planes(array, data_range), channels)
 
 
-def _in_range(image: Image.Image, data_range: Range | None) -> Picture:
-    """A picture of bytes, as planes where black and white are others of them than 0 and 255."""
-    if data_range is None or data_range == (0, 255) or not _of_bytes(data_range):
-        return image
-    array = np.asarray(image)
-    return _planes(array[..., None] if array.ndim == 2 else array, data_range)
-
-
-def _of_bytes(data_range: Range) -> bool:
-    """Whether a range may be that of bytes: else it is that of finer numbers, and bytes have their own."""
-    return data_range[0] >= 0 and data_range[1] <= 255
-
-
-def _decode_picture(image: Image.Image, channels: int, data_range: Range | None) -> Picture:
-    with contextlib.suppress(Exception):  # a damaged EXIF block takes nothing from the picture itself
-        ImageOps.exif_transpose(image, in_place=True)
+def _decode_image(image: Image.Image, channels: int, data_range: Range | None) -> Picture:
+    image = _turned(image)
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return _in_range(_convert(image, channels), data_range)
     array = np.asarray(image)[..., None]
@@ -185,8 +191,21 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
+def _in_range(image: Image.Image, data_range: Range | None) -> Picture:
+    """A picture of bytes, as planes where other bytes than 0 and 255 are black and white."""
+    if data_range is None or data_range == (0, 255) or not _of_bytes(data_range):
+        return image
+    array = np.asarray(image)
+    return _planes(array[..., None] if array.ndim == 2 else array, data_range)
+
+
+def _of_bytes(data_range: Range) -> bool:
+    """Whether a range may be that of bytes; one of finer numbers leaves bytes as they are."""
+    return data_range[0] >= 0 and data_range[1] <= 255
+
+
 def _planes(array: NDArray[Any], data_range: Range | None) -> NDArray[np.float32]:
-    """Numbers of any declared range -> [-1, 1]; what lies outside is clipped to it."""
+    """Numbers of the declared range, or of their type's, in [-1, 1]; those outside a declared range are clipped."""
     finite = array.dtype.kind != "f" or bool(np.isfinite(array).all())
     if data_range is not None and not finite:
         raise ValueError("numbers that are not finite")
@@ -196,15 +215,13 @@ def _planes(array: NDArray[Any], data_range: Range | None) -> NDArray[np.float32
         return np.clip(planes, -1, 1).astype(np.float32)
     if array.dtype.kind == "f":
         if not finite or np.abs(array).max(initial=0) > 1:
-            raise ValueError(
-                "floats outside [-1, 1], the range that floats must have: --data_range LOW,HIGH names another"
-            )
+            raise ValueError("floats outside [-1, 1], their range: --data_range LOW,HIGH names another")
         return array.astype(np.float32)
     top = {"b1": 1, "u1": 255, "u2": 65535}.get(array.dtype.str[1:])
     if top is None:
         raise ValueError(
-            f"numbers of type {array.dtype}, where uint8, uint16, bool or floats in [-1, 1] are read; --data_range "
-            "LOW,HIGH says what others are"
+            f"numbers of type {array.dtype}, where uint8, uint16, bool or floats in [-1, 1] are read: --data_range "
+            "LOW,HIGH names the range of others"
         )
     return array.astype(np.float32) / np.float32(top / 2) - 1
 

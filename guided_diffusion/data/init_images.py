@@ -18,11 +18,9 @@ from ..runtime.files import printable
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
 from ..runtime.pictures import levels
-from .conditioning import by_name
-from .crops import TooThin, center_crop_arr, channels_first
+from .conditioning import CondKind, by_name
 from .decoding import Range
-from .items import ImageDataset
-from .sources import UnreadableImage, images_at, read_mask, read_size
+from .sources import images_at, read_mask, read_size
 
 DESCRIBED = 5  # masks of which it is said how they are read
 
@@ -36,10 +34,10 @@ class InitImages:
     :param images: path of an image, or of a folder, zip or array of images.
     :param size: of the samples.
     :param channels: C of the samples.
-    :param masks: path of a mask, or of a folder, zip or array of masks: white is kept, black is not (`masks` says what
-        is white); '' for none.
+    :param masks: path of a mask, or of a folder, zip or array of masks: white is kept, black is not (the module `masks`
+        says what is white); '' for none.
     :param swap: black is kept, white is not.
-    :param data_range: of the images, as `image_files.read_image` takes it.
+    :param data_range: of the images, as `sources.read_image` takes it.
     :raises ValueError: if there is nothing at a path, or an image has no mask.
     """
 
@@ -54,19 +52,19 @@ class InitImages:
         data_range: Range | None = None,
     ) -> None:
         self.channels, self.size, self.swap = channels, size, swap
-        listing = images_at(images, "init_image", channels)
-        self.masks: list[str] = []
+        self._kind = CondKind("image", channels, data_range)
+        source = images_at(images, "init_image", channels)
+        self.images, self.masks = source.paths, list[str]()
         if masks:
             partners = images_at(masks, "mask")
-            if min(len(listing.images), len(partners.images)) > 1:
-                pairs, told = by_name(listing, partners, "mask")
-                if told:
-                    raise ValueError(f"{told}: several images and masks belong together by name: add or remove some")
-                self.masks = [partners.path(theirs) for _, theirs in pairs]
-            else:
-                self.masks = [partners.path(name) for name in partners.images]
-        paths = [listing.path(name) for name in listing.images]
-        self.images = ImageDataset(size, paths, random_flip=False, image_channels=channels, data_range=data_range)
+            self.masks = partners.paths
+            if min(len(source), len(partners)) > 1:
+                pairs, unpaired = by_name(source, partners, "mask")
+                if unpaired:
+                    raise ValueError(
+                        f"{unpaired}: several images and masks belong together by name: add or remove some"
+                    )
+                self.masks = [partners.path(mask) for _, mask in pairs]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,22 +72,17 @@ class InitImages:
     def rows(self, indices: Sequence[int]) -> dict[str, th.Tensor]:
         """init_image [B, C, H, W] in [-1, 1] of the samples with these indices, and mask [B, 1, H, W] if there are any.
 
-        Bytes come back as they were from `pictures.to_uint8`.
+        `pictures.to_uint8` gives the bytes of the files back.
         """
-        images = [_reversible(self.images[index % len(self)][0]) for index in indices]
+        images = [_reversible(self._kind.load(self.images[index % len(self)], self.size)) for index in indices]
         rows = {"init_image": th.from_numpy(np.stack(images))}
         if self.masks:
             rows["mask"] = th.from_numpy(np.stack([self._mask(index) for index in indices]))
         return rows
 
     def _mask(self, index: int) -> NDArray[np.float32]:
-        path = self.masks[index % len(self.masks)]
-        try:
-            array = channels_first(center_crop_arr(read_mask(path).picture, self.size))
-        except TooThin as error:
-            raise UnreadableImage(path, str(error)) from error
-        kept: NDArray[np.bool_] = (array > 0) != self.swap
-        return kept.astype(np.float32)
+        white = CondKind("mask", 1).load(self.masks[index % len(self.masks)], self.size)
+        return 1 - white if self.swap else white
 
     def _turns(self, count: int) -> range:
         return range(min(count, math.lcm(len(self), len(self.masks) or 1)))
@@ -101,17 +94,25 @@ class InitImages:
         """
         digest = hashlib.sha256()
         for index in self._turns(count):
-            self._check_size(index)
+            if self.masks:
+                self._check_size(index)
             digest.update(fingerprint(self.rows([index])).encode())
         return digest.hexdigest()[:16]
+
+    def _check_size(self, index: int) -> None:
+        image, mask = self.images[index % len(self)], self.masks[index % len(self.masks)]
+        sizes = ["x".join(map(str, read_size(path))) for path in (image, mask)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the mask {os.path.basename(mask)} is {sizes[1]} and its image {os.path.basename(image)} {sizes[0]} "
+                "(height x width): give a mask of the image's own size"
+            )
 
     def describe_masks(self, count: int) -> list[str]:
         """How the masks of the first `count` samples are read, and what of an image they keep."""
         turns = [index for index in self._turns(count) if self.masks][: len(self.masks)]
-        lines = [self._described(index) for index in turns[:DESCRIBED]]
-        return lines + [f"and {len(turns) - DESCRIBED} masks more, each read by what is in it"] * (
-            len(turns) > DESCRIBED
-        )
+        more = [f"and {len(turns) - DESCRIBED} masks more, each read by what is in it"] * (len(turns) > DESCRIBED)
+        return [self._described(index) for index in turns[:DESCRIBED]] + more
 
     def _described(self, index: int) -> str:
         path = self.masks[index % len(self.masks)]
@@ -120,19 +121,6 @@ class InitImages:
         kept = ends.get(share, f"{100 * share:.3g} % is kept")
         keeper = mask.black if self.swap else mask.white
         return f"mask {printable(os.path.basename(path))}: {mask.values}; {keeper} keeps: {kept}"
-
-    def _check_size(self, index: int) -> None:
-        if not self.masks:
-            return
-        paths = self.images.local_images[index % len(self)], self.masks[index % len(self.masks)]
-        theirs, own = map(read_size, paths)
-        if theirs != own:
-            names = [os.path.basename(path) for path in paths]
-            sizes = ["x".join(map(str, size)) for size in (theirs, own)]
-            raise ValueError(
-                f"the mask {names[1]} is {sizes[1]} and its image {names[0]} {sizes[0]} (height x width): "
-                "give a mask of the image's own size"
-            )
 
 
 def _reversible(image: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,13 +1,15 @@
-"""Images of a data set one at a time, cropped and mirrored, and batches of them, made in whatever process.
+"""Images of a data set, cropped and mirrored, and batches of them in an order that depends on the seed alone.
 
 Shapes: N batch, C channels, H W space. A size is 64, "64x128" or (64, 128): height before width.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,38 +18,79 @@ import torch as th
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import BAD_IMAGE_RULES
+from ..config import BAD_IMAGE_RULES, LoaderConfig
 from ..runtime.options import Size, nearest
 from ..runtime.pictures import to_unit
-from .cache import ImageCache, NotKept
-from .conditioning import Partners
-from .crops import Draws, Picture, TooThin, center_crop_arr, channels_first, largest_cover, random_crop_arr, replay
-from .decoding import Range, Whole
-from .order import Key
-from .sources import UnreadableImage, read_whole
+from .cache import ImageCache
+from .conditioning import Pairing, Partners
+from .crops import Draws, Picture, center_crop_arr, channels_first, largest_cover, random_crop_arr, replay
+from .decoding import Decoded, Range
+from .sources import UnreadableImage, naming, read_decoded
 
+Key = tuple[int, int]  # (epoch, index)
 Item = tuple[NDArray[np.float32], dict[str, Any]]
 Crop = tuple[NDArray[Any], dict[str, Any]]
 
 MAX_REPLACEMENTS = 100  # images tried in place of one that cannot be read
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(LoaderConfig):
+    """How a data set is read, beside the originals' keywords; the fields of `LoaderConfig` are flags.
+
+    class_from, label_column, classes and num_classes are those of `labels.read_labels`.
+
+    :param image_channels: C.
+    :param data_range: the numbers that are black and white, where files do not say it: (0, 4095).
+    :param on_bad_image: "error" ends with the name of an image that cannot be read; "skip" takes another one instead,
+        the same on every run, and says so.
+    :param seed: of the order, of crops and of flips.
+    :param pairing: where the images have conditioning images.
+    :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
+    :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer, a quarter of the memory;
+        `pictures.to_unit` makes [-1, 1] of them, on any device.
+    :param fit: fewer images than one global batch are no error: batches are then as small as the images allow.
+    :param rank: None, like `world_size`, asks `dist_util`.
+    """
+
+    class_from: str = "auto"
+    label_column: str = ""
+    classes: Sequence[str] | str | None = None
+    num_classes: int | None = None
+    image_channels: int = 3
+    data_range: Range | None = None
+    on_bad_image: str = "error"
+    seed: int = 0
+    pairing: Pairing | None = None
+    num_workers: int = 0
+    as_bytes: bool = False
+    fit: bool = False
+    rank: int | None = None
+    world_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_bad_image not in BAD_IMAGE_RULES:
+            raise ValueError(
+                f"on_bad_image must be one of {', '.join(BAD_IMAGE_RULES)}, got {self.on_bad_image!r}"
+                f"{nearest(self.on_bad_image, BAD_IMAGE_RULES)}"
+            )
+        if self.seed < 0 or self.num_workers < 0:
+            raise ValueError(f"seed {self.seed} and num_workers {self.num_workers} must not be negative")
+
+
 class ImageDataset(Dataset[Item]):
     """Images cropped to one size, as (float32 [C, H, W] in [-1, 1], {"y": class id} or {}).
 
     An index i draws its augmentation from the module `random`. A pair (epoch, i) draws it from (seed, epoch, i), which
-    is the same in any process and in any order.
+    is the same in any process and in any order. Where the image of a pair cannot be read, "skip" takes another one,
+    chosen by (seed, epoch, i), with its own class; for an index alone it is an error.
 
     :param resolution: the size.
     :param image_paths: of files, also of members of zips, as ``pets.zip/cat/1.png``.
     :param classes: the class id of each path, or None.
     :param shard: take every `num_shards`-th image from this one on.
-    :param on_bad_image: what a pair does where its image cannot be read: "error", or "skip", which takes another one
-        instead that (seed, epoch, i) chooses, with its own class. An index alone always is an error.
     :param partners: conditioning images, which come as "cond_image" beside "y".
-    :param fast_decode: decode JPEGs at a part of their size where that covers the crop: pixels differ a little.
-    :param cache_images: keep the decoded images in memory (not the conditioning images), which changes no number.
-    :param data_range: of the images, as `image_files.read_image` takes it.
+    :param options: of reading; single ones may be given as keywords.
     """
 
     def __init__(
@@ -60,75 +103,63 @@ class ImageDataset(Dataset[Item]):
         random_crop: bool = False,
         random_flip: bool = True,
         *,
-        image_channels: int = 3,
-        seed: int = 0,
-        on_bad_image: str = "error",
         partners: Partners | None = None,
-        fast_decode: bool = False,
-        cache_images: bool = False,
-        data_range: Range | None = None,
+        options: DataOptions | None = None,
+        **given: Any,
     ) -> None:
         super().__init__()
-        if on_bad_image not in BAD_IMAGE_RULES:
-            rules = ", ".join(BAD_IMAGE_RULES)
-            raise ValueError(
-                f"on_bad_image {on_bad_image!r} is none of {rules}{nearest(on_bad_image, BAD_IMAGE_RULES)}"
-            )
+        self.options = replace(options or DataOptions(), **given)
         self.resolution = resolution
         self.local_images = list(image_paths[shard::num_shards])
         self.local_classes = None if classes is None else list(classes[shard::num_shards])
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-        self.image_channels = image_channels
-        self.seed = seed
-        self.on_bad_image = on_bad_image
+        self.random_crop, self.random_flip = random_crop, random_flip
         self.partners = partners.shard(shard, num_shards) if partners else None
-        self.fast_decode, self.data_range = fast_decode, data_range
-        self.cache = (
-            ImageCache(self.local_images, resolution, image_channels, random_crop=random_crop) if cache_images else None
-        )
+        self.cache: ImageCache | None = None
+        if self.options.cache_images:
+            channels = self.options.image_channels
+            self.cache = ImageCache(self.local_images, resolution, channels, random_crop=random_crop)
 
     def __len__(self) -> int:
         return len(self.local_images)
 
     def __getitem__(self, idx: int | Key) -> Item:
-        return self.take(idx)[0] if isinstance(idx, tuple) else _as_floats(self._crop(idx, random))
-
-    def take(self, key: Key) -> tuple[Item, list[UnreadableImage]]:
-        """What a pair (epoch, i) stands for, and what could not be read before it was found."""
-        crop, bad = self.take_crop(key)
-        return _as_floats(crop), bad
+        array, label = self.take_crop(idx)[0] if isinstance(idx, tuple) else self._crop(idx, random)
+        return channels_first(array), label
 
     def take_crop(self, key: Key) -> tuple[Crop, list[UnreadableImage]]:
-        """The same as [H, W, C] or [H, W]: uint8 but where the file has finer numbers, which lie in [-1, 1]."""
-        name, index = f"{self.seed}/{key[0]}/{key[1]}", key[1]
+        """The image of a pair (epoch, i) and its labels, and what could not be read before it was found.
+
+        The image is [H, W, C] or [H, W]: uint8, but [-1, 1] where the file has finer numbers.
+        """
+        name, index = f"{self.options.seed}/{key[0]}/{key[1]}", key[1]
         bad: list[UnreadableImage] = []
         while True:
             try:
                 return self._crop(index, random.Random(name)), bad
             except UnreadableImage as error:
                 bad.append(error)
-                if self.on_bad_image == "error" or len(bad) > MAX_REPLACEMENTS:
+                if self.options.on_bad_image == "error" or len(bad) > MAX_REPLACEMENTS:
                     raise
             index = random.Random(f"{name}/instead/{len(bad)}").randrange(len(self))
 
     def _crop(self, index: int, draws: Draws) -> Crop:
         path, again = self.local_images[index], replay(draws) if self.partners else draws
-        try:
-            whole = self.cache.take(index, partial(self._read, path)) if self.cache else self._read(path)
-            array = self._place(whole.picture, draws)
-        except TooThin as error:
-            raise UnreadableImage(path, str(error)) from error
-        label: dict[str, Any] = (
-            {} if self.local_classes is None else {"y": np.array(self.local_classes[index], dtype=np.int64)}
-        )
+        read = partial(self._read, path)
+        decoded = self.cache.take(index, read) if self.cache else read()
+        with naming(path):
+            array = self._place(decoded.picture, draws)
+        label: dict[str, Any] = {}
+        if self.local_classes is not None:
+            label["y"] = np.array(self.local_classes[index], dtype=np.int64)
         if self.partners is not None:  # placed by the very draws that the image took
-            label |= self.partners.item(index, whole.size, partial(self._place, draws=again), again)
+            label |= self.partners.item(index, decoded.size, partial(self._place, draws=again), again)
         return array, label
 
-    def _read(self, path: str) -> Whole:
-        enough = largest_cover(self.resolution, random_crop=self.random_crop) if self.fast_decode else None
-        return read_whole(path, self.image_channels, enough, data_range=self.data_range)
+    def _read(self, path: str) -> Decoded:
+        options, enough = self.options, None
+        if options.fast_decode:
+            enough = largest_cover(self.resolution, random_crop=self.random_crop)
+        return read_decoded(path, options.image_channels, enough, data_range=options.data_range)
 
     def _place(self, picture: Picture, draws: Draws, *, nearest: bool = False) -> NDArray[Any]:
         """A picture cropped and mirrored."""
@@ -139,25 +170,56 @@ class ImageDataset(Dataset[Item]):
         return array[:, ::-1] if self.random_flip and draws.random() < 0.5 else array
 
     def unreadable(self) -> list[UnreadableImage]:
-        """Try every image: what is wrong with those that cannot be read."""
-        found = []
+        """Try every image: the errors of those that cannot be read."""
+        errors = []
         for index in range(len(self)):
             try:
                 self._crop(index, random.Random(0))
             except UnreadableImage as error:
-                found.append(error)
-        return found
+                errors.append(error)
+        return errors
 
 
-def _as_floats(crop: Crop) -> Item:
-    return channels_first(crop[0]), crop[1]
+# ---- the order
+
+
+class Schedule(Iterable[list[Key]]):
+    """The keys of the batches of one rank, from the image `taken` on, as seen when iteration begins.
+
+    It knows nothing of the stream it serves: in a cycle of references the loader's workers would outlive the stream.
+
+    :param taken: images that all ranks together have taken.
+    """
+
+    def __init__(self, count: int, seed: int, *, batch_size: int, rank: int, world_size: int, shuffle: bool) -> None:
+        self.count, self.seed, self.shuffle = count, seed, shuffle
+        self.batch_size = batch_size
+        self.stride = batch_size * world_size
+        self.offset = batch_size * rank
+        self.taken = 0
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return map(self.keys, itertools.count(self.taken, self.stride))
+
+    def keys(self, taken: int) -> list[Key]:
+        """The next batch of the rank when all ranks have taken so many images."""
+        first, known = taken + self.offset, self._orders
+        places = [divmod(place, self.count) for place in range(first, first + self.batch_size)]
+        self._orders = {epoch: self._order(epoch) if epoch not in known else known[epoch] for epoch, _ in places}
+        return [(epoch, int(self._orders[epoch][place])) for epoch, place in places]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(self.count)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
 
 # ---- batches
 
 
 class Loaded(NamedTuple):
-    """A batch, and (path, reason) of the images that were passed over on the way to it."""
+    """A batch, and (path, reason) of the images that could not be read on the way to it."""
 
     images: th.Tensor
     labels: dict[str, th.Tensor]
@@ -165,10 +227,7 @@ class Loaded(NamedTuple):
 
 
 class BatchDataset(Dataset[Loaded | ValueError]):
-    """Makes batches in whatever process. What is wrong travels as a value: a worker's error arrives garbled.
-
-    :param as_bytes: images are uint8, a quarter of the memory, but where one of a batch is finer; else float32.
-    """
+    """Batches of a data set, by lists of keys, in any process; errors are values: a worker's error arrives garbled."""
 
     def __init__(self, images: ImageDataset, *, as_bytes: bool) -> None:
         self.images, self.as_bytes = images, as_bytes
@@ -176,12 +235,13 @@ class BatchDataset(Dataset[Loaded | ValueError]):
     def __getitem__(self, keys: list[Key]) -> Loaded | ValueError:
         try:
             crops, bad = zip(*[self.images.take_crop(key) for key in keys], strict=True)
-        except (UnreadableImage, NotKept) as error:
+        except ValueError as error:
             return error
         arrays, labels = zip(*crops, strict=True)
         stacked = {name: th.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]}
-        passed_over = [(error.path, error.reason) for errors in bad for error in errors]
-        return Loaded(self._stacked(arrays), stacked, passed_over)
+        return Loaded(
+            self._stacked(arrays), stacked, [(error.path, error.reason) for errors in bad for error in errors]
+        )
 
     def _stacked(self, arrays: Sequence[NDArray[Any]]) -> th.Tensor:
         """[N, C, H, W]."""

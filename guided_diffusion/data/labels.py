@@ -1,4 +1,4 @@
-"""The classes of images: the rules that find them, their ids, and the table that later runs take over.
+"""The classes of images: the rules that tell them, their ids, and the classes.json that later runs take over.
 
 Shapes: N images, K classes.
 """
@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import Any
 
 from ..config import CLASS_RULES
-from ..runtime import paths
-from ..runtime.files import name_fault, parse_json, printable, read_file, reason, replacing
+from ..runtime import files, paths
+from ..runtime.files import parse_json, printable, reason
 from ..runtime.options import nearest
 from . import label_tables
 from .label_tables import Label
-from .sources import LABEL_FILES, Listing
+from .sources import LABEL_FILES, ImageSource
 
 ClassRow = tuple[int, str, int]  # id, name, number of images
 
@@ -28,7 +29,7 @@ LARGEST_ID = 65536  # of numbers given as labels without num_classes: what is ab
 
 @dataclass(frozen=True)
 class Labels:
-    """The class of every image of a listing.
+    """The class of every image of a source.
 
     :param ids: [N], indices of `classes`.
     :param classes: [K] names.
@@ -48,14 +49,14 @@ class Labels:
 
 
 def read_labels(
-    listing: Listing,
+    source: ImageSource,
     class_from: str = "auto",
     classes: Sequence[str] | str | None = None,
     num_classes: int | None = None,
     *,
     label_column: str = "",
 ) -> Labels:
-    """The classes of a listing by one of the rules `CLASS_RULES`.
+    """The classes of the images by one of the rules `CLASS_RULES`.
 
     Names get ids in the order of their text, as in openai/guided-diffusion. Numbers in a table are the ids themselves,
     and so are folders whose names are the numbers from 0 on.
@@ -68,47 +69,56 @@ def read_labels(
     :raises ValueError: if an image has no class, an unknown one, or one that does not fit `num_classes`.
     """
     if class_from not in (*CLASS_RULES, ARRAY):
-        rules = ", ".join(CLASS_RULES)
-        raise ValueError(f"class_from {class_from!r} is none of {rules}{nearest(class_from, CLASS_RULES)}")
-    known, class_from = _known_classes(classes, class_from)
+        raise ValueError(
+            f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
+        )
+    if isinstance(classes, str):
+        known, rule = _saved_classes(classes)
+        class_from = rule if class_from == "auto" else class_from
+    else:
+        known = list(classes or ())
+    if len(set(known)) < len(known):
+        raise ValueError(f"classes {known} name a class twice; give each name once")
     notes = []
     if class_from in ("auto", ARRAY):
-        class_from, note = _choose_rule(listing, label_column)
+        class_from, note = _choose_rule(source, label_column)
         notes.append(note)
     if label_column and class_from not in LABEL_FILES:
         raise ValueError(f"label_column {label_column!r} has no effect with class_from {class_from}: there is no table")
-    found, remarks = _found(listing, class_from, label_column)
-    _check_names([*known, *(label for label in found if isinstance(label, str))])
-    ids, names = _number(listing.images, found, known, num_classes, by_number=class_from == "folder")
+    if class_from in LABEL_FILES:
+        labels, remarks = label_tables.read(source, class_from, label_column)
+    else:
+        labels, remarks = _of_names(source, class_from)
+    for name in dict.fromkeys([*known, *(label for label in labels if isinstance(label, str))]):
+        if files.name_fault(name):
+            raise ValueError(f"the class {printable(name)} has {files.name_fault(name)}; give it another")
+    ids, names = _numbered(source.images, labels, known, num_classes, by_number=class_from == "folder")
     remarks += [] if known or class_from in LABEL_FILES else _remarks_on_numbers(names)
     if num_classes is not None and len(names) > num_classes:
         raise ValueError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
     return Labels(ids, names, class_from, notes + remarks)
 
 
-def _check_names(names: Iterable[str]) -> None:
-    for name in dict.fromkeys(names):
-        if name_fault(name):
-            raise ValueError(f"the class {printable(name)} has {name_fault(name)}; give it another")
-
-
 # ---- labels -> ids
 
 
-def _number(
-    files: Sequence[str], found: Sequence[Label], known: Sequence[str], num_classes: int | None, *, by_number: bool
+def _numbered(
+    images: Sequence[str], labels: Sequence[Label], known: Sequence[str], num_classes: int | None, *, by_number: bool
 ) -> tuple[list[int], list[str]]:
-    """(ids, names of all classes).
-
-    :param by_number: names that are the numbers from 0 on are ids.
-    """
-    numbers = [label for label in found if isinstance(label, int)]
-    if not known and len(numbers) == len(found):
-        _check_range(files, found, numbers, LARGEST_ID if num_classes is None else num_classes)
+    """(ids, names of all classes); with `by_number`, names that are the numbers from 0 on are ids."""
+    numbers = [label for label in labels if isinstance(label, int)]
+    if not known and len(numbers) == len(labels):
+        _check_range(images, labels, numbers, LARGEST_ID if num_classes is None else num_classes)
         return numbers, [str(label) for label in range(max(numbers) + 1)]
-    names = list(known) or in_order(set(map(str, found)), by_number=by_number)
-    ids = _look_up(files, found, names)
-    _check_range(files, found, ids, len(names) if num_classes is None else num_classes)
+    names = list(known) or in_order(set(map(str, labels)), by_number=by_number)
+    by_name = {name: number for number, name in enumerate(names)}
+    for image, label in zip(images, labels, strict=True):
+        if str(label) not in by_name and not (isinstance(label, int) and 0 <= label < len(names)):
+            shown = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
+            hint = nearest(str(label), names) or "; correct it, or leave out the known classes to number all anew"
+            raise ValueError(f"class {label!r} of {image!r} is none of the {len(names)} known ones ({shown}){hint}")
+    ids = [by_name[str(label)] if str(label) in by_name else int(label) for label in labels]
+    _check_range(images, labels, ids, len(names) if num_classes is None else num_classes)
     return ids, names
 
 
@@ -118,8 +128,16 @@ def in_order(names: Collection[str], *, by_number: bool) -> list[str]:
     return sorted(names, key=int) if by_number and set(names) == numbers else sorted(names)
 
 
+def _check_range(images: Sequence[str], labels: Sequence[Label], ids: Sequence[int], limit: int) -> None:
+    for image, label, number in zip(images, labels, ids, strict=True):
+        if not 0 <= number < limit:
+            name = f"label {label}" if isinstance(label, int) else f"class {label!r} (id {number})"
+            remedy = "correct it" if number < 0 else f"correct it, or set num_classes to at least {max(ids) + 1}"
+            raise ValueError(f"{name} of {image!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); {remedy}")
+
+
 def _remarks_on_numbers(names: Sequence[str]) -> list[str]:
-    """What is said of classes that are called by numbers, and of other numbers than their ids."""
+    """A line about classes that are called by numbers."""
     numbers = [(number, name) for number, name in enumerate(names) if name.isdecimal()]
     other = next(((number, name) for number, name in numbers if int(name) != number), None)
     if other:
@@ -130,51 +148,27 @@ def _remarks_on_numbers(names: Sequence[str]) -> list[str]:
     return ["the names of the classes are numbers, and these are their ids"] * (0 < len(numbers) == len(names))
 
 
-def _check_range(files: Sequence[str], found: Sequence[Label], ids: Sequence[int], limit: int) -> None:
-    for file, label, number in zip(files, found, ids, strict=True):
-        if not 0 <= number < limit:
-            name = f"label {label}" if isinstance(label, int) else f"class {label!r} (id {number})"
-            remedy = "correct it" if number < 0 else f"correct it, or set num_classes to at least {max(ids) + 1}"
-            raise ValueError(f"{name} of {file!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); {remedy}")
-
-
-def _look_up(files: Sequence[str], found: Sequence[Label], names: Sequence[str]) -> list[int]:
-    """Ids of labels given as names, or as numbers where no name is that number."""
-    ids = {name: number for number, name in enumerate(names)}
-    for file, label in zip(files, found, strict=True):
-        if str(label) not in ids and not (isinstance(label, int) and 0 <= label < len(names)):
-            shown = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
-            hint = nearest(str(label), names) or "; correct it, or leave out the known classes to number all anew"
-            raise ValueError(f"class {label!r} of {file!r} is none of the {len(names)} known ones ({shown}){hint}")
-    return [ids[str(label)] if str(label) in ids else int(label) for label in found]
-
-
-# ---- the rules: listing -> one label per image, and lines for the user
-
-
-def _folder(name: str) -> str:
-    return name.rpartition("/")[0]
+# ---- rules by the names of files
 
 
 def _class_folder(name: str) -> str:
-    """The folder an image lies in, or the zip, by its own name."""
-    folder = os.path.basename(_folder(name))
-    return folder[:-4] if folder.lower().endswith(".zip") else folder
+    """The name of the folder that an image lies in, or of the zip."""
+    return re.sub(r"\.zip$", "", os.path.basename(os.path.dirname(name)), flags=re.IGNORECASE)
 
 
 def _prefix(name: str) -> str:
     return os.path.basename(name).partition("_")[0]
 
 
-def _choose_rule(listing: Listing, label_column: str) -> tuple[str, str]:
-    if listing.array:
-        return ARRAY, f"classes from the labels in {listing.root}"
-    rule, file = label_tables.find_any(listing, label_column)
+def _choose_rule(source: ImageSource, label_column: str) -> tuple[str, str]:
+    if source.array:
+        return ARRAY, f"classes from the labels in {source.root}"
+    rule, file = label_tables.find_any(source, label_column)
     if rule:
         return rule, f"classes from {os.path.basename(file)}"
-    if len(set(map(_folder, listing.images))) == 1:
+    if len(set(map(os.path.dirname, source.images))) == 1:
         return "filename", "classes from the file names, up to the first '_': all images lie in one folder"
-    if all(_prefix(name) == _class_folder(name) for name in listing.images):
+    if all(_prefix(name) == _class_folder(name) for name in source.images):
         return "filename", "classes from the file names, up to the first '_': each agrees with its folder"
     return "folder", (
         "classes from the folders, since the images lie in several; --class_from filename takes the file names up to "
@@ -182,82 +176,43 @@ def _choose_rule(listing: Listing, label_column: str) -> tuple[str, str]:
     )
 
 
-def _from_filename(listing: Listing) -> tuple[list[Label], list[str]]:
-    for name in listing.images:
-        if "_" not in os.path.basename(name):
+def _of_names(source: ImageSource, rule: str) -> tuple[list[Label], list[str]]:
+    """One label per image by file name, by folder, or from beside an array; and lines for the user."""
+    if rule == ARRAY:
+        if source.ids is None:
+            raise ValueError(f"{source.root} holds images and no labels: give an npz of images arr_0 and labels arr_1")
+        return list(source.ids), []
+    for name in source.images:
+        if rule == "filename" and "_" not in os.path.basename(name):
             raise ValueError(
                 f"the file name {name!r} has no class before a '_'; name it CLASS_{os.path.basename(name)}, "
                 "use one folder per class with class_from folder, or write a labels.csv"
             )
-    return [_prefix(name) for name in listing.images], []
-
-
-def _from_folder(listing: Listing) -> tuple[list[Label], list[str]]:
-    folders: dict[str, set[str]] = {}
-    for name in listing.images:
-        if "/" not in name:
+        if rule == "folder" and "/" not in name:
             raise ValueError(
-                f"{name!r} lies in no folder below {listing.root!r}, so that class_from folder finds no class for it; "
+                f"{name!r} lies in no folder below {source.root!r}, so that class_from folder finds no class for it; "
                 "move it into the folder of its class, or use class_from filename"
             )
-        folders.setdefault(_class_folder(name), set()).add(_folder(name))
-    notes = [
-        f"class {printable(name)} unites {', '.join(map(printable, sorted(of)))}"
-        for name, of in sorted(folders.items())
-        if len(of) > 1
-    ]
-    return [_class_folder(name) for name in listing.images], notes
-
-
-def _from_array(listing: Listing) -> tuple[list[Label], list[str]]:
-    if listing.ids is None:
-        raise ValueError(f"{listing.root} holds images and no labels: give an npz of images arr_0 and labels arr_1")
-    return list(listing.ids), []
-
-
-_READERS: dict[str, Callable[[Listing], tuple[list[Label], list[str]]]] = {
-    "filename": _from_filename,
-    "folder": _from_folder,
-    ARRAY: _from_array,
-}
-
-
-def _found(listing: Listing, rule: str, column: str) -> tuple[list[Label], list[str]]:
-    return label_tables.read(listing, rule, column) if rule in LABEL_FILES else _READERS[rule](listing)
+    if rule == "filename":
+        return [_prefix(name) for name in source.images], []
+    folders: dict[str, set[str]] = {}
+    for name in source.images:
+        folders.setdefault(_class_folder(name), set()).add(os.path.dirname(name))
+    united = [(name, sorted(places)) for name, places in sorted(folders.items()) if len(places) > 1]
+    notes = [f"class {printable(name)} unites {', '.join(map(printable, places))}" for name, places in united]
+    return [_class_folder(name) for name in source.images], notes
 
 
 # ---- classes.json
 
 
-class SavedClasses(TypedDict):
-    """What classes.json holds: names by id, the rule they came from, how many images each had."""
-
-    classes: list[str]
-    class_from: str
-    counts: list[int]
-
-
-class HasClasses(Protocol):
-    """An image stream, or the labels of one."""
-
-    @property
-    def class_from(self) -> str: ...
-
-    def class_table(self) -> list[ClassRow]: ...
-
-
-def save_classes(path: str, source: HasClasses) -> None:
-    """Write the classes that validation, sampling and resuming take over.
-
-    :param source: an `ImageStream`, or `Labels`.
-    """
+def save_classes(path: str, source: Any) -> None:
+    """Write the classes of an `ImageStream` or of `Labels`, which validation, sampling and resuming take over."""
     rows = source.class_table()
     names, counts = [name for _, name, _ in rows], [count for _, _, count in rows]
-    table = SavedClasses(classes=names, class_from=source.class_from, counts=counts)
-    content = json.dumps(table, indent=1).encode()
-    where = paths.resolve(path)
-    with paths.new_blob(where) if paths.is_remote(where) else replacing(where) as file:
-        file.write(content)
+    table = {"classes": names, "class_from": source.class_from, "counts": counts}
+    with files.writing(paths.resolve(path)) as file:
+        file.write(json.dumps(table, indent=1).encode())
 
 
 def load_classes(path: str) -> list[str]:
@@ -265,40 +220,21 @@ def load_classes(path: str) -> list[str]:
 
     :raises ValueError: if the file is not there or holds something else.
     """
-    return _saved_classes(path)["classes"]
+    return _saved_classes(path)[0]
 
 
-def _saved_classes(path: str) -> SavedClasses:
+def _saved_classes(path: str) -> tuple[list[str], str]:
+    """The names by id, and the rule that they came from."""
     try:
-        table = parse_json(read_file(path))
-        rule, counts = table.get("class_from", "auto"), table.get("counts", [])
-        return SavedClasses(classes=_names(table["classes"]), class_from=_rule(rule), counts=counts)
+        table = parse_json(files.read_file(path))
+        names, rule = table["classes"], table.get("class_from", "auto")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError("classes are a list of names")
+        if len(set(names)) < len(names) or rule not in [*CLASS_RULES, ARRAY]:
+            raise ValueError(f"a class is named twice, or class_from is none of {', '.join(CLASS_RULES)}")
+        return names, rule
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"{type(error).__name__}: {reason(error)}"
         raise ValueError(
             f"{path!r} is no table of classes ({detail}); give a classes.json that training wrote"
         ) from error
-
-
-def _names(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise TypeError("classes are a list of names")
-    if len(set(value)) < len(value):
-        raise ValueError("a class is named twice")
-    return value
-
-
-def _rule(value: Any) -> str:
-    if value not in [*CLASS_RULES, ARRAY]:
-        raise ValueError(f"class_from is none of {', '.join(CLASS_RULES)}")
-    return str(value)
-
-
-def _known_classes(classes: Sequence[str] | str | None, class_from: str) -> tuple[Sequence[str], str]:
-    if isinstance(classes, str):
-        saved = _saved_classes(classes)
-        return saved["classes"], saved["class_from"] if class_from == "auto" else class_from
-    names = list(classes or ())
-    if len(set(names)) < len(names):
-        raise ValueError(f"classes {names} name a class twice; give each name once")
-    return names, class_from

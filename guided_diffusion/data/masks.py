@@ -1,32 +1,29 @@
-"""Masks: which pixels of a picture are meant, read by one rule off whatever numbers a file holds.
+"""Masks: the pixels of a picture that are meant, read by one rule from whatever numbers a file holds.
 
 Of two numbers the greater one is white. More than two are shades between black and white, and white begins in the
-middle. One alone is black if it is 0, else white. Of a picture of one colour, its transparency is the mask.
+middle. A single one is black if it is 0, else white. Of a picture of one colour, its transparency is the mask.
 
 Shapes: H W space.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..runtime import files
-from .decoding import check_pixels, loaded, opened
+from .decoding import Content, array_in, check_pixels, upright
 
-TOPS = (1, 255, 65535)  # what white is, of shades in files of numbers
+TOPS = (1, 255, 65535)  # white, of shades in files of numbers
 
 
 class Mask(NamedTuple):
     """A mask, and how it was read.
 
     :param picture: 8 bit grey: above 127 is white.
-    :param values: "2 values, 0 and 1"; `black` and `white` are those of them that are so.
+    :param values: "2 values, 0 and 1"; `black` and `white` say which of them are.
     """
 
     picture: Image.Image
@@ -35,23 +32,17 @@ class Mask(NamedTuple):
     white: str
 
 
-def decode_mask(content: bytes, extension: str) -> Mask:
+def decode_mask(content: Content, extension: str) -> Mask:
     """The mask in a file.
 
     :raises ValueError: if it is not clear what is black and what is white.
     """
-    if extension == ".npy":
-        numbers = files.read_array(content)
-    else:
-        image = loaded(opened(io.BytesIO(content)))
-        with contextlib.suppress(Exception):  # a damaged EXIF block takes nothing from the picture itself
-            ImageOps.exif_transpose(image, in_place=True)
-        numbers = _numbers_of(image)
-    return _mask(_plane(numbers))
+    array = array_in(content, extension)
+    return _mask(_plane(_numbers_of(upright(content)) if array is None else array))
 
 
 def _numbers_of(image: Image.Image) -> NDArray[Any]:
-    """[H, W]: what a picture is made of, be it grey, colours or transparency."""
+    """[H, W] of a picture: its transparency where that varies, else its brightness."""
     if image.has_transparency_data:
         pixels = np.asarray(image.convert("RGBA"))
         alpha = pixels[..., 3]
@@ -72,7 +63,7 @@ def _numbers_of(image: Image.Image) -> NDArray[Any]:
 
 
 def _plane(array: NDArray[Any]) -> NDArray[Any]:
-    """[H, W] of an array that may have an axis more."""
+    """[H, W] of an array that may have one more axis."""
     if array.ndim == 3 and array.shape[0] == 1 and array.shape[-1] not in (1, 3):
         array = array[0]
     if array.ndim == 3 and array.shape[-1] in (1, 3) and (array == array[..., :1]).all():

@@ -1,4 +1,4 @@
-"""What training and using upsamplers share: small versions of images, noise on them, and where others come from.
+"""Upsamplers' small images: made of large ones in training, read for sampling, and noise on both.
 
 Shapes: N images, C channels, h w the space of the small images, H W that of the large ones.
 """
@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -16,14 +17,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..runtime import paths
-from ..runtime.files import parse_json, path_fault, printable, quoted, read_file, reason
+from ..runtime.files import parse_json, path_fault, quoted, read_file, reason
 from ..runtime.jobs import REQUEST
 from ..runtime.npz import fingerprint
 from ..runtime.pictures import planes
 from ..runtime.seeds import image_generator
-from .crops import as_bytes
 from .decoding import Range
-from .sources import Listing, images_at, read_image, read_size
+from .sources import ImageSource, images_at, read_size
 
 NAMES = "names.json"  # beside an npz: which file each of its images comes from
 
@@ -31,16 +31,16 @@ NAMES = "names.json"  # beside an npz: which file each of its images comes from
 TRAINING_NOISE, SAMPLING_NOISE = 3 << 64, 4 << 64
 
 Pixels = NDArray[np.uint8]
-Label = Callable[[Listing], Sequence[int]]
 
 
 # ---- noise on small images (Ho et al. 2022, Cascaded diffusion models, sec. 4)
 
 
-def noised(low_res: th.Tensor, levels: th.Tensor, noise: th.Tensor) -> th.Tensor:
-    """Small images [N, C, h, w] with noise of levels [N]: sqrt(1 - level^2) low_res + level noise."""
-    levels = levels.view(-1, *[1] * (low_res.ndim - 1))
-    return (1 - levels**2).sqrt() * low_res + levels * noise
+def _noised(low_res: th.Tensor, levels: th.Tensor, generators: Sequence[th.Generator]) -> dict[str, th.Tensor]:
+    """Small images [N, C, h, w] with noise of levels [N]: sqrt(1 - level^2) low_res + level noise; and the levels."""
+    noise = th.stack([th.randn(low_res.shape[1:], generator=generator) for generator in generators])
+    scale = levels.view(-1, 1, 1, 1)
+    return {"low_res": (1 - scale**2).sqrt() * low_res + scale * noise, "low_res_level": levels}
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,14 @@ class SmallVersions:
     def __call__(self, images: th.Tensor, places: Sequence[int]) -> dict[str, th.Tensor]:
         """low_res [N, C, h, w] of images [N, C, H, W] by area, and low_res_level [N] where there is noise.
 
-        :param places: where the images stand in the sequence of all that training takes, by which noise is drawn.
+        :param places: of the images in the sequence of all that training takes, by which noise is drawn.
         """
         low_res = F.interpolate(images, self.size, mode="area")
         if not self.cond_aug:
             return {"low_res": low_res}
         generators = [image_generator(self.seed + TRAINING_NOISE, place) for place in places]
         levels = self.cond_aug * th.stack([th.rand((), generator=generator) for generator in generators])
-        noise = th.stack([th.randn(low_res.shape[1:], generator=generator) for generator in generators])
-        return {"low_res": noised(low_res, levels, noise), "low_res_level": levels}
+        return _noised(low_res, levels, generators)
 
 
 # ---- images to enlarge
@@ -91,7 +90,7 @@ class BaseImages:
         return len(self.pixels)
 
     def request(self) -> dict[str, str]:
-        """What stands for them in a sampling request."""
+        """Their fingerprints in a sampling request."""
         arrays = {"arr_0": self.pixels, **({} if self.labels is None else {"arr_1": np.asarray(self.labels)})}
         text = np.frombuffer("\n".join(self.names).encode(), np.uint8)
         named = {"names": fingerprint({"names": text})} if self.names else {}
@@ -103,9 +102,7 @@ class BaseImages:
         if not level:
             return {"low_res": low_res}
         generators = [image_generator(seed + SAMPLING_NOISE, index) for index in indices]
-        noise = th.stack([th.randn(low_res.shape[1:], generator=generator) for generator in generators])
-        levels = th.full((len(low_res),), level)
-        return {"low_res": noised(low_res, levels, noise), "low_res_level": levels}
+        return _noised(low_res, th.full((len(low_res),), level), generators)
 
 
 @dataclass(frozen=True)
@@ -115,24 +112,15 @@ class Wanted:
     :param shape: (h, w, C) of each.
     :param count: how many, or fewer where there are fewer.
     :param all: fewer than `count` are an error.
-    :param label: listing of a folder -> the class of each image; None leaves them without.
+    :param label: source -> the class of each image; None leaves them without.
     :param data_range: as `read_image` takes it.
     """
 
     shape: tuple[int, int, int]
     count: int
     all: bool = False
-    label: Label | None = None
+    label: Callable[[ImageSource], Sequence[int]] | None = None
     data_range: Range | None = None
-
-    def of(self, there: int, path: str) -> int:
-        """How many to take.
-
-        :raises ValueError: if there are not as many as there must be.
-        """
-        if self.all and self.count > there:
-            raise ValueError(f"--num_samples {self.count} is more than the {there} images of {path}")
-        return min(there, self.count)
 
 
 def read_base(path: str, wanted: Wanted) -> BaseImages:
@@ -142,64 +130,55 @@ def read_base(path: str, wanted: Wanted) -> BaseImages:
     """
     try:
         where = paths.resolve(path)
-        listing = images_at(_samples_in(where) or where, "--base_samples", wanted.shape[2])
-        return _read(listing, wanted)
+        return _read(images_at(_samples_in(where) or where, "--base_samples", wanted.shape[2]), wanted)
     except ValueError as error:
-        told = str(error)
-        raise error if told.startswith("--") else ValueError(f"--base_samples: {told}") from error
+        raise error if str(error).startswith("--") else ValueError(f"--base_samples: {error}") from error
 
 
 def _samples_in(folder: str) -> str:
     """The npz of a folder that sampling left, '' for any other."""
     names = paths.names_in(folder)
-    found = [name for name in names if re.fullmatch(r"samples_.*\.npz", name)]
-    return paths.join(folder, found[0]) if len(found) == 1 and REQUEST in names else ""
+    samples = [name for name in names if re.fullmatch(r"samples_.*\.npz", name)]
+    return paths.join(folder, samples[0]) if len(samples) == 1 and REQUEST in names else ""
 
 
 def _names_beside(path: str, count: int) -> list[str]:
-    """The files that the images of an npz come from, as an upsampler that made it wrote them down."""
+    """The files that the images of an npz come from, as the upsampler that made it wrote them down."""
     where = paths.join(os.path.dirname(path) or ".", NAMES)
     if not paths.exists(where):
         return []
     try:
-        said = parse_json(read_file(where))
-        if not isinstance(said, dict) or said.get("file") != os.path.basename(path):
+        record = parse_json(read_file(where))
+        if not isinstance(record, dict) or record.get("file") != os.path.basename(path):
             return []
-        names = said.get("names")
-        if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"it does not name {count} files")
-        faults = [f"{printable(name)}: {fault}" for name in names if (fault := path_fault(name, "folder"))]
-        if faults:
-            raise ValueError(faults[0])
-        return names
+        names: Any = record.get("names")
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not texts or len(names) != count or any(path_fault(name, "folder") for name in names):
+            raise ValueError(f"it does not name {count} files within the folder")
+        return list(names)
     except (OSError, ValueError) as error:
         raise ValueError(f"{where} cannot be used ({reason(error)}): repair or remove it") from error
 
 
-def _read(listing: Listing, wanted: Wanted) -> BaseImages:
-    """Nothing but the images that are wanted, and of an array none before its shape fits."""
-    there = len(listing.images)
-    names = listing.images[: wanted.of(there, listing.root)]
-    labels = listing.ids if wanted.label is None or listing.array else wanted.label(listing)
-    first = read_size(listing.path(names[0])) if listing.array else wanted.shape[:2]
-    pictures = list[Pixels]()
-    if first == wanted.shape[:2]:
-        pictures = [
-            as_bytes(np.asarray(read_image(listing.path(name), wanted.shape[2], wanted.data_range))) for name in names
-        ]
-    sizes = [pixels.shape[:2] for pixels in pictures] or [first] * len(names)
-    others = [(name, size) for name, size in zip(names, sizes, strict=True) if size != wanted.shape[:2]]
-    if others:
-        name, (height, width) = others[0]
+def _read(source: ImageSource, wanted: Wanted) -> BaseImages:
+    """The wanted images alone, and of an array not one before its shape fits."""
+    if wanted.all and wanted.count > len(source):
+        raise ValueError(f"--num_samples {wanted.count} is more than the {len(source)} images of {source.root}")
+    (height, width, channels), count = wanted.shape, min(len(source), wanted.count)
+    labels = source.ids if wanted.label is None or source.array else wanted.label(source)
+    sizes, pixels = [read_size(source.path(source.images[0]))] * count if source.array else [], list[Pixels]()
+    if not sizes or sizes[0] == (height, width):
+        pixels = [source.pixels(index, channels, data_range=wanted.data_range) for index in range(count)]
+        sizes = [array.shape[:2] for array in pixels]
+    odd = [(name, size) for name, size in zip(source.images, sizes, strict=False) if size != (height, width)]
+    if odd:
         raise ValueError(
-            f"--base_samples {listing.root}: {len(others)} of {len(names)} images are not of small_size "
-            f"{wanted.shape[0]}x{wanted.shape[1]}, the first is {quoted(name)} with {height}x{width}: scale them, or "
-            "leave them out"
+            f"--base_samples {source.root}: {len(odd)} of {count} images are not of small_size {height}x{width}, the "
+            f"first is {quoted(odd[0][0])} with {odd[0][1][0]}x{odd[0][1][1]}: scale them, or leave them out"
         )
-    files = _names_beside(listing.root, there)[: len(names)] if listing.array else list(names)
-    return BaseImages(
-        np.stack(pictures), None if labels is None else list(labels)[: len(names)], files, there - len(names)
-    )
+    names = _names_beside(source.root, len(source)) if source.array else list(source.images)
+    ids = None if labels is None else list(labels)[:count]
+    return BaseImages(np.stack(pixels), ids, names[:count], len(source) - count)
 
 
 # ---- the files that they become

@@ -16,18 +16,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from .. import dist_util
-from ..data import sources
 from ..data.archives import is_stack
-from ..data.crops import Picture, TooThin, as_bytes, center_crop_arr
-from ..data.decoding import Range
-from ..data.sources import Listing, UnreadableImage, find_images, split_archive
+from ..data.decoding import Range, decode
+from ..data.sources import (
+    IMAGE_EXTENSIONS,
+    ImageSource,
+    find_images,
+    read_by,
+    size_of_content,
+    split_archive,
+)
 from ..runtime import files, paths
 from ..runtime.files import parse_json, printable, quoted, read_file
 from ..runtime.npz import Npz
@@ -40,75 +44,23 @@ Pixels = NDArray[np.uint8]
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 RECORD = "record"  # the array that says what the statistics are of
 PIECE = 2**22  # bytes of an array that are read at a time
-
-
-# ---- numbers of any range as uint8
-
-
-class Conversion(NamedTuple):
-    """How numbers of some kinds of type (numpy's letters) that all lie in a range become uint8."""
-
-    kinds: str
-    low: float
-    high: float
-    description: str
-    scale: Callable[[NDArray[Any]], NDArray[Any]]
-
-    def __call__(self, numbers: NDArray[Any]) -> Pixels:
-        """Numbers as uint8, fractions cut off."""
-        numbers = numbers.astype(np.float32) if numbers.dtype == np.float16 else numbers
-        return numbers if numbers.dtype == np.uint8 else np.clip(self.scale(numbers), 0, 255).astype(np.uint8)
-
-
-CONVERSIONS = (
-    Conversion("iu", 0, 255, "its integers of 0 .. 255 are taken as they are", lambda x: x),
-    Conversion("f", 0, 1, "its values lie in [0, 1], and are scaled to 0 .. 255 and rounded", lambda x: x * 255 + 0.5),
-    Conversion("f", -1, 1, "its values lie in [-1, 1], and are scaled to 0 .. 255 as sampling does", levels),
-    Conversion("f", 0, 255, "its values lie in [0, 255], and are rounded", lambda x: x + 0.5),
+# (kinds of type, low, high, scale, how) by which numbers in a range become 0 .. 255, before fractions are cut off
+CONVERSIONS: tuple[tuple[str, int, int, Callable[[NDArray[Any]], NDArray[Any]], str], ...] = (
+    ("iu", 0, 255, lambda x: x, "its integers of 0 .. 255 are taken as they are"),
+    ("f", 0, 1, lambda x: x * 255 + 0.5, "its values lie in [0, 1], and are scaled to 0 .. 255 and rounded"),
+    ("f", -1, 1, levels, "its values lie in [-1, 1], and are scaled to 0 .. 255 as sampling does"),
+    ("f", 0, 255, lambda x: x + 0.5, "its values lie in [0, 255], and are rounded"),
 )
 
 
-def find_conversion(dtype: np.dtype[Any], low: float, high: float, path: str) -> Conversion:
-    """The first conversion for numbers of a type from `low` to `high`.
-
-    :raises ValueError: if images have no such range.
-    """
-    for conversion in CONVERSIONS:
-        if dtype.kind in conversion.kinds and conversion.low <= low <= high <= conversion.high:
-            return conversion
-    shown = f"from {low:.6g} to {high:.6g}" if np.isfinite([low, high]).all() else "some of them not finite"
-    raise ValueError(
-        f"{path} holds numbers of {dtype}, {shown}, where images are uint8, integers of 0 .. 255, or floats in "
-        "[-1, 1], [0, 1] or [0, 255]: clip and scale them to 0 .. 255, and save them as uint8"
-    )
-
-
 def to_rgb(images: Pixels) -> Pixels:
-    """[n, H, W] or [n, H, W, C] -> [n, H, W, 3]: grey is repeated, transparency laid on white, as in training."""
+    """[n, H, W] or [n, H, W, C] as [n, H, W, 3]: grey is repeated, transparency laid on white, as in training."""
     images = images[..., None] if images.ndim == 3 else images
     if images.shape[-1] == 1:
         return np.repeat(images, 3, -1)
-    return np.stack([_opaque(image) for image in images]) if images.shape[-1] == 4 else images
-
-
-def _opaque(image: Pixels) -> Pixels:
-    picture = Image.fromarray(image)
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
-
-
-def read_pixels(path: str, channels: int = 3, size: Size | None = None, data_range: Range | None = None) -> Pixels:
-    """An image file as uint8 [H, W, C], or [H, W] for 1 channel.
-
-    :param size: scale and crop to it as in training; None: as it is.
-    :param data_range: as `read_image` takes it.
-    :raises UnreadableImage: if it cannot be read or is too thin for the size.
-    """
-    picture: Picture = sources.read_image(path, channels, data_range)
-    try:
-        array = np.asarray(picture) if size is None else center_crop_arr(picture, size)
-    except TooThin as error:
-        raise UnreadableImage(path, str(error)) from error
-    return as_bytes(array)
+    if images.shape[-1] == 4:
+        return np.stack([np.asarray(decode(image, "", 3).picture) for image in images])
+    return images
 
 
 # ---- sets of images
@@ -116,7 +68,7 @@ def read_pixels(path: str, channels: int = 3, size: Size | None = None, data_ran
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading through all images once has found.
+    """The results of reading through all images once.
 
     :param digest: sha256 of the content in order: of the numbers of arrays, of the bytes of files.
     :param low: the least number of arrays, `high` the greatest; nan if one of them is.
@@ -146,9 +98,12 @@ class ImageSet(ABC):
 
     @property
     def scanned(self) -> Scan:
-        """The scan; reads through all images at the first access."""
+        """The scan; reads through all images at the first access.
+
+        :raises ValueError: if they cannot be evaluated.
+        """
         if self.scan is None:
-            self.adopt(self._read_through())
+            self._adopt(self._read_through())
         assert self.scan is not None
         return self.scan
 
@@ -157,20 +112,12 @@ class ImageSet(ABC):
 
         :raises ValueError: if they cannot be evaluated.
         """
-        self.adopt(dist_util.decide(lambda: self.scanned))
+        self._adopt(dist_util.decide(lambda: self.scanned))
 
-    def adopt(self, scan: Scan) -> None:
-        """Take a scan, which may be that of another rank.
-
-        :raises ValueError: if it shows that these are no images.
-        """
+    def _adopt(self, scan: Scan) -> None:
         self.scan = scan
 
     def _read_through(self) -> Scan:
-        """By default, of images that cannot be read beforehand: nothing but their name.
-
-        :raises ValueError: if an image cannot be read.
-        """
         return Scan(digest=self.path)
 
     @abstractmethod
@@ -207,46 +154,49 @@ class FileImages(ImageSet):
     :param data_range: as `read_image` takes it.
     """
 
-    def __init__(self, listing: Listing, size: Size | None = None, data_range: Range | None = None) -> None:
-        super().__init__(listing.root, len(listing.images))
-        self.paths = [listing.path(name) for name in listing.images]
-        self.size, self.data_range = size, data_range
-        if size is not None:
-            self.shape = (*parse_size(size), 3)
-        if listing.others or listing.refused:
-            self.notes.append(f"{listing.root}: {listing.skipped()}")
+    def __init__(self, source: ImageSource, size: Size | None = None, data_range: Range | None = None) -> None:
+        super().__init__(source.root, len(source))
+        self.files, self.size, self.data_range = source, size, data_range
+        self.shape = None if size is None else (*parse_size(size), 3)
+        if source.others or source.refused:
+            self.notes.append(f"{source.root}: {source.skipped()}")
 
     def _read_through(self) -> Scan:
         span = f"{self.data_range} " if self.data_range else ""
         digest, sizes = hashlib.sha256(f"{self.count} {self.size} {span}".encode()), Counter[tuple[int, int]]()
-        for path in self.paths:
-            sizes[sources.read_size(path)] += 1
-            digest.update(hashlib.sha256(sources.read_bytes(path)).digest())
+        for path in self.files.paths:
+            content, size = read_by(path, lambda content, extension: (content, size_of_content(content, extension)))
+            sizes[size] += 1
+            number_type = b"" if isinstance(content, bytes) else content.dtype.str.encode()
+            digest.update(hashlib.sha256(number_type + bytes(content)).digest())
         return Scan(digest.hexdigest(), sizes=dict(sizes) if self.size is None else {})
 
-    def adopt(self, scan: Scan) -> None:
-        super().adopt(scan)
+    def _adopt(self, scan: Scan) -> None:
+        super()._adopt(scan)
         if len(scan.sizes) == 1:
             self.shape = (*next(iter(scan.sizes)), 3)
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         for start in range(first * size, self.count, step * size):
             runs: list[list[Pixels]] = []
-            for path in self.paths[start : start + size]:
-                image = read_pixels(path, 3, self.size, self.data_range)
+            for index in range(start, min(start + size, self.count)):
+                image = self._image(index)
                 if not runs or runs[-1][0].shape != image.shape:
                     runs.append([])
                 runs[-1].append(image)
             yield [np.stack(run) for run in runs]
 
+    def _image(self, index: int) -> Pixels:
+        return self.files.pixels(index, 3, self.size, self.data_range)
+
     def take(self, indices: NDArray[np.int64], rows: int = 256) -> Iterator[Pixels]:
-        yield from (read_pixels(self.paths[index], 3, self.size, self.data_range)[None] for index in indices)
+        yield from (self._image(index)[None] for index in indices)
 
 
 class ArrayImages(ImageSet):
     """The images of one npz, or of several that follow each other.
 
-    :param name: of the array in each of them; '' for statistics alone.
+    :param name: of the array; '' where there are statistics alone.
     """
 
     def __init__(self, path: str, parts: Sequence[str], name: str, notes: Iterable[str] = ()) -> None:
@@ -263,22 +213,23 @@ class ArrayImages(ImageSet):
         for part, header in zip(self.parts, headers, strict=True):
             if (header.shape[1:], header.dtype) != (self.stored_shape, self.dtype):
                 raise ValueError(f"{part} holds other images than {self.parts[0]}: remove what is of another run")
-        height, width, *channels = self.stored_shape
-        self.shape = height, width, channels[0] if channels else 1
+        height, width, channels = (*self.stored_shape, 1)[:3]
+        self.shape = height, width, channels
         self.labels = self._labels()
 
     def _labels(self) -> NDArray[np.int64] | None:
-        found = []
+        ids: list[int] = []
         for part in self.parts:
             with Npz(part) as archive:
-                if "arr_1" not in archive or self.name != "arr_0":
+                try:
+                    labels = archive.labels() if self.name == "arr_0" else None
+                except ValueError as error:
+                    self.notes.append(f"the labels are not used: {error}")
                     return None
-                labels = archive.header("arr_1")
-                if labels.shape != archive.header("arr_0").shape[:1] or labels.dtype.kind not in "iu":
-                    self.notes.append(f"{part}: arr_1 {labels.shape} of {labels.dtype} are no labels, and not used")
-                    return None
-                found += [chunk.astype(np.int64) for chunk in archive.chunks("arr_1", PIECE)]
-        return np.concatenate(found)
+            if labels is None:
+                return None
+            ids += labels
+        return np.asarray(ids, np.int64)
 
     def stored(self, rows: int = 0) -> Iterator[NDArray[Any]]:
         """The numbers as they are stored, at most `rows` images at a time; 0: as many as `PIECE` bytes hold."""
@@ -296,27 +247,41 @@ class ArrayImages(ImageSet):
             low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())  # where nan stays nan
         return Scan(digest.hexdigest(), float(low), float(high), {self.shape[:2]: self.count})
 
-    def adopt(self, scan: Scan) -> None:
-        self._conversion = find_conversion(self.dtype, scan.low, scan.high, self.path)
-        super().adopt(scan)
+    def _adopt(self, scan: Scan) -> None:
+        for kinds, low, high, self._scale, self._how in CONVERSIONS:
+            if self.dtype.kind in kinds and low <= scan.low <= scan.high <= high:
+                return super()._adopt(scan)
+        finite = np.isfinite([scan.low, scan.high]).all()
+        shown = f"from {scan.low:.6g} to {scan.high:.6g}" if finite else "some of them not finite"
+        raise ValueError(
+            f"{self.path} holds numbers of {self.dtype}, {shown}, where images are uint8, integers of 0 .. 255, or "
+            "floats in [-1, 1], [0, 1] or [0, 255]: clip and scale them to 0 .. 255, and save them as uint8"
+        )
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         _ = self.scanned
         for batch in islice(_rebatched(self.stored(size), size), first, None, step):
-            yield [to_rgb(self._conversion(batch))]
+            yield [to_rgb(self._converted(batch))]
+
+    def _converted(self, numbers: NDArray[Any]) -> Pixels:
+        if numbers.dtype == np.uint8:
+            return numbers
+        numbers = numbers.astype(np.float32) if numbers.dtype == np.float16 else numbers
+        pixels: Pixels = np.clip(self._scale(numbers), 0, 255).astype(np.uint8)
+        return pixels
 
     def warnings(self) -> list[str]:
         if not self.count:
             return []
-        scan, found = self.scanned, super().warnings()
+        scan, sentences = self.scanned, super().warnings()
         if self.dtype != np.uint8:
-            found.append(f"{self.path}: {self.name} is of {self.dtype}, not of uint8: {self._conversion.description}")
+            sentences.append(f"{self.path}: {self.name} is of {self.dtype}, not of uint8: {self._how}")
         elif scan.high <= 1:
-            found.append(
+            sentences.append(
                 f"{self.path}: no number is above {scan.high:.0f}: images in [0, 1] or [-1, 1] that were cast to uint8 "
                 "are black, and must be scaled before; they are taken as they are"
             )
-        return found
+        return sentences
 
 
 def _rebatched(chunks: Iterable[NDArray[Any]], size: int) -> Iterator[NDArray[Any]]:
@@ -339,14 +304,14 @@ def _header(path: str, name: str) -> files.Header:
     with Npz(path) as archive:
         header = archive.header(name)
     shape = header.shape
-    if header.dtype.kind not in "iuf":
-        raise ValueError(f"{path}: {name} is of {header.dtype}, where images are of uint8: save them as that")
-    if len(shape) == 4 and shape[-1] not in (1, 3, 4) and shape[1] in (1, 3, 4):
+    fits = len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3, 4))
+    if header.dtype.kind not in "iuf" or not fits or 0 in shape[1:]:
+        channels_first = len(shape) == 4 and not fits and shape[1] in (1, 3, 4)
+        remedy = f": write {name}.transpose(0, 2, 3, 1)" * channels_first
         raise ValueError(
-            f"{path}: {name} has the shape {shape}, channels first: write {name}.transpose(0, 2, 3, 1), [N, H, W, C]"
+            f"{path}: {name} is {shape} of {header.dtype}, where images are [N, H, W] or [N, H, W, 1, 3 or 4] of "
+            f"uint8{remedy}"
         )
-    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[-1] not in (1, 3, 4)) or 0 in shape[1:]:
-        raise ValueError(f"{path}: {name} has the shape {shape}, where images are [N, H, W] or [N, H, W, 1, 3 or 4]")
     return header
 
 
@@ -360,39 +325,34 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
 
     :param path: images that are open already are returned as they are.
     :param size: images of files are scaled and cropped to it as in training; None: they are taken as they are.
-    :param path: what is open already stays what it is.
     :param data_range: of images of files, as `read_image` takes it.
     :raises ValueError: if there is nothing that can be evaluated.
     """
     if isinstance(path, ImageSet):
         return path
     path = paths.resolve(path)
-    folder = _is_folder(path)
+    folder = bool(path) and paths.isdir(path)
     if folder or split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
         return (_open_run(path) if folder else None) or _open_files(path, size, data_range)
     if not path or not paths.exists(path):
         raise ValueError(f"{quoted(path)} does not exist: give an npz, a folder or a zip of images, or a run's folder")
-    if path.lower().endswith(sources.IMAGE_EXTENSIONS):
+    if path.lower().endswith(IMAGE_EXTENSIONS):
         raise ValueError(f"{path} is one image: give an npz, or a folder or a zip of images")
     with Npz(path) as archive:
         name, notes = _find_array(archive)
     return ArrayImages(path, [path], name, notes)
 
 
-def _is_folder(path: str) -> bool:
-    return bool(path) and paths.isdir(path)
-
-
 def _open_run(folder: str) -> ImageSet | None:
     """The samples of a run, or those of its batches that are there; None if it is no run's folder."""
-    names = paths.names_in(folder)
+    names, root = paths.names_in(folder), folder.rstrip("/")
     merged = [name for name in names if re.fullmatch(r"samples_[\dx]+\.npz", name)]
     if len(merged) > 1:
         raise ValueError(f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them")
     if merged:
         note = f"{folder}: the samples are those of {merged[0]}"
-        return ArrayImages(folder, [f"{folder.rstrip('/')}/{merged[0]}"], "arr_0", [note])
-    shards = f"{folder.rstrip('/')}/shards" if "shards" in names else folder
+        return ArrayImages(folder, [f"{root}/{merged[0]}"], "arr_0", [note])
+    shards = f"{root}/shards" if "shards" in names else folder
     parts = sorted(f"{shards}/{name}" for name in paths.names_in(shards) if re.fullmatch(r"\d{6}\.npz", name))
     if not parts:
         return None
@@ -402,15 +362,15 @@ def _open_run(folder: str) -> ImageSet | None:
 
 
 def _open_files(path: str, size: Size | None, data_range: Range | None) -> ImageSet:
-    listing = find_images(path)
-    if not listing.images:
-        inner = [name for name in listing.others if name.lower().endswith(".npz")]
+    source = find_images(path)
+    if not source.images:
+        inner = [name for name in source.others if name.lower().endswith(".npz")]
         remedy = f"it holds the npz {quoted(inner[0])}: give that, unpacked" if inner else "give one that holds images"
-        raise ValueError(f"{path} holds no images, {listing.skipped()}: {remedy}")
-    arrays = {"arr_0.npy", "mu.npy"} & set(listing.images)
+        raise ValueError(f"{path} holds no images, {source.skipped()}: {remedy}")
+    arrays = {"arr_0.npy", "mu.npy"} & set(source.images)
     if arrays and path.lower().endswith(".zip"):
         raise ValueError(f"{path} is an npz by another name, it holds {min(arrays)}: rename it to end in .npz")
-    return FileImages(listing, size, data_range)
+    return FileImages(source, size, data_range)
 
 
 def _find_array(archive: Npz) -> tuple[str, list[str]]:
@@ -421,30 +381,30 @@ def _find_array(archive: Npz) -> tuple[str, list[str]]:
     names, notes = set(archive.names()) - {RECORD}, []
     for pair in STATISTICS.values():
         if len(names & set(pair)) == 1:
-            there, missing = sorted(pair, key=lambda name: name not in names)
-            notes.append(f"{archive.path}: {there} is there without {missing}, and not used")
+            present, missing = sorted(pair, key=lambda name: name not in names)
+            notes.append(f"{archive.path}: {present} is there without {missing}, and not used")
     if "arr_0" in names:
         return "arr_0", notes
     others = names.difference(*STATISTICS.values())
-    found = [name for name in archive.names() if name in others and len(archive.header(name).shape) == 4]
-    if len(found) == 1:
-        return found[0], [f"{archive.path}: the images are those of the array {printable(found[0])}", *notes]
-    if not found and any(set(pair) <= names for pair in STATISTICS.values()):
+    images = [name for name in archive.names() if name in others and len(archive.header(name).shape) == 4]
+    if len(images) == 1:
+        return images[0], [f"{archive.path}: the images are those of the array {printable(images[0])}", *notes]
+    if not images and any(set(pair) <= names for pair in STATISTICS.values()):
         return "", notes
     held = ", ".join(map(printable, [name for name in archive.names() if name in names][:8])) or "no array"
-    what = "more than one array of images" if found else "neither images nor statistics"
-    raise ValueError(f"{archive.path} holds {what} ({held}): save the images as arr_0, [N, H, W, C] of uint8")
+    content = "more than one array of images" if images else "neither images nor statistics"
+    raise ValueError(f"{archive.path} holds {content} ({held}): save the images as arr_0, [N, H, W, C] of uint8")
 
 
 def request_of(path: str) -> dict[str, Any]:
-    """The request.json beside the samples of a run; {} if there is none."""
-    folder = path if _is_folder(path) else os.path.dirname(path) or "."
-    is_run = _is_folder(path) or re.fullmatch(r"samples_[\dx]+\.npz", os.path.basename(path))
-    request = f"{folder.rstrip('/')}/request.json"
-    if not is_run or not paths.exists(request):
+    """The request.json beside the samples of a run, {} if there is none."""
+    is_folder = bool(path) and paths.isdir(path)
+    folder = path if is_folder else os.path.dirname(path) or "."
+    where = f"{folder.rstrip('/')}/request.json"
+    if not (is_folder or re.fullmatch(r"samples_[\dx]+\.npz", os.path.basename(path))) or not paths.exists(where):
         return {}
     try:
-        found = parse_json(read_file(request))
+        request = parse_json(read_file(where))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return request if isinstance(request, dict) else {}

@@ -1,6 +1,6 @@
 """References: mean and covariance of the features of all images, and some of the images, in one npz.
 
-The files of the original hold the same arrays without a record of what the statistics are of.
+The original's files hold the same arrays without a record of what the statistics are of.
 
 Shapes: N images, H W space, D pooled features, S spatial features.
 """
@@ -74,9 +74,9 @@ def _write(
     if images.labels is not None:
         arrays["arr_1"] = ((kept,), np.int64, [images.labels[indices]])
     for kind, names in STATISTICS.items():
-        found = getattr(features, f"{kind}_statistics", None)
-        if found is not None:
-            arrays |= {name: _whole(values) for name, values in zip(names, (found.mean, found.cov), strict=True)}
+        statistics = getattr(features, f"{kind}_statistics", None)
+        if statistics is not None:
+            arrays |= {names[0]: _whole(statistics.mean), names[1]: _whole(statistics.cov)}
     if extractor is not None:
         record = {"extractor": extractor.name, "identity": extractor.identity, "n": images.count}
         arrays[RECORD] = _whole(record_bytes(record))
@@ -107,23 +107,23 @@ def read_statistics(images: ImageSet) -> tuple[dict[str, Statistics], dict[str, 
 
 def _read_pair(archive: Npz, mu: str, sigma: str, n: int) -> Statistics:
     shapes = archive.header(mu).shape, archive.header(sigma).shape
-    if shapes != (shapes[0][:1], shapes[0] * 2) or not 0 < shapes[0][0] <= LARGEST_D:
-        raise ValueError(f"{archive.path}: {mu} {shapes[0]} and {sigma} {shapes[1]} are no mean and covariance")
-    mean, cov = (next(archive.chunks(name, shapes[0][0])).astype(np.float64) for name in (mu, sigma))
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise ValueError(f"{archive.path}: {mu} or {sigma} holds numbers that are not finite: make the file again")
-    return Statistics(n, mean, cov)
+    if shapes == (shapes[0][:1], shapes[0] * 2) and 0 < shapes[0][0] <= LARGEST_D:
+        mean, cov = (next(archive.chunks(name, shapes[0][0])).astype(np.float64) for name in (mu, sigma))
+        if np.isfinite(mean).all() and np.isfinite(cov).all():
+            return Statistics(n, mean, cov)
+    raise ValueError(
+        f"{archive.path}: {mu} {shapes[0]} and {sigma} {shapes[1]} are no mean and covariance of finite numbers: make "
+        "the file again"
+    )
 
 
 def _read_record(archive: Npz) -> dict[str, Any]:
     try:
-        if archive.header(RECORD).shape[0] > 2**16:
-            raise ValueError("it is too long")
-        found = parse_json(b"".join(chunk.tobytes() for chunk in archive.chunks(RECORD, 2**16)))
-        if not isinstance(found, dict) or any(type(found.get(name)) is not kind for name, kind in RECORDED.items()):
+        record = parse_json(next(archive.chunks(RECORD, 2**16), np.empty(0)).tobytes())
+        if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in RECORDED.items()):
             raise ValueError(f"it does not name {', '.join(RECORDED)}")
     except ValueError as error:
         raise ValueError(
             f"{archive.path}: {RECORD} does not say what the statistics are of ({error}): make the file again"
         ) from error
-    return found
+    return record

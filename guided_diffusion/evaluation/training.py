@@ -54,13 +54,13 @@ class TrainingImages(ImageSet):
     def __init__(self, dataset: ImageDataset, count: int) -> None:
         super().__init__("the training data", count)
         paths = [dataset.local_images[index * len(dataset) // count] for index in range(count)]
-        kind: dict[str, Any] = {"image_channels": dataset.image_channels, "on_bad_image": dataset.on_bad_image}
-        self._dataset = ImageDataset(dataset.resolution, paths, random_flip=False, seed=dataset.seed, **kind)
+        options = replace(dataset.options, cache_images=False, fast_decode=False)
+        self._dataset = ImageDataset(dataset.resolution, paths, random_flip=False, options=options)
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         for start in range(first * size, self.count, step * size):
             indices = range(start, min(start + size, self.count))
-            images = np.stack([self._dataset.take((0, index))[0][0] for index in indices])
+            images = np.stack([self._dataset[0, index][0] for index in indices])
             yield [to_rgb(np.round(levels(images)).astype(np.uint8).transpose(0, 2, 3, 1))]
 
 
@@ -106,7 +106,7 @@ class Evaluation:
     def _prepare(self, config: TrainEvaluationConfig, stream: ImageStream) -> Side:
         """The features of the reference; those of training data are not cached, since a digest would read it all."""
         if config.eval_reference:
-            images = open_images(config.eval_reference, None, stream.dataset.data_range)
+            images = open_images(config.eval_reference, None, stream.dataset.options.data_range)
         else:
             count = min(len(stream.dataset), max(REFERENCE_IMAGES, config.eval_samples))
             images = TrainingImages(stream.dataset, count)

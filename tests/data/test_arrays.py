@@ -18,7 +18,6 @@ from guided_diffusion.commands.npz_files import from_images
 from guided_diffusion.commands.sections import FromImagesConfig
 from guided_diffusion.commands.training import open_streams
 from guided_diffusion.config import UNetConfig
-from guided_diffusion.data import archives
 from guided_diffusion.data.conditioning import CondKind, CondSource, Pairing
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.data.sources import UnreadableImage, find_images, read_image
@@ -148,10 +147,10 @@ def test_nothing_large_is_held_without_need(tmp_path: Path, monkeypatch: pytest.
     np.save(tmp_path / "x.npy", PIXELS)
     batch(tmp_path / "x.npy")
     np.save(tmp_path / "x.npy", np.asfortranarray(PIXELS))
-    with pytest.raises(
-        ValueError, match=r"an array of 630 bytes, more than the 100 that are held: np.save it in C order"
-    ):
-        batch(tmp_path / "x.npy")
+    batch(tmp_path / "x.npy")
+    np.savez_compressed(tmp_path / "x.npz", PIXELS)
+    with pytest.raises(ValueError, match=r"an array of 630 bytes, more than the 100 that are held"):
+        batch(tmp_path / "x.npz")
 
 
 def test_rows_are_names(tmp_path: Path) -> None:
@@ -162,7 +161,6 @@ def test_rows_are_names(tmp_path: Path) -> None:
     for name in ("000007.npy", "7.png", "-1.npy"):
         with pytest.raises(UnreadableImage, match="not in the array"):
             read_image(listing.path(name), 3)
-    assert isinstance(listing.images, archives.Numbered)
 
 
 # ---- zips

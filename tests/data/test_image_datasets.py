@@ -619,7 +619,12 @@ LABEL_ERRORS = {
     "broken json": ({"dataset.json": b"{"}, "a.png", {}, r"it is not \{\"labels\""),
     "vector": ({"dataset.json": json_file(("a.png", [0.5]))}, "a.png", {}, r"label \[0.5\] of 'a.png' is neither"),
     "half a row": ({"labels.csv": csv_file("file,label", "a.png")}, "a.png", {}, "the line 'a.png' is not"),
-    "rule": ({}, "a_1.png", {"class_from": "folders"}, "'folders' is none of auto, .*did you mean folder"),
+    "rule": (
+        {},
+        "a_1.png",
+        {"class_from": "folders"},
+        "class_from must be one of auto, .*got 'folders'; did you mean folder",
+    ),
     "no effect": ({}, "a_1.png", {"class_cond": False, "class_from": "folder"}, "have no effect; set class_cond"),
     "no table": ({}, "a_1.png", {"classes": "/nowhere/classes.json"}, "'/nowhere/classes.json' is no table of classes"),
 }
@@ -835,10 +840,10 @@ STREAM_ERRORS = {
     ),
     "many ranks": ({"batch_size": 1, "world_size": 5, "rank": 4}, "start at most 3 ranks"),
     "in order": ({"batch_size": 9, "deterministic": True}, "fewer than one global batch of 9"),
-    "nothing": ({"batch_size": 0}, "batch_size 0 with num_workers 0"),
-    "workers": ({"batch_size": 1, "num_workers": -1}, "num_workers >= 0"),
-    "rank": ({"batch_size": 1, "rank": 2, "world_size": 2}, "rank 2 is not one of 2"),
-    "seed": ({"batch_size": 1, "seed": -1}, "seed -1 is negative"),
+    "nothing": ({"batch_size": 0}, "batch_size 0 on rank 0 of 1: give 1 or more"),
+    "workers": ({"batch_size": 1, "num_workers": -1}, "num_workers -1 must not be negative"),
+    "rank": ({"batch_size": 1, "rank": 2, "world_size": 2}, "batch_size 1 on rank 2 of 2"),
+    "seed": ({"batch_size": 1, "seed": -1}, "seed -1 and num_workers 0 must not be negative"),
     "size": ({"batch_size": 1, "image_size": "4by4"}, "'4by4' is not a size"),
 }
 

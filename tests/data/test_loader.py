@@ -27,7 +27,7 @@ from guided_diffusion.data import cache, items, sources
 from guided_diffusion.data.archives import Archive
 from guided_diffusion.data.conditioning import CondKind, Pairing
 from guided_diffusion.data.crops import center_crop_arr, largest_cover, random_crop_arr, shrunk, shrunk_size, size_of
-from guided_diffusion.data.sources import UnreadableImage, read_image, read_size, read_whole
+from guided_diffusion.data.sources import UnreadableImage, read_decoded, read_image, read_size
 from guided_diffusion.image_datasets import ImageStream, load_data, load_superres_data
 from guided_diffusion.runtime import files
 from guided_diffusion.runtime.pictures import to_unit
@@ -119,43 +119,42 @@ def test_members_are_what_zipfile_reads(tmp_path: Path, method: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["stored", "deflate"])
-def test_a_damaged_zip_gives_what_zipfile_makes_of_it(tmp_path: Path, method: str) -> None:
-    """The same bytes or the same sentence for every member, wherever a bit is flipped, and however it is cut."""
-    rng, whole = np.random.default_rng(0), zipped(tmp_path / "a.zip", METHODS[method]).read_bytes()
+def test_of_a_damaged_zip_sound_members_are_read_and_others_refused(tmp_path: Path, method: str) -> None:
+    """Wherever a bit is flipped: the content that was packed, or a sentence; never less than zipfile itself reads."""
+    rng, path = np.random.default_rng(0), zipped(tmp_path / "a.zip", METHODS[method])
+    with zipfile.ZipFile(path) as sound:
+        contents = {sound.read(name) for name in sound.namelist()}
+    whole, refused = path.read_bytes(), 0
     headers = [place for place in range(len(whole)) if whole[place : place + 2] == b"PK"]
-    refused = 0
     for number in range(250):
         content = bytearray(whole)
         place = rng.choice(headers) + rng.integers(46) if number % 2 else rng.integers(len(whole))
         content[min(place, len(whole) - 1)] ^= 1 << rng.integers(8)
-        path = tmp_path / "b.zip"
-        path.write_bytes(content)
+        (tmp_path / "b.zip").write_bytes(content)
         try:
-            archive, reference = Archive(str(path)), files.open_archive(str(path))
+            archive, reference = Archive(str(tmp_path / "b.zip")), files.open_archive(str(tmp_path / "b.zip"))
         except ValueError:
             continue
         for member in reference.infolist():
             found = outcome(archive.read, member.filename.replace("\\", "/"))
-            assert found == outcome(lambda name: files.read_member(reference, name), member.filename)  # noqa: B023
+            assert isinstance(found, str) or found in contents
+            expected = outcome(lambda name: files.read_member(reference, name), member.filename)  # noqa: B023
+            assert isinstance(found, bytes) or found == expected
             refused += isinstance(found, str)
         archive.close()
         reference.close()
     assert refused > 30
 
 
-def test_sound_members_need_no_position_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads read at the same time from one handle, which nobody moves, and zipfile has no part in it."""
+def test_threads_read_at_once(tmp_path: Path) -> None:
     path = zipped(tmp_path / "a.zip", zipfile.ZIP_DEFLATED)
     archive = Archive(str(path))
-    monkeypatch.setattr(archive, "_read_otherwise", lambda name: pytest.fail(f"zipfile reads {name}"))
-    position = archive._zip.fp.tell()
     with zipfile.ZipFile(path) as reference:
-        names = reference.namelist()
-        expected = [reference.read(name) for name in names]
-    found: list[Any] = []
+        expected = {name: reference.read(name) for name in reference.namelist()}
+    found: list[bool] = []
 
     def read() -> None:
-        found.append(all([archive.read(name) for name in names] == expected for _ in range(20)))
+        found.append(all(archive.read(name) == content for _ in range(20) for name, content in expected.items()))
 
     threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
@@ -163,22 +162,18 @@ def test_sound_members_need_no_position_in_the_file(tmp_path: Path, monkeypatch:
     for thread in threads:
         thread.join()
     assert found == [True] * 4
-    assert archive._zip.fp.tell() == position
 
 
 def test_where_the_system_reads_no_places_zipfile_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = zipped(tmp_path / "a.zip")
-    archive, others = Archive(str(path)), 0
+    archive = Archive(str(path))
 
     def refuse(*_: int) -> bytes:
-        nonlocal others
-        others += 1
         raise OSError("Illegal seek")
 
     monkeypatch.setattr(os, "pread", refuse)
     with zipfile.ZipFile(path) as reference:
         assert all(archive.read(name) == reference.read(name) for name in reference.namelist())
-        assert others == len(reference.namelist())
 
 
 def test_a_closed_zip_reads_from_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,16 +183,6 @@ def test_a_closed_zip_reads_from_no_other_file(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it reads"))
     with pytest.raises(ValueError, match="closed"):
         archive.read("a.bin")
-
-
-def test_a_member_ends_where_zipfile_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the very start of the file, too, where nothing of it is left."""
-    archive = Archive(str(zipped(tmp_path / "a.zip")))
-    member = archive._zip.NameToInfo["a.bin"]
-    ends = {None: archive._size, 0: 0, 50: 50, 10**9: archive._size}
-    for end, expected in ends.items():
-        monkeypatch.setattr(zipfile.ZipInfo, "_end_offset", end, raising=False)
-        assert archive._end(member) == expected
 
 
 def test_many_zips_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,11 +390,11 @@ def test_jpegs_are_decoded_at_a_part_that_covers_what_is_needed(tmp_path: Path, 
     path = jpeg(tmp_path / "1.jpg", waves(375, 500), exif=exif)
     for at_least, part in {(375, 500): 1, (188, 10): 1, (187, 250): 2, (64, 64): 4, (46, 62): 8, (1, 1): 8}.items():
         sides = at_least[::-1] if turned else at_least
-        picture, size = read_whole(path, 3, sides)
+        picture, size = read_decoded(path, 3, sides)
         expected = (375 // part, 500 // part)
         assert size_of(picture) == (expected[::-1] if turned else expected)
         assert size == ((500, 375) if turned else (375, 500))
-    assert size_of(read_whole(path, 3).picture) == size
+    assert size_of(read_decoded(path, 3).picture) == size
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
@@ -440,7 +425,7 @@ def test_a_damaged_jpeg_is_unreadable_at_any_part_of_its_size(tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:-900])
     for at_least in (None, (8, 8)):
         with pytest.raises(UnreadableImage, match="truncated"):
-            read_whole(str(path), 3, at_least)
+            read_decoded(str(path), 3, at_least)
 
 
 def test_largest_cover_is_what_random_crops_need_at_most() -> None:
@@ -458,13 +443,13 @@ def test_the_flags_reach_the_images(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert streams.validation is not None
     for stream, kept in ((streams.train, True), (streams.validation, False)):
         assert next(stream)[0].dtype == th.uint8
-        assert stream.dataset.fast_decode
+        assert stream.dataset.options.fast_decode
         assert bool(stream.dataset.cache) == kept
     read: list[str] = []
     monkeypatch.setattr(
         items,
-        "read_whole",
-        lambda path, *rest, **options: read.append(path) or read_whole(path, *rest, **options),
+        "read_decoded",
+        lambda path, *rest, **options: read.append(path) or read_decoded(path, *rest, **options),
     )
     for _ in range(9):
         next(streams.train)
@@ -508,7 +493,8 @@ def test_the_log_has_the_wait_of_the_rank_that_waited_longest(tmp_path: Path, ra
     script.write_text(
         textwrap.dedent("""
             from types import SimpleNamespace
-            from guided_diffusion import dist_util, logger, meter
+            from guided_diffusion import dist_util, logger
+            from guided_diffusion.training import meter
 
             clock = [0.0]
             meter.time = SimpleNamespace(perf_counter=lambda: clock[0])

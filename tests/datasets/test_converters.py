@@ -459,9 +459,9 @@ HOSTILE = {
         edit_lsun,
         {"bedroom": 3, "church-outdoor": 0, "empty": 0, "tower": 0, "zoo": 0},
         {
-            "church_outdoor_train_lmdb": "it is an LMDB of format 999, where format 1 is read",
+            "church_outdoor_train_lmdb": "LMDB data format v999 is not supported",
             "empty_lmdb": "a class with no images",
-            "tower_lmdb": "it is no LMDB",
+            "tower_lmdb": "File is not an LMDB file",
             "zoo_lmdb": "it was cut",
         },
     ),

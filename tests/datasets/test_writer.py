@@ -1,4 +1,4 @@
-"""What all scripts in datasets/ share: the writer with its journal, and the readers of tars, pickles and LMDBs."""
+"""What all scripts in datasets/ share: the writer with its journal, and the readers of tars and pickles."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import json
 import os
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 import zipfile
 from dataclasses import replace
 
-import lmdb
 import numpy as np
 import pytest
-from dataset_sources import packed, pixels, tar_of
+from dataset_sources import ROOT, SCRIPTS, packed, pixels, tar_of
+from PIL import Image
 
 from conversion import output, pickles
 from conversion.config import ConversionConfig
-from conversion.images import Item, Recipe, Source, bad, encode_all, of_pixels
-from conversion.lmdb import Lmdb
-from conversion.output import FolderSink, Journal, ZipSink
+from conversion.images import Item, Recipe, Source, bad, encode, of_pixels
+from conversion.output import Folder, Journal, Zip
 from conversion.tars import Truncated, members
 from conversion.writer import ClassNames, convert
 
@@ -117,10 +118,10 @@ def test_a_kill_at_any_place_changes_nothing(config, name, skip_bad, monkeypatch
     assert contents(os.path.dirname(config.out)) == whole
 
 
-@pytest.mark.parametrize("sink", [FolderSink, ZipSink])
+@pytest.mark.parametrize("sink", [Folder, Zip])
 def test_a_kill_at_the_very_end_changes_nothing(config, sink, monkeypatch):
     """The directory of the zip is written, and reports and checksums; only the name is not given yet."""
-    config = replace(config, out=config.out if sink is ZipSink else config.out[: -len(".zip")])
+    config = replace(config, out=config.out if sink is Zip else config.out[: -len(".zip")])
     whole = result(config, "whole")
 
     def kill(*_):
@@ -294,6 +295,13 @@ def test_a_full_disk_is_told_and_survived(config, monkeypatch):
     assert result(config, "out") == result(config, "whole")
 
 
+def test_workers_load_no_torch():
+    """Which would take each of them seconds and memory."""
+    code = "import sys, conversion.images; sys.exit('torch' in sys.modules)"
+    folders = os.pathsep.join([str(ROOT), str(SCRIPTS)])
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folders}, check=True)
+
+
 class Deadly(bytes):
     """Ends the worker that it is sent to."""
 
@@ -355,30 +363,31 @@ def test_names_of_their_own_come_once(config, monkeypatch):
 
 def test_what_is_kept_and_what_is_made():
     png, jpeg, webp = (packed(1, kind) for kind in ("PNG", "JPEG", "WEBP"))
-    kept = encode_all([png, jpeg], Recipe())
-    assert [(end, content) for end, content in kept] == [(".png", png), (".jpg", jpeg)]
-    assert [made.extension for made in encode_all([webp, pixels(1)], Recipe())] == [".png", ".png"]
-    assert [made.extension for made in encode_all([png, jpeg, webp], Recipe(format="jpeg"))] == [".jpg"] * 3
-    assert encode_all([jpeg], Recipe(format="png", size=4)) != encode_all(
-        [jpeg], Recipe(format="png", size=4, crop="box")
-    )
-    assert [len(made.content) < 300 for made in encode_all([png], Recipe(format="jpeg", quality=1))] == [False]
+    assert encode(png, Recipe()) == (".png", png)
+    assert encode(jpeg, Recipe()) == (".jpg", jpeg)
+    assert [encode(content, Recipe()).extension for content in (webp, pixels(1))] == [".png", ".png"]
+    assert {encode(content, Recipe(format="jpeg")).extension for content in (png, jpeg, webp)} == {".jpg"}
+    small = [encode(jpeg, Recipe(format="png", size=4, crop=crop)) for crop in ("center", "box")]
+    assert small[0] != small[1]
+    assert len(encode(png, Recipe(format="jpeg", quality=1)).content) >= 300
 
 
-def test_pictures_that_do_harm_are_no_pictures():
-    bomb = io.BytesIO()
-    from PIL import Image
-
-    Image.new("1", (20000, 20000)).save(bomb, "PNG")
-    thin = io.BytesIO()
-    Image.new("1", (200000, 2)).save(thin, "PNG")
-    faults = encode_all([bomb.getvalue(), b"%!PS-Adobe-3.0 EPSF-3.0\n"], Recipe())
-    faults += encode_all([thin.getvalue()], Recipe(size=64)) + encode_all(
-        [thin.getvalue()], Recipe(size=64, crop="box")
-    )
-    for fault, word in zip(faults, ("pixels", "no image", "long and thin", "long and thin"), strict=True):
-        assert isinstance(fault, str)
-        assert word in fault
+@pytest.mark.parametrize(
+    ("size", "recipe", "word"),
+    [
+        ((20000, 20000), Recipe(), "pixels"),
+        ((200000, 2), Recipe(size=64), "long and thin"),
+        ((200000, 2), Recipe(size=64, crop="box"), "long and thin"),
+        (None, Recipe(), "no image"),
+    ],
+)
+def test_pictures_that_do_harm_are_no_pictures(size, recipe, word):
+    file = io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    if size:
+        Image.new("1", size).save(file, "PNG")
+    fault = encode(file.getvalue(), recipe)
+    assert isinstance(fault, str)
+    assert word in fault
 
 
 # ---- tars
@@ -502,73 +511,3 @@ def test_garbage_in_a_pickle_is_told():
         damaged = bytearray(content)
         damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         assert "\n" not in fault_of(pickles.load, bytes(damaged))
-
-
-# ---- LMDBs
-
-
-def write_lmdb(path, seed=0, largest=20000):
-    """A database with values of all sizes and a history: pages that were freed and used again."""
-    rng, wanted = random.Random(seed), {}
-    with lmdb.open(str(path), map_size=2**26, sync=False) as database:
-        for _ in range(3):
-            with database.begin(write=True) as transaction:
-                for _ in range(150):
-                    key, value = (
-                        rng.randbytes(rng.randrange(1, 40)),
-                        rng.randbytes(rng.choice([0, 9, 900, 3000, largest])),
-                    )
-                    wanted[key] = value
-                    transaction.put(key, value)
-                for key in rng.sample(sorted(wanted), 40):
-                    transaction.delete(key)
-                    del wanted[key]
-    return wanted
-
-
-def read_lmdb(path):
-    database = Lmdb(str(path))
-    try:
-        return {key: database.value(place) for key, place in database.places()}, len(database)
-    finally:
-        database.close()
-
-
-def test_an_lmdb_reads_as_the_library_wrote_it(tmp_path):
-    for seed in range(3):
-        wanted = write_lmdb(tmp_path / str(seed), seed)
-        got, count = read_lmdb(tmp_path / str(seed))
-        assert list(got.items()) == sorted(wanted.items())
-        assert count == len(wanted)
-    assert read_lmdb(tmp_path / "0" / "data.mdb") == read_lmdb(tmp_path / "0")
-
-
-def test_garbage_in_an_lmdb_is_told(tmp_path):
-    write_lmdb(tmp_path, largest=5000)
-    path, rng = tmp_path / "data.mdb", random.Random(0)
-    content = path.read_bytes()
-    told = 0
-    for number in range(60):
-        damaged = bytearray(content)
-        for _ in range(20):
-            page = rng.randrange(len(content) // 4096) * 4096
-            damaged[page + rng.randrange(64)] = rng.randrange(256)
-        path.write_bytes(damaged if number % 3 else damaged[: rng.randrange(len(damaged))])
-        fault = fault_of(read_lmdb, path)
-        assert "\n" not in fault
-        told += bool(fault)
-    assert told > 20
-
-
-def test_an_lmdb_whose_pages_name_each_other_ends(tmp_path):
-    write_lmdb(tmp_path)
-    path = tmp_path / "data.mdb"
-    content = bytearray(path.read_bytes())
-    pages = [place for place in range(8192, len(content), 4096) if content[place + 10] == 1]
-    assert pages, "the tree has branches"
-    for place in pages:
-        first = place + int.from_bytes(content[place + 16 : place + 18], "little")
-        content[first : first + 6] = (place // 4096).to_bytes(4, "little") + b"\0\0"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="is no part of a tree"):
-        read_lmdb(path)
