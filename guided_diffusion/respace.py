@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
+from .diffusion.forward_process import Tables, table_of
 from .diffusion.methods import Model
 from .gaussian_diffusion import GaussianDiffusion, Losses
 from .runtime.seeds import to_device
@@ -250,7 +251,7 @@ class SpacedDiffusion(GaussianDiffusion):
         if isinstance(model, _WrappedModel):
             return model
         wrapped = _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
-        wrapped.maps = self.__dict__.setdefault("_maps", {})
+        wrapped.tables = self._tables
         return wrapped
 
     def _scale_timesteps(self, t: th.Tensor) -> th.Tensor:
@@ -260,12 +261,13 @@ class SpacedDiffusion(GaussianDiffusion):
 class _WrappedModel:
     """A network or cond_fn that is called with t and fed the timestep of training; a real t is one already."""
 
+    tables: Tables | None = None  # of the process, which keeps the map in them
+
     def __init__(
         self, model: Any, timestep_map: Sequence[float], rescale_timesteps: bool, original_num_steps: int
     ) -> None:
         self.model, self.timestep_map = model, timestep_map
         self.rescale_timesteps, self.original_num_steps = rescale_timesteps, original_num_steps
-        self.maps: dict[object, tuple[list[float], th.Tensor]] = {}  # on each device, and of which numbers
 
     def __call__(self, x: th.Tensor, ts: th.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not ts.is_floating_point():
@@ -275,12 +277,13 @@ class _WrappedModel:
         return self.model(x, ts, *args, **kwargs)
 
     def _map(self, device: th.device, whole: th.dtype, real: th.dtype) -> th.Tensor:
-        """The timestep map on a device; its numbers may be others than at the step before."""
-        steps, key = list(self.timestep_map), (device, whole, real)
-        if key not in self.maps or self.maps[key][0] != steps:
-            dtype = whole if all(step == int(step) for step in steps) else real
-            self.maps[key] = steps, to_device(th.tensor(steps, dtype=dtype), device)
-        return self.maps[key][1]
+        """The timestep map on a device, `real` where timesteps are fractions."""
+
+        def upload() -> th.Tensor:
+            dtype = whole if all(step == int(step) for step in self.timestep_map) else real
+            return to_device(th.tensor(self.timestep_map, dtype=dtype), device)
+
+        return table_of(self.tables, ("map", device, whole, real), [self.timestep_map], upload)
 
 
 def _alpha_bar(tau: Sequence[float], alphas_cumprod: Array) -> Array:
@@ -299,8 +302,9 @@ def respaced(process: GaussianDiffusion, grid: Grid) -> SpacedDiffusion:
     """
     kind = type(process) if isinstance(process, SpacedDiffusion) else SpacedDiffusion
     other = kind.__new__(kind)
-    own = {name: value for name, value in vars(process).items() if not callable(getattr(kind, name, None))}
-    vars(other).update({**own, "_tables": {}, "_maps": {}})
+    vars(other).update(
+        {name: value for name, value in vars(process).items() if not callable(getattr(kind, name, None))}
+    )
     alphas_cumprod = process.original_alphas_cumprod
     levels = np.append(1.0, alphas_cumprod)
     SpacedDiffusion.__init__(

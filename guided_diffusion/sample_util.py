@@ -31,6 +31,7 @@ from .runtime.results import REQUEST, read_request, refuse_another
 from .runtime.seeds import image_generator, seeded
 from .runtime.trajectory import FILM_IMAGES, Film
 from .sampling.loop import SampleOptions, network_calls
+from .sampling.prediction import traits_of
 from .sampling.samplers import make_sampler
 from .sampling.steps import StepOutput
 
@@ -91,10 +92,11 @@ def _check(job: Job, model: Model, options: SampleOptions) -> None:
             raise ValueError(f"generate() has no option {name}: it makes it for each batch from the job")
     if job.film and not can_draw(job.shape):
         raise ValueError(f"no film can show images of shape {job.shape}: leave it out, or take 1, 3 or 4 channels")
-    classes = getattr(model, "num_classes", None)
+    traits = traits_of(model)
+    classes = traits.num_classes
     if classes is not None and not job.labelled:
         raise ValueError(f"the network is class-conditional: give labels or num_classes (up to {classes})")
-    if classes is None and job.labelled and hasattr(model, "num_classes"):
+    if classes is None and job.labelled and traits.known:
         raise ValueError("the network is unconditional: give no labels, or hide them by guidance.without_labels(model)")
     if classes is not None:
         check_labels([*job.labels, job.num_classes - 1 if job.num_classes else 0], classes)

@@ -31,6 +31,7 @@ from .runtime.options import parse_rates
 from .runtime.pictures import to_unit
 from .runtime.seeds import seeded, to_device
 from .sample_util import evaluating
+from .sampling.prediction import traits_of
 from .training import checkpoints
 from .training.adamw import AdamW
 from .training.bad_steps import BadSteps
@@ -135,7 +136,7 @@ class TrainLoop:
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
         self.seed, self.config, self.hooks = seed, config, hooks
-        self.label_dropout = LabelDropout(class_dropout, getattr(model, "null_label", None))
+        self.label_dropout = LabelDropout(class_dropout, traits_of(model).null_label)
         self.step, self.resume_step, self.fsdp = 0, 0, fsdp
         self.use_fp16, self.fp16_scale_growth, self.sync_cuda = use_fp16, fp16_scale_growth, th.cuda.is_available()
         self.global_batch = batch_size * dist_util.world_size()

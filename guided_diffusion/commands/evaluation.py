@@ -90,14 +90,14 @@ def _process(config: TrainEvaluationConfig, schedule: DiffusionConfig) -> tuple[
     :raises ValueError: if they cannot be combined.
     """
     sampler = make_sampler(config.eval_sampler)
-    if getattr(sampler, "ascending", False):
+    if sampler.ascending:
         raise ValueError(f"--eval_sampler {config.eval_sampler} turns images to noise: give another, e.g. dpm++2m")
     if schedule.timestep_respacing:
         raise ValueError(
             f"--eval_interval takes steps of its own, and --timestep_respacing {schedule.timestep_respacing} trains on "
             "some alone: leave one of them out"
         )
-    grid = f"{getattr(sampler, 'grid', '')}{config.eval_steps}"
+    grid = f"{sampler.grid}{config.eval_steps}"
     return build_diffusion(replace(schedule, timestep_respacing=grid)), sampler
 
 

@@ -91,11 +91,13 @@ def calc_flow_bpd(
     x, data = _dequantized(process, model, x_start, clip_denoised, model_kwargs, options=options, generator=generator)
     probes = _probes(x, options, generator)
     slope = partial(_slope, process, model, clip_denoised=clip_denoised, kwargs=model_kwargs or {}, probes=probes)
-    start = Point(x, th.zeros(len(x), dtype=_angles(process, x).dtype, device=x.device))
-    if options.flow_solver == "heun":
-        end, evaluations = _heun(slope, start, _angles(process, x))
-    else:
-        end, evaluations = _rk45(slope, start, _angles(process, x)[[0, -1]], options.flow_tolerance)
+    angles = _angles(process, x)
+    start = Point(x, th.zeros(len(x), dtype=angles.dtype, device=x.device))
+    with process.tables_kept({}):
+        if options.flow_solver == "heun":
+            end, evaluations = _heun(slope, start, angles)
+        else:
+            end, evaluations = _rk45(slope, start, angles[[0, -1]], options.flow_tolerance)
     size = math.log(2) * x[0].numel()
     prior, volume = -_log_normal(end.x) / size, -end.volume / size
     return {

@@ -111,6 +111,8 @@ class ResBlock(TimestepBlock):
     :param up: double the resolution inside the block; `down` halves it.
     """
 
+    level = 0  # of the network, 0 at the resolution of the images; a block that changes it belongs to the higher one
+
     def __init__(
         self,
         channels: int,
@@ -260,6 +262,8 @@ class AttentionBlock(nn.Module):
     :param use_new_attention_order: the weights are laid out for QKVAttention, not for QKVAttentionLegacy.
     :param spatial: shape of the feature map in training, for use_neighborhood_attention.
     """
+
+    level = 0  # as for ResBlock
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch as th
 
@@ -37,11 +37,9 @@ from .steps import (
     Draw,
     Level,
     Predict,
-    Process,
     Sampler,
     State,
     StepOutput,
-    ends_noisy,
     mix,
     polynomial_weights,
     predict_at,
@@ -50,13 +48,14 @@ from .steps import (
     where_noisy,
 )
 
+if TYPE_CHECKING:
+    from ..diffusion.methods import SamplingMethods as Process
+    from .prediction import Prediction
+
 
 @dataclass(frozen=True)
-class Ancestral:
-    """Ancestral sampling: x_{t-1} ~ N(mean, variance) (Ho et al. 2020, algorithm 2).
-
-    Its own grid is even and rounded.
-    """
+class Ancestral(Sampler):
+    """Ancestral sampling: x_{t-1} ~ N(mean, variance) (Ho et al. 2020, algorithm 2)."""
 
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
@@ -70,10 +69,10 @@ class Ancestral:
 
 
 @dataclass(frozen=True)
-class DDIM:
+class DDIM(Sampler):
     """DDIM (Song et al. 2021, eq. 12); eta = 0 is deterministic, eta = 1 as noisy as ancestral sampling.
 
-    Of order 1 in the step size for eta = 0. Its own grid is even and rounded.
+    Of order 1 in the step size for eta = 0.
 
     :param eta: above 1 adds more noise, at most all that there is at the end of the step.
     """
@@ -98,7 +97,7 @@ class DDIM:
 
 
 @dataclass(frozen=True)
-class DDIMReverse:
+class DDIMReverse(Sampler):
     """The deterministic DDIM step backwards, x_t to x_{t+1}: encodes an image as noise (Song et al. 2021, sec. 4.3)."""
 
     ascending: ClassVar[bool] = True
@@ -122,11 +121,11 @@ ADAMS_BASHFORTH = {
 
 
 @dataclass(frozen=True)
-class PLMS:
+class PLMS(Sampler):
     """Pseudo linear multistep (Liu et al. 2022): DDIM's step along a combination of the last `order` eps.
 
     The first step is a pseudo improved Euler step, so the order in the step size is 1 for `order` 1, else 2. Its state
-    is the past eps, newest last. Its own grid is logsnr.
+    is the past eps, newest last.
     """
 
     order: int = 2
@@ -147,7 +146,8 @@ class PLMS:
         prediction = predict(x, t).guided("score")
         eps = prediction.eps
         history = (*(state or ()), eps)[-self.order :]
-        if state is None and self.order > 1 and ends_noisy(t):
+        # whether a single step leads to the image is asked of the device in a first step alone, which waits for it
+        if state is None and self.order > 1 and bool((t > 0).any()):
             ahead = self._move(process, x, t, prediction.pred_xstart, eps)
             eps = (eps + predict(ahead, (t - 1).clamp(min=0)).guided("score").eps) / 2
         else:
@@ -168,11 +168,11 @@ class PLMS:
 
 
 @dataclass(frozen=True)
-class Euler:
+class Euler(Sampler):
     """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 without its line 7).
 
-    Without churn it is DDIM with eta = 0, and of order 1. Its own grid is logsnr: karras is for noise that ends at
-    sigma / alpha = 80, and that of the schedules here goes on.
+    Without churn it is DDIM with eta = 0, and of order 1. (The grid karras is for noise that ends at sigma / alpha =
+    80, and that of the schedules here goes on.)
 
     :param churn: S_churn, how much noise is added over all steps: 0 none; sigma grows by up to 41 % per step.
     :param churn_min: sigma / alpha below which none is added, their S_tmin; `churn_max` that above which, S_tmax.
@@ -184,6 +184,7 @@ class Euler:
     churn_max: float = math.inf
     churn_noise: float = 1.0
     grid: ClassVar[str] = "logsnr"
+    needs_signal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         refuse_negative(churn=self.churn, churn_min=self.churn_min, churn_noise=self.churn_noise)
@@ -192,11 +193,6 @@ class Euler:
                 f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned"
             )
 
-    @property
-    def needs_signal(self) -> bool:
-        """Where there is none, there is nothing to churn."""
-        return self.churn > 0
-
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
@@ -204,14 +200,14 @@ class Euler:
         return prediction.output(self._along(process.at(t - 1, x), prediction)), None
 
     @staticmethod
-    def _along(end: Level, prediction: Any) -> th.Tensor:
+    def _along(end: Level, prediction: Prediction) -> th.Tensor:
         """Where a prediction leads by a straight line."""
         return mix((end.alpha, prediction.pred_xstart), (end.sigma, prediction.eps))
 
     def _noisier(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, draw: Draw
-    ) -> tuple[Any, th.Tensor, Level]:
-        """The prediction from where the churn leads, x there, and its level; never noisier than the process is."""
+    ) -> tuple[Prediction, th.Tensor, Level]:
+        """The prediction after the churn, x there, and its level; never noisier than the process is."""
         now = process.at(t, x)
         if not self.churn:
             return predict(x, t).guided("score"), x, now
@@ -219,54 +215,44 @@ class Euler:
         grown = now.ratio * (1 + min(self.churn / process.num_timesteps, 2**0.5 - 1))
         churned = (now.ratio >= self.churn_min) & (now.ratio <= self.churn_max)
         ratio = th.where(churned, grown, now.ratio).minimum(most)
-        there = Level.at_ratio(ratio)
+        level = Level.at_ratio(ratio)
         added = self.churn_noise * th.sqrt((ratio**2 - now.ratio**2).clamp(min=0))
-        x = mix((there.alpha / now.alpha, x), (there.alpha * added, draw()))
-        return predict_at(process, predict, x, there), x, there
+        x = mix((level.alpha / now.alpha, x), (level.alpha * added, draw()))
+        return predict_at(process, predict, x, level), x, level
 
 
 @dataclass(frozen=True)
 class Heun(Euler):
-    """Heun's method with churn (Karras et al. 2022, algorithm 2). Of order 2 without churn. Its own grid is logsnr."""
+    """Heun's method with churn (Karras et al. 2022, algorithm 2). Of order 2 without churn."""
 
     stages: ClassVar[int] = 2
-
-    @property
-    def needs_signal(self) -> bool:
-        """Without signal sigma / alpha is infinite, and a straight line in it has no slope."""
-        return True
+    last_step = Euler.step
 
     def step(
         self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
     ) -> tuple[StepOutput, State]:
         prediction, x, now = self._noisier(process, predict, x, t, draw)
         end = process.at(t - 1, x)
-        sample = self._along(end, prediction)
-        if ends_noisy(t):
-            there = predict(sample, (t - 1).clamp(min=0)).guided("score")
-            slope = (prediction.eps + there.eps) / 2
-            average = mix((end.alpha / now.alpha, x), (end.alpha * (end.ratio - now.ratio), slope))
-            sample = average.where(where_noisy(t, x), sample)
-        return prediction.output(sample), None
+        euler = self._along(end, prediction)
+        ahead = predict(euler, (t - 1).clamp(min=0)).guided("score")
+        slope = (prediction.eps + ahead.eps) / 2
+        heun = mix((end.alpha / now.alpha, x), (end.alpha * (end.ratio - now.ratio), slope))
+        return prediction.output(heun.where(where_noisy(t, x), euler)), None
 
 
 @dataclass(frozen=True)
 class EulerAncestral(DDIM):
-    """Euler's method to below the next noise level, and noise up to it: in these variables, DDIM, with eta = 1.
-
-    Its own grid is logsnr.
-    """
+    """Euler's method to below the next noise level, and noise up to it: in these variables, DDIM, with eta = 1."""
 
     eta: float = 1.0
     grid: ClassVar[str] = "logsnr"
 
 
 @dataclass(frozen=True)
-class LMS:
+class LMS(Sampler):
     """Linear multistep in sigma / alpha: the polynomial through the last `order` eps (Adams-Bashforth on any grid).
 
-    The first steps have fewer eps to go by, so the order in the step size is 1 for `order` 1, else 2. Its own grid is
-    logsnr.
+    The first steps have fewer eps to go by, so the order in the step size is 1 for `order` 1, else 2.
     """
 
     order: int = 4
@@ -290,7 +276,7 @@ class LMS:
         return prediction.output(sample), remember(history, ratios)
 
 
-SAMPLERS: dict[str, type[Any]] = {
+SAMPLERS: dict[str, type[Any]] = {  # a `Sampler` each, by the name that users write
     "ddpm": Ancestral,
     "ddim": DDIM,
     "ddim_reverse": DDIMReverse,
@@ -351,11 +337,13 @@ def make_sampler(name: str | Sampler, **options: Any) -> Sampler:
 
     :param name: in `SAMPLERS`, or as k-diffusion, diffusers or stable-diffusion-webui have it ("dpmpp_2m", "Euler a").
     :raises ValueError: if there is no such sampler, or it has no such option.
-    :raises TypeError: if it is neither a name nor a sampler.
+    :raises TypeError: if it is neither a name nor a `Sampler`.
     """
     if not isinstance(name, str):
-        if isinstance(name, type) or not hasattr(name, "step") or options:
-            raise TypeError(f"a sampler must be a name, or an object with a step and its own options, got {name!r}")
+        if not isinstance(name, Sampler) or options:
+            raise TypeError(
+                f"a sampler must be a name, or a Sampler (of sampling.steps) with its options, got {name!r}"
+            )
         return name
     name = _named(name)
     known = [spec.name for spec in fields(SAMPLERS[name])]

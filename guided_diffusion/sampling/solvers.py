@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch as th
 
@@ -27,17 +27,19 @@ from .steps import (
     Draw,
     Level,
     Predict,
-    Prediction,
-    Process,
+    Sampler,
     State,
     StepOutput,
-    ends_noisy,
     mix,
     polynomial_weights,
     predict_at,
     refuse_negative,
     refuse_order,
 )
+
+if TYPE_CHECKING:
+    from ..diffusion.methods import SamplingMethods as Process
+    from .prediction import Prediction
 
 
 def integral(
@@ -121,8 +123,8 @@ def data_multistep(
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2M:
-    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2. Its own grid is logsnr."""
+class DPMSolverPP2M(Sampler):
+    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2."""
 
     grid: ClassVar[str] = "logsnr"
 
@@ -134,11 +136,8 @@ class DPMSolverPP2M:
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2MSDE:
-    """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M).
-
-    Its own grid is logsnr.
-    """
+class DPMSolverPP2MSDE(Sampler):
+    """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M)."""
 
     eta: float = 1.0
     grid: ClassVar[str] = "logsnr"
@@ -157,8 +156,7 @@ class DPMSolverPP2MSDE:
 class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
     """SDE-DPM-Solver++(3M), multistep, along the parabola through three predictions of x_0 (Lu et al. 2022b, app. B).
 
-    The published code halves the second difference and so falls back to order 2; here the parabola is exact. Its own
-    grid is logsnr.
+    The published code halves the second difference and so falls back to order 2; here the parabola is exact.
     """
 
     def step(
@@ -168,26 +166,25 @@ class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
         return data_multistep(process, prediction, x, t, state, points=3, eta=self.eta, noise=draw())
 
 
+# ---- singlestep: by way of the middle of the step, or of its thirds
+
+
 def through_middle(
     process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, advance: Callable[..., th.Tensor], what: str
 ) -> StepOutput:
     """A step along the prediction in its middle, of `what` ("pred_xstart" or "eps") that `advance` goes by."""
     prediction = predict(x, t).guided("score")
     now, end = process.at(t, x), process.at(t - 1, x)
-    value: th.Tensor = getattr(prediction, what)
-    if ends_noisy(t):
-        middle = Level.at_lam((now.lam + end.lam) / 2)
-        there = predict_at(process, predict, advance(now, middle, x, [value], [now.lam]), middle)
-        value = getattr(there, what).where(end.sigma > 0, value)
+    middle = Level.at_lam((now.lam + end.lam) / 2)
+    first: th.Tensor = getattr(prediction, what)
+    halfway = predict_at(process, predict, advance(now, middle, x, [first], [now.lam]), middle)
+    value = getattr(halfway, what).where(end.sigma > 0, first)
     return prediction.output(advance(now, end, x, [value], [now.lam]))
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2S:
-    """DPM-Solver++(2S), singlestep, by way of the middle of the step (Lu et al. 2022b, algorithm 1).
-
-    Of order 2. Its own grid is logsnr.
-    """
+class DPMSolverPP2S(Sampler):
+    """DPM-Solver++(2S), singlestep (Lu et al. 2022b, algorithm 1). Of order 2."""
 
     grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 2
@@ -199,15 +196,9 @@ class DPMSolverPP2S:
         return through_middle(process, predict, x, t, data_step, "pred_xstart"), None
 
 
-# ---- DPM-Solver
-
-
 @dataclass(frozen=True)
-class DPMSolver2:
-    """DPM-Solver-2, singlestep, by way of the middle of the step (Lu et al. 2022a, algorithm 1).
-
-    Of order 2. Its own grid is logsnr.
-    """
+class DPMSolver2(Sampler):
+    """DPM-Solver-2, singlestep (Lu et al. 2022a, algorithm 1). Of order 2."""
 
     grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 2
@@ -220,11 +211,8 @@ class DPMSolver2:
 
 
 @dataclass(frozen=True)
-class DPMSolver3:
-    """DPM-Solver-3, singlestep, by way of one and two thirds of the step (Lu et al. 2022a, algorithm 2).
-
-    Of order 3. Its own grid is logsnr.
-    """
+class DPMSolver3(Sampler):
+    """DPM-Solver-3, singlestep (Lu et al. 2022a, algorithm 2, with r1 = 1/3 and r2 = 2/3). Of order 3."""
 
     grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 3
@@ -236,20 +224,22 @@ class DPMSolver3:
         prediction = predict(x, t).guided("score")
         now, end = process.at(t, x), process.at(t - 1, x)
         values, lams = [prediction.eps], [now.lam]
-        if ends_noisy(t):
-            for share in (1 / 3, 2 / 3):
-                between = Level.at_lam(now.lam + share * (end.lam - now.lam))
-                there = predict_at(process, predict, noise_step(now, between, x, values, lams), between)
-                values, lams = [values[0], there.eps], [now.lam, between.lam]
+        for share in (1 / 3, 2 / 3):
+            between = Level.at_lam(now.lam + share * (end.lam - now.lam))
+            ahead = predict_at(process, predict, noise_step(now, between, x, values, lams), between)
+            values, lams = [values[0], ahead.eps], [now.lam, between.lam]
         return prediction.output(noise_step(now, end, x, values, lams)), None
 
 
+# ---- DEIS
+
+
 @dataclass(frozen=True)
-class DEIS:
+class DEIS(Sampler):
     """DEIS, multistep: the polynomial through the last `order` eps, integrated exactly (Zhang & Chen 2022, eq. 15).
 
     The polynomial is in lambda = -log rho, where their tAB-DEIS has it in t. The first steps have fewer predictions to
-    go by, so the order in the step size is 1 for `order` 1, else 2. Its own grid is logsnr.
+    go by, so the order in the step size is 1 for `order` 1, else 2.
     """
 
     order: int = 3
@@ -284,8 +274,8 @@ def predict_and_correct(
     order, noise = options.pop("order"), options.pop("noise", None)
     values, lams = recall(state[3:] if state else None, prediction.pred_xstart, now.lam, order + 1)
     if state:
-        before, known = process.at(t + 1, x), [1, 0, *range(2, len(values))]
-        past = [values[i] for i in known], [lams[i] for i in known]
+        before, newest_second = process.at(t + 1, x), [1, 0, *range(2, len(values))]
+        past = [values[i] for i in newest_second], [lams[i] for i in newest_second]
         corrected = data_step(before, now, state[0], *past, noise=None if noise is None else state[1], **options)
         x = corrected.where(x == state[2], x + corrected - state[2])
     values, lams = values[:order], lams[:order]
@@ -294,10 +284,10 @@ def predict_and_correct(
 
 
 @dataclass(frozen=True)
-class UniPC:
+class UniPC(Sampler):
     """UniPC with B(h) = e^h - 1: predicts a step, corrects it by the next prediction (Zhao et al. 2023, alg. 1 and 2).
 
-    A correction costs no evaluation of the network. Of order 2 for `order` 1, else 3. Its own grid is logsnr.
+    A correction costs no call of the network. Of order 2 for `order` 1, else 3.
     """
 
     order: int = 2
@@ -314,10 +304,10 @@ class UniPC:
 
 
 @dataclass(frozen=True)
-class SASolver:
+class SASolver(Sampler):
     """SA-Solver, stochastic Adams: a step and its correction have the same noise (Xue et al. 2023, algorithm 1).
 
-    With eta = 0 of order 2 for `order` 1, else 3. Its own grid is logsnr.
+    With eta = 0 of order 2 for `order` 1, else 3.
 
     :param eta: their tau^2: 0 is deterministic, 1 the reverse SDE.
     """
