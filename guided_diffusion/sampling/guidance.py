@@ -187,24 +187,15 @@ class GuidedNetwork(th.nn.Module, ABC):
             raise ValueError(f"rescale {rescale} is not in 0 .. 1: 0 leaves the result as it is")
         _scale_at(0.0 if callable(scale) else scale, th.zeros(1), th.zeros(1))
         self.model, self.scale, self.rescale = model, scale, rescale
-
-    @property
-    def num_classes(self) -> int | None:
-        """The classes of the model."""
-        return traits_of(self.model).num_classes
-
-    @property
-    def null_label(self) -> int | None:
-        """The label of the model that stands for no class."""
-        return traits_of(self.model).null_label
-
-    @abstractmethod
-    def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
-        """The outputs of the model and of the weaker one."""
+        _, self.num_classes, self.null_label, _ = traits_of(model)
 
     @abstractmethod
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
-        """The output of the weaker one."""
+        """The output of the weaker network."""
+
+    def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
+        """The outputs of the model and of the weaker network."""
+        return self.model(x, timesteps, **kwargs), self.weak(x, timesteps, kwargs)
 
     def limited(self, inside: Callable[[th.Tensor], th.Tensor]) -> GuidedNetwork:
         """The same guidance where `inside(timesteps)` is true, and the model alone elsewhere."""
@@ -312,10 +303,6 @@ class Autoguided(GuidedNetwork):
     def __init__(self, model: Callable[..., th.Tensor], weaker: Callable[..., th.Tensor], scale: Scale) -> None:
         super().__init__(model, scale)
         self.weaker = weaker
-
-    def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
-        """The outputs of the model and of its weaker version."""
-        return self.model(x, timesteps, **kwargs), self.weaker(x, timesteps, **kwargs)
 
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
         """The output of the weaker version."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import torch as th
 from tqdm.auto import tqdm
 
-from ..runtime.options import nearest
+from ..runtime.options import nearest, refuse
 from .prediction import traits_of
 from .samplers import DDIM, make_sampler
 from .steps import Draw, Generators, Sampler, StepOutput
@@ -303,31 +303,24 @@ def _check(sampler: Sampler, options: SampleOptions) -> None:
     image, mask, noise, start = (options.get(name) is not None for name in ("init_image", "mask", "noise", "start"))
     strength, resample, jump = options.get("strength"), options.get("resample", 1), options.get("jump", JUMP)
     clipped = options.get("clip_denoised", True) or options.get("denoised_fn") is not None
-    refused = {
-        "clip_guided has no effect where no prediction is clipped: give clip_denoised or denoised_fn": (
-            options.get("clip_guided") and not clipped
-        ),
-        f"strength {strength} is not in 0 .. 1: 1 starts from noise, 0 returns the image": (
-            strength is not None and not 0 <= strength <= 1
-        ),
-        "strength and skip_timesteps both say where to start: give one of the two": (
-            strength is not None and options.get("skip_timesteps")
-        ),
-        "strength has no effect without an init_image: give both or none": (
-            strength is not None and not image and not start
-        ),
-        "mask has no effect without an init_image: give both or none": mask and not image,
-        "start and noise both say where x is at the first step: give one of the two": start and noise,
-        "init_image has no effect beside start, where x is at first: leave one of the two out": (
-            start and image and not mask and strength is None
-        ),
-        f"resample {resample} and jump {jump} must be 1 or more": resample < 1 or jump < 1,
-        f"resample {resample} has no effect without a mask: leave it out": resample != 1 and not mask,
-        f"jump {jump} has no effect without a mask: leave it out": jump != JUMP and not mask,
-        "the sampler ddim_reverse goes from an image to noise: give init_image, and no mask or noise": (
-            sampler.ascending and (not image or mask or noise)
-        ),
-    }
-    for sentence, applies in refused.items():
-        if applies:
-            raise ValueError(sentence)
+    # fmt: off
+    refuse(
+        (options.get("clip_guided") and not clipped,
+         "clip_guided has no effect where no prediction is clipped: give clip_denoised or denoised_fn"),
+        (strength is not None and not 0 <= strength <= 1,
+         f"strength {strength} is not in 0 .. 1: 1 starts from noise, 0 returns the image"),
+        (strength is not None and options.get("skip_timesteps"),
+         "strength and skip_timesteps both say where to start: give one of the two"),
+        (strength is not None and not image and not start,
+         "strength has no effect without an init_image: give both or none"),
+        (mask and not image, "mask has no effect without an init_image: give both or none"),
+        (start and noise, "start and noise both say where x is at the first step: give one of the two"),
+        (start and image and not mask and strength is None,
+         "init_image has no effect beside start, where x is at first: leave one of the two out"),
+        (resample < 1 or jump < 1, f"resample {resample} and jump {jump} must be 1 or more"),
+        (resample != 1 and not mask, f"resample {resample} has no effect without a mask: leave it out"),
+        (jump != JUMP and not mask, f"jump {jump} has no effect without a mask: leave it out"),
+        (sampler.ascending and (not image or mask or noise),
+         "the sampler ddim_reverse goes from an image to noise: give init_image, and no mask or noise"),
+    )
+    # fmt: on

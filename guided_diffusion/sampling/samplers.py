@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch as th
+from torch import Tensor
 
 from ..runtime.options import nearest
 from .solvers import (
@@ -39,7 +40,7 @@ from .steps import (
     Predict,
     Sampler,
     State,
-    StepOutput,
+    Step,
     mix,
     polynomial_weights,
     predict_at,
@@ -57,9 +58,7 @@ if TYPE_CHECKING:
 class Ancestral(Sampler):
     """Ancestral sampling: x_{t-1} ~ N(mean, variance) (Ho et al. 2020, algorithm 2)."""
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t)
         noise = draw()
         prediction = prediction.guided("mean")
@@ -82,9 +81,7 @@ class DDIM(Sampler):
     def __post_init__(self) -> None:
         refuse_negative(eta=self.eta)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         now, before = process.alpha_bar(t, x), process.alpha_bar_prev(t, x)
         sigma = self.eta * th.sqrt((1 - before) / (1 - now) * (1 - now / before))  # eq. 16
@@ -102,9 +99,7 @@ class DDIMReverse(Sampler):
 
     ascending: ClassVar[bool] = True
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t)
         after = process.alpha_bar_next(t, x)
         sample = th.sqrt(after) * prediction.pred_xstart + th.sqrt(1 - after) * prediction.eps
@@ -140,9 +135,7 @@ class PLMS(Sampler):
     def __post_init__(self) -> None:
         refuse_order("plms", self.order, len(ADAMS_BASHFORTH))
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         eps = prediction.eps
         history = (*(state or ()), eps)[-self.order :]
@@ -158,7 +151,7 @@ class PLMS(Sampler):
         return prediction.output(sample) | {"old_eps": list(history)}, history
 
     @staticmethod
-    def _move(process: Process, x: th.Tensor, t: th.Tensor, xstart: th.Tensor, eps: th.Tensor) -> th.Tensor:
+    def _move(process: Process, x: Tensor, t: Tensor, xstart: Tensor, eps: Tensor) -> Tensor:
         """DDIM's step with eta = 0 along a given eps."""
         before = process.alpha_bar_prev(t, x)
         return th.sqrt(before) * xstart + th.sqrt(1 - before) * eps
@@ -193,20 +186,18 @@ class Euler(Sampler):
                 f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned"
             )
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction, _, _ = self._noisier(process, predict, x, t, draw)
         return prediction.output(self._along(process.at(t - 1, x), prediction)), None
 
     @staticmethod
-    def _along(end: Level, prediction: Prediction) -> th.Tensor:
+    def _along(end: Level, prediction: Prediction) -> Tensor:
         """Where a prediction leads by a straight line."""
         return mix((end.alpha, prediction.pred_xstart), (end.sigma, prediction.eps))
 
     def _noisier(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, draw: Draw
-    ) -> tuple[Prediction, th.Tensor, Level]:
+        self, process: Process, predict: Predict, x: Tensor, t: Tensor, draw: Draw
+    ) -> tuple[Prediction, Tensor, Level]:
         """The prediction after the churn, x there, and its level; never noisier than the process is."""
         now = process.at(t, x)
         if not self.churn:
@@ -228,9 +219,7 @@ class Heun(Euler):
     stages: ClassVar[int] = 2
     last_step = Euler.step
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction, x, now = self._noisier(process, predict, x, t, draw)
         end = process.at(t - 1, x)
         euler = self._along(end, prediction)
@@ -262,9 +251,7 @@ class LMS(Sampler):
     def __post_init__(self) -> None:
         refuse_order("lms", self.order, 4)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         now, end = process.at(t, x), process.at(t - 1, x)
         history, ratios = recall(state, prediction.eps, now.ratio, self.order)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch as th
+from torch import Tensor
 
 from .steps import (
     Draw,
@@ -29,12 +30,14 @@ from .steps import (
     Predict,
     Sampler,
     State,
+    Step,
     StepOutput,
     mix,
     polynomial_weights,
     predict_at,
     refuse_negative,
     refuse_order,
+    where_noisy,
 )
 
 if TYPE_CHECKING:
@@ -43,8 +46,8 @@ if TYPE_CHECKING:
 
 
 def integral(
-    now: Level, end: Level, values: Sequence[th.Tensor], lams: Sequence[th.Tensor], *, rate: float, halved: bool = False
-) -> th.Tensor:
+    now: Level, end: Level, values: Sequence[Tensor], lams: Sequence[Tensor], *, rate: float, halved: bool = False
+) -> Tensor:
     """int_0^h rate e^(rate (v - h)) p(v) dv for the polynomial p through `values` at `lams`; values[0] is at `now`.
 
     :param halved: with two values, p's value in the middle of the step in place of p, which is of the same order.
@@ -69,14 +72,14 @@ def integral(
 def data_step(
     now: Level,
     end: Level,
-    x: th.Tensor,
-    values: Sequence[th.Tensor],
-    lams: Sequence[th.Tensor],
+    x: Tensor,
+    values: Sequence[Tensor],
+    lams: Sequence[Tensor],
     *,
     eta: float = 0.0,
-    noise: th.Tensor | None = None,
+    noise: Tensor | None = None,
     halved: bool = False,
-) -> th.Tensor:
+) -> Tensor:
     """Equation (3), and (1) where eta is 0, with the polynomial through predictions of x_0."""
     shrink = end.sigma * now.alpha / (end.alpha * now.sigma)  # e^-h
     drift = integral(now, end, values, lams, rate=1 + eta, halved=halved)
@@ -84,9 +87,7 @@ def data_step(
     return mix(*terms) if noise is None else mix(*terms, (end.sigma * th.sqrt(1 - shrink ** (2 * eta)), noise))
 
 
-def noise_step(
-    now: Level, end: Level, x: th.Tensor, values: Sequence[th.Tensor], lams: Sequence[th.Tensor]
-) -> th.Tensor:
+def noise_step(now: Level, end: Level, x: Tensor, values: Sequence[Tensor], lams: Sequence[Tensor]) -> Tensor:
     """Equation (2) with the polynomial through predictions of eps; to the image, along the first of them."""
     first = mix((end.alpha / now.alpha, x), (end.sigma - end.alpha * now.ratio, values[0]))
     if len(values) == 1:
@@ -95,13 +96,13 @@ def noise_step(
     return mix((end.alpha / now.alpha, x), (end.sigma, drift)).where(end.sigma > 0, first)
 
 
-def recall(state: State, newest: th.Tensor, lam: th.Tensor, most: int) -> tuple[list[th.Tensor], list[th.Tensor]]:
+def recall(state: State, newest: Tensor, lam: Tensor, most: int) -> tuple[list[Tensor], list[Tensor]]:
     """Predictions and their lambdas, newest first, at most so many; a state is value, lambda, value, lambda, ..."""
     past = (newest, lam, *(state or ()))[: 2 * most]
     return list(past[::2]), list(past[1::2])
 
 
-def remember(values: Sequence[th.Tensor], lams: Sequence[th.Tensor]) -> tuple[th.Tensor, ...]:
+def remember(values: Sequence[Tensor], lams: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The state that `recall` reads."""
     return tuple(part for pair in zip(values, lams, strict=True) for part in pair)
 
@@ -110,8 +111,8 @@ def remember(values: Sequence[th.Tensor], lams: Sequence[th.Tensor]) -> tuple[th
 
 
 def data_multistep(
-    process: Process, prediction: Prediction, x: th.Tensor, t: th.Tensor, state: State, **options: Any
-) -> tuple[StepOutput, State]:
+    process: Process, prediction: Prediction, x: Tensor, t: Tensor, state: State, **options: Any
+) -> Step:
     """A step along the last `points` predictions of x_0.
 
     :param options: `points`, and those of `data_step`.
@@ -128,9 +129,7 @@ class DPMSolverPP2M(Sampler):
 
     grid: ClassVar[str] = "logsnr"
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return data_multistep(process, prediction, x, t, state, points=2, halved=True)
 
@@ -145,9 +144,7 @@ class DPMSolverPP2MSDE(Sampler):
     def __post_init__(self) -> None:
         refuse_negative(eta=self.eta)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return data_multistep(process, prediction, x, t, state, points=2, halved=True, eta=self.eta, noise=draw())
 
@@ -159,9 +156,7 @@ class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
     The published code halves the second difference and so falls back to order 2; here the parabola is exact.
     """
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return data_multistep(process, prediction, x, t, state, points=3, eta=self.eta, noise=draw())
 
@@ -170,16 +165,16 @@ class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
 
 
 def through_middle(
-    process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, advance: Callable[..., th.Tensor], what: str
+    process: Process, predict: Predict, x: Tensor, t: Tensor, advance: Callable[..., Tensor], what: str
 ) -> StepOutput:
     """A step along the prediction in its middle, of `what` ("pred_xstart" or "eps") that `advance` goes by."""
     prediction = predict(x, t).guided("score")
     now, end = process.at(t, x), process.at(t - 1, x)
     middle = Level.at_lam((now.lam + end.lam) / 2)
-    first: th.Tensor = getattr(prediction, what)
-    halfway = predict_at(process, predict, advance(now, middle, x, [first], [now.lam]), middle)
-    value = getattr(halfway, what).where(end.sigma > 0, first)
-    return prediction.output(advance(now, end, x, [value], [now.lam]))
+    x_middle = advance(now, middle, x, [getattr(prediction, what)], [now.lam])
+    value = getattr(predict_at(process, predict, x_middle, middle), what)
+    sample = advance(now, end, x, [value], [now.lam]).where(where_noisy(t, x), prediction.pred_xstart)
+    return prediction.output(sample)
 
 
 @dataclass(frozen=True)
@@ -190,9 +185,7 @@ class DPMSolverPP2S(Sampler):
     stages: ClassVar[int] = 2
     needs_signal: ClassVar[bool] = True
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         return through_middle(process, predict, x, t, data_step, "pred_xstart"), None
 
 
@@ -204,9 +197,7 @@ class DPMSolver2(Sampler):
     stages: ClassVar[int] = 2
     needs_signal: ClassVar[bool] = True
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         return through_middle(process, predict, x, t, noise_step, "eps"), None
 
 
@@ -218,9 +209,7 @@ class DPMSolver3(Sampler):
     stages: ClassVar[int] = 3
     needs_signal: ClassVar[bool] = True
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         now, end = process.at(t, x), process.at(t - 1, x)
         values, lams = [prediction.eps], [now.lam]
@@ -228,7 +217,8 @@ class DPMSolver3(Sampler):
             between = Level.at_lam(now.lam + share * (end.lam - now.lam))
             ahead = predict_at(process, predict, noise_step(now, between, x, values, lams), between)
             values, lams = [values[0], ahead.eps], [now.lam, between.lam]
-        return prediction.output(noise_step(now, end, x, values, lams)), None
+        sample = noise_step(now, end, x, values, lams).where(where_noisy(t, x), prediction.pred_xstart)
+        return prediction.output(sample), None
 
 
 # ---- DEIS
@@ -249,9 +239,7 @@ class DEIS(Sampler):
     def __post_init__(self) -> None:
         refuse_order("deis", self.order, 4)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         now, end = process.at(t, x), process.at(t - 1, x)
         values, lams = recall(state, prediction.eps, now.lam, self.order)
@@ -262,8 +250,8 @@ class DEIS(Sampler):
 
 
 def predict_and_correct(
-    process: Process, prediction: Prediction, x: th.Tensor, t: th.Tensor, state: State, **options: Any
-) -> tuple[StepOutput, State]:
+    process: Process, prediction: Prediction, x: Tensor, t: Tensor, state: State, **options: Any
+) -> Step:
     """Take the step that led to x again, now that the prediction at its end is known; then the next one.
 
     The state begins with where that step started, its noise, and where it led: what was pasted over that since stays.
@@ -296,9 +284,7 @@ class UniPC(Sampler):
     def __post_init__(self) -> None:
         refuse_order("unipc", self.order, 3)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return predict_and_correct(process, prediction, x, t, state, order=self.order, halved=True)
 
@@ -320,8 +306,6 @@ class SASolver(Sampler):
         refuse_order("sa", self.order, 3)
         refuse_negative(eta=self.eta)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return predict_and_correct(process, prediction, x, t, state, order=self.order, eta=self.eta, noise=draw())

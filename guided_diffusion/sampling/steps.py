@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, NotRequired, TypedDict
 
 import torch as th
 import torch.nn.functional as F
+from torch import Tensor
 
 from .schedules import NO_SIGNAL
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from ..diffusion.methods import SamplingMethods as Process
     from .prediction import Prediction
 
-State = tuple[th.Tensor, ...] | None
-Draw = Callable[[], th.Tensor]
-Predict = Callable[[th.Tensor, th.Tensor], "Prediction"]
+State = tuple[Tensor, ...] | None
+Draw = Callable[[], Tensor]
+Predict = Callable[[Tensor, Tensor], "Prediction"]
 Generators = th.Generator | Sequence[th.Generator] | None
 
 
@@ -35,11 +36,14 @@ class StepOutput(TypedDict):
     old_eps: of PLMS, the last eps, newest last.
     """
 
-    sample: th.Tensor
-    pred_xstart: th.Tensor
-    pred_xstart_guided: NotRequired[th.Tensor]
-    guided_outside: NotRequired[th.Tensor]
-    old_eps: NotRequired[list[th.Tensor]]
+    sample: Tensor
+    pred_xstart: Tensor
+    pred_xstart_guided: NotRequired[Tensor]
+    guided_outside: NotRequired[Tensor]
+    old_eps: NotRequired[list[Tensor]]
+
+
+Step = tuple[StepOutput, State]  # what a step returns
 
 
 class Sampler(ABC):
@@ -64,9 +68,7 @@ class Sampler(ABC):
         return 0
 
     @abstractmethod
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         """The output of the step from x_t to x_{t-1}, and the state that the next step is to be given.
 
         :param predict: (x, t) -> `prediction.Prediction`.
@@ -75,9 +77,7 @@ class Sampler(ABC):
         :param draw: returns new noise like x.
         """
 
-    def last_step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def last_step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         """The step at t = 0 for all images, in one call of the network: `step` where that makes one, else to x_0."""
         if self.stages == 1:
             return self.step(process, predict, x, t, state, draw)
@@ -88,47 +88,47 @@ class Sampler(ABC):
 class Level(NamedTuple):
     """A noise level: x = alpha x_0 + sigma eps. Both are [N, 1, ...], in float64 where the device has it."""
 
-    alpha: th.Tensor
-    sigma: th.Tensor
+    alpha: Tensor
+    sigma: Tensor
 
     @property
-    def lam(self) -> th.Tensor:
+    def lam(self) -> Tensor:
         """lambda = log(alpha / sigma): infinite for the image itself, NO_SIGNAL where alpha is 0."""
         return (th.log(self.alpha) - th.log(self.sigma)).clamp(min=NO_SIGNAL)
 
     @property
-    def ratio(self) -> th.Tensor:
+    def ratio(self) -> Tensor:
         """sigma / alpha, the noise that Karras et al. 2022 call sigma."""
         return self.sigma / self.alpha
 
     @classmethod
-    def at_lam(cls, lam: th.Tensor) -> Level:
+    def at_lam(cls, lam: Tensor) -> Level:
         """The level of a given lambda."""
         return cls(th.sigmoid(2 * lam).sqrt(), th.sigmoid(-2 * lam).sqrt())
 
     @classmethod
-    def at_ratio(cls, ratio: th.Tensor) -> Level:
+    def at_ratio(cls, ratio: Tensor) -> Level:
         """The level of a given sigma / alpha."""
         return cls.at_lam(-th.log(ratio))
 
     @property
-    def log_alpha_bar(self) -> th.Tensor:
+    def log_alpha_bar(self) -> Tensor:
         """2 log alpha, what a process calls the level."""
         return F.logsigmoid(2 * self.lam)
 
 
-def where_noisy(t: th.Tensor, x: th.Tensor) -> th.Tensor:
+def where_noisy(t: Tensor, x: Tensor) -> Tensor:
     """True [N, 1, ...] where t > 0: the last step goes to the image and adds no noise."""
     return (t > 0).view(-1, *[1] * (x.ndim - 1))
 
 
-def mix(*terms: tuple[th.Tensor, th.Tensor]) -> th.Tensor:
+def mix(*terms: tuple[Tensor, Tensor]) -> Tensor:
     """The sum of coefficient * tensor, in the tensors' dtype: coefficients stay in float64 until here."""
     parts = [coefficient.to(value.dtype) * value for coefficient, value in terms]
     return sum(parts[1:], parts[0])
 
 
-def polynomial_weights(nodes: Sequence[th.Tensor], moments: Sequence[th.Tensor]) -> tuple[th.Tensor, ...]:
+def polynomial_weights(nodes: Sequence[Tensor], moments: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """w_i such that sum_i w_i f(nodes_i) is an integral of f, exactly for polynomials of degree < len(nodes).
 
     :param moments: that integral of 1, s, s^2, ...; all are [N, 1, ...].
@@ -136,11 +136,11 @@ def polynomial_weights(nodes: Sequence[th.Tensor], moments: Sequence[th.Tensor])
     powers = th.stack([th.stack([node**k for node in nodes], dim=-1) for k in range(len(nodes))], dim=-2)
     # solve() would wait for the device, to raise an error where nodes coincide: weights are then not finite
     solution, _ = th.linalg.solve_ex(powers, th.stack(list(moments), dim=-1))
-    weights: tuple[th.Tensor, ...] = solution.unbind(-1)
+    weights: tuple[Tensor, ...] = solution.unbind(-1)
     return weights
 
 
-def predict_at(process: Process, predict: Predict, x: th.Tensor, level: Level) -> Prediction:
+def predict_at(process: Process, predict: Predict, x: Tensor, level: Level) -> Prediction:
     """The prediction, guided by the score, at a noise level between those of the process."""
     tau = process.tau(level.log_alpha_bar).flatten()
     return predict(x, tau.to(x.dtype if x.dtype == th.float64 else th.float32)).guided("score")
