@@ -597,6 +597,7 @@ def test_an_option_that_there_is_not_is_refused(name):
         ({"generator": generators(1, 2, 3)}, "3 generators for 2 images: give one, or one per image"),
         ({"generator": generators(1), "init_image": IMAGE, "mask": LEFT}, "1 generators for 2 images"),
         ({"init_image": IMAGE, "skip_timesteps": 7}, "skip_timesteps 7 is not in 0 .. 6"),
+        ({"skip_timesteps": -1}, "skip_timesteps -1 is not in 0 .. 6"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_take_effect_are_refused(options, sentence):
