@@ -64,7 +64,7 @@ _CONVERTED = ("input_blocks", "middle_block", "output_blocks")
 
 
 class UNetBackbone(nn.Module):
-    """What every network shares: the embedding of timestep and label, the encoder and the middle block.
+    """The base of every network: the embedding of timestep and label, the encoder and the middle block.
 
     :param image_size: side, or shape, of the images; only windowed attention and attention pooling depend on it.
     :param model_channels: channels of the first level before channel_mult.
@@ -72,7 +72,7 @@ class UNetBackbone(nn.Module):
     :param channel_mult: factor of model_channels per level, may be fractional; each level halves the resolution.
     :param conv_resample: resample by learned convolutions, where resblock_updown does not do it.
     :param num_classes: K for networks that take labels.
-    :param use_fp16: kept for callers of the originals; weights stay float32 until `convert_to`, whoever asks.
+    :param use_fp16: kept for callers of the originals; weights stay float32 until `convert_to`.
     :param num_head_channels: fixed size of a head, which then overrides the numbers of heads.
     :param num_heads_upsample: heads in the decoder; -1 is num_heads.
     :param use_neighborhood_attention: in images larger than image_size, attend to windows of that size.
@@ -198,14 +198,14 @@ class UNetBackbone(nn.Module):
         return tuple((side + keeps_odd * (rate - 1)) // rate for side, rate in zip(sides, rates, strict=True))
 
     def _resample(self, channels: int, level: int, *, up: bool) -> nn.Module:
-        """What doubles or halves the resolution; level is that of the higher one."""
+        """The layer that doubles or halves the resolution; level is that of the higher one."""
         if self.resblock_updown:
             return self._residual(channels, channels, level, up=up, down=not up)
         return (Upsample if up else Downsample)(channels, self.conv_resample, self.dims)
 
     @property
     def dtype(self) -> th.dtype:
-        """What the blocks compute in: as assigned after the last `convert_to`, else that of their weights."""
+        """The dtype that blocks compute in: as assigned after the last `convert_to`, else that of their weights."""
         return self._dtype or dtype_of(self.input_blocks)
 
     @dtype.setter
@@ -313,7 +313,7 @@ class SuperResModel(UNetModel):
     """A U-Net that also sees a smaller version of its image, enlarged to the same size.
 
     :param in_channels: of one of the two images.
-    :param cond_aug: there is noise on the small images, and the network is told how much (Ho et al. 2022, sec. 4).
+    :param cond_aug: there is noise on the small images, whose level the network gets (Ho et al. 2022, sec. 4).
     """
 
     def __init__(

@@ -96,7 +96,8 @@ def moments(
 ) -> tuple[float, float]:
     """Mean and variance of the samples after the step at index `last`, without drawing any."""
     mean, variance = 0.0, 1.0
-    for index in reversed(range(last, process.num_timesteps)):
-        scale, offset, noise = affine_step(sampler, process, model, index)
-        mean, variance = scale * mean + offset, scale**2 * variance + noise**2
+    with process.tables_kept({}):
+        for index in reversed(range(last, process.num_timesteps)):
+            scale, offset, noise = affine_step(sampler, process, model, index)
+            mean, variance = scale * mean + offset, scale**2 * variance + noise**2
     return mean, variance

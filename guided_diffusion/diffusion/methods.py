@@ -56,14 +56,9 @@ def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> tuple[An
     """Process, network, shape and options that a loop is called with."""
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    process, model, shape, *_ = bound.args
-    options = {**bound.arguments, **bound.arguments["more"]}
-    return (
-        process,
-        model,
-        shape,
-        {key: options[key] for key in options if key not in ("self", "model", "shape", "more")},
-    )
+    more = bound.arguments.pop("more")
+    options = {**bound.arguments, **more}
+    return options.pop("self"), options.pop("model"), options.pop("shape"), options
 
 
 def _progressive(sampler_of: Callable[P, Sampler]) -> Callable[P, Steps]:

@@ -152,12 +152,12 @@ class _NormSiLU(th.autograd.Function):
         g = th.ops.aten.silu_backward(grad, _modulated(x, (weight, bias), (scale, shift), ctx)[0])
         factor = 1 if scale is None else scale.flatten(1).float()
         gain = (weight * factor).expand(x.shape[:2])
-        own, of_gain, of_offset = (_by_kernel if x.is_contiguous() else _by_sums)(g, x, gain, mean, rstd)
+        of_x, of_gain, of_offset = (_by_kernel if x.is_contiguous() else _by_sums)(g, x, gain, mean, rstd)
         film: tuple[th.Tensor | None, ...] = None, None
         if scale is not None:
             of_scale = of_gain * weight + of_offset * bias
             film = of_scale.to(x.dtype).view_as(scale), of_offset.to(x.dtype).view_as(scale)
-        return own, (of_gain * factor).sum(0), (of_offset * factor).sum(0), *film, None, None
+        return of_x, (of_gain * factor).sum(0), (of_offset * factor).sum(0), *film, None, None
 
 
 def _modulated(x: th.Tensor, affine: Pair, film: tuple[th.Tensor | None, ...], ctx: Any) -> tuple[th.Tensor, ...]:
@@ -181,10 +181,10 @@ def _modulated(x: th.Tensor, affine: Pair, film: tuple[th.Tensor | None, ...], c
 def _by_kernel(g: th.Tensor, x: th.Tensor, gain: th.Tensor, mean: th.Tensor, rstd: th.Tensor) -> tuple[th.Tensor, ...]:
     """Gradients of x, gain and offset [N, C] from that of x normalized * gain + offset, for contiguous x."""
     rows, flat = gain.numel(), (g.contiguous().view(1, -1, *g.shape[2:]), x.view(1, -1, *x.shape[2:]))
-    own, of_gain, of_offset = th.ops.aten.native_group_norm_backward(
+    of_x, of_gain, of_offset = th.ops.aten.native_group_norm_backward(
         *flat, mean.view(1, -1), rstd.view(1, -1), gain.reshape(-1), 1, rows, x[0, 0].numel(), mean.numel(), [True] * 3
     )
-    return own.view_as(x), of_gain.view_as(gain), of_offset.view_as(gain)
+    return of_x.view_as(x), of_gain.view_as(gain), of_offset.view_as(gain)
 
 
 def _by_sums(g: th.Tensor, x: th.Tensor, gain: th.Tensor, mean: th.Tensor, rstd: th.Tensor) -> tuple[th.Tensor, ...]:

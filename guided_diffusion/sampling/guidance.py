@@ -105,7 +105,7 @@ def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weight
 
     Every step goes down the gradient of the residual's squared norm by zeta, or by zeta over the norm: the gradient is
     divided by the variance, by which ddpm multiplies it. (With a fixed small variance the last step, which has none, is
-    not guided.) The algorithm knows no other sampler; for those there is `loss_guidance`.
+    not guided.) For other samplers there is `loss_guidance`.
 
     :param residual: x_0 [N, C, H, W] in [-1, 1] -> measured - A(x_0), [N, ...].
     :param weighting: "norm", zeta over the norm of the residual, as in the paper's experiments, or "constant".
@@ -129,7 +129,7 @@ def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weight
 
 
 def combine(*cond_fns: CondFn) -> CondFn:
-    """The sum of several gradients, of either kind; None where none of them guides."""
+    """The sum of several gradients, of either kind; None where no cond_fn guides."""
 
     def total(gradients: Iterable[th.Tensor | None]) -> th.Tensor | None:
         given = [gradient for gradient in gradients if gradient is not None]
@@ -236,8 +236,8 @@ class GuidedNetwork(th.nn.Module, ABC):
 class ClassifierFree(GuidedNetwork):
     """Guided by itself without the label, in one forward pass of both (Ho & Salimans 2022, eq. 6).
 
-    :param null_class: None leaves labels, if there are any, as they are.
-    :param null_cond: without the conditioning image as well, in whose place there are zeros.
+    :param null_class: None leaves labels as they are.
+    :param null_cond: replace the conditioning image by zeros as well.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ def classifier_free(
 
     (Papers that write (1 + w) * conditional - w * unconditional call scale - 1 what is called w.)
 
-    :param null_class: the label that stands for no class; the network's own where there is none given.
+    :param null_class: the label that stands for no class; by default that of the network.
     :raises ValueError: if the network has none: it was trained without --class_dropout.
     """
     traits = traits_of(model)

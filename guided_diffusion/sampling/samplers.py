@@ -1,9 +1,9 @@
 """Samplers as pure steps: the classical ones, those of Karras et al., and the table of all.
 
-A sampler is a frozen dataclass whose `step` maps x_t to x_{t-1}. It asks `predict` for what the network says, the
-prediction for its guided form, and `draw` for noise; what it must remember it returns as a value, so that a step can be
-taken alone, twice, or from a notebook. A new sampler is a dataclass here and its entry in `SAMPLERS`; the one loop that
-runs them all is in loop.py, the exponential integrators are in solvers.py.
+A sampler is a frozen dataclass whose `step` maps x_t to x_{t-1}. `predict` gives it the network's prediction, that has
+its guided form, and `draw` noise; its memory is a value that it returns, so that a step can be taken alone, twice, or
+from a notebook. A new sampler is a `Sampler` here and its entry in `SAMPLERS`; the loop that runs them all is in
+loop.py, the exponential integrators are in solvers.py.
 
 Symbols: x is x_t [N, C, H, W]; t [N] is the index in the (respaced) process, t = 0 one step of noise; alpha_bar_t is
 the share of the variance that is signal: x_t = alpha x_0 + sigma eps, with alpha^2 = alpha_bar_t and sigma^2 = 1 -
@@ -309,7 +309,7 @@ def _named(name: str) -> str:
 
     :raises ValueError: if there is none.
     """
-    known = {**{_plain(own): own for own in SAMPLERS}, **ALIASES}
+    known = {**{_plain(key): key for key in SAMPLERS}, **ALIASES}
     word = _plain(name)
     if name in SAMPLERS or word in known:
         return name if name in SAMPLERS else known[word]

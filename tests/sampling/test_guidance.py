@@ -106,9 +106,10 @@ def guided_moments(sampler, process, likelihood, last):
         return (th.arange(rows) == count).double()[:, None]
 
     predict = process.predictor(likelihood.data, clip_denoised=False, cond_fn=likelihood)
-    for index in reversed(range(last, process.num_timesteps)):
-        output, state = sampler.step(process, predict, x, th.full((rows,), index), state, draw)
-        x = output["sample"]
+    with process.tables_kept({}):
+        for index in reversed(range(last, process.num_timesteps)):
+            output, state = sampler.step(process, predict, x, th.full((rows,), index), state, draw)
+            x = output["sample"]
     assert count < rows
     return float(x[0]), float(((x - x[0]) ** 2).sum())
 

@@ -109,10 +109,11 @@ class Impulses:
             return (th.arange(draws) == count).double()[:, None]
 
         predict = self.process.predictor(self.model, clip_denoised=False)
-        for index in reversed(range(last, self.process.num_timesteps)):
-            t = th.full((draws,), index)
-            output, state = self.sampler.step(self.process, predict, x, t, state, draw)
-            x = output["sample"]
+        with self.process.tables_kept({}):
+            for index in reversed(range(last, self.process.num_timesteps)):
+                t = th.full((draws,), index)
+                output, state = self.sampler.step(self.process, predict, x, t, state, draw)
+                x = output["sample"]
         assert count < draws
         return float(x[0]), float(((x - x[0]) ** 2).sum())
 
