@@ -162,7 +162,7 @@ class PLMS(Sampler):
 
 @dataclass(frozen=True)
 class Euler(Sampler):
-    """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 without its line 7).
+    """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 up to line 8).
 
     Without churn it is DDIM with eta = 0, and of order 1. (The grid karras is for noise that ends at sigma / alpha =
     80, and that of the schedules here goes on.)
@@ -192,13 +192,13 @@ class Euler(Sampler):
 
     @staticmethod
     def _along(end: Level, prediction: Prediction) -> Tensor:
-        """Where a prediction leads by a straight line."""
+        """Where a straight line along a prediction ends: line 8."""
         return mix((end.alpha, prediction.pred_xstart), (end.sigma, prediction.eps))
 
     def _noisier(
         self, process: Process, predict: Predict, x: Tensor, t: Tensor, draw: Draw
     ) -> tuple[Prediction, Tensor, Level]:
-        """The prediction after the churn, x there, and its level; never noisier than the process is."""
+        """Lines 4 to 7: the prediction after the churn, x there, and its level, no noisier than the process is."""
         now = process.at(t, x)
         if not self.churn:
             return predict(x, t).guided("score"), x, now
@@ -224,9 +224,9 @@ class Heun(Euler):
         end = process.at(t - 1, x)
         euler = self._along(end, prediction)
         ahead = predict(euler, (t - 1).clamp(min=0)).guided("score")
-        slope = (prediction.eps + ahead.eps) / 2
+        slope = (prediction.eps + ahead.eps) / 2  # lines 10 and 11
         heun = mix((end.alpha / now.alpha, x), (end.alpha * (end.ratio - now.ratio), slope))
-        return prediction.output(heun.where(where_noisy(t, x), euler)), None
+        return prediction.output(heun.where(where_noisy(t, x), euler)), None  # line 9
 
 
 @dataclass(frozen=True)

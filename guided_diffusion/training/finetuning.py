@@ -18,6 +18,7 @@ import torch.nn as nn
 from ..image_datasets import load_classes
 from ..networks.architecture import CLASSIFIER_NAMES, architecture
 from ..runtime.options import Size, nearest
+from ..sampling.prediction import traits_of
 from . import checkpoints, weights as weight_files
 
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
@@ -182,7 +183,7 @@ class _Fitting:
         self.source, self.classes = source, classes
         there, here = architecture(source.weights), architecture(model.state_dict())
         self.channels = there.get("image_channels", 0), here.get("image_channels", 0)
-        self.null = bool(source.flags.get("null_class")), bool(getattr(model, "null_class", False))
+        self.null = bool(source.flags.get("null_class")), traits_of(model).null_label is not None
         named = bool(classes and source.classes) and list(classes) != list(source.classes)
         self.renamed = named or bool(source.flags and self.null[0] != self.null[1])
         head = [name for name in model.state_dict() if name.startswith("out.")][-2:]
