@@ -62,7 +62,7 @@ IN_DISTRIBUTION = ("ddim", "dpm++2m", "unipc")  # of the deterministic ones, so 
 
 def own_grid(sampler: str) -> str:
     """The prefix of a sampler's own step grid."""
-    return str(getattr(SAMPLERS[sampler], "grid", ""))
+    return str(SAMPLERS[sampler].grid)
 
 
 def number(value: float) -> str:

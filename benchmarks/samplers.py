@@ -44,7 +44,7 @@ STOCHASTIC: dict[str, tuple[str, dict[str, Any]]] = {
 DETERMINISTIC: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {})
     for name in dict.fromkeys((*FIRST, *SAMPLERS))
-    if name not in STOCHASTIC and not getattr(SAMPLERS[name], "ascending", False)
+    if name not in STOCHASTIC and not SAMPLERS[name].ascending
 }
 ALL = DETERMINISTIC | STOCHASTIC
 

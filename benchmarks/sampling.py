@@ -22,7 +22,7 @@ from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
 PARTS = ("step", "sample", "samplers")
 STEPS, BEST, FEW = 250, "unipc", 20  # the originals' way to a sample, and ours
 SAMPLERS_BATCH, SAMPLERS_STEPS = 8, 10
-MEASURED = [name for name, kind in SAMPLERS.items() if not getattr(kind, "ascending", False)]  # those that make images
+MEASURED = [name for name, kind in SAMPLERS.items() if not kind.ascending]  # those that make images
 
 
 def shape_of(case: Case) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ def endless(case: Case, bench: Bench, network: Any, cond_fn: Any = None) -> Call
 
 def sampled(case: Case, bench: Bench, network: Any, sampler: str, steps: int) -> Callable[[], object]:
     """A function that makes a batch of samples."""
-    prefix = getattr(SAMPLERS[sampler], "grid", "")
+    prefix = SAMPLERS[sampler].grid
     process, labels = case.make_process(f"{prefix}{steps}"), case.inputs(bench.device)[2]
     return lambda: process.sample_loop(
         make_sampler(sampler), network, shape_of(case), model_kwargs={"y": labels}, device=bench.device
@@ -109,7 +109,7 @@ def measure_samplers(case: Case, bench: Bench) -> None:
         kind = SAMPLERS[name]
         ways = {way: sampled(case, bench, network, name, steps) for way, network in networks.items()}
         turns = bench.turns(ways, warm_up=0 if rows else 1)
-        calls = network_calls(case.make_process(f"{getattr(kind, 'grid', '')}{steps}"), make_sampler(name))
+        calls = network_calls(case.make_process(f"{kind.grid}{steps}"), make_sampler(name))
         fastest = turns.names[-1]
         per_call = [milliseconds(turns.seconds(way) / calls) for way in turns.names]
         rows.append([f"`{name}`", calls, *per_call, times(turns.ratio(bench.base, fastest))])

@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch as th
 
 from .config import LOSS_WEIGHTS
-from .diffusion.forward_process import ForwardProcess
-from .diffusion.methods import DenoisedFn, Kwargs, Model, SamplingSurfaces
+from .diffusion.methods import DenoisedFn, Kwargs, Model, SamplingMethods
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .sampling.prediction import Bounds, CondFn, MeanVariance, Prediction, apply_rule, detached
+from .runtime.options import refuse
+from .sampling.prediction import Bounds, CondFn, MeanVariance, Prediction, apply_rule, detached, sees_denoiser
 from .sampling.schedules import (
     Array,
     betas_for_alpha_bar as betas_for_alpha_bar,
@@ -76,7 +76,8 @@ def _extract_into_tensor(arr: Array, timesteps: th.Tensor, broadcast_shape: Sequ
     return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(tuple(broadcast_shape))
 
 
-class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
+# fmt: off
+class GaussianDiffusion(SamplingMethods):
     """A diffusion process, the meaning of its network's output, and everything computed from both.
 
     :param betas: and `rescale_timesteps`, as for `ForwardProcess`.
@@ -89,15 +90,8 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
     loss_weight, min_snr_gamma = "", 5.0
 
     def __init__(
-        self,
-        *,
-        betas: npt.ArrayLike,
-        model_mean_type: ModelMeanType,
-        model_var_type: ModelVarType,
-        loss_type: LossType,
-        rescale_timesteps: bool = False,
-        loss_weight: str = "",
-        min_snr_gamma: float = 5.0,
+        self, *, betas: npt.ArrayLike, model_mean_type: ModelMeanType, model_var_type: ModelVarType,
+        loss_type: LossType, rescale_timesteps: bool = False, loss_weight: str = "", min_snr_gamma: float = 5.0,
     ) -> None:
         super().__init__(betas=betas, rescale_timesteps=rescale_timesteps)
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
@@ -105,17 +99,17 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         self._check()
 
     def _check(self) -> None:
-        if self.no_signal_at_the_end and self.model_mean_type is ModelMeanType.EPSILON:
-            raise ValueError(
-                "zero_terminal_snr leaves no signal at the last step, where eps says nothing of x_0: train a network "
-                "that predicts v (predict_v) or x_0 (predict_xstart)"
-            )
-        if self.loss_weight not in LOSS_WEIGHTS:
-            raise ValueError(f"loss_weight {self.loss_weight!r} is unknown: use min_snr, or '' for none")
-        if self.loss_weight and self.loss_type.is_vb():
-            raise ValueError("loss_weight weighs squared errors, and use_kl has none: give one of the two")
-        if not self.min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma {self.min_snr_gamma} is not above 0: the usual value is 5")
+        refuse(
+            (self.no_signal_at_the_end and self.model_mean_type is ModelMeanType.EPSILON,
+             "zero_terminal_snr leaves no signal at the last step, where eps says nothing of x_0: train a network "
+             "that predicts v (predict_v) or x_0 (predict_xstart)"),
+            (self.loss_weight not in LOSS_WEIGHTS,
+             f"loss_weight {self.loss_weight!r} is unknown: use min_snr, or '' for none"),
+            (self.loss_weight and self.loss_type.is_vb(),
+             "loss_weight weighs squared errors, and use_kl has none: give one of the two"),
+            (not self.min_snr_gamma > 0,
+             f"min_snr_gamma {self.min_snr_gamma} is not above 0: the usual value is 5"),
+        )
 
     def _mse_weight(self, t: th.Tensor, like: th.Tensor) -> th.Tensor:
         """The min-SNR weight of the squared error of what is predicted."""
@@ -132,12 +126,7 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
     # ---- the reverse process
 
     def p_mean_variance(
-        self,
-        model: Model,
-        x: th.Tensor,
-        t: th.Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn = None,
+        self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
         model_kwargs: Kwargs = None,
     ) -> MeanVariance:
         """p(x_{t-1} | x_t) and the prediction of x_0 behind it.
@@ -186,32 +175,21 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         return self.xstart_of_mean(x, t, output)
 
     def predictor(
-        self,
-        model: Model,
-        *,
-        clip_denoised: bool = True,
-        denoised_fn: DenoisedFn = None,
-        cond_fn: CondFn | None = None,
-        cond_fn_with_grad: bool = False,
-        model_kwargs: Kwargs = None,
+        self, model: Model, *, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
+        cond_fn: CondFn | None = None, cond_fn_with_grad: bool = False, model_kwargs: Kwargs = None,
         clip_guided: bool | None = None,
     ) -> Predict:
-        """The function (x, t) -> `prediction.Prediction` that the steps call; `model_kwargs` is read at every call."""
+        """The function (x, t) -> `Prediction` that the steps call; `model_kwargs` is read at every call."""
         options: Any = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "model_kwargs": model_kwargs}
+        if cond_fn is None:
+            return lambda x, t: Prediction(self, x, t, self.p_mean_variance(model, x, t, **options))
+        rule_options: Any = {"cond_fn": cond_fn, "model_kwargs": model_kwargs}
         bounds = Bounds(clip_denoised, denoised_fn, clip_guided)
 
         def predict(x: th.Tensor, t: th.Tensor) -> Prediction:
             out = self.p_mean_variance(model, x, t, **options)
-            if cond_fn is None:
-                return Prediction(self, x, t, out)
-            return Prediction(
-                self,
-                x,
-                t,
-                out,
-                bounds=bounds,
-                guide=lambda rule: apply_rule(self, rule, out, x, t, cond_fn, model_kwargs),
-            )
+            guide = lambda rule: apply_rule(self, rule, out, x, t, **rule_options)  # noqa: E731
+            return Prediction(self, x, t, out, guide, bounds)
 
         def predict_with_graph(x: th.Tensor, t: th.Tensor) -> Prediction:
             with th.enable_grad():
@@ -220,23 +198,17 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
 
             def guide(rule: str) -> MeanVariance | None:
                 with th.enable_grad():
-                    guided = apply_rule(self, rule, graph, leaf, t, cond_fn, model_kwargs, with_grad=True)
+                    guided = apply_rule(self, rule, graph, leaf, t, with_grad=True, **rule_options)
                 return None if guided is None else detached(guided)
 
-            return Prediction(self, x.detach(), t, detached(graph), bounds=bounds, guide=guide)
+            return Prediction(self, x.detach(), t, detached(graph), guide, bounds)
 
-        through = cond_fn_with_grad or getattr(cond_fn, "through_denoiser", False)
-        return predict_with_graph if cond_fn is not None and through else predict
+        return predict_with_graph if cond_fn_with_grad or sees_denoiser(cond_fn) else predict
 
     # ---- losses and likelihood
 
     def _vb_terms_bpd(
-        self,
-        model: Model,
-        x_start: th.Tensor,
-        x_t: th.Tensor,
-        t: th.Tensor,
-        clip_denoised: bool = True,
+        self, model: Model, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor, clip_denoised: bool = True,
         model_kwargs: Kwargs = None,
     ) -> dict[str, th.Tensor]:
         """One term of the variational bound [N] in bits per dimension: a KL, and at t = 0 the decoder's likelihood."""
@@ -248,11 +220,7 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         return {"output": bits, "pred_xstart": out["pred_xstart"]}
 
     def training_losses(
-        self,
-        model: Model,
-        x_start: th.Tensor,
-        t: th.Tensor,
-        model_kwargs: Kwargs = None,
+        self, model: Model, x_start: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None,
         noise: th.Tensor | None = None,
     ) -> Losses:
         """Loss terms [N] of images noised to t.
@@ -301,12 +269,7 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2)
 
     def calc_bpd_loop(
-        self,
-        model: Model,
-        x_start: th.Tensor,
-        clip_denoised: bool = True,
-        model_kwargs: Kwargs = None,
-        *,
+        self, model: Model, x_start: th.Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None, *,
         draw: Draw | None = None,
     ) -> dict[str, th.Tensor]:
         """The variational bound of images: total_bpd and prior_bpd [N], and vb, xstart_mse, mse [N, T].
@@ -315,18 +278,19 @@ class GaussianDiffusion(ForwardProcess, SamplingSurfaces):
 
         :param draw: called for the noise of each step, T-1 first, in place of the global generator.
         """
+        options: Any = {"clip_denoised": clip_denoised, "model_kwargs": model_kwargs}
         terms: dict[str, list[th.Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
-        for index in reversed(range(self.num_timesteps)):
-            t = th.full((len(x_start),), index, device=x_start.device)
-            noise = th.randn_like(x_start) if draw is None else draw()
-            x_t = self.q_sample(x_start=x_start, t=t, noise=noise)
-            with th.no_grad():
-                out = self._vb_terms_bpd(
-                    model, x_start=x_start, x_t=x_t, t=t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
-                )
-            terms["vb"].append(out["output"])
-            terms["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
-            terms["mse"].append(mean_flat((self.predict_eps(x_t, t, out["pred_xstart"]) - noise) ** 2))
+        with self.tables_kept({}):
+            for index in reversed(range(self.num_timesteps)):
+                t = th.full((len(x_start),), index, device=x_start.device)
+                noise = th.randn_like(x_start) if draw is None else draw()
+                x_t = self.q_sample(x_start=x_start, t=t, noise=noise)
+                with th.no_grad():
+                    out = self._vb_terms_bpd(model, x_start=x_start, x_t=x_t, t=t, **options)
+                terms["vb"].append(out["output"])
+                terms["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
+                terms["mse"].append(mean_flat((self.predict_eps(x_t, t, out["pred_xstart"]) - noise) ** 2))
         stacked = {name: th.stack(values, dim=1) for name, values in terms.items()}
         prior = self._prior_bpd(x_start)
         return {"total_bpd": stacked["vb"].sum(dim=1) + prior, "prior_bpd": prior, **stacked}
+# fmt: on

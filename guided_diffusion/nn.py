@@ -1,4 +1,4 @@
-"""Small pieces that the networks are made of, and the moving average of their weights.
+"""Layers and functions that the networks share, and the moving average of their weights.
 
 Shapes: N batch, C channels, T tokens (positions of a feature map in row-major order), ... any further axes.
 """
@@ -54,9 +54,7 @@ def normalization(channels: int) -> GroupNorm32:
 
 def _for_dims(table: dict[int, _Layer], dims: int) -> _Layer:
     if dims not in table:
-        raise ValueError(
-            f"dims must be one of {', '.join(map(str, table))}, got {dims!r}; it counts the axes of space."
-        )
+        raise ValueError(f"dims must be one of 1, 2, 3, the axes of space, got {dims!r}.")
     return table[dims]
 
 
@@ -104,15 +102,10 @@ def update_ema(target_params: Iterable[th.Tensor], source_params: Iterable[th.Te
     :param target_params: the averages; the sources may be of another dtype.
     :param rate: share of the old average that stays.
     """
-    targets, sources = list(target_params), list(source_params)
-    if len(targets) != len(sources):
-        raise ValueError(
-            f"target_params has {len(targets)} tensors and source_params {len(sources)}; "
-            "give the parameters of the same network."
-        )
-    if targets:
-        sources = [source.to(target.dtype) for target, source in zip(targets, sources, strict=True)]
-        th._foreach_lerp_(targets, sources, 1 - rate)
+    pairs = list(zip(target_params, source_params, strict=True))
+    if pairs:
+        sources = [source.to(target.dtype) for target, source in pairs]
+        th._foreach_lerp_([target for target, _ in pairs], sources, 1 - rate)
 
 
 @th.no_grad()
@@ -152,7 +145,7 @@ def timestep_embedding(timesteps: th.Tensor, dim: int, max_period: float = 10000
 def make_neighborhood_mask(
     spatial: Sequence[int], spatial_orig: Sequence[int], device: th.device | str = "cpu"
 ) -> th.Tensor:
-    """Which positions of a feature map attend to which, if each is to see a window as large as the map in training.
+    """The attention mask by which each position of a feature map sees a window as large as the map in training.
 
     The window is centred on the position, half a position early for even sizes, and moved inwards at the borders.
 
@@ -169,7 +162,7 @@ def make_neighborhood_mask(
 
 
 def transformed() -> bool:
-    """Whether torch.func, forward-mode derivatives or torch.jit.trace are at work, for which some kernels are not."""
+    """Whether torch.func, forward-mode derivatives or torch.jit.trace are at work, which some kernels do not know."""
     if th.compiler.is_compiling():
         return False
     return bool(th._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or th.jit.is_tracing())
@@ -178,7 +171,7 @@ def transformed() -> bool:
 def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Any], flag: bool) -> Any:
     """Call func(*inputs); with flag, its activations are computed again in the backward pass and not kept.
 
-    They are kept where there is no such thing (`transformed`).
+    (Under `transformed` they are kept.)
 
     :param params: accepted for compatibility: what func closes over needs no listing, frozen or not.
     """
@@ -188,7 +181,7 @@ def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable
 
 
 class CheckpointFunction(th.autograd.Function):
-    """The name under which callers of the autograd function reach `checkpoint`."""
+    """`checkpoint` for callers of the originals' autograd function."""
 
     @staticmethod
     def apply(run_function: Callable[..., Any], length: int, *args: Any) -> Any:

@@ -16,8 +16,10 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
+from .diffusion.forward_process import Tables, table_of
 from .diffusion.methods import Model
 from .gaussian_diffusion import GaussianDiffusion, Losses
+from .runtime.options import refuse
 from .runtime.seeds import to_device
 from .sampling.prediction import CondFn, MeanVariance
 from .sampling.schedules import Array, NoiseLevels
@@ -28,6 +30,7 @@ WRITE = (
 )
 RHO = 7.0  # Karras et al. 2022, eq. 5
 NEARLY_NOISE, FEW = -5.1, 1 / 20  # lambda just below the end of the linear schedule, and the share of steps beyond it
+MAX_STEPS = 10**6
 
 
 def space_timesteps(
@@ -43,19 +46,31 @@ def space_timesteps(
     :raises ValueError: if there is no such stride, a section is shorter than its count, or timesteps are not rising or
         outside of the process.
     """
-    if isinstance(section_counts, str):
-        if section_counts.startswith("ddim"):
-            return _even_stride(num_timesteps, section_counts.removeprefix("ddim"))
-        if section_counts.startswith("list:"):
-            words = section_counts.removeprefix("list:").split(",")
-            return _explicit(num_timesteps, [_number(word, section_counts) for word in words])
-        name = section_counts.rstrip("0123456789")
-        if name in GRIDS:
-            return _named(num_timesteps, name, section_counts, alphas_cumprod)
-        section_counts = [_count(text, section_counts) for text in section_counts.split(",")]
-    elif any(isinstance(value, float) for value in section_counts):
-        return _explicit(num_timesteps, section_counts)
-    return _sections(num_timesteps, [int(count) for count in section_counts])
+    if not isinstance(section_counts, str):
+        if any(isinstance(value, float) for value in section_counts):
+            return _explicit(num_timesteps, section_counts)
+        return _sections(num_timesteps, [int(count) for count in section_counts])
+    if section_counts.startswith("ddim"):
+        return _even_stride(num_timesteps, _count(section_counts.removeprefix("ddim"), section_counts))
+    if section_counts.startswith("list:"):
+        return _explicit(num_timesteps, _numbers(section_counts))
+    name = section_counts.rstrip("0123456789")
+    if name in GRIDS:
+        return _named(num_timesteps, name, section_counts, alphas_cumprod)
+    return _sections(num_timesteps, [_count(text, section_counts) for text in section_counts.split(",")])
+
+
+def _count(text: str, whole: str) -> int:
+    if not text.strip().isdigit():
+        raise ValueError(f"timestep_respacing {whole!r} is not a grid: {WRITE}")
+    return int(text)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.removeprefix("list:").split(",")]
+    except ValueError:
+        raise ValueError(f"timestep_respacing {text!r} is not a list of timesteps: write 'list:0,10.5,999'") from None
 
 
 def _sections(num_timesteps: int, counts: Sequence[int]) -> set[int]:
@@ -68,48 +83,26 @@ def _sections(num_timesteps: int, counts: Sequence[int]) -> set[int]:
         size = length + (index < longer)
         if not 1 <= count <= size:
             raise ValueError(f"timestep_respacing cannot take {count} steps from a section of {size}: use 1 to {size}")
-        steps |= {start + offset for offset in _offsets(size, count)}
+        # the stride is added up, not multiplied, so that rounding at halves falls as it always has
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        steps |= {start + round(offset) for offset in accumulate(repeat(stride, count - 1), initial=0.0)}
         start += size
     return steps
 
 
-def _count(text: str, whole: str) -> int:
-    if not text.strip().isdigit():
-        raise ValueError(f"timestep_respacing {whole!r} is not a grid: {WRITE}")
-    return int(text)
-
-
-def _number(text: str, whole: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"timestep_respacing {whole!r} is not a list of timesteps: write 'list:0,10.5,999'") from None
-
-
-def _even_stride(num_timesteps: int, text: str) -> set[int]:
-    count = _count(text, f"ddim{text}")
+def _even_stride(num_timesteps: int, count: int) -> set[int]:
     if count == 1:
         return {num_timesteps - 1}
-    for stride in range(1, num_timesteps + 1):
-        if len(range(0, num_timesteps, stride)) == count:
-            return set(range(0, num_timesteps, stride))
     if not 1 <= count <= num_timesteps:
-        raise ValueError(f"timestep_respacing ddim{text} does not fit {num_timesteps} steps: use 1 to {num_timesteps}")
-    possible = {len(range(0, num_timesteps, stride)) for stride in range(1, num_timesteps + 1)}
-    near = sorted(sorted(possible, key=lambda number: abs(number - count))[:2])
+        raise ValueError(f"timestep_respacing ddim{count} does not fit {num_timesteps} steps: use 1 to {num_timesteps}")
+    grids = {len(range(0, num_timesteps, stride)): stride for stride in range(num_timesteps, 0, -1)}
+    if count in grids:
+        return set(range(0, num_timesteps, grids[count]))
+    near = sorted(sorted(grids, key=lambda number: abs(number - count))[:2])
     raise ValueError(
         f"no integer stride takes exactly {count} of {num_timesteps} steps: "
         f"use ddim{' or ddim'.join(map(str, near))}, or '{count}'"
     )
-
-
-def _offsets(size: int, count: int) -> list[int]:
-    """`count` offsets from 0 to size - 1, evenly spaced and rounded.
-
-    The stride is added up, not multiplied, so that rounding at halves falls as it always has.
-    """
-    stride = (size - 1) / (count - 1) if count > 1 else 1.0
-    return [round(offset) for offset in accumulate(repeat(stride, count - 1), initial=0.0)]
 
 
 # ---- grids of real timesteps
@@ -117,17 +110,13 @@ def _offsets(size: int, count: int) -> list[int]:
 
 def _explicit(num_timesteps: int, steps: Sequence[float]) -> list[float]:
     """:raises ValueError: if the steps do not rise, or leave the process."""
-    if not steps or not all(earlier < later for earlier, later in pairwise(steps)):
-        raise ValueError(
-            f"timesteps {_short(steps)} are not in rising order, each once: write them like 0,250,500.5,999"
-        )
+    words = ", ".join(f"{step:g}" for step in steps[:12]) + (", ..." if len(steps) > 12 else "")
+    rising = bool(steps) and all(earlier < later for earlier, later in pairwise(steps))
+    if not rising:
+        raise ValueError(f"timesteps {words} are not in rising order, each once: write them like 0,250,500.5,999")
     if not 0 <= steps[0] <= steps[-1] <= num_timesteps - 1:
-        raise ValueError(f"timesteps {_short(steps)} are not all in 0 .. {num_timesteps - 1}, those of the training")
+        raise ValueError(f"timesteps {words} are not all in 0 .. {num_timesteps - 1}, those of the training")
     return [float(step) for step in steps]
-
-
-def _short(steps: Sequence[float]) -> str:
-    return ", ".join(f"{step:g}" for step in steps[:12]) + (", ..." if len(steps) > 12 else "")
 
 
 def _trailing(last: int, count: int, _: NoiseLevels | None) -> Array:
@@ -178,7 +167,6 @@ def _by_level(last: int, count: int, levels: NoiseLevels | None, spaced: Callabl
     return np.concatenate([[0], inner, [last]])
 
 
-MAX_STEPS = 10**6
 GRIDS: dict[str, Callable[[int, int, NoiseLevels | None], Array]] = {
     "trailing": _trailing,
     "linspace": _linspace,
@@ -190,23 +178,17 @@ IN_LEVELS = ("logsnr", "karras")
 
 
 def _named(num_timesteps: int, name: str, text: str, alphas_cumprod: npt.ArrayLike | None) -> list[float]:
-    """The grid `name` with as many steps as `text` says; a single step is T-1.
-
-    :raises ValueError: if there are none, too many for the grid, or the noise schedule is missing.
-    """
-    count = _count(text.removeprefix(name), text)
-    if count < 1:
-        raise ValueError(f"timestep_respacing {text!r} has no steps: write {name}1 or more")
-    if count > MAX_STEPS:
-        raise ValueError(f"timestep_respacing {text!r} has too many steps: write {name}{MAX_STEPS} or less")
+    """The grid `name` with as many steps as `text` says; a single step is T-1."""
+    count, whole = _count(text.removeprefix(name), text), f"timestep_respacing {text!r}"
     levels = None if alphas_cumprod is None else NoiseLevels(alphas_cumprod)
-    if name in IN_LEVELS and levels is None:
-        raise ValueError(f"timestep_respacing {text!r} depends on the noise schedule: give alphas_cumprod")
+    refuse(
+        (count < 1, f"{whole} has no steps: write {name}1 or more"),
+        (count > MAX_STEPS, f"{whole} has too many steps: write {name}{MAX_STEPS} or less"),
+        (name in IN_LEVELS and levels is None, f"{whole} depends on the noise schedule: give alphas_cumprod"),
+    )
     steps = [num_timesteps - 1.0] if count == 1 else GRIDS[name](num_timesteps - 1, count, levels).round(9).tolist()
     if not all(earlier < later for earlier, later in pairwise(steps)) or steps[0] < 0:
-        raise ValueError(
-            f"timestep_respacing {text!r} does not fit {num_timesteps} steps: use {name}{num_timesteps} or less"
-        )
+        raise ValueError(f"{whole} does not fit {num_timesteps} steps: use {name}{num_timesteps} or less")
     return [float(step) for step in steps]
 
 
@@ -250,7 +232,7 @@ class SpacedDiffusion(GaussianDiffusion):
         if isinstance(model, _WrappedModel):
             return model
         wrapped = _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps)
-        wrapped.maps = self.__dict__.setdefault("_maps", {})
+        wrapped.tables = self._tables
         return wrapped
 
     def _scale_timesteps(self, t: th.Tensor) -> th.Tensor:
@@ -260,12 +242,13 @@ class SpacedDiffusion(GaussianDiffusion):
 class _WrappedModel:
     """A network or cond_fn that is called with t and fed the timestep of training; a real t is one already."""
 
+    tables: Tables | None = None  # of the process, which keeps the map in them
+
     def __init__(
         self, model: Any, timestep_map: Sequence[float], rescale_timesteps: bool, original_num_steps: int
     ) -> None:
         self.model, self.timestep_map = model, timestep_map
         self.rescale_timesteps, self.original_num_steps = rescale_timesteps, original_num_steps
-        self.maps: dict[object, tuple[list[float], th.Tensor]] = {}  # on each device, and of which numbers
 
     def __call__(self, x: th.Tensor, ts: th.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not ts.is_floating_point():
@@ -275,12 +258,13 @@ class _WrappedModel:
         return self.model(x, ts, *args, **kwargs)
 
     def _map(self, device: th.device, whole: th.dtype, real: th.dtype) -> th.Tensor:
-        """The timestep map on a device; its numbers may be others than at the step before."""
-        steps, key = list(self.timestep_map), (device, whole, real)
-        if key not in self.maps or self.maps[key][0] != steps:
-            dtype = whole if all(step == int(step) for step in steps) else real
-            self.maps[key] = steps, to_device(th.tensor(steps, dtype=dtype), device)
-        return self.maps[key][1]
+        """The timestep map on a device, `real` where timesteps are fractions."""
+
+        def upload() -> th.Tensor:
+            dtype = whole if all(step == int(step) for step in self.timestep_map) else real
+            return to_device(th.tensor(self.timestep_map, dtype=dtype), device)
+
+        return table_of(self.tables, ("map", device, whole, real), [self.timestep_map], upload)
 
 
 def _alpha_bar(tau: Sequence[float], alphas_cumprod: Array) -> Array:
@@ -299,8 +283,9 @@ def respaced(process: GaussianDiffusion, grid: Grid) -> SpacedDiffusion:
     """
     kind = type(process) if isinstance(process, SpacedDiffusion) else SpacedDiffusion
     other = kind.__new__(kind)
-    own = {name: value for name, value in vars(process).items() if not callable(getattr(kind, name, None))}
-    vars(other).update({**own, "_tables": {}, "_maps": {}})
+    vars(other).update(
+        {name: value for name, value in vars(process).items() if not callable(getattr(kind, name, None))}
+    )
     alphas_cumprod = process.original_alphas_cumprod
     levels = np.append(1.0, alphas_cumprod)
     SpacedDiffusion.__init__(

@@ -6,7 +6,6 @@ and are kept as uint8 [N, H, W, C] (any number of space dimensions between batch
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from .runtime.pictures import LEVEL, Pixels, can_draw, draw_each, draw_grid, sav
 from .runtime.seeds import image_generator, seeded
 from .runtime.trajectory import FILM_IMAGES, Film
 from .sampling.loop import SampleOptions, network_calls
+from .sampling.prediction import traits_of
 from .sampling.samplers import make_sampler
 from .sampling.steps import StepOutput
 
@@ -76,12 +76,13 @@ def _check(job: Job, model: Model, options: SampleOptions) -> None:
             raise UserError(f"generate() has no option {name}: it makes it for each batch from the job")
     if job.film and not can_draw(job.shape):
         raise UserError(f"no film can show images of shape {job.shape}: leave it out, or take 1, 3 or 4 channels")
-    classes = getattr(model, "num_classes", None)
+    traits = traits_of(model)
+    classes = traits.num_classes
     if classes is not None:
         if not job.labelled:
             raise UserError(f"the network is class-conditional: give labels or num_classes (up to {classes})")
         check_labels([*job.labels, max(job.num_classes - 1, 0)], classes)
-    elif job.labelled and hasattr(model, "num_classes"):
+    elif job.labelled and traits.known:
         raise UserError("the network is unconditional: give no labels, or hide them by guidance.without_labels(model)")
 
 

@@ -29,6 +29,7 @@ from .runtime import paths
 from .runtime.files import write_json
 from .runtime.options import parse_rates
 from .runtime.seeds import seeded
+from .sampling.prediction import traits_of
 from .training import batches, checkpoints
 from .training.bad_steps import BadSteps
 from .training.batches import Cond, RollingValidation, Supply, Validation
@@ -97,7 +98,7 @@ class TrainLoop:
         self.val_interval, self.hooks = options.val_interval, options.hooks
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
-        self.label_dropout = LabelDropout(options.class_dropout, getattr(model, "null_label", None))
+        self.label_dropout = LabelDropout(options.class_dropout, traits_of(model).null_label)
         self.step, self.resume_step = 0, 0
         self.use_fp16, self.fp16_scale_growth, self.sync_cuda = use_fp16, fp16_scale_growth, th.cuda.is_available()
         files = self._load_and_sync_parameters()

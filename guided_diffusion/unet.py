@@ -64,7 +64,7 @@ _CONVERTED = ("input_blocks", "middle_block", "output_blocks")
 
 
 class UNetBackbone(nn.Module):
-    """What every network shares: the embedding of timestep and label, the encoder and the middle block.
+    """The base of every network: the embedding of timestep and label, the encoder and the middle block.
 
     :param image_size: side, or shape, of the images; only windowed attention and attention pooling depend on it.
     :param model_channels: channels of the first level before channel_mult.
@@ -72,7 +72,7 @@ class UNetBackbone(nn.Module):
     :param channel_mult: factor of model_channels per level, may be fractional; each level halves the resolution.
     :param conv_resample: resample by learned convolutions, where resblock_updown does not do it.
     :param num_classes: K for networks that take labels.
-    :param use_fp16: kept for callers of the originals; weights stay float32 until `convert_to`, whoever asks.
+    :param use_fp16: kept for callers of the originals; weights stay float32 until `convert_to`.
     :param num_head_channels: fixed size of a head, which then overrides the numbers of heads.
     :param num_heads_upsample: heads in the decoder; -1 is num_heads.
     :param use_neighborhood_attention: in images larger than image_size, attend to windows of that size.
@@ -82,31 +82,17 @@ class UNetBackbone(nn.Module):
     null_class = False
     _dtype: th.dtype | None = None
 
+    # fmt: off
     def __init__(
-        self,
-        image_size: int | Sequence[int],
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        use_neighborhood_attention: bool = False,
-        *,
-        null_class: bool = False,
+        self, image_size: int | Sequence[int], in_channels: int, model_channels: int, out_channels: int,
+        num_res_blocks: int, attention_resolutions: Sequence[int], dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
+        num_classes: int | None = None, use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1,
+        num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False, use_new_attention_order: bool = False, use_neighborhood_attention: bool = False,
+        *, null_class: bool = False,
     ) -> None:
+        # fmt: on
         if null_class and num_classes is None:
             raise ValueError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
         super().__init__()
@@ -128,15 +114,15 @@ class UNetBackbone(nn.Module):
 
     def _build(self) -> None:
         """Make the modules, in the order of the parameters."""
-        size, width = 4 * self.model_channels, self._widths[-1]
+        size, width, last = 4 * self.model_channels, self._widths[-1], len(self._widths) - 1
         self.time_embed = nn.Sequential(linear(self.model_channels, size), nn.SiLU(), linear(size, size))
         if self.num_classes is not None:
             self.label_emb = nn.Embedding(self.num_classes + self.null_class, size)
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._encoder())
         self.middle_block = TimestepEmbedSequential(
-            self._residual(width, width),
-            self._attention(width, len(self._widths) - 1, self.num_heads),
-            self._residual(width, width),
+            self._residual(width, width, last),
+            self._attention(width, last, self.num_heads),
+            self._residual(width, width, last),
         )
         self._feature_size = sum(self._block_widths) + width  # channels of all outputs together
 
@@ -162,20 +148,20 @@ class UNetBackbone(nn.Module):
         yield [conv_nd(self.dims, self.in_channels, channels, 3, padding=1)]
         for level, width in enumerate(self._widths):
             if level > 0:
-                yield [self._resample(channels, up=False)]
+                yield [self._resample(channels, level - 1, up=False)]
             for _ in range(self.num_res_blocks):
                 yield self._cell(channels, width, level, self.num_heads)
                 channels = width
 
     def _cell(self, channels: int, width: int, level: int, heads: int) -> list[nn.Module]:
         """A residual block, and attention where this level has it."""
-        cell: list[nn.Module] = [self._residual(channels, width)]
+        cell: list[nn.Module] = [self._residual(channels, width, level)]
         if 2**level in self.attention_resolutions:
             cell.append(self._attention(width, level, heads))
         return cell
 
-    def _residual(self, channels: int, width: int, **resampling: bool) -> ResBlock:
-        return ResBlock(
+    def _residual(self, channels: int, width: int, level: int, **resampling: bool) -> ResBlock:
+        block = ResBlock(
             channels,
             4 * self.model_channels,
             self.dropout,
@@ -185,10 +171,12 @@ class UNetBackbone(nn.Module):
             use_scale_shift_norm=self.use_scale_shift_norm,
             **resampling,
         )
+        block.level = level
+        return block
 
     def _attention(self, channels: int, level: int, heads: int) -> AttentionBlock:
         windowed = self.use_neighborhood_attention
-        return AttentionBlock(
+        block = AttentionBlock(
             channels,
             heads,
             self.num_head_channels,
@@ -197,6 +185,8 @@ class UNetBackbone(nn.Module):
             spatial=self._shape(level) if windowed else None,
             use_neighborhood_attention=windowed,
         )
+        block.level = level
+        return block
 
     def _shape(self, level: int) -> tuple[int, ...]:
         """Shape of a level's feature map for images of image_size."""
@@ -207,14 +197,15 @@ class UNetBackbone(nn.Module):
         rates = strides(self.dims, 2**level)
         return tuple((side + keeps_odd * (rate - 1)) // rate for side, rate in zip(sides, rates, strict=True))
 
-    def _resample(self, channels: int, *, up: bool) -> nn.Module:
+    def _resample(self, channels: int, level: int, *, up: bool) -> nn.Module:
+        """The layer that doubles or halves the resolution; level is that of the higher one."""
         if self.resblock_updown:
-            return self._residual(channels, channels, up=up, down=not up)
+            return self._residual(channels, channels, level, up=up, down=not up)
         return (Upsample if up else Downsample)(channels, self.conv_resample, self.dims)
 
     @property
     def dtype(self) -> th.dtype:
-        """What the blocks compute in: as assigned after the last `convert_to`, else that of their weights."""
+        """The dtype that blocks compute in: as assigned after the last `convert_to`, else that of their weights."""
         return self._dtype or dtype_of(self.input_blocks)
 
     @dtype.setter
@@ -286,7 +277,7 @@ class UNetModel(UNetBackbone):
                 layers = self._cell(channels + skips.pop(), width, level, self.num_heads_upsample)
                 channels = width
                 if level > 0 and remaining == 0:
-                    layers.append(self._resample(channels, up=True))
+                    layers.append(self._resample(channels, level - 1, up=True))
                 yield layers
 
     def _check_size(self, x: th.Tensor) -> None:
@@ -322,7 +313,7 @@ class SuperResModel(UNetModel):
     """A U-Net that also sees a smaller version of its image, enlarged to the same size.
 
     :param in_channels: of one of the two images.
-    :param cond_aug: there is noise on the small images, and the network is told how much (Ho et al. 2022, sec. 4).
+    :param cond_aug: there is noise on the small images, whose level the network gets (Ho et al. 2022, sec. 4).
     """
 
     def __init__(
@@ -371,51 +362,22 @@ class EncoderUNetModel(UNetBackbone):
         of image_size; "spatial" and "spatial_v2" feed the averages of all feature maps to a two-layer network.
     """
 
+    # fmt: off
     def __init__(
-        self,
-        image_size: int | Sequence[int],
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        pool: str = "adaptive",
-        use_neighborhood_attention: bool = False,
+        self, image_size: int | Sequence[int], in_channels: int, model_channels: int, out_channels: int,
+        num_res_blocks: int, attention_resolutions: Sequence[int], dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
+        use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1, num_head_channels: int = -1,
+        num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
+        use_new_attention_order: bool = False, pool: str = "adaptive", use_neighborhood_attention: bool = False,
     ) -> None:
         super().__init__(
-            image_size,
-            in_channels,
-            model_channels,
-            out_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout,
-            channel_mult,
-            conv_resample,
-            dims,
-            None,
-            use_checkpoint,
-            use_fp16,
-            num_heads,
-            num_head_channels,
-            num_heads_upsample,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
+            image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout,
+            channel_mult, conv_resample, dims, None, use_checkpoint, use_fp16, num_heads, num_head_channels,
+            num_heads_upsample, use_scale_shift_norm, resblock_updown, use_new_attention_order,
             use_neighborhood_attention,
         )
+        # fmt: on
         self.pool = pool
         self.out = self._head()
 

@@ -80,15 +80,10 @@ def affine_step(
 ) -> tuple[float, float, float]:
     """A, B, C of one step x -> A x + B + C z of a memoryless sampler, found by probing it."""
     predict = process.predictor(model, clip_denoised=False)
-    t = th.tensor([index])
-
-    def probe(x: float, z: float) -> float:
-        value = th.full((1, 1), x, dtype=th.float64)
-        out, _ = sampler.step(process, predict, value, t, None, lambda: th.full_like(value, z))
-        return float(out["sample"])
-
-    offset = probe(0, 0)
-    return probe(1, 0) - offset, offset, probe(0, 1) - offset
+    x, z = th.tensor([[[0.0], [1.0], [0.0]], [[0.0], [0.0], [1.0]]], dtype=th.float64)
+    out, _ = sampler.step(process, predict, x, th.full((3,), index), None, lambda: z)
+    offset, of_x, of_z = out["sample"].flatten().tolist()
+    return of_x - offset, offset, of_z - offset
 
 
 def moments(
@@ -96,7 +91,8 @@ def moments(
 ) -> tuple[float, float]:
     """Mean and variance of the samples after the step at index `last`, without drawing any."""
     mean, variance = 0.0, 1.0
-    for index in reversed(range(last, process.num_timesteps)):
-        scale, offset, noise = affine_step(sampler, process, model, index)
-        mean, variance = scale * mean + offset, scale**2 * variance + noise**2
+    with process.tables_kept({}):
+        for index in reversed(range(last, process.num_timesteps)):
+            scale, offset, noise = affine_step(sampler, process, model, index)
+            mean, variance = scale * mean + offset, scale**2 * variance + noise**2
     return mean, variance

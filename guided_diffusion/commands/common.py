@@ -256,7 +256,7 @@ def sampler_of(flags: Flags) -> Sampler:
     sampler = make_sampler(name, **{word: flags.given[word] for word in SAMPLER_OPTIONS if word in flags.given})
     if config.use_ddim and type(sampler) is not DDIM:
         raise ValueError(f"--sampler {name} contradicts --use_ddim True: give one of the two")
-    if getattr(sampler, "ascending", False):
+    if sampler.ascending:
         raise ValueError(f"--sampler {name} turns images to noise: give --invert True and another sampler")
     if config.dynamic_threshold > 1:
         raise ValueError(f"--dynamic_threshold {config.dynamic_threshold} is no share: give e.g. 0.995, or 0 for none")
@@ -274,7 +274,7 @@ def on_its_grid(flags: Flags, sampler: Sampler) -> Flags:
     if flags.values["timestep_respacing"]:
         given = flags.values["timestep_respacing"]
         raise ValueError(f"--steps {steps} and --timestep_respacing {given} both say which steps to take: give one")
-    grid = f"{getattr(sampler, 'grid', '')}{steps}"
+    grid = f"{sampler.grid}{steps}"
     return Flags(flags.command, {**flags.given, "timestep_respacing": grid}, flags.saved)
 
 

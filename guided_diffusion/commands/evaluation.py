@@ -69,11 +69,11 @@ def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
 
     config, schedule = flags.part(TrainEvaluationConfig), flags.part(DiffusionConfig)
     sampler = make_sampler(config.eval_sampler)
-    if getattr(sampler, "ascending", False):
+    if sampler.ascending:
         raise ValueError(f"--eval_sampler {config.eval_sampler} turns images to noise: give another, e.g. dpm++2m")
     if schedule.timestep_respacing:
         raise ValueError("--eval_interval has steps of its own: leave out it or --timestep_respacing")
-    respacing = f"{getattr(sampler, 'grid', '')}{config.eval_steps}"
+    respacing = f"{sampler.grid}{config.eval_steps}"
     process = build_diffusion(replace(schedule, timestep_respacing=respacing))
     job = evaluation_job(flags, sampler, stream)
     with seeded(flags.part(RunConfig).seed, 0, dist_util.dev()):  # weights are drawn at random before they are read

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import DiffusionConfig
 from ..sampling.guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
+from ..sampling.prediction import traits_of
 from ..sampling.samplers import DDIM, PLMS, Ancestral
 from .common import Restored, refuse_difference, restore_weaker, sampler_of
 from .flags import Flags
@@ -126,7 +127,7 @@ def _free(model: Restored, config: FreeGuidanceConfig) -> Guided:
     seen = model.flags.values.get("cond_type", "")
     if not model.flags.values["class_cond"] and not seen:
         raise ValueError(f"--cfg_scale {config.cfg_scale} has no effect on an unconditional model: leave it out")
-    if getattr(model.network, "null_label", None) is None and not getattr(model.network, "null_cond", False):
+    if traits_of(model.network).null_label is None and not traits_of(model.network).null_cond:
         dropout = "--cond_dropout" if seen and not model.flags.values["class_cond"] else "--class_dropout"
         raise ValueError(
             f"--cfg_scale {config.cfg_scale} needs a network that knows 'no class', and {model.path} was trained "

@@ -1,1 +1,1 @@
-"""The forward process of ../gaussian_diffusion.py, and the originals' sampling methods over the one loop."""
+"""The base classes of ../gaussian_diffusion.py: the forward process, and the originals' sampling methods."""

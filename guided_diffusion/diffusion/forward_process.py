@@ -1,4 +1,4 @@
-"""The forward process: coefficients at every step and between the steps, noising, and x_0, eps and means of each other.
+"""The forward process: coefficients at and between its steps, noising, and conversions between x_0, eps and means.
 
 Symbols (Ho et al. 2020): alpha_bar_t = prod(1 - beta_s); x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
 Shapes: images are [N, C, H, W] (or any [N, C, ...]); t [N] is the index in this process, 0 .. T-1, where t = 0 is one
@@ -6,14 +6,15 @@ step of noise. Where t is not an integer it is tau, a real timestep of the proce
 so that a solver may look between the steps of this one.
 
 Everything is computed from the public arrays as they are at the moment, also where they were assigned or changed in
-place after construction, or by a subclass that never calls `__init__`; what is derived of them is kept for as long as
-their numbers stay the same. The methods with the originals' names are the ones to override: all others call them.
+place after construction, or by a subclass that never calls `__init__`. A loop alone keeps the tables that it makes of
+them (`tables_kept`). The methods with the originals' names are the ones to override: all others call them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -25,6 +26,7 @@ from ..sampling.schedules import Array, NoiseLevels, interpolate
 from ..sampling.steps import Level
 
 T = TypeVar("T")
+Tables = dict[object, tuple[Sequence[object], Any]]  # key -> what it was made of, and the table
 
 # coefficients at real timesteps, from log alpha_bar
 FROM_LEVEL: dict[str, Callable[[th.Tensor], th.Tensor]] = {
@@ -61,6 +63,15 @@ DERIVED: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
 }
 
 
+def table_of(tables: Tables | None, key: object, sources: Sequence[object], make: Callable[[], T]) -> T:
+    """What `make` returns, kept in `tables`, if there are some, while the sources are the same objects."""
+    if tables is None:
+        return make()
+    if key not in tables or any(one is not other for one, other in zip(tables[key][0], sources, strict=True)):
+        tables[key] = sources, make()
+    return cast(T, tables[key][1])
+
+
 class Default(Generic[T]):
     """An attribute that is computed from the process until it is assigned."""
 
@@ -86,6 +97,7 @@ class ForwardProcess:
     timestep_map: Default[list[float]] = Default(lambda process: list(range(len(process.alphas_cumprod))))
     original_num_steps: Default[int] = Default(lambda process: process.num_timesteps)
     original_alphas_cumprod: Default[Array] = Default(lambda process: process._whole())
+    _tables: Tables | None = None
 
     def __init__(self, *, betas: npt.ArrayLike, rescale_timesteps: bool = False) -> None:
         self.rescale_timesteps = rescale_timesteps
@@ -121,23 +133,29 @@ class ForwardProcess:
         first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
 
-    def _kept(self, key: object, content: object, make: Callable[[], T]) -> T:
-        """What `make` returned when the content behind it was last another."""
-        kept: dict[object, tuple[object, T]] = self.__dict__.setdefault("_tables", {})
-        if key not in kept or kept[key][0] != content:
-            kept[key] = content, make()
-        return kept[key][1]
+    @contextmanager
+    def tables_kept(self, tables: Tables) -> Iterator[None]:
+        """Inside, what is derived of the public arrays is kept in `tables` until other arrays are assigned.
+
+        Changes in place are then not seen: a loop gives its own tables, anew for every run.
+        """
+        self._tables = tables
+        try:
+            yield
+        finally:
+            self._tables = None
 
     def _table(self, name: str, device: th.device, dtype: th.dtype) -> th.Tensor:
-        """The array `name` as a tensor that stays on the device; cast first, since not every device has float64."""
-        sources, compute = DERIVED.get(name, ((name,), np.asarray))
-        arrays = [np.asarray(getattr(self, source), np.float64) for source in sources]
+        """The array `name` as a tensor on a device; cast first, since not every device has float64."""
+        names, compute = DERIVED.get(name, ((name,), np.asarray))
+        arrays = [getattr(self, source) for source in names]
 
         def upload() -> th.Tensor:
             with np.errstate(divide="ignore"):
-                return to_device(th.tensor(compute(*arrays), dtype=dtype), device)
+                values = compute(*(np.asarray(array, np.float64) for array in arrays))
+            return to_device(th.tensor(values, dtype=dtype), device)
 
-        return self._kept((name, device, dtype), [array.tobytes() for array in arrays], upload)
+        return table_of(self._tables, (name, device, dtype), arrays, upload)
 
     def _at(self, name: str, t: th.Tensor, like: th.Tensor) -> th.Tensor:
         """Coefficient `name` at t, [N, 1, ...] to broadcast with `like`."""
@@ -176,18 +194,17 @@ class ForwardProcess:
 
         (Arrays may have been assigned since.)
         """
-        own, whole = np.asarray(self.alphas_cumprod), vars(self).get("original_alphas_cumprod")
-        steps = list(self.timestep_map)
+        alphas_cumprod, whole = self.alphas_cumprod, vars(self).get("original_alphas_cumprod")
+        timestep_map = self.timestep_map
 
         def make() -> NoiseLevels:
             if whole is not None:
                 levels = NoiseLevels(whole)
-                if np.allclose(levels.level(th.tensor(steps, dtype=th.float64)).exp().numpy(), own):
+                if np.allclose(levels.level(th.tensor(timestep_map, dtype=th.float64)).exp().numpy(), alphas_cumprod):
                     return levels
-            return NoiseLevels(own, steps)
+            return NoiseLevels(alphas_cumprod, timestep_map)
 
-        content = own.tobytes(), None if whole is None else np.asarray(whole).tobytes(), steps
-        return self._kept("levels", content, make)
+        return table_of(self._tables, "levels", (alphas_cumprod, whole, timestep_map), make)
 
     def _whole(self) -> Array:
         """alpha_bar at all timesteps of the training, of which this process knows its own."""
@@ -204,22 +221,22 @@ class ForwardProcess:
         """The real timestep of training at which log alpha_bar is `level`: the inverse of `level`."""
         return self._levels().tau(th.as_tensor(level, dtype=None if isinstance(level, th.Tensor) else th.float64))
 
-    # ---- what a network is fed
+    # ---- the network's timesteps
 
     def _wrap_model(self, model: Any) -> Any:
-        """The network as it is called with t; a respaced process wraps it, so that t becomes a timestep of training."""
+        """The network, to be called with t; a respaced process wraps it, so that t becomes a timestep of training."""
         return model
 
     def _scale_timesteps(self, t: th.Tensor) -> th.Tensor:
-        """What the network, or what `_wrap_model` made of it, is called with for t: t, rescaled where asked."""
+        """The argument for t of the network, or of what `_wrap_model` made of it: t, rescaled where asked."""
         if not self.rescale_timesteps:
             return t
         return (t if t.is_floating_point() else t.float()) * (1000.0 / self.num_timesteps)
 
     def timesteps(self, t: th.Tensor, like: th.Tensor) -> th.Tensor:
         """What a network is fed for t in the end, with images like `like`."""
-        fed: th.Tensor = self._wrap_model(lambda x, timesteps: timesteps)(like, self._scale_timesteps(t))
-        return fed
+        timesteps: th.Tensor = self._wrap_model(lambda x, timesteps: timesteps)(like, self._scale_timesteps(t))
+        return timesteps
 
     def _index(self, t: th.Tensor) -> th.Tensor:
         """The index of the step of this process that is nearest to t."""

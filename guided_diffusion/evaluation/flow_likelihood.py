@@ -95,10 +95,11 @@ def calc_flow_bpd(
     level = process.at(th.arange(process.num_timesteps, device=x.device), x)
     angles = th.atan2(level.sigma, level.alpha).flatten()  # theta of the steps, in float64 where the device has it
     start = Point(x, th.zeros(len(x), dtype=angles.dtype, device=x.device))
-    if options.flow_solver == "heun":
-        end, evaluations = _heun(slope, start, angles)
-    else:
-        end, evaluations = _rk45(slope, start, angles[[0, -1]], options.flow_tolerance)
+    with process.tables_kept({}):
+        if options.flow_solver == "heun":
+            end, evaluations = _heun(slope, start, angles)
+        else:
+            end, evaluations = _rk45(slope, start, angles[[0, -1]], options.flow_tolerance)
     size = math.log(2) * x[0].numel()
     prior, volume = -_log_normal(end.x) / size, -end.volume / size
     return {

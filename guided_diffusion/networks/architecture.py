@@ -1,9 +1,9 @@
 """The flags of a network, read off the names and shapes of its state dict.
 
-What leaves no trace in the shapes (heads, dropout, the order of q, k, v) is not here; nor are the pixels of the images,
-except where an attention pool fixes them. A null class looks like one more class: num_classes is the number of rows of
-label_emb, and whoever knows better says so. A period is the number of blocks per level: num_res_blocks and the one that
-changes the resolution. Block 0 is a convolution; level l has the blocks l * period + 1 .. l * period + num_res_blocks.
+Heads, dropout and the order of q, k, v leave no trace in the shapes, nor do the pixels of the images, except where an
+attention pool fixes them. A null class looks like one more class: num_classes is the number of rows of label_emb. A
+period is the number of blocks per level: num_res_blocks and the one that changes the resolution. Block 0 is a
+convolution; level l has the blocks l * period + 1 .. l * period + num_res_blocks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Shape = tuple[int, ...]
 Layer = dict[str, Shape]  # name within the layer -> shape
 Block = dict[int, Layer]  # position within the block -> layer
 
-_FIRST = re.compile(r"(|.*\.)time_embed\.0\.weight")  # which all networks of this package begin with
-MAX_EMPTY = 1000  # blocks without weights: more are no network of ours
+_FIRST = re.compile(r"(|.*\.)time_embed\.0\.weight")  # all networks of this package begin with it
+MAX_EMPTY = 1000  # blocks without weights: a network of ours has fewer
 CLASSIFIER_NAMES = {
     "num_channels": "classifier_width",
     "num_res_blocks": "classifier_depth",
@@ -43,8 +43,8 @@ def networks_in(content: Any, where: str = "") -> Iterator[tuple[str, dict[str, 
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, th.Tensor)}
     for match in filter(None, map(_FIRST.fullmatch, tensors)):
         prefix = match[1]
-        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        yield f"{where}{prefix}".rstrip("."), own
+        network = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        yield f"{where}{prefix}".rstrip("."), network
     for name, value in content.items():
         yield from networks_in(value, f"{where}{name}.")
 
@@ -74,14 +74,14 @@ def _read(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, Any
 
 def _blocks(shapes: Mapping[str, Shape], part: str) -> list[Block]:
     """The layers of each block of "input_blocks" or "output_blocks"; a block without weights is empty."""
-    found: dict[int, Block] = {}
+    blocks: dict[int, Block] = {}
     for name, shape in shapes.items():
         first, *words = name.split(".", 3)
         if first == part:
-            found.setdefault(int(words[0]), {}).setdefault(int(words[1]), {})[words[2]] = shape
-    if len(found) <= max(found, default=0) - MAX_EMPTY:
-        raise LookupError(f"{part}.{max(found)} without those before it")
-    return [found.get(index, {}) for index in range(max(found, default=-1) + 1)]
+            blocks.setdefault(int(words[0]), {}).setdefault(int(words[1]), {})[words[2]] = shape
+    if len(blocks) <= max(blocks, default=0) - MAX_EMPTY:
+        raise LookupError(f"{part}.{max(blocks)} without those before it")
+    return [blocks.get(index, {}) for index in range(max(blocks, default=-1) + 1)]
 
 
 def _is_residual(block: Block) -> bool:
@@ -125,7 +125,7 @@ def _fits(encoder: list[Block], period: int) -> bool:
 
 
 def _trunk(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, Any]:
-    """What U-Nets and classifiers share, under the names of the U-Net's flags."""
+    """The flags that U-Nets and classifiers share, under the names of the U-Net's."""
     encoder, decoder = _blocks(shapes, "input_blocks"), _blocks(shapes, "output_blocks")
     first, channels = shapes["input_blocks.0.0.weight"], shapes["time_embed.0.weight"][1]
     embedded = shapes["middle_block.0.emb_layers.1.weight"][0]
@@ -161,7 +161,7 @@ def _unet(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         "class_cond": "label_emb.weight" in shapes,
     }
     if "low_res_embed.0.weight" in shapes:
-        flags["cond_aug"] = 1.0  # or less: to which level it was trained leaves no trace
+        flags["cond_aug"] = 1.0  # or less: the level it was trained to leaves no trace
     return flags | ({"num_classes": shapes["label_emb.weight"][0]} if flags["class_cond"] else {})
 
 

@@ -1,4 +1,4 @@
-"""What the networks are made of: residual blocks, self-attention, and the resampling between resolutions.
+"""The parts of the networks: residual blocks, self-attention, and the resampling between resolutions.
 
 Shapes: N batch, C channels, [N, C, ...] feature maps with 1 to 3 axes of space, T = product of these axes, H heads of
 D channels each, E embedding size.
@@ -111,19 +111,15 @@ class ResBlock(TimestepBlock):
     :param up: double the resolution inside the block; `down` halves it.
     """
 
+    level = 0  # of the network, 0 at the resolution of the images; a block that changes it belongs to the higher one
+
+    # fmt: off
     def __init__(
-        self,
-        channels: int,
-        emb_channels: int,
-        dropout: float,
-        out_channels: int | None = None,
-        use_conv: bool = False,
-        use_scale_shift_norm: bool = False,
-        dims: int = 2,
-        use_checkpoint: bool = False,
-        up: bool = False,
-        down: bool = False,
+        self, channels: int, emb_channels: int, dropout: float, out_channels: int | None = None,
+        use_conv: bool = False, use_scale_shift_norm: bool = False, dims: int = 2, use_checkpoint: bool = False,
+        up: bool = False, down: bool = False,
     ) -> None:
+        # fmt: on
         super().__init__()
         self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels or channels
         self.dropout, self.use_conv, self.use_checkpoint = dropout, use_conv, use_checkpoint
@@ -190,29 +186,22 @@ class _QKVAttention(nn.Module):
         self, n_heads: int, spatial: Sequence[int] | None = None, use_neighborhood_attention: bool = False
     ) -> None:
         super().__init__()
-        if use_neighborhood_attention and spatial is None:
-            raise ValueError(
-                "use_neighborhood_attention needs spatial, got None; give the feature map's training shape."
-            )
         self.n_heads = n_heads
-        self.window = tuple(spatial) if spatial is not None and use_neighborhood_attention else None
+        if use_neighborhood_attention and spatial is None:
+            raise ValueError("use_neighborhood_attention needs spatial, the shape of the feature map in training.")
+        self.window = tuple(spatial or ()) if use_neighborhood_attention else None
 
     def get_neighborhood_mask(self, spatial: Sequence[int] | None, device: th.device | str) -> th.Tensor | None:
         """Which positions of a feature map attend to which, [T, T] bool; None where all attend to all."""
-        if self.window is None:
+        if self.window is None or not any(side > seen for side, seen in zip(spatial or (), self.window, strict=True)):
             return None
-        if spatial is None:
-            raise ValueError("spatial is missing: neighborhood attention needs the shape of the feature map.")
-        larger = any(side > window for side, window in zip(spatial, self.window, strict=True))
-        return make_neighborhood_mask(spatial, self.window, device) if larger else None
+        return make_neighborhood_mask(spatial or (), self.window, device)
 
     def forward(self, qkv: th.Tensor, spatial: Sequence[int] | None = None) -> th.Tensor:
         """Attend, [N, 3 * H * D, T] -> [N, H * D, T].
 
         :param spatial: shape of the feature map whose positions, row by row, are the T tokens.
         """
-        if qkv.shape[1] % (3 * self.n_heads):
-            raise ValueError(f"qkv must have 3 * n_heads * D channels, got {qkv.shape[1]} for n_heads {self.n_heads}.")
         q, k, v = self._heads(qkv.transpose(1, 2).contiguous()).unbind()
         out = attention(q, k, v, self.get_neighborhood_mask(spatial, qkv.device))
         return out.transpose(1, 2).flatten(2).transpose(1, 2)
@@ -261,16 +250,15 @@ class AttentionBlock(nn.Module):
     :param spatial: shape of the feature map in training, for use_neighborhood_attention.
     """
 
+    level = 0  # as for ResBlock
+
+    # fmt: off
     def __init__(
-        self,
-        channels: int,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        use_checkpoint: bool = False,
-        use_new_attention_order: bool = False,
-        spatial: Sequence[int] | None = None,
+        self, channels: int, num_heads: int = 1, num_head_channels: int = -1, use_checkpoint: bool = False,
+        use_new_attention_order: bool = False, spatial: Sequence[int] | None = None,
         use_neighborhood_attention: bool = False,
     ) -> None:
+        # fmt: on
         super().__init__()
         if num_head_channels == -1:
             num_head_channels = _share(channels, num_heads, "num_heads")

@@ -1,6 +1,6 @@
 """Networks compiled to machine code: every call is one graph, made before the first call of each shape.
 
-That takes minutes on a CPU, so it pays for long runs alone. What is made is kept for the next run of the same network.
+Compiling takes minutes on a CPU, so it pays for long runs alone. The code is cached for the next run.
 """
 
 from __future__ import annotations
@@ -19,25 +19,24 @@ import torch._functorch.config as autograd_config
 from torch import nn
 
 from .. import logger
+from ..runtime.options import refuse
 from ..runtime.paths import cache_folder
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # the compiler's own variable
-SHAPES = 64  # that networks may be compiled for, all of them together: theirs is one function to the compiler
+SHAPES = 64  # that all networks together may be compiled for: their calls are one function to the compiler
 Key = tuple[Any, ...]
 
 
 def compile_network(
     network: nn.Module, name: str, *, sampling: bool = False, backend: str = "inductor"
 ) -> Callable[..., Any]:
-    """Let the calls of a network run compiled, in place: parameters, their names and copies of it stay as they were.
-
-    A copy (`copy.deepcopy`, pickle) is not compiled.
+    """Compile the calls of a network in place; parameters and their names stay, and copies of it are not compiled.
 
     :param name: of the network, for the log.
-    :param sampling: nothing but the output is wanted, and perhaps its gradient by the input: parameters are frozen. On
-        a CPU, where no gradient is wanted, they become constants of the code, in the order that it reads them in. On a
-        GPU the launches of a call are recorded once and replayed (CUDA graphs); in training the gradients of the
-        parameters would lie in the memory of such a record, which the next microbatch overwrites.
+    :param sampling: freezes the parameters, for calls whose output and perhaps its gradient by the input are used. On
+        a CPU they become constants of the code where no gradient is needed. On a GPU the launches of a call are
+        recorded once and replayed (CUDA graphs); in training the gradients of the parameters would lie in the memory
+        of such a record, which the next microbatch overwrites.
     :raises ValueError: if there is no compiler.
     """
     device = next(network.parameters()).device
@@ -60,7 +59,7 @@ def compile_network(
 
 
 class _Compiled:
-    """The compiled call of a network, which says when it is being made.
+    """The compiled call of a network, which logs when it is compiled.
 
     :param owned: outputs lie in memory that the next call overwrites, and are copied out of it.
     :param constants: the code may hold the parameters as constants.
@@ -120,24 +119,27 @@ def evaluating(network: Callable[..., Any]) -> Iterator[None]:
 
 
 def _shapes(values: list[Any]) -> list[tuple[Any, ...]]:
-    """What the compiled code depends on, of the tensors that a network is given."""
+    """The properties of a network's arguments that compiled code depends on."""
     tensors = [value for value in values if isinstance(value, th.Tensor)]
     return [(tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in tensors]
 
 
 def use_cache() -> str:
-    """The folder in which what is compiled is kept, ours where the user has set none."""
+    """The folder of the compiler's cache, ours where the user has set none."""
     return os.environ.setdefault(CACHE, os.path.join(cache_folder(), "compiled"))
 
 
 def _check_compiler(device: th.device) -> None:
-    """:raises ValueError: if what the compiler needs is not there."""
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--compile is for cpu and cuda, not for {device.type}: leave it out")
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        raise ValueError("--compile needs the package triton on cuda, which is not installed: leave it out, or install")
+    """:raises ValueError: if something that the compiler needs is missing."""
     program = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(program.split()[0]) is None:
-        raise ValueError(
-            f"--compile needs a C++ compiler, and there is no {program}: install one, name it in $CXX, or leave it out"
-        )
+    refuse(
+        (device.type not in ("cpu", "cuda"), f"--compile is for cpu and cuda, not for {device.type}: leave it out"),
+        (
+            device.type == "cuda" and importlib.util.find_spec("triton") is None,
+            "--compile needs the package triton on cuda, which is not installed: leave it out, or install",
+        ),
+        (
+            shutil.which(program.split()[0]) is None,
+            f"--compile needs a C++ compiler, and there is no {program}: install one, name it in $CXX, or leave it out",
+        ),
+    )

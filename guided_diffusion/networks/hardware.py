@@ -1,4 +1,4 @@
-"""Which precision this hardware is fastest in."""
+"""The precision that this hardware is fastest in."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def _of_gpu(device: th.device) -> Choice:
 
 def _of_cpu(width: int) -> Choice:
     path, key = os.path.join(cache_folder(), KEPT), f"{_processor()}, {width} channels"
-    kept = _read(path)
-    if key not in kept:
-        kept[key] = _measured(width)
+    entries = _read(path)
+    if key not in entries:
+        entries[key] = _measured(width)
         with contextlib.suppress(OSError), replacing(path) as file:  # else it is measured again next time
-            file.write(json.dumps(kept, indent=1).encode())
-    seconds = kept[key]
+            file.write(json.dumps(entries, indent=1).encode())
+    seconds = entries[key]
     fast = seconds["bf16"] * GAIN < seconds["fp32"]
     return Choice(
         "bf16" if fast else "fp32",
@@ -71,7 +71,7 @@ def _of_cpu(width: int) -> Choice:
 
 
 def _read(path: str) -> dict[str, Mapping[str, float]]:
-    """What was measured before: processor and width -> precision -> seconds; what is damaged counts for nothing."""
+    """Earlier measurements: processor and width -> precision -> seconds; nothing from a damaged file."""
     try:
         entries = files.parse_json(files.read_file(path))
         return {key: {name: float(entry[name]) for name in ("fp32", "bf16")} for key, entry in entries.items()}
@@ -80,7 +80,7 @@ def _read(path: str) -> dict[str, Mapping[str, float]]:
 
 
 def _processor() -> str:
-    """What the speed depends on: name and instructions of the processor, torch, and its threads."""
+    """Name and instructions of the processor, version of torch and number of its threads."""
     text = ""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         text = file.read()
@@ -92,16 +92,16 @@ def _processor() -> str:
 
 def _measured(width: int) -> dict[str, float]:
     """The least seconds of a forward and a backward pass of a block, after one that is not counted, taken in turns."""
-    side, found = PIXELS // width, list[dict[str, float]]()
+    side, turns = PIXELS // width, list[dict[str, float]]()
     with th.random.fork_rng(devices=[]):
         x, emb = th.randn(1, width, side, side), th.randn(1, 4 * width)
         blocks = {name: ResBlock(width, 4 * width, 0.0) for name in ("fp32", "bf16")}
     cast_convolutions(blocks["bf16"], th.bfloat16, channels_last=width >= WIDE)
     inputs = {"fp32": x.requires_grad_(), "bf16": x.detach().bfloat16().requires_grad_()}
-    while len(found) < 2 or (len(found) <= TURNS and sum(sum(turn.values()) for turn in found) < SECONDS):
-        found.append({})
+    while len(turns) < 2 or (len(turns) <= TURNS and sum(sum(turn.values()) for turn in turns) < SECONDS):
+        turns.append({})
         for name, block in blocks.items():
             start = time.perf_counter()
             block(inputs[name], emb).sum().backward()
-            found[-1][name] = time.perf_counter() - start
-    return {name: min(turn[name] for turn in found[1:]) for name in blocks}
+            turns[-1][name] = time.perf_counter() - start
+    return {name: min(turn[name] for turn in turns[1:]) for name in blocks}

@@ -1,7 +1,8 @@
-"""Convolutions over tokens, and what torch does slowly, or keeps too much for, in bfloat16 on a CPU.
+"""Fused operations: convolutions over tokens, and normalization and attention in bfloat16 on a CPU.
 
-The plain way is taken for modules with hooks or another forward than their class had at first, and, by the arithmetic
-in bfloat16, under the transforms of torch.func, forward-mode derivatives, tracing and compilers.
+torch's own are slow there, or keep too much for the gradient. Modules with hooks, or with another forward than their
+class had at first, are called as they are; so are all where torch.func, forward-mode derivatives, tracing or a compiler
+is at work.
 
 Shapes: N batch, C channels, G groups, [N, C, ...] feature maps; H heads of D channels each, T tokens.
 """
@@ -28,7 +29,7 @@ Film = Pair | None
 Gradients = tuple[th.Tensor | None, ...]
 
 
-# ---- when the plain way is taken
+# ---- when modules are called as they are
 
 _CALL = nn.Module.__call__
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
@@ -59,28 +60,29 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def takes(x: th.Tensor) -> bool:
-    """Whether the arithmetic in bfloat16 serves x."""
-    here = x.dtype == th.bfloat16 and x.device.type == "cpu"
-    return here and not (th.compiler.is_compiling() or transformed())
+    """Whether the fused operations in bfloat16 are for x."""
+    if x.dtype != th.bfloat16 or x.device.type != "cpu":
+        return False
+    return not (th.compiler.is_compiling() or transformed())
 
 
 def _with_graph(function: Callable[..., th.Tensor], inputs: Sequence[Any], grad: th.Tensor) -> Gradients:
     """Gradients of function(*inputs) that can be differentiated again; None for what needs none."""
     inputs = [value.view_as(value) if isinstance(value, th.Tensor) else value for value in inputs]
     needed = [isinstance(value, th.Tensor) and value.requires_grad for value in inputs]
-    wanted = [value for value, needs in zip(inputs, needed, strict=True) if needs]
-    found = iter(th.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
-    return tuple(next(found) if needs else None for needs in needed)
+    leaves = [value for value, needs in zip(inputs, needed, strict=True) if needs]
+    gradients = iter(th.autograd.grad(function(*inputs), leaves, grad, create_graph=True))
+    return tuple(next(gradients) if needs else None for needs in needed)
 
 
 # ---- layers
 
 
 def over_tokens(conv: nn.Module, x: th.Tensor) -> th.Tensor:
-    """What a Conv1d makes of tokens [N, C, T], if of kernel 1 then with channels innermost.
+    """The output of a Conv1d for tokens [N, C, T].
 
-    The output is then a view of [N, T, C] memory: attention reads its heads from it without a copy, and a channels-last
-    input is never rearranged.
+    Of a kernel of 1 it is a view of [N, T, C] memory: attention reads its heads from it without a copy, and a
+    channels-last input is never rearranged.
     """
     if isinstance(conv, nn.Conv1d) and untouched(conv) and _is_pointwise(conv):
         return F.linear(x.transpose(1, 2).contiguous(), conv.weight.squeeze(2), conv.bias).transpose(1, 2)
@@ -93,10 +95,9 @@ def _is_pointwise(conv: nn.Conv1d) -> bool:
 
 
 def through(layers: Any, x: th.Tensor, film: Film = None) -> th.Tensor:
-    """What a normalization and the layers after it make of [N, C, ...]; film comes between.
+    """The output of a normalization, film, and the layers after them, for [N, C, ...].
 
-    Where `takes` x, and a SiLU comes next, one feature map is kept for the gradient, which computes the others again,
-    instead of three.
+    Where `takes(x)` and a SiLU comes next, one feature map is kept for the gradient, instead of three.
 
     :param layers: a module, which is called as a whole unless it is an untouched nn.Sequential, or a list of modules.
     :param film: (scale, shift), both [N, C, 1, ...] in the dtype of x: h -> h * scale + shift.
@@ -127,7 +128,7 @@ def _norm_silu(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, *rest: Any) -> 
 
 
 def _dense(x: th.Tensor) -> th.Tensor:
-    """x in one of the layouts that the kernels take; of a single image they look at the first stride all the same."""
+    """x in one of the layouts that the kernels take; they look at the first stride of a single image too."""
     layout = {4: th.channels_last, 5: th.channels_last_3d}.get(x.ndim)
     if x.is_contiguous() or layout is None or not x.is_contiguous(memory_format=layout):
         return x.contiguous()
@@ -151,12 +152,12 @@ class _NormSiLU(th.autograd.Function):
         g = th.ops.aten.silu_backward(grad, _modulated(x, (weight, bias), (scale, shift), ctx)[0])
         factor = 1 if scale is None else scale.flatten(1).float()
         gain = (weight * factor).expand(x.shape[:2])
-        own, of_gain, of_offset = (_by_kernel if x.is_contiguous() else _by_sums)(g, x, gain, mean, rstd)
+        of_x, of_gain, of_offset = (_by_kernel if x.is_contiguous() else _by_sums)(g, x, gain, mean, rstd)
         film: tuple[th.Tensor | None, ...] = None, None
         if scale is not None:
             of_scale = of_gain * weight + of_offset * bias
             film = of_scale.to(x.dtype).view_as(scale), of_offset.to(x.dtype).view_as(scale)
-        return own, (of_gain * factor).sum(0), (of_offset * factor).sum(0), *film, None, None
+        return of_x, (of_gain * factor).sum(0), (of_offset * factor).sum(0), *film, None, None
 
 
 def _modulated(x: th.Tensor, affine: Pair, film: tuple[th.Tensor | None, ...], ctx: Any) -> tuple[th.Tensor, ...]:
@@ -180,10 +181,10 @@ def _modulated(x: th.Tensor, affine: Pair, film: tuple[th.Tensor | None, ...], c
 def _by_kernel(g: th.Tensor, x: th.Tensor, gain: th.Tensor, mean: th.Tensor, rstd: th.Tensor) -> tuple[th.Tensor, ...]:
     """Gradients of x, gain and offset [N, C] from that of x normalized * gain + offset, for contiguous x."""
     rows, flat = gain.numel(), (g.contiguous().view(1, -1, *g.shape[2:]), x.view(1, -1, *x.shape[2:]))
-    own, of_gain, of_offset = th.ops.aten.native_group_norm_backward(
+    of_x, of_gain, of_offset = th.ops.aten.native_group_norm_backward(
         *flat, mean.view(1, -1), rstd.view(1, -1), gain.reshape(-1), 1, rows, x[0, 0].numel(), mean.numel(), [True] * 3
     )
-    return own.view_as(x), of_gain.view_as(gain), of_offset.view_as(gain)
+    return of_x.view_as(x), of_gain.view_as(gain), of_offset.view_as(gain)
 
 
 def _by_sums(g: th.Tensor, x: th.Tensor, gain: th.Tensor, mean: th.Tensor, rstd: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -213,7 +214,7 @@ def _over_space(row: th.Tensor, x: th.Tensor) -> th.Tensor:
 
 
 def attention(q: th.Tensor, k: th.Tensor, v: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
-    """Scaled dot-product attention, [N, H, T, D] each, by a mask [T, T] of what sees what.
+    """Scaled dot-product attention, [N, H, T, D] each, with a mask [T, T], True where a row sees a column.
 
     Gradients of gradients (create_graph) need torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the call, as no
     fused kernel has them; under `transformed` it is taken here.
@@ -241,9 +242,10 @@ class _Attention(th.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: th.Tensor) -> Gradients:
-        """Dao et al. 2022, appendix B.4; what is subtracted from products is so within their float32 sums.
+        """Dao et al. 2022, appendix B.4.
 
-        There it is two further columns, high and low part, that meet ones; a scaled q is in two parts likewise.
+        What is subtracted from a product is subtracted within its float32 sum: as two further columns, high and low
+        part, that meet ones. A scaled q is in two parts likewise.
         """
         if th.is_grad_enabled():  # create_graph
             return _with_graph(_by_products, ctx.saved_tensors[:3], grad)

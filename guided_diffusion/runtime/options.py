@@ -61,6 +61,13 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def refuse(*cases: tuple[object, str]) -> None:
+    """:raises ValueError: with the sentence of the first case whose condition holds."""
+    for applies, sentence in cases:
+        if applies:
+            raise ValueError(sentence)
+
+
 def str2bool(v: str | bool) -> bool:
     """The boolean that a word on the command line stands for."""
     if isinstance(v, bool):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch as th
 
 from .loop import SampleOptions, sample_loop
 from .samplers import DDIMReverse
-from .steps import Process
+
+if TYPE_CHECKING:
+    from ..diffusion.methods import SamplingMethods as Process
 
 
 def invert(process: Process, model: Any, images: th.Tensor, **options: Unpack[SampleOptions]) -> th.Tensor:

@@ -1,9 +1,9 @@
-"""Makers of guides: functions that return a gradient, and networks that stand in place of others.
+"""cond_fn factories (classifier, loss, CLIP) and wrapper networks (classifier-free guidance, autoguidance).
 
 A cond_fn returns the gradient of a log-probability at the noisy image: (x, timesteps, **model_kwargs) -> [N, C, H, W],
 or None where there is no guidance. One with `through_denoiser` is called as (x, t, out, **model_kwargs), with a graph
-from x to out["pred_xstart"]. What a gradient does to a prediction is in prediction.py. Guidance without a gradient is a
-`GuidedNetwork`. All of them work with every sampler, and together.
+from x to out["pred_xstart"]. The rules by which a gradient changes a prediction are in prediction.py. All of these work
+with every sampler, and together.
 
 Shapes: x is [N, C, H, W], labels y are [N], logits [N, K]; `timesteps` [N] is what the network is fed.
 """
@@ -13,19 +13,19 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch as th
 import torch.nn.functional as F
 
-from .prediction import CondFn, MeanVariance
+from .prediction import CondFn, MeanVariance, sees_denoiser, traits_of
 
 Scale = float | Callable[[th.Tensor], th.Tensor | float]
 
 
-# ---- makers of cond_fns
+# ---- cond_fns
 
 
 def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> float | th.Tensor | None:
@@ -56,12 +56,18 @@ def classifier_guidance(classifier: Callable[[th.Tensor, th.Tensor], th.Tensor],
         factor = _scale_at(scale, timesteps, x)
         if factor is None:
             return None
-        with th.enable_grad():
-            x = x.detach().requires_grad_()
-            log_likelihood = -F.cross_entropy(classifier(x, timesteps).float(), y.view(-1), reduction="sum")
-            return factor * th.autograd.grad(log_likelihood, x)[0]
+        return -factor * _slope(
+            lambda x: F.cross_entropy(classifier(x, timesteps).float(), y.view(-1), reduction="sum"), x
+        )
 
     return cond_fn
+
+
+def _slope(loss: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> th.Tensor:
+    """The gradient of a loss, summed over the images, at x alone."""
+    with th.enable_grad():
+        x = x.detach().requires_grad_()
+        return th.autograd.grad(loss(x).sum(), x)[0]
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weight
 
     Every step goes down the gradient of the residual's squared norm by zeta, or by zeta over the norm: the gradient is
     divided by the variance, by which ddpm multiplies it. (With a fixed small variance the last step, which has none, is
-    not guided.) The algorithm knows no other sampler; for those there is `loss_guidance`.
+    not guided.) For other samplers there is `loss_guidance`.
 
     :param residual: x_0 [N, C, H, W] in [-1, 1] -> measured - A(x_0), [N, ...].
     :param weighting: "norm", zeta over the norm of the residual, as in the paper's experiments, or "constant".
@@ -123,34 +129,28 @@ def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weight
 
 
 def combine(*cond_fns: CondFn) -> CondFn:
-    """The sum of several gradients, of either kind; None where none of them guides."""
+    """The sum of several gradients, of either kind; None where no cond_fn guides."""
 
-    def total(found: list[th.Tensor | None]) -> th.Tensor | None:
-        gradients = [gradient for gradient in found if gradient is not None]
-        return sum(gradients[1:], gradients[0]) if gradients else None
+    def total(gradients: Iterable[th.Tensor | None]) -> th.Tensor | None:
+        given = [gradient for gradient in gradients if gradient is not None]
+        return sum(given[1:], given[0]) if given else None
 
     def plain(x: th.Tensor, timesteps: th.Tensor, **kwargs: Any) -> th.Tensor | None:
-        return total([cond_fn(x, timesteps, **kwargs) for cond_fn in cond_fns])
+        return total(cond_fn(x, timesteps, **kwargs) for cond_fn in cond_fns)
 
     def through(x: th.Tensor, t: th.Tensor, out: MeanVariance, **kwargs: Any) -> th.Tensor | None:
-        either = [
+        return total(
             cond_fn(x, t, out, **kwargs) if sees_denoiser(cond_fn) else cond_fn(x.detach(), out["timesteps"], **kwargs)
             for cond_fn in cond_fns
-        ]
-        return total(either)
+        )
 
     return ThroughDenoiser(through) if any(map(sees_denoiser, cond_fns)) else plain
 
 
-def sees_denoiser(cond_fn: CondFn | None) -> bool:
-    """Whether a cond_fn is called with the graph through the network."""
-    return bool(getattr(cond_fn, "through_denoiser", False))
-
-
 def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[..., Any]:
-    """A guide that acts where low <= timesteps <= high alone (Kynkaanniemi et al. 2024).
+    """The same guidance, only where low <= timesteps <= high (Kynkaanniemi et al. 2024).
 
-    :param guide: a cond_fn, or a guided network, in place of which its own unguided one is then asked.
+    :param guide: a cond_fn, or a guided network, which elsewhere calls its own unguided one.
     :param low: in what the network is fed: 0 .. T-1 of training, or 0 .. 1000 with rescale_timesteps.
     :raises ValueError: if low is above high.
     """
@@ -164,9 +164,9 @@ def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[...
         return guide.limited(inside)
 
     def limited(x: th.Tensor, timesteps: th.Tensor, *rest: Any, **kwargs: Any) -> th.Tensor | None:
-        here = inside(rest[0]["timesteps"] if rest else timesteps)
-        gradient = guide(x, timesteps, *rest, **kwargs) if bool(here.any()) else None
-        return None if gradient is None else gradient * here.view(-1, *[1] * (x.ndim - 1))
+        acts = inside(rest[0]["timesteps"] if rest else timesteps)
+        gradient = guide(x, timesteps, *rest, **kwargs) if bool(acts.any()) else None
+        return None if gradient is None else gradient * acts.view(-1, *[1] * (x.ndim - 1))
 
     return ThroughDenoiser(limited) if sees_denoiser(guide) else limited
 
@@ -175,9 +175,9 @@ def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[...
 
 
 class GuidedNetwork(th.nn.Module, ABC):
-    """A network that is drawn away from a weaker one: weak + scale * (model - weak), variances being the model's own.
+    """A network that is moved away from a weaker one: weak + scale * (model - weak); variances are the model's own.
 
-    :param model: (x, timesteps, **model_kwargs) -> [N, C or 2C, H, W]. Where the scale is 1 it is asked alone.
+    :param model: (x, timesteps, **model_kwargs) -> [N, C or 2C, H, W]. Where the scale is 1 it is called alone.
     :param rescale: how far the deviation of the result is brought back to that of the model (Lin et al. 2024, eq. 16).
     """
 
@@ -187,37 +187,28 @@ class GuidedNetwork(th.nn.Module, ABC):
             raise ValueError(f"rescale {rescale} is not in 0 .. 1: 0 leaves the result as it is")
         _scale_at(0.0 if callable(scale) else scale, th.zeros(1), th.zeros(1))
         self.model, self.scale, self.rescale = model, scale, rescale
-
-    @property
-    def num_classes(self) -> int | None:
-        """The classes of the model."""
-        return getattr(self.model, "num_classes", None)
-
-    @property
-    def null_label(self) -> int | None:
-        """The label of the model that stands for no class."""
-        return getattr(self.model, "null_label", None)
-
-    @abstractmethod
-    def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
-        """What the model and the weaker one say."""
+        _, self.num_classes, self.null_label, _ = traits_of(model)
 
     @abstractmethod
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
-        """What the weaker one says."""
+        """The output of the weaker network."""
+
+    def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
+        """The outputs of the model and of the weaker network."""
+        return self.model(x, timesteps, **kwargs), self.weak(x, timesteps, kwargs)
 
     def limited(self, inside: Callable[[th.Tensor], th.Tensor]) -> GuidedNetwork:
         """The same guidance where `inside(timesteps)` is true, and the model alone elsewhere."""
 
         def scale(timesteps: th.Tensor) -> th.Tensor | float:
-            here = inside(timesteps)
-            count = int(here.sum())
+            acts = inside(timesteps)
+            count = int(acts.sum())
             if not count:
                 return 1.0
-            there = self.scale(timesteps) if callable(self.scale) else self.scale
-            if count == len(here):
-                return there
-            return th.where(here, th.as_tensor(there, dtype=th.float32, device=timesteps.device), 1.0)
+            full = self.scale(timesteps) if callable(self.scale) else self.scale
+            if count == len(acts):
+                return full
+            return th.where(acts, th.as_tensor(full, dtype=th.float32, device=timesteps.device), 1.0)
 
         other = copy.copy(self)
         other._modules, other.scale = dict(self._modules), scale
@@ -233,10 +224,10 @@ class GuidedNetwork(th.nn.Module, ABC):
         if bool((scale == 1).all()) if isinstance(scale, th.Tensor) else scale == 1:
             return self.model(x, timesteps, **kwargs)
         strong, weak = self.both(x, timesteps, kwargs)
-        own, other = strong[:, : x.shape[1]], weak[:, : x.shape[1]]
-        guided = other + scale * (own - other)
+        mean, weak_mean = strong[:, : x.shape[1]], weak[:, : x.shape[1]]
+        guided = weak_mean + scale * (mean - weak_mean)
         if self.rescale:
-            before, after = (value.flatten(1).std(dim=1, correction=0) for value in (own, guided))
+            before, after = (value.flatten(1).std(dim=1, correction=0) for value in (mean, guided))
             factor = (before / after).where(after > 0, 1.0)  # an even image has no contrast to take back
             guided = guided * th.lerp(th.ones_like(factor), factor, self.rescale).view(-1, *[1] * (x.ndim - 1))
         return th.cat([guided, strong[:, x.shape[1] :]], dim=1)
@@ -245,8 +236,8 @@ class GuidedNetwork(th.nn.Module, ABC):
 class ClassifierFree(GuidedNetwork):
     """Guided by itself without the label, in one forward pass of both (Ho & Salimans 2022, eq. 6).
 
-    :param null_class: None leaves labels, if there are any, as they are.
-    :param null_cond: without the conditioning image as well, in whose place there are zeros.
+    :param null_class: None leaves labels as they are.
+    :param null_cond: replace the conditioning image by zeros as well.
     """
 
     def __init__(
@@ -262,7 +253,7 @@ class ClassifierFree(GuidedNetwork):
         self.null_class, self.null_cond = null_class, null_cond
 
     def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
-        """What the model says with and without the labels."""
+        """The model's output with and without the labels."""
         without = {**kwargs, **self._null(kwargs)}
         rows = [
             name for name, value in kwargs.items() if isinstance(value, th.Tensor) and value.shape[:1] == x.shape[:1]
@@ -272,19 +263,18 @@ class ClassifierFree(GuidedNetwork):
         return strong, weak
 
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
-        """What the model says without the labels."""
+        """The model's output without the labels."""
         return self.model(x, timesteps, **{**kwargs, **self._null(kwargs)})
 
     def _null(self, kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
-        """What stands for nothing, in place of labels and conditioning images."""
-        hidden = {"y": self.null_class, "cond_image": 0 if self.null_cond else None}
-        found: dict[str, th.Tensor] = {}
-        for name, value in hidden.items():
-            if value is not None and kwargs.get(name) is None:
-                what, how = {"y": ("labels", "labels")}.get(name, ("conditioning images", "images"))
-                raise ValueError(f'classifier-free guidance needs {what}: give model_kwargs={{"{name}": {how}}}')
-            found |= {} if value is None else {name: th.full_like(kwargs[name], value)}
-        return found
+        """The null label and the null conditioning image, in place of those in kwargs."""
+        null = {"y": self.null_class, "cond_image": 0 if self.null_cond else None}
+        used = {name: value for name, value in null.items() if value is not None}
+        for name in used:
+            if kwargs.get(name) is None:
+                words = {"y": "labels", "cond_image": "conditioning images"}[name]
+                raise ValueError(f'classifier-free guidance needs {words}: give model_kwargs={{"{name}": {words}}}')
+        return {name: th.full_like(kwargs[name], value) for name, value in used.items()}
 
 
 def classifier_free(
@@ -294,17 +284,17 @@ def classifier_free(
 
     (Papers that write (1 + w) * conditional - w * unconditional call scale - 1 what is called w.)
 
-    :param null_class: the label that stands for no class; the network's own where there is none given.
+    :param null_class: the label that stands for no class; by default that of the network.
     :raises ValueError: if the network has none: it was trained without --class_dropout.
     """
-    null_class = getattr(model, "null_label", None) if null_class is None else null_class
-    null_cond = bool(getattr(model, "null_cond", False))
-    if null_class is None and not null_cond:
+    traits = traits_of(model)
+    null_class = traits.null_label if null_class is None else null_class
+    if null_class is None and not traits.null_cond:
         raise ValueError(
             "classifier-free guidance needs a network that was trained without labels too: train with class_dropout "
             "above 0, or give the null_class that it has"
         )
-    return ClassifierFree(model, scale, null_class, rescale, null_cond=null_cond)
+    return ClassifierFree(model, scale, null_class, rescale, null_cond=traits.null_cond)
 
 
 class Autoguided(GuidedNetwork):
@@ -314,12 +304,8 @@ class Autoguided(GuidedNetwork):
         super().__init__(model, scale)
         self.weaker = weaker
 
-    def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
-        """What the model and its weaker version say."""
-        return self.model(x, timesteps, **kwargs), self.weaker(x, timesteps, **kwargs)
-
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
-        """What the weaker version says."""
+        """The output of the weaker version."""
         return self.weaker(x, timesteps, **kwargs)
 
 
@@ -346,9 +332,9 @@ def random_cutouts(
     def cut(images: th.Tensor) -> th.Tensor:
         height, width = images.shape[2:]
         longest, pieces = min(height, width), []
-        for where in th.rand(count, 3, generator=generator).tolist():
-            side = round(min(size, longest) + where[0] ** power * (longest - min(size, longest)))
-            top, left = round(where[1] * (height - side)), round(where[2] * (width - side))
+        for share, down, right in th.rand(count, 3, generator=generator).tolist():
+            side = round(min(size, longest) + share**power * (longest - min(size, longest)))
+            top, left = round(down * (height - side)), round(right * (width - side))
             piece = images[:, :, top : top + side, left : left + side]
             pieces.append(F.interpolate(piece, (size, size), mode="bilinear", antialias=True, align_corners=False))
         return th.cat(pieces)
@@ -364,8 +350,7 @@ def clip_guidance(
     cutouts: Callable[[th.Tensor], th.Tensor] | None = None,
     scale: Scale = 1.0,
 ) -> CondFn:
-    """Guidance towards an embedding, such as that of a text by CLIP: -scale * grad of half the squared angle between
-    them.
+    """-scale * grad of half the squared angle to an embedding, such as CLIP's of a text.
 
     :param image_encoder: images [N, C, H, W] in [-1, 1] -> embeddings [N, E]; it scales and normalises as it needs.
     :param target: one embedding [E], or several [M, E] to be near to on average.
@@ -376,27 +361,20 @@ def clip_guidance(
     """
     if mode not in ("noisy", "denoised"):
         raise ValueError(f"mode {mode!r} is unknown: use noisy or denoised")
-    wanted = F.normalize(target.detach().reshape(-1, target.shape[-1]), dim=-1)
+    targets = F.normalize(target.detach().reshape(-1, target.shape[-1]), dim=-1)
 
     def loss(images: th.Tensor) -> th.Tensor:
         """Half the squared angle [N], averaged over cutouts and targets."""
         shown = images if cutouts is None else cutouts(images)
         embeddings = F.normalize(image_encoder(shown).float(), dim=-1).unflatten(0, (-1, len(images)))
-        chord = (embeddings[:, :, None] - wanted.to(embeddings)).norm(dim=-1)
+        chord = (embeddings[:, :, None] - targets.to(embeddings)).norm(dim=-1)
         return (2 * th.arcsin((chord / 2).clamp(max=1 - 1e-6)) ** 2).mean(dim=(0, 2))
-
-    if mode == "denoised":
-        return loss_guidance(loss, scale)
 
     def cond_fn(x: th.Tensor, timesteps: th.Tensor, **_: Any) -> th.Tensor | None:
         factor = _scale_at(scale, timesteps, x)
-        if factor is None:
-            return None
-        with th.enable_grad():
-            x = x.detach().requires_grad_()
-            return -factor * th.autograd.grad(loss(x).sum(), x)[0]
+        return None if factor is None else -factor * _slope(loss, x)
 
-    return cond_fn
+    return cond_fn if mode == "noisy" else loss_guidance(loss, scale)
 
 
 # ---- on the network's output

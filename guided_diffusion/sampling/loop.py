@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch as th
 from tqdm.auto import tqdm
 
 from ..runtime.labels import check_labels
-from ..runtime.options import nearest
+from ..runtime.options import nearest, refuse
+from .prediction import traits_of
 from .samplers import DDIM, make_sampler
-from .steps import Draw, Generators, Process, Sampler, StepOutput, same_index
+from .steps import Draw, Generators, Sampler, StepOutput
+
+if TYPE_CHECKING:
+    from ..diffusion.methods import SamplingMethods as Process
 
 Image = th.Tensor | None
 JUMP = 10  # steps in a stretch that is taken again
@@ -87,20 +91,20 @@ def sample_loop(
     :raises TypeError: for an option that there is not.
     """
     device = th.device(options.get("device") or next(model.parameters()).device)
-    given, sampler = options.get("model_kwargs"), make_sampler(sampler)
-    labels = (given or {}).get("y")
+    sampler, model_kwargs, generator = make_sampler(sampler), options.get("model_kwargs"), options.get("generator")
+    labels = (model_kwargs or {}).get("y")
     _check_labels(labels, model)
     _check(sampler, options)
-    indices, generator = _indices(process, sampler, options), options.get("generator")
+    indices = _indices(process, sampler, options)
     x, image = _start(process, sampler, shape, device, indices, options)
     kept = _Kept.of(process, image, x, options)
     x = kept.paste(x, indices[0] if indices else -1) if kept else x
     if not indices:
         yield {"sample": x, "pred_xstart": x}
-    new_classes = None
+    new_labels = None
     if options.get("randomize_class") and labels is not None:
-        new_classes = _class_drawer(model, labels, device, generator)
-    asked: dict[str, Any] = {
+        new_labels = _label_drawer(model, labels, device, generator)
+    step_options: dict[str, Any] = {
         "clip_denoised": options.get("clip_denoised", True),
         "denoised_fn": options.get("denoised_fn"),
         "cond_fn": options.get("cond_fn"),
@@ -109,17 +113,20 @@ def sample_loop(
         # without generators each step draws its noise like x, whose layout decides where the numbers go
         "draw": None if generator is None else drawer(partial(th.randn, dtype=x.dtype), shape, device, generator),
     }
-    state: Any = None
+    callback, state, tables = options.get("callback"), None, dict[object, Any]()
     walk = list(_walk(indices, options.get("resample", 1), options.get("jump", JUMP)))
     for index, back in tqdm(walk) if options.get("progress") else walk:
-        kwargs = given if new_classes is None else {**(given or {}), "y": new_classes()}
-        with th.no_grad():
-            t = same_index(index, shape[0], device)
-            rule = DDIM() if _is_blind(process, sampler, index) else sampler
-            output, state = process.take_step(rule, model, x, t, state, model_kwargs=kwargs, **asked)
+        kwargs = model_kwargs if new_labels is None else {**(model_kwargs or {}), "y": new_labels()}
+        rule = DDIM() if _is_blind(process, sampler, index) else sampler
+        with th.no_grad(), process.tables_kept(tables):
+            t = th.full((shape[0],), index, device=device)
+            output, state = process.take_step(
+                rule, model, x, t, state, last=index == 0, model_kwargs=kwargs, **step_options
+            )
             if kept is not None:
                 output["sample"] = kept.paste(output["sample"], index - 1)
-        _call(options.get("callback"), index, output)
+        if callback is not None:
+            callback(index, output)
         yield output
         x = output["sample"]
         if back is not None and kept is not None:
@@ -127,22 +134,16 @@ def sample_loop(
 
 
 def network_calls(process: Process, sampler: Sampler | str, **options: Unpack[SampleOptions]) -> int:
-    """How often a run of the loop asks the network."""
-    calls, fresh, sampler = 0, True, make_sampler(sampler)
+    """How often a run of the loop calls the network."""
+    calls, first, sampler = 0, True, make_sampler(sampler)
     walk = _walk(_indices(process, sampler, options), options.get("resample", 1), options.get("jump", JUMP))
     for index, back in walk:
-        if _is_blind(process, sampler, index):
+        if index == 0 or _is_blind(process, sampler, index):
             calls += 1
-            continue
-        inner = index > 0
-        calls += (getattr(sampler, "stages", 1) if inner else 1) + fresh * inner * getattr(sampler, "starting_calls", 0)
-        fresh = back is not None
+        else:
+            calls += sampler.stages + first * sampler.starting_calls
+        first = back is not None or (first and _is_blind(process, sampler, index))
     return calls
-
-
-def _call(callback: Callable[[int, StepOutput], object] | None, index: int, output: StepOutput) -> None:
-    if callback is not None:
-        callback(index, output)
 
 
 # ---- which steps
@@ -157,7 +158,7 @@ def _indices(process: Process, sampler: Sampler, options: SampleOptions) -> list
         skip = sum(tau > furthest for tau in process.timestep_map[:steps]) if strength else steps
     if not 0 <= skip <= steps:
         raise ValueError(f"skip_timesteps {skip} is not in 0 .. {steps}, the steps of this process")
-    if _ascends(sampler):
+    if sampler.ascending:
         return list(range(steps - skip - 1))  # the last of them ends where the first one of the way back starts
     return list(reversed(range(steps - skip)))
 
@@ -170,14 +171,9 @@ def _walk(indices: Sequence[int], resample: int, jump: int) -> Iterator[tuple[in
             yield from ((index, stretch[0] if again and index == stretch[-1] else None) for index in stretch)
 
 
-def _ascends(sampler: Sampler) -> bool:
-    return bool(getattr(sampler, "ascending", False))
-
-
 def _is_blind(process: Process, sampler: Sampler, index: int) -> bool:
     """Whether a step starts from pure noise, where solvers that divide by the signal have no step: DDIM takes it."""
-    last = index == process.num_timesteps - 1 and bool(getattr(sampler, "needs_signal", False))
-    return last and process.no_signal_at_the_end
+    return sampler.needs_signal and index == process.num_timesteps - 1 and process.no_signal_at_the_end
 
 
 # ---- where to start
@@ -192,37 +188,33 @@ def _start(
     options: SampleOptions,
 ) -> tuple[th.Tensor, Image]:
     """x at the first step, and the image it may be made of; no steps leave the image as it is."""
-    given, image = options.get("start"), options.get("init_image")
-    if image is not None and _ascends(sampler):
-        given = image
+    image = options.get("init_image")
+    given = image if sampler.ascending else options.get("start")
     if given is not None:
         x = _fitted(given, th.empty(tuple(shape), dtype=given.dtype, device=device), "start")
-        assert x is not None
-        return x, _fitted(image, x, "init_image")
+        return x, None if image is None else _fitted(image, x, "init_image")
     noise = options.get("noise")
     x = drawer(th.randn, shape, device, options.get("generator"))() if noise is None else noise.to(device)
-    image = _fitted(image, x, "init_image")
+    image = None if image is None else _fitted(image, x, "init_image")
     if image is None and len(indices) == process.num_timesteps:
         return x, None
     clean = th.zeros_like(x) if image is None else image
     return process.q_sample(clean, th.full((len(x),), indices[0], device=device), x) if indices else clean, image
 
 
-def _fitted(image: Image, x: th.Tensor, name: str) -> Image:
+def _fitted(image: th.Tensor, x: th.Tensor, name: str) -> th.Tensor:
     """An image or mask as one for each sample.
 
     :raises ValueError: if its sides are others.
     """
-    if image is None:
-        return None
     sides = zip(reversed(image.shape), reversed(x.shape), strict=False)
-    if image.ndim > x.ndim or any(own not in (1, side) for own, side in sides):
+    if image.ndim > x.ndim or any(given not in (1, side) for given, side in sides):
         raise ValueError(f"{name} of shape {tuple(image.shape)} does not fit the samples, {tuple(x.shape)}")
     return image.to(x).expand_as(x)
 
 
 class _Kept:
-    """What stays as it is: an image where its mask is 1, and noise for it."""
+    """The image where its mask is 1, and the noise that it is kept with."""
 
     def __init__(self, process: Process, image: th.Tensor, mask: th.Tensor, draw: Draw) -> None:
         self.process, self.image, self.mask, self.draw = process, image, mask, draw
@@ -230,16 +222,17 @@ class _Kept:
     @classmethod
     def of(cls, process: Process, image: Image, x: th.Tensor, options: SampleOptions) -> _Kept | None:
         """What a mask keeps; None where it keeps nothing and nothing is taken again."""
-        mask = _fitted(options.get("mask"), x, "mask")
+        mask = options.get("mask")
         if mask is None or image is None:
             return None
+        mask = _fitted(mask, x, "mask")
         if not bool(((mask >= 0) & (mask <= 1)).all()):
             raise ValueError("mask has values outside of 0 .. 1: 1 keeps the image, 0 paints")
-        needs = mask.flatten(1).any(dim=1).tolist() if options.get("resample", 1) == 1 else [True] * len(mask)
-        if not any(needs):
+        needed = mask.flatten(1).any(dim=1).tolist() if options.get("resample", 1) == 1 else [True] * len(mask)
+        if not any(needed):
             return None
-        own = _own(options.get("generator"), x, needs)
-        return cls(process, image, mask, drawer(partial(th.randn, dtype=x.dtype), x.shape, x.device, own))
+        separate = _separate(options.get("generator"), x, needed)
+        return cls(process, image, mask, drawer(partial(th.randn, dtype=x.dtype), x.shape, x.device, separate))
 
     def paste(self, x: th.Tensor, level: int) -> th.Tensor:
         """The samples at `level` with what is kept at the same level of noise."""
@@ -254,10 +247,10 @@ class _Kept:
         return th.sqrt(then / now) * x + th.sqrt(1 - then / now) * self.draw()
 
 
-def _own(generator: Generators, x: th.Tensor, needs: Sequence[bool]) -> Generators:
-    """Generators of their own, each with a seed that is drawn from one of the loop.
+def _separate(generator: Generators, x: th.Tensor, needed: Sequence[bool]) -> Generators:
+    """Generators with seeds that are drawn from those of the loop.
 
-    :param needs: the images that need one; where each has its own generator, that of another is not drawn from.
+    :param needed: for which images; where each has its own generator, that of another is not drawn from.
     """
 
     def seeded(source: th.Generator | None, drawn: bool = True) -> th.Generator:
@@ -267,7 +260,7 @@ def _own(generator: Generators, x: th.Tensor, needs: Sequence[bool]) -> Generato
 
     if generator is None or isinstance(generator, th.Generator):
         return seeded(generator)
-    return [seeded(source, drawn) for source, drawn in zip(generator, needs, strict=False)]
+    return [seeded(source, drawn) for source, drawn in zip(generator, needed, strict=False)]
 
 
 # ---- draws and checks
@@ -288,14 +281,15 @@ def drawer(
 
 def _check_labels(labels: Image, model: Any) -> None:
     """Refuse labels that the network has no embedding for, before a device assertion does."""
-    classes, null = getattr(model, "num_classes", None), getattr(model, "null_label", None)
-    if labels is not None and classes is not None:
-        check_labels(labels.flatten().tolist(), classes if null is None else null + 1)
+    traits = traits_of(model)
+    if labels is not None and traits.num_classes is not None:
+        count = traits.num_classes if traits.null_label is None else traits.null_label + 1
+        check_labels(labels.flatten().tolist(), count)
 
 
-def _class_drawer(model: Any, labels: th.Tensor, device: th.device, generator: Generators) -> Draw:
+def _label_drawer(model: Any, labels: th.Tensor, device: th.device, generator: Generators) -> Draw:
     """A function that draws new labels [N] for the network's classes, in place of the given ones."""
-    classes = getattr(model, "num_classes", None)
+    classes = traits_of(model).num_classes
     if classes is None:
         raise ValueError("randomize_class needs a class-conditional network: one with a number in .num_classes")
     return drawer(lambda size, **kw: th.randint(classes, size, **kw), tuple(labels.shape), device, generator)
@@ -303,29 +297,29 @@ def _class_drawer(model: Any, labels: th.Tensor, device: th.device, generator: G
 
 def _check(sampler: Sampler, options: SampleOptions) -> None:
     """:raises ValueError: for options that contradict each other or the sampler; TypeError for an unknown one."""
-    image, mask, strength = options.get("init_image"), options.get("mask"), options.get("strength")
-    resample, jump, start = options.get("resample", 1), options.get("jump", JUMP), options.get("start")
-    unknown = sorted(set(options) - SampleOptions.__optional_keys__)
-    if unknown:
-        raise TypeError(f"{unknown[0]} is no option of sampling{nearest(unknown[0], SampleOptions.__optional_keys__)}")
-    if options.get("clip_guided") and not options.get("clip_denoised", True) and options.get("denoised_fn") is None:
-        raise ValueError("clip_guided has no effect where no prediction is clipped: give clip_denoised or denoised_fn")
-    if strength is not None and not 0 <= strength <= 1:
-        raise ValueError(f"strength {strength} is not in 0 .. 1: 1 starts from noise, 0 returns the image")
-    if strength is not None and options.get("skip_timesteps"):
-        raise ValueError("strength and skip_timesteps both say where to start: give one of the two")
-    if strength is not None and image is None and start is None:
-        raise ValueError("strength has no effect without an init_image: give both or none")
-    if mask is not None and image is None:
-        raise ValueError("mask has no effect without an init_image: give both or none")
-    if start is not None and options.get("noise") is not None:
-        raise ValueError("start and noise both say where x is at the first step: give one of the two")
-    if start is not None and image is not None and mask is None and strength is None:
-        raise ValueError("init_image has no effect beside start, where x is at first: leave one of the two out")
-    if resample < 1 or jump < 1:
-        raise ValueError(f"resample {resample} and jump {jump} must be 1 or more")
-    for name, value, default in (("resample", resample, 1), ("jump", jump, JUMP)):
-        if value != default and mask is None:
-            raise ValueError(f"{name} {value} has no effect without a mask: leave it out")
-    if _ascends(sampler) and (image is None or mask is not None or options.get("noise") is not None):
-        raise ValueError("the sampler ddim_reverse goes from an image to noise: give init_image, and no mask or noise")
+    for name in sorted(set(options) - SampleOptions.__optional_keys__):
+        raise TypeError(f"{name} is no option of sampling{nearest(name, SampleOptions.__optional_keys__)}")
+    image, mask, noise, start = (options.get(name) is not None for name in ("init_image", "mask", "noise", "start"))
+    strength, resample, jump = options.get("strength"), options.get("resample", 1), options.get("jump", JUMP)
+    clipped = options.get("clip_denoised", True) or options.get("denoised_fn") is not None
+    # fmt: off
+    refuse(
+        (options.get("clip_guided") and not clipped,
+         "clip_guided has no effect where no prediction is clipped: give clip_denoised or denoised_fn"),
+        (strength is not None and not 0 <= strength <= 1,
+         f"strength {strength} is not in 0 .. 1: 1 starts from noise, 0 returns the image"),
+        (strength is not None and options.get("skip_timesteps"),
+         "strength and skip_timesteps both say where to start: give one of the two"),
+        (strength is not None and not image and not start,
+         "strength has no effect without an init_image: give both or none"),
+        (mask and not image, "mask has no effect without an init_image: give both or none"),
+        (start and noise, "start and noise both say where x is at the first step: give one of the two"),
+        (start and image and not mask and strength is None,
+         "init_image has no effect beside start, where x is at first: leave one of the two out"),
+        (resample < 1 or jump < 1, f"resample {resample} and jump {jump} must be 1 or more"),
+        (resample != 1 and not mask, f"resample {resample} has no effect without a mask: leave it out"),
+        (jump != JUMP and not mask, f"jump {jump} has no effect without a mask: leave it out"),
+        (sampler.ascending and (not image or mask or noise),
+         "the sampler ddim_reverse goes from an image to noise: give init_image, and no mask or noise"),
+    )
+    # fmt: on

@@ -1,4 +1,4 @@
-"""What the network says at a noisy image, and the two rules for what the gradient of a guide makes of it.
+"""The network's prediction at a noisy image, and the two rules by which the gradient of a cond_fn changes it.
 
 "mean" shifts the mean of the ancestral step by variance * gradient (Sohl-Dickstein et al. 2015; Dhariwal & Nichol 2021,
 algorithm 1). "score" shifts the score, that is eps -= sqrt(1 - alpha_bar) * gradient (Song et al. 2021; Dhariwal &
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, cast
 
 import torch as th
 
-from .steps import Process, StepOutput, mix
+from .steps import StepOutput, mix
+
+if TYPE_CHECKING:
+    from ..diffusion.methods import SamplingMethods as Process
 
 CondFn = Callable[..., th.Tensor | None]
-
 
 FAR_OUTSIDE = 1.5  # size of a value of x_0 that counts as outside of [-1, 1]: predictions rightly lie on its ends
 
@@ -35,6 +37,36 @@ class MeanVariance(TypedDict):
     log_variance: th.Tensor
     pred_xstart: th.Tensor
     timesteps: NotRequired[th.Tensor]
+
+
+class Traits(NamedTuple):
+    """What a network says of its conditioning.
+
+    known: whether it says anything: a plain function may or may not take labels.
+    num_classes: K, None without classes.
+    null_label: the label that means "no class"; None where there is none.
+    null_cond: whether zeros mean "no conditioning image".
+    """
+
+    known: bool
+    num_classes: int | None
+    null_label: int | None
+    null_cond: bool
+
+
+def traits_of(model: Any) -> Traits:
+    """The traits of a network, ours or anybody's callable."""
+    return Traits(
+        known=hasattr(model, "num_classes"),
+        num_classes=getattr(model, "num_classes", None),
+        null_label=getattr(model, "null_label", None),
+        null_cond=bool(getattr(model, "null_cond", False)),
+    )
+
+
+def sees_denoiser(cond_fn: CondFn | None) -> bool:
+    """Whether a cond_fn is called with the graph through the network."""
+    return bool(getattr(cond_fn, "through_denoiser", False))
 
 
 @dataclass(frozen=True)
@@ -62,7 +94,7 @@ UNBOUNDED = Bounds(clip=False)
 
 
 def shift_mean(out: MeanVariance, x: th.Tensor, gradient: th.Tensor | None) -> th.Tensor:
-    """Rule "mean": the mean moves by variance * gradient."""
+    """The mean after rule "mean": it moves by variance * gradient."""
     if gradient is None:
         return out["mean"]
     return out["mean"].to(x.dtype) + out["variance"] * gradient.to(x.dtype)
@@ -71,7 +103,7 @@ def shift_mean(out: MeanVariance, x: th.Tensor, gradient: th.Tensor | None) -> t
 def shift_score(
     process: Process, out: MeanVariance, x: th.Tensor, t: th.Tensor, gradient: th.Tensor | None
 ) -> MeanVariance:
-    """Rule "score": eps loses sqrt(1 - alpha_bar) * gradient; x_0 and mean follow, and x_0 is not clipped here."""
+    """The prediction after rule "score": eps loses sqrt(1 - alpha_bar) * gradient; x_0, unclipped, and mean follow."""
     if gradient is None:
         return out
     if process.no_signal_at_the_end:  # eps says nothing of x_0 there, and there is nothing to guide
@@ -85,13 +117,18 @@ def shift_score(
 
 
 def apply_rule(
-    process: Process, rule: str, out: MeanVariance, x: th.Tensor, t: th.Tensor, *given: Any, with_grad: bool = False
+    process: Process,
+    rule: str,
+    out: MeanVariance,
+    x: th.Tensor,
+    t: th.Tensor,
+    *,
+    cond_fn: CondFn,
+    model_kwargs: dict[str, Any] | None,
+    with_grad: bool = False,
 ) -> MeanVariance | None:
-    """What the process's method for a rule makes of a prediction; None where there is no guidance.
-
-    :param given: cond_fn and model_kwargs.
-    """
-    (cond_fn, model_kwargs), before = given, dict(out)
+    """The prediction after the process's method for a rule; None where there is no guidance."""
+    before = dict(out)
     condition = getattr(process, f"condition_{rule}{'_with_grad' if with_grad else ''}")
     guided = condition(cond_fn, out, x, t, model_kwargs=model_kwargs)
     if rule == "mean":
@@ -100,31 +137,26 @@ def apply_rule(
     return None if all(guided.get(name) is value for name, value in before.items()) else guided
 
 
+@dataclass
 class Prediction:
-    """What the network says at (x, t), and on demand what guidance makes of it.
+    """The network's prediction at (x, t), and on demand the guided one.
 
     The gradient is asked for in `guided` and not before, so that a step may draw its noise in between.
 
-    :param guide: what a rule makes of the prediction, None where it makes nothing of it; None for no guidance at all.
+    :param guide: rule -> the guided prediction, or None where nothing changes; None for no guidance at all.
     :param bounds: of predictions of x_0, which `out` has been through.
-    :param own: the prediction before guidance, where this one is guided.
+    :param unguided: the prediction before guidance, where this one is guided.
     :param outside: share of values [N] that guidance by rule "score" moved out of the range, before they are clipped.
     """
 
-    def __init__(
-        self,
-        process: Process,
-        x: th.Tensor,
-        t: th.Tensor,
-        out: MeanVariance,
-        *,
-        guide: Callable[[str], MeanVariance | None] | None = None,
-        bounds: Bounds = UNBOUNDED,
-        own: MeanVariance | None = None,
-        outside: th.Tensor | None = None,
-    ) -> None:
-        self.process, self.x, self.t, self.out, self.guide = process, x, t, out, guide
-        self.bounds, self.own, self.outside = bounds, own, outside
+    process: Process
+    x: th.Tensor
+    t: th.Tensor
+    out: MeanVariance
+    guide: Callable[[str], MeanVariance | None] | None = None
+    bounds: Bounds = UNBOUNDED
+    unguided: MeanVariance | None = None
+    outside: th.Tensor | None = None
 
     @property
     def mean(self) -> th.Tensor:
@@ -138,7 +170,7 @@ class Prediction:
 
     @property
     def pred_xstart(self) -> th.Tensor:
-        """The x_0 behind it."""
+        """The prediction of x_0."""
         return self.out["pred_xstart"]
 
     @property
@@ -153,19 +185,17 @@ class Prediction:
             return self
         if rule == "score" and self.bounds.any:
             outside = (out["pred_xstart"].detach().abs() > FAR_OUTSIDE).flatten(1).float().mean(dim=1)
-            out = out if self.bounds.guided is False else self._bounded(out)
-        return Prediction(self.process, self.x, self.t, out, own=self.out, outside=outside)
-
-    def _bounded(self, out: MeanVariance) -> MeanVariance:
-        """A guided prediction whose x_0 is bounded again."""
-        xstart = self.bounds(out["pred_xstart"])
-        return {**out, "mean": self.process.posterior_mean(xstart, self.x, self.t), "pred_xstart": xstart}
+            if self.bounds.guided is not False:
+                xstart = self.bounds(out["pred_xstart"])
+                mean = self.process.posterior_mean(xstart, self.x, self.t)
+                out = {**out, "mean": mean, "pred_xstart": xstart}
+        return Prediction(self.process, self.x, self.t, out, unguided=self.out, outside=outside)
 
     def output(self, sample: th.Tensor) -> StepOutput:
-        """What the step yields: `pred_xstart` is the network's own, the guided one comes beside it."""
-        if self.own is None:
+        """The output of the step: `pred_xstart` is the network's own, the guided one comes beside it."""
+        if self.unguided is None:
             return {"sample": sample, "pred_xstart": self.pred_xstart}
-        both = {"pred_xstart": self.own["pred_xstart"], "pred_xstart_guided": self.pred_xstart}
+        both = {"pred_xstart": self.unguided["pred_xstart"], "pred_xstart_guided": self.pred_xstart}
         outside = {} if self.outside is None else {"guided_outside": self.outside}
         return cast(StepOutput, {"sample": sample, **both, **outside})
 

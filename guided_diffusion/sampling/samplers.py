@@ -1,9 +1,9 @@
 """Samplers as pure steps: the classical ones, those of Karras et al., and the table of all.
 
-A sampler is a frozen dataclass whose `step` maps x_t to x_{t-1}. It asks `predict` for what the network says, the
-prediction for its guided form, and `draw` for noise; what it must remember it returns as a value, so that a step can be
-taken alone, twice, or from a notebook. A new sampler is a dataclass here and its entry in `SAMPLERS`; the one loop that
-runs them all is in loop.py, the exponential integrators are in solvers.py.
+A sampler is a frozen dataclass whose `step` maps x_t to x_{t-1}. `predict` gives it the network's prediction, that has
+its guided form, and `draw` noise; its memory is a value that it returns, so that a step can be taken alone, twice, or
+from a notebook. A new sampler is a `Sampler` here and its entry in `SAMPLERS`; the loop that runs them all is in
+loop.py, the exponential integrators are in solvers.py.
 
 Symbols: x is x_t [N, C, H, W]; t [N] is the index in the (respaced) process, t = 0 one step of noise; alpha_bar_t is
 the share of the variance that is signal: x_t = alpha x_0 + sigma eps, with alpha^2 = alpha_bar_t and sigma^2 = 1 -
@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch as th
+from torch import Tensor
 
 from ..runtime.options import nearest
 from .solvers import (
@@ -37,11 +38,9 @@ from .steps import (
     Draw,
     Level,
     Predict,
-    Process,
     Sampler,
     State,
-    StepOutput,
-    ends_noisy,
+    Step,
     mix,
     polynomial_weights,
     predict_at,
@@ -50,17 +49,16 @@ from .steps import (
     where_noisy,
 )
 
+if TYPE_CHECKING:
+    from ..diffusion.methods import SamplingMethods as Process
+    from .prediction import Prediction
+
 
 @dataclass(frozen=True)
-class Ancestral:
-    """Ancestral sampling: x_{t-1} ~ N(mean, variance) (Ho et al. 2020, algorithm 2).
+class Ancestral(Sampler):
+    """Ancestral sampling: x_{t-1} ~ N(mean, variance) (Ho et al. 2020, algorithm 2)."""
 
-    Its own grid is even and rounded.
-    """
-
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t)
         noise = draw()
         prediction = prediction.guided("mean")
@@ -70,10 +68,10 @@ class Ancestral:
 
 
 @dataclass(frozen=True)
-class DDIM:
+class DDIM(Sampler):
     """DDIM (Song et al. 2021, eq. 12); eta = 0 is deterministic, eta = 1 as noisy as ancestral sampling.
 
-    Of order 1 in the step size for eta = 0. Its own grid is even and rounded.
+    Of order 1 in the step size for eta = 0.
 
     :param eta: above 1 adds more noise, at most all that there is at the end of the step.
     """
@@ -83,9 +81,7 @@ class DDIM:
     def __post_init__(self) -> None:
         refuse_negative(eta=self.eta)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         now, before = process.alpha_bar(t, x), process.alpha_bar_prev(t, x)
         sigma = self.eta * th.sqrt((1 - before) / (1 - now) * (1 - now / before))  # eq. 16
@@ -98,14 +94,12 @@ class DDIM:
 
 
 @dataclass(frozen=True)
-class DDIMReverse:
+class DDIMReverse(Sampler):
     """The deterministic DDIM step backwards, x_t to x_{t+1}: encodes an image as noise (Song et al. 2021, sec. 4.3)."""
 
     ascending: ClassVar[bool] = True
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t)
         after = process.alpha_bar_next(t, x)
         sample = th.sqrt(after) * prediction.pred_xstart + th.sqrt(1 - after) * prediction.eps
@@ -122,11 +116,11 @@ ADAMS_BASHFORTH = {
 
 
 @dataclass(frozen=True)
-class PLMS:
+class PLMS(Sampler):
     """Pseudo linear multistep (Liu et al. 2022): DDIM's step along a combination of the last `order` eps.
 
     The first step is a pseudo improved Euler step, so the order in the step size is 1 for `order` 1, else 2. Its state
-    is the past eps, newest last. Its own grid is logsnr.
+    is the past eps, newest last.
     """
 
     order: int = 2
@@ -141,13 +135,12 @@ class PLMS:
     def __post_init__(self) -> None:
         refuse_order("plms", self.order, len(ADAMS_BASHFORTH))
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         eps = prediction.eps
         history = (*(state or ()), eps)[-self.order :]
-        if state is None and self.order > 1 and ends_noisy(t):
+        # whether a single step leads to the image is asked of the device in a first step alone, which waits for it
+        if state is None and self.order > 1 and bool((t > 0).any()):
             ahead = self._move(process, x, t, prediction.pred_xstart, eps)
             eps = (eps + predict(ahead, (t - 1).clamp(min=0)).guided("score").eps) / 2
         else:
@@ -158,7 +151,7 @@ class PLMS:
         return prediction.output(sample) | {"old_eps": list(history)}, history
 
     @staticmethod
-    def _move(process: Process, x: th.Tensor, t: th.Tensor, xstart: th.Tensor, eps: th.Tensor) -> th.Tensor:
+    def _move(process: Process, x: Tensor, t: Tensor, xstart: Tensor, eps: Tensor) -> Tensor:
         """DDIM's step with eta = 0 along a given eps."""
         before = process.alpha_bar_prev(t, x)
         return th.sqrt(before) * xstart + th.sqrt(1 - before) * eps
@@ -168,11 +161,11 @@ class PLMS:
 
 
 @dataclass(frozen=True)
-class Euler:
-    """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 without its line 7).
+class Euler(Sampler):
+    """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 up to line 8).
 
-    Without churn it is DDIM with eta = 0, and of order 1. Its own grid is logsnr: karras is for noise that ends at
-    sigma / alpha = 80, and that of the schedules here goes on.
+    Without churn it is DDIM with eta = 0, and of order 1. (The grid karras is for noise that ends at sigma / alpha =
+    80, and that of the schedules here goes on.)
 
     :param churn: S_churn, how much noise is added over all steps: 0 none; sigma grows by up to 41 % per step.
     :param churn_min: sigma / alpha below which none is added, their S_tmin; `churn_max` that above which, S_tmax.
@@ -184,6 +177,7 @@ class Euler:
     churn_max: float = math.inf
     churn_noise: float = 1.0
     grid: ClassVar[str] = "logsnr"
+    needs_signal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         refuse_negative(churn=self.churn, churn_min=self.churn_min, churn_noise=self.churn_noise)
@@ -192,26 +186,19 @@ class Euler:
                 f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned"
             )
 
-    @property
-    def needs_signal(self) -> bool:
-        """Where there is none, there is nothing to churn."""
-        return self.churn > 0
-
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction, _, _ = self._noisier(process, predict, x, t, draw)
         return prediction.output(self._along(process.at(t - 1, x), prediction)), None
 
     @staticmethod
-    def _along(end: Level, prediction: Any) -> th.Tensor:
-        """Where a prediction leads by a straight line."""
+    def _along(end: Level, prediction: Prediction) -> Tensor:
+        """Where a straight line along a prediction ends: line 8."""
         return mix((end.alpha, prediction.pred_xstart), (end.sigma, prediction.eps))
 
     def _noisier(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, draw: Draw
-    ) -> tuple[Any, th.Tensor, Level]:
-        """The prediction from where the churn leads, x there, and its level; never noisier than the process is."""
+        self, process: Process, predict: Predict, x: Tensor, t: Tensor, draw: Draw
+    ) -> tuple[Prediction, Tensor, Level]:
+        """Lines 4 to 7: the prediction after the churn, x there, and its level, no noisier than the process is."""
         now = process.at(t, x)
         if not self.churn:
             return predict(x, t).guided("score"), x, now
@@ -219,54 +206,42 @@ class Euler:
         grown = now.ratio * (1 + min(self.churn / process.num_timesteps, 2**0.5 - 1))
         churned = (now.ratio >= self.churn_min) & (now.ratio <= self.churn_max)
         ratio = th.where(churned, grown, now.ratio).minimum(most)
-        there = Level.at_ratio(ratio)
+        level = Level.at_ratio(ratio)
         added = self.churn_noise * th.sqrt((ratio**2 - now.ratio**2).clamp(min=0))
-        x = mix((there.alpha / now.alpha, x), (there.alpha * added, draw()))
-        return predict_at(process, predict, x, there), x, there
+        x = mix((level.alpha / now.alpha, x), (level.alpha * added, draw()))
+        return predict_at(process, predict, x, level), x, level
 
 
 @dataclass(frozen=True)
 class Heun(Euler):
-    """Heun's method with churn (Karras et al. 2022, algorithm 2). Of order 2 without churn. Its own grid is logsnr."""
+    """Heun's method with churn (Karras et al. 2022, algorithm 2). Of order 2 without churn."""
 
     stages: ClassVar[int] = 2
+    last_step = Euler.step
 
-    @property
-    def needs_signal(self) -> bool:
-        """Without signal sigma / alpha is infinite, and a straight line in it has no slope."""
-        return True
-
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction, x, now = self._noisier(process, predict, x, t, draw)
         end = process.at(t - 1, x)
-        sample = self._along(end, prediction)
-        if ends_noisy(t):
-            there = predict(sample, (t - 1).clamp(min=0)).guided("score")
-            slope = (prediction.eps + there.eps) / 2
-            average = mix((end.alpha / now.alpha, x), (end.alpha * (end.ratio - now.ratio), slope))
-            sample = average.where(where_noisy(t, x), sample)
-        return prediction.output(sample), None
+        euler = self._along(end, prediction)
+        ahead = predict(euler, (t - 1).clamp(min=0)).guided("score")
+        slope = (prediction.eps + ahead.eps) / 2  # lines 10 and 11
+        heun = mix((end.alpha / now.alpha, x), (end.alpha * (end.ratio - now.ratio), slope))
+        return prediction.output(heun.where(where_noisy(t, x), euler)), None  # line 9
 
 
 @dataclass(frozen=True)
 class EulerAncestral(DDIM):
-    """Euler's method to below the next noise level, and noise up to it: in these variables, DDIM, with eta = 1.
-
-    Its own grid is logsnr.
-    """
+    """Euler's method to below the next noise level, and noise up to it: in these variables, DDIM, with eta = 1."""
 
     eta: float = 1.0
     grid: ClassVar[str] = "logsnr"
 
 
 @dataclass(frozen=True)
-class LMS:
+class LMS(Sampler):
     """Linear multistep in sigma / alpha: the polynomial through the last `order` eps (Adams-Bashforth on any grid).
 
-    The first steps have fewer eps to go by, so the order in the step size is 1 for `order` 1, else 2. Its own grid is
-    logsnr.
+    The first steps have fewer eps to go by, so the order in the step size is 1 for `order` 1, else 2.
     """
 
     order: int = 4
@@ -276,9 +251,7 @@ class LMS:
     def __post_init__(self) -> None:
         refuse_order("lms", self.order, 4)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         now, end = process.at(t, x), process.at(t - 1, x)
         history, ratios = recall(state, prediction.eps, now.ratio, self.order)
@@ -290,7 +263,7 @@ class LMS:
         return prediction.output(sample), remember(history, ratios)
 
 
-SAMPLERS: dict[str, type[Any]] = {
+SAMPLERS: dict[str, type[Any]] = {  # a `Sampler` each, by the name that users write
     "ddpm": Ancestral,
     "ddim": DDIM,
     "ddim_reverse": DDIMReverse,
@@ -336,7 +309,7 @@ def _named(name: str) -> str:
 
     :raises ValueError: if there is none.
     """
-    known = {**{_plain(own): own for own in SAMPLERS}, **ALIASES}
+    known = {**{_plain(key): key for key in SAMPLERS}, **ALIASES}
     word = _plain(name)
     if name in SAMPLERS or word in known:
         return name if name in SAMPLERS else known[word]
@@ -351,11 +324,13 @@ def make_sampler(name: str | Sampler, **options: Any) -> Sampler:
 
     :param name: in `SAMPLERS`, or as k-diffusion, diffusers or stable-diffusion-webui have it ("dpmpp_2m", "Euler a").
     :raises ValueError: if there is no such sampler, or it has no such option.
-    :raises TypeError: if it is neither a name nor a sampler.
+    :raises TypeError: if it is neither a name nor a `Sampler`.
     """
     if not isinstance(name, str):
-        if isinstance(name, type) or not hasattr(name, "step") or options:
-            raise TypeError(f"a sampler must be a name, or an object with a step and its own options, got {name!r}")
+        if not isinstance(name, Sampler) or options:
+            raise TypeError(
+                f"a sampler must be a name, or a Sampler (of sampling.steps) with its options, got {name!r}"
+            )
         return name
     name = _named(name)
     known = [spec.name for spec in fields(SAMPLERS[name])]

@@ -19,30 +19,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch as th
+from torch import Tensor
 
 from .steps import (
     Draw,
     Level,
     Predict,
-    Prediction,
-    Process,
+    Sampler,
     State,
+    Step,
     StepOutput,
-    ends_noisy,
     mix,
     polynomial_weights,
     predict_at,
     refuse_negative,
     refuse_order,
+    where_noisy,
 )
+
+if TYPE_CHECKING:
+    from ..diffusion.methods import SamplingMethods as Process
+    from .prediction import Prediction
 
 
 def integral(
-    now: Level, end: Level, values: Sequence[th.Tensor], lams: Sequence[th.Tensor], *, rate: float, halved: bool = False
-) -> th.Tensor:
+    now: Level, end: Level, values: Sequence[Tensor], lams: Sequence[Tensor], *, rate: float, halved: bool = False
+) -> Tensor:
     """int_0^h rate e^(rate (v - h)) p(v) dv for the polynomial p through `values` at `lams`; values[0] is at `now`.
 
     :param halved: with two values, p's value in the middle of the step in place of p, which is of the same order.
@@ -67,14 +72,14 @@ def integral(
 def data_step(
     now: Level,
     end: Level,
-    x: th.Tensor,
-    values: Sequence[th.Tensor],
-    lams: Sequence[th.Tensor],
+    x: Tensor,
+    values: Sequence[Tensor],
+    lams: Sequence[Tensor],
     *,
     eta: float = 0.0,
-    noise: th.Tensor | None = None,
+    noise: Tensor | None = None,
     halved: bool = False,
-) -> th.Tensor:
+) -> Tensor:
     """Equation (3), and (1) where eta is 0, with the polynomial through predictions of x_0."""
     shrink = end.sigma * now.alpha / (end.alpha * now.sigma)  # e^-h
     drift = integral(now, end, values, lams, rate=1 + eta, halved=halved)
@@ -82,9 +87,7 @@ def data_step(
     return mix(*terms) if noise is None else mix(*terms, (end.sigma * th.sqrt(1 - shrink ** (2 * eta)), noise))
 
 
-def noise_step(
-    now: Level, end: Level, x: th.Tensor, values: Sequence[th.Tensor], lams: Sequence[th.Tensor]
-) -> th.Tensor:
+def noise_step(now: Level, end: Level, x: Tensor, values: Sequence[Tensor], lams: Sequence[Tensor]) -> Tensor:
     """Equation (2) with the polynomial through predictions of eps; to the image, along the first of them."""
     first = mix((end.alpha / now.alpha, x), (end.sigma - end.alpha * now.ratio, values[0]))
     if len(values) == 1:
@@ -93,13 +96,13 @@ def noise_step(
     return mix((end.alpha / now.alpha, x), (end.sigma, drift)).where(end.sigma > 0, first)
 
 
-def recall(state: State, newest: th.Tensor, lam: th.Tensor, most: int) -> tuple[list[th.Tensor], list[th.Tensor]]:
+def recall(state: State, newest: Tensor, lam: Tensor, most: int) -> tuple[list[Tensor], list[Tensor]]:
     """Predictions and their lambdas, newest first, at most so many; a state is value, lambda, value, lambda, ..."""
     past = (newest, lam, *(state or ()))[: 2 * most]
     return list(past[::2]), list(past[1::2])
 
 
-def remember(values: Sequence[th.Tensor], lams: Sequence[th.Tensor]) -> tuple[th.Tensor, ...]:
+def remember(values: Sequence[Tensor], lams: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The state that `recall` reads."""
     return tuple(part for pair in zip(values, lams, strict=True) for part in pair)
 
@@ -108,8 +111,8 @@ def remember(values: Sequence[th.Tensor], lams: Sequence[th.Tensor]) -> tuple[th
 
 
 def data_multistep(
-    process: Process, prediction: Prediction, x: th.Tensor, t: th.Tensor, state: State, **options: Any
-) -> tuple[StepOutput, State]:
+    process: Process, prediction: Prediction, x: Tensor, t: Tensor, state: State, **options: Any
+) -> Step:
     """A step along the last `points` predictions of x_0.
 
     :param options: `points`, and those of `data_step`.
@@ -121,24 +124,19 @@ def data_multistep(
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2M:
-    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2. Its own grid is logsnr."""
+class DPMSolverPP2M(Sampler):
+    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2."""
 
     grid: ClassVar[str] = "logsnr"
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return data_multistep(process, prediction, x, t, state, points=2, halved=True)
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2MSDE:
-    """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M).
-
-    Its own grid is logsnr.
-    """
+class DPMSolverPP2MSDE(Sampler):
+    """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M)."""
 
     eta: float = 1.0
     grid: ClassVar[str] = "logsnr"
@@ -146,9 +144,7 @@ class DPMSolverPP2MSDE:
     def __post_init__(self) -> None:
         refuse_negative(eta=self.eta)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return data_multistep(process, prediction, x, t, state, points=2, halved=True, eta=self.eta, noise=draw())
 
@@ -157,99 +153,83 @@ class DPMSolverPP2MSDE:
 class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
     """SDE-DPM-Solver++(3M), multistep, along the parabola through three predictions of x_0 (Lu et al. 2022b, app. B).
 
-    The published code halves the second difference and so falls back to order 2; here the parabola is exact. Its own
-    grid is logsnr.
+    The published code halves the second difference and so falls back to order 2; here the parabola is exact.
     """
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return data_multistep(process, prediction, x, t, state, points=3, eta=self.eta, noise=draw())
 
 
+# ---- singlestep: by way of the middle of the step, or of its thirds
+
+
 def through_middle(
-    process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, advance: Callable[..., th.Tensor], what: str
+    process: Process, predict: Predict, x: Tensor, t: Tensor, advance: Callable[..., Tensor], what: str
 ) -> StepOutput:
     """A step along the prediction in its middle, of `what` ("pred_xstart" or "eps") that `advance` goes by."""
     prediction = predict(x, t).guided("score")
     now, end = process.at(t, x), process.at(t - 1, x)
-    value: th.Tensor = getattr(prediction, what)
-    if ends_noisy(t):
-        middle = Level.at_lam((now.lam + end.lam) / 2)
-        there = predict_at(process, predict, advance(now, middle, x, [value], [now.lam]), middle)
-        value = getattr(there, what).where(end.sigma > 0, value)
-    return prediction.output(advance(now, end, x, [value], [now.lam]))
+    middle = Level.at_lam((now.lam + end.lam) / 2)
+    x_middle = advance(now, middle, x, [getattr(prediction, what)], [now.lam])
+    value = getattr(predict_at(process, predict, x_middle, middle), what)
+    sample = advance(now, end, x, [value], [now.lam]).where(where_noisy(t, x), prediction.pred_xstart)
+    return prediction.output(sample)
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2S:
-    """DPM-Solver++(2S), singlestep, by way of the middle of the step (Lu et al. 2022b, algorithm 1).
-
-    Of order 2. Its own grid is logsnr.
-    """
+class DPMSolverPP2S(Sampler):
+    """DPM-Solver++(2S), singlestep (Lu et al. 2022b, algorithm 1). Of order 2."""
 
     grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 2
     needs_signal: ClassVar[bool] = True
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         return through_middle(process, predict, x, t, data_step, "pred_xstart"), None
 
 
-# ---- DPM-Solver
-
-
 @dataclass(frozen=True)
-class DPMSolver2:
-    """DPM-Solver-2, singlestep, by way of the middle of the step (Lu et al. 2022a, algorithm 1).
-
-    Of order 2. Its own grid is logsnr.
-    """
+class DPMSolver2(Sampler):
+    """DPM-Solver-2, singlestep (Lu et al. 2022a, algorithm 1). Of order 2."""
 
     grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 2
     needs_signal: ClassVar[bool] = True
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         return through_middle(process, predict, x, t, noise_step, "eps"), None
 
 
 @dataclass(frozen=True)
-class DPMSolver3:
-    """DPM-Solver-3, singlestep, by way of one and two thirds of the step (Lu et al. 2022a, algorithm 2).
-
-    Of order 3. Its own grid is logsnr.
-    """
+class DPMSolver3(Sampler):
+    """DPM-Solver-3, singlestep (Lu et al. 2022a, algorithm 2, with r1 = 1/3 and r2 = 2/3). Of order 3."""
 
     grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 3
     needs_signal: ClassVar[bool] = True
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         now, end = process.at(t, x), process.at(t - 1, x)
         values, lams = [prediction.eps], [now.lam]
-        if ends_noisy(t):
-            for share in (1 / 3, 2 / 3):
-                between = Level.at_lam(now.lam + share * (end.lam - now.lam))
-                there = predict_at(process, predict, noise_step(now, between, x, values, lams), between)
-                values, lams = [values[0], there.eps], [now.lam, between.lam]
-        return prediction.output(noise_step(now, end, x, values, lams)), None
+        for share in (1 / 3, 2 / 3):
+            between = Level.at_lam(now.lam + share * (end.lam - now.lam))
+            ahead = predict_at(process, predict, noise_step(now, between, x, values, lams), between)
+            values, lams = [values[0], ahead.eps], [now.lam, between.lam]
+        sample = noise_step(now, end, x, values, lams).where(where_noisy(t, x), prediction.pred_xstart)
+        return prediction.output(sample), None
+
+
+# ---- DEIS
 
 
 @dataclass(frozen=True)
-class DEIS:
+class DEIS(Sampler):
     """DEIS, multistep: the polynomial through the last `order` eps, integrated exactly (Zhang & Chen 2022, eq. 15).
 
     The polynomial is in lambda = -log rho, where their tAB-DEIS has it in t. The first steps have fewer predictions to
-    go by, so the order in the step size is 1 for `order` 1, else 2. Its own grid is logsnr.
+    go by, so the order in the step size is 1 for `order` 1, else 2.
     """
 
     order: int = 3
@@ -259,9 +239,7 @@ class DEIS:
     def __post_init__(self) -> None:
         refuse_order("deis", self.order, 4)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         now, end = process.at(t, x), process.at(t - 1, x)
         values, lams = recall(state, prediction.eps, now.lam, self.order)
@@ -272,8 +250,8 @@ class DEIS:
 
 
 def predict_and_correct(
-    process: Process, prediction: Prediction, x: th.Tensor, t: th.Tensor, state: State, **options: Any
-) -> tuple[StepOutput, State]:
+    process: Process, prediction: Prediction, x: Tensor, t: Tensor, state: State, **options: Any
+) -> Step:
     """Take the step that led to x again, now that the prediction at its end is known; then the next one.
 
     The state begins with where that step started, its noise, and where it led: what was pasted over that since stays.
@@ -284,8 +262,8 @@ def predict_and_correct(
     order, noise = options.pop("order"), options.pop("noise", None)
     values, lams = recall(state[3:] if state else None, prediction.pred_xstart, now.lam, order + 1)
     if state:
-        before, known = process.at(t + 1, x), [1, 0, *range(2, len(values))]
-        past = [values[i] for i in known], [lams[i] for i in known]
+        before, newest_second = process.at(t + 1, x), [1, 0, *range(2, len(values))]
+        past = [values[i] for i in newest_second], [lams[i] for i in newest_second]
         corrected = data_step(before, now, state[0], *past, noise=None if noise is None else state[1], **options)
         x = corrected.where(x == state[2], x + corrected - state[2])
     values, lams = values[:order], lams[:order]
@@ -294,10 +272,10 @@ def predict_and_correct(
 
 
 @dataclass(frozen=True)
-class UniPC:
+class UniPC(Sampler):
     """UniPC with B(h) = e^h - 1: predicts a step, corrects it by the next prediction (Zhao et al. 2023, alg. 1 and 2).
 
-    A correction costs no evaluation of the network. Of order 2 for `order` 1, else 3. Its own grid is logsnr.
+    A correction costs no call of the network. Of order 2 for `order` 1, else 3.
     """
 
     order: int = 2
@@ -306,18 +284,16 @@ class UniPC:
     def __post_init__(self) -> None:
         refuse_order("unipc", self.order, 3)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return predict_and_correct(process, prediction, x, t, state, order=self.order, halved=True)
 
 
 @dataclass(frozen=True)
-class SASolver:
+class SASolver(Sampler):
     """SA-Solver, stochastic Adams: a step and its correction have the same noise (Xue et al. 2023, algorithm 1).
 
-    With eta = 0 of order 2 for `order` 1, else 3. Its own grid is logsnr.
+    With eta = 0 of order 2 for `order` 1, else 3.
 
     :param eta: their tau^2: 0 is deterministic, 1 the reverse SDE.
     """
@@ -330,8 +306,6 @@ class SASolver:
         refuse_order("sa", self.order, 3)
         refuse_negative(eta=self.eta)
 
-    def step(
-        self, process: Process, predict: Predict, x: th.Tensor, t: th.Tensor, state: State, draw: Draw
-    ) -> tuple[StepOutput, State]:
+    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
         return predict_and_correct(process, prediction, x, t, state, order=self.order, eta=self.eta, noise=draw())

@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from ..networks.architecture import CLASSIFIER_NAMES, architecture
 from ..runtime.options import Size, nearest
+from ..sampling.prediction import traits_of
 from .checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint, open_checkpoint
 from .weights import State, difference
 
@@ -150,7 +151,7 @@ class _Fitting:
     def __init__(self, model: nn.Module, source: Checkpoint, classes: Sequence[str]) -> None:
         self.source, self.classes, state = source, classes, model.state_dict()
         self.channels = [architecture(weights).get("image_channels", 0) for weights in (source.weights, state)]
-        self.null = bool(source.flags.get("null_class")), bool(getattr(model, "null_class", False))
+        self.null = bool(source.flags.get("null_class")), traits_of(model).null_label is not None
         self.by_name = bool(classes and source.classes)
         differs = self.by_name and list(classes) != list(source.classes)
         self.renamed = differs or bool(source.flags and self.null[0] != self.null[1])

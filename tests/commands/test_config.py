@@ -434,9 +434,10 @@ def test_version(words, capsys):
 PLUGIN = """
 from dataclasses import dataclass
 from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
+from guided_diffusion.sampling.steps import Sampler
 
 @dataclass(frozen=True)
-class Mine:
+class Mine(Sampler):
     def step(self, *args):
         return make_sampler("ddim").step(*args)
 

@@ -318,12 +318,12 @@ def on_grid(grid: str, **flags: Any) -> Any:
     return build_diffusion(DiffusionConfig(**{**asdict(PROCESS), "timestep_respacing": grid, **flags}))
 
 
-@pytest.mark.parametrize("name", [name for name, kind in SAMPLERS.items() if not getattr(kind, "ascending", False)])
+@pytest.mark.parametrize("name", [name for name, kind in SAMPLERS.items() if not kind.ascending])
 def test_every_sampler_takes_steps_on_its_own_grid(runs: Runs, tmp_path: Path, name: str) -> None:
     argv = ["--num_samples", "2", "--batch_size", "2", "--classes", "1", "--sampler", name, "--steps", "5"]
     saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *argv)
     sampler = make_sampler(name)
-    grid = f"{getattr(sampler, 'grid', '')}5"
+    grid = f"{sampler.grid}5"
     process = on_grid(grid)
     assert process.num_timesteps == 5
     np.testing.assert_array_equal(saved["arr_0"], by_hand(process, runs.unet, [1, 1], 2, sampler=sampler))
@@ -676,7 +676,7 @@ def test_guidance_is_that_of_the_loop(
     saved = saved_by(classifier_sample.main, tmp_path, *argv)
     network = runs.unet if name == "unet" else without_labels(runs.unconditional)
     guide, sampler = classifier_guidance(runs.classifier, 30.0), make_sampler(kind)
-    grid = words.split()[1] if "--timestep" in words else f"{getattr(sampler, 'grid', '')}4"
+    grid = words.split()[1] if "--timestep" in words else f"{sampler.grid}4"
 
     def expected(**options: Any) -> np.ndarray:
         return by_hand(on_grid(grid), network, [1, 2], 2, sampler=sampler, **options)

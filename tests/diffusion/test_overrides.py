@@ -542,14 +542,24 @@ def test_levels_between_steps_follow_arrays_that_were_assigned():
 
 
 @pytest.mark.parametrize("name", ["sqrt_alphas_cumprod", *DERIVED])
-def test_tables_stay_on_the_device_while_nothing_changes(name):
-    process, where = make(), (th.device("cpu"), th.float32)
-    table = process._table(name, *where)
-    sampled(process, "ddim")
-    assert process._table(name, *where) is table
-    for array in ARRAYS:
-        setattr(process, array, getattr(process, array).copy())
-    assert process._table(name, *where) is table
+def test_tables_are_kept_for_a_loop_and_while_arrays_are_the_same(name):
+    process, given = make(), (name, th.device("cpu"), th.float32)
+    assert process._table(*given) is not process._table(*given)
+    with process.tables_kept({}):
+        table = process._table(*given)
+        assert process._table(*given) is table
+        for array in ARRAYS:
+            setattr(process, array, getattr(process, array) * 0.9)
+        assert not th.equal(process._table(*given), table)
+    assert process._tables is None
+
+
+def test_a_loop_follows_what_is_assigned_on_the_way():
+    process, network = make(), Network()
+    for number, _ in enumerate(process.p_sample_loop_progressive(network, SHAPE, device="cpu")):
+        if number == 2:
+            process.timestep_map = [7] * 6
+    assert [row[0] for row in network.seen] == [59, 47, 35, 7, 7, 7]
 
 
 def test_another_grid_keeps_the_class_and_what_it_holds():

@@ -62,7 +62,7 @@ def test_layers_act_on_that_many_axes(dims: int) -> None:
 
 @pytest.mark.parametrize("make", [nn.conv_nd, nn.avg_pool_nd])
 def test_layers_of_other_axes_are_refused(make: Callable[..., object]) -> None:
-    with pytest.raises(ValueError, match="dims must be one of 1, 2, 3, got 4"):
+    with pytest.raises(ValueError, match="dims must be one of 1, 2, 3, the axes of space, got 4"):
         make(4, 3, 3, 1)
 
 
@@ -98,7 +98,7 @@ def test_ema_keeps_its_own_precision() -> None:
 
 def test_ema_refuses_parameters_of_another_network() -> None:
     nn.update_ema([], [])
-    with pytest.raises(ValueError, match="target_params has 1 tensors and source_params 2"):
+    with pytest.raises(ValueError, match="zip"):
         nn.update_ema([th.ones(2)], [th.ones(2), th.ones(2)])
 
 

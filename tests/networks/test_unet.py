@@ -838,7 +838,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "head size": (lambda: small(num_head_channels=48), "num_head_channels must divide the 64 .*, got 48"),
     "no head size": (lambda: small(EncoderUNetModel, pool="attention"), "num_head_channels must divide .*, got -1"),
     "channels": (lambda: small(model_channels=40), "multiple of 32 .*, got 40"),
-    "dims": (lambda: small(dims=4), "dims must be one of 1, 2, 3, got 4"),
+    "dims": (lambda: small(dims=4), "dims must be one of 1, 2, 3, the axes of space, got 4"),
     "pool": (lambda: small(EncoderUNetModel, pool="mean"), "pool must be one of adaptive, .*, got 'mean'"),
     "sides": (
         lambda: small(image_size=(8, 8, 8), use_neighborhood_attention=True),
@@ -850,9 +850,8 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
         r"built for feature maps of \(4, 4\), got \(2, 2\)",
     ),
     "averaging": (lambda: unet.Downsample(3, False, out_channels=4), "out_channels 4 needs use_conv=True"),
-    "qkv": (lambda: unet.QKVAttention(4)(th.randn(1, 18, 2)), "got 18 for n_heads 4"),
     "window": (lambda: unet.QKVAttention(1, None, True), "use_neighborhood_attention needs spatial"),
-    "windowed sequence": (lambda: unet.QKVAttention(1, (2,), True)(th.randn(1, 3, 4)), "spatial is missing"),
+    "windowed sequence": (lambda: unet.QKVAttention(1, (2,), True)(th.randn(1, 3, 4)), "zip"),
 }
 
 

@@ -33,6 +33,7 @@ from guided_diffusion.sampling.solvers import (
     SASolver,
     UniPC,
 )
+from guided_diffusion.sampling.steps import Sampler
 
 SHAPE = (2, 3, 4, 4)
 NAMES = sorted(set(SAMPLERS) - {"ddim_reverse"})  # from noise to images
@@ -50,7 +51,7 @@ def error(sampler, steps, *, schedule="linear", mean="EPSILON"):
 
     Not after all of it: sqrt(1 - alpha_bar) has no derivative at t = 0, where no method keeps its order.
     """
-    grid = getattr(sampler, "grid", "linspace")
+    grid = sampler.grid or "linspace"
     process = make_process(1000, f"{grid}{steps + 1}", name=schedule, mean=mean)
     data, noise, level = GaussianData(process), noise_like(), steps // 10
     loop = process.sample_loop_progressive(sampler, data, SHAPE, noise=noise, device="cpu", clip_denoised=False)
@@ -84,12 +85,6 @@ def test_order_of_convergence(sampler, order, schedule, mean):
     assert order > 1 or found <= 1.1
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_docstrings_name_the_grid(name):
-    words = {"": "even and rounded", "logsnr": "logsnr"}[getattr(SAMPLERS[name], "grid", "")]
-    assert f"Its own grid is {words}" in " ".join(SAMPLERS[name].__doc__.split())
-
-
 def test_every_deterministic_sampler_has_its_order_measured():
     measured = {type(sampler) for sampler, _ in CLAIMS}
     assert {SAMPLERS[name] for name in NAMES if name not in ("ddpm", "euler_ancestral")} <= measured
@@ -114,10 +109,11 @@ class Impulses:
             return (th.arange(draws) == count).double()[:, None]
 
         predict = self.process.predictor(self.model, clip_denoised=False)
-        for index in reversed(range(last, self.process.num_timesteps)):
-            t = th.full((draws,), index)
-            output, state = self.sampler.step(self.process, predict, x, t, state, draw)
-            x = output["sample"]
+        with self.process.tables_kept({}):
+            for index in reversed(range(last, self.process.num_timesteps)):
+                t = th.full((draws,), index)
+                output, state = self.sampler.step(self.process, predict, x, t, state, draw)
+                x = output["sample"]
         assert count < draws
         return float(x[0]), float(((x - x[0]) ** 2).sum())
 
@@ -128,7 +124,7 @@ def test_moments_are_exact_to_first_order_in_the_step(name, schedule, mean):
     """Against the data, noised to the level where the run is stopped; four times the steps, a quarter of the error."""
     sampler, errors = make_sampler(name, **RANDOM[name]), []
     for steps in (60, 240):
-        grid = getattr(sampler, "grid", "") or "linspace"
+        grid = sampler.grid or "linspace"
         process = make_process(1000, f"{grid}{steps + 1}", name=schedule, mean=mean, var="FIXED_SMALL")
         level = steps // 10
         mean_found, variance = Impulses(sampler, process, GaussianData(process)).moments(level)
@@ -140,17 +136,12 @@ def test_moments_are_exact_to_first_order_in_the_step(name, schedule, mean):
         assert fine < 0.03
 
 
-def test_higher_order_is_nearer_at_equal_steps():
-    assert error(PLMS(2), 40) < error(DDIM(), 40) / 5
-    assert error(DPMSolverPP2M(), 40) < error(Euler(), 40) / 5
-    assert error(UniPC(), 40) < error(DPMSolverPP2M(), 40) / 2
-
-
 SAME = [
     (Euler(), DDIM()),
     (EulerAncestral(), DDIM(1.0)),
     (DEIS(1), DDIM()),
     (LMS(1), DDIM()),
+    (PLMS(1), DDIM()),
     (make_sampler("dpm++2m_sde", eta=0.0), DPMSolverPP2M()),
 ]
 
@@ -200,7 +191,7 @@ def test_deterministic_samplers_draw_nothing(name):
     assert th.equal(th.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("respacing", ["", "ddim25", "40", "10,15,20"])
+@pytest.mark.parametrize("respacing", ["ddim25", "40", "10,15,20"])
 def test_large_fixed_variance_keeps_unit_gaussians(respacing):
     process = make_process(respacing=respacing)
     mean, variance = moments(Ancestral(), process, GaussianData(process, 0.0, 1.0), last=1)
@@ -223,21 +214,6 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_small_variance(index):
     assert affine_step(DDIM(1.0), process, data, index) == pytest.approx(
         affine_step(Ancestral(), process, data, index), abs=1e-12
     )
-
-
-def test_plms_of_order_1_is_ddim():
-    process = make_process(respacing="ddim10")
-    runs = [
-        process.sample_loop(s, GaussianData(process), SHAPE, noise=noise_like(), device="cpu")
-        for s in (PLMS(1), DDIM())
-    ]
-    assert th.equal(*runs)
-
-
-def test_only_the_deterministic_path_can_be_reversed():
-    process = make_process(respacing="10")
-    with pytest.raises(ValueError, match="but only the deterministic path, eta = 0"):
-        process.ddim_reverse_sample(GaussianData(process), noise_like(), th.tensor([1, 1]), eta=0.5)
 
 
 def test_every_loop_yields_the_steps_that_end_in_its_image():
@@ -397,16 +373,6 @@ def test_from_pure_noise(name, mean):
     assert data.calls == network_calls(process, sampler)
 
 
-@pytest.mark.parametrize("kind", [Euler, Heun])
-def test_churn_from_pure_noise(kind):
-    process = make_process(1000, "trailing40", mean="VELOCITY", zero_terminal_snr=True)
-    data = GaussianData(process)
-    out = process.sample_loop(kind(churn=10.0), data, (64, 3, 4, 4), device="cpu", clip_denoised=False)
-    assert abs(float(out.mean()) - 0.3) < 0.05
-    assert abs(float(out.std()) - 0.5) < (0.05 if kind is Heun else 0.1)
-    assert data.calls == network_calls(process, kind(churn=10.0))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_images_in_float32_are_those_in_float64(name):
     process, images = make_process(respacing="logsnr30"), []
@@ -440,7 +406,7 @@ def test_steps_by_hand_are_the_loops(name):
     process.predictor = original
 
 
-class _Scripted:
+class _Scripted(Sampler):
     """A sampler whose draws are given."""
 
     def __init__(self, sampler, numbers):
@@ -517,10 +483,16 @@ def test_a_name_stands_for_a_sampler_wherever_one_is_taken(name):
     assert th.equal(*images)
 
 
-@pytest.mark.parametrize("sampler", [DDIM, None, 7])
+class Stepping:
+    """It has a step, and does not say what else a loop asks."""
+
+    step = DDIM.step
+
+
+@pytest.mark.parametrize("sampler", [DDIM, None, 7, Stepping()])
 def test_what_is_no_sampler_is_refused(sampler):
     process = make_process(respacing="5")
-    with pytest.raises(TypeError, match="a sampler must be a name, or an object with a step"):
+    with pytest.raises(TypeError, match="a sampler must be a name, or a Sampler"):
         process.sample_loop(sampler, GaussianData(process), SHAPE, device="cpu")
 
 
@@ -562,12 +534,6 @@ def test_noise_follows_the_dtype_of_the_images(dtype):
     image = process.p_sample_loop(GaussianData(process), SHAPE, noise=noise, device="cpu")
     assert image.dtype == dtype
     assert th.equal(image, expected)
-
-
-def test_generators_must_be_as_many_as_images():
-    process = make_process(respacing="10")
-    with pytest.raises(ValueError, match="3 generators for 2 images"):
-        process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", generator=[th.Generator()] * 3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -612,19 +578,6 @@ def test_one_image_starts_all_samples(skip):
         )
 
     assert th.equal(sample(image), sample(image.expand(SHAPE)))
-
-
-def test_an_image_of_another_shape_is_refused():
-    process = make_process(respacing="10")
-    with pytest.raises(ValueError, match=r"init_image of shape \(.*\) does not fit the samples"):
-        process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", init_image=th.zeros(3, *SHAPE[1:]))
-
-
-@pytest.mark.parametrize("skip", [-1, 11])
-def test_skipping_more_than_there_is_is_refused(skip):
-    process = make_process(respacing="10")
-    with pytest.raises(ValueError, match=r"skip_timesteps -?\d+ is not in 0 .. 10"):
-        process.p_sample_loop(GaussianData(process), SHAPE, device="cpu", skip_timesteps=skip)
 
 
 class Labelled(GaussianData):
@@ -680,6 +633,9 @@ def test_make_sampler_names_what_is_allowed():
     assert make_sampler("ddim", eta=0.5) == DDIM(0.5)
     with pytest.raises(ValueError, match=r"use one of ddpm, ddim, .*; did you mean plms"):
         make_sampler("plmss")
+    process = make_process(respacing="10")
+    with pytest.raises(ValueError, match="but only the deterministic path, eta = 0"):
+        process.ddim_reverse_sample(GaussianData(process), noise_like(), th.tensor([1, 1]), eta=0.5)
     with pytest.raises(ValueError, match="no option eta: it is an option of ddim"):
         make_sampler("ddpm", eta=0.5)
     for name, most in (("plms", 4), ("deis", 4), ("lms", 4), ("unipc", 3), ("sa", 3)):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch as th
 from oracle import make_process
-from test_gaussian_diffusion import make_noisy
 
 from guided_diffusion.config import SCHEDULE_NAMES
+from guided_diffusion.diffusion.forward_process import ForwardProcess
 from guided_diffusion.sampling.schedules import (
     SCHEDULES,
     NoiseLevels,
@@ -33,7 +33,7 @@ def test_short_linear_schedules_are_clamped_with_a_warning(steps):
     with pytest.warns(UserWarning, match="betas above 0.999: they are clamped"):
         betas = get_named_beta_schedule("linear", steps)
     assert betas.max() <= 0.999
-    process = make_noisy(betas)
+    process = ForwardProcess(betas=betas)
     assert all(np.isfinite(v).all() for v in vars(process).values() if isinstance(v, np.ndarray))
 
 
