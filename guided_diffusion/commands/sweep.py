@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ..config import ClassifierConfig, DiffusionConfig, ExtractorConfig, RangeConfig, RunConfig, UNetConfig
+from ..config import ExtractorConfig, RangeConfig, RunConfig
 from ..runtime.options import parse_range
 from .entry import entry
-from .flags import COMMANDS, Flags
+from .flags import COMMANDS, SAVED_NAMES, Flags
 from .sections import SweepConfig
 
 if TYPE_CHECKING:
@@ -35,15 +35,16 @@ def sweep(flags: Flags) -> None:
     from ..evaluation.plots import require
     from ..evaluation.scores import METRICS, Options
     from ..evaluation.sweep import Measure, run_sweep
-    from . import common, guidance
+    from . import common
     from .evaluation import extractor_of
 
     require()
     config, batch_size = flags.part(SweepConfig), flags.part(ExtractorConfig).eval_batch_size
     cells, base = list(cells_of(config)), sampling_flags(flags, config)
-    for own in (cell_flags(cell, base, config) for cell in cells):  # before anything is loaded
-        common.on_its_grid(own, common.sampler_of(own))
-        guidance.check(own)
+    for cell in cells:  # before anything is loaded
+        cell_flags = base.with_values(**values_of(cell, config))
+        cell_flags.check(pending=SAVED_NAMES)
+        common.sampler_of(cell_flags)
     common.start(flags)
     span = parse_range(flags.part(RangeConfig).data_range)
     images, extractor = open_images(config.reference, None, span), extractor_of(flags)
@@ -89,8 +90,6 @@ def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
     """
     if not config.reference:
         raise ValueError("--reference is missing: give an npz, folder or zip of real images")
-    if config.guidance == "cfg" and config.classifier_path:
-        raise ValueError("--classifier_path has no effect with --guidance cfg: leave one of them out")
     command = KINDS[config.guidance][0]
     own = {spec.name for spec in fields(SweepConfig)}
     given = {name: value for name, value in flags.given.items() if name not in own}
@@ -99,13 +98,12 @@ def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
     return Flags(command, {name: value for name, value in given.items() if name in known})
 
 
-def cell_flags(cell: Cell, base: Flags, config: SweepConfig) -> Flags:
-    """The command line of a cell, over what the model's checkpoint says."""
+def values_of(cell: Cell, config: SweepConfig) -> dict[str, Any]:
+    """The flags of a cell."""
     _, name, neutral, _ = KINDS[config.guidance]
-    given = {**base.given, "sampler": cell.sampler, "steps": cell.steps, name: cell.scale}
-    if cell.scale == neutral:  # where nothing guides, no interval says when
-        given.pop("guidance_interval", None)
-    return Flags(base.command, given, base.saved)
+    values: dict[str, Any] = {"sampler": cell.sampler, "steps": cell.steps, name: cell.scale}
+    # where nothing guides, no interval says when
+    return values | ({"guidance_interval": ""} if cell.scale == neutral else {})
 
 
 @dataclass(frozen=True)
@@ -124,44 +122,17 @@ def restore(base: Flags, config: SweepConfig) -> Networks:
 
     :raises ValueError: if they do not go together, or cannot be guided so.
     """
-    from . import common
-    from .classifier_sample import check_agreement
+    from . import common, guidance
 
     model = common.restore_unet(base)
-    if config.guidance == "cfg":
-        if config.classes and not model.flags.part(UNetConfig).class_cond:
-            raise ValueError(f"--classes {config.classes} has no effect on an unconditional model: leave it out")
-        return Networks(model, None)
-    classifier = common.restore_classifier(model.flags)
-    check_agreement(model, classifier)
-    return Networks(model, classifier)
+    return Networks(model, guidance.restore_guide(model) if config.guidance == "classifier" else None)
 
 
 def sample(cell: Cell, folder: str, networks: Networks, config: SweepConfig) -> tuple[str, int]:
     """The samples of a cell, and how often the network is evaluated for a batch of them."""
-    from ..sampling.guidance import without_labels
-    from ..sampling.loop import network_calls
-    from ..script_util import build_diffusion
-    from . import common, guidance
+    from . import sampling
 
-    model, classifier = networks.model, networks.classifier
-    flags = cell_flags(cell, model.flags, config)
-    sampler = common.sampler_of(flags)
-    flags = common.on_its_grid(flags, sampler)
-    model = replace(model, flags=flags, process=build_diffusion(flags.part(DiffusionConfig)))
-    guided, unet = guidance.guided(model, classifier), flags.part(UNetConfig)
-    labels: dict[str, Any] = {}
-    if classifier is not None:
-        num_classes = classifier.flags.part(ClassifierConfig).num_classes
-        labels = common.labels_of(flags, classifier.classes or model.classes, num_classes)
-    elif unet.class_cond:
-        labels = common.labels_of(flags, model.classes, unet.num_classes)
-    network = without_labels(guided.network) if classifier and not unet.class_cond else guided.network
-    shape = common.image_shape(unet.image_channels, unet.image_size, unet.dims)
-    request = {**guided.request, **model.identity}
-    job = common.job_of(flags, sampler, shape, request, out_dir=folder, **labels)
-    calls = network_calls(model.process, sampler, **guided.options)
-    return common.sample_and_say(flags, model.process, network, job, **guided.options), calls
+    return sampling.draw(networks.model.with_flags(**values_of(cell, config)), networks.classifier, out_dir=folder)
 
 
 main = entry("sweep", sweep)

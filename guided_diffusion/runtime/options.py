@@ -30,36 +30,32 @@ def flag(
     alias: str = "",
     convert: Callable[[str], Any] | None = None,
     positional: bool = False,
+    needs: str = "",
+    excludes: str = "",
 ) -> T:
     """A dataclass field that is also a flag.
 
     :param runtime: True for what may change between training and sampling (precision, memory): never taken from a
         checkpoint's config.
     :param convert: text -> value where the type of the default does not say it.
-    :param positional: True for a word that a command always needs, written without a name, in the order of the fields;
-        one with a tuple as its default takes several.
+    :param positional: True for a word that a command always needs, written without a name, in the order of the fields.
+    :param needs: conditions on other flags without which this one has no effect: NAME, NAME=a,b or NAME!=a,b; "x|y" is
+        met by one of the two, "x&y" by both, and all of several words have to be met. A section's own `NEEDS` are those
+        of each of its flags. Flags that a command does not have are left out.
+    :param excludes: conditions on other flags that contradict this one.
     """
-    extra = {
-        "help": help,
-        "choices": tuple(choices),
-        "at_least": at_least,
-        "at_most": at_most,
-        "runtime": runtime,
-        "alias": alias,
-        "convert": convert,
-        "positional": positional,
-    }
-    return field(default=default, metadata=extra)
+    extra = {name: value for name, value in locals().items() if name != "default"}
+    return field(default=default, metadata={**extra, "choices": tuple(choices)})
 
 
-def path_flag(help: str, default: str = "", *, positional: bool = False) -> str:
+def path_flag(help: str, default: str = "", **options: Any) -> str:
     """The flag of a path to read from."""
-    return flag(default, help, positional=positional, convert=paths.resolve)
+    return flag(default, help, convert=paths.resolve, **options)
 
 
-def local_flag(help: str, default: str = "", *, positional: bool = False) -> str:
+def local_flag(help: str, default: str = "", **options: Any) -> str:
     """The flag of a path on this machine, such as all that is written to."""
-    return flag(default, help, positional=positional, convert=paths.local)
+    return flag(default, help, convert=paths.local, **options)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -123,11 +119,8 @@ def parse_rates(text: str | float) -> list[float]:
 
     :raises ValueError: if one is not a number from 0 to 1.
     """
-    try:
-        rates = [float(word) for word in str(text).split(",") if word.strip()]
-    except ValueError:
-        rates = [math.nan]
-    if not all(0 <= rate <= 1 for rate in rates):
+    rates = _numbers(str(text))
+    if rates is None or not all(0 <= rate <= 1 for rate in rates):
         raise ValueError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
     return rates
 
@@ -147,15 +140,20 @@ def parse_microbatch(text: str) -> int | str:
 def parse_range(text: str) -> tuple[float, float] | None:
     """(LOW, HIGH) of "LOW,HIGH"; None of ''.
 
-    :raises ValueError: if it is no range.
+    :raises ValueError: if these are not two numbers in rising order.
     """
+    numbers = _numbers(text)
+    if text and not (numbers and len(numbers) == 2 and -math.inf < numbers[0] < numbers[1] < math.inf):
+        raise ValueError(f"{text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
+    return (numbers[0], numbers[1]) if numbers else None
+
+
+def _numbers(text: str) -> list[float] | None:
+    """The numbers of a text, separated by commas; None if it holds something else."""
     try:
-        numbers = [float(word) for word in text.split(",")] if text else []
+        return [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
-        numbers = [math.nan]
-    if text and not (len(numbers) == 2 and -math.inf < numbers[0] < numbers[1] < math.inf):
-        raise ValueError(f"data_range {text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
-    return (numbers[0], numbers[1]) if text else None
+        return None
 
 
 def range_flag(text: str) -> str:
@@ -164,34 +162,20 @@ def range_flag(text: str) -> str:
     return text
 
 
-def parse_counts(text: str) -> str:
-    """The same text, if it lists different whole numbers above 0.
+def numbers_of(what: str, pattern: str) -> Callable[[str], str]:
+    """A reader of different numbers separated by commas, which returns the text that it is given."""
 
-    :raises ValueError: if it does not.
-    """
-    return _listed(text, lambda word: word.isdecimal() and int(word) > 0, "whole numbers above 0, such as 10,25")
+    def read(text: str) -> str:
+        words = text.split(",")
+        if not all(re.fullmatch(pattern, word) for word in words) or len(set(map(float, words))) < len(words):
+            raise ValueError(f"{text!r} is no list of different {what}")
+        return text
 
-
-def parse_scales(text: str) -> str:
-    """The same text, if it lists different numbers.
-
-    :raises ValueError: if it does not.
-    """
-    return _listed(text, lambda word: re.fullmatch(r"-?\d+(\.\d*)?", word), "numbers, such as 0,1,2.5")
-
-
-def _listed(text: str, fits: Callable[[str], object], what: str) -> str:
-    words = text.split(",")
-    if not all(map(fits, words)) or len(set(map(float, words))) < len(words):
-        raise ValueError(f"{text!r} is no list of different {what}")
-    return text
+    return read
 
 
 def names_of(names: Sequence[str], what: str) -> Callable[[str], str]:
-    """A reader of names separated by commas, which returns the text that it is given.
-
-    :raises ValueError: naming the word that is none of `names`.
-    """
+    """A reader of names separated by commas, which returns the text that it is given."""
 
     def read(text: str) -> str:
         for word in text.split(","):
@@ -232,15 +216,17 @@ def _converted(spec: Field[Any], text: str) -> Any:
 
 def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
     choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
+    fault = ""
     if isinstance(value, float) and not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    if choices and str(value) not in choices:
-        allowed = ", ".join(choice or "''" for choice in choices)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
-    if low is not None and not value >= low:
-        raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
-    if high is not None and not value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is above the greatest value, {high}")
+        fault = f"{text} is not a finite number"
+    elif choices and str(value) not in choices:
+        fault = f"{text!r} is none of {', '.join(choice or repr('') for choice in choices)}{nearest(text, choices)}"
+    elif low is not None and value < low:
+        fault = f"{text} is below the least value, {low}"
+    elif high is not None and value > high:
+        fault = f"{text} is above the greatest value, {high}"
+    if fault:
+        raise argparse.ArgumentTypeError(fault)
 
 
 def means_not_given(spec: Field[Any], value: Any) -> bool:
@@ -260,19 +246,15 @@ def saved_values(saved: Mapping[str, Any], *sections: type[Any]) -> dict[str, An
     known = {spec.name: spec for section in sections for spec in fields(section)}
     taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
     for name, value in taken.items():
-        fault = _fault_of(known[name], value)
+        spec, fault = known[name], ""
+        kinds = f"{spec.type} int" if "float" in spec.type else spec.type
+        if type(value).__name__ not in kinds.replace("|", "").split():
+            fault = f"should be of type {spec.type}"
+        else:
+            try:
+                reader_of(spec)(str(value))
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                fault = f"is not to be used ({error})"
         if fault:
             raise ValueError(f"the checkpoint's config.json says {name} {f'{value!r:.200}'}, which {fault}")
     return taken
-
-
-def _fault_of(spec: Field[Any], value: Any) -> str:
-    """What is wrong with the saved value of a flag; '' if the command line would take it."""
-    kinds = f"{spec.type} int" if "float" in spec.type else spec.type
-    if type(value).__name__ not in kinds.replace("|", "").split():
-        return f"should be of type {spec.type}"
-    try:
-        reader_of(spec)(str(value))
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        return f"is not to be used ({error})"
-    return ""

@@ -126,10 +126,10 @@ def test_a_file_of_stages_says_the_same_and_the_command_line_has_the_last_word(
     )
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     (tmp_path / "stages.toml").write_text(toml)
-    by_words = stages.parse_stages([*SHARED, *runs.stages()])[1]
+    by_words = cascade_sample.parse_stages([*SHARED, *runs.stages()])[1]
     for file in ("stages.json", "stages.toml"):
         argv = [*SHARED, "--stages", str(tmp_path / file), "--up1.cfg_scale=2", "--up2.batch_size", "3"]
-        assert stages.parse_stages(argv)[1] == by_words
+        assert cascade_sample.parse_stages(argv)[1] == by_words
     cascade_sample.main([*argv, "--log_dir", str(tmp_path / "out")])
     assert contents(tmp_path / "out") == contents(made)
 
@@ -167,12 +167,12 @@ def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path,
     ("more", "message"),
     [
         (
-            "--up1.model_path RUNS/last",
-            "stage up1: the upsampler enlarges images of 8x8 with 3 channels, and the stage ",
+            "--up2.model_path RUNS/first --up2.cond_aug_level 0",
+            "stage up2: the upsampler enlarges images of 4x4 with 3 channels, and the stage before makes 8x8 with 3",
         ),
         ("--up1.model_path RUNS/base", "stage up1: --model_path"),
         ("--base.model_path RUNS/nowhere", "stage base: "),
-        ("--up2.steps 4", "stage up2: --steps 4 and --timestep_respacing 2 both say which steps to take"),
+        ("--up2.steps 4", "stage up2: error: --steps and --timestep_respacing exclude each other"),
         ("--up2.timestep_respacing 99", "stage up2: timestep_respacing cannot take 99 steps"),
         ("--up2.cond_aug_level 0.75", "stage up2: --cond_aug_level 0.75 is above 0.5"),
         ("--up1.classes owl", "stage up1: --classes owl has no effect, as the images have labels of their own"),
@@ -182,8 +182,11 @@ def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path,
         ("--up1.num_samples 3", "stage up1 has no num_samples of its own: write --num_samples"),
         ("--up1.base_samples x", "stage up1 has no base_samples of its own: each stage takes its images from the one "),
         ("--up3.large_size 32", "stage up3: --model_path is missing"),
-        ("--up4.steps 3", "there is a stage up4, and the stages of 4 are base, up1, up2, up3"),
-        ("--upp.steps 3", "there is a stage upp"),
+        (
+            "--up4.steps 3",
+            "the stages are base, up1, up2, up3, and up3 is missing: give its flags, as --up3.model_path",
+        ),
+        ("--upp.steps 3", "the stages are base, up1, up2, up3, and up3 is missing"),
         ("--numsamples 3", "cascade_sample.py: error: unknown flag --numsamples; did you mean --num_samples?"),
         ("--stages nowhere.toml", "--stages nowhere.toml cannot be used (No such file or directory)"),
     ],
@@ -201,14 +204,14 @@ def test_mistakes_are_seen_before_anything_is_sampled(
     ("name", "text", "message"),
     [
         ("a.json", "{", "cannot be used ("),
-        ("a.json", "[1]", "it holds no flags by stage"),
-        ("a.json", '{"base": 1}', "it holds no flags by stage"),
-        ("a.json", '{"base": {"steps": [1]}}', "steps is no text, number, true or false"),
+        ("a.json", "[1]", "cannot be used ("),
+        ("a.json", '{"base": 1}', "cannot be used ("),
+        ("a.json", '{"base": {"steps": [1]}}', "[1] is no text, number, true or false"),
         ("a.toml", "[base\n", "cannot be used ("),
         ("a.toml", "\x00", "cannot be used ("),
-        ("a.json", '{"base": {"model_path": "x"}, "base2": {}}', "there is a stage base2"),
-        ("a.json", '{"up1": {"model_path": "x"}}', "stage base is missing: give its flags, as --base.model_path"),
-        ("a.json", '{"base": {"model_path": "x"}}', "stage up1 is missing"),
+        ("a.json", '{"base": {"model_path": "x"}, "base2": {}}', "base2 is none of these"),
+        ("a.json", '{"up1": {"model_path": "x"}}', "base is missing: give its flags, as --base.model_path"),
+        ("a.json", '{"base": {"model_path": "x"}}', "up1 is missing"),
         ("a.json", '{"base": {"classifier_scale": 2}, "up1": {}}', "has no effect without --classifier_path"),
         (
             "a.json",
@@ -234,7 +237,10 @@ def test_classes_must_be_there_and_the_same(runs: Runs, tmp_path: Path, capsys: 
     up = ["--up1.model_path", runs["first"], "--up1.timestep_respacing", "1", "--num_samples", "2"]
     for name, message in (
         ("unlabelled", "stage up1: the upsampler is class-conditional and the images have no labels"),
-        ("other", "stage up1: the upsampler has classes cat, dog, owl, and the stage before cat, dog, cow"),
+        (
+            "other",
+            "stage up1: the upsampler has classes ['cat', 'dog', 'owl'], and the stage before ['cat', 'dog', 'cow']",
+        ),
     ):
         argv = ["--base.model_path", str(tmp_path / name), *up, "--log_dir", str(tmp_path / "out")]
         assert message in refused(argv, capsys)

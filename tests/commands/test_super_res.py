@@ -181,7 +181,7 @@ def test_noise_in_sampling_is_that_of_seed_and_index(models: Models, tmp_path: P
 
 def test_levels_that_were_not_trained_are_refused(models: Models, folder: Path, tmp_path: Path) -> None:
     for name, level, message in (
-        ("plain", "0.1", "--cond_aug_level 0.1 needs an upsampler trained with --cond_aug"),
+        ("plain", "0.1", "--cond_aug_level has no effect without --cond_aug, and the checkpoint is without"),
         ("augmented", "0.6", "--cond_aug_level 0.6 is above 0.5, the greatest level of the training"),
     ):
         words = ["--model_path", models[name], "--base_samples", str(folder), "--cond_aug_level", level]
@@ -360,9 +360,6 @@ def test_labels_come_from_where_they_are_asked_for(models: Models, folder: Path,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--classifier_scale", "2"], "--classifier_scale has no effect without --classifier_path"),
-        (["--image_size", "8"], "--image_size is that of a classifier"),
-        (["--guidance_interval", "5,20"], "--guidance_interval has no effect where nothing guides"),
         (["--classifier_path", "PLAIN"], "is an upsampler: give the checkpoint of a classifier"),
         (["--class_from", "csv"], "or give --classes"),
         (["--classes", "owl", "--class_from", "filename"], "as the images have labels of their own"),
@@ -382,7 +379,7 @@ def test_a_classifier_of_other_images_is_refused(models: Models, folder: Path, t
     write_run(tmp_path / "other", "classifier_train", scrambled(build_classifier(other)), other, PROCESS)
     argv = ["--model_path", models["labelled"], "--base_samples", str(folder), "--timestep_respacing", "1"]
     words = [*argv, "--classifier_path", str(tmp_path / "other"), "--log_dir", str(tmp_path / "out")]
-    refused(words, "the model has large_size (8, 8) and the classifier (16, 16)")
+    refused(words, "the model has image_size 8 and the classifier 16")
 
 
 def test_other_images_are_another_request(models: Models, tmp_path: Path) -> None:
