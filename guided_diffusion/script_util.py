@@ -184,7 +184,9 @@ def build_network(config: UNetConfig | SuperResConfig | ClassifierConfig, learn_
     """The network of a config, in float32; a classifier whether the process learns its variance or not."""
     if isinstance(config, ClassifierConfig):
         return build_classifier(config)
-    return (build_unet if isinstance(config, UNetConfig) else build_upsampler)(config, learn_sigma)  # type: ignore[operator]
+    if isinstance(config, SuperResConfig):
+        return build_upsampler(config, learn_sigma)
+    return build_unet(config, learn_sigma)
 
 
 def build_diffusion(config: DiffusionConfig) -> SpacedDiffusion:

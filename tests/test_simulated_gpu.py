@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from runs import NAMES, PROCESS, scrambled, write_run
 from simulated_gpu import SimulatedGPU
-from test_sample_commands import NAMES, PROCESS, scrambled, write_run
 
 from guided_diffusion import dist_util
 from guided_diffusion.commands import demo

@@ -22,6 +22,7 @@ KINDS = {
     "classifier": ("classifier_sample", "classifier_scale", 0.0, "classifier scale"),
     "cfg": ("image_sample", "cfg_scale", 1.0, "classifier-free scale"),
 }
+OF_A_CELL = ("samplers", "steps", "scales", "guidance_interval")
 
 
 def sweep(flags: Flags) -> None:
@@ -93,7 +94,7 @@ def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
     command = KINDS[config.guidance][0]
     own = {spec.name for spec in fields(SweepConfig)}
     given = {name: value for name, value in flags.given.items() if name not in own}
-    given |= {name: value for name, value in asdict(config).items() if name not in ("samplers", "steps", "scales")}
+    given |= {name: value for name, value in asdict(config).items() if name not in OF_A_CELL}
     known = COMMANDS[command].flags()
     return Flags(command, {name: value for name, value in given.items() if name in known})
 
@@ -101,9 +102,8 @@ def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
 def values_of(cell: Cell, config: SweepConfig) -> dict[str, Any]:
     """The flags of a cell."""
     _, name, neutral, _ = KINDS[config.guidance]
-    values: dict[str, Any] = {"sampler": cell.sampler, "steps": cell.steps, name: cell.scale}
-    # where nothing guides, no interval says when
-    return values | ({"guidance_interval": ""} if cell.scale == neutral else {})
+    interval = "" if cell.scale == neutral else config.guidance_interval  # where nothing guides, none says when
+    return {"sampler": cell.sampler, "steps": cell.steps, name: cell.scale, "guidance_interval": interval}
 
 
 @dataclass(frozen=True)

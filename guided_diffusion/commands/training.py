@@ -63,8 +63,8 @@ class Training:
             "schedule_sampler": create_named_schedule_sampler(train.schedule_sampler, self.process),
             "config": {"command": self.flags.command, "version": __version__, "flags": values},
         }
-        data = {"data": self.stream, "val_data": self.validation}
-        kind(model=self.network, diffusion=self.process, progress=True, **data, **{**keywords, **options}).run_loop()
+        keywords |= {"data": self.stream, "val_data": self.validation, "progress": True, **options}
+        kind(model=self.network, diffusion=self.process, **keywords).run_loop()
         logger.log(f"training complete: everything is in {logger.get_dir()}")
 
     def run_with_previews(self, previewer: Callable[[Training], Any], hooks: Sequence[Hook] = ()) -> None:

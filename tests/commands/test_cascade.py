@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from ranks import Nursery
-from test_sample_commands import NAMES as CLASSES, NETWORK, PROCESS, SCRIPTS, scrambled, write_run
+from runs import NAMES as CLASSES, NETWORK, PROCESS, SCRIPTS, Runs, scrambled, write_run
 
 from guided_diffusion.commands import cascade_sample, super_res_sample
 from guided_diffusion.config import ClassifierConfig, SuperResConfig, UNetConfig
 from guided_diffusion.runtime.files import write_json
-from guided_diffusion.script_util import build_classifier, build_unet, build_upsampler
+from guided_diffusion.script_util import build_unet
 
 BASE = UNetConfig(image_size=4, **NETWORK)
 FIRST = SuperResConfig(small_size=4, large_size=8, **NETWORK, null_class=True)
@@ -38,25 +38,12 @@ CLASSIFIER = ClassifierConfig(
 FILES = ["base/samples_5x4x4x3.npz", "up1/samples_5x8x8x3.npz", "up2/samples_5x16x16x3.npz"]
 
 
-class Runs:
-    """A folder of each network."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        write_run(root / "base", "image_train", scrambled(build_unet(BASE, True)), BASE, PROCESS)
-        write_run(root / "first", "super_res_train", scrambled(build_upsampler(FIRST, True)), FIRST, PROCESS)
-        write_run(root / "last", "super_res_train", scrambled(build_upsampler(LAST, True)), LAST, PROCESS)
-        write_run(root / "classifier", "classifier_train", scrambled(build_classifier(CLASSIFIER)), CLASSIFIER, PROCESS)
-
-    def __getitem__(self, name: str) -> str:
-        return str(self.root / name)
-
-    def stages(self) -> list[str]:
-        """Three stages, each with a sampler and guidance of its own."""
-        base = f"--base.model_path {self['base']} --base.classifier_path {self['classifier']} --base.classifier_scale 2"
-        first = f"--up1.model_path {self['first']} --up1.cfg_scale 2 --up1.sampler dpm++2m --up1.steps 3"
-        last = f"--up2.model_path {self['last']} --up2.use_ddim --up2.cond_aug_level 0.25 --up2.batch_size 3"
-        return f"{base} --base.steps 3 {first} {last} --up2.timestep_respacing 2".split()
+def stages_of(runs: Runs) -> list[str]:
+    """Three stages, each with a sampler and guidance of its own."""
+    base = f"--base.model_path {runs['base']} --base.classifier_path {runs['classifier']} --base.classifier_scale 2"
+    first = f"--up1.model_path {runs['first']} --up1.cfg_scale 2 --up1.sampler dpm++2m --up1.steps 3"
+    last = f"--up2.model_path {runs['last']} --up2.use_ddim --up2.cond_aug_level 0.25 --up2.batch_size 3"
+    return f"{base} --base.steps 3 {first} {last} --up2.timestep_respacing 2".split()
 
 
 SHARED = ["--num_samples", "5", "--batch_size", "2", "--seed", "7", "--classes", "owl,cat"]
@@ -64,14 +51,14 @@ SHARED = ["--num_samples", "5", "--batch_size", "2", "--seed", "7", "--classes",
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+    return Runs(tmp_path_factory.mktemp("runs"), base=BASE, first=FIRST, last=LAST, classifier=CLASSIFIER)
 
 
 @pytest.fixture(scope="module")
 def made(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the cascade leaves."""
     folder = tmp_path_factory.mktemp("cascade") / "out"
-    cascade_sample.main([*SHARED, *runs.stages(), "--save_images", "--log_dir", str(folder)])
+    cascade_sample.main([*SHARED, *stages_of(runs), "--save_images", "--log_dir", str(folder)])
     return folder
 
 
@@ -126,7 +113,7 @@ def test_a_file_of_stages_says_the_same_and_the_command_line_has_the_last_word(
     )
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     (tmp_path / "stages.toml").write_text(toml)
-    by_words = cascade_sample.parse_stages([*SHARED, *runs.stages()])[1]
+    by_words = cascade_sample.parse_stages([*SHARED, *stages_of(runs)])[1]
     for file in ("stages.json", "stages.toml"):
         argv = [*SHARED, "--stages", str(tmp_path / file), "--up1.cfg_scale=2", "--up2.batch_size", "3"]
         assert cascade_sample.parse_stages(argv)[1] == by_words
@@ -137,7 +124,7 @@ def test_a_file_of_stages_says_the_same_and_the_command_line_has_the_last_word(
 def test_an_interrupted_cascade_goes_on_where_it_stopped(
     runs: Runs, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = [*SHARED, *runs.stages(), "--log_dir", str(tmp_path)]
+    argv = [*SHARED, *stages_of(runs), "--log_dir", str(tmp_path)]
     whole, calls = super_res_sample.sample, []
 
     def interrupted(flags: Any) -> str:
@@ -157,7 +144,7 @@ def test_an_interrupted_cascade_goes_on_where_it_stopped(
 
 
 def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path, ranks: Nursery) -> None:
-    flags = [*SHARED, *runs.stages(), "--log_dir", tmp_path, "--device", "cpu"]
+    flags = [*SHARED, *stages_of(runs), "--log_dir", tmp_path, "--device", "cpu"]
     result = ranks.run([SCRIPTS / "cascade_sample.py", *flags])
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path) == contents(made)
@@ -195,7 +182,7 @@ def test_mistakes_are_seen_before_anything_is_sampled(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
 ) -> None:
     words = [word.replace("RUNS", str(runs.root)) for word in more.split()]
-    assert message in refused([*SHARED, *runs.stages(), *words, "--log_dir", str(tmp_path)], capsys)
+    assert message in refused([*SHARED, *stages_of(runs), *words, "--log_dir", str(tmp_path)], capsys)
     assert not list(tmp_path.rglob("*.npz"))
     assert not (tmp_path / "base").exists()
 

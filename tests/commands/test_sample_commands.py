@@ -20,6 +20,24 @@ import torch as th
 import torch.nn.functional as F
 from PIL import Image
 from ranks import Nursery
+from runs import (
+    CLASSIFIER,
+    GUIDED,
+    NAMES,
+    PROCESS,
+    SAMPLING,
+    SCRIPTS,
+    UNCONDITIONAL,
+    UNET,
+    UPSAMPLER,
+    WEAK,
+    Main,
+    Runs,
+    by_hand,
+    saved_by,
+    scrambled,
+    write_run,
+)
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.commands import (
@@ -33,12 +51,9 @@ from guided_diffusion.commands import (
 from guided_diffusion.commands.common import Plan, Restored, restore_unet, restore_upsampler
 from guided_diffusion.commands.editing import adds_noise
 from guided_diffusion.commands.sampling import labels_of
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.runtime.files import write_json
-from guided_diffusion.runtime.options import defaults
-from guided_diffusion.runtime.pictures import to_uint8
-from guided_diffusion.runtime.seeds import image_generator
 from guided_diffusion.sampling.editing import invert, slerp
 from guided_diffusion.sampling.guidance import (
     autoguidance,
@@ -50,84 +65,14 @@ from guided_diffusion.sampling.guidance import (
 )
 from guided_diffusion.sampling.loop import network_calls
 from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
-from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from guided_diffusion.script_util import build_classifier, build_diffusion, build_upsampler
 from guided_diffusion.training import checkpoints
-
-Main = Callable[[list[str]], None]
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMES = ["cat", "dog", "owl"]
-PROCESS = DiffusionConfig(diffusion_steps=40, noise_schedule="cosine", learn_sigma=True, timestep_respacing="4")
-NETWORK: dict[str, Any] = {
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1,1",
-    "attention_resolutions": "4",
-    "num_heads": 2,
-    "num_classes": 3,
-    "class_cond": True,
-}
-UNET = UNetConfig(image_size=8, **NETWORK)
-UNCONDITIONAL = UNetConfig(image_size=8, **{**NETWORK, "class_cond": False})
-GUIDED = UNetConfig(image_size=8, **NETWORK, null_class=True)
-WEAK = UNetConfig(image_size=8, **{**NETWORK, "num_res_blocks": 2})
-UPSAMPLER = SuperResConfig(large_size=8, small_size=4, **NETWORK)
-CLASSIFIER = ClassifierConfig(
-    image_size=8,
-    num_classes=3,
-    classifier_width=32,
-    classifier_depth=1,
-    classifier_channel_mult="1,2",
-    classifier_attention_resolutions="4",
-)
-SAMPLING = ["--num_samples", "5", "--batch_size", "2", "--timestep_respacing", "4"]
-
-
-def scrambled(network: th.nn.Module) -> Any:
-    """The network with random weights everywhere, also where training starts from zeros."""
-    generator = th.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data = 0.05 * th.randn(parameter.shape, generator=generator) + (parameter.ndim == 1)
-    return network.eval()
-
-
-def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) -> Path:
-    """A folder as training leaves it."""
-    flags = defaults(*cli.COMMANDS[command].sections)
-    for config in configs:
-        flags |= {name: value for name, value in asdict(config).items() if name in flags}
-    checkpoints.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
-    write_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
-    table = {"classes": NAMES, "class_from": "filename", "counts": [1, 1, 1]}
-    write_json(str(folder / "classes.json"), table)
-    return folder
-
-
-class Runs:
-    """A folder and a network of each kind."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.process = root, build_diffusion(PROCESS)
-        self.unet = scrambled(build_unet(UNET, True))
-        self.unconditional = scrambled(build_unet(UNCONDITIONAL, True))
-        self.guided = scrambled(build_unet(GUIDED, True))
-        self.weak = scrambled(build_unet(WEAK, True))
-        self.classifier = scrambled(build_classifier(CLASSIFIER))
-        self.upsampler = scrambled(build_upsampler(UPSAMPLER, True))
-        write_run(root / "unet", "image_train", self.unet, UNET, PROCESS)
-        write_run(root / "unconditional", "image_train", self.unconditional, UNCONDITIONAL, PROCESS)
-        write_run(root / "guided", "image_train", self.guided, GUIDED, PROCESS)
-        write_run(root / "weak", "image_train", self.weak, WEAK, PROCESS)
-        write_run(root / "classifier", "classifier_train", self.classifier, CLASSIFIER, PROCESS)
-        write_run(root / "upsampler", "super_res_train", self.upsampler, UPSAMPLER, PROCESS)
-
-    def __getitem__(self, name: str) -> str:
-        return str(self.root / name)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+    kinds: dict[str, Any] = {"unet": UNET, "unconditional": UNCONDITIONAL, "guided": GUIDED, "weak": WEAK}
+    return Runs(tmp_path_factory.mktemp("runs"), **kinds, classifier=CLASSIFIER, upsampler=UPSAMPLER)
 
 
 @pytest.fixture(scope="module")
@@ -146,31 +91,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{NAMES[index % 3]}_{index}.png")
     return folder
-
-
-def saved_by(main: Main, folder: Path, *argv: str) -> dict[str, np.ndarray]:
-    """What a command leaves as its npz."""
-    main([*argv, "--log_dir", str(folder)])
-    (path,) = folder.glob("samples_*.npz")
-    with np.load(path) as saved:
-        return dict(saved)
-
-
-def by_hand(
-    process: Any,
-    network: Any,
-    labels: list[int] | None,
-    count: int,
-    *,
-    shape: tuple[int, ...] = (3, 8, 8),
-    **options: Any,
-) -> np.ndarray:
-    """Samples of the first batch, of `count` images, straight from the loop."""
-    generators = [image_generator(0, index) for index in range(count)]
-    kwargs = {**options.pop("more", {}), **({} if labels is None else {"y": th.tensor(labels)})}
-    sampler = options.pop("sampler", make_sampler("ddpm"))
-    loop = {"model_kwargs": kwargs, "generator": generators, "device": "cpu", **options}
-    return to_uint8(process.sample_loop(sampler, network, (count, *shape), **loop))
 
 
 # ---- image_sample

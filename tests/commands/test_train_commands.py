@@ -161,9 +161,7 @@ def test_a_folder_whose_newest_checkpoint_is_damaged_goes_on_by_its_name_too(tmp
     os.remove(out / "set000001.json"), os.remove(out / "model000003.pt"), path.write_bytes(b"")
     os.remove(out / "model000001.pt")
     message = refused(capsys, image_train.main, log_dir=out, max_steps=3, resume_checkpoint=out)
-    assert (
-        "holds no complete checkpoint, the checkpoint of step 3 is passed over: model000003.pt is missing" in message
-    )
+    assert "holds no complete checkpoint, the checkpoint of step 3 is passed over: model000003.pt is missing" in message
 
 
 def test_an_image_that_cannot_be_read_costs_no_step(tmp_path, pictures, capsys):

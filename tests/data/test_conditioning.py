@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from runs import PROCESS, SAMPLING, scrambled, write_run
 from test_docs import ROOT, run as run_code, snippets
-from test_sample_commands import PROCESS, SAMPLING, scrambled, write_run
 
 from guided_diffusion.commands import classifier_sample, flags as cli, image_nll, image_sample, image_train
 from guided_diffusion.commands.common import restore_unet
