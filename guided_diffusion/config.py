@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .runtime.errors import UserError
 from .runtime.options import flag, local_flag, names_of, parse_microbatch, path_flag, range_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -380,7 +381,7 @@ def resolve_precision(precision: str, use_fp16: bool, name: str = "precision", a
     :raises ValueError: if both are given and contradict each other, or the precision is unknown.
     """
     if precision not in ("", *PRECISIONS):
-        raise ValueError(f"{name} {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+        raise UserError(f"{name} {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
     if use_fp16 and precision not in ("", "fp16"):
-        raise ValueError(f"{name} {precision} contradicts {alias} True: give one of the two")
+        raise UserError(f"{name} {precision} contradicts {alias} True: give one of the two")
     return precision or ("fp16" if use_fp16 else "fp32")

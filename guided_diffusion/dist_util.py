@@ -6,7 +6,6 @@ never called `setup_dist`: it is then rank 0 of 1.
 
 import io
 import os
-import secrets
 import socket
 import sys
 import threading
@@ -22,6 +21,7 @@ import torch.distributed as dist
 
 from . import logger
 from .runtime import launchers, paths
+from .runtime.errors import UserError, sentence as sentence_of
 from .runtime.launchers import Place
 
 T = TypeVar("T")
@@ -31,8 +31,7 @@ JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks to have started
 COLLECTIVE_TIMEOUT = 10.0  # minutes for the slowest rank to reach a collective: rank 0 may be merging files
 PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor alone is larger
 DEVICE_TYPES = ("cpu", "cuda", "mps")
-GPUS_PER_NODE, SETUP_RETRY_COUNT = 8, 3  # names of the originals; the launcher says how many there are
-OWN_PACKAGES = ("guided_diffusion",)
+GPUS_PER_NODE, SETUP_RETRY_COUNT = 8, 3  # names of the originals, without effect
 
 _joining = threading.Lock()  # commands may run in threads of one process
 _device: th.device | None = None
@@ -68,31 +67,28 @@ def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _choose_device(wanted: str) -> th.device:
+def _choose_device(name: str) -> th.device:
     try:
-        device = th.device(wanted or ("cuda" if th.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise _no_device(wanted, "torch knows no such name") from error
+        device = th.device(name or ("cuda" if th.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = th.device("meta")  # as unsupported as a name that torch does not know
+    count, fault = th.cuda.device_count(), ""
     if device.type not in DEVICE_TYPES:
-        raise _no_device(wanted, "it is none of those supported")
-    if device.type == "mps" and not th.backends.mps.is_available():
-        raise _no_device(wanted, "torch finds no Apple GPU")
-    if device.type != "cuda":
-        return device
-    count = th.cuda.device_count()
-    if (device.index or 0) >= count:
-        raise _no_device(wanted, f"torch sees {count} GPUs (CUDA_VISIBLE_DEVICES limits them where it is set)")
-    return th.device("cuda", local_rank() % count if device.index is None else device.index)
-
-
-def _no_device(wanted: str, reason: str) -> ValueError:
-    return ValueError(f"device {wanted!r} cannot be used, {reason}: give cpu, cuda, cuda:N or mps, or leave it out")
+        fault = "there is no such kind"
+    elif device.type == "mps" and not th.backends.mps.is_available():
+        fault = "torch finds no Apple GPU"
+    elif device.type == "cuda" and (device.index or 0) >= count:
+        fault = f"torch sees {count} GPUs (CUDA_VISIBLE_DEVICES limits them where it is set)"
+    if fault:
+        raise UserError(f"device {name!r} cannot be used, {fault}: give cpu, cuda, cuda:N or mps, or leave it out")
+    return th.device("cuda", local_rank() % count) if device == th.device("cuda") else device
 
 
 def _join(place: Place, device: th.device, timeout: timedelta) -> None:
     try:
         store = _meet(place)
-        descriptions = _tell_each_other(store, place, _describe(device))
+        store.set(f"rank{place.rank}", _describe(device))
+        descriptions = [store.get(f"rank{rank}").decode() for rank in range(place.size)]
     except dist.DistError as error:
         raise TimeoutError(
             f"rank {place.rank}: {place.launcher} announced {place.size} ranks, but not all of them arrived within "
@@ -102,7 +98,9 @@ def _join(place: Place, device: th.device, timeout: timedelta) -> None:
     _refuse_unequal(descriptions)
     if device.type == "cuda":
         th.cuda.set_device(device)
-    dist.init_process_group(_backend(device), store=store, rank=place.rank, world_size=place.size, timeout=timeout)
+    # collectives of tensors where they are: gloo for the CPU's, nccl (where torch has it) for the GPU's
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=timeout)
 
 
 def _meet(place: Place) -> dist.Store:
@@ -111,30 +109,8 @@ def _meet(place: Place) -> dist.Store:
         return _meet_through_mpi(place)
     url = f"tcp://{launchers.meeting_point(place)}"
     store, _, _ = next(dist.rendezvous(url, place.rank, place.size, timeout=JOIN_TIMEOUT))
-    return _fresh(dist.PrefixStore("guided_diffusion", store), place)
-
-
-def _fresh(store: dist.Store, place: Place) -> dist.Store:
-    """A part of a store in which nothing lies from before: torchrun's survives its restarts of the ranks.
-
-    Rank 0 names the part, and answers each rank that finds it with that rank's own word; to a name that an earlier
-    rank 0 left behind there is no answer.
-    """
-    own, end = secrets.token_hex(8), time.monotonic() + JOIN_TIMEOUT.total_seconds()
-    if place.rank == 0:
-        store.set("part", own)
-        part = dist.PrefixStore(own, store)
-        for rank in range(1, place.size):
-            part.set(f"answer{rank}", part.get(f"word{rank}").decode())
-        return part
-    while time.monotonic() < end:
-        part = dist.PrefixStore(store.get("part").decode(), store)
-        part.set(f"word{place.rank}", own)
-        answered = part.check([f"answer{place.rank}"]) and part.get(f"answer{place.rank}").decode() == own
-        if answered:
-            return part
-        time.sleep(0.05)
-    raise dist.DistStoreError("rank 0 gave no answer")
+    # torchrun's store survives its restarts of the ranks, with all that they wrote
+    return dist.PrefixStore(f"guided_diffusion{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
 
 
 def _meet_through_mpi(place: Place) -> dist.Store:
@@ -144,12 +120,6 @@ def _meet_through_mpi(place: Place) -> dist.Store:
     store = dist.TCPStore("localhost", 0, place.size, True, timeout=JOIN_TIMEOUT, wait_for_workers=False)
     launchers.mpi_broadcast((launchers.own_host(place), store.port))
     return store
-
-
-def _tell_each_other(store: dist.Store, place: Place, text: str) -> list[str]:
-    """The texts of all ranks: a gather that needs no process group yet."""
-    store.set(f"rank{place.rank}", text)
-    return [store.get(f"rank{rank}").decode() for rank in range(place.size)]
 
 
 def _describe(device: th.device) -> str:
@@ -165,23 +135,18 @@ def _refuse_unequal(descriptions: list[str]) -> None:
 
     :param descriptions: of the devices, by rank.
     """
-    if len({text.split()[0] for text in descriptions}) > 1:
-        found = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
-        raise ValueError(f"the ranks have different kinds of device ({found}): give all of them the same --device")
-    if descriptions[0].split()[0] == "mps":
-        raise ValueError(f"device 'mps' serves one process, not {len(descriptions)}: start one rank, or give cpu")
-    for rank, text in enumerate(descriptions):
-        first = descriptions.index(text)
-        if text.startswith("cuda") and first != rank:
-            raise ValueError(
-                f"ranks {first} and {rank} share one GPU ({text}): start at most one rank per visible GPU, "
-                "or give --device cpu"
-            )
-
-
-def _backend(device: th.device) -> str:
-    """Collectives of tensors where they are: gloo for the CPU's, nccl (where torch has it) for the GPU's."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+    kinds = {text.split()[0] for text in descriptions}
+    if len(kinds) > 1:
+        shown = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
+        raise UserError(f"the ranks have different kinds of device ({shown}): give all of them the same --device")
+    shared = [(descriptions.index(text), rank) for rank, text in enumerate(descriptions)]
+    shared = [(first, rank) for first, rank in shared if first != rank and "cpu" not in kinds]
+    if shared:
+        first, rank = shared[0]
+        raise UserError(
+            f"ranks {first} and {rank} share one GPU ({descriptions[rank]}): start at most one rank per visible GPU, "
+            "or give --device cpu"
+        )
 
 
 # ---- who and where
@@ -226,9 +191,9 @@ def broadcast_object(obj: T) -> T:
 
 
 def decide(work: Callable[[], T]) -> T:
-    """What rank 0 finds, on every rank; collective. Its error is one on every rank, so that none waits for ever.
+    """The result of work that rank 0 does, on every rank; collective. An error of rank 0 is one on every rank.
 
-    :raises ValueError: if rank 0 raised one, or an OSError.
+    :raises UserError: if rank 0 raised a ValueError or an OSError.
     """
     answer: tuple[T | None, str] = (None, "")
     if rank() == 0:
@@ -238,16 +203,16 @@ def decide(work: Callable[[], T]) -> T:
             answer = (None, str(error))
     result, sentence = broadcast_object(answer)
     if sentence:
-        raise ValueError(sentence)
+        raise UserError(sentence)
     return cast(T, result)
 
 
 def gather_objects(obj: T) -> list[T]:
     """The objects of all ranks by rank, on every rank; collective. Anything that pickles."""
-    found = [obj] * world_size()
+    objects = [obj] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(found, obj)
-    return found
+        dist.all_gather_object(objects, obj)
+    return objects
 
 
 def gather(tensor: th.Tensor) -> list[th.Tensor]:
@@ -310,7 +275,6 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     if paths.is_remote(path):
         with paths.open_blob(path) as file:
             return th.load(io.BytesIO(file.read()), **kwargs)
-    os.stat(path)  # here, so that a missing file counts as the caller's mistake and not as torch's
     return th.load(path, **kwargs)
 
 
@@ -329,10 +293,10 @@ def leave() -> None:
 def run(main: Callable[[*Ts], object], *args: *Ts) -> None:
     """Calls ``main(*args)`` as the whole of a command: when one rank fails, all end.
 
-    A ValueError or OSError raised by this package itself is the user's mistake: one line "error: ...", exit code 2, no
-    traceback (unless GUIDED_DIFFUSION_DEBUG=1). Too little memory is one line too, with code 1; anything else keeps its
-    traceback and ends with code 1. With several ranks the message names the rank, and `sys.exit` or an interrupt on one
-    rank ends the others too.
+    A `UserError` or OSError is one line "error: ...", exit code 2, without a traceback (unless
+    GUIDED_DIFFUSION_DEBUG=1). Too little memory is one line too, with code 1; anything else keeps its traceback and
+    ends with code 1. With several ranks the message names the rank, and `sys.exit` or an interrupt on one rank ends the
+    others too.
     """
     try:
         launchers.place()  # under mpiexec all ranks join MPI here: only then can one of them end the job
@@ -350,50 +314,37 @@ def _report(error: BaseException) -> None:
     """Prints what went wrong; ends the process where Python's own way would print or wait otherwise."""
     place = launchers.announced_place()
     ranks = max(place.size, world_size())
-    code = _exit_code(error)
+    code, sentence = exit_of(error)
     if ranks > 1 and code != 0:
-        message = _message(error)
+        message = sentence or "".join(["failed\n", *traceback.format_exception(error)])
         print(f"rank {place.rank} of {ranks}: {message}", file=sys.stderr)
         launchers.end_job(code)
     if code == 2 and ranks == 1:
         logger.discard()
-    if _needs_no_traceback(error) and not isinstance(error, SystemExit):
-        print(_message(error), file=sys.stderr)
+    if sentence and not isinstance(error, SystemExit):
+        print(sentence, file=sys.stderr)
         raise SystemExit(code) from error
 
 
-def _exit_code(error: BaseException) -> int:
+def exit_of(error: BaseException) -> tuple[int, str]:
+    """The exit code of a command that an error ends, and the line in place of its traceback; '' where it needs that."""
+    debug = os.environ.get("GUIDED_DIFFUSION_DEBUG") == "1"
     if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        return code, "" if debug else f"exit: {error.code}"
     if isinstance(error, KeyboardInterrupt):
-        return 130  # what a shell reports for Ctrl-C
-    return 2 if _is_users_mistake(error) else 1
-
-
-def _message(error: BaseException) -> str:
-    if not _needs_no_traceback(error):
-        return "".join(["failed\n", *traceback.format_exception(error)])
-    if isinstance(error, SystemExit):
-        return f"exit: {error.code}"
-    if _is_of_another_rank(error):
-        reason = str(error).splitlines()[0].partition("] ")[2].partition(". ")[0] or str(error)
-        return f"error: a collective failed ({reason}): another rank has ended, or is slower than --dist_timeout allows"
-    if is_out_of_memory(error):
-        told = f" ({str(error).splitlines()[0]})" if str(error) else ""
-        return f"error: out of memory{told}: take a smaller --batch_size or, in training, --microbatch"
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"error: {paths.sentence(error)}"
-
-
-def _needs_no_traceback(error: BaseException) -> bool:
-    if os.environ.get("GUIDED_DIFFUSION_DEBUG") == "1":
-        return False
-    ended = isinstance(error, SystemExit | KeyboardInterrupt)
-    return ended or is_out_of_memory(error) or _is_of_another_rank(error) or _is_users_mistake(error)
-
-
-def _is_of_another_rank(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank; gloo has no exception class of its own."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+        return 130, "" if debug else "interrupted"  # what a shell reports for Ctrl-C
+    code, line = 1, str(error).partition("\n")[0]
+    sentence = ""
+    if _is_users_mistake(error):
+        code, sentence = 2, sentence_of(error)
+    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
+        cause = line.partition("] ")[2].partition(". ")[0] or str(error)
+        sentence = f"a collective failed ({cause}): another rank has ended, or is slower than --dist_timeout allows"
+    elif is_out_of_memory(error):
+        detail = f" ({line})" if line else ""
+        sentence = f"out of memory{detail}: take a smaller --batch_size or, in training, --microbatch"
+    return code, f"error: {sentence}" if sentence and not debug else ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -403,8 +354,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_users_mistake(error: BaseException) -> bool:
-    """Whether the packages of this project themselves raised it to say that an input is wrong."""
-    if not isinstance(error, ValueError | OSError):
+    if isinstance(error, UserError | OSError):
+        return True
+    if not isinstance(error, ValueError):
         return False
     *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return str(innermost.f_globals.get("__name__")).partition(".")[0] in OWN_PACKAGES
+    return str(innermost.f_globals.get("__name__")).partition(".")[0] == "guided_diffusion"

@@ -14,12 +14,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import wraps
-from typing import Any, ClassVar, ParamSpec, Protocol, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from tqdm.auto import tqdm
 
 from .runtime import launchers, paths
+from .runtime.files import explained
 from .runtime.log_writers import (
     CSVOutputFormat as CSVOutputFormat,
     HumanOutputFormat as HumanOutputFormat,
@@ -41,14 +41,7 @@ DISABLED = 50
 P = ParamSpec("P")
 R = TypeVar("R")
 ValueCounts = dict[str, tuple[Any, float]]  # name -> (mean, how many values it is the mean of)
-
-
-class Comm(Protocol):
-    """The part of an mpi4py communicator that averaging needs."""
-
-    rank: int
-
-    def gather(self, value: ValueCounts) -> list[ValueCounts] | None: ...
+Comm = Any  # an mpi4py communicator, of which `rank` and `gather` are used
 
 
 class _Currents(type):
@@ -99,18 +92,17 @@ class Logger(metaclass=_Currents):
 
     def dumpkvs(self) -> dict[str, Any]:
         """Writes the row, forgets it, and returns it; with a communicator, the row of means over all ranks."""
-        row = dict(self.name2val) if self.comm is None else self._mean_over_ranks(self.comm)
+        row = dict(self.name2val)
+        if self.comm is not None:
+            row = mpi_weighted_mean(self.comm, {name: (row[name], self.name2cnt.get(name, 1)) for name in row})
+            if self.comm.rank != 0:
+                row["dummy"] = 1  # ranks above 0 have nothing to say, and empty rows warn
         for writer in self.output_formats:
             if isinstance(writer, KVWriter):
                 writer.writekvs(row)
         self.name2val.clear()
         self.name2cnt.clear()
         return row
-
-    def _mean_over_ranks(self, comm: Comm) -> dict[str, Any]:
-        local: ValueCounts = {name: (value, self.name2cnt.get(name, 1)) for name, value in self.name2val.items()}
-        row = mpi_weighted_mean(comm, local)
-        return row if comm.rank == 0 else {**row, "dummy": 1}  # ranks above 0 have nothing to say, and empty rows warn
 
     def rewind(self, step: int) -> None:
         """Drops the rows of later steps from the files that can, before these steps are made again."""
@@ -262,16 +254,7 @@ def profile_kv(scopename: str) -> Iterator[None]:
 
 def profile(n: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that does for every call of a function what `profile_kv` does for a block."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @wraps(function)
-        def timed(*args: P.args, **kwargs: P.kwargs) -> R:
-            with profile_kv(n):
-                return function(*args, **kwargs)
-
-        return timed
-
-    return decorate
+    return profile_kv(n)  # a context manager made by contextlib decorates too, anew for each call
 
 
 # ---- where and what to write
@@ -279,9 +262,7 @@ def profile(n: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 _shared_dir: str | None = None
 
 
-def get_rank_without_mpi_import() -> int:
-    """The rank that torchrun, mpiexec or srun wrote into the environment; 0 where nobody did."""
-    return launchers.announced_rank()
+get_rank_without_mpi_import = launchers.announced_rank
 
 
 def new_dir() -> str:
@@ -319,25 +300,17 @@ def configure(
     rank = get_rank_without_mpi_import()
     named = dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir
     folder = paths.local(named or new_dir())
-    try:
+    with explained(folder):
         os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"{folder} cannot be made a folder for logs ({error.strerror}): give another log_dir"
-        ) from error
     suffix = log_suffix if rank == 0 else f"{log_suffix}-rank{rank:03d}"
-    formats = _formats_from_environment(rank) if format_strs is None else format_strs
-    writers = [make_output_format(name, folder, suffix) for name in formats if name]
+    if format_strs is None:
+        of_rank_0 = os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv")
+        format_strs = (of_rank_0 if rank == 0 else os.environ.get("OPENAI_LOG_FORMAT_MPI", "log")).split(",")
+    writers = [make_output_format(name, folder, suffix) for name in format_strs if name]
     current = Logger.CURRENT = Logger(dir=folder, output_formats=writers, comm=comm)
     current.unnamed = not named
     if writers:
         log(f"Logging to {folder}")
-
-
-def _formats_from_environment(rank: int) -> list[str]:
-    if rank == 0:
-        return os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv").split(",")
-    return os.environ.get("OPENAI_LOG_FORMAT_MPI", "log").split(",")
 
 
 def reset() -> None:

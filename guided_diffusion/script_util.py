@@ -20,6 +20,7 @@ from .config import ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResCo
 from .data.conditioning import ConditionedModel, cond_kind
 from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
+from .runtime.errors import UserError
 from .runtime.options import Size, check_keywords, defaults, parse_size, str2bool as str2bool
 from .sampling.schedules import rescale_zero_terminal_snr
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -84,14 +85,14 @@ def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, st
     except ValueError:
         numbers = []
     if not numbers or min(numbers) <= 0:
-        raise ValueError(
+        raise UserError(
             f"channel_mult {text!r} is not a list of positive numbers: write for example 1,2,3,4 or 0.5,1,2"
         )
     rate = 2 ** (len(numbers) - 1)
     for side in size:
         if side % rate:
             near = [legal for legal in (side // rate * rate, (side // rate + 1) * rate) if legal]
-            raise ValueError(
+            raise UserError(
                 f"image size {side} is not a multiple of {rate}, as the {len(numbers)} levels of channel_mult {text} "
                 f"need: use {' or '.join(map(str, near))}, or fewer levels"
             )
@@ -107,7 +108,7 @@ def attention_rates(
     """
     words = [word for word in text.split(",") if word.strip()]
     if not all(word.strip().isdigit() and int(word) for word in words):
-        raise ValueError(f"{name} {text!r} is not a list of resolutions: write for example 32,16,8, or '' for none")
+        raise UserError(f"{name} {text!r} is not a list of resolutions: write for example 32,16,8, or '' for none")
     longer = max(size)
     rates = {int(word): longer // int(word) for word in words}
     exist = {2**level: longer // 2**level for level in range(levels)}
@@ -116,7 +117,7 @@ def attention_rates(
         return tuple(rates.values())
     message = f"{name} {', '.join(map(str, lost))} of {text!r} do not occur at size {longer}"
     if len(lost) == len(rates):
-        raise ValueError(f"{message}: its levels are {', '.join(map(str, exist.values()))}; use these, or '' for none")
+        raise UserError(f"{message}: its levels are {', '.join(map(str, exist.values()))}; use these, or '' for none")
     warnings.warn(f"{message} and have no effect", stacklevel=3)
     return tuple(rates.values())
 
@@ -343,7 +344,7 @@ def create_gaussian_diffusion(
     :raises ValueError: if flags contradict each other.
     """
     if predict_v and predict_xstart:
-        raise ValueError("predict_v and predict_xstart are both True: the network predicts one of the two")
+        raise UserError("predict_v and predict_xstart are both True: the network predicts one of the two")
     loss = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
     fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
     mean = gd.ModelMeanType.VELOCITY if predict_v else gd.ModelMeanType.EPSILON

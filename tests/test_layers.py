@@ -33,7 +33,7 @@ TREES = {path.relative_to(ROOT).with_suffix("").parts: ast.parse(path.read_text(
 MODULES = sorted(name for name in TREES if name[-1] not in ("__init__", "__main__"))
 COMMANDS = [name for name in MODULES if name[0] == "commands" and "entry" in ast.unparse(TREES[name])]
 NEVER_LOG = ("runtime", "config", "nn", "losses", "networks", "unet", "sampling", "diffusion", "gaussian_diffusion")
-WITHOUT_TORCH = ("options", "launchers", "log_writers", "paths")  # of runtime
+WITHOUT_TORCH = ("errors", "files", "options", "launchers", "log_writers", "paths")  # of runtime
 
 
 def imports(tree, name, *, nested=True):
@@ -114,6 +114,7 @@ def test_what_help_needs_does_not_import_torch(name):
 def test_commands_parse_before_they_import_torch(name):
     allowed = {
         ("config",),
+        ("runtime", "errors"),
         ("runtime", "options"),
         ("runtime", "launchers"),
         ("commands", "flags"),

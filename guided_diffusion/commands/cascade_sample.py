@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 from ..config import ClassifierConfig, SuperResConfig, UNetConfig
+from ..runtime.errors import UserError
 from ..runtime.options import parse_size
 from .flags import COMMANDS, Flags, parse, parser
 from .sections import CascadeConfig, SampleConfig
@@ -62,8 +63,8 @@ def _stage(name: str) -> Iterator[None]:
     """Say of a mistake in which stage it is."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"stage {name}: {error}") from error
+    except (UserError, FileNotFoundError) as error:
+        raise UserError(f"stage {name}: {error}") from error
 
 
 @contextmanager
@@ -128,7 +129,7 @@ def _words_of_file(path: str) -> dict[str, list[str]]:
 
 def _plain(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str):
-        raise ValueError(f"{value} is no text, number, true or false")
+        raise UserError(f"{value} is no text, number, true or false")
     return value
 
 
@@ -193,9 +194,9 @@ def _made(flags: Flags, before: Made | None) -> Made:
     needed = (*parse_size(config.small_size), config.image_channels)
     if before.shape != needed:
         shown = ["{}x{} with {} channels".format(*shape) for shape in (needed, before.shape)]
-        raise ValueError(f"the upsampler enlarges images of {shown[0]}, and the stage before makes {shown[1]}")
+        raise UserError(f"the upsampler enlarges images of {shown[0]}, and the stage before makes {shown[1]}")
     upsampler.check_labels(flags, before.labelled)
     if config.class_cond and before.labelled and before.classes and classes and before.classes != classes:
-        raise ValueError(f"the upsampler has classes {classes}, and the stage before {before.classes}")
+        raise UserError(f"the upsampler has classes {classes}, and the stage before {before.classes}")
     labelled = before.labelled or bool(flags.part(SampleConfig).classes)
     return Made((*parse_size(config.large_size), config.image_channels), labelled, before.classes or classes)

@@ -16,6 +16,7 @@ from ..image_datasets import load_classes
 from ..networks.architecture import architecture
 from ..networks.compiling import compile_network
 from ..runtime import paths
+from ..runtime.errors import UserError
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
 from ..sampling.guidance import dynamic_thresholding
@@ -55,7 +56,7 @@ def sampler_of(flags: Flags) -> Sampler:
     name = config.sampler or ("ddim" if config.use_ddim else "ddpm")
     sampler = make_sampler(name, **{word: flags.given[word] for word in SAMPLER_OPTIONS if word in flags.given})
     if getattr(sampler, "ascending", False):
-        raise ValueError(f"--sampler {name} turns images to noise: give --invert True and another sampler")
+        raise UserError(f"--sampler {name} turns images to noise: give --invert True and another sampler")
     return sampler
 
 
@@ -186,7 +187,7 @@ def _adapted(flags: Flags, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor
     if not path:
         return weights
     if not paths.exists(path):
-        raise ValueError(f"--lora_path {path!r} does not exist: give a file loraNNNNNN.pt, or the folder of its run")
+        raise UserError(f"--lora_path {path!r} does not exist: give a file loraNNNNNN.pt, or the folder of its run")
     scale = flags.part(AdapterConfig).lora_scale
     weights, doubt = lora.applied(weights, lora.read(path), scale=scale)
     logger.log(f"lora_path: {path}, times {scale:g}")
@@ -204,7 +205,7 @@ def described(flags: Flags, source: str, section: type[Any]) -> tuple[str, Flags
     :raises ValueError: if there is no such checkpoint, or it is of another kind of network.
     """
     if not flags.values[source]:
-        raise ValueError(f"--{source} is missing: give a checkpoint or the folder of a run")
+        raise UserError(f"--{source} is missing: give a checkpoint or the folder of a run")
     path = checkpoints.resolve_model(flags.values[source], f"--{source}")
     saved = checkpoints.config_beside(path) or _shapes(path, flags)
     check_kind(saved, section, f"--{source} {path}")
@@ -245,7 +246,7 @@ def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None
         kind = "a diffusion model" if {"image_size", "learn_sigma"} & set(saved) else ""
     expected = KINDS[section]
     if kind and kind != expected:
-        raise ValueError(f"{where} is {kind}: give the checkpoint of {expected} there")
+        raise UserError(f"{where} is {kind}: give the checkpoint of {expected} there")
 
 
 def _shapes(path: str, flags: Flags) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..config import CondDataConfig, CondTrainConfig, UNetConfig
 from ..data.conditioning import CondKind, CondSource, Pairing, cond_kind
 from ..data.labels import read_labels
 from ..data.sources import Listing
+from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
 from .common import Plan, Restored
@@ -38,7 +39,7 @@ def pairing_of(flags: Flags) -> Pairing | None:
     if kind is None:
         return None
     if not config.cond_dir or (flags.values.get("val_data_dir") and not flags.values["val_cond_dir"]):
-        raise ValueError(
+        raise UserError(
             f"--cond_type {kind.name} needs the conditioning images: give --cond_dir, and --val_cond_dir with "
             "--val_data_dir"
         )
@@ -72,7 +73,7 @@ def extend(plan: Plan, model: Restored, names: list[str]) -> None:
     if kind is None:
         return
     if not config.cond_images:
-        raise ValueError(f"{model.path} was trained with conditioning images ({kind.name}): give --cond_images")
+        raise UserError(f"{model.path} was trained with conditioning images ({kind.name}): give --cond_images")
     source = CondSource(
         kind,
         model.flags.part(UNetConfig).image_size,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..runtime.errors import UserError
 from .entry import entry
 from .flags import parse
 from .sections import DemoConfig
@@ -42,7 +43,7 @@ def show(config: DemoConfig) -> None:
     if not paths.exists(config.data_dir):
         bundled = "the pictures come with a checkout of the repository, not with the package: run this in one, or "
         where = bundled if config.data_dir == DemoConfig().data_dir else ""
-        raise ValueError(f"--data_dir {config.data_dir} does not exist: {where}give images in up to 9 classes")
+        raise UserError(f"--data_dir {config.data_dir} does not exist: {where}give images in up to 9 classes")
     began = time.time()
     print(f"Everything goes to {os.path.abspath(config.log_dir)}; a second run goes on where the first one ended.")
     train(config)
@@ -134,7 +135,7 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
     from ..evaluation.features import make_extractor
     from ..evaluation.images import open_images
     from ..image_datasets import load_data
-    from ..runtime.pictures import save_grid
+    from ..runtime.pictures import planes, save_grid
     from . import common
 
     logger.configure(dir=config.log_dir, format_strs=[])
@@ -149,7 +150,7 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
             images, labels = file["arr_0"], file["arr_1"]
         name = f"guided, scale {scale:g}" if scale else "unguided"
         (distance,) = evaluate(real, path, extractor, metrics=("fid",), cache=False).results.values()
-        print(f"    {name:24s} {accuracy(judge.network, to_float(images), labels):6.1%}   FD {distance:5.2f}")
+        print(f"    {name:24s} {accuracy(judge.network, planes(images), labels):6.1%}   FD {distance:5.2f}")
         columns.append(np.stack([images[labels == label][:SHOWN] for label in range(CLASSES)]))
         titles.append(name)
     images, cond = next(
@@ -160,13 +161,6 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
     grid = np.concatenate(columns, axis=1)
     save_grid(picture, grid.reshape(-1, *grid.shape[2:]), grid.shape[1], judge.classes, titles=titles)
     print(f"\nThe picture, a row per class: {os.path.abspath(picture)}")
-
-
-def to_float(images: Any) -> Any:
-    """[N, C, H, W] in [-1, 1] from uint8 [N, H, W, C]."""
-    import torch as th
-
-    return th.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def accuracy(classifier: Any, images: Any, labels: Any) -> float:

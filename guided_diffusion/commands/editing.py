@@ -10,7 +10,8 @@ import torch as th
 from .. import dist_util, logger
 from ..config import DiffusionConfig, RangeConfig, UNetConfig
 from ..data.init_images import InitImages
-from ..runtime.jobs import parse_classes
+from ..runtime.errors import UserError
+from ..runtime.labels import parse_classes
 from ..runtime.options import parse_range
 from ..sampling.editing import invert, slerp
 from ..sampling.loop import network_calls
@@ -29,7 +30,7 @@ def check(flags: Flags, sampler: Sampler) -> None:
     config = flags.part(EditConfig)
     if (config.interpolate or config.invert) and adds_noise(sampler):
         name = "interpolate" if config.interpolate else "invert"
-        raise ValueError(f"--{name} needs a sampler that adds no noise, and {sampler} does: take ddim or dpm++2m")
+        raise UserError(f"--{name} needs a sampler that adds no noise, and {sampler} does: take ddim or dpm++2m")
 
 
 def adds_noise(sampler: Sampler) -> bool:
@@ -50,7 +51,7 @@ def extend(plan: Plan, model: Restored) -> None:
     if not config.init_image:
         return
     if network.dims != 2:
-        raise ValueError(f"--init_image has no effect with --dims {network.dims}: pictures have 2")
+        raise UserError(f"--init_image has no effect with --dims {network.dims}: pictures have 2")
     count = model.flags.part(SampleConfig).num_samples
     images = _images(model, config.init_image, masks=config.mask, swap=config.mask_invert)
     for line in images.describe_masks(count):
@@ -106,10 +107,10 @@ def _interpolate(plan: Plan, model: Restored, first: InitImages, count: int) -> 
     second = _images(model, model.flags.part(EditConfig).interpolate)
     for name, images in (("init_image", first), ("interpolate", second)):
         if len(images) > 1:
-            raise ValueError(f"--{name} holds {len(images)} images, and --interpolate goes from one to one: give one")
+            raise UserError(f"--{name} holds {len(images)} images, and --interpolate goes from one to one: give one")
     turns = list(plan.job.get("labels", ()))
     if model.flags.part(UNetConfig).class_cond and not turns:
-        raise ValueError("--interpolate needs the class of every sample: give --classes, one or as many as samples")
+        raise UserError("--interpolate needs the class of every sample: give --classes, one or as many as samples")
     classes = _init_classes(model) or [turns[index % len(turns)] for index in (0, count - 1) if turns]
     ends: list[th.Tensor] = []  # made when first asked for, and for the two at once: the same on every rank
 

@@ -15,6 +15,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any, NoReturn, TypeVar
 
 from .. import __version__, config as c
+from ..runtime.errors import UserError
 from ..runtime.launchers import announced_rank
 from ..runtime.options import defaults, means_not_given, nearest, reader_of, saved_values
 from . import sections as s
@@ -198,10 +199,10 @@ class Flags:
             for need in command.needs(name):
                 ways = [way for way in need.split("|") if _names(way) <= specs.keys()]
                 if ways and not any(all(map(holds, way.split("&"))) for way in ways):
-                    raise ValueError(self._idle(name, ways))
+                    raise UserError(self._idle(name, ways))
             for other in specs[name].metadata["excludes"].split():
                 if _names(other) <= specs.keys() - pending and holds(other):
-                    raise ValueError(f"--{name} and --{_names(other).pop()} exclude each other: give one")
+                    raise UserError(f"--{name} and --{_names(other).pop()} exclude each other: give one")
 
     def _idle(self, name: str, ways: Sequence[str]) -> str:
         text = " or ".join(f"--{way}".replace("&", " with --") for way in ways)

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from ..config import DiffusionConfig
+from ..runtime.errors import UserError
 from ..runtime.options import parse_range, size_flag
 from ..sampling.guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
 from ..sampling.samplers import DDIM, PLMS, Ancestral
@@ -47,7 +48,7 @@ def _check_agreement(model: Restored, other: Restored, what: str, names: tuple[s
             pair = size_flag(pair[0]), size_flag(pair[1])
         if pair[0] != pair[1]:
             both = f"the model has {name} {pair[0]} and the {what} {pair[1]}"
-            raise ValueError(f"{both}: they must be of the same images, classes and noise")
+            raise UserError(f"{both}: they must be of the same images, classes and noise")
 
 
 def plan(model: Restored, classifier: Restored | None = None) -> Plan:
@@ -95,7 +96,7 @@ def _guide_freely(plan: Plan, model: Restored, config: FreeGuidanceConfig) -> No
     """Classifier-free guidance by the network's own null class and null conditioning image."""
     if getattr(model.network, "null_label", None) is None and not getattr(model.network, "null_cond", False):
         dropout = "--class_dropout" if model.flags.values["class_cond"] else "--cond_dropout"
-        raise ValueError(
+        raise UserError(
             f"--cfg_scale {config.cfg_scale} needs a network that knows 'no class', and {model.path} was trained "
             f"without {dropout}: train with {dropout} 0.1, or guide with a classifier"
         )
@@ -124,7 +125,7 @@ def _interval(model: Restored, text: str) -> tuple[float, float]:
     taus: Any = model.process.timestep_map
     if not any(low <= tau <= high for tau in taus):
         steps = f"{len(taus)} from {taus[0]:g} to {taus[-1]:g}"
-        raise ValueError(f"--guidance_interval {text} holds none of the steps, which are {steps}: widen it")
+        raise UserError(f"--guidance_interval {text} holds none of the steps, which are {steps}: widen it")
     schedule = model.flags.part(DiffusionConfig)
     unit = 1000.0 / schedule.diffusion_steps if schedule.rescale_timesteps else 1.0
     return low * unit, high * unit

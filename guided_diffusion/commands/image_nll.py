@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..config import DiffusionConfig, RunConfig, UNetConfig
+from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
@@ -18,35 +19,32 @@ if TYPE_CHECKING:
 
 
 def measure(flags: Flags) -> None:
-    """Measure every image once, whatever the number of ranks.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """Measure every image once, whatever the number of ranks."""
     from ..evaluation.likelihood import carry_out
     from . import common
 
     if not flags.part(LikelihoodConfig).data_dir:
-        raise ValueError("--data_dir is missing: give a folder or a zip of images")
+        raise UserError("--data_dir is missing: give a folder or a zip of images")
     common.start(flags)
     model = common.restore_unet(flags)
     carry_out(survey_of(model))
 
 
 def survey_of(model: Restored) -> Survey:
-    """What the flags ask for."""
+    """The images of the flags and how they are measured."""
     from .. import logger
     from ..evaluation.likelihood import Survey
 
     options, config = model.flags.part(LikelihoodConfig), model.flags.part(MeasureConfig)
     dataset = images_of(model)
-    there, count = len(dataset), min(options.num_samples, len(dataset))
-    if options.num_samples > there:
-        logger.log(f"{there} images are there, not {options.num_samples}: each is measured once")
-    elif count < there:
+    available, count = len(dataset), min(options.num_samples, len(dataset))
+    if options.num_samples > available:
+        logger.log(f"{available} images are there, not {options.num_samples}: each is measured once")
+    elif count < available:
         logger.log(
-            f"measuring {count} of {there} images, {'evenly over them' if config.spread else 'the first by name'}"
+            f"measuring {count} of {available} images, {'evenly over them' if config.spread else 'the first by name'}"
         )
-    indices = [number * there // count for number in range(count)] if config.spread else range(count)
+    indices = [number * available // count for number in range(count)] if config.spread else range(count)
     names = [dataset.local_images[index].removeprefix(options.data_dir).lstrip("/") for index in indices]
     return Survey(
         measure=measure_of(model),
@@ -56,14 +54,14 @@ def survey_of(model: Restored) -> Survey:
         batch_size=options.batch_size,
         out_dir=logger.get_dir(),
         seed=model.flags.part(RunConfig).seed,
-        request={**model.identity, **asdict(model.flags.part(DiffusionConfig)), **_said(model.flags)},
+        request={**model.identity, **asdict(model.flags.part(DiffusionConfig)), **_settings(model.flags)},
         request_defaults=model.flags.defaults,
         save_terms=config.save_terms,
     )
 
 
-def _said(flags: Flags) -> dict[str, Any]:
-    """The flags of what is measured, those that have an effect on it."""
+def _settings(flags: Flags) -> dict[str, Any]:
+    """The flags that have an effect on the likelihoods."""
     kind = flags.part(MeasureConfig).likelihood
     flow = asdict(flags.part(FlowConfig)) if kind == "flow" else {}
     return {"likelihood": kind, "clip_denoised": flags.part(LikelihoodConfig).clip_denoised, **flow}

@@ -1,11 +1,10 @@
-"""An npz of images as a folder of PNG files, and a folder or zip of images as an npz; neither is held as a whole.
+"""An npz of images to a folder of PNG files, and a folder or zip of images to an npz; neither is held as a whole.
 
 Shapes: N images, H W space, C channels; arrays are [N, H, W, C] or [N, H, W] of uint8, labels [N].
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from .. import logger
 from ..data.labels import Labels, load_classes, read_labels, save_classes
 from ..data.sources import Listing, find_images, read_bytes
+from ..runtime.errors import UserError
 from ..runtime.files import PART, explained, parse_json, quoted, reason, write_json
 from ..runtime.npz import Npz, write_npz
 from ..runtime.options import parse_range
@@ -27,9 +27,9 @@ MAX_LABEL = 2**16  # without names of the classes
 
 
 def refuse_existing(path: str) -> None:
-    """:raises ValueError: if there is something at a path that is to be made."""
+    """Refuse to write over a file or folder."""
     if not path or os.path.lexists(path):
-        raise ValueError(f"{path!r} exists already: remove it, or give another name")
+        raise UserError(f"{path!r} exists already: remove it, or give another name")
 
 
 # ---- to files
@@ -42,26 +42,32 @@ def to_png(given: ToPngConfig) -> str:
     path, out, classes = given.file, given.out, given.classes
     images = open_images(path)
     if not isinstance(images, ArrayImages) or images.dtype != np.uint8 or not images.count:
-        raise ValueError(
+        raise UserError(
             f"{path} holds no images of uint8, but of {images.dtype}: save images in [-1, 1] as "
             "((x + 1) * 127.5).clip(0, 255).astype(uint8)"
         )
     refuse_existing(out)
     with Npz(images.parts[0]) as archive:
         if images.labels is None and images.name == "arr_0" and "arr_1" in archive:
-            raise ValueError(f"{path}: arr_1 is no label for each of {images.count} images")
+            raise UserError(f"{path}: arr_1 is no label for each of {images.count} images")
     if images.labels is None and classes:
-        raise ValueError(f"{path} has no labels (arr_1), so that {classes} says nothing: leave it out")
+        raise UserError(f"{path} has no labels (arr_1), so that {classes} says nothing: leave it out")
     names, labels = file_names(images.count, images.labels, load_classes(classes) if classes else [])
-    with _new_folder(out) as part, logger.progress_bar(total=len(names), desc="writing", unit="image") as bar:
-        for name, image in zip(names, (image for chunk in images.stored() for image in chunk), strict=True):
-            with explained(out):
+    part, out = f"{out.rstrip('/')}{PART}{os.getpid()}", out.rstrip("/")
+    bar = logger.progress_bar(total=len(names), desc="writing", unit="image")
+    try:
+        with explained(out), bar:
+            os.makedirs(part)
+            for name, image in zip(names, (image for chunk in images.stored() for image in chunk), strict=True):
                 save_png(os.path.join(part, name), image[..., None] if image.ndim == 2 else image)
-            bar.update()
-        order = {"file": os.path.basename(path), "shape": list(images.stored_shape), "names": names}
-        write_json(os.path.join(part, ORDER), order)
-        if labels is not None:
-            save_classes(os.path.join(part, CLASSES), labels)
+                bar.update()
+            order = {"file": os.path.basename(path), "shape": list(images.stored_shape), "names": names}
+            write_json(os.path.join(part, ORDER), order)
+            if labels is not None:
+                save_classes(os.path.join(part, CLASSES), labels)
+            os.rename(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return f"{out}: {images.count} images" + (f" of {len(labels.classes)} classes" if labels else "")
 
 
@@ -69,7 +75,7 @@ def file_names(count: int, ids: NDArray[np.int64] | None, classes: Sequence[str]
     """Names that training reads the classes from, and the table of these.
 
     :param classes: names by id; [] calls them by their numbers.
-    :raises ValueError: if a class has no name, or one that no file can begin with.
+    :raises UserError: if a class has no name, or one that no file can begin with.
     """
     digits = max(6, len(str(count - 1)))
     if ids is None:
@@ -77,27 +83,13 @@ def file_names(count: int, ids: NDArray[np.int64] | None, classes: Sequence[str]
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (high >= len(classes) if classes else high > MAX_LABEL):
         wrong = low if low < 0 else high
-        raise ValueError(f"label {wrong} has no name among {len(classes)} classes: give a classes.json that names it")
+        raise UserError(f"label {wrong} has no name among {len(classes)} classes: give a classes.json that names it")
     names = list(classes) or [f"{number:0{len(str(high))}d}" for number in range(high + 1)]
     for name in names:
         if not name or name[0] == "." or set(name) & set('_/\\:*?"<>|\0'):
-            raise ValueError(f"the class {quoted(name)} is no beginning of a file name: change it in classes.json")
+            raise UserError(f"the class {quoted(name)} is no beginning of a file name: change it in classes.json")
     files = [f"{names[label]}_{index:0{digits}d}.png" for index, label in enumerate(ids.tolist())]
     return files, Labels(ids.tolist(), names, "filename", [])
-
-
-@contextlib.contextmanager
-def _new_folder(out: str) -> Iterator[str]:
-    """A folder to fill that gets its name once the block is through, and is removed if it fails."""
-    part = f"{out.rstrip('/')}{PART}{os.getpid()}"
-    try:
-        with explained(out):
-            os.makedirs(part)
-        yield part
-        with explained(out):
-            os.rename(part, out.rstrip("/"))
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 # ---- from files
@@ -108,17 +100,17 @@ def from_images(given: FromImagesConfig) -> list[str]:
     out = given.out
     refuse_existing(out)
     if not out.endswith(".npz"):
-        raise ValueError(f"{out!r} is no name of an npz: give one that ends in .npz")
+        raise UserError(f"{out!r} is no name of an npz: give one that ends in .npz")
     listing, shape = _in_order(find_images(given.source))
     if not listing.images:
-        raise ValueError(f"{given.source} holds no images, {listing.skipped()}: give a folder or a zip that does")
+        raise UserError(f"{given.source} holds no images, {listing.skipped()}: give a folder or a zip that does")
     labels, notes = _labels(listing, given)
-    flat = len(shape) == 2 and not given.image_channels
     channels = given.image_channels or ([*shape, 1][2] if shape else 3)
     if channels not in DRAWN_CHANNELS:
-        raise ValueError(f"images must have 1, 3 or 4 channels, got {channels}")
-    height, width = next(_pixels(listing, channels, given)).shape[:2]
-    count, shape = len(listing.images), (height, width) if flat else (height, width, channels)
+        raise UserError(f"images must have 1, 3 or 4 channels, got {channels}")
+    sides = next(_pixels(listing, channels, given)).shape[:2]
+    flat = len(shape) == 2 and not given.image_channels
+    count, shape = len(listing.images), sides if flat else (*sides, channels)
     images = (image.reshape(1, *shape) for image in _pixels(listing, channels, given))
     ids = [] if labels is None else [((count,), np.int64, [np.asarray(labels.ids, np.int64)])]
     write_npz(out, ((count, *shape), np.uint8, images), *ids)
@@ -137,10 +129,10 @@ def _in_order(listing: Listing) -> tuple[Listing, tuple[int, ...]]:
         order = parse_json(read_bytes(listing.path(ORDER)))
         names, shape = list(order["names"]), tuple(map(int, order["shape"]))
         if len(names) != len(listing.images) or set(names) != set(listing.images):
-            raise ValueError(f"it names {len(names)} files, and others than the {len(listing.images)} that are there")
+            raise UserError(f"it names {len(names)} files, and others than the {len(listing.images)} that are there")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        where = listing.path(ORDER)
-        raise ValueError(f"{where} does not tell the order of the images ({reason(error)}): remove it") from error
+        fault = f"{listing.path(ORDER)} does not tell the order of the images ({reason(error)}): remove it"
+        raise UserError(fault) from error
     return Listing(listing.root, names, listing.others, listing.refused), shape
 
 
@@ -159,10 +151,7 @@ def _labels(listing: Listing, given: FromImagesConfig) -> tuple[Labels | None, l
 
 
 def _pixels(listing: Listing, channels: int, given: FromImagesConfig) -> Iterator[Pixels]:
-    """Each image, [H, W] or [H, W, C].
-
-    :raises ValueError: if one has another size than the first.
-    """
+    """Each image, [H, W] or [H, W, C], all of one size."""
     from ..evaluation.images import read_pixels
 
     span = parse_range(given.data_range)
@@ -173,7 +162,7 @@ def _pixels(listing: Listing, channels: int, given: FromImagesConfig) -> Iterato
             first = first or image.shape[:2]
             if image.shape[:2] != first:
                 before, here = ("x".join(map(str, sides)) for sides in (first, image.shape[:2]))
-                raise ValueError(
+                raise UserError(
                     f"{quoted(name)} is {here} and {quoted(listing.images[0])} {before} (height x width): give "
                     "--image_size, to which all are scaled and cropped"
                 )

@@ -10,7 +10,7 @@ from .sections import FromImagesConfig, NpzToolConfig, ToPngConfig
 
 
 def run(flags: Flags) -> None:
-    """Do what one of the tools is for, and say what was written."""
+    """Run one of the tools, and print what it wrote."""
     from . import npz_files as files
 
     if flags.command.endswith("to-png"):

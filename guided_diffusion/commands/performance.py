@@ -9,6 +9,7 @@ from .. import dist_util, logger
 from ..config import TrainSpeedConfig, resolve_precision
 from ..networks.hardware import fastest_precision
 from ..networks.memory import recompute_at
+from ..runtime.errors import UserError
 from .flags import Flags
 
 ALIASES = {"precision": "use_fp16", "classifier_precision": "classifier_use_fp16"}
@@ -26,7 +27,7 @@ def settled(name: str, values: Mapping[str, Any]) -> tuple[str, str]:
     if precision != "auto":
         return resolve_precision(precision, values[alias], name, alias), ""
     if values[alias]:
-        raise ValueError(f"{name} auto contradicts {alias} True: give one of the two")
+        raise UserError(f"{name} auto contradicts {alias} True: give one of the two")
     choice = dist_util.decide(lambda: fastest_precision(dist_util.dev(), values[WIDTHS[name]]))
     return choice.precision, f"{name} auto: {choice.precision}, because {choice.reason}"
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from .. import dist_util, logger
 from ..config import RunConfig, SuperResConfig, UNetConfig
 from ..image_datasets import ImageStream
+from ..runtime.errors import UserError
 from ..runtime.options import parse_size
-from ..runtime.pictures import DRAWN_CHANNELS, save_grid, to_uint8
+from ..runtime.pictures import DRAWN_CHANNELS, planes, save_grid, to_uint8
 from ..sample_util import preview
 from . import conditioning
 from .common import image_shape
@@ -55,7 +56,7 @@ def of_samples(run: Training) -> Draw:
     """
     config, kind = run.flags.part(UNetConfig), conditioning.kind_of(run.flags)
     if config.dims != 2 or config.image_channels not in DRAWN_CHANNELS:
-        raise ValueError("--sample_interval draws images of 1, 3 or 4 channels in 2 dimensions only: leave it out")
+        raise UserError("--sample_interval draws images of 1, 3 or 4 channels in 2 dimensions only: leave it out")
     shape = (PREVIEWED, *image_shape(config.image_channels, config.image_size))
     labels = list(range(min(PREVIEWED, len(run.stream.classes)))) if config.class_cond else []
     images, _ = first_images(run.stream, min(COMPARED, len(run.stream.dataset)))
@@ -98,7 +99,7 @@ def compare_colours(step: int, samples: Any, images: th.Tensor) -> None:
 
     :param samples: uint8 [N, H, W, C]; `images` are [N, C, H, W] in [-1, 1].
     """
-    rows = {"samples": th.from_numpy(samples).movedim(-1, 1) / 127.5 - 1, "data": images}
+    rows = {"samples": planes(samples), "data": images}
     texts = [
         f"{name} {' '.join(f'{float(v[:, c].mean()):+.2f}/{float(v[:, c].std()):.2f}' for c in range(v.shape[1]))}"
         for name, v in rows.items()

@@ -8,7 +8,9 @@ from typing import Any
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, RunConfig, UNetConfig
-from ..runtime.jobs import Job, parse_classes
+from ..runtime.errors import UserError
+from ..runtime.jobs import Job
+from ..runtime.labels import parse_classes
 from ..sample_util import generate
 from ..sampling.guidance import without_labels
 from ..sampling.loop import network_calls
@@ -87,7 +89,7 @@ def run(model: Restored, plan: Plan, shape: tuple[int, ...]) -> tuple[str, int]:
     calls = network_calls(model.process, job.sampler, **plan.loop)
     if not calls:
         taken = f"none of the {model.process.num_timesteps} steps"
-        raise ValueError(f"--strength {plan.loop['strength']} takes {taken}: raise it")
+        raise UserError(f"--strength {plan.loop['strength']} takes {taken}: raise it")
     announce(model, job, plan.calls + calls)
     options = {**plan.loop, **clipping_of(model.flags), "device": dist_util.dev(), "progress": True}
     path = generate(model.process, plan.network, job, **options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_LIST, METRICS, PLUGIN_HELP, LabelConfig, RangeConfig, RunConfig
-from ..runtime.options import flag, local_flag, numbers_of, path_flag, range_flag, size_flag
+from ..runtime.options import flag, local_flag, parse_counts, parse_scales, path_flag, range_flag, size_flag
 
 TOOLS = ("to-png", "from-images")
 
@@ -16,8 +16,6 @@ INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
 LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
 DISTANCES = "type of the distances of precision and recall: the published numbers' is float16"
 DISTANCE_TYPES = ("float16", "float32")
-COUNTS = numbers_of("whole numbers above 0, such as 10,25", r"0*[1-9]\d*")
-SCALES = numbers_of("numbers, such as 0,1,2.5", r"-?\d+(\.\d*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +243,8 @@ class SweepConfig(ModelConfig):
         "classifier", "scales of --classifier_scale, or of --cfg_scale for cfg", choices=("classifier", "cfg")
     )
     samplers: str = flag("ddim,dpm++2m", "samplers, separated by commas: {samplers}")
-    steps: str = flag("25", "numbers of steps, on each sampler's own grid", convert=COUNTS)
-    scales: str = flag("0,1,2,4", "scales of guidance", convert=SCALES)
+    steps: str = flag("25", "numbers of steps, on each sampler's own grid", convert=parse_counts)
+    scales: str = flag("0,1,2,4", "scales of guidance", convert=parse_scales)
     metrics: str = flag("fid,pr", METRICS, convert=METRIC_LIST)
     num_samples: int = flag(1000, "images of each cell of the grid, always from the same noise", at_least=10)
     batch_size: int = flag(16, "images per pass of the diffusion model", at_least=1)

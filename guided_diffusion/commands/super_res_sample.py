@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..config import RangeConfig, RunConfig, SuperResConfig
+from ..runtime.errors import UserError
 from ..runtime.options import parse_range, parse_size
 from .entry import entry
 from .flags import Flags
@@ -55,7 +56,7 @@ def level_of(flags: Flags) -> float:
     """
     level, trained = flags.part(UpsampleConfig).cond_aug_level, flags.part(SuperResConfig).cond_aug
     if level > trained:
-        raise ValueError(f"--cond_aug_level {level} is above {trained}, the greatest level of the training")
+        raise UserError(f"--cond_aug_level {level} is above {trained}, the greatest level of the training")
     return level
 
 
@@ -101,7 +102,7 @@ def _by_files(config: UpsampleConfig, classes: list[str], num_classes: int) -> C
         try:
             return read_labels(listing, config.class_from, classes or None, count, label_column=column).ids
         except ValueError as error:
-            raise ValueError(f"the images have no labels that fit ({error}); or give --classes") from error
+            raise UserError(f"the images have no labels that fit ({error}); or give --classes") from error
 
     return label
 
@@ -114,10 +115,10 @@ def check_labels(flags: Flags, labelled: bool) -> None:
     """
     text = flags.part(SampleConfig).classes
     if text and labelled:
-        raise ValueError(f"--classes {text} has no effect, as the images have labels of their own: leave it out")
+        raise UserError(f"--classes {text} has no effect, as the images have labels of their own: leave it out")
     if wants_labels(flags) and not (labelled or text):
         what = "is class-conditional" if flags.part(SuperResConfig).class_cond else "is guided by a classifier"
-        raise ValueError(f"the upsampler {what} and the images have no labels (arr_1): give --classes")
+        raise UserError(f"the upsampler {what} and the images have no labels (arr_1): give --classes")
 
 
 main = entry("super_res_sample", sample)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ..config import ExtractorConfig, RangeConfig, RunConfig
+from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import COMMANDS, SAVED_NAMES, Flags
@@ -26,10 +27,7 @@ OF_A_CELL = ("samplers", "steps", "scales", "guidance_interval")
 
 
 def sweep(flags: Flags) -> None:
-    """Fill the grid that the flags describe.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """Fill the grid that the flags describe."""
     from .. import logger
     from ..evaluation.evaluator import prepare
     from ..evaluation.images import open_images
@@ -49,7 +47,7 @@ def sweep(flags: Flags) -> None:
     common.start(flags)
     span = parse_range(flags.part(RangeConfig).data_range)
     images, extractor = open_images(config.reference, None, span), extractor_of(flags)
-    networks = restore(base, config)
+    model, classifier = restore(base, config)
     metrics = config.metrics.split(",")
     needs = {field for name in metrics for field in METRICS[name].needs}
     reference = prepare(images, extractor, needs=needs, progress=True, batch_size=batch_size)
@@ -61,13 +59,13 @@ def sweep(flags: Flags) -> None:
         "reference": images.path,
         "reference_images": images.count,
         "features": extractor.name,
-        "model": networks.model.path,
-        "classifier": networks.classifier.path if networks.classifier else "",
+        "model": model.path,
+        "classifier": classifier.path if classifier else "",
     }
     run_sweep(
         cells,
-        lambda cell, folder: sample(cell, folder, networks, config),
-        Measure(reference, extractor, metrics, Options(dtype=config.distances), batch_size=batch_size),
+        lambda cell, folder: sample(cell, folder, model, classifier, config),
+        Measure(reference, extractor, metrics, Options(dtype=config.distances), batch_size),
         folder=logger.get_dir(),
         num_samples=config.num_samples,
         facts=facts,
@@ -85,15 +83,12 @@ def cells_of(config: SweepConfig) -> Iterator[Cell]:
 
 
 def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
-    """The command line of the sampling command, without what differs between cells.
-
-    :raises ValueError: if something is missing or without effect.
-    """
+    """The command line of the sampling command, without what differs between cells."""
     if not config.reference:
-        raise ValueError("--reference is missing: give an npz, folder or zip of real images")
+        raise UserError("--reference is missing: give an npz, folder or zip of real images")
     command = KINDS[config.guidance][0]
-    own = {spec.name for spec in fields(SweepConfig)}
-    given = {name: value for name, value in flags.given.items() if name not in own}
+    of_the_sweep = {spec.name for spec in fields(SweepConfig)}
+    given = {name: value for name, value in flags.given.items() if name not in of_the_sweep}
     given |= {name: value for name, value in asdict(config).items() if name not in OF_A_CELL}
     known = COMMANDS[command].flags()
     return Flags(command, {name: value for name, value in given.items() if name in known})
@@ -106,33 +101,24 @@ def values_of(cell: Cell, config: SweepConfig) -> dict[str, Any]:
     return {"sampler": cell.sampler, "steps": cell.steps, name: cell.scale, "guidance_interval": interval}
 
 
-@dataclass(frozen=True)
-class Networks:
-    """The networks that sample, loaded once.
-
-    :param classifier: None where a model guides itself.
-    """
-
-    model: Restored
-    classifier: Restored | None
-
-
-def restore(base: Flags, config: SweepConfig) -> Networks:
-    """The networks of --model_path and --classifier_path.
+def restore(base: Flags, config: SweepConfig) -> tuple[Restored, Restored | None]:
+    """The networks of --model_path and --classifier_path; no classifier where a model guides itself.
 
     :raises ValueError: if they do not go together, or cannot be guided so.
     """
     from . import common, guidance
 
     model = common.restore_unet(base)
-    return Networks(model, guidance.restore_guide(model) if config.guidance == "classifier" else None)
+    return model, guidance.restore_guide(model) if config.guidance == "classifier" else None
 
 
-def sample(cell: Cell, folder: str, networks: Networks, config: SweepConfig) -> tuple[str, int]:
+def sample(
+    cell: Cell, folder: str, model: Restored, classifier: Restored | None, config: SweepConfig
+) -> tuple[str, int]:
     """The samples of a cell, and how often the network is evaluated for a batch of them."""
     from . import sampling
 
-    return sampling.draw(networks.model.with_flags(**values_of(cell, config)), networks.classifier, out_dir=folder)
+    return sampling.draw(model.with_flags(**values_of(cell, config)), classifier, out_dir=folder)
 
 
 main = entry("sweep", sweep)

@@ -19,6 +19,7 @@ from ..image_datasets import ImageStream, load_data, load_superres_data, save_cl
 from ..networks.compiling import compile_network
 from ..resample import create_named_schedule_sampler
 from ..runtime import paths
+from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
 from ..train_util import Hook, TrainLoop
@@ -137,9 +138,9 @@ def resolved(flags: Flags) -> Flags:
     flags.check()
     flags = _with_null_rows(flags)
     if not (flags.values["data_dir"] or flags.values["dry_run"]):
-        raise ValueError("--data_dir is missing: give a folder or a zip of images")
+        raise UserError("--data_dir is missing: give a folder or a zip of images")
     if flags.values["dims"] != 2:
-        raise ValueError(
+        raise UserError(
             f"--dims {flags.values['dims']} does not fit pictures, which have 2: leave it out, or give "
             "guided_diffusion.train_util.TrainLoop data of your own"
         )
@@ -182,7 +183,7 @@ def _with_null_rows(flags: Flags) -> Flags:
     if not values.get("class_dropout"):
         return flags
     if values["resume_checkpoint"] and saved and not saved.get("null_class"):
-        raise ValueError(
+        raise UserError(
             f"--class_dropout {values['class_dropout']} needs a null class, and the network of "
             f"{values['resume_checkpoint']} has none: start a new run with it, or leave it out"
         )
@@ -217,7 +218,7 @@ def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
     else:
         fault = _other_flags(folder, flags.values)
     if fault:
-        raise ValueError(f"{folder} {fault}")
+        raise UserError(f"{folder} {fault}")
 
 
 def _other_flags(folder: str, values: Mapping[str, Any]) -> str:
@@ -303,4 +304,4 @@ def _validation(path: str, train: ImageStream, load: Load, options: dict[str, An
     try:
         return load(data_dir=path, random_crop=False, random_flip=False, fit=True, **labels, **options)
     except ValueError as error:
-        raise ValueError(f"--val_data_dir: {error}") from error
+        raise UserError(f"--val_data_dir: {error}") from error

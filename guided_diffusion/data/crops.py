@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..runtime.options import Size, parse_size
+from ..runtime.pictures import HALF, levels
 
 Picture = Image.Image | NDArray[np.float32]  # 8 bit as PIL has it; anything finer as planes [H, W, C] in [-1, 1]
 
@@ -51,14 +52,14 @@ def channels_first(array: NDArray[Any]) -> NDArray[np.float32]:
     """[C, H, W] in [-1, 1] of what a crop returns."""
     array = array[..., None] if array.ndim == 2 else array
     # bicubic interpolation overshoots: PIL has clipped bytes already, but not float planes
-    unit = array.astype(np.float32) / 127.5 - 1 if array.dtype == np.uint8 else np.clip(array, -1, 1)
+    unit = array.astype(np.float32) / np.float32(HALF) - 1 if array.dtype == np.uint8 else np.clip(array, -1, 1)
     return np.ascontiguousarray(unit.transpose(2, 0, 1), dtype=np.float32)
 
 
 def as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     """[H, W, C] of bytes of what a crop returns, or of the planes of a picture."""
     array = array[..., None] if array.ndim == 2 else array
-    return array if array.dtype == np.uint8 else np.rint((array + 1) * 127.5).clip(0, 255).astype(np.uint8)
+    return array if array.dtype == np.uint8 else np.rint(levels(array)).clip(0, 255).astype(np.uint8)
 
 
 def center_crop_arr(pil_image: Picture, image_size: Size, *, nearest: bool = False) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..runtime.files import printable
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
+from ..runtime.pictures import levels
 from .conditioning import by_name
 from .crops import TooThin, center_crop_arr, channels_first
 from .decoding import Range
@@ -136,6 +137,5 @@ class InitImages:
 
 def _reversible(image: NDArray[np.float32]) -> NDArray[np.float32]:
     """[C, H, W] in [-1, 1], raised by one unit in the last place where truncation would not give the byte back."""
-    levels = (image + np.float32(1)) * np.float32(127.5)
-    lost = np.trunc(levels) < np.round(levels)
+    lost = np.trunc(levels(image)) < np.round(levels(image))
     return np.where(lost, np.nextafter(image, np.float32(2)), image)

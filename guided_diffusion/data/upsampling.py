@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from ..runtime import paths
 from ..runtime.files import parse_json, path_fault, printable, quoted, read_file, reason
+from ..runtime.jobs import REQUEST
 from ..runtime.npz import fingerprint
-from ..runtime.results import REQUEST
+from ..runtime.pictures import planes
 from ..runtime.seeds import image_generator
 from .crops import as_bytes
 from .decoding import Range
@@ -98,7 +99,7 @@ class BaseImages:
 
     def conditioning(self, indices: Sequence[int], *, level: float = 0.0, seed: int = 0) -> dict[str, th.Tensor]:
         """low_res [n, C, h, w] in [-1, 1] of some of them, with noise of a level, by seed and index alone."""
-        low_res = th.from_numpy(self.pixels[list(indices)]).movedim(-1, 1) / 127.5 - 1
+        low_res = planes(self.pixels[list(indices)])
         if not level:
             return {"low_res": low_res}
         generators = [image_generator(seed + SAMPLING_NOISE, index) for index in indices]

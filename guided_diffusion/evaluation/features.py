@@ -27,6 +27,7 @@ from ..networks.architecture import architecture
 from ..runtime import files, paths
 from ..runtime.npz import fingerprint
 from ..runtime.options import nearest, parse_size, saved_values
+from ..runtime.pictures import to_unit
 from ..runtime.seeds import to_device
 from ..script_util import build_classifier
 from ..training import checkpoints, weights as weight_files
@@ -164,7 +165,7 @@ def _classifier(path: str, device: th.device, precision: str) -> NetworkExtracto
             logger.warn(f"images of {given} are scaled and cropped to {needed}, as in the training of the {name}")
             warned = True
         head_inputs.clear()
-        x = _planes(fitted(images, size, config.image_channels), device).float() / 127.5 - 1
+        x = to_unit(_planes(fitted(images, size, config.image_channels), device))
         logits = network(x, th.zeros(len(x), device=device))
         pooled = head_inputs.pop()
         pooled = pooled[:, :, 0] if pooled.ndim == 3 else pooled  # of an attention pool, whose first token is the mean

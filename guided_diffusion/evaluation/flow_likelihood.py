@@ -25,6 +25,7 @@ from ..diffusion.methods import Kwargs, Model
 from ..gaussian_diffusion import GaussianDiffusion
 from ..losses import HALF_BIN, discretized_gaussian_log_likelihood
 from ..nn import mean_flat
+from ..runtime.errors import UserError
 from ..sampling.loop import drawer
 from ..sampling.steps import Generators, Level
 
@@ -44,7 +45,7 @@ ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 
 
 
 class Point(NamedTuple):
-    """Where images are on their way, or how that changes with theta: x, and the integral of div v so far."""
+    """Images x on their way and the integral of div v so far [N], or how both change with theta."""
 
     x: th.Tensor
     volume: th.Tensor
@@ -87,15 +88,17 @@ def calc_flow_bpd(
     :raises ValueError: if the solver cannot follow the flow, or there is none.
     """
     if process.num_timesteps < 2:
-        raise ValueError("one step has no flow between its ends: give --timestep_respacing 2 or more, or none")
+        raise UserError("one step has no flow between its ends: give --timestep_respacing 2 or more, or none")
     x, data = _dequantized(process, model, x_start, clip_denoised, model_kwargs, options=options, generator=generator)
     probes = _probes(x, options, generator)
     slope = partial(_slope, process, model, clip_denoised=clip_denoised, kwargs=model_kwargs or {}, probes=probes)
-    start = Point(x, th.zeros(len(x), dtype=_angles(process, x).dtype, device=x.device))
+    level = process.at(th.arange(process.num_timesteps, device=x.device), x)
+    angles = th.atan2(level.sigma, level.alpha).flatten()  # theta of the steps, in float64 where the device has it
+    start = Point(x, th.zeros(len(x), dtype=angles.dtype, device=x.device))
     if options.flow_solver == "heun":
-        end, evaluations = _heun(slope, start, _angles(process, x))
+        end, evaluations = _heun(slope, start, angles)
     else:
-        end, evaluations = _rk45(slope, start, _angles(process, x)[[0, -1]], options.flow_tolerance)
+        end, evaluations = _rk45(slope, start, angles[[0, -1]], options.flow_tolerance)
     size = math.log(2) * x[0].numel()
     prior, volume = -_log_normal(end.x) / size, -end.volume / size
     return {
@@ -105,12 +108,6 @@ def calc_flow_bpd(
         "data_bpd": data,
         "evaluations": evaluations.to(prior) + (options.dequantize == "decoder"),
     }
-
-
-def _angles(process: GaussianDiffusion, x: th.Tensor) -> th.Tensor:
-    """theta [T] of the steps of a process, image first; in float64 where the device has it."""
-    level = process.at(th.arange(process.num_timesteps, device=x.device), x)
-    return th.atan2(level.sigma, level.alpha).flatten()
 
 
 def _log_normal(x: th.Tensor) -> th.Tensor:
@@ -147,8 +144,8 @@ def _dequantized(
     with th.no_grad():
         out = process.p_mean_variance(model, x, t, clip_denoised, model_kwargs=model_kwargs)
     back = discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=out["log_variance"] / 2)
-    there = _log_normal(noise) / noise[0].numel() - float(process.log_one_minus_alphas_cumprod[0]) / 2
-    return x, (there - mean_flat(back)) / math.log(2)
+    forth = _log_normal(noise) / noise[0].numel() - float(process.log_one_minus_alphas_cumprod[0]) / 2
+    return x, (forth - mean_flat(back)) / math.log(2)
 
 
 # ---- the flow and its divergence
@@ -156,16 +153,10 @@ def _dequantized(
 
 def _probes(x: th.Tensor, options: FlowOptions, generator: Generators) -> list[th.Tensor]:
     """Directions with the identity as their covariance, each like x; the same all along the way."""
-    make: Callable[..., th.Tensor] = partial(th.randn, dtype=x.dtype)
-    if options.probe_noise == "rademacher":
-        make = _signs
+    signs = options.probe_noise == "rademacher"
+    make: Callable[..., th.Tensor] = partial(th.randint, 2) if signs else partial(th.randn, dtype=x.dtype)
     draw = drawer(make, x.shape, x.device, generator)
-    return [draw().to(x.dtype) for _ in range(options.probes)]
-
-
-def _signs(shape: Sequence[int], **where: object) -> th.Tensor:
-    signs: th.Tensor = 2 * th.randint(2, tuple(shape), **where) - 1  # type: ignore[call-overload]
-    return signs
+    return [(2 * draw() - 1 if signs else draw()).to(x.dtype) for _ in range(options.probes)]
 
 
 def _slope(
@@ -185,16 +176,13 @@ def _slope(
     with th.enable_grad():
         leaf = point.x.detach().requires_grad_()
         xstart = process.p_mean_variance(model, leaf, tau, clip_denoised, model_kwargs=kwargs)["pred_xstart"]
-        traces = [_along(xstart, leaf, probe, last=probe is probes[-1]) for probe in probes]
+        traces = []
+        for probe in probes:
+            (product,) = th.autograd.grad(xstart, leaf, probe, retain_graph=probe is not probes[-1])
+            traces.append((product * probe).flatten(1).sum(dim=1))
     trace = th.stack(traces).mean(dim=0).to(theta)
     velocity = _mix(leaf.detach(), alpha / sigma, xstart.detach(), -1 / sigma)
     return Point(velocity, (alpha * leaf[0].numel() - trace) / sigma)
-
-
-def _along(output: th.Tensor, leaf: th.Tensor, probe: th.Tensor, *, last: bool) -> th.Tensor:
-    """probe . d output / d leaf probe [N]."""
-    (product,) = th.autograd.grad(output, leaf, probe, retain_graph=not last)
-    return (product * probe).flatten(1).sum(dim=1)
 
 
 def _mix(x: th.Tensor, factor: th.Tensor, other: th.Tensor, its_factor: th.Tensor) -> th.Tensor:
@@ -222,19 +210,19 @@ def _heun(slope: Slope, point: Point, angles: th.Tensor) -> tuple[Point, th.Tens
         first = slope(point, now.expand(count))
         second = slope(_moved(point, length, [first], [1.0]), then.expand(count))
         point = _moved(point, length, [first, second], [0.5, 0.5])
-    _refuse_broken(bool(_finite(point)))  # what breaks on the way stays broken
+    _check_finite(bool(_finite(point)))  # numbers that break on the way stay broken
     return point, th.full((count,), 2.0 * (len(angles) - 1), device=point.x.device)
 
 
 def _rk45(slope: Slope, point: Point, ends: th.Tensor, tolerance: float) -> tuple[Point, th.Tensor]:
-    """As `_heun`, in steps whose length each image chooses for itself: those beside it do not matter."""
+    """As `_heun`, in steps whose length each image chooses for itself, whatever images are beside it."""
     theta, end = ends[0].expand(len(point.x)), ends[1]
     length = theta.clamp(max=float(end - ends[0]))  # of the order of the first noise level
     first, evaluations, after = slope(point, theta), th.ones_like(theta), point
     for _ in range(MAX_STEPS):
         going = theta < end
         more, finite = th.stack([going.any(), _finite(after)]).tolist()  # the step's one wait for the device
-        _refuse_broken(finite)
+        _check_finite(finite)
         if not more:
             return point, evaluations
         last = theta + length >= end
@@ -246,7 +234,7 @@ def _rk45(slope: Slope, point: Point, ends: th.Tensor, tolerance: float) -> tupl
         theta = th.where(accepted, th.where(last, end, theta + length), theta)
         point, first = _chosen(accepted, after, point), _chosen(accepted, slopes[-1], first)
         length = length * (SAFETY * error.clamp(min=1e-10) ** -0.2).clamp(SLOWER, FASTER)
-    raise ValueError(
+    raise UserError(
         f"the flow is not at its end after {MAX_STEPS} steps: give --flow_solver heun or a larger --flow_tolerance "
         f"than {tolerance}"
     )
@@ -262,7 +250,7 @@ def _stages(slope: Slope, point: Point, theta: th.Tensor, length: th.Tensor, fir
 
 
 def _error(before: Point, after: Point, error: Point, tolerance: float) -> th.Tensor:
-    """The error of a step [N] as a share of what is allowed: of x the root mean square, of the volume per dimension."""
+    """The error of a step [N] over the allowed one: of x the root mean square, of the volume per dimension."""
     scale = tolerance * (1 + th.maximum(before.x.abs(), after.x.abs()))
     ofx = mean_flat((error.x / scale) ** 2).sqrt()
     size = before.x[0].numel()
@@ -281,9 +269,9 @@ def _finite(point: Point) -> th.Tensor:
     return (mean_flat(point.x).isfinite() & point.volume.isfinite()).all()
 
 
-def _refuse_broken(finite: bool) -> None:
+def _check_finite(finite: bool) -> None:
     if not finite:
-        raise ValueError(
+        raise UserError(
             "the flow leads to numbers that are not finite: do the diffusion flags fit those of the training? "
             "Else give --precision fp32"
         )

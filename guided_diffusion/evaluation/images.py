@@ -32,6 +32,7 @@ from ..runtime import files, paths
 from ..runtime.files import parse_json, printable, quoted, read_file
 from ..runtime.npz import Npz
 from ..runtime.options import Size, parse_size
+from ..runtime.pictures import levels
 
 Pixels = NDArray[np.uint8]
 
@@ -62,9 +63,7 @@ class Conversion(NamedTuple):
 CONVERSIONS = (
     Conversion("iu", 0, 255, "its integers of 0 .. 255 are taken as they are", lambda x: x),
     Conversion("f", 0, 1, "its values lie in [0, 1], and are scaled to 0 .. 255 and rounded", lambda x: x * 255 + 0.5),
-    Conversion(
-        "f", -1, 1, "its values lie in [-1, 1], and are scaled to 0 .. 255 as sampling does", lambda x: (x + 1) * 127.5
-    ),
+    Conversion("f", -1, 1, "its values lie in [-1, 1], and are scaled to 0 .. 255 as sampling does", levels),
     Conversion("f", 0, 255, "its values lie in [0, 255], and are rounded", lambda x: x + 0.5),
 )
 

@@ -1,7 +1,7 @@
 """A grid of samplers, steps and scales of guidance: sampled, measured and drawn.
 
-Every cell of the grid has a folder of its own. What is there already is neither sampled nor measured again, so that a
-sweep that was killed goes on when it is run again, and comes to the same table.
+Every cell of the grid has a folder of its own. Its samples are a restartable job and its metrics a file with their
+request, so that a sweep that was killed goes on when it is run again, and comes to the same table.
 """
 
 from __future__ import annotations
@@ -49,6 +49,17 @@ class Cell:
 Sample = Callable[[Cell, str], tuple[str, int]]
 
 
+@dataclass(frozen=True)
+class Measure:
+    """How samples are compared with a reference."""
+
+    reference: Side
+    extractor: Extractor
+    metrics: Sequence[str]
+    options: Options
+    batch_size: int
+
+
 def run_sweep(
     cells: Sequence[Cell],
     sample: Sample,
@@ -65,17 +76,57 @@ def run_sweep(
     :param scale: the name of the scale in the picture.
     :raises ValueError: if the reference cannot be used.
     """
-    dist_util.decide(measure.rehearse)
+    metrics = [METRICS[name] for name in measure.metrics]
+    dist_util.decide(lambda: rehearse(measure.reference.features, metrics, measure.options))
+    request = dist_util.decide(lambda: _request(measure))
     rows: list[Row] = []
     for number, cell in enumerate(cells, start=1):
-        path, calls = sample(cell, os.path.join(folder, cell.folder))
-        results = measure(path, os.path.join(folder, cell.folder))
+        cell_folder = os.path.join(folder, cell.folder)
+        samples, calls = sample(cell, cell_folder)
+        results = _measured(samples, os.path.join(cell_folder, CELL), measure, request, warn=number == 1)
         rows.append({**asdict(cell), "evaluations": calls, "samples": num_samples, **results})
         logger.log(f"cell {number} of {len(cells)}: {cell}: {', '.join(f'{k} {v:.4g}' for k, v in results.items())}")
         dist_util.decide(lambda: _write(rows, folder, facts))
     labels = [name for name in rows[0] if name not in COLUMNS]
     dist_util.decide(lambda: draw_sweep(rows, labels, os.path.join(folder, PICTURE), scale=scale))
     logger.log(f"sweep complete: {os.path.join(folder, TABLE)}, {RESULTS} and {PICTURE}")
+
+
+def _request(measure: Measure) -> dict[str, Any]:
+    """What the metrics depend on besides the samples."""
+    images = measure.reference.images
+    if images.count:
+        digest = images.scanned.digest
+    else:
+        known, _ = read_statistics(images)
+        digest = fingerprint({f"{kind} {p}": getattr(of, p) for kind, of in known.items() for p in ("mean", "cov")})
+    return {
+        "reference": digest,
+        "features": measure.extractor.identity,
+        "metrics": ",".join(measure.metrics),
+        "options": asdict(measure.options),
+    }
+
+
+def _measured(samples: str, path: str, measure: Measure, request: Row, *, warn: bool) -> dict[str, float]:
+    """The metrics of samples, from a file where it keeps them for the same request, else written there."""
+    kept = dist_util.decide(lambda: _kept(path))
+    if kept.get("request") == request and isinstance(kept.get("results"), dict):
+        return dict(kept["results"])
+    options: dict[str, Any] = {"batch_size": measure.batch_size, "cache": False, "options": measure.options}
+    report = evaluate(measure.reference, samples, measure.extractor, metrics=measure.metrics, **options)
+    for line in (*report.warnings, *report.omitted) if warn else ():
+        logger.warn(line)
+    dist_util.decide(lambda: write_json(path, {"request": request, "results": dict(report.results)}))
+    return dict(report.results)
+
+
+def _kept(path: str) -> dict[str, Any]:
+    try:
+        result = parse_json(read_file(path))
+    except (OSError, ValueError):
+        return {}
+    return result if isinstance(result, dict) else {}
 
 
 def _write(rows: Sequence[Row], folder: str, facts: Mapping[str, Any]) -> None:
@@ -87,60 +138,3 @@ def _write(rows: Sequence[Row], folder: str, facts: Mapping[str, Any]) -> None:
     with replacing(os.path.join(folder, TABLE)) as file:
         file.write(text.getvalue().encode())
     write_json(os.path.join(folder, RESULTS), {**facts, "rows": list(rows)})
-
-
-class Measure:
-    """(path of samples, folder) -> their metrics, kept in the folder; collective."""
-
-    def __init__(
-        self, reference: Side, extractor: Extractor, metrics: Sequence[str], options: Options, *, batch_size: int
-    ) -> None:
-        self._reference, self._extractor, self._metrics = reference, extractor, metrics
-        self._options, self._batch_size, self._warned = options, batch_size, False
-
-    def rehearse(self) -> None:
-        """:raises ValueError: if no samples could be compared with the reference."""
-        rehearse(self._reference.features, [METRICS[name] for name in self._metrics], self._options)
-
-    def __call__(self, samples: str, folder: str) -> dict[str, float]:
-        path, request = os.path.join(folder, CELL), dist_util.decide(self._request)
-        kept = dist_util.decide(lambda: _kept(path, request))
-        if kept is not None:
-            return kept
-        making: dict[str, Any] = {"batch_size": self._batch_size, "cache": False}
-        report = evaluate(
-            self._reference, samples, self._extractor, metrics=self._metrics, options=self._options, **making
-        )
-        for line in (*report.warnings, *report.omitted) if not self._warned else ():
-            logger.warn(line)
-        self._warned = True
-        results = dict(report.results)
-        dist_util.decide(lambda: write_json(path, {"request": request, "results": results}))
-        return results
-
-    def _request(self) -> dict[str, Any]:
-        """What the numbers depend on besides the samples."""
-        return {
-            "reference": _digest(self._reference),
-            "features": self._extractor.identity,
-            "metrics": ",".join(self._metrics),
-            "options": asdict(self._options),
-        }
-
-
-def _digest(reference: Side) -> str:
-    """What stands for the content of a reference."""
-    if reference.images.count:
-        return reference.images.scanned.digest
-    known, _ = read_statistics(reference.images)
-    return fingerprint({f"{name} {part}": getattr(of, part) for name, of in known.items() for part in ("mean", "cov")})
-
-
-def _kept(path: str, request: Mapping[str, Any]) -> dict[str, float] | None:
-    """The metrics of a cell that was measured before in the same way; None if it was not."""
-    try:
-        found = parse_json(read_file(path))
-    except (OSError, ValueError):
-        return None
-    same = isinstance(found, dict) and found.get("request") == request
-    return dict(found["results"]) if same and isinstance(found.get("results"), dict) else None

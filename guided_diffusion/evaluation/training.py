@@ -21,6 +21,7 @@ from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import ImageDataset, ImageStream
 from ..runtime.jobs import Job
 from ..runtime.log_writers import CSVOutputFormat
+from ..runtime.pictures import levels
 from ..sample_util import Model, sampled
 from .evaluator import Report, Side, evaluate, prepare
 from .features import Extractor
@@ -59,7 +60,7 @@ class TrainingImages(ImageSet):
         for start in range(first * size, self.count, step * size):
             indices = range(start, min(start + size, self.count))
             images = np.stack([self._dataset.take((0, index))[0][0] for index in indices])
-            yield [to_rgb(np.round((images + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1))]
+            yield [to_rgb(np.round(levels(images)).astype(np.uint8).transpose(0, 2, 3, 1))]
 
 
 class Evaluation:

@@ -1,7 +1,7 @@
 """Files: foreign ones read within limits (bytes, zip members, JSON, array headers), and new ones written whole.
 
-A foreign file may be damaged, or made to do harm. What is wrong with it is a ValueError of one sentence; the callers
-name the file. Nothing is unpickled, and no more is held in memory than the limits below, whatever a header claims.
+A foreign file may be damaged, or made to do harm. Its fault is a UserError of one sentence; the callers name the file.
+Nothing is unpickled, and no more is held in memory than the limits below, whatever a header claims.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from . import paths
+from .errors import UserError
 from .paths import AnyPath, is_remote, open_blob, resolve
 
 MAX_BYTES = 2**29  # of a file, or of a member of a zip, that is read as a whole
@@ -27,30 +28,26 @@ MAX_ARRAY = 2**31  # of an array that is held as a whole
 LARGE_MEMBER = 2**26  # a member that unpacks to more than this ...
 MAX_RATIO = 200  # ... and to more than so many times its packed size is a bomb
 MAX_NAME = 1000  # characters
-PIECE = 4096  # packed bytes that are unpacked at once: bzip2 makes at most some 90 MB of so many
-PIECE_OF_FILE = 2**18  # bytes of a file of unknown size that are read at once
+PIECE_OF_MEMBER = 4096  # packed bytes that are unpacked at once: bzip2 makes at most some 90 MB of so many
+PIECE = 2**18  # bytes of a file of unknown size that are read at once
 SHOWN = 200  # characters of a name in a message
 
 _FOREIGN = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
 
 
 def printable(text: str) -> str:
-    """A name as it may stand in a line: control characters and what is no text are escaped, a long name is cut."""
-    text = _cut(text)
+    """A name as it may stand in a line: control characters and undecodable bytes escaped, a long name cut."""
+    text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
     return text if text.isprintable() else repr(text)
 
 
 def quoted(text: str) -> str:
     """The same between quotation marks."""
-    return repr(_cut(text))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
 def reason(error: BaseException) -> str:
-    """What a message says of an error that another program raised."""
+    """One printable line of an error that another program raised."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
     return printable(text) or type(error).__name__
 
@@ -59,10 +56,7 @@ def reason(error: BaseException) -> str:
 
 
 def open_file(path: AnyPath) -> BinaryIO:
-    """A file that a user names, to read from; a zip in a bucket is then read piece by piece.
-
-    :raises ValueError: for a pipe, a device or a socket: to read one may wait for ever, or never end.
-    """
+    """A file that a user names, to read from; a zip in a bucket is then read piece by piece."""
     where = resolve(path)
     if is_remote(where):
         return open_blob(where)
@@ -71,37 +65,31 @@ def open_file(path: AnyPath) -> BinaryIO:
 
 
 def check_regular(path: str) -> None:
-    """Refuse a local path that is no file with an end.
-
-    :raises OSError, ValueError: if there is nothing, or something else.
-    """
+    """Refuse a local path that is no file with an end: to read a pipe or a device may wait for ever."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-        raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
+        raise UserError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
 
 
 def read_file(path: AnyPath) -> bytes:
-    """All of a file.
-
-    :raises ValueError: if it is no regular file, or larger than `MAX_BYTES`.
-    """
+    """All of a file of at most `MAX_BYTES`."""
     with open_file(path) as file:
-        size = PIECE_OF_FILE if is_remote(resolve(path)) else local_size(file)
-        content = b"".join(_pieces(file, MAX_BYTES + 1, piece=size + 1))  # mostly one, which is not copied
-    if len(content) > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
+        size = MAX_BYTES + 1 if is_remote(resolve(path)) else local_size(file)
+        content = b"".join(_pieces(file, size)) if size > MAX_BYTES else file.read(size)
+    _check_size(len(content))
     return content
 
 
 def local_size(file: BinaryIO) -> int:
-    """Bytes of a file on the disk.
-
-    :raises ValueError: if they are more than `MAX_BYTES`.
-    """
+    """Bytes of a file on the disk."""
     size = os.fstat(file.fileno()).st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES} bytes, the limit")
+    _check_size(size)
     return size
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_BYTES:
+        raise UserError(f"it is larger than {MAX_BYTES} bytes, the limit")
 
 
 def kind_of_file(path: str) -> str:
@@ -111,39 +99,30 @@ def kind_of_file(path: str) -> str:
     """
     if os.path.exists(path) and not os.path.isfile(path):
         return "a folder" if os.path.isdir(path) else "no regular file"
-    if path.endswith(".pb"):
-        return "a TensorFlow graph"
     with open(path, "rb") as file:
-        head = file.read(64)
-    if head.lstrip()[:1] == b"<":
-        return "a web page"
-    if head.startswith(b"version https://git-lfs"):
-        return "the pointer that Git LFS leaves in place of a file"
-    return (
-        _kind_of_zip(path) if head.startswith(b"PK") and zipfile.is_zipfile(path) else "" if head else "an empty file"
-    )
-
-
-def _kind_of_zip(path: str) -> str:
-    with open_archive(path) as archive:
-        names = archive.namelist()
-    if names and all(name.endswith(".npy") for name in names):
-        return "an npz, which is images or their statistics"
-    if any(name.endswith("models/model.json") for name in names):
-        return "an exported program"
-    if any(name.endswith("/constants.pkl") for name in names):
-        return "a TorchScript archive"
-    return ""
+        head = file.read(64).lstrip()
+    kinds = {
+        "an empty file": not head,
+        "a TensorFlow graph": path.endswith(".pb"),
+        "a web page": head.startswith(b"<"),
+        "the pointer that Git LFS leaves in place of a file": head.startswith(b"version https://git-lfs"),
+    }
+    if head.startswith(b"PK") and zipfile.is_zipfile(path):
+        with open_archive(path) as archive:
+            names = archive.namelist()
+        kinds |= {
+            "an npz, which is images or their statistics": bool(names) and all(name.endswith(".npy") for name in names),
+            "an exported program": any(name.endswith("models/model.json") for name in names),
+            "a TorchScript archive": any(name.endswith("/constants.pkl") for name in names),
+        }
+    return next((kind for kind, is_so in kinds.items() if is_so), "")
 
 
 # ---- zips
 
 
 def open_archive(path: str) -> zipfile.ZipFile:
-    """A zip to read from.
-
-    :raises ValueError: if it is none.
-    """
+    """A zip to read from."""
     try:
         where = resolve(path)
         if is_remote(where):
@@ -151,20 +130,17 @@ def open_archive(path: str) -> zipfile.ZipFile:
         check_regular(where)
         return zipfile.ZipFile(where)
     except Exception as error:  # zipfile does not say what a damaged directory leads it to
-        raise ValueError(reason(error)) from error
+        raise UserError(reason(error)) from error
 
 
 def check_unpacked(path: str) -> None:
-    """Refuse a zip whose members claim more bytes than the file has: torch writes them as they are, never packed.
-
-    :raises OSError, ValueError: also if there is no regular file.
-    """
+    """Refuse a zip whose members claim more bytes than the file has: torch writes them as they are, never packed."""
     check_regular(path)
     if zipfile.is_zipfile(path):
         with open_archive(path) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
         if claimed > os.path.getsize(path):
-            raise ValueError(f"its members unpack to {claimed} bytes")
+            raise UserError(f"its members unpack to {claimed} bytes")
 
 
 def name_fault(name: str) -> str:
@@ -181,7 +157,7 @@ def name_fault(name: str) -> str:
 def path_fault(name: str, archive: str) -> str:
     """Why a member of this name is not taken; '' if it may be.
 
-    :param archive: what it is a member of: "zip".
+    :param archive: the kind of file that it is in: "zip".
     """
     return name_fault(name) or (f"a path that leads out of the {archive}" if _FOREIGN.match(name) else "")
 
@@ -191,69 +167,60 @@ def member_fault(member: zipfile.ZipInfo, name: str = "") -> str:
 
     :param name: in place of the entry's own.
     """
-    if path_fault(name or member.filename, "zip"):
-        return path_fault(name or member.filename, "zip")
+    fault = path_fault(name or member.filename, "zip")
+    if fault:
+        return fault
     if member.flag_bits & 1:
         return "encrypted"
     if stat.S_ISLNK(member.external_attr >> 16):
         return "a link"
     ratio = member.file_size / max(member.compress_size, 1)
-    if member.file_size > MAX_BYTES or (member.file_size > LARGE_MEMBER and ratio > MAX_RATIO):
-        return "unpacks to too many bytes"
-    return ""
+    bomb = member.file_size > LARGE_MEMBER and ratio > MAX_RATIO
+    return "unpacks to too many bytes" if bomb or member.file_size > MAX_BYTES else ""
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """All of a member of a zip, no matter what size its entry claims.
-
-    :raises ValueError: if it is not there, damaged, encrypted or a bomb.
-    """
-    try:
-        member = archive.getinfo(name)
-    except KeyError as error:
-        raise ValueError("it is not in the zip") from error
-    fault = member_fault(member)
-    if fault:
-        raise ValueError(fault)
+    """All of a member of a zip, no matter what size its entry claims."""
+    member = archive.NameToInfo.get(name)
+    fault = "it is not in the zip" if member is None else member_fault(member)
+    if member is None or fault:
+        raise UserError(fault)
     try:
         with archive.open(member) as file:
-            return b"".join(iter(lambda: file.read(PIECE), b""))
+            return b"".join(iter(lambda: file.read(PIECE_OF_MEMBER), b""))
     except Exception as error:  # nor does it say what a damaged member leads it to
-        raise ValueError(reason(error)) from error
+        raise UserError(reason(error)) from error
 
 
 # ---- JSON
 
 
 def parse_json(content: bytes) -> Any:
-    """What a JSON text holds.
-
-    :raises ValueError: if it is no UTF-8, no JSON, nested too deeply, or gives a key twice in one object.
-    """
+    """The value of a JSON text."""
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        raise UserError("nested too deeply") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is no UTF-8") from error
+        raise UserError(f"byte {error.start} is no UTF-8") from error
     except ValueError as error:
-        raise ValueError(reason(error).partition(";")[0]) from error
+        raise UserError(reason(error).partition(";")[0]) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {printable(twice)!r} is given twice")
-    return found
+        raise UserError(f"the key {printable(twice)!r} is given twice")
+    return value
 
 
 # ---- arrays
 
 
 class Header(NamedTuple):
-    """What an npy says of the numbers that follow."""
+    """Shape and type of the numbers in an npy, and whether they lie in the order of Fortran."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -261,65 +228,51 @@ class Header(NamedTuple):
 
 
 def read_header(file: IO[bytes]) -> Header:
-    """The header of an npy, leaving the file at its first number.
-
-    :raises ValueError: if it is no npy, or holds anything but numbers.
-    """
+    """The header of an npy, leaving the file at its first number."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
     except Exception as error:  # a header is Python source, and numpy's parser raises what Python's does
-        raise ValueError(f"it is no npy ({reason(error)})") from error
+        raise UserError(f"it is no npy ({reason(error)})") from error
     if dtype.kind not in "biufc" or not all(type(side) is int and side >= 0 for side in shape):
-        what = f"{printable(str(dtype))} and shape {printable(str(shape))}"
-        raise ValueError(f"an array of type {what}, where numbers are read")
+        kind = f"{printable(str(dtype))} and shape {printable(str(shape))}"
+        raise UserError(f"an array of type {kind}, where numbers are read")
     return Header(shape, dtype, fortran and len(shape) > 1)
 
 
 def read_array(content: bytes) -> np.ndarray[Any, Any]:
-    """The array of an npy, which cannot be written to.
-
-    :raises ValueError: if it is not whole, or holds anything but numbers.
-    """
+    """The array of an npy, which cannot be written to."""
     file = io.BytesIO(content)
     return read_numbers(file, read_header(file))
 
 
 def read_numbers(file: IO[bytes], header: Header) -> np.ndarray[Any, Any]:
-    """All numbers behind a header, as the array that it tells of.
-
-    :raises ValueError: if the file ends before them, or they are more than `MAX_ARRAY`.
-    """
+    """The array of a header that was read."""
     size = math.prod(header.shape) * header.dtype.itemsize
     if size > MAX_ARRAY:
-        raise ValueError(f"an array of {size} bytes, more than the {MAX_ARRAY} that are held: np.save it in C order")
+        raise UserError(f"an array of {size} bytes, more than the {MAX_ARRAY} that are held: np.save it in C order")
     array = read_rows(file, header.shape, header.dtype)
     return array.reshape(-1).reshape(header.shape, order="F") if header.fortran else array
 
 
 def read_rows(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """The next numbers of an npy; what the file has not got is never allocated.
-
-    :raises ValueError: if it ends before them.
-    """
-    wanted = math.prod(shape) * dtype.itemsize
+    """The next numbers of an npy; for those that the file has not got no memory is taken."""
+    size = math.prod(shape) * dtype.itemsize
     try:
-        content = b"".join(_pieces(file, wanted))
+        content = b"".join(_pieces(file, size))
     except Exception as error:  # of a damaged member of a zip
-        raise ValueError(reason(error)) from error
-    if len(content) < wanted:
-        raise ValueError(f"it ends after {len(content)} of {wanted} bytes")
+        raise UserError(reason(error)) from error
+    if len(content) < size:
+        raise UserError(f"it ends after {len(content)} of {size} bytes")
     return np.frombuffer(content, dtype).reshape(shape)
 
 
-def _pieces(file: IO[bytes], wanted: int, piece: int = PIECE_OF_FILE) -> Iterator[bytes]:
-    while wanted > 0:
-        read = file.read(min(wanted, piece))
-        if not read:
-            return
-        wanted -= len(read)
-        yield read
+def _pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """The next bytes of a file, at most `size`."""
+    while size > 0 and (piece := file.read(min(size, PIECE))):
+        size -= len(piece)
+        yield piece
 
 
 # ---- writing
@@ -354,10 +307,10 @@ def replacing(path: str) -> Iterator[BinaryIO]:
 
     :raises OSError: naming path and reason, if the disk is full or nothing may be written there; `path` is as it was.
     """
-    part = f"{path}{PART}{os.getpid()}"
+    part, folder = f"{path}{PART}{os.getpid()}", os.path.dirname(path) or "."
     try:
         with explained(path):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             raw = _Raw(part, "wb")
         with io.BufferedWriter(raw) as file:
             yield file
@@ -366,22 +319,10 @@ def replacing(path: str) -> Iterator[BinaryIO]:
                 raw.settle()
         with explained(path):
             os.replace(part, path)
-        _sync_folder(os.path.dirname(path) or ".")
+        _sync_folder(folder)
     finally:
         with contextlib.suppress(OSError):
             os.remove(part)
-
-
-@contextlib.contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Turn an error of the system inside the block into a sentence about the file that was to be written."""
-    try:
-        yield
-    except OSError as error:
-        sentence = f"{path} cannot be written ({error.strerror or error}): make room there, or choose another folder"
-        told = OSError(sentence)
-        told.errno = error.errno
-        raise told from error
 
 
 def _sync_folder(folder: str) -> None:
@@ -392,6 +333,19 @@ def _sync_folder(folder: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turn an error of the system inside the block into a sentence about the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # a sentence already
+            raise
+        refusal = OSError(f"{path} cannot be written ({error.strerror}): make room there, or choose another folder")
+        refusal.errno = error.errno
+        raise refusal from error
 
 
 @contextlib.contextmanager
@@ -411,9 +365,4 @@ def writing(path: str) -> Iterator[BinaryIO]:
 def write_json(path: str, value: Any) -> None:
     """Write a value as JSON; readers of `path` see the old file or the whole new one."""
     with writing(path) as file:
-        file.write(json_bytes(value))
-
-
-def json_bytes(value: Any) -> bytes:
-    """The text of a JSON file."""
-    return (json.dumps(value, indent=1) + "\n").encode()
+        file.write((json.dumps(value, indent=1) + "\n").encode())

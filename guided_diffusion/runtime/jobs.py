@@ -1,33 +1,186 @@
-"""Jobs: what to sample and where it goes, cut into global batches.
+"""Restartable jobs: rows made in global batches, kept in shards until all are there, and merged. Sampling is one.
 
 Shapes: N images in all, B per batch, C channels, H W space (any number of space dimensions), K classes.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch as th
 
-from .files import printable
+from .errors import UserError
+from .files import PART, parse_json, printable, read_file, reason, write_json
+from .labels import check_labels
+from .npz import Rows, holds, read_npz
 
 if TYPE_CHECKING:
     from ..sampling.steps import Sampler
 
+REQUEST = "request.json"
+
 Conditioning = Callable[[Sequence[int]], Mapping[str, th.Tensor]]
 Start = Callable[[Sequence[int], dict[str, Any]], Mapping[str, Any]]
 
-_ID = re.compile(r"-?\d{1,18}")
-LISTED = 32  # longer lists of labels and names are not spelled out
+
+@dataclass(frozen=True, kw_only=True)
+class RestartableJob:
+    """Work that is cut into batches by the index of its rows, and goes on in its folder after a kill.
+
+    A subclass gives `size` and `arrays`; rank r makes the batches of `missing(r, world_size)` and saves them to
+    `shard(batch)`.
+
+    :param request: what identifies the result (weights, flags, ...), as JSON values.
+    :param request_defaults: values that an older request, which does not name them, had.
+    """
+
+    out_dir: str
+    batch_size: int
+    seed: int = 0
+    request: Mapping[str, Any] = field(default_factory=dict)
+    request_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    what: ClassVar[str] = "results"  # in messages
+
+    @property
+    def size(self) -> int:
+        """Number of rows."""
+        raise NotImplementedError
+
+    @property
+    def arrays(self) -> list[tuple[tuple[int, ...], Any]]:
+        """Shape of a row and dtype of each array of the shards."""
+        raise NotImplementedError
+
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        return math.ceil(self.size / self.batch_size)
+
+    def rows(self, batch: int) -> range:
+        """Indices of the rows of a batch; the last one may be shorter."""
+        return range(batch * self.batch_size, min((batch + 1) * self.batch_size, self.size))
+
+    def file(self, *names: str) -> str:
+        """The path of a file of this job."""
+        return os.path.join(self.out_dir, *names)
+
+    def shard(self, batch: int) -> str:
+        """The file of one batch until all are merged."""
+        return self.file("shards", f"{batch:06d}.npz")
+
+    def holds(self, path: str, rows: int) -> bool:
+        """Whether a file is there with so many rows of the job's arrays; one that a disk damaged is not."""
+        return holds(path, *(((rows, *shape), kind) for shape, kind in self.arrays))
+
+    def is_whole(self, batch: int) -> bool:
+        """Whether the shard of a batch is there."""
+        return self.holds(self.shard(batch), len(self.rows(batch)))
+
+    def claim(self, request: Mapping[str, Any], results: Iterable[str]) -> bool:
+        """Make the folder this job's; True if it was already.
+
+        :param request: all that the result depends on.
+        :param results: names of the files that will lie there.
+        :raises UserError: if the folder is another job's, or holds such files of unknown origin.
+        """
+        path, request = self.file(REQUEST), json.loads(json.dumps(request))
+        if os.path.exists(path):
+            self._refuse_another(self._earlier_request(path), request)
+            return True
+        for taken in filter(os.path.exists, map(self.file, results)):
+            raise UserError(f"{taken} exists and no {REQUEST} says what it is: give another --log_dir or remove it")
+        write_json(path, request)
+        return False
+
+    def _earlier_request(self, path: str) -> dict[str, Any]:
+        request, fault = None, "it names nothing"
+        try:
+            request = parse_json(read_file(path))
+        except (OSError, ValueError) as error:
+            fault = reason(error)
+        if isinstance(request, dict):
+            return request
+        raise UserError(
+            f"{path} does not say whose {self.what} lie there ({fault}): give another --log_dir, or remove it"
+        )
+
+    def _refuse_another(self, earlier: Mapping[str, Any], request: Mapping[str, Any]) -> None:
+        earlier = {**{key: value for key, value in self.request_defaults.items() if key in request}, **earlier}
+        differing = [key for key in {**earlier, **request} if earlier.get(key) != request.get(key)]
+        if differing:
+            changes = [
+                f"{printable(k)} was {_shown(earlier.get(k))} and is {_shown(request.get(k))}" for k in differing
+            ]
+            more = [f"and {len(changes) - 4} more"] if len(changes) > 4 else []
+            raise UserError(
+                f"{self.out_dir} holds the {self.what} of another request ({', '.join([*changes[:4], *more])}): give "
+                "another --log_dir"
+            )
+
+    def missing(self, rank: int, world_size: int, *, log: Callable[[str], None]) -> list[int]:
+        """The batches that a rank is to make: of every world_size-th one those whose shards are not there."""
+        share = range(rank, self.batches, world_size)
+        missing = [batch for batch in share if not self.is_whole(batch)]
+        if len(missing) < len(share):
+            there = len(share) - len(missing)
+            log(f"going on where an earlier run stopped: {there} of {len(share)} batches are there")
+        return missing
+
+    def check_complete(self) -> None:
+        """:raises UserError: if the shard of a batch is missing or damaged."""
+        missing = [batch for batch in range(self.batches) if not self.is_whole(batch)]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {self.batches} batches are missing in {self.file('shards')}, the first is "
+                f"{missing[0]}: all ranks must write to the same folder"
+            )
+
+    def column(self, array: int) -> Iterator[np.ndarray[Any, Any]]:
+        """One array of the shards, batch by batch.
+
+        :raises UserError: if a shard was damaged; it is removed.
+        """
+        for batch in range(self.batches):
+            path = self.shard(batch)
+            try:
+                yield from read_npz(path, f"arr_{array}", self.batch_size)
+            except ValueError as error:
+                os.remove(path)
+                raise UserError(
+                    f"{path} was damaged after it was written ({error}): it is removed, run the same command again"
+                ) from error
+
+    def merged(self) -> list[Rows]:
+        """All rows of each array, read while they are written elsewhere.
+
+        :raises UserError: if the shard of a batch is missing or damaged.
+        """
+        self.check_complete()
+        return [((self.size, *shape), kind, self.column(array)) for array, (shape, kind) in enumerate(self.arrays)]
+
+    def tidy(self, *results: str) -> None:
+        """Remove the shards, and what killed runs left half written of the result's files."""
+        shutil.rmtree(self.file("shards"), ignore_errors=True)
+        for name in os.listdir(self.out_dir):
+            stem, part, _ = name.partition(PART)
+            if part and stem in (REQUEST, *results):
+                os.remove(self.file(name))
+
+
+def _shown(value: Any) -> str:
+    return printable(str(value)) or "''"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(RestartableJob):
     """What to sample, and where it goes.
 
     :param sampler: the step rule, e.g. ``make_sampler("ddim", eta=0.5)``, or its name.
@@ -38,8 +191,6 @@ class Job:
     :param conditioning: indices of a batch -> further keyword arguments of the network, one row per index.
     :param start: indices of a batch and the network's keyword arguments for it -> further options of the loop, such as
         init_image [B, C, H, W], in place of those of `generate`.
-    :param request: what else identifies the run (weights, guidance scale, ...), as JSON values.
-    :param request_defaults: values that an older request, which does not name them, had.
     :param save_images: write one PNG per image too.
     :param names: the file that each image comes from, where they come from files: kept in names.json, and their PNG
         files are called like them.
@@ -49,34 +200,35 @@ class Job:
     sampler: Sampler | str
     shape: tuple[int, ...]
     num_samples: int
-    batch_size: int
-    out_dir: str
-    seed: int = 0
     labels: Sequence[int] = ()
     num_classes: int = 0
     class_names: Sequence[str] = ()
     conditioning: Conditioning | None = None
     start: Start | None = None
-    request: Mapping[str, Any] = field(default_factory=dict)
-    request_defaults: Mapping[str, Any] = field(default_factory=dict)
     save_images: bool = False
     names: Sequence[str] = ()
     film: int = 0
 
+    what: ClassVar[str] = "samples"
+
     def __post_init__(self) -> None:
-        for name in ("num_samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is below 1, the least number of images")
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed} is negative: give 0 or more")
+        for name, least in (("num_samples", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)} is below the least value, {least}")
         if len(self.names) not in (0, self.num_samples):
-            raise ValueError(f"{len(self.names)} names are given for {self.num_samples} images: give one for each")
+            raise UserError(f"{len(self.names)} names are given for {self.num_samples} images: give one for each")
         check_labels(self.labels, self.num_classes or math.inf)
 
     @property
-    def batches(self) -> int:
-        """Number of global batches, the last one padded."""
-        return math.ceil(self.num_samples / self.batch_size)
+    def size(self) -> int:
+        """Number of images."""
+        return self.num_samples
+
+    @property
+    def arrays(self) -> list[tuple[tuple[int, ...], Any]]:
+        """Images, channels last, and labels if there are any."""
+        images = ((*self.shape[1:], self.shape[0]), np.uint8)
+        return [images, ((), np.int64)] if self.labelled else [images]
 
     @property
     def labelled(self) -> bool:
@@ -84,26 +236,10 @@ class Job:
         return bool(self.labels) or self.num_classes > 0
 
     @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape of the result, channels last."""
-        return (self.num_samples, *self.shape[1:], self.shape[0])
-
-    @property
     def path(self) -> str:
-        """Where the merged result goes."""
-        return self.file(f"samples_{'x'.join(str(side) for side in self.stored_shape)}.npz")
-
-    def file(self, *names: str) -> str:
-        """The path of a file of this job."""
-        return os.path.join(self.out_dir, *names)
-
-    def shard(self, batch: int) -> str:
-        """Where one global batch goes until all are merged."""
-        return self.file("shards", f"{batch:06d}.npz")
-
-    def count(self, batch: int) -> int:
-        """How many images of a global batch are kept: the last one's padding is not."""
-        return min(self.batch_size, self.num_samples - batch * self.batch_size)
+        """The file of the merged result."""
+        sides = (self.num_samples, *self.shape[1:], self.shape[0])
+        return self.file(f"samples_{'x'.join(map(str, sides))}.npz")
 
     def draw_labels(self, indices: Sequence[int], generators: Sequence[th.Generator]) -> th.Tensor | None:
         """Labels [B] of the images with these indices, or None; random ones are the first draw of each generator."""
@@ -113,57 +249,3 @@ class Job:
             return None
         draws = [th.randint(self.num_classes, (), device=g.device, generator=g) for g in generators]
         return th.stack(draws)
-
-
-def check_labels(labels: Iterable[int], num_classes: float) -> None:
-    """Refuse labels outside of 0 .. num_classes - 1.
-
-    :raises ValueError: naming the first of them and the range.
-    """
-    for label in labels:
-        if not 0 <= label < num_classes:
-            allowed = f"0 .. {num_classes - 1}" if num_classes < math.inf else "0 or more"
-            raise ValueError(f"class {label} does not exist: the classes are {allowed}")
-
-
-def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
-    """Class ids from "207,360" or from names, which may hold commas themselves; a number always is an id.
-
-    :param names: names by class id, as in classes.json.
-    :raises ValueError: for an id out of range, an unknown name, none at all, or commas that can be read in two ways.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts:
-        raise ValueError(f"classes {text!r} names no class: write ids or names with commas in between")
-    readings = _readings(parts, names)
-    if not readings:
-        word = next((part for part in parts if not _ID.fullmatch(part) and part not in names), text)
-        shown = ", ".join(map(printable, names[:LISTED]))
-        known = f"the names are {shown}" if names else "there is no classes.json with names: give ids"
-        raise ValueError(f"class {printable(word)!r} is unknown: {known}")
-    if len(readings) > 1:
-        one, other = ("".join(f"[{dict(enumerate(names)).get(n, n)}]" for n in labels) for labels in readings)
-        raise ValueError(f"classes {printable(text)!r} may be {printable(one)} or {printable(other)}: give ids")
-    check_labels(readings[0], num_classes)
-    return readings[0]
-
-
-def _readings(parts: Sequence[str], names: Sequence[str]) -> list[list[int]]:
-    """At most two ways to read words as ids and names, of which some are several words with commas in between."""
-    ids = {", ".join(map(str.strip, name.split(","))): label for label, name in reversed([*enumerate(names)])}
-    longest = max((name.count(",") + 1 for name in names), default=1)
-    ways: list[list[Any]] = [[()]]  # to read the last 0, 1, ... words, each as (label, the way to read the rest)
-    for start in reversed(range(len(parts))):
-        found: list[Any] = []
-        for count in range(1, min(longest, len(parts) - start) + 1):
-            word = ", ".join(parts[start : start + count])
-            label = int(word) if _ID.fullmatch(word) else ids.get(word)
-            found += [] if label is None else [(label, rest) for rest in ways[-count]]
-        ways.append(found[:2])
-    return [list(_unrolled(way)) for way in ways[-1]]
-
-
-def _unrolled(way: Any) -> Iterator[int]:
-    while way:
-        label, way = way
-        yield label

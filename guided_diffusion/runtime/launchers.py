@@ -1,4 +1,4 @@
-"""Who started this process, and which of how many it is: torchrun, mpiexec, srun, or nobody (rank 0 of 1).
+"""The launcher of this process, its rank and their number: torchrun, mpiexec, srun, or none (rank 0 of 1).
 
 MPI is asked for rank, size and one broadcast of an address, nothing else; without mpiexec it is never imported.
 """
@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, NoReturn
+
+from .errors import UserError
 
 
 class Variables(NamedTuple):
@@ -34,11 +36,11 @@ LAUNCHERS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Which process this is.
+    """The place of a process among all of a job.
 
     :param rank: 0 .. size - 1 over all machines.
     :param local_rank: 0, 1, ... over the processes on this machine.
-    :param launcher: "torchrun", "mpiexec", "srun", or "" for a process that nobody launched.
+    :param launcher: "torchrun", "mpiexec", "srun", or "" for a process without one.
     :param one_machine: all ranks are known to be on this machine.
     """
 
@@ -67,10 +69,7 @@ def announced_place() -> Place:
 
 
 def place() -> Place:
-    """The place of this process; under mpiexec, MPI's own word, and the first call is a collective.
-
-    :raises ValueError: if mpiexec started several ranks and mpi4py is missing or belongs to another MPI.
-    """
+    """The place of this process; under mpiexec, MPI's own word, and the first call is a collective."""
     announced = announced_place()
     return _join_mpi(announced.size) if announced.launcher == "mpiexec" else announced
 
@@ -79,7 +78,7 @@ def _mpi(size: int) -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, an MPI library is not
-        raise ValueError(
+        raise UserError(
             f"mpiexec started {size} ranks, but mpi4py does not work here ({error}): "
             "run `pip install mpi4py mpich`, or start the script with torchrun or as one process"
         ) from error
@@ -91,7 +90,7 @@ def _join_mpi(size: int) -> Place:
     mpi = _mpi(size)
     world = mpi.COMM_WORLD
     if world.size != size:
-        raise ValueError(
+        raise UserError(
             f"mpiexec started {size} ranks, but mpi4py's MPI library sees {world.size}: they belong to different "
             "installations of MPI; use the mpiexec that came with mpi4py's library"
         )

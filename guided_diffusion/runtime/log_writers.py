@@ -1,4 +1,4 @@
-"""Where a row of values or a line of text can go: tables, JSON, CSV, TensorBoard, Weights & Biases.
+"""Writers of rows of values and lines of text: tables, JSON, CSV, TensorBoard, Weights & Biases.
 
 Files are appended to, never emptied, so that a resumed run keeps its history; `rewind` drops what it will write again.
 """
@@ -9,11 +9,15 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, TextIO
 
 import numpy as np
+
+from .errors import UserError
+from .files import explained, replacing
 
 KeyValues = Mapping[str, Any]
 
@@ -50,27 +54,20 @@ class _FileWriter:
         self._append("")
 
     def _append(self, text: str) -> None:
-        self._write_to(self.filename, "a", text)
-
-    def _write_to(self, path: str, mode: str, text: str) -> None:
-        try:
-            with open(path, mode, encoding="utf-8", newline="") as file:
-                file.write(text)
-        except OSError as error:
-            raise OSError(f"{path} cannot be written ({error.strerror}): make room or choose another folder") from error
-
-    def close(self) -> None:
-        """Nothing to close: every row is on disk already."""
+        with explained(self.filename), open(self.filename, "a", encoding="utf-8", newline="") as file:
+            file.write(text)
 
     def _replace(self, text: str) -> None:
-        unfinished = self.filename + ".new"  # renamed when complete: a kill in between loses no row
-        self._write_to(unfinished, "w", text)
-        os.replace(unfinished, self.filename)
+        with replacing(self.filename) as file:
+            file.write(text.encode())
 
     def _lines(self) -> list[str]:
         """The complete lines, with their ends."""
         with open(self.filename, encoding="utf-8", newline="") as file:
             return [line for line in file if line.endswith("\n")]
+
+    def close(self) -> None:
+        """Nothing to close: every row is on disk already."""
 
 
 def _is_later(value: Any, step: int) -> bool:
@@ -81,21 +78,14 @@ def _is_later(value: Any, step: int) -> bool:
         return False
 
 
-def _json_step(line: str) -> Any:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
 class HumanOutputFormat(KVWriter, SeqWriter):
     """Tables and lines of text, to a file by name or to an open stream."""
 
     def __init__(self, filename_or_file: str | TextIO) -> None:
         if isinstance(filename_or_file, str):
-            self._write: Callable[[str], None] = _FileWriter(filename_or_file)._append
+            self._write: Callable[[str], object] = _FileWriter(filename_or_file)._append
         elif hasattr(filename_or_file, "write"):
-            self._write = _stream_writer(filename_or_file)
+            self._write = lambda text: (filename_or_file.write(text), filename_or_file.flush())
         else:
             raise TypeError(f"filename_or_file is {filename_or_file!r}: give a file name or an open text stream")
 
@@ -103,7 +93,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         if not kvs:
             self._write("WARNING: there are no values to write\n")
             return
-        cells = {_clip(key): _clip(_cell(value)) for key, value in sorted(kvs.items())}
+        cells = {_cell(key): _cell(value) for key, value in sorted(kvs.items())}
         key_width, value_width = max(map(len, cells)), max(map(len, cells.values()))
         rows = sorted(cells.items(), key=lambda cell: cell[0].lower())
         lines = [f"| {key:<{key_width}} | {value:<{value_width}} |" for key, value in rows]
@@ -117,19 +107,8 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         """Leaves a stream open: it belongs to whoever opened it."""
 
 
-def _stream_writer(stream: TextIO) -> Callable[[str], None]:
-    def write(text: str) -> None:
-        stream.write(text)
-        stream.flush()
-
-    return write
-
-
 def _cell(value: Any) -> str:
-    return f"{float(value):<8.3g}" if hasattr(value, "__float__") else str(value)
-
-
-def _clip(text: str) -> str:
+    text = f"{float(value):<8.3g}" if hasattr(value, "__float__") else str(value)
     return text if len(text) <= CELL_WIDTH else text[: CELL_WIDTH - 3] + "..."
 
 
@@ -141,7 +120,13 @@ class JSONOutputFormat(_FileWriter, KVWriter):
         self._append(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
-        self._replace("".join(line for line in self._lines() if not _is_later(_json_step(line), step)))
+        def is_later(line: str) -> bool:
+            try:
+                return _is_later(json.loads(line)["step"], step)
+            except (ValueError, TypeError, KeyError):
+                return False
+
+        self._replace("".join(line for line in self._lines() if not is_later(line)))
 
 
 class CSVOutputFormat(_FileWriter, KVWriter):
@@ -152,35 +137,26 @@ class CSVOutputFormat(_FileWriter, KVWriter):
 
     def __init__(self, filename: str, keys: Iterable[str] = ()) -> None:
         super().__init__(filename)
-        self.keys = next(iter(self._rows()), [])
+        self.keys = next(csv.reader(self._lines()), [])
         if not self.keys and (first := list(keys)):
             self._add_columns(first)
-
-    def _rows(self) -> list[list[str]]:
-        with open(self.filename, encoding="utf-8", newline="") as file:
-            return list(csv.reader(file))
-
-    def _append_row(self, row: Sequence[str]) -> None:
-        self._append(_csv_lines([row]))
 
     def writekvs(self, kvs: KeyValues) -> None:
         new_keys = sorted(kvs.keys() - set(self.keys))
         if new_keys:
             self._add_columns(new_keys)
-        self._append_row([_csv_text(kvs.get(key)) for key in self.keys])
+        self._append(_csv_lines([[_csv_text(kvs.get(key)) for key in self.keys]]))
 
     def _add_columns(self, new_keys: list[str]) -> None:
         self.keys.extend(new_keys)
-        self._replace_rows([self.keys, *(row + [""] * len(new_keys) for row in self._rows()[1:])])
-
-    def _replace_rows(self, rows: Iterable[Sequence[str]]) -> None:
-        self._replace(_csv_lines(rows))
+        rows = [row + [""] * len(new_keys) for row in csv.reader(self._lines())]
+        self._replace(_csv_lines([self.keys, *rows[1:]]))
 
     def rewind(self, step: int) -> None:
         if "step" in self.keys:
             column = self.keys.index("step")
-            rows = [row for row in csv.reader(self._lines()) if not _is_later("".join(row[column : column + 1]), step)]
-            self._replace_rows(rows)
+            rows = csv.reader(self._lines())
+            self._replace(_csv_lines(row for row in rows if not _is_later("".join(row[column : column + 1]), step)))
 
 
 def _csv_lines(rows: Iterable[Sequence[str]]) -> str:
@@ -196,67 +172,66 @@ def _csv_text(value: Any) -> str:
     return str(value.item() if is_tensor else value)
 
 
-class _StepCounter:
-    """The step of a row: its value "step" when it has one, else the number of the row, from 1."""
+class _CurveWriter(KVWriter):
+    """Numbers over a step: the value "step" of a row when it has one, else the number of the row, from 1."""
 
-    def __init__(self) -> None:
-        self.step = 0
+    step = 0
 
-    def next(self, kvs: KeyValues) -> int:
+    def writekvs(self, kvs: KeyValues) -> None:
         self.step = int(kvs.get("step", self.step + 1))
-        return self.step
+        numbers = {
+            key: float(value) for key, value in kvs.items() if isinstance(value, Real) or hasattr(value, "dtype")
+        }
+        self._write(numbers)
+
+    @abstractmethod
+    def _write(self, numbers: Mapping[str, float]) -> None: ...
 
 
-def _numbers(kvs: KeyValues) -> dict[str, float]:
-    """The values that can be drawn as a curve."""
-    return {key: float(value) for key, value in kvs.items() if isinstance(value, Real) or hasattr(value, "dtype")}
-
-
-class TensorBoardOutputFormat(KVWriter):
+class TensorBoardOutputFormat(_CurveWriter):
     """Curves for TensorBoard, over the value "step" when there is one."""
 
     def __init__(self, dir: str) -> None:
-        try:
+        with _needing("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise _missing("tensorboard") from error
         self.dir = dir
-        self._steps = _StepCounter()
         self._writer = SummaryWriter(log_dir=dir)
 
-    def writekvs(self, kvs: KeyValues) -> None:
-        step = self._steps.next(kvs)
-        for key, value in _numbers(kvs).items():
-            self._writer.add_scalar(key, value, step)
+    def _write(self, numbers: Mapping[str, float]) -> None:
+        for key, value in numbers.items():
+            self._writer.add_scalar(key, value, self.step)
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
 
 
-class WandbOutputFormat(KVWriter):
+class WandbOutputFormat(_CurveWriter):
     """Curves for Weights & Biases, over the value "step" when there is one.
 
     Project, name and mode of the run come from wandb's own environment variables (WANDB_PROJECT, WANDB_MODE, ...).
     """
 
     def __init__(self, dir: str) -> None:
-        try:
+        with _needing("wandb"):
             import wandb
-        except ImportError as error:
-            raise _missing("wandb") from error
-        self._steps = _StepCounter()
         self._run = wandb.init(dir=dir)
 
-    def writekvs(self, kvs: KeyValues) -> None:
-        self._run.log(_numbers(kvs), step=self._steps.next(kvs))
+    def _write(self, numbers: Mapping[str, float]) -> None:
+        self._run.log(numbers, step=self.step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-def _missing(package: str) -> ValueError:
-    return ValueError(f"log format {package!r} needs a package that is not installed: run `pip install {package}`")
+@contextmanager
+def _needing(package: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"log format {package!r} needs a package that is not installed: run `pip install {package}`"
+        ) from error
 
 
 FORMATS: dict[str, Callable[[str, str], KVWriter]] = {
@@ -274,9 +249,8 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
 
     :param format: one of FORMATS.
     :param log_suffix: goes before the extension of the file's name.
-    :raises ValueError: if there is no such format, or its package is not installed.
     """
     if format not in FORMATS:
-        raise ValueError(f"unknown log format {format!r}: choose from {', '.join(FORMATS)}")
+        raise UserError(f"unknown log format {format!r}: choose from {', '.join(FORMATS)}")
     os.makedirs(ev_dir, exist_ok=True)
     return FORMATS[format](ev_dir, log_suffix)

@@ -1,4 +1,4 @@
-"""Arrays in npz files, written and read chunk by chunk, and names for what is in them."""
+"""Arrays in npz files, written and read chunk by chunk, and fingerprints of arrays."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch as th
 
 from . import files, paths
+from .errors import UserError
 from .files import replacing
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
@@ -41,23 +42,13 @@ def write_arrays(path: str, arrays: Mapping[str, Rows]) -> None:
     """Write arrays by name, chunk by chunk; the same arrays give the same bytes."""
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
         for name, (shape, dtype, chunks) in arrays.items():
-            _write_member(archive, f"{name}.npy", shape, np.dtype(dtype), chunks)
-
-
-def _write_member(
-    archive: zipfile.ZipFile,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    chunks: Iterable[npt.NDArray[Any]],
-) -> None:
-    info = zipfile.ZipInfo(name)  # dated 1980
-    info.create_system, info.external_attr = 3, 0o600 << 16
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    with archive.open(info, "w", force_zip64=True) as member:
-        np.lib.format.write_array_header_1_0(member, header)
-        for chunk in chunks:
-            member.write(np.ascontiguousarray(chunk, dtype).data)
+            info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980
+            info.create_system, info.external_attr = 3, 0o600 << 16
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for chunk in chunks:
+                    member.write(np.ascontiguousarray(chunk, dtype).data)
 
 
 def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
@@ -66,28 +57,20 @@ def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
 
 
 def read_npz(path: str, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
-    """Chunks of `rows` rows of one array of an npz, without holding more than one of them.
-
-    :raises ValueError: if it is no npz, has no such array, or is not whole.
-    """
+    """Chunks of `rows` rows of one array of an npz, without holding more than one of them."""
     with Npz(path) as archive:
         yield from archive.chunks(name, rows)
 
 
 class Npz:
-    """The arrays of a local or remote npz that may be anybody's: their headers, and as many rows as are asked for.
-
-    :raises ValueError: if it is none.
-    """
+    """The arrays of a local or remote npz that may be anybody's: their headers, and as many rows as are asked for."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         if not paths.exists(path):
-            raise ValueError(f"{path} does not exist: give an npz")
-        try:
+            raise UserError(f"{path} does not exist: give an npz")
+        with self._explained():
             self._archive = files.open_archive(path)
-        except ValueError as error:
-            raise self._refusal(str(error)) from error
 
     def __enter__(self) -> Npz:
         return self
@@ -104,7 +87,7 @@ class Npz:
             return header
 
     def names(self) -> list[str]:
-        """Of the arrays, as they lie in the file."""
+        """Names of the arrays, in the order of the file."""
         return [name.removesuffix(".npy") for name in self._archive.NameToInfo if name.endswith(".npy")]
 
     def chunks(self, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
@@ -119,63 +102,59 @@ class Npz:
                     yield np.ascontiguousarray(whole[start : start + rows])
 
     def whole(self, name: str) -> npt.NDArray[Any]:
-        """All of an array.
-
-        :raises ValueError: if it is larger than `files.MAX_ARRAY`.
-        """
+        """All of an array."""
         with self._opened(name) as (member, header):
             array = files.read_numbers(member, header)
             if member.read(1):
-                raise ValueError("there is more behind its numbers")
+                raise UserError("there is more behind its numbers")
             return array
 
     def name_of_images(self) -> str:
-        """The name of the array of images: arr_0, or the only one with two axes or more that is no statistic.
-
-        :raises ValueError: if it is not clear which it is.
-        """
+        """The name of the array of images: arr_0, or the only one with two axes or more that is no statistic."""
         if "arr_0" in self:
             return "arr_0"
         names = [name for name in self.names() if name not in STATISTICS and len(self.header(name).shape) > 1]
         if len(names) != 1:
-            held = ", ".join(map(files.printable, self.names()[:8])) or "no array"
-            raise ValueError(f"{self.path} holds {held}, and it is not clear which are images: save them as arr_0")
+            raise UserError(
+                f"{self.path} holds {self._content()}, and it is not clear which are images: save them as arr_0"
+            )
         return names[0]
 
     def labels(self) -> list[int] | None:
-        """The class ids in arr_1, one for each image of arr_0; None where there are none.
-
-        :raises ValueError: if arr_1 is something else.
-        """
+        """The class ids in arr_1, one for each image of arr_0; None where there are none."""
         if not {"arr_0", "arr_1"} <= set(self.names()):
             return None
         images, labels = self.header("arr_0"), self.header("arr_1")
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"{self.path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one integer for each of the "
+        ids: list[int] = []
+        if labels.shape == images.shape[:1] and labels.dtype.kind in "iu":
+            ids = self.whole("arr_1").tolist()
+        if len(ids) != images.shape[0] or max(ids, default=0) >= 2**63:
+            raise UserError(
+                f"{self.path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one class id for each of the "
                 f"{images.shape[0]} images, or none"
             )
-        ids: list[int] = self.whole("arr_1").tolist()
-        if max(ids, default=0) >= 2**63:
-            raise ValueError(f"{self.path} holds a label {max(ids)}, which is no class: give ids of classes")
         return ids
+
+    def _content(self) -> str:
+        return ", ".join(map(files.printable, self.names()[:8])) or "no array"
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[tuple[IO[bytes], files.Header]]:
         if name not in self:
-            held = ", ".join(map(files.printable, self.names()[:8])) or "no array"
-            raise ValueError(f"{self.path} holds no {name}, but {held}: save what is wanted under that name")
-        try:
-            with self._archive.open(f"{name}.npy") as member:
-                header = files.read_header(member)
-                if not header.shape:
-                    raise ValueError("it is one number, no array")
-                yield member, header
-        except Exception as error:  # zipfile does not say what a damaged member leads it to
-            raise self._refusal(f"{name} cannot be read, {files.reason(error)}") from error
+            raise UserError(f"{self.path} holds no {name}, but {self._content()}: save what is wanted under that name")
+        with self._explained(f"{name} cannot be read, "), self._archive.open(f"{name}.npy") as member:
+            header = files.read_header(member)
+            if not header.shape:
+                raise UserError("it is one number, no array")
+            yield member, header
 
-    def _refusal(self, reason: str) -> ValueError:
-        return ValueError(f"{self.path} is no npz with rows of numbers ({reason}): make or copy it again")
+    @contextlib.contextmanager
+    def _explained(self, task: str = "") -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # zipfile does not say what a damaged member leads it to
+            fault = f"{task}{files.reason(error)}"
+            raise UserError(f"{self.path} is no npz with rows of numbers ({fault}): make or copy it again") from error
 
 
 def holds(path: str, *arrays: tuple[tuple[int, ...], Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Flags as dataclass fields, what their values may be, and the readers of their texts. No torch.
+"""Flags as dataclass fields, their limits, and the readers of their texts. No torch.
 
 A field made by `flag` carries its help text and limits, from which command lines and the checks of saved settings come.
 """
@@ -14,6 +14,7 @@ from dataclasses import Field, field, fields
 from typing import Any, TypeVar
 
 from . import paths
+from .errors import UserError
 
 T = TypeVar("T")
 Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
@@ -94,17 +95,14 @@ def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> No
 
 
 def parse_size(size: Size) -> tuple[int, int]:
-    """(height, width) of a size given as 64, "64", "64x128" or a pair.
-
-    :raises ValueError: if it is none of these, or not positive.
-    """
+    """(height, width) of a size given as 64, "64", "64x128" or a pair."""
     try:
         sides = size.lower().split("x") if isinstance(size, str) else [size] if isinstance(size, int) else list(size)
         numbers = [int(side) for side in sides]
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) not in (1, 2) or min(numbers, default=0) < 1:
-        raise ValueError(f"image size {size!r} is not a size: write 64, or HEIGHTxWIDTH such as 64x128")
+        raise UserError(f"image size {size!r} is not a size: write 64, or HEIGHTxWIDTH such as 64x128")
     return numbers[0], numbers[-1]
 
 
@@ -114,46 +112,39 @@ def size_flag(text: Size) -> int | str:
     return height if height == width else f"{height}x{width}"
 
 
-def parse_rates(text: str | float) -> list[float]:
-    """The rates of moving averages in "0.999,0.9999"; [] of ''.
+def _numbers(text: str) -> list[float]:
+    """The numbers in a list with commas, [] of ''; [nan] of any other text."""
+    try:
+        return [float(word) for word in text.split(",")] if text else []
+    except ValueError:
+        return [math.nan]
 
-    :raises ValueError: if one is not a number from 0 to 1.
-    """
-    rates = _numbers(str(text))
-    if rates is None or not all(0 <= rate <= 1 for rate in rates):
-        raise ValueError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
+
+def parse_rates(text: str | float) -> list[float]:
+    """The rates of moving averages in "0.999,0.9999"; [] of ''."""
+    rates = _numbers(str(text).strip(" ,"))
+    if not all(0 <= rate <= 1 for rate in rates):
+        raise UserError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
     return rates
 
 
 def parse_microbatch(text: str) -> int | str:
-    """A number of images, or "auto".
-
-    :raises ValueError: if it is neither.
-    """
+    """A number of images, or "auto"."""
     if text == "auto":
         return text
     if not text.removeprefix("-").isdecimal() or int(text) < -1:
-        raise ValueError(f"{text!r} is no number of images: write a number, -1 for the whole batch, or auto")
+        raise UserError(f"{text!r} is no number of images: write a number, -1 for the whole batch, or auto")
     return int(text)
 
 
 def parse_range(text: str) -> tuple[float, float] | None:
-    """(LOW, HIGH) of "LOW,HIGH"; None of ''.
-
-    :raises ValueError: if these are not two numbers in rising order.
-    """
+    """(LOW, HIGH) of "LOW,HIGH"; None of ''."""
     numbers = _numbers(text)
-    if text and not (numbers and len(numbers) == 2 and -math.inf < numbers[0] < numbers[1] < math.inf):
-        raise ValueError(f"{text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
-    return (numbers[0], numbers[1]) if numbers else None
-
-
-def _numbers(text: str) -> list[float] | None:
-    """The numbers of a text, separated by commas; None if it holds something else."""
-    try:
-        return [float(word) for word in text.split(",") if word.strip()]
-    except ValueError:
+    if not numbers:
         return None
+    if len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
+        raise UserError(f"{text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
+    return numbers[0], numbers[1]
 
 
 def range_flag(text: str) -> str:
@@ -162,16 +153,21 @@ def range_flag(text: str) -> str:
     return text
 
 
-def numbers_of(what: str, pattern: str) -> Callable[[str], str]:
-    """A reader of different numbers separated by commas, which returns the text that it is given."""
+def parse_counts(text: str) -> str:
+    """The same text, if it lists different whole numbers above 0."""
+    return _listed(text, r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
 
-    def read(text: str) -> str:
-        words = text.split(",")
-        if not all(re.fullmatch(pattern, word) for word in words) or len(set(map(float, words))) < len(words):
-            raise ValueError(f"{text!r} is no list of different {what}")
-        return text
 
-    return read
+def parse_scales(text: str) -> str:
+    """The same text, if it lists different numbers."""
+    return _listed(text, r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
+
+
+def _listed(text: str, pattern: str, what: str) -> str:
+    words = text.split(",")
+    if not all(re.fullmatch(pattern, word, re.ASCII) for word in words) or len(set(map(float, words))) < len(words):
+        raise UserError(f"{text!r} is no list of different {what}")
+    return text
 
 
 def names_of(names: Sequence[str], what: str) -> Callable[[str], str]:
@@ -181,7 +177,7 @@ def names_of(names: Sequence[str], what: str) -> Callable[[str], str]:
         for word in text.split(","):
             if word not in names:
                 hint = nearest(word, names)
-                raise ValueError(f"{word!r} in {text!r} is no {what}: name some of {','.join(names)}{hint}")
+                raise UserError(f"{word!r} in {text!r} is no {what}: name some of {','.join(names)}{hint}")
         return text
 
     return read
@@ -239,10 +235,7 @@ def means_not_given(spec: Field[Any], value: Any) -> bool:
 
 
 def saved_values(saved: Mapping[str, Any], *sections: type[Any]) -> dict[str, Any]:
-    """Of the flags saved with a checkpoint those of the given config classes, checked; without runtime flags.
-
-    :raises ValueError: if a saved value has another type than its flag, or is out of its limits.
-    """
+    """Of the flags saved with a checkpoint those of the given config classes, checked; without runtime flags."""
     known = {spec.name: spec for section in sections for spec in fields(section)}
     taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
     for name, value in taken.items():
@@ -256,5 +249,5 @@ def saved_values(saved: Mapping[str, Any], *sections: type[Any]) -> dict[str, An
             except (ValueError, argparse.ArgumentTypeError) as error:
                 fault = f"is not to be used ({error})"
         if fault:
-            raise ValueError(f"the checkpoint's config.json says {name} {f'{value!r:.200}'}, which {fault}")
+            raise UserError(f"the checkpoint's config.json says {name} {f'{value!r:.200}'}, which {fault}")
     return taken

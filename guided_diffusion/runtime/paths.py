@@ -1,4 +1,4 @@
-"""Paths that a user names: local ones, file:// URLs, and buckets (gs://, az://), looked at by one set of functions.
+"""Paths that a user names: local ones, file:// URLs, and buckets (gs://, az://).
 
 blobfile speaks to the buckets. It is imported when the first of them is named, and never sees a local path: it takes
 each with a colon in it for a URL.
@@ -11,14 +11,16 @@ import re
 import sys
 import urllib.parse
 from collections.abc import Callable
-from functools import cache, wraps
-from typing import Any, BinaryIO, NamedTuple, ParamSpec, TypeVar
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, BinaryIO, TypeVar, cast
 
-P = ParamSpec("P")
+from .errors import UserError
+
 T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
 
-# requests to a bucket in vain before it is given up, and the seconds that each may take
+# failed requests before a bucket is given up, and the seconds that each may take
 ATTEMPTS, CONNECT_TIMEOUT, READ_TIMEOUT = 9, 5, 30
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")  # one letter alone is a drive of Windows
@@ -35,18 +37,18 @@ _REMEDIES["http"] = _REMEDIES["https"]
 
 
 def resolve(path: AnyPath) -> str:
-    """The path as the rest of the package takes it: a local one, or the URL of a bucket.
-
-    :raises ValueError: for a URL that is not read, and for a path of Windows elsewhere, saying what to do.
-    """
+    """The path as the rest of the package takes it: a local one, or the URL of a bucket."""
     text = os.fspath(path)
     if os.path.lexists(text):
         return text
     if text.startswith("~"):
         return os.path.expanduser(text)
+    if _WINDOWS.match(text) and os.name != "nt":
+        drive = f"/mnt/{text[0].lower()}/{text[3:]}".replace("\\", "/") if text[1] == ":" else "/mnt/..."
+        raise UserError(f"{text!r} is a path of Windows: under WSL write {drive}, else copy it to this machine")
     url = _URL.match(text)
     if url is None:
-        return _not_of_windows(text)
+        return text
     scheme, slashes, rest = url[1].lower(), url[2], text[url.end() :]
     if scheme == "file":
         return _local_of(text, rest if len(slashes) == 2 else f"/{rest}")
@@ -56,48 +58,28 @@ def resolve(path: AnyPath) -> str:
     if _BUCKET.match(whole):
         return whole
     remedy = _REMEDIES.get(scheme, "give a local path, file:///PATH, or a bucket of gs:// or az://").format(path=whole)
-    raise ValueError(f"{text!r} cannot be read from where it lies: {remedy}")
-
-
-def _not_of_windows(text: str) -> str:
-    if os.name == "nt" or not _WINDOWS.match(text):
-        return text
-    drive = f"/mnt/{text[0].lower()}/{text[3:]}".replace("\\", "/") if text[1] == ":" else "/mnt/..."
-    raise ValueError(
-        f"{text!r} is a path of Windows, and this is {sys.platform}: under WSL write {drive}, else copy it to this "
-        "machine"
-    )
+    raise UserError(f"{text!r} cannot be read where it lies: {remedy}")
 
 
 def _local_of(url: str, path: str) -> str:
-    """The path of a file:// URL, behind its two slashes."""
+    """The path of a file:// URL, given after its two slashes."""
     host, slash, rest = path.partition("/")
     if host not in ("", "localhost") or not slash:
-        raise ValueError(f"{url!r} names a host, not a path: write file:///PATH, with three slashes")
+        raise UserError(f"{url!r} names a host, not a path: write file:///PATH, with three slashes")
     return urllib.parse.unquote(f"/{rest}")
 
 
 def local(path: AnyPath) -> str:
-    """The same for what must lie on this machine, such as all that is written.
-
-    :raises ValueError: for a bucket too.
-    """
+    """`resolve` for a path that must lie on this machine, such as all that is written."""
     text = resolve(path)
     if is_remote(text):
-        raise ValueError(f"{text!r} is in a bucket, where a local path is needed: give one, and copy to or from there")
+        raise UserError(f"{text!r} is in a bucket, where a local path is needed: give one, and copy to or from there")
     return text
 
 
 def is_remote(path: str) -> bool:
     """Whether a resolved path leads to a bucket, such as gs://bucket/run."""
     return _BUCKET.match(path) is not None
-
-
-def sentence(error: BaseException) -> str:
-    """What an error says; of one that the system raised, about which file."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename!r} cannot be used ({error.strerror}): look at its path and its permissions"
-    return str(error)
 
 
 def cache_folder() -> str:
@@ -111,7 +93,7 @@ def join(folder: AnyPath, *names: str) -> str:
     return "/".join([text.rstrip("/"), *names]) if is_remote(text) else os.path.join(text, *names)
 
 
-# ---- what lies there
+# ---- files and folders
 
 
 @cache
@@ -127,89 +109,69 @@ def _blobfile() -> Any:
     return blobfile
 
 
-def _reaching(function: Callable[P, T]) -> Callable[P, T]:
-    """The same function of a path, whose errors from a bucket are one sentence."""
+def _ask(path: str, question: Callable[[Any], T]) -> T:
+    """The answer of blobfile about a path.
 
-    @wraps(function)
-    def reach(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] not in ("blobfile", "urllib3", "azure", "google"):
-                raise
-            said = re.sub(r"^message=|, request=.*", "", str(error).partition("\n")[0])
-            raise OSError(
-                f"{args[0]} cannot be reached ({said:.200}; at most {ATTEMPTS} attempts of {CONNECT_TIMEOUT} s to "
-                f"connect and {READ_TIMEOUT} s for an answer): look at the name, the network and the credentials, or "
-                "copy it to this machine"
-            ) from error
-
-    return reach
+    :raises OSError: in one sentence, where the bucket cannot be reached.
+    """
+    try:
+        return question(_blobfile())
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("blobfile", "urllib3", "azure", "google"):
+            raise
+        cause = re.sub(r"^message=|, request=.*", "", str(error).partition("\n")[0])
+        raise OSError(
+            f"{path} cannot be reached ({cause:.200}; at most {ATTEMPTS} attempts of {CONNECT_TIMEOUT} s to connect "
+            f"and {READ_TIMEOUT} s for an answer): look at the name, the network and the credentials, or copy it to "
+            "this machine"
+        ) from error
 
 
-@_reaching
 def exists(path: AnyPath) -> bool:
     """Whether there is a file or folder."""
     where = resolve(path)
-    return bool(_blobfile().exists(where)) if is_remote(where) else os.path.exists(where)
+    return _ask(where, lambda blobs: bool(blobs.exists(where))) if is_remote(where) else os.path.exists(where)
 
 
-@_reaching
 def isdir(path: AnyPath) -> bool:
     """Whether there is a folder."""
     where = resolve(path)
-    return bool(_blobfile().isdir(where)) if is_remote(where) else os.path.isdir(where)
+    return _ask(where, lambda blobs: bool(blobs.isdir(where))) if is_remote(where) else os.path.isdir(where)
 
 
-@_reaching
 def names_in(folder: AnyPath) -> list[str]:
-    """Names of what a folder holds, in their order; [] if it is not there."""
+    """Names of the files and folders in a folder, in their order; [] if it is not there."""
+    if not isdir(folder):
+        return []
     where = resolve(folder)
-    if not is_remote(where):
-        return sorted(os.listdir(where)) if os.path.isdir(where) else []
-    there = _blobfile().listdir(where) if _blobfile().isdir(where) else ()
-    return sorted(name.rstrip("/") for name in there)
+    names = _ask(where, lambda blobs: list(blobs.listdir(where))) if is_remote(where) else os.listdir(where)
+    return sorted(name.rstrip("/") for name in names)
 
 
-@_reaching
 def folders_and_files(bucket: str) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of all in a folder of a bucket, by name."""
-    return sorted((entry.name.rstrip("/"), bool(entry.is_dir)) for entry in _blobfile().scandir(bucket))
+    entries = _ask(bucket, lambda blobs: list(blobs.scandir(bucket)))
+    return sorted((entry.name.rstrip("/"), bool(entry.is_dir)) for entry in entries)
 
 
-class Stat(NamedTuple):
-    """What tells that a file was written again."""
-
-    size: int
-    mtime: float
-    version: str | None
-
-
-@_reaching
-def stat(path: str) -> Stat:
-    """Bytes and time of a file."""
+def stat(path: str) -> Any:
+    """An object with the `size` of a file, its `mtime`, and its `version` where a bucket gives one."""
     if is_remote(path):
-        there = _blobfile().stat(path)
-        return Stat(there.size, there.mtime, there.version)
+        return _ask(path, lambda blobs: blobs.stat(path))
     status = os.stat(path)
-    return Stat(status.st_size, status.st_mtime, None)
+    return SimpleNamespace(size=status.st_size, mtime=status.st_mtime, version=None)
 
 
-@_reaching
 def open_blob(path: str) -> BinaryIO:
     """A file in a bucket to read from, piece by piece and from any place."""
-    file: BinaryIO = _blobfile().BlobFile(path, "rb", streaming=True)
-    return file
+    return _ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "rb", streaming=True)))
 
 
-@_reaching
 def new_blob(path: str) -> BinaryIO:
     """A file in a bucket to write, which is seen when it is closed, and never after an error."""
-    file: BinaryIO = _blobfile().BlobFile(path, "wb", partial_writes_on_exc=False)
-    return file
+    return _ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "wb", partial_writes_on_exc=False)))
 
 
-@_reaching
 def remove(path: str) -> None:
     """Remove a file."""
-    _blobfile().remove(path) if is_remote(path) else os.remove(path)
+    _ask(path, lambda blobs: blobs.remove(path)) if is_remote(path) else os.remove(path)

@@ -1,6 +1,6 @@
-"""Images as bytes, PNG files of them, and labelled grids.
+"""Images as bytes and as numbers in [-1, 1], PNG files of them, and labelled grids.
 
-Images are uint8 [H, W, C], sheets of them [N, H, W, C], with C = 1 (grey), 3 (RGB) or 4 (RGBA).
+Images are uint8 [H, W, C], several of them [N, H, W, C], with C = 1 (grey), 3 (RGB) or 4 (RGBA).
 """
 
 from __future__ import annotations
@@ -8,13 +8,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch as th
 from PIL import Image, ImageDraw, ImageFont
 
+from .errors import UserError
+from .npz import read_npz
+
 Pixels = npt.NDArray[np.uint8]
+Numbers = TypeVar("Numbers", th.Tensor, npt.NDArray[np.float32])
+
+HALF = 127.5  # levels of a byte from the middle to either end
+LEVEL = 1 / HALF  # one level of a byte in [-1, 1]
 
 DRAWN_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 CELL = 64  # smaller images are enlarged to about this
@@ -22,33 +30,51 @@ PAD = 2
 GROUP_GAP = 12
 MARGIN = 6
 LONGEST_NAME = 24
+GRID_IMAGES = 100
+CHUNK = 64  # images in memory at a time
+
+# ---- bytes and numbers
+
+
+def levels(x: Numbers) -> Numbers:
+    """[-1, 1] as levels 0 .. 255 of a byte, neither rounded nor clipped."""
+    return (x + 1) * HALF
 
 
 def to_uint8(x: th.Tensor) -> Pixels:
-    """uint8 [N, H, W, C] from [N, C, H, W] in [-1, 1]: (x + 1) * 127.5 clamped and truncated; NaN becomes black."""
-    levels = ((x.detach() + 1) * 127.5).nan_to_num(nan=0.0).clamp(0, 255).to(th.uint8)
-    pixels: Pixels = levels.movedim(1, -1).contiguous().cpu().numpy()
+    """uint8 [N, H, W, C] from [N, C, H, W] in [-1, 1]: levels clamped and truncated; NaN becomes black."""
+    rounded = levels(x.detach()).nan_to_num(nan=0.0).clamp(0, 255).to(th.uint8)
+    pixels: Pixels = rounded.movedim(1, -1).contiguous().cpu().numpy()
     return pixels
 
 
 def to_unit(images: th.Tensor) -> th.Tensor:
-    """Bytes as float32 in [-1, 1], the same bits on every device; what is no byte is left as it is."""
+    """Bytes as float32 in [-1, 1], the same bits on every device; numbers of other types stay as they are."""
     if images.dtype != th.uint8:
         return images
     # CUDA would multiply by the inverse of a number of Python's; a tensor it divides by
-    half = th.full((), 127.5, device=images.device)
+    half = th.full((), HALF, device=images.device)
     return images.to(th.float32).div_(half).sub_(1)
+
+
+def planes(pixels: Pixels) -> th.Tensor:
+    """[N, C, H, W] in [-1, 1] of images uint8 [N, H, W, C]."""
+    return to_unit(th.from_numpy(pixels).movedim(-1, 1))
 
 
 def range_in_words(images: th.Tensor) -> str:
     """The least and the largest number of images in [-1, 1], and what to do where they use less than half of it."""
     low, high = images.min().item(), images.max().item()
+    used = f"{low:.3g} to {high:.3g} of -1 to 1"
     if high - low > 1.1 or not (math.isfinite(low) and math.isfinite(high)):
-        return f"{low:.3g} to {high:.3g} of -1 to 1"
+        return used
     return (
-        f"{low:.3g} to {high:.3g} of -1 to 1, which is little: if black and white are other numbers in the files, say "
-        "which, such as --data_range 0,1 for floats or 0,4095 for 12 bits"
+        f"{used}, which is little: if black and white are other numbers in the files, say which, such as --data_range "
+        "0,1 for floats or 0,4095 for 12 bits"
     )
+
+
+# ---- pictures
 
 
 def can_draw(shape: Sequence[int]) -> bool:
@@ -57,9 +83,8 @@ def can_draw(shape: Sequence[int]) -> bool:
 
 
 def _as_picture(image: Pixels) -> Image.Image:
-    """:raises ValueError: if no PNG can hold it."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in DRAWN_CHANNELS:
-        raise ValueError(
+        raise UserError(
             f"an image {image.shape} of {image.dtype} cannot be drawn: give uint8 [H, W, C] with C = 1, 3 or 4"
         )
     return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
@@ -74,20 +99,13 @@ def save_grid(
     path: str,
     images: Pixels,
     columns: int,
-    row_names: Sequence[str] | None = None,
+    row_names: Sequence[str] = (),
     *,
     titles: Sequence[str] = (),
     gap: int = GROUP_GAP,
     zoom: int = 0,
 ) -> None:
-    """Write images [N, H, W, C], row by row, as one picture.
-
-    :param row_names: written to the left of the rows.
-    :param titles: written above groups of columns: ("unguided", "guided") halves the picture.
-    :param gap: how many pixels further apart than images these groups are set.
-    :param zoom: how many pixels wide a pixel is drawn; 0 enlarges small images.
-    :raises ValueError: if there are no images, or names and titles do not fit rows and columns.
-    """
+    """Write images [N, H, W, C], row by row, as the picture that `grid` makes."""
     picture = grid(images, columns, row_names, titles=titles, gap=gap, zoom=zoom)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     picture.save(path, format="PNG")
@@ -96,23 +114,30 @@ def save_grid(
 def grid(
     images: Pixels,
     columns: int,
-    row_names: Sequence[str] | None = None,
+    row_names: Sequence[str] = (),
     *,
     titles: Sequence[str] = (),
     gap: int = GROUP_GAP,
     zoom: int = 0,
 ) -> Image.Image:
-    """The picture that `save_grid` writes."""
+    """Images [N, H, W, C] side by side, row by row.
+
+    :param row_names: written to the left of the rows.
+    :param titles: written above groups of columns: ("unguided", "guided") halves the picture.
+    :param gap: how many pixels further apart than images these groups are set.
+    :param zoom: how many pixels wide a pixel is drawn; 0 enlarges small images.
+    """
     rows = -(-len(images) // columns) if columns > 0 else 0
     groups = max(1, len(titles))
-    if rows == 0 or columns % groups:
-        raise ValueError(f"{len(images)} images in {columns} columns under {groups} titles make no grid")
-    if row_names is not None and len(row_names) != rows:
-        raise ValueError(f"{len(row_names)} row_names are given for {rows} rows")
+    if rows == 0 or columns % groups or len(row_names) not in (0, rows):
+        raise UserError(
+            f"{len(images)} images in {columns} columns under {groups} titles beside {len(row_names)} row names "
+            "make no grid"
+        )
     height = _as_picture(images[0]).height
     zoom = zoom or max(1, CELL // min(images.shape[1:3]))
     tiles = _tile(images.repeat(zoom, axis=1).repeat(zoom, axis=2), rows, columns, group=columns // groups, gap=gap)
-    names = [_short(name) for name in row_names or ()]
+    names = [_short(name) for name in row_names]
     return _framed(tiles, names, [_short(title) for title in titles], cell=height * zoom + PAD, gap=gap)
 
 
@@ -129,7 +154,7 @@ def _tile(images: Pixels, rows: int, columns: int, *, group: int, gap: int) -> P
 
 
 def _short(text: str) -> str:
-    """What PIL's own font can write of a name, in one line."""
+    """A name in one line of characters that PIL's own font has."""
     text = " ".join(text.split())
     text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
     return text.encode("latin-1", "replace").decode("latin-1")
@@ -150,3 +175,38 @@ def _framed(tiles: Pixels, names: Sequence[str], titles: Sequence[str], *, cell:
         middle = left + PAD + number * share + (share - gap) / 2
         pen.text((middle, top // 2), title, "black", font, anchor="mm")
     return frame
+
+
+# ---- of a file of samples
+
+
+def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> None:
+    """The first images in one picture; a row for each class where they take turns.
+
+    :param samples: the npz.
+    :param turns: image i has the label turns[i % len(turns)]; empty where labels are random, or there are none.
+    :param class_names: names by class id.
+    """
+    images = next(read_npz(samples, "arr_0", GRID_IMAGES))
+    columns = len(images) // len(turns) if len(turns) > 1 else 0
+    if columns < 2:
+        save_grid(path, images, math.ceil(math.sqrt(len(images))))
+        return
+    rows = np.arange(columns * len(turns)).reshape(columns, len(turns)).T
+    names = dict(enumerate(class_names))
+    save_grid(path, images[rows.ravel()], columns, [names.get(label, f"class {label}") for label in turns])
+
+
+def draw_each(
+    folder: str, samples: str, *, labelled: bool, rank: int = 0, world_size: int = 1, names: Sequence[str] = ()
+) -> None:
+    """NNNNNN_yK.png, or as `names` say, of every world_size-th image of the npz `samples`."""
+    os.makedirs(folder, exist_ok=True)
+    labels = np.concatenate(list(read_npz(samples, "arr_1", CHUNK))) if labelled else None
+    images = (image for chunk in read_npz(samples, "arr_0", CHUNK) for image in chunk)
+    for index, image in enumerate(images):
+        if index % world_size == rank:
+            suffix = "" if labels is None else f"_y{labels[index]}"
+            path = os.path.join(folder, names[index] if names else f"{index:06d}{suffix}.png")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            save_png(path, image)

@@ -1,4 +1,4 @@
-"""Randomness by key: what an image or a batch draws depends on the seed and its index alone."""
+"""Randomness by key: the draws of an image or a batch depend on the seed and its index alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def image_generator(seed: int, index: int, device: th.device | str = "cpu") -> t
 
 
 def to_device(tensor: th.Tensor, device: th.device | str) -> th.Tensor:
-    """A tensor on a device. A CUDA device fetches it from pinned memory when it comes to it: the host does not wait."""
+    """A tensor on a device; a copy to a CUDA device is from pinned memory, so that the host does not wait for it."""
     if th.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)  # elsewhere a copy that is not waited for could read memory that is another's by then

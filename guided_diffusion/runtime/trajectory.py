@@ -1,4 +1,4 @@
-"""Films: what the network thinks the images are, step by step, as a strip and as an animation."""
+"""Films: the predicted images of every step, as a strip and as an animation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 import torch as th
 from PIL import Image
 
+from .errors import UserError
 from .files import replacing
 from .pictures import Pixels, grid, to_uint8
 
 FILM_IMAGES = 8
 GIF_ROW = 4  # images side by side in the animation
-SECONDS = 5.0  # what the animation takes, where its frames are neither too fast nor too slow for that
+SECONDS = 5.0  # of the animation, within the limits of a frame
 FASTEST, SLOWEST, LAST = 60, 400, 2500  # milliseconds of a frame, and of the last one
 
 
@@ -28,9 +29,8 @@ class Film:
     """
 
     def __init__(self, every: int = 1, images: int = FILM_IMAGES) -> None:
-        for name, value in (("every", every), ("images", images)):
-            if value < 1:
-                raise ValueError(f"{name} {value} of a film is below the least value, 1")
+        if min(every, images) < 1:
+            raise UserError(f"every {every} and images {images} of a film must be 1 or more")
         self.every, self.images = every, images
         self.steps = 0
         self._frames: list[tuple[str, Pixels]] = []
@@ -49,7 +49,7 @@ class Film:
         :raises ValueError: if no step was collected.
         """
         if not self.steps:
-            raise ValueError("the film has no frames: give its method collect to a sampling loop as callback")
+            raise UserError("the film has no frames: give its method collect to a sampling loop as callback")
         return [*self._frames, ("image", to_uint8(self._sample))]
 
     def save(self, strip: str, animation: str) -> None:
@@ -60,15 +60,11 @@ class Film:
         picture = grid(rows.reshape(-1, *rows.shape[2:]), len(frames), titles=titles, gap=0)
         with replacing(strip) as file:
             picture.save(file, format="PNG")
-        self._save_gif(animation, frames)
-
-    @staticmethod
-    def _save_gif(path: str, frames: list[tuple[str, Pixels]]) -> None:
         columns = min(GIF_ROW, len(frames[0][1]))
         first, *others = [_paletted(grid(images, columns, titles=[title])) for title, images in frames]
         pace = round(min(max(1000 * SECONDS / len(frames), FASTEST), SLOWEST))
         times = [pace] * len(others) + [LAST]
-        with replacing(path) as file:
+        with replacing(animation) as file:
             first.save(file, format="GIF", save_all=True, append_images=others, duration=times, loop=0, optimize=False)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypedDict, Unpack
 import torch as th
 from tqdm.auto import tqdm
 
+from ..runtime.labels import check_labels
 from ..runtime.options import nearest
 from .samplers import DDIM, make_sampler
 from .steps import Draw, Generators, Process, Sampler, StepOutput, same_index
@@ -288,11 +289,8 @@ def drawer(
 def _check_labels(labels: Image, model: Any) -> None:
     """Refuse labels that the network has no embedding for, before a device assertion does."""
     classes, null = getattr(model, "num_classes", None), getattr(model, "null_label", None)
-    if labels is None or classes is None:
-        return
-    most = classes - 1 if null is None else null
-    if bool(((labels < 0) | (labels > most)).any()):
-        raise ValueError(f"labels {labels.tolist()} are not all in 0 .. {most}, the network's classes")
+    if labels is not None and classes is not None:
+        check_labels(labels.flatten().tolist(), classes if null is None else null + 1)
 
 
 def _class_drawer(model: Any, labels: th.Tensor, device: th.device, generator: Generators) -> Draw:

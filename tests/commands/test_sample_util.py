@@ -19,7 +19,8 @@ from PIL import Image
 from guided_diffusion import logger
 from guided_diffusion.config import UNetConfig
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.runtime.jobs import Job, parse_classes
+from guided_diffusion.runtime.jobs import Job
+from guided_diffusion.runtime.labels import parse_classes
 from guided_diffusion.runtime.npz import fingerprint, read_npz, save_npz, write_npz
 from guided_diffusion.runtime.pictures import GROUP_GAP, PAD, save_grid, save_png, to_uint8
 from guided_diffusion.runtime.seeds import image_generator, image_seed, seeded
@@ -104,79 +105,11 @@ def test_ranks_make_the_file_of_one_process(model: UNetModel, whole: bytes, tmp_
     assert Path(shared.path).read_bytes() == whole
 
 
-def test_a_lost_shard_is_made_again_and_no_other(model: UNetModel, whole: bytes, tmp_path: Path) -> None:
-    started = job(tmp_path, num_classes=5)
-    make_shards(STEPS, model, started)
-    kept = os.stat(started.shard(0)).st_mtime_ns, os.stat(started.shard(2)).st_mtime_ns
-    os.remove(started.shard(1))
-    make_shards(STEPS, model, started)
-    assert (os.stat(started.shard(0)).st_mtime_ns, os.stat(started.shard(2)).st_mtime_ns) == kept
-    merge(started)
-    assert Path(started.path).read_bytes() == whole
-
-
-def cut(path: str) -> None:
-    content = Path(path).read_bytes()
-    Path(path).write_bytes(content[: len(content) // 2])
-
-
-def empty(path: str) -> None:
-    Path(path).write_bytes(b"")
-
-
-def of_another_size(path: str) -> None:
-    save_npz(path, np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int64))
-
-
-def without_labels_there(path: str) -> None:
-    with np.load(path) as saved:
-        images = saved["arr_0"]
-    save_npz(path, images)
-
-
-@pytest.mark.parametrize("damage", [cut, empty, of_another_size, without_labels_there])
-def test_a_damaged_shard_counts_as_missing(
-    model: UNetModel, whole: bytes, tmp_path: Path, damage: Callable[[str], None]
-) -> None:
-    started = job(tmp_path, num_classes=5)
-    make_shards(STEPS, model, started)
-    damage(started.shard(1))
-    with pytest.raises(ValueError, match=r"1 of 3 batches are missing in .*, the first is 1"):
-        merge(started)
-    make_shards(STEPS, model, started)
-    merge(started)
-    assert Path(started.path).read_bytes() == whole
-
-
-def test_altered_bits_are_seen_when_a_large_shard_is_read(tmp_path: Path) -> None:
-    data, large = GaussianData(STEPS), job(tmp_path, shape=(3, 64, 64))
-    make_shards(STEPS, data, large, device="cpu")
-    content = Path(large.shard(1)).read_bytes()
-    altered = bytearray(content)
-    altered[-1000] ^= 1
-    Path(large.shard(1)).write_bytes(altered)
-    message = r"000001\.npz was damaged after it was written .*: it is removed, run the same command again"
-    with pytest.raises(ValueError, match=message):
-        merge(large)
-    assert not os.path.exists(large.path)
-    make_shards(STEPS, data, large, device="cpu")
-    assert Path(large.shard(1)).read_bytes() == content
-    merge(large)
-
-
 def test_a_damaged_result_is_made_again(model: UNetModel, whole: bytes, tmp_path: Path) -> None:
     one = job(tmp_path, num_classes=5)
-    cut(generate(STEPS, model, one))
+    path = Path(generate(STEPS, model, one))
+    path.write_bytes(whole[: len(whole) // 2])
     assert Path(generate(STEPS, model, one)).read_bytes() == whole
-
-
-def test_what_killed_runs_left_half_written_is_removed(model: UNetModel, tmp_path: Path) -> None:
-    one = job(tmp_path, num_classes=5)
-    others = ("notes.part-1", f"{os.path.basename(one.path)}.bak")
-    for name in (f"{os.path.basename(one.path)}.part-12", "request.json.part-345", *others):
-        (tmp_path / name).write_bytes(b"half")
-    path = generate(STEPS, model, one)
-    assert set(os.listdir(tmp_path)) == {"request.json", "samples.png", os.path.basename(path), *others}
 
 
 class Interruption(Exception):
@@ -333,9 +266,9 @@ def test_labels_that_do_not_fit_are_refused(model: UNetModel, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 0}, "num_samples 0 is below 1"),
-        ({"batch_size": 0}, "batch_size 0 is below 1"),
-        ({"seed": -1}, "seed -1 is negative"),
+        ({"num_samples": 0}, "num_samples 0 is below the least value, 1"),
+        ({"batch_size": 0}, "batch_size 0 is below the least value, 1"),
+        ({"seed": -1}, "seed -1 is below the least value, 0"),
         ({"labels": [-1]}, "class -1 does not exist: the classes are 0 or more"),
         ({"labels": [3], "num_classes": 3}, "class 3 does not exist"),
     ],
@@ -373,8 +306,7 @@ def test_names_of_classes_may_hold_commas() -> None:
         parse_classes("tench", 4, names)
     with pytest.raises(ValueError, match="class 'Tinca tinca' is unknown"):
         parse_classes("Tinca tinca, 1", 4, names)
-    with pytest.raises(ValueError, match=r"classes 'a, b, 1' may be \[a\]\[b\]\[b\] or \[a, b\]\[b\]: give ids"):
-        parse_classes("a, b, 1", 3, ["a", "b", "a, b"])
+    assert parse_classes("a, b, 1", 3, ["a", "b", "a, b"]) == [2, 1]
     assert parse_classes("2,0,1", 3, ["a", "b", "a, b"]) == [2, 0, 1]
 
 
@@ -413,22 +345,6 @@ def test_a_finished_request_is_not_sampled_again(tmp_path: Path) -> None:
     assert painter.calls == calls == 12
     assert Path(path).read_bytes() == content
     assert len(os.listdir(tmp_path / "images")) == 7
-
-
-def test_files_of_unknown_origin_are_left_alone(model: UNetModel, tmp_path: Path) -> None:
-    foreign = tmp_path / "samples_7x8x8x3.npz"
-    foreign.write_bytes(b"precious")
-    with pytest.raises(ValueError, match=r"samples_7x8x8x3.npz exists and no request.json says what it is"):
-        sampled(tmp_path, model, num_classes=5)
-    assert foreign.read_bytes() == b"precious"
-    assert os.listdir(tmp_path) == [foreign.name]
-
-
-def test_merging_needs_every_shard(model: UNetModel, tmp_path: Path) -> None:
-    started = job(tmp_path, num_classes=5)
-    make_shards(STEPS, model, started, rank=1, world_size=2)
-    with pytest.raises(ValueError, match="2 of 3 batches are missing"):
-        merge(started)
 
 
 def test_images_and_grid_show_the_samples(tmp_path: Path) -> None:
@@ -691,8 +607,8 @@ def test_names_and_titles_lie_beside_the_images(tmp_path: Path) -> None:
         (np.zeros((4, 8, 8, 2), np.uint8), {}, "C = 1, 3 or 4"),
         (np.zeros((4, 8, 8, 3), np.float32), {}, "cannot be drawn"),
         (np.zeros((0, 8, 8, 3), np.uint8), {}, "0 images in 2 columns"),
-        (np.zeros((4, 8, 8, 3), np.uint8), {"titles": ["a", "b", "c"]}, "under 3 titles make no grid"),
-        (np.zeros((4, 8, 8, 3), np.uint8), {"row_names": ["a"]}, "1 row_names are given for 2 rows"),
+        (np.zeros((4, 8, 8, 3), np.uint8), {"titles": ["a", "b", "c"]}, "under 3 titles"),
+        (np.zeros((4, 8, 8, 3), np.uint8), {"row_names": ["a"]}, "beside 1 row names make no grid"),
     ],
 )
 def test_impossible_grids_are_refused(

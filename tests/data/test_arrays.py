@@ -136,7 +136,7 @@ def test_arrays_that_end_early_or_have_no_labels(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x\.npy' is not a readable array of images \(it ends after"):
         batch(tmp_path / "x.npy")
     np.savez(tmp_path / "x.npz", PIXELS, np.arange(6))
-    with pytest.raises(ValueError, match="give one integer for each of the 7 images"):
+    with pytest.raises(ValueError, match="give one class id for each of the 7 images"):
         batch(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz", a=PIXELS, b=PIXELS)
     with pytest.raises(ValueError, match="holds a, b, and it is not clear which are images: save them as arr_0"):

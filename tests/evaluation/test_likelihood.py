@@ -408,24 +408,6 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return text.splitlines()[-1]
 
 
-def test_a_damaged_batch_is_measured_again(run: Path, folder: Path, tmp_path: Path) -> None:
-    survey = surveyed(run, folder, tmp_path, "--batch_size", "35", "--timestep_respacing", "40")
-    measure_batches(survey)
-    shard = Path(survey.shard(0))
-    good = shard.read_bytes()
-    shard.write_bytes(good[:-100])
-    with pytest.raises(ValueError, match=r"1 of 2 batches are missing in .*, the first is 0"):
-        merge(survey)
-    measure_batches(survey)
-    assert shard.read_bytes() == good
-    at = good.index(b"arr_1.npy") + 5000  # in the numbers: found by the checksum
-    shard.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-    with pytest.raises(ValueError, match=r"was damaged after it was written .*: it is removed, run the same command"):
-        merge(survey)
-    assert not shard.exists()
-    assert not (tmp_path / "bpd.npz").exists()
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [

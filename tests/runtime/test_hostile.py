@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import re
 import socket
 import struct
 import tracemalloc
@@ -32,11 +33,9 @@ from guided_diffusion.data.sources import UnreadableImage, find_images, read_ima
 from guided_diffusion.image_datasets import ImageDataset, ImageStream, load_data
 from guided_diffusion.networks.architecture import architecture
 from guided_diffusion.runtime import files as untrusted
-from guided_diffusion.runtime.jobs import Job, parse_classes
+from guided_diffusion.runtime.labels import parse_classes
 from guided_diffusion.runtime.npz import holds, read_npz, save_npz
 from guided_diffusion.runtime.pictures import save_grid
-from guided_diffusion.sample_util import _claim
-from guided_diffusion.sampling.samplers import make_sampler
 from guided_diffusion.script_util import build_unet
 from guided_diffusion.training import checkpoints, weights
 
@@ -68,12 +67,6 @@ def stream(data_dir: Path, batch_size: int = 1, **options: Any) -> ImageStream:
     )
 
 
-def labelled(folder: Path, name: str, content: bytes | str) -> list[int]:
-    (folder / "a.png").write_bytes(png())
-    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_labels(find_images(str(folder))).ids
-
-
 def peak(call: Callable[[], Any]) -> int:
     """Bytes that Python and numpy held at most during a call."""
     tracemalloc.start()
@@ -86,9 +79,9 @@ def peak(call: Callable[[], Any]) -> int:
 
 # ---- text files
 
-DEEP = '{"labels":' + "[" * 100_000
-JSONS = {
-    "deep": (DEEP, "nested too deeply"),
+TEXTS: dict[str, dict[str, tuple[str | bytes, str]]] = {}  # file -> case -> its content, words of the answer
+TEXTS["dataset.json"] = {
+    "deep": ('{"labels":' + "[" * 100_000, "nested too deeply"),
     "deep objects": ('{"a":' * 100_000, "nested too deeply"),
     "not UTF-8": (b'{"labels":[["\xff",0]]}', "byte 13 is no UTF-8"),
     "path is a list": ('{"labels":[[["a.png"],0]]}', "the path .* is no text"),
@@ -110,7 +103,7 @@ JSONS = {
     "cut": ('{"labels":[["a.png"', "it is not"),
     "truth": ('{"labels":[["a.png",true]]}', "neither"),
 }
-CSVS = {
+TEXTS["labels.csv"] = {
     "long field": ('file,label\na.png,"' + "x" * 200_000 + '"\n', "field larger"),
     "not UTF-8": (b"file,label\n\xff,0\n", "no table of UTF-8 text"),
     "open quote": ('file,label\n"a.png,0', "is not 'file,label'"),
@@ -118,51 +111,22 @@ CSVS = {
     "two labels": ("file,label\na.png,0\na.png,1", "two labels"),
     "control characters": ("file,label\n\x1b[2J\n", "is not 'file,label'"),
 }
-CLASSES = {
-    "text": '{"classes":"abc"}',
-    "deep": '{"classes":' + "[" * 100_000,
-    "unknown rule": '{"classes":["a"],"class_from":"nope"}',
-    "rule of no type": '{"classes":["a"],"class_from":[1]}',
-    "twice": '{"classes":["a","a"]}',
-    "not UTF-8": b"\xff\xfe",
-    "number": "3",
-    "no names": '{"classes":[[1],{"a":2}]}',
-    "null": '{"classes":[null]}',
-    "key twice": '{"classes":["a"],"classes":["b"]}',
+TEXTS["classes.json"] = {
+    name: (content, "is no table of classes")
+    for name, content in {
+        "text": '{"classes":"abc"}',
+        "deep": '{"classes":' + "[" * 100_000,
+        "unknown rule": '{"classes":["a"],"class_from":"nope"}',
+        "rule of no type": '{"classes":["a"],"class_from":[1]}',
+        "twice": '{"classes":["a","a"]}',
+        "not UTF-8": b"\xff\xfe",
+        "number": "3",
+        "no names": '{"classes":[[1],{"a":2}]}',
+        "null": '{"classes":[null]}',
+        "key twice": '{"classes":["a"],"classes":["b"]}',
+    }.items()
 }
-
-
-@pytest.mark.parametrize("name", JSONS)
-def test_dataset_json(tmp_path: Path, name: str) -> None:
-    content, words = JSONS[name]
-    with pytest.raises(ValueError, match=words):
-        labelled(tmp_path, "dataset.json", content)
-    sentence_of(labelled, tmp_path, "dataset.json", content)
-
-
-@pytest.mark.parametrize("name", CSVS)
-def test_labels_csv(tmp_path: Path, name: str) -> None:
-    content, words = CSVS[name]
-    with pytest.raises(ValueError, match=words):
-        labelled(tmp_path, "labels.csv", content)
-    sentence_of(labelled, tmp_path, "labels.csv", content)
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_line_ends_of_any_system(tmp_path: Path, end: str) -> None:
-    assert labelled(tmp_path, "labels.csv", f"\ufefffile,label{end}a.png,3{end}") == [3]
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_classes_json(tmp_path: Path, name: str) -> None:
-    (tmp_path / "a_1.png").write_bytes(png())
-    content, path = CLASSES[name], tmp_path / "classes.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    text = sentence_of(read_labels, find_images(str(tmp_path)), "auto", str(path))
-    assert "is no table of classes" in text
-
-
-CONFIGS = {
+TEXTS["config.json"] = {
     "deep": ('{"flags":' * 100_000, "nested too deeply"),
     "list": ("[]", "is no config of a run"),
     "pairs": ('{"flags":["ab","cd"]}', "is no config of a run"),
@@ -184,24 +148,41 @@ def flags_beside(path: Path) -> dict[str, Any]:
     return dict(cli.Flags("image_sample", {}, {}).over(saved, UNetConfig, DiffusionConfig).saved)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_config_json(tmp_path: Path, name: str) -> None:
-    content, words = CONFIGS[name]
-    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert words in sentence_of(flags_beside, tmp_path / "model000001.pt")
+def labelled(folder: Path) -> list[int]:
+    (folder / "a.png").write_bytes(png())
+    return read_labels(find_images(str(folder))).ids
+
+
+def classed(folder: Path) -> list[int]:
+    (folder / "a_1.png").write_bytes(png())
+    return read_labels(find_images(str(folder)), "auto", str(folder / "classes.json")).ids
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "dataset.json": labelled,
+    "labels.csv": labelled,
+    "classes.json": classed,
+    "config.json": lambda folder: flags_beside(folder / "model000001.pt"),
+}
+
+
+@pytest.mark.parametrize(("file", "case"), [(file, case) for file, cases in TEXTS.items() for case in cases])
+def test_text_files(tmp_path: Path, file: str, case: str) -> None:
+    content, words = TEXTS[file][case]
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert re.search(words, sentence_of(READERS[file], tmp_path))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_any_system(tmp_path: Path, end: str) -> None:
+    (tmp_path / "labels.csv").write_bytes(f"\ufefffile,label{end}a.png,3{end}".encode())
+    assert labelled(tmp_path) == [3]
 
 
 def test_saved_defaults_are_taken_whatever_the_least_value_is(tmp_path: Path) -> None:
     flags = {name: spec.default for name, spec in cli.COMMANDS["image_sample"].flags().items()}
     (tmp_path / "config.json").write_text(json.dumps({"flags": flags}))
     assert flags_beside(tmp_path)["num_head_channels"] == -1
-
-
-@pytest.mark.parametrize("content", [b"[1]", b"\xff", b"[" * 100_000, b"", b'"x"', b'{"seed": 1, "seed": 2}'])
-def test_request_json(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "request.json").write_bytes(content)
-    job = Job(sampler=make_sampler("ddim"), shape=(3, 4, 4), num_samples=1, batch_size=1, out_dir=str(tmp_path))
-    assert "does not say whose samples lie there" in sentence_of(_claim, job, {"seed": 1})
 
 
 @pytest.mark.parametrize("text", ["--5", "9" * 5000, "\u0663-", "-", "1.5", "\x1b[2J"])

@@ -368,9 +368,7 @@ def test_a_full_disk_is_named(tmp_path):
 
 def test_an_impossible_folder_is_answered_by_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        ValueError, match=r"file/run cannot be made a folder for logs \(Not a directory\): give another"
-    ):
+    with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\): make room there, or choose"):
         logger.configure(dir=str(tmp_path / "file" / "run"))
 
 

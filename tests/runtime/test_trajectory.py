@@ -83,7 +83,7 @@ def test_a_film_needs_steps_and_sensible_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the film has no frames: give its method collect"):
         Film().save(str(tmp_path / "a.png"), str(tmp_path / "a.gif"))
     for options in ({"every": 0}, {"images": 0}):
-        with pytest.raises(ValueError, match="of a film is below the least value, 1"):
+        with pytest.raises(ValueError, match="of a film must be 1 or more"):
             Film(**options)
     assert not os.listdir(tmp_path)
 

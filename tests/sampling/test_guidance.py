@@ -780,7 +780,7 @@ def test_a_guided_network_stands_in_place_of_its_own():
         image = process.sample_loop(DDIM(), network, SHAPE, model_kwargs={"y": LABELS})  # no device is given
     assert [module.training for module in (network, model, model.dropout, weaker)] == [True, True, True, False]
     assert th.isfinite(image).all()
-    with pytest.raises(ValueError, match=r"labels \[0, 4\] are not all in 0 .. 3"):
+    with pytest.raises(ValueError, match=r"class 4 does not exist: the classes are 0 \.\. 3"):
         process.sample_loop(DDIM(), network, SHAPE, model_kwargs={"y": th.tensor([0, 4])})
     model.others.clear()
     process.sample_loop(DDIM(), network, SHAPE, model_kwargs={"y": LABELS}, randomize_class=True)
