@@ -33,6 +33,7 @@ DEV = [
     "setuptools>=77",
     "lmdb>=1.5",
 ]
+LORA = ["peft>=0.17"]
 EVAL = ["matplotlib>=3.10.9", "transformers>=5.8"]
 COMPARISONS = ["diffusers>=0.37", "scipy>=1.13"]
 
@@ -61,7 +62,8 @@ setup(
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "eval": EVAL,
-        "dev": DEV + COMPARISONS + EVAL + TENSORBOARD + DATASETS,
+        "lora": LORA,
+        "dev": DEV + COMPARISONS + EVAL + LORA + TENSORBOARD + DATASETS,
     },
     entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},
 )

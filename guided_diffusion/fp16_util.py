@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np  # noqa: F401
@@ -18,7 +18,7 @@ import torch.nn as nn
 from . import logger
 from .config import resolve_precision
 from .nn import convert_module_to_f16 as convert_module_to_f16, convert_module_to_f32 as convert_module_to_f32
-from .training.gradients import AveragedGradients, Gradients, laid_out_as
+from .training.gradients import Gradients, laid_out_as
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 
@@ -127,32 +127,35 @@ def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.
     named = list(model.named_parameters())
     groups = get_param_groups_and_shapes(named)
     sizes = {index: entry["exp_avg"].numel() for index, entry in state.items() if "exp_avg" in entry}
-    if all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
-        return {index: _laid_out(entry, named[index][1]) for index, entry in state.items()}
-    if sizes != {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
-        raise ValueError(
-            f"the optimizer state ({sum(sizes.values())} values in {len(sizes)} tensors) is not that of this model "
-            f"({sum(param.numel() for _, param in named)} values in {len(named)} tensors): "
-            "resume with the flags of the run that wrote it"
-        )
-    index_of = {name: index for index, (name, _) in enumerate(named)}
-    result: dict[int, dict[str, Any]] = {index: {} for index in range(len(named))}
+    result: dict[int, dict[str, Any]] = {index: dict(entry) for index, entry in state.items()}
+    if not all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
+        if sizes != {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
+            raise ValueError(
+                f"the optimizer state ({sum(sizes.values())} values in {len(sizes)} tensors) is not that of this model "
+                f"({sum(param.numel() for _, param in named)} values in {len(named)} tensors): "
+                "resume with the flags of the run that wrote it"
+            )
+        result = _unflattened(state, groups, [name for name, _ in named])
+    for index, entry in result.items():
+        param = named[index][1]
+        moments = {key: value for key, value in entry.items() if getattr(value, "shape", None) == param.shape}
+        entry.update({key: laid_out_as(value, param) for key, value in moments.items()})
+    return result
+
+
+def _unflattened(
+    state: Mapping[int, Mapping[str, Any]], groups: Groups, names: Sequence[str]
+) -> dict[int, dict[str, Any]]:
+    """The entries of flat masters, cut into those of the parameters."""
+    result: dict[int, dict[str, Any]] = {index: {} for index in range(len(names))}
     for which, (group, _) in enumerate(groups):
+        size = sum(param.numel() for _, param in group)
         for key, value in state[which].items():
-            whole = not isinstance(value, th.Tensor) or value.numel() != sizes[which]
-            values = [value] * len(group) if whole else unflatten_master_params(group, value)
-            for (name, _), part in zip(group, values, strict=True):
-                result[index_of[name]][key] = part.clone() if isinstance(part, th.Tensor) else part
-    return {index: _laid_out(entry, named[index][1]) for index, entry in result.items()}
-
-
-def _laid_out(entry: Mapping[str, Any], param: th.Tensor) -> dict[str, Any]:
-    """The state of a parameter with its strides, where it has its shape."""
-
-    def moment(value: Any) -> bool:
-        return isinstance(value, th.Tensor) and value.shape == param.shape
-
-    return {key: laid_out_as(value, param) if moment(value) else value for key, value in entry.items()}
+            flat = isinstance(value, th.Tensor) and value.numel() == size
+            parts = unflatten_master_params(group, value) if flat else [value] * len(group)
+            for (name, _), part in zip(group, parts, strict=True):
+                result[names.index(name)][key] = part.clone() if isinstance(part, th.Tensor) else part
+    return result
 
 
 # ---- the trainer
@@ -163,19 +166,13 @@ def convert(model: nn.Module, precision: str) -> None:
 
     :raises TypeError: if it has no such method.
     """
-    convert_to: Callable[[str], object] | None = getattr(model, "convert_to", None)
-    convert_to_fp16: Callable[[], object] | None = getattr(model, "convert_to_fp16", None)
+    convert_to, convert_to_fp16 = (getattr(model, name, None) for name in ("convert_to", "convert_to_fp16"))
     if convert_to is not None:
         convert_to(precision)
     elif precision == "fp16" and convert_to_fp16 is not None:
         convert_to_fp16()
     else:
         raise TypeError(f"{type(model).__name__} cannot train in {precision}: it has no method convert_to(precision)")
-
-
-def _master(param: nn.Parameter, value: th.Tensor) -> nn.Parameter:
-    """An fp32 master of a parameter, with the strides that its conversion gave it."""
-    return nn.Parameter(laid_out_as(value, param), param.requires_grad)
 
 
 class MixedPrecisionTrainer:
@@ -225,7 +222,7 @@ class MixedPrecisionTrainer:
         self.gradients = self._make_gradients()
 
     def _make_gradients(self) -> Gradients:
-        return AveragedGradients(self._trained) if self.all_reduce else Gradients(self._trained)
+        return Gradients(self._trained, averaged=self.all_reduce)
 
     def _make_masters(self) -> list[nn.Parameter]:
         if self.precision == "fp32":
@@ -238,8 +235,10 @@ class MixedPrecisionTrainer:
         # Copied before the conversion, or the masters would start from rounded values.
         copies = [param.detach().float().clone() for param in self.model_params]
         convert(self.model, self.precision)
-        pairs = zip(self.model_params, copies, strict=True)
-        return [param if param.dtype == th.float32 else _master(param, copy) for param, copy in pairs]
+        return [
+            param if param.dtype == th.float32 else nn.Parameter(laid_out_as(copy, param), param.requires_grad)
+            for param, copy in zip(self.model_params, copies, strict=True)
+        ]
 
     @property
     def param_groups_and_shapes(self) -> list[tuple[NamedParams, Any]] | None:
@@ -268,10 +267,7 @@ class MixedPrecisionTrainer:
             (loss * 2.0**self.lg_loss_scale if self.use_fp16 else loss).backward()
 
     def _gradients(self) -> tuple[list[th.Tensor], th.Tensor]:
-        """The gradients of all trained masters, and the loss, of all ranks where they are several.
-
-        Zeros stand for a parameter that took no part, and one rank's loss stops the step of all.
-        """
+        """The gradients of all trained masters, and the loss, of all ranks where they are several."""
         grads, loss = self.gradients.finish()
         if self.use_fp16:
             th._foreach_mul_(grads, 2.0**-self.lg_loss_scale)
@@ -302,8 +298,8 @@ class MixedPrecisionTrainer:
         loss = self._gradients()[1] if self._loss is None else self._loss
         mean, grad_norm, param_norm = self._measures(loss).tolist()  # the step's one wait for the device
         # A norm overflows long before what it is the norm of does: weights and averages never take such a value.
-        found = {"weight norm": param_norm, "loss": mean, "gradient": grad_norm}
-        self.fault = next((name for name, value in found.items() if check_overflow(value)), "")
+        numbers = {"weight norm": param_norm, "loss": mean, "gradient": grad_norm}
+        self.fault = next((name for name, value in numbers.items() if check_overflow(value)), "")
         if self.fault:
             return self._skip()
         logger.logkv_mean("grad_norm", grad_norm)
@@ -383,7 +379,7 @@ class MixedPrecisionTrainer:
         return model
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs beside the weights: the loss scale."""
+        """The loss scale, which a resumed run needs beside the weights."""
         return {"lg_loss_scale": self.lg_loss_scale} if self.use_fp16 else {}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:

@@ -57,7 +57,7 @@ class ScheduleSampler(ABC):
         return to_device(th.from_numpy(t).long(), device), to_device(th.from_numpy(weights).float(), device)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the distribution has learned, as tensors."""
+        """The losses seen so far, as tensors."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ and are kept as uint8 [N, H, W, C] (any number of space dimensions between batch
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import torch as th
 from . import dist_util, logger
 from .data.upsampling import NAMES, picture_names
 from .gaussian_diffusion import GaussianDiffusion
+from .networks.compiling import evaluating as evaluating
 from .respace import respaced, space_timesteps
 from .runtime.errors import UserError
 from .runtime.files import write_json
@@ -37,19 +37,6 @@ PREVIEW_STEPS = 25
 LISTED = 32  # longer lists of labels are a fingerprint in the request
 NOT_IN_THE_RESULT = ("device", "progress", "callback")
 STRAYED = 0.1  # share of the values of a guided x_0 outside of [-1, 1] that is worth a line
-
-
-@contextlib.contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """The network in evaluation mode, and afterwards every module as it was."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, th.nn.Module) else []
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 # ---- one way out

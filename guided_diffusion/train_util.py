@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy as copy
 import functools as functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import blobfile as bf  # noqa: F401 - what a star import of the original's gives
 import torch as th
@@ -21,23 +21,20 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: F401
 
 from . import dist_util, logger
-from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
-from .networks.compiling import eagerly
+from .fp16_util import INITIAL_LOG_LOSS_SCALE as INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
+from .networks.compiling import eagerly, evaluating
 from .nn import update_ema
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from .runtime import paths
 from .runtime.files import write_json
 from .runtime.options import parse_rates
-from .runtime.pictures import to_unit
-from .runtime.seeds import seeded, to_device
-from .sample_util import evaluating
-from .training import checkpoints
-from .training.adamw import AdamW
+from .runtime.seeds import seeded
+from .training import batches, checkpoints
 from .training.bad_steps import BadSteps
-from .training.batches import Cond as Cond, RollingValidation, Supply, Validation
+from .training.batches import Cond, RollingValidation, Supply, Validation
+from .training.gradients import AdamW
 from .training.interruption import Failures, Interruption
 from .training.meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
-from .training.microbatches import first_microbatch, halve_until_it_fits
 from .training.noise import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from .training.run_state import RunState, load_weights, warn_of_long_averages
 from .training.saving import (
@@ -49,17 +46,7 @@ from .training.saving import (
     parse_resume_step_from_filename,
     skip_batches,
 )
-
-
-class Hook(NamedTuple):
-    """A look at the averaged weights every `interval` updates, as look(model, updates), on rank 0 or on all ranks."""
-
-    interval: int
-    look: Callable[[th.nn.Module, int], object]
-    on_all_ranks: bool = False
-
-
-# ---- the loop
+from .training.settings import Hook as Hook, Settings
 
 
 class TrainLoop:
@@ -71,17 +58,9 @@ class TrainLoop:
         holds, by halves.
     :param lr: None takes the one in the optimizer file that is resumed from.
     :param ema_rate: one rate, or several as text separated by commas; '' for none.
-    :param ema_warmup: the rate after n updates is at most (1 + n) / (10 + n), so that a young average is no noise.
     :param resume_checkpoint: any file of a run's checkpoints, or its folder; '' starts anew.
     :param lr_anneal_steps: updates over which the learning rate falls to 0, where the run stops; 0: constant.
-    :param max_steps: updates after which the run stops; 0: without end.
-    :param keep_last: how many checkpoints stay in the folder; 0: all.
-    :param val_data: as `data`; its first `val_batches` batches are measured, always alike, every `val_interval` steps.
-    :param hooks: looks at the model now and then, such as previews.
-    :param config: what is saved as config.json beside the checkpoints.
-    :param max_bad_steps: skipped steps in a row after which the run ends; 0: it never does.
-    :param class_dropout: probability that a label becomes the null_label of the model, never in validation.
-    :param fsdp: split weights, gradients, optimizer state and averages over the ranks; the model is changed.
+    :param settings: the fields of `Settings`.
     """
 
     loss_prefix, validation_of = "", Validation
@@ -104,58 +83,43 @@ class TrainLoop:
         schedule_sampler: ScheduleSampler | None = None,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
-        precision: str = "",
-        initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
-        max_steps: int = 0,
-        grad_clip: float = 0.0,
-        warmup_steps: int = 0,
-        val_data: Any = None,
-        val_interval: int = 0,
-        val_batches: int = 8,
-        seed: int = 0,
-        keep_last: int = 0,
-        hooks: Sequence[Hook] = (),
-        progress: bool = False,
-        config: Mapping[str, Any] | None = None,
-        class_dropout: float = 0.0,
-        max_bad_steps: int = 50,
-        async_save: bool = False,
-        fsdp: bool = False,
-        ema_warmup: bool = False,
+        **settings: Any,
     ) -> None:
+        self.settings = options = Settings(**settings)
         self.model, self.diffusion, self.data = model, diffusion, data
-        self.batch_size = batch_size
-        self.microbatch, self.auto_microbatch = first_microbatch(microbatch, batch_size, fsdp=fsdp)
-        self.lr, self.lr_anneal_steps, self.warmup_steps = lr, lr_anneal_steps, warmup_steps
-        self.weight_decay, self.max_steps, self.max_bad_steps = weight_decay, max_steps, max_bad_steps
-        self.ema_rate, self.ema_warmup = parse_rates(ema_rate), ema_warmup
+        self.batch_size, self.global_batch = batch_size, batch_size * dist_util.world_size()
+        self.microbatch, self.auto_microbatch = batches.first_microbatch(microbatch, batch_size, fsdp=options.fsdp)
+        self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
+        self.ema_rate, self.seed = parse_rates(ema_rate), options.seed
         self.log_interval, self.save_interval = log_interval, save_interval
-        self.saver = Saver(asynchronous=async_save, keep_last=keep_last)
-        self.validation, self.val_interval = self.validation_of(val_data, val_batches), val_interval
+        self.saver = Saver(asynchronous=options.async_save, keep_last=options.keep_last)
+        self.validation = self.validation_of(options.val_data, options.val_batches)
+        self.val_interval, self.hooks = options.val_interval, options.hooks
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
-        self.seed, self.config, self.hooks = seed, config, hooks
-        self.label_dropout = LabelDropout(class_dropout, getattr(model, "null_label", None))
-        self.step, self.resume_step, self.fsdp = 0, 0, fsdp
+        self.label_dropout = LabelDropout(options.class_dropout, getattr(model, "null_label", None))
+        self.step, self.resume_step = 0, 0
         self.use_fp16, self.fp16_scale_growth, self.sync_cuda = use_fp16, fp16_scale_growth, th.cuda.is_available()
-        self.global_batch = batch_size * dist_util.world_size()
         files = self._load_and_sync_parameters()
-        trainer: type[MixedPrecisionTrainer] = MixedPrecisionTrainer
-        if fsdp:
-            from .training.sharding import ShardedTrainer as trainer
-        self.mp_trainer = trainer(
-            model=model,
-            use_fp16=use_fp16,
-            fp16_scale_growth=fp16_scale_growth,
-            initial_lg_loss_scale=initial_lg_loss_scale,
-            precision=precision,
-            grad_clip=grad_clip,
+        self.mp_trainer = self._make_trainer()
+        self._set_up(files)
+
+    def _make_trainer(self) -> MixedPrecisionTrainer:
+        kind: type[MixedPrecisionTrainer] = MixedPrecisionTrainer
+        if self.settings.fsdp:
+            from .training.sharding import ShardedTrainer as kind
+        return kind(
+            model=self.model,
+            use_fp16=self.use_fp16,
+            fp16_scale_growth=self.fp16_scale_growth,
+            initial_lg_loss_scale=self.settings.initial_lg_loss_scale,
+            precision=self.settings.precision,
+            grad_clip=self.settings.grad_clip,
             all_reduce=dist_util.world_size() > 1,
         )
-        self._set_up(files, progress)
 
-    def _set_up(self, files: checkpoints.CheckpointSet | None, progress: bool) -> None:
-        """Make what stands on the masters: optimizer, moving averages, and the position that `files` are at."""
+    def _set_up(self, files: checkpoints.Checkpoint | None) -> None:
+        """Make the optimizer and the moving averages of the masters, and resume from `files`."""
         self.device = next(self.model.parameters()).device
         # Gradients are averaged in fp32 by the trainer: nothing wraps the model, and forks that ask find it so.
         self.use_ddp, self.ddp_model = False, self.model
@@ -163,13 +127,14 @@ class TrainLoop:
         self.opt = AdamW(masters, lr=self.lr or 0.0, weight_decay=self.weight_decay, fused=fused)
         self.ema_params = [[param.detach().clone() for param in masters] for _ in self.ema_rate]
         if files is not None or self.resume_step:  # the step alone: of a subclass that has loaded the weights itself
-            self._resume(files or agree(self.resume_checkpoint) or checkpoints.CheckpointSet(self.resume_step))
+            self._resume(files or agree(self.resume_checkpoint) or checkpoints.Checkpoint(self.resume_step))
         if self.lr is None:
             raise ValueError("lr is None, and there is no optimizer file to take it from: give a learning rate")
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
+        progress = self.settings.progress
         self.meter = Meter(self.global_batch, done=self.updates, total=self.limit, progress=progress)
         self.supply, self._saved = Supply(self.data, self.meter), self.updates
-        self.bad_steps = BadSteps(self.max_bad_steps, self.mp_trainer, self.data, self.meter)
+        self.bad_steps = BadSteps(self.settings.max_bad_steps, self.mp_trainer, self.data, self.meter)
         self.failures, self._unchanged = Failures(), False
 
     # ---- counting
@@ -182,7 +147,7 @@ class TrainLoop:
     @property
     def limit(self) -> int:
         """Updates after which the run is done; 0 if it never is."""
-        return min((steps for steps in (self.max_steps, self.lr_anneal_steps) if steps), default=0)
+        return min((steps for steps in (self.settings.max_steps, self.lr_anneal_steps) if steps), default=0)
 
     @property
     def done(self) -> bool:
@@ -191,16 +156,16 @@ class TrainLoop:
 
     # ---- resuming and saving
 
-    def _load_and_sync_parameters(self) -> checkpoints.CheckpointSet | None:
+    def _load_and_sync_parameters(self) -> checkpoints.Checkpoint | None:
         """Load the weights to go on from, on every rank; without any, every rank takes those of rank 0."""
         files = agree(self.resume_checkpoint)
         if files is not None:
             files.step = parse_resume_step_from_filename(files.model) or files.step
-            load_weights(self.model, files, (self.config or {}).get("flags", {}))
+            load_weights(self.model, files, (self.settings.config or {}).get("flags", {}))
         dist_util.sync_params(self.model.parameters())
         return files
 
-    def _resume(self, files: checkpoints.CheckpointSet) -> None:
+    def _resume(self, files: checkpoints.Checkpoint) -> None:
         """Take up everything of a checkpoint but the weights."""
         self._files, self._resumed = files, self._state()
         step = self._resumed.open(files)
@@ -245,37 +210,37 @@ class TrainLoop:
         interruption.end()
 
     def _announce(self) -> None:
-        """Say what will be trained and how, and save the config."""
+        """Log what will be trained and how, and save the config."""
         if self.resume_step:
             logger.rewind(self.resume_step)
-        trained = sum(param.numel() for param in self.mp_trainer.trained(self.mp_trainer.model_params))
-        ranks = dist_util.world_size()
+        settings, trainer, ranks = self.settings, self.mp_trainer, dist_util.world_size()
+        trained = sum(param.numel() for param in trainer.trained(trainer.model_params))
         logger.log(
-            f"training {trained:,} parameters{', split over all ranks,' if self.fsdp else ''} in "
-            f"{self.mp_trainer.precision} on {self.device}: global batch {self.global_batch} ({ranks} ranks x "
-            f"{self.batch_size}, in microbatches of {self.microbatch}), "
-            f"step {self.updates} to {self.limit or 'no end'}, lr {self.lr:g}, EMA {self.ema_rate or 'none'}"
-            f"{', warmed up' if self.ema_rate and self.ema_warmup else ''}"
+            f"training {trained:,} parameters{', split over all ranks,' if settings.fsdp else ''} in "
+            f"{trainer.precision} on {self.device}: global batch {self.global_batch} ({ranks} ranks x "
+            f"{self.batch_size}, in microbatches of {self.microbatch}), step {self.updates} to "
+            f"{self.limit or 'no end'}, lr {self.lr:g}, EMA {self.ema_rate or 'none'}"
+            f"{', warmed up' if self.ema_rate and settings.ema_warmup else ''}"
         )
         if not hasattr(self.data, "state_dict"):
             logger.log("the data iterator has no state_dict(): a resumed run will not know its position")
-        warn_of_long_averages([] if self.ema_warmup else self.ema_rate, self.limit)
+        warn_of_long_averages([] if settings.ema_warmup else self.ema_rate, self.limit)
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
-        if self.config is not None and dist_util.rank() == 0:
-            write_json(paths.join(get_blob_logdir(), checkpoints.CONFIG), self.config)
+        if settings.config is not None and dist_util.rank() == 0:
+            write_json(paths.join(get_blob_logdir(), checkpoints.CONFIG), settings.config)
 
     def _make_step(self) -> bool:
         """Make the coming update; False, and everything is as before, where a rank has failed."""
-        failures, taken = self.failures, None
-        if not (failures.own or failures.told):
-            taken = failures.keep(self.supply.take, self.updates)
+        failures, batch = self.failures, None
+        if not (failures.error or failures.sentences):
+            batch = failures.keep(self.supply.take, self.updates)
         if failures.known:
             return False
         if not self.supply.begun:
             failures.end()  # there is nothing to save
-        made = self._try_step(*(taken or self.supply.spoiled()))
-        if taken and not made:
+        made = self._try_step(*(batch or self.supply.spoiled()))
+        if batch and not made:
             self.supply.give_back()
         return made
 
@@ -291,7 +256,7 @@ class TrainLoop:
         if self.failures.known:
             self.mp_trainer.load_state_dict(scale)
             return False
-        self.failures.end()  # of a subclass whose run_step tells nobody
+        self.failures.end()  # of a subclass whose run_step tells no other rank
         self.step += 1
         self.meter.step_done()
         return True
@@ -324,10 +289,9 @@ class TrainLoop:
             with seeded(self.seed + TRAINING, key, self.device):
                 self.forward_backward(batch, cond)
 
-        if self.auto_microbatch:
-            halve_until_it_fits(attempt, self.microbatch, self.mp_trainer.zero_grad)
-        else:
-            attempt(self.microbatch)
+        batches.halve_until_it_fits(
+            attempt, self.microbatch, self.mp_trainer.zero_grad if self.auto_microbatch else None
+        )
         self._unchanged = False
 
     def forward_backward(self, batch: th.Tensor, cond: Cond) -> None:
@@ -335,7 +299,7 @@ class TrainLoop:
         self.mp_trainer.zero_grad()
         draw, cond = self._draw(batch, self.updates), self.label_dropout(cond, self.seed, self.updates)
         rows, done = [], 0
-        for images, keywords, part in self._microbatches(batch, cond, draw):
+        for images, keywords, part in batches.microbatches(batch, cond, draw, self.microbatch):
             losses = self.compute_losses(images, keywords, part)
             mean = (losses["loss"] * part.weights).mean()
             done += len(images)
@@ -353,12 +317,6 @@ class TrainLoop:
             return draw_for_validation(batch, self.diffusion.num_timesteps, self.seed, index, self.device, counted)
         return draw_for_training(batch, self.schedule_sampler, self.seed, index, self.device)
 
-    def _microbatches(self, batch: th.Tensor, cond: Cond, draw: Draw) -> Iterator[tuple[th.Tensor, Cond, Draw]]:
-        for start in range(0, len(batch), self.microbatch):
-            part = slice(start, start + self.microbatch)
-            keywords = {name: to_device(value[part], self.device) for name, value in cond.items()}
-            yield to_unit(to_device(batch[part], self.device)), keywords, draw.cut(part)
-
     def compute_losses(
         self, batch: th.Tensor, cond: Cond, draw: Draw, model: th.nn.Module | None = None
     ) -> Mapping[str, th.Tensor]:
@@ -372,7 +330,7 @@ class TrainLoop:
         return losses
 
     def _update_ema(self) -> None:
-        most = (1 + self.updates) / (10 + self.updates) if self.ema_warmup else 1.0
+        most = (1 + self.updates) / (10 + self.updates) if self.settings.ema_warmup else 1.0
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             update_ema(self.mp_trainer.trained(params), self.mp_trainer.trained(), rate=min(rate, most))
 
@@ -384,7 +342,8 @@ class TrainLoop:
     def _anneal_lr(self) -> None:
         """Set the learning rate of the coming update: a linear rise over the warm-up, a linear fall to the end."""
         assert self.lr is not None
-        factor = min(1.0, (self.updates + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        rising = self.settings.warmup_steps
+        factor = min(1.0, (self.updates + 1) / rising) if rising else 1.0
         if self.lr_anneal_steps:
             factor *= max(0.0, 1 - self.updates / self.lr_anneal_steps)
         for group in self.opt.param_groups:
@@ -399,7 +358,7 @@ class TrainLoop:
         logger.logkv("lr", self.opt.param_groups[0]["lr"])
 
     def _after_step(self) -> None:
-        """What happens every so many updates: validation, hooks, a line of the log, a checkpoint."""
+        """Validate, call hooks, log and save, each every so many updates."""
         keep = self.failures.keep
         with self.meter.paused():
             if self.validation.data is not None and self._is_due(self.val_interval):
@@ -410,7 +369,7 @@ class TrainLoop:
         if self._is_due(self.log_interval):
             keep(self._dump)
         if self._is_due(self.save_interval):
-            with self.meter.saving():
+            with self.meter.paused(saving=True):
                 keep(self.save)
         keep(self.saver.poll)
 
@@ -419,7 +378,7 @@ class TrainLoop:
 
     def _look(self, hook: Hook) -> None:
         looks = hook.on_all_ranks or dist_util.rank() == 0
-        if looks or self.fsdp:  # with fsdp no rank has the whole model, and all of them must give their part of it
+        if looks or self.settings.fsdp:  # then all ranks must give their part of the model
             with self.evaluation_model() as model:
                 if looks:
                     hook.look(model, self.updates)
@@ -443,14 +402,15 @@ class TrainLoop:
         parts = self.failures.keep(self.validation.parts, self.updates)
         if self.failures.tell() or parts is None:
             return
-        found = []
+        rows = []
         with self.evaluation_model() as model:
             for key, batch, cond, counted in parts:
                 draw = self._draw(batch, key, validation=True, counted=counted)
-                rows = [self.compute_losses(*part, model) for part in self._microbatches(batch, cond, draw)]
-                t, losses = gather_losses({"t": draw.t, **join(rows)})
-                found.append({name: value[:counted] for name, value in [("t", t), *losses.items()]})
-        values = join(found)
+                cut = batches.microbatches(batch, cond, draw, self.microbatch)
+                terms = [self.compute_losses(*part, model) for part in cut]
+                t, losses = gather_losses({"t": draw.t, **join(terms)})
+                rows.append({name: value[:counted] for name, value in [("t", t), *losses.items()]})
+        values = join(rows)
         log_loss_dict(self.diffusion, values.pop("t"), {f"val_{name}": value for name, value in values.items()})
 
 

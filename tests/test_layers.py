@@ -104,6 +104,15 @@ def uses_torch(name):
     return any(module[0] == "torch" for module, _ in imports(TREES[name], name, nested=False))
 
 
+def test_the_training_imports_few_modules():
+    found, waiting = set(), [("train_util",)]
+    while waiting:
+        name = waiting.pop()
+        found |= {name[:length] for length in range(len(name) + 1)}  # with its packages
+        waiting += [module for module, _ in ours(name, nested=False) if module in TREES and module not in found]
+    assert len(found) <= 40
+
+
 @pytest.mark.parametrize("name", [("config",), *(("runtime", module) for module in WITHOUT_TORCH)], ids=".".join)
 def test_what_help_needs_does_not_import_torch(name):
     assert not uses_torch(name)

@@ -181,14 +181,14 @@ def _made(flags: Flags, before: Made | None) -> Made:
 
     sampler = common.sampler_of(flags)
     section: Any = UNetConfig if before is None else SuperResConfig
-    path, flags = common.described(flags, "model_path", section)
+    checkpoint, flags = common.described(flags, "model_path", section)
     flags.check()
     build_diffusion(common.schedule_of(flags))
-    config, classes, guide = flags.part(section), common.class_names(path), flags.values.get("classifier_path")
+    config, classes, guide = flags.part(section), list(checkpoint.classes), flags.values.get("classifier_path")
     guide = guide and common.described(flags, "classifier_path", ClassifierConfig)[0]
     if before is None:
         editing.check(flags, sampler)
-        names = (guide and common.class_names(guide)) or classes
+        names = list(guide.classes if guide else []) or classes
         return Made((*parse_size(config.image_size), config.image_channels), config.class_cond or bool(guide), names)
     upsampler.level_of(flags)
     needed = (*parse_size(config.small_size), config.image_channels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -12,7 +11,6 @@ import torch as th
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RangeConfig, RunConfig, SuperResConfig, UNetConfig
 from ..gaussian_diffusion import GaussianDiffusion
-from ..image_datasets import load_classes
 from ..networks.architecture import architecture
 from ..networks.compiling import compile_network
 from ..runtime import paths
@@ -23,7 +21,8 @@ from ..sampling.guidance import dynamic_thresholding
 from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion, build_network
-from ..training import checkpoints, lora, weights as weight_files
+from ..training import lora
+from ..training.checkpoints import Checkpoint, is_young, open_checkpoint
 from . import performance
 from .flags import SAVED_NAMES, Flags
 from .sections import AdapterConfig, SampleConfig
@@ -150,21 +149,21 @@ def _restore(flags: Flags, source: str, section: type[Any]) -> Restored:
 
     :raises ValueError: if there is no such checkpoint, or it does not fit the flags.
     """
-    path, flags = described(flags, source, section)
+    checkpoint, flags = described(flags, source, section)
     if source == "model_path":
         flags.check()
     process = build_diffusion(schedule_of(flags))  # refuses an impossible grid before anything large is read
     config, learn_sigma = flags.part(section), flags.part(DiffusionConfig).learn_sigma
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
         frame = build_network(config, learn_sigma)
-    weights = weight_files.fitting_weights(frame, path, asdict(config))
+    weights = checkpoint.fitting(frame, asdict(config))
     if source == "model_path":
         weights = _adapted(flags, weights)
     network: Any = build_network(config, learn_sigma)
     network.load_state_dict(weights)
-    logger.log(f"{source}: {path}")
-    _warn_of_defaults(path, flags, section)
-    _report_average(flags.values[source], path)
+    logger.log(f"{source}: {checkpoint.path}")
+    _warn_of_defaults(checkpoint.path, flags, section)
+    _report_average(flags.values[source], checkpoint)
     precision = _precision(config)
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
@@ -172,13 +171,7 @@ def _restore(flags: Flags, source: str, section: type[Any]) -> Restored:
     if flags.values.get("compile"):
         compile_network(network, f"the network of --{source}", sampling=True)
         identity["compile"] = True  # it rounds otherwise
-    return Restored(network, path, flags, process, class_names(path), identity)
-
-
-def class_names(path: str) -> list[str]:
-    """The class names beside a checkpoint, [] where there are none."""
-    table = checkpoints.classes_beside(path)
-    return load_classes(table) if table else []
+    return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity)
 
 
 def _adapted(flags: Flags, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
@@ -187,7 +180,7 @@ def _adapted(flags: Flags, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor
     if not path:
         return weights
     if not paths.exists(path):
-        raise UserError(f"--lora_path {path!r} does not exist: give a file loraNNNNNN.pt, or the folder of its run")
+        raise UserError(f"--lora_path {path!r} does not exist: give a folder loraNNNNNN, or that of its run")
     scale = flags.part(AdapterConfig).lora_scale
     weights, doubt = lora.applied(weights, lora.read(path), scale=scale)
     logger.log(f"lora_path: {path}, times {scale:g}")
@@ -196,7 +189,7 @@ def _adapted(flags: Flags, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor
     return weights
 
 
-def described(flags: Flags, source: str, section: type[Any]) -> tuple[str, Flags]:
+def described(flags: Flags, source: str, section: type[Any]) -> tuple[Checkpoint, Flags]:
     """The checkpoint that the flag `source` names, and the command line over what it says of itself.
 
     Flags of `section` and of the process come from the config.json beside the checkpoint, without one from the shapes
@@ -206,25 +199,25 @@ def described(flags: Flags, source: str, section: type[Any]) -> tuple[str, Flags
     """
     if not flags.values[source]:
         raise UserError(f"--{source} is missing: give a checkpoint or the folder of a run")
-    path = checkpoints.resolve_model(flags.values[source], f"--{source}")
-    saved = checkpoints.config_beside(path) or _shapes(path, flags)
-    check_kind(saved, section, f"--{source} {path}")
+    checkpoint = open_checkpoint(flags.values[source], f"--{source}")
+    saved = checkpoint.flags or _shapes(checkpoint, flags)
+    check_kind(saved, section, f"--{source} {checkpoint.path}")
     if source == "autoguide_path":
         given = {name: value for name, value in flags.given.items() if name not in SAVED_NAMES & set(saved)}
         flags = Flags(flags.command, given)
     else:
-        saved = saved | _levels_of_another_size(flags, saved, path)
+        saved = saved | _levels_of_another_size(flags, checkpoint)
     data = [RangeConfig] if "data_range" in flags.values else []  # images to sample from are of the kind trained on
-    return path, flags.over(saved, section, DiffusionConfig, *data)
+    return checkpoint, flags.over(saved, section, DiffusionConfig, *data)
 
 
-def _levels_of_another_size(flags: Flags, saved: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _levels_of_another_size(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:
     """What the levels of a network are at another size of images than it was trained with, read off its weights."""
-    sizes = [name for name in ("image_size", "large_size") if name in flags.given and name in saved]
-    if all(parse_size(flags.given[name]) == parse_size(saved[name]) for name in sizes):
+    sizes = [name for name in ("image_size", "large_size") if name in flags.given and name in checkpoint.flags]
+    if all(parse_size(flags.given[name]) == parse_size(checkpoint.flags[name]) for name in sizes):
         return {}
     ends = "attention_resolutions", "channel_mult"
-    return {name: value for name, value in _shapes(path, flags).items() if name.endswith(ends)}
+    return {name: value for name, value in _shapes(checkpoint, flags).items() if name.endswith(ends)}
 
 
 def _precision(config: Any) -> str:
@@ -249,9 +242,9 @@ def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None
         raise UserError(f"{where} is {kind}: give the checkpoint of {expected} there")
 
 
-def _shapes(path: str, flags: Flags) -> dict[str, Any]:
+def _shapes(checkpoint: Checkpoint, flags: Flags) -> dict[str, Any]:
     """The flags that can be read off the weights themselves."""
-    state, _ = weight_files.weights_of(path)
+    state = checkpoint.weights
     size = flags.values.get("large_size", flags.values.get("image_size"))
     shapes = architecture(state)  # an attention pool knows its size
     if shapes and not flags.values.get("cond_type") and state[FIRST].shape[1] == 2 * shapes.get("image_channels", 0):
@@ -268,17 +261,16 @@ def _warn_of_defaults(path: str, flags: Flags, section: type[Any]) -> None:
         logger.warn(f"no config.json beside {path}: by default {', '.join(rest)}; give those that were others")
 
 
-def _report_average(given: str, path: str) -> None:
+def _report_average(given: str, checkpoint: Checkpoint) -> None:
     """Say so where a moving average is longer than its training: it was not taken, or was asked for by its name."""
-    step = checkpoints.step_of(path)
-    if step is None or checkpoints.config_beside(path).get("ema_warmup"):
+    step = checkpoint.step
+    if step is None or checkpoint.flags.get("ema_warmup"):
         return
-    files = checkpoints.sets_in(os.path.dirname(path) or ".").get(step, checkpoints.CheckpointSet(step))
-    for rate, average in files.emas.items():
-        if not checkpoints.is_young(rate, step):
+    for rate, average in checkpoint.emas.items():
+        if not is_young(rate, step):
             continue
         what = f"{average} averages over about {1 / max(1e-9, 1 - float(rate)):.0f} steps and was trained for {step}"
-        if average == path:
-            logger.warn(f"{what}: if its samples are noise, try {files.model or 'a faster average'}")
-        elif given != path:
+        if average == checkpoint.path:
+            logger.warn(f"{what}: if its samples are noise, try {checkpoint.model or 'a faster average'}")
+        elif given != checkpoint.path:
             logger.log(f"{what}: it is not taken, unless it is given by its name")

@@ -1,4 +1,4 @@
-"""What the training commands do to start from another network: its flags, its weights, and what of them is trained."""
+"""Starting a training from another network: its flags, its weights, and which of them are trained."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, InitConfig, LoraConfig, SuperResConfig, UNetConfig
 from ..runtime import files
 from ..training import finetuning, lora
+from ..training.checkpoints import CLASSIFIER, UNET, UPSAMPLER
 from .flags import Flags
 
 REPORT = "init.json"
 KINDS: dict[str, tuple[str, type[Any]]] = {
-    "image_train": (finetuning.UNET, UNetConfig),
-    "super_res_train": (finetuning.UPSAMPLER, SuperResConfig),
-    "classifier_train": (finetuning.CLASSIFIER, ClassifierConfig),
+    "image_train": (UNET, UNetConfig),
+    "super_res_train": (UPSAMPLER, SuperResConfig),
+    "classifier_train": (CLASSIFIER, ClassifierConfig),
 }
 
 
@@ -39,8 +40,8 @@ def over_source(flags: Flags) -> Flags:
         return flags
     kind, section = KINDS[flags.command]
     size = finetuning.SIZE_FLAGS[kind]
-    said = finetuning.flags_for(finetuning.open_source(path), kind, flags.given.get(size), flags.values[size])
-    return flags.over(said, section, DiffusionConfig)
+    saved = finetuning.flags_for(finetuning.open_source(path), kind, flags.given.get(size), flags.values[size])
+    return flags.over(saved, section, DiffusionConfig)
 
 
 def prepare(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> None:
@@ -56,56 +57,42 @@ def prepare(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> None:
 def choose_trained(flags: Flags, model: th.nn.Module, changed: Sequence[str] = ()) -> None:
     """Freeze what --freeze names, or attach the adapters of --lora_rank.
 
-    :param changed: parameters that are not those of --init_from.
+    :param changed: parameters that are not those of --init_from, and therefore not to be frozen by adapters.
     """
-    config, adapt = flags.part(InitConfig), flags.part(LoraConfig)
-    if adapt.lora_rank:
-        _adapt(model, adapt, changed)
-    elif config.freeze:
-        names = finetuning.freeze(model, config.freeze)
-        logger.log(f"frozen: {len(names)} of {len(list(model.parameters()))} parameters")
-
-
-def _start(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> list[str]:
-    """Load the weights, say which, and return the names of those that are not the checkpoint's."""
-    config, kind = flags.part(InitConfig), KINDS[flags.command][0]
-    source = finetuning.open_source(config.init_from)
-    size = flags.values[finetuning.SIZE_FLAGS[kind]]
-    report = finetuning.initialise(model, source, mismatch=config.init_mismatch, classes=classes, size=size)
-    other = [
-        f"{name} {value}, it was {source.flags[name]}"
-        for name, value in asdict(flags.part(DiffusionConfig)).items()
-        if source.flags.get(name, value) != value and not _is_runtime(DiffusionConfig, name)
-    ]
-    lines = [
-        *filter(None, [source.choice]),
-        *report.lines(),
-        *([f"  other flags than the checkpoint's: {'; '.join(other)}"] if other else []),
-    ]
-    for line in lines:
-        logger.log(line)
-    if dist_util.rank() == 0:
-        files.write_json(os.path.join(logger.get_dir(), REPORT), {**asdict(report), "other_flags": other})
-    return list(report.changed)
-
-
-def _is_runtime(section: type[Any], name: str) -> bool:
-    return any(spec.name == name and spec.metadata["runtime"] for spec in fields(section))
-
-
-def _adapt(model: th.nn.Module, config: LoraConfig, changed: Sequence[str]) -> None:
-    """Attach adapters.
-
-    :param changed: parameters that are not the checkpoint's, and therefore not to be frozen.
-    """
-    train = finetuning.matching(model, config.lora_train, "lora_train")
+    frozen, adapters = flags.part(InitConfig).freeze, flags.part(LoraConfig)
+    if not adapters.lora_rank:
+        if frozen:
+            names = finetuning.freeze(model, frozen)
+            logger.log(f"frozen: {len(names)} of {len(list(model.parameters()))} parameters")
+        return
+    train = finetuning.matching(model, adapters.lora_train, "lora_train")
     untrained = [name for name in changed if name not in train]
     if untrained:
         raise ValueError(
             f"{untrained[0]} is not the checkpoint's, and adapters would leave it as it is: name it in --lora_train, "
             "e.g. label_emb.*"
         )
-    kinds = config.lora_on.split(",")
-    names = lora.attach(model, rank=config.lora_rank, alpha=config.lora_alpha, on=kinds, train=train)
+    kinds = adapters.lora_on.split(",")
+    names = lora.attach(model, rank=adapters.lora_rank, alpha=adapters.lora_alpha, on=kinds, train=train)
     also = f", trained beside {len(train)} other parameters" if train else ""
-    logger.log(f"adapters of rank {config.lora_rank} on {len(names)} convolutions{also}")
+    logger.log(f"adapters of rank {adapters.lora_rank} on {len(names)} convolutions{also}")
+
+
+def _start(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> list[str]:
+    """Load the weights, log which, and return the names of those that are not the checkpoint's."""
+    config, size = flags.part(InitConfig), flags.values[finetuning.SIZE_FLAGS[KINDS[flags.command][0]]]
+    source = finetuning.open_source(config.init_from)
+    report = finetuning.initialise(model, source, mismatch=config.init_mismatch, classes=classes, size=size)
+    process = flags.part(DiffusionConfig)
+    saved = [spec.name for spec in fields(process) if not spec.metadata["runtime"] and spec.name in source.flags]
+    other = [
+        f"{name} {getattr(process, name)}, it was {source.flags[name]}"
+        for name in saved
+        if source.flags[name] != getattr(process, name)
+    ]
+    for line in [source.picked[1], *report.lines(), f"  other flags than the checkpoint's: {'; '.join(other)}"]:
+        if line and (other or "other flags" not in line):
+            logger.log(line)
+    if dist_util.rank() == 0:
+        files.write_json(os.path.join(logger.get_dir(), REPORT), {**asdict(report), "other_flags": other})
+    return list(report.changed)

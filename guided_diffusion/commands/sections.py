@@ -120,7 +120,7 @@ class EditConfig:
 class AdapterConfig:
     """An adapter (LoRA) over the network of --model_path."""
 
-    lora_path: str = path_flag("its file loraNNNNNN.pt, or the folder of the run that trained it; '' for none")
+    lora_path: str = path_flag("its folder loraNNNNNN, or that of the run that trained it; '' for none")
     lora_scale: float = flag(1.0, "how much of it: 0 none, 1 as it was trained", needs="lora_path")
 
 

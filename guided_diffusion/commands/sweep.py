@@ -86,6 +86,8 @@ def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
     """The command line of the sampling command, without what differs between cells."""
     if not config.reference:
         raise UserError("--reference is missing: give an npz, folder or zip of real images")
+    if config.guidance == "classifier" and not config.classifier_path:
+        raise UserError("--classifier_path is missing: give a checkpoint or the folder of a run")
     command = KINDS[config.guidance][0]
     of_the_sweep = {spec.name for spec in fields(SweepConfig)}
     given = {name: value for name, value in flags.given.items() if name not in of_the_sweep}

@@ -6,7 +6,7 @@ import inspect
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
 from ..train_util import Hook, TrainLoop
 from ..training import checkpoints
-from ..training.saving import choose
+from ..training.settings import Settings
 from . import conditioning, finetuning, performance
 from .common import check_kind
 from .flags import COMMANDS, Flags
@@ -55,7 +55,8 @@ class Training:
         :param options: keywords of the loop that the flags do not say.
         """
         values, train = self.flags.values, self.flags.part(TrainConfig)
-        keywords = {name: values[name] for name in inspect.signature(TrainLoop.__init__).parameters if name in values}
+        names = {*inspect.signature(TrainLoop.__init__).parameters, *(spec.name for spec in fields(Settings))}
+        keywords = {name: values[name] for name in names & values.keys()}
         # without a word about it, here or in a config, an optimizer file decides
         silent = "lr" not in {**self.flags.given, **self.flags.saved} and train.resume_checkpoint
         keywords |= {"lr": None} if silent and checkpoints.find_set(train.resume_checkpoint).opt else {}
@@ -105,7 +106,7 @@ def start(flags: Flags) -> Flags:
     run = flags.part(RunConfig)
     dist_util.setup_dist(device=run.device, timeout=run.dist_timeout)
     flags, choices = performance.with_precision(flags)
-    files, faults = choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
+    files, faults = checkpoints.choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
     flags = flags.with_values(resume_checkpoint=files.model if files else "")
     if folder and dist_util.rank() == 0:
         refuse_other_run(folder, flags, auto=auto)

@@ -106,6 +106,19 @@ def eagerly(network: nn.Module) -> Iterator[None]:
         network._compiled_call_impl = compiled
 
 
+@contextmanager
+def evaluating(network: Callable[..., Any]) -> Iterator[None]:
+    """The network in evaluation mode, and afterwards every module as it was."""
+    modes = [(module, module.training) for module in network.modules()] if isinstance(network, nn.Module) else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def _shapes(values: list[Any]) -> list[tuple[Any, ...]]:
     """What the compiled code depends on, of the tensors that a network is given."""
     tensors = [value for value in values if isinstance(value, th.Tensor)]

@@ -6,7 +6,7 @@ Shapes: n images of a step on one rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch as th
 
@@ -24,20 +24,8 @@ HINTS = {
 }
 
 
-class Suspect(NamedTuple):
-    """An image of a step: where it comes from, its t and label (None: it has none), and whether its loss is finite."""
-
-    name: str
-    t: int
-    label: int | None
-    finite: bool
-
-    def __str__(self) -> str:
-        return f"{self.name} (t {self.t}{'' if self.label is None else f', label {self.label}'})"
-
-
 class BadSteps:
-    """The steps in a row that were skipped; all ranks skip the same ones.
+    """Counts the steps in a row that were skipped; all ranks skip the same ones.
 
     Steps that only lower the loss scale of fp16 are how it is found: they are logged, and do not count.
 
@@ -64,21 +52,23 @@ class BadSteps:
         if self.trainer.only_scaled:
             return False
         self.in_a_row += 1
-        own = [] if losses_at is None else self._suspects(cond, *losses_at)
-        images = [image for images in dist_util.gather_objects(own) for image in images]
+        rows = [] if losses_at is None else self._described(cond, *losses_at)
+        images = [image for images in dist_util.gather_objects(rows) for image in images]
         if images:
-            logger.warn(f"step {step} was skipped, as {_accusation(images, self.trainer.fault)}")
+            logger.warn(f"step {step} was skipped, as {blamed(images, self.trainer.fault)}")
         return self.in_a_row == self.limit
 
-    def _suspects(self, cond: Mapping[str, th.Tensor], t: th.Tensor, losses: th.Tensor) -> list[Suspect]:
-        labels = cond["y"].tolist() if "y" in cond else [None] * len(t)
+    def _described(self, cond: Mapping[str, th.Tensor], t: th.Tensor, losses: th.Tensor) -> list[tuple[str, bool]]:
+        """(source, t and label of an image, whether its loss is finite) of this rank's."""
         names = self.data.names() if hasattr(self.data, "names") else []
         if len(names) != len(t):
             names = [f"image {index} of rank {dist_util.rank()}" for index in range(len(t))]
-        return [Suspect(*row) for row in zip(names, t.tolist(), labels, losses.isfinite().tolist(), strict=True)]
+        labels = [f", label {label}" for label in cond["y"].tolist()] if "y" in cond else [""] * len(t)
+        texts = [f"{name} (t {step}{label})" for name, step, label in zip(names, t.tolist(), labels, strict=True)]
+        return list(zip(texts, losses.isfinite().tolist(), strict=True))
 
     def error(self, step: int, folder: str, resumed: str) -> ValueError:
-        """What ends the run.
+        """The error that ends the run.
 
         :param folder: of its checkpoints; `resumed`: the one that it went on from, or ''.
         """
@@ -91,10 +81,10 @@ class BadSteps:
         )
 
 
-def _accusation(images: list[Suspect], fault: str) -> str:
-    """Which images are to blame; all of them where each has a finite loss."""
-    bad = [image for image in images if not image.finite]
-    what = f"the loss of {len(bad)} of its {len(images)} images" if bad else f"the {fault}"
-    shown = bad or images
+def blamed(images: list[tuple[str, bool]], fault: str) -> str:
+    """The images to blame, in words; all of them where each has a finite loss."""
+    bad = [text for text, finite in images if not finite]
+    cause = f"the loss of {len(bad)} of its {len(images)} images" if bad else f"the {fault}"
+    shown = bad or [text for text, _ in images]
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    return f"{what} was not finite: {', '.join(map(str, shown[:SHOWN]))}{more}"
+    return f"{cause} was not finite: {', '.join(shown[:SHOWN])}{more}"

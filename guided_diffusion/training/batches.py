@@ -1,21 +1,28 @@
-"""The batches of a training: those that it learns from, and those that it is measured on.
+"""The batches that a training learns from, those that it is measured on, and the parts that the memory holds.
 
-Shapes: N images of a batch on all ranks together, n of them on this one.
+Shapes: N images of a batch on all ranks together, n of them on this one or in one microbatch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch as th
 
 from .. import dist_util, logger
+from ..runtime.options import parse_microbatch
 from ..runtime.pictures import range_in_words, to_unit
+from ..runtime.seeds import to_device
 from .meter import Meter
+from .noise import Draw
 
 Cond = Mapping[str, th.Tensor]
+
+# oneDNN's words for memory that it asked for in vain, among other things: these fail with a single image too
+NO_PRIMITIVE = ("could not create a primitive", "could not execute a primitive")
 
 
 class Supply:
@@ -35,7 +42,7 @@ class Supply:
         return self._last is not None
 
     def take(self, updates: int) -> tuple[th.Tensor, Cond]:
-        """The next batch, after so many updates; of the first one the range of its numbers is said.
+        """The next batch, after so many updates; logs the range of the first one's numbers.
 
         :raises ValueError: if there is none.
         """
@@ -63,6 +70,9 @@ class Supply:
         return th.full_like(images, float("nan"), dtype=th.float32), cond
 
 
+# ---- validation
+
+
 class Part(NamedTuple):
     """A batch to measure, and the key of its noise; `counted` of its N images count, None: all."""
 
@@ -75,7 +85,7 @@ class Part(NamedTuple):
 class Validation:
     """The batches to measure: the same ones every time, the first `most` or fewer where these hold all images.
 
-    Where the images do not fill the last batch, an `ImageStream` fills it with images of its next round: these do not
+    Where the images do not fill the last batch, an `ImageStream` fills it with images of its next round, which do not
     count.
     """
 
@@ -84,7 +94,7 @@ class Validation:
         self._parts: list[Part] = []
 
     def parts(self, updates: int) -> list[Part]:
-        """What is measured after so many updates."""
+        """The batches to measure after so many updates."""
         if not self._parts:
             size = getattr(self.data, "global_batch", 0)  # 0 where the data are no stream, and may be without end
             total = len(self.data.dataset) if size else 0
@@ -104,3 +114,57 @@ class RollingValidation(Validation):
 
     def parts(self, updates: int) -> list[Part]:
         return [Part(updates, *next(self.data))]
+
+
+# ---- microbatches
+
+
+def microbatches(batch: th.Tensor, cond: Cond, draw: Draw, size: int) -> Iterator[tuple[th.Tensor, Cond, Draw]]:
+    """(images [n, C, H, W] in [-1, 1], model keywords, what is drawn for them), on the device of the draw."""
+    device = draw.t.device
+    for start in range(0, len(batch), size):
+        part = slice(start, start + size)
+        keywords = {name: to_device(value[part], device) for name, value in cond.items()}
+        yield to_unit(to_device(batch[part], device)), keywords, draw.cut(part)
+
+
+def first_microbatch(microbatch: int | str, batch_size: int, *, fsdp: bool) -> tuple[int, bool]:
+    """(images that are computed at once at first, whether fewer are tried where the memory does not hold them).
+
+    :raises ValueError: if `microbatch` is neither a number nor "auto", or auto with fsdp.
+    """
+    size = parse_microbatch(str(microbatch))
+    if isinstance(size, int):
+        return size if size > 0 else batch_size, False
+    if fsdp:
+        raise ValueError("microbatch auto does not go with fsdp, where all ranks make a step together: give a number")
+    return batch_size, True
+
+
+def halve_until_it_fits(attempt: Callable[[int], None], size: int, forget: Callable[[], None] | None) -> None:
+    """Call attempt(size), then with half of it and so on, until it does not run out of memory.
+
+    :param attempt: begins anew each time.
+    :param forget: lets go of what an attempt has left, such as the gradients of its first microbatches; None: there is
+        one attempt.
+    :raises RuntimeError, MemoryError: that of the last attempt.
+    """
+    while not _fits(attempt, size, last=size == 1 or forget is None):
+        assert forget is not None
+        size = -(-size // 2)
+        logger.log(f"out of memory: the step is repeated in microbatches of {size}")
+        forget()
+        gc.collect()
+        if th.cuda.is_initialized():
+            th.cuda.empty_cache()  # what is left are pieces of other sizes
+
+
+def _fits(attempt: Callable[[int], None], size: int, *, last: bool) -> bool:
+    """Whether an attempt had the memory; when this returns, the error that holds all of its tensors is gone."""
+    try:
+        attempt(size)
+    except (MemoryError, RuntimeError) as error:
+        if last or not (dist_util.is_out_of_memory(error) or str(error).startswith(NO_PRIMITIVE)):
+            raise
+        return False
+    return True

@@ -1,174 +1,47 @@
-"""Files of a run: whole or absent, found by any of their names, and read together with the flags that made them.
+"""Checkpoints: the files of one step of a run, or a single file of weights, found by any of their names.
 
-A run folder holds config.json, classes.json and, for every saved step, a set: modelNNNNNN.pt and ema_RATE_NNNNNN.pt
-(fp32 weights after N updates), optNNNNNN.pt (optimizer), stateNNNNNN.pt (everything else) and, written last, the
-manifest setNNNNNN.json; runs with adapters also write these, loraNNNNNN.pt. Older runs wrote no manifests: of sets
-before the first one, the files that must be there decide, of sets after it, the manifest.
+A run folder holds config.json, classes.json and, for every saved step, modelNNNNNN.pt and ema_RATE_NNNNNN.pt (fp32
+weights after N updates), optNNNNNN.pt (optimizer), stateNNNNNN.pt (everything else) and, written last, the manifest
+setNNNNNN.json; runs with adapters also a folder loraNNNNNN. Older runs wrote no manifests: of checkpoints before the
+first one, the files that must be there decide, of those after it, the manifest.
 """
 
 from __future__ import annotations
 
 import os
-import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch as th
 
 from .. import dist_util
+from ..networks.architecture import architecture
 from ..runtime import files, paths
 from ..runtime.paths import exists, is_remote, isdir, join, names_in
 from . import manifest
-from .manifest import Entry, Hashed
+from .weights import checked, load as load, neighbours, pick, save as save
 
 CONFIG, CLASSES = "config.json", "classes.json"
+UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
-    r"(?:(?P<kind>model|opt|state|lora)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)$"
+    r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
+    r"|lora(?P<adapted>\d{6,})(?:\.pt)?)$"
 )
-_SHOWN = 3
-_REMEDY = ": give the path of a checkpoint, or the folder of a run"
-_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files began before they were zips
-_MAX_FOREIGN = 1000  # names of classes in a file
-
-
-# ---- files
-
-
-def _write(path: str, write: Callable[[Hashed], object]) -> Entry:
-    """Let `write(file)` fill a file that takes the name `path` only when it is complete."""
-    with files.writing(path) as file:
-        hashed = Hashed(file)
-        write(hashed)
-    return hashed.entry
-
-
-def save(path: str, obj: Any) -> Entry:
-    """Write tensors and plain values; whoever looks at `path` sees the old file or the whole new one.
-
-    :return: its size and checksum.
-    :raises OSError: naming path and reason, if that is impossible.
-    """
-    return _write(path, lambda file: th.save(obj, cast(IO[bytes], file)))
-
-
-class Inert:
-    """Stands in for an object of a class that is not loaded, and does nothing."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-    def __setitem__(self, *_: Any) -> None:
-        pass
-
-
-def _stand_ins(path: str) -> list[Any]:
-    """A class like `Inert` for each that a file names."""
-    names = (name.rpartition(".") for name in _foreign_names(path))
-    return [type(name, (Inert,), {"__module__": module}) for module, _, name in names]
-
-
-def _foreign_names(path: str) -> list[str]:
-    """The classes and functions that a local file written by torch.save names, and `load` does not load."""
-    if is_remote(path):
-        return []
-    try:
-        zipped = zipfile.is_zipfile(path)
-        names = th.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else _names_in_legacy(path)
-        return sorted(names)[:_MAX_FOREIGN]
-    except Exception:  # as in `load`
-        return []
-
-
-def _names_in_legacy(path: str) -> set[str]:
-    """The same of a file as torch wrote it before 1.6: four pickles, then the numbers of tensors."""
-    with open(path, "rb") as file:
-        found = [arg for _ in range(4) for code, arg, _ in pickletools.genops(file) if code.name == "GLOBAL"]
-    return {
-        name.replace(" ", ".") for name in map(str, found) if not name.startswith(("torch ", "torch.", "collections "))
-    }
-
-
-def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
-    """What a .pt or .safetensors file holds, provided that it is tensors and plain values.
-
-    :param inert: objects of any other class are replaced by objects of a class of its name that does nothing.
-    :raises FileNotFoundError, ValueError: if the file is missing, incomplete, or holds anything else.
-    """
-    path = paths.resolve(path)
-    if not exists(path):
-        raise FileNotFoundError(f"{path} does not exist{_neighbours(path)}")
-    try:
-        if not is_remote(path):
-            files.check_unpacked(path)
-        if path.endswith(".safetensors"):
-            return _load_safetensors(path, map_location)
-        with th.serialization.safe_globals(_stand_ins(path) if inert else []):
-            state = dist_util.load_state_dict(path, map_location=map_location)
-        _check_filled(state)
-        return state
-    except (MemoryError, th.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
-        told = f"{path} ({paths.stat(path).size} bytes) cannot be read as a checkpoint"
-        raise ValueError(f"{told}: {_reason(path, error)}") from error
-
-
-def _reason(path: str, error: Exception) -> str:
-    """Why a file could not be read."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    kind = "" if is_remote(path) else files.kind_of_file(path)
-    if kind:
-        return f"it is {kind}"
-    foreign = _foreign_names(path)
-    if foreign:
-        return f"it holds more than tensors and plain values: {', '.join(map(files.printable, foreign[:_SHOWN]))}"
-    with paths.open_blob(path) if is_remote(path) else open(path, "rb") as file:
-        head = file.read(len(_LEGACY))
-    if path.endswith(".safetensors") or head.startswith(b"PK") or head == _LEGACY:
-        return "it is damaged or cut short, copy or download it again"
-    return f"it is of another kind, and no file of weights{_neighbours(path)}"
-
-
-def _check_filled(value: Any) -> None:
-    """Refuse tensors of more numbers than the file has for them: shapes that cost nothing until they are used."""
-    if isinstance(value, th.Tensor):
-        if value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"a tensor of shape {tuple(value.shape)} without its numbers")
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            _check_filled(part)
-
-
-def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
-    import safetensors.torch
-
-    with files.open_file(path) as file:
-        state = safetensors.torch.load(file.read())
-    return {name: value.to(map_location) for name, value in state.items()}
-
-
-def _neighbours(path: str) -> str:
-    """What a message about a missing file adds: the checkpoints beside it."""
-    found = [name for name in names_in(os.path.dirname(path) or ".") if _NAME.search(name)]
-    weights = [name for name in found if not name.startswith(("opt", "state", "lora"))]
-    return f"; beside it lie {', '.join(weights[-_SHOWN:])}" if weights else ""
-
-
-# ---- sets of files
 
 
 @dataclass
-class CheckpointSet:
+class Checkpoint:
     """The files of one step, '' where there is none; `step` is None where no name tells it.
 
+    Its weights and what lies beside them are read when they are first asked for, and once.
+
     :param emas: rate, as it is written in the name -> path.
+    :param path: the file whose weights are used; '' for the best.
     """
 
     step: int | None
@@ -178,26 +51,73 @@ class CheckpointSet:
     lora: str = ""
     emas: dict[str, str] = field(default_factory=dict)
     manifest: str = ""
+    path: str = ""
 
     @property
-    def paths(self) -> list[str]:
+    def files(self) -> list[str]:
         """Every file of the set, those first without which it is never taken for complete."""
-        return [
-            path for path in (self.manifest, self.model, self.state, self.opt, self.lora, *self.emas.values()) if path
-        ]
+        every = (self.manifest, self.model, self.state, self.opt, self.lora, *self.emas.values())
+        return [path for path in every if path]
 
     @property
-    def weights(self) -> str:
-        """The best file to sample from: the slowest moving average, else the model."""
+    def best(self) -> str:
+        """The slowest moving average, else the model; '' where there is neither."""
         return self.emas[max(self.emas, key=float)] if self.emas else self.model
 
-    def settled(self, *, warmed_up: bool) -> str:
-        """As `weights`, but for averages that are longer than the run: these still resemble its first weights.
-
-        :param warmed_up: averages are never longer than the run.
-        """
+    @property
+    def settled(self) -> str:
+        """As `best`, but averages that are longer than the run count only if they were warmed up (--ema_warmup)."""
+        warmed_up = config_beside(self.best).get("ema_warmup")
         old = {rate: path for rate, path in self.emas.items() if warmed_up or not is_young(rate, self.step or 0)}
-        return CheckpointSet(self.step, self.model, emas=old).weights or self.weights
+        return Checkpoint(self.step, self.model, emas=old).best or self.best
+
+    @cached_property
+    def flags(self) -> dict[str, Any]:
+        """The flags of the run that made it, {} where no config.json lies beside it."""
+        return config_beside(self.path)
+
+    @cached_property
+    def classes(self) -> Sequence[str]:
+        """Names of its classes by id, [] where they are unknown."""
+        from ..image_datasets import load_classes
+
+        names = classes_beside(self.path)
+        return load_classes(names) if names else []
+
+    @cached_property
+    def picked(self) -> tuple[dict[str, th.Tensor], str]:
+        """Its weights, and a sentence that says which of those in the file they are, '' where it holds no others."""
+        return pick(self.path, self.best)
+
+    @property
+    def weights(self) -> dict[str, th.Tensor]:
+        """The state dict in its file."""
+        return self.picked[0]
+
+    def fitting(
+        self, network: th.nn.Module | Mapping[str, th.Tensor], flags: Mapping[str, Any]
+    ) -> dict[str, th.Tensor]:
+        """Its weights, as a network takes them; it may be on the meta device, or its state dict alone.
+
+        :param flags: that it was built from, of which the sizes name attention resolutions in messages.
+        :raises ValueError: if the file is no weights, or fits other flags, which the message then names.
+        """
+        return checked(self.picked, network, self.path, flags)
+
+    @property
+    def kind(self) -> str:
+        """UNET, UPSAMPLER or CLASSIFIER; '' for other networks."""
+        read = architecture(self.weights)
+        if not read:
+            return ""
+        if not any(name.startswith("output_blocks.") for name in self.weights):
+            return CLASSIFIER
+        inputs = self.weights["input_blocks.0.0.weight"].shape[1]
+        upsampler = "large_size" in self.flags if self.flags else inputs == 2 * read["image_channels"]
+        return UPSAMPLER if upsampler else UNET
+
+
+CheckpointSet = Checkpoint  # its older name
 
 
 def is_young(rate: str | float, updates: int) -> bool:
@@ -205,148 +125,85 @@ def is_young(rate: str | float, updates: int) -> bool:
     return updates * (1 - float(rate)) < 1 - 1e-9  # 1 - 0.99 is a little more than a hundredth
 
 
+# ---- names
+
+
 def step_of(path: str) -> int | None:
     """The number of updates that a file name tells, or None."""
     name = os.path.basename(path)
-    match = _NAME.search(name) or manifest.NAME.match(name)
-    return int(match["step"]) if match else None
+    match = _NAME.search(name)
+    number = match["step"] or match["adapted"] if match else (manifest.NAME.match(name) or {"step": None})["step"]
+    return None if number is None else int(number)
 
 
-def weights_beside(path: str) -> str:
-    """The best weights of the step that a file name tells, '' where there are none."""
-    step = step_of(path)
-    sets = {} if step is None else sets_in(os.path.dirname(path) or ".")
-    return sets[step].weights if step in sets else ""
-
-
-def sets_in(folder: str) -> dict[int, CheckpointSet]:
-    """step -> the set of files of a folder, steps ascending; a manifest alone is none."""
-    sets: dict[int, CheckpointSet] = {}
+def sets_in(folder: str) -> dict[int, Checkpoint]:
+    """step -> the checkpoint of a folder, steps ascending; a manifest alone is none."""
+    sets: dict[int, Checkpoint] = {}
     folder = paths.resolve(folder)
     names = names_in(folder)
-    for name in names:
-        match = _NAME.match(name)
-        if match:
-            entry = sets.setdefault(int(match["step"]), CheckpointSet(int(match["step"])))
-            path = join(folder, name)
-            if match["rate"]:
-                entry.emas[match["rate"]] = path
-            else:
-                setattr(entry, match["kind"], path)
+    for match in filter(None, map(_NAME.match, names)):
+        step, path = int(match["step"] or match["adapted"]), join(folder, match.string)
+        entry = sets.setdefault(step, Checkpoint(step))
+        if match["rate"]:
+            entry.emas[match["rate"]] = path
+        else:
+            setattr(entry, match["kind"] or "lora", path)
     for step, entry in sets.items():
         if manifest.name_of(step) in names:
             entry.manifest = join(folder, manifest.name_of(step))
     return dict(sorted(sets.items()))
 
 
-def fault(entry: CheckpointSet, sets: Mapping[int, CheckpointSet], *, checksums: bool = False) -> str:
-    """Why a set of a folder is not complete; '' if it is.
-
-    :param sets: all of the folder.
-    :param checksums: read all that a manifest names; else only sizes are compared.
-    """
-    if entry.manifest:
-        return manifest.fault(entry.manifest, checksums=checksums)
-    if any(other.manifest and other.step < entry.step for other in sets.values() if other.step and entry.step):
-        return "it was not finished: it has no manifest"
-    last = "state" if any(other.state for other in sets.values()) else "opt"
-    absent = [name for name in ("model", last) if not getattr(entry, name)]
-    return f"it has no {absent[0]} file" if absent else _cut(entry.paths)
-
-
-def _cut(paths: Sequence[str]) -> str:
-    """Which local zip files, as torch writes them, lack their end."""
-    for path in paths:
-        with open(os.devnull if is_remote(path) else path, "rb") as file:
-            if file.read(2) == b"PK" and not zipfile.is_zipfile(file):
-                return f"{os.path.basename(path)} is cut short"
-    return ""
-
-
-def newest(folder: str, *, checksums: bool = False) -> tuple[CheckpointSet | None, list[str]]:
-    """The newest complete set of a folder, else the newest weights where nothing but weights lies; and what is newer.
-
-    :return: the set, and a sentence for each newer one that is not complete.
-    """
-    sets = sets_in(folder)
-    faults: list[str] = []
-    for step, entry in reversed(sets.items()):
-        reason = fault(entry, sets, checksums=checksums)
-        if not reason:
-            return entry, faults
-        faults.append(f"the checkpoint of step {step} is passed over: {reason}")
-    weights = [entry for entry in sets.values() if entry.model and not _cut([entry.model])]
-    if not weights or any(entry.state or entry.manifest for entry in sets.values()):
-        return None, faults
-    return weights[-1], []
-
-
-def latest(folder: str) -> CheckpointSet | None:
-    """The newest complete set of a folder, by names and sizes."""
-    return newest(folder)[0]
-
-
-def find_set(path: str, *, checksums: bool = False) -> CheckpointSet:
-    """The set that a file belongs to, or the newest complete one of a folder.
-
-    :param checksums: read the files, and refuse altered ones.
-    :raises FileNotFoundError, ValueError: if there is no such file, no weights to it, or it is not what was written.
-    """
-    path = paths.resolve(path)
-    if isdir(path):
-        entry, faults = newest(path, checksums=checksums)
-        if entry is None:
-            found = f"no complete checkpoint, {', '.join(faults)}" if faults else "no modelNNNNNN.pt to go on from"
-            raise ValueError(f"{path} holds {found}; give the folder or a checkpoint of a run")
-        return entry
-    if not exists(path):
-        raise FileNotFoundError(f"the checkpoint {path!r} does not exist{_neighbours(path) or _REMEDY}")
+def _beside(path: str) -> Checkpoint:
+    """The checkpoint that a file belongs to."""
     step = step_of(path)
-    if step is None:
-        return CheckpointSet(None, model=path)
-    entry = sets_in(os.path.dirname(path) or ".").get(step, CheckpointSet(step))
-    reason = manifest.fault(entry.manifest, checksums=checksums, missing_is_fine=True) if entry.manifest else ""
-    if reason:
-        raise ValueError(f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder")
-    return _with_weights(entry, path, step)
+    return Checkpoint(None) if step is None else sets_in(os.path.dirname(path) or ".").get(step, Checkpoint(step))
 
 
-def _with_weights(entry: CheckpointSet, path: str, step: int) -> CheckpointSet:
-    """A set with a model: the path that was given where it is one, else the one beside it, else an average."""
-    match = _NAME.search(os.path.basename(path))
-    if match and match["kind"] == "model":
-        entry.model = path
-    entry.model = entry.model or (path if match and match["rate"] else "")
-    if not entry.model:
-        raise ValueError(f"{path} has no model{step:06d}.pt beside it: there are no weights to go on from")
-    return entry
+def _check_exists(path: str, what: str) -> None:
+    if not path or not exists(path):
+        hint = neighbours(path) or ": give the path of a checkpoint, or the folder of a run"
+        raise FileNotFoundError(f"{what} {path!r} does not exist{hint}")
 
 
-def resolve_model(path: str, what: str = "the checkpoint") -> str:
-    """The file to sample from: the path itself, or of a run folder the newest moving average, else the newest model.
+# ---- to sample from
 
-    An average that is longer than the run counts only if it was warmed up (--ema_warmup). Sets with files of other
-    sizes than their manifests name come last.
+
+def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
+    """The checkpoint of a file, or of a run folder that with the newest moving average, else with the newest model.
+
+    Checkpoints with files of other sizes than their manifests name come last.
 
     :param what: the path is, in messages.
     :raises FileNotFoundError, ValueError: if there is none.
     """
     path = paths.resolve(path)
     if not isdir(path):
-        if not path or not exists(path):
-            hint = _neighbours(path) or _REMEDY
-            raise FileNotFoundError(f"{what} {path!r} does not exist{hint}")
-        return path
-    found = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
-    if not found or not found[-1].weights:
+        _check_exists(path, what)
+        return replace(_beside(path), path=path)
+    sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
+    if not sets or not sets[-1].best:
         raise ValueError(
             f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder"
         )
-    return found[-1].settled(warmed_up=bool(config_beside(path).get("ema_warmup")))
+    return replace(sets[-1], path=sets[-1].settled)
 
 
-def _damaged(entry: CheckpointSet) -> bool:
-    return bool(entry.manifest and manifest.fault(entry.manifest, checksums=False, missing_is_fine=True))
+def resolve_model(path: str, what: str = "the checkpoint") -> str:
+    """The file of `open_checkpoint`."""
+    return open_checkpoint(path, what).path
+
+
+def load_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> None:
+    """Load a checkpoint into a network that was built from `flags`.
+
+    :raises FileNotFoundError, ValueError: if there is none, or it does not fit.
+    """
+    network.load_state_dict(open_checkpoint(path).fitting(network, flags or {}))
+
+
+def _damaged(entry: Checkpoint, *, checksums: bool = False) -> str:
+    return manifest.fault(entry.manifest, checksums=checksums, missing_is_fine=True) if entry.manifest else ""
 
 
 def config_beside(path: str) -> dict[str, Any]:
@@ -354,7 +211,7 @@ def config_beside(path: str) -> dict[str, Any]:
 
     :raises ValueError: if the file is damaged.
     """
-    file_path = _beside(path, CONFIG)
+    file_path = _in_folder_of(path, CONFIG)
     if not exists(file_path):
         return {}
     try:
@@ -371,17 +228,111 @@ def config_beside(path: str) -> dict[str, Any]:
 
 def classes_beside(path: str) -> str:
     """The path of the classes.json beside a checkpoint or in a run folder; '' if there is none."""
-    file_path = _beside(path, CLASSES)
+    file_path = _in_folder_of(path, CLASSES)
     return file_path if exists(file_path) else ""
 
 
-def _beside(path: str, name: str) -> str:
+def _in_folder_of(path: str, name: str) -> str:
     path = paths.resolve(path)
     return join(path if isdir(path) else os.path.dirname(path) or ".", name)
 
 
+# ---- to go on from
+
+
+def fault(entry: Checkpoint, sets: Mapping[int, Checkpoint], *, checksums: bool = False) -> str:
+    """Why a checkpoint of a folder is not complete; '' if it is.
+
+    :param sets: all of the folder.
+    :param checksums: read all that a manifest names; else only sizes are compared.
+    """
+    if entry.manifest:
+        return manifest.fault(entry.manifest, checksums=checksums)
+    if any(other.manifest and other.step < entry.step for other in sets.values() if other.step and entry.step):
+        return "it was not finished: it has no manifest"
+    last = "state" if any(other.state for other in sets.values()) else "opt"
+    absent = [name for name in ("model", last) if not getattr(entry, name)]
+    return f"it has no {absent[0]} file" if absent else _cut(entry.files)
+
+
+def _cut(file_paths: Sequence[str]) -> str:
+    """Which local zip files, as torch writes them, lack their end."""
+    for path in file_paths:
+        with open(os.devnull if is_remote(path) or isdir(path) else path, "rb") as file:
+            if file.read(2) == b"PK" and not zipfile.is_zipfile(file):
+                return f"{os.path.basename(path)} is cut short"
+    return ""
+
+
+def newest(folder: str, *, checksums: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint of a folder, else the newest weights where nothing but weights lies.
+
+    :return: it, and a sentence for each newer one that is not complete.
+    """
+    sets = sets_in(folder)
+    faults: list[str] = []
+    for step, entry in reversed(sets.items()):
+        reason = fault(entry, sets, checksums=checksums)
+        if not reason:
+            return entry, faults
+        faults.append(f"the checkpoint of step {step} is passed over: {reason}")
+    weights = [entry for entry in sets.values() if entry.model and not _cut([entry.model])]
+    if not weights or any(entry.state or entry.manifest for entry in sets.values()):
+        return None, faults
+    return weights[-1], []
+
+
+def latest(folder: str) -> Checkpoint | None:
+    """The newest complete checkpoint of a folder, by names and sizes."""
+    return newest(folder)[0]
+
+
+def find_set(path: str, *, checksums: bool = False) -> Checkpoint:
+    """The checkpoint that a file belongs to, or the newest complete one of a folder, to go on from.
+
+    :param checksums: read the files, and refuse altered ones.
+    :raises FileNotFoundError, ValueError: if there is no such file, no weights to it, or it is not what was written.
+    """
+    path = paths.resolve(path)
+    if isdir(path):
+        complete, faults = newest(path, checksums=checksums)
+        if complete is None:
+            fault = f"no complete checkpoint, {', '.join(faults)}" if faults else "no modelNNNNNN.pt to go on from"
+            raise ValueError(f"{path} holds {fault}; give the folder or a checkpoint of a run")
+        return complete
+    _check_exists(path, "the checkpoint")
+    entry, match = _beside(path), _NAME.search(os.path.basename(path))
+    reason = _damaged(entry, checksums=checksums)
+    if reason:
+        raise ValueError(f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder")
+    if entry.step is None or (match and match["kind"] == "model") or (match and match["rate"] and not entry.model):
+        entry.model = path
+    if not entry.model:
+        raise ValueError(f"{path} has no model{entry.step:06d}.pt beside it: there are no weights to go on from")
+    return entry
+
+
+def choose(path: str, *, auto: bool = False) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume from, the same on all ranks: rank 0 chooses it, and reads its files for their checksums.
+
+    :param path: any file of it, or a run's folder; '' for none.
+    :param auto: none is no mistake.
+    :return: the checkpoint, and a line for each newer one that is not complete.
+    :raises FileNotFoundError, ValueError: if there is no such checkpoint, or it is not what was written.
+    """
+    chosen: tuple[Checkpoint | None, list[str]] = None, []
+    if dist_util.rank() == 0 and path:
+        chosen = newest(path, checksums=True) if isdir(path) else (None, [])
+        if not auto:
+            chosen = find_set(path, checksums=True), chosen[1]
+    return dist_util.broadcast_object(chosen)
+
+
+# ---- to remove
+
+
 def keep_last(folder: str, count: int) -> None:
-    """Remove all complete sets of a folder but the newest `count`, and what is not complete before them; 0 keeps all.
+    """Remove all complete checkpoints but the newest `count`, and what is not complete before them; 0 keeps all.
 
     :raises OSError: naming a file that cannot be removed.
     """
@@ -392,16 +343,23 @@ def keep_last(folder: str, count: int) -> None:
             remove(entry)
 
 
-def remove(entry: CheckpointSet) -> None:
-    """Remove the files of a set, in an order that never leaves a part that passes for complete."""
-    for path in entry.paths:
-        paths.remove(path)
+def remove(entry: Checkpoint) -> None:
+    """Remove the files of a checkpoint, in an order that never leaves a part that passes for complete."""
+    for path in entry.files:
+        if path != entry.lora or path.endswith(".pt"):
+            paths.remove(path)
+            continue
+        for name in names_in(path):
+            if name.startswith("adapter_"):
+                paths.remove(join(path, name))
+        if not is_remote(path):
+            with suppress(OSError):  # files of others may lie there
+                os.rmdir(path)
 
 
 def sweep(folder: str) -> None:
     """Remove what processes that were killed while writing have left of their temporary files."""
-    names = [] if is_remote(folder) else names_in(folder)
-    for name in names:
-        kept, part, _ = name.partition(".part-")
-        if part and (_NAME.match(kept) or manifest.NAME.match(kept) or kept in (CONFIG, CLASSES)):
+    for name in [] if is_remote(folder) else names_in(folder):
+        target, part, _ = name.partition(".part-")
+        if part and (_NAME.match(target) or manifest.NAME.match(target) or target in (CONFIG, CLASSES)):
             paths.remove(join(folder, name))

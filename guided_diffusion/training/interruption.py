@@ -7,14 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType, TracebackType
-from typing import ParamSpec, TypeVar
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch as th
 
 from .. import dist_util, logger
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -27,7 +26,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signum = 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
         self._noted = 0.0
         self._asked, self._asked_at, self._next = 0, time.monotonic(), 0
 
@@ -36,34 +35,30 @@ class Interruption:
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._restore()
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if not self.signum:
             self.signum, self._noted = signum, time.monotonic()
         elif time.monotonic() - self._noted > ECHO:
-            self._restore()
+            self.__exit__()
             signal.raise_signal(signum)
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._before = {}
 
     def requested(self, step: int) -> bool:
         """Whether to stop now, after `step`; with several ranks every one calls it after every step, and all agree.
 
-        They ask each other every ASK_EVERY seconds, and decide from what all of them then say after how many steps
-        they will do so again: asking costs a collective.
+        Asking costs a collective: they do so every ASK_EVERY seconds, counted in steps of the slowest of them.
         """
         if dist_util.world_size() == 1:
             return self.signum > 0
         if step < self._next:
             return False
         pace = (time.monotonic() - self._asked_at) / max(1, step - self._asked)
-        said = th.tensor([[float(self.signum), pace]], device=dist_util.dev())
-        signum, pace = th.cat(dist_util.gather(said)).max(dim=0).values.tolist()
+        answer = th.tensor([[float(self.signum), pace]], device=dist_util.dev())
+        signum, pace = th.cat(dist_util.gather(answer)).max(dim=0).values.tolist()
         self.signum = int(signum)
         self._asked, self._asked_at = step, time.monotonic()
         self._next = step + max(1, int(ASK_EVERY / max(pace, 1e-3)))
@@ -83,29 +78,26 @@ class Failures:
     """
 
     def __init__(self) -> None:
-        self.own: Exception | None = None
-        self.told: list[str] = []  # a sentence for each rank that has failed, the same on all ranks
+        self.error: Exception | None = None
+        self.sentences: list[str] = []  # one for each rank that has failed, the same on all ranks
 
     @property
     def known(self) -> bool:
         """Whether all ranks know of an error."""
-        return bool(self.told) or (self.own is not None and dist_util.world_size() == 1)
+        return bool(self.sentences) or (self.error is not None and dist_util.world_size() == 1)
 
-    def keep(self, work: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R | None:
-        """What `work` returns; None where it raises an error, the first of which is kept."""
+    def keep(self, work: Callable[..., R], *args: Any) -> R | None:
+        """The result of `work`; None where it raises an error, the first of which is kept."""
         try:
-            return work(*args, **keywords)
+            return work(*args)
         except Exception as error:
             self.add(error)
             return None
 
-    def keep_of_all(self, work: Callable[P, R], *args: P.args, **keywords: P.kwargs) -> R | None:
-        """`keep`, for work in which ranks wait for each other: what is no ValueError may be one rank's alone.
-
-        It is raised at once then, where there are several, as the others would wait for ever.
-        """
+    def keep_of_all(self, work: Callable[..., R], *args: Any) -> R | None:
+        """`keep`, for work in which ranks wait for each other: an error that may be one rank's alone is raised."""
         try:
-            return work(*args, **keywords)
+            return work(*args)
         except Exception as error:
             if dist_util.world_size() > 1 and not isinstance(error, ValueError):
                 raise
@@ -113,23 +105,23 @@ class Failures:
             return None
 
     def add(self, error: Exception) -> None:
-        """Keep an error, if it is the first one, and say so."""
-        self.own = self.own or error
+        """Keep an error, if it is the first one, and log it."""
+        self.error = self.error or error
         with suppress(OSError):  # perhaps of the log itself
             logger.error(f"{_sentence(error)}; the run ends here")
 
     def tell(self) -> bool:
         """Whether any rank has kept an error; every rank calls it, and all know of it from then on."""
-        texts = dist_util.gather_objects(_sentence(self.own) if self.own else "")
-        self.told = [f"rank {rank} has failed ({text})" for rank, text in enumerate(texts) if text]
-        return bool(self.told)
+        texts = dist_util.gather_objects(_sentence(self.error) if self.error else "")
+        self.sentences = [f"rank {rank} has failed ({text})" for rank, text in enumerate(texts) if text]
+        return bool(self.sentences)
 
     def end(self) -> None:
         """Raise this rank's error, or one that names the ranks that failed; nothing if there is none."""
-        if self.own is not None:
-            raise self.own
-        if self.told:
-            raise ValueError(f"{'; '.join(self.told)}, and all ranks end")
+        if self.error is not None:
+            raise self.error
+        if self.sentences:
+            raise ValueError(f"{'; '.join(self.sentences)}, and all ranks end")
 
 
 def _sentence(error: Exception) -> str:

@@ -1,63 +1,39 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): what is learned of a weight W is scale * up @ down, and W stays as it is.
+"""Low-rank adapters (LoRA, Hu et al. 2021) by the library peft: W stays, and scale * lora_B @ lora_A is learned.
 
-Shapes: a convolution's weight is [O, I, ...] with its kernel last; of rank r, down is [r, I, ...] (the convolution's
-kernel, stride and padding) and up [O, r, 1, ...]. `up` starts at zero, and with it the network as it was.
+Shapes: a convolution's weight is [O, I, ...] with its kernel last; of rank r, lora_A is [r, I, ...] (the convolution's
+kernel) and lora_B [O, r, 1, ...], which starts at zero.
 
-Three kinds of dictionaries name weights: a state dict of the network with adapters ("W.weight", "W.lora.down",
-"W.lora.up"), the plain one of the network without them, in which they are merged, and what is trained: the adapters,
-and parameters beside them. A file loraNNNNNN.pt holds the last kind, as it is in training and as its moving averages.
+peft puts layers around the convolutions. Files, and all dictionaries here, name weights as the plain network does:
+"W.weight", "W.lora_A.weight", "W.lora_B.weight". A folder loraNNNNNN of a run is one of peft's: adapter_config.json and
+adapter_model.safetensors, with the slowest average. Older runs wrote files loraNNNNNN.pt.
 """
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch as th
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..config import LORA_KINDS
 from ..networks.blocks import AttentionBlock, ResBlock
-from ..runtime import paths
+from ..runtime import files, paths
 from ..runtime.npz import fingerprint
 from . import checkpoints
+from .weights import load
 
-FORMAT = 1
-NAME = "lora"  # of the adapter within its convolution
-_DOWN, _UP, _WEIGHT = f".{NAME}.down", f".{NAME}.up", ".weight"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_DOWN, _UP, _WEIGHT, _PREFIX = ".lora_A.weight", ".lora_B.weight", ".weight", "base_model.model."
+_OLDER = {".lora.down": _DOWN, ".lora.up": _UP}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_FUNCTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by axes of the weight
 _OWNERS = dict(zip(LORA_KINDS, (AttentionBlock, ResBlock), strict=True))
+_BASE = "weights "  # what goes before their fingerprint
+_UNKNOWN = ("use_dora", "alpha_pattern", "layer_replication", "use_qalora", "target_parameters")
 
 Weights = dict[str, th.Tensor]
-
-
-class Adapter(nn.Module):
-    """What is added to the output of a convolution."""
-
-    def __init__(self, conv: nn.Module, rank: int, alpha: float) -> None:
-        super().__init__()
-        weight: th.Tensor = conv.get_parameter("weight")
-        self.scale = alpha / rank
-        down = th.empty(rank, *weight.shape[1:])  # drawn on the CPU: the same numbers on every device
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        self.down = nn.Parameter(down.to(weight))
-        self.up = nn.Parameter(weight.new_zeros(len(weight), rank, *[1] * (weight.ndim - 2)))
-
-    def forward(self, x: th.Tensor, conv: Any) -> th.Tensor:
-        """The addition for an input of the convolution."""
-        convolve = _FUNCTIONS[self.down.ndim]
-        hidden = convolve(x, self.down, None, conv.stride, conv.padding, conv.dilation)
-        return self.scale * convolve(hidden, self.up)
-
-
-def _add(conv: nn.Module, inputs: tuple[th.Tensor, ...], output: th.Tensor) -> th.Tensor:
-    """The hook of a convolution that has an adapter."""
-    added: th.Tensor = conv.get_submodule(NAME)(inputs[0], conv)
-    return output + added
 
 
 def attach(
@@ -68,36 +44,54 @@ def attach(
     :param alpha: adapters are scaled by alpha / rank; 0 stands for the rank.
     :param on: which of LORA_KINDS have adapters.
     :param train: names of parameters that are not frozen.
-    :raises ValueError: if there is nothing to adapt.
+    :raises ValueError: if there is nothing to adapt, or peft is missing.
     """
-    found = [name for name, module in model.named_modules() if isinstance(module, tuple(_OWNERS[kind] for kind in on))]
-    targets = {
-        f"{owner}.{name}": conv
-        for owner in found
-        for name, conv in model.get_submodule(owner).named_modules()
-        if isinstance(conv, _CONVOLUTIONS)
-    }
+    owners = [name for name, module in model.named_modules() if isinstance(module, tuple(_OWNERS[kind] for kind in on))]
+    targets = [
+        f"{owner}.{name}"
+        for owner in owners
+        for name, module in model.get_submodule(owner).named_modules()
+        if isinstance(module, _CONVOLUTIONS)
+    ]
     if not targets or rank < 1:
         raise ValueError(f"lora_on {','.join(on)} with rank {rank} finds nothing to adapt in {type(model).__name__}")
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter_name in train)
-    for conv in targets.values():
-        conv.add_module(NAME, Adapter(conv, rank, alpha or float(rank)))
-        conv.register_forward_hook(_add)
-    return list(targets)
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError('adapters are those of the library peft: pip install "guided-diffusion[lora]"') from error
+    scale: Any = alpha or rank  # a fraction too, whatever peft's annotation
+    config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=targets)
+    peft.inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_part(_plain(name)) or _plain(name) in train)
+    return targets
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Name of the convolution -> its adapter; {} for networks without any."""
-    ending = f".{NAME}"
-    return {name.removesuffix(ending): module for name, module in model.named_modules() if isinstance(module, Adapter)}
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """Name of the convolution -> peft's layer around it; {} for networks without adapters."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def scale_of(model: nn.Module) -> float:
+    """The scale of all adapters of a network."""
+    scale: float = next(iter(adapters(model).values())).scaling["default"]
+    return scale
 
 
 # ---- dictionaries of weights
 
 
+def _plain(name: str) -> str:
+    return name.replace(".base_layer.", ".").replace(".default.", ".")
+
+
+def plain_names(state: Mapping[str, th.Tensor]) -> Weights:
+    """A state dict of a network with peft's layers under the names of the plain one."""
+    return {_plain(name): value for name, value in state.items()}
+
+
 def is_part(name: str) -> bool:
-    """Whether a parameter's name is that of a part of an adapter."""
+    """Whether a plain name is that of a part of an adapter."""
     return name.endswith((_DOWN, _UP))
 
 
@@ -108,22 +102,24 @@ def _sum(weight: th.Tensor, down: th.Tensor, up: th.Tensor, scale: float) -> th.
 
 @th.no_grad()
 def merged(model: nn.Module, state: Mapping[str, th.Tensor]) -> Weights:
-    """The plain weights that compute what a network with adapters does, from its state dict."""
-    plain = {name: value for name, value in state.items() if not is_part(name)}
-    for name, adapter in adapters(model).items():
-        parts = state[name + _DOWN], state[name + _UP]
-        plain[name + _WEIGHT] = _sum(state[name + _WEIGHT], *parts, adapter.scale)
-    return plain
+    """The weights without adapters that compute what a network with them does, from its state dict."""
+    named = plain_names(state)
+    result = {name: value for name, value in named.items() if not is_part(name)}
+    for name, layer in adapters(model).items():
+        parts = named[name + _DOWN], named[name + _UP]
+        result[name + _WEIGHT] = _sum(result[name + _WEIGHT], *parts, layer.scaling["default"])
+    return result
 
 
 def base(model: nn.Module, state: Mapping[str, th.Tensor]) -> Weights:
     """The weights below the adapters, of a state dict."""
-    return {name + _WEIGHT: state[name + _WEIGHT] for name in adapters(model)}
+    named = plain_names(state)
+    return {name + _WEIGHT: named[name + _WEIGHT] for name in adapters(model)}
 
 
 def split(model: nn.Module, state: Mapping[str, th.Tensor]) -> Weights:
     """The adapters of a state dict, and what else is trained."""
-    return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {_plain(name): state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def joined(
@@ -134,14 +130,14 @@ def joined(
     :param below: of `base`; `parts` are those of `split`.
     :raises ValueError: if they are of other adapters.
     """
-    own = model.state_dict()
-    state = {**plain, **below, **{name: value for name, value in parts.items() if name in own}}
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()} or set(parts) - set(own):
+    expected = model.state_dict()
+    state = {**plain, **below, **parts}
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in plain_names(expected).items()}:
         raise ValueError(
             "the adapters of the checkpoint are others than those asked for: leave lora_rank and lora_on to the run "
             "that is resumed"
         )
-    return {name: state[name] for name in own}
+    return {name: state[_plain(name)] for name in expected}
 
 
 # ---- files
@@ -149,114 +145,131 @@ def joined(
 
 @dataclass(frozen=True)
 class Pack:
-    """What a file of adapters holds.
+    """Adapters from a file.
 
-    :param base: fingerprint of the weights that they were trained over.
-    :param weights: "model", or the rate of an average -> the weights of `split`.
+    :param base: fingerprint of the weights that they were trained over, '' where it is unknown.
+    :param weights: of `split`, where whole modules may stand for the parameters that are trained.
     """
 
     scale: float
     base: str
-    weights: dict[str, Weights]
-
-    @property
-    def best(self) -> Weights:
-        """The slowest average, else the adapters themselves."""
-        rates = [key for key in self.weights if key != "model"]
-        return self.weights[max(rates, key=float)] if rates else self.weights["model"]
+    weights: Weights
 
 
-def content(model: nn.Module, states: Mapping[str, Mapping[str, th.Tensor]]) -> dict[str, Any]:
-    """What goes into a file of adapters.
+def content(model: nn.Module, state: Mapping[str, th.Tensor]) -> dict[str, Any]:
+    """The files of peft's folder for a state dict with adapters: name -> content.
 
-    :param states: "model", or the rate of an average -> the state dict with adapters.
+    peft saves what else is trained by whole modules, so these have their frozen parameters too.
     """
-    first = next(iter(adapters(model).values()))
-    return {
-        "format": FORMAT,
-        "rank": len(first.down),
-        "scale": first.scale,
-        "base": _fingerprint(base(model, states["model"])),
-        "weights": {key: split(model, state) for key, state in states.items()},
-    }
+    named, parts, adapted = plain_names(state), split(model, state), list(adapters(model))
+    modules = {name.rpartition(".")[0] for name in parts if not is_part(name)} - {*adapted, ""}
+    whole = {name: value for name, value in named.items() if name in parts or name.rpartition(".")[0] in modules}
+    configs: Any = model.peft_config
+    config = {name: _jsonable(value) for name, value in configs["default"].to_dict().items()}
+    config |= {"modules_to_save": sorted(modules) or None, "inference_mode": True, "target_modules": adapted}
+    config |= {"base_model_name_or_path": _BASE + _fingerprint(base(model, state))}
+    return {CONFIG: config, WEIGHTS: {_PREFIX + name: value for name, value in whole.items()}}
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
 
 
 def read(path: str) -> Pack:
-    """A file of adapters, or the newest one of a run's folder.
+    """A folder or file of adapters, or the newest of a run's folder.
 
-    :raises FileNotFoundError, ValueError: if there is none, or it holds something else.
+    :raises FileNotFoundError, ValueError: if there are none, or they are of another kind.
     """
-    if paths.names_in(path):
-        found = [entry.lora for entry in checkpoints.sets_in(path).values() if entry.lora]
-        if not found:
-            raise ValueError(
-                f"{path} holds no loraNNNNNN.pt: give the folder of a run with --lora_rank, or such a file"
-            )
-        path = found[-1]
-    value = checkpoints.load(path)
+    path = paths.resolve(path)
+    if os.path.basename(path) in (CONFIG, WEIGHTS):
+        path = os.path.dirname(path) or "."
+    if paths.isdir(path) and CONFIG not in paths.names_in(path):
+        adapted = [entry.lora for entry in checkpoints.sets_in(path).values() if entry.lora]
+        if not adapted:
+            raise ValueError(f"{path} holds no loraNNNNNN: give the folder of a run with --lora_rank, or one of peft's")
+        path = adapted[-1]
+    folder = paths.isdir(path)
+    config = files.read_file(paths.join(path, CONFIG)) if folder else b""
+    value = load(paths.join(path, WEIGHTS) if folder else path)
     try:
-        return _unpacked(value)
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError):
-        raise ValueError(f"{path} holds no adapters: give a file loraNNNNNN.pt of a run with --lora_rank") from None
+        pack = _of_peft(files.parse_json(config), value) if folder else _slowest(older_packs(value))
+        _check_pairs(pack.weights)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path} holds no adapters that can be merged: give a folder loraNNNNNN of a run with --lora_rank"
+        ) from error
+    return pack
 
 
-def _unpacked(value: Any) -> Pack:
-    weights = {key: dict(parts) for key, parts in value["weights"].items()}
-    rates = [float(key) for key in weights if key != "model"]
-    if value["format"] != FORMAT or len(rates) == len(weights) or not all(map(_whole, weights.values())):
-        raise ValueError("of another kind")
-    return Pack(float(value["scale"]), str(value["base"]), weights)
+def _of_peft(config: Any, value: Mapping[str, th.Tensor]) -> Pack:
+    if any(config.get(name) for name in _UNKNOWN):
+        raise ValueError("adapters of another kind")
+    scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
+    origin = str(config.get("base_model_name_or_path"))
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in value.items()}
+    return Pack(float(scale), origin.removeprefix(_BASE) if origin.startswith(_BASE) else "", weights)
 
 
-def _whole(parts: Mapping[str, Any]) -> bool:
-    """Whether these are tensors, and some of them adapters with both parts, of one rank."""
-    floats = all(isinstance(value, th.Tensor) and value.is_floating_point() for value in parts.values())
-    downs = [name for name in parts if name.endswith(_DOWN)]
-    ups = [name for name in parts if name.endswith(_UP)]
-    paired = {_partner(name) for name in downs} == set(ups)
-    return floats and bool(downs) and paired and all(len(parts[n]) == parts[_partner(n)].shape[1] for n in downs)
+def older_packs(value: Any) -> dict[str, Pack]:
+    """ "model", or the rate of an average -> its adapters, of what a file loraNNNNNN.pt holds."""
+
+    def renamed(name: str) -> str:
+        ending = next((ending for ending in _OLDER if name.endswith(ending)), "")
+        return name.removesuffix(ending) + _OLDER.get(ending, "")
+
+    scale, origin = float(value["scale"]), str(value["base"])
+    return {
+        key: Pack(scale, origin, {renamed(name): tensor for name, tensor in parts.items()})
+        for key, parts in value["weights"].items()
+    }
 
 
-def _partner(name: str) -> str:
-    """The name of the other part of the same adapter."""
-    return name.removesuffix(_DOWN) + _UP if name.endswith(_DOWN) else name.removesuffix(_UP) + _DOWN
+def _slowest(packs: Mapping[str, Pack]) -> Pack:
+    """The slowest average, else the adapters themselves."""
+    rates = [key for key in packs if key != "model"]
+    return packs[max(rates, key=float)] if rates else packs["model"]
+
+
+def _check_pairs(weights: Mapping[str, th.Tensor]) -> None:
+    """Refuse what is not tensors with some adapters among them, each with both parts, of one rank."""
+    downs = {name.removesuffix(_DOWN): value for name, value in weights.items() if name.endswith(_DOWN)}
+    ups = {name.removesuffix(_UP): value for name, value in weights.items() if name.endswith(_UP)}
+    paired = downs and set(downs) == set(ups) and all(len(downs[n]) == ups[n].shape[1] for n in downs)
+    if not paired or not all(value.is_floating_point() for value in weights.values()):
+        raise ValueError("no adapters")
 
 
 @th.no_grad()
 def applied(weights: Mapping[str, th.Tensor], pack: Pack, *, scale: float = 1.0) -> tuple[Weights, str]:
-    """Plain weights with the best adapters of a file merged into them.
+    """Plain weights with adapters merged into them.
 
     What was trained beside the adapters is moved towards as far as they are added.
 
     :param scale: how much of them: 1 as they were trained.
-    :return: the weights, and what to warn of, '' for nothing.
+    :return: the weights, and a warning, '' for none.
     :raises ValueError: if they are of another network.
     """
-    result, below = dict(weights), list[str]()
-    for name, value in pack.best.items():
-        target = name.removesuffix(_DOWN).removesuffix(_UP) + _WEIGHT if is_part(name) else name
-        there = weights.get(target)
-        if there is None or not _fits(name, value, there):
+    result, below = dict(weights), dict[str, th.Tensor]()
+    for name, value in pack.weights.items():
+        if name.endswith(_UP):
+            continue
+        adapted = name.endswith(_DOWN)
+        target = name.removesuffix(_DOWN) + _WEIGHT if adapted else name
+        up = pack.weights[name.removesuffix(_DOWN) + _UP] if adapted else value
+        weight, shape = weights.get(target), (len(up), *value.shape[1:]) if value.ndim else ()
+        if weight is None or weight.shape != shape:
             raise ValueError(
-                f"the adapters are of another network: there is {name} {list(value.shape)} for "
-                f"{'nothing' if there is None else f'{target} {list(there.shape)}'}"
+                f"the adapters are of another network: there is one of {list(shape)} for {target}, which "
+                f"{'is missing' if weight is None else f'has {list(weight.shape)}'}"
             )
-        if name.endswith(_DOWN):
-            below.append(target)
-            result[target] = _sum(there, value, pack.best[_partner(name)], scale * pack.scale)
-        elif not is_part(name):
-            result[name] = there + scale * (value - there)
-    same = _fingerprint({name: weights[name] for name in below}) == pack.base
+        if adapted:
+            below[target] = weight
+            result[target] = _sum(weight, value, up, scale * pack.scale)
+        else:
+            result[name] = weight + scale * (value - weight)
+    same = not pack.base or _fingerprint(below) == pack.base
     return result, "" if same else "the adapters were trained over other weights than these"
 
 
 def _fingerprint(weights: Mapping[str, th.Tensor]) -> str:
     return fingerprint(dict(sorted(weights.items())))
-
-
-def _fits(name: str, value: th.Tensor, there: th.Tensor) -> bool:
-    if name.endswith(_DOWN):
-        return value.ndim == there.ndim > 2 and value.shape[1:] == there.shape[1:]
-    if name.endswith(_UP):
-        return value.ndim == there.ndim > 2 and len(value) == len(there) and set(value.shape[2:]) == {1}
-    return value.shape == there.shape

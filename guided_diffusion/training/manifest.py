@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: its manifest is written last, and names every file with its size and checksum.
+"""The manifest of a checkpoint, which is written last and names every file with its size and checksum.
 
 A manifest setNNNNNN.json reads {"format": 1, "step": N, "files": {NAME: {"bytes": SIZE, "sha256": HEX}}}.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -18,18 +17,17 @@ from ..runtime import files as untrusted, paths
 FORMAT = 1
 NAME = re.compile(r"set(?P<step>\d+)\.json$")
 PIECE = 2**20  # bytes read at a time
-_LARGEST = 2**20  # bytes of a manifest: a few hundred are usual
 
 
 class Entry(TypedDict):
-    """One file of a set."""
+    """One file of a checkpoint."""
 
     bytes: int
     sha256: str
 
 
 class Hashed:
-    """Passes what is written on to a file, and sums it up: what should be there, whatever the disk makes of it."""
+    """Passes what is written on to a file and sums it up, before the disk can alter it."""
 
     def __init__(self, file: Any) -> None:
         self._file, self._digest, self._size = file, hashlib.sha256(), 0
@@ -57,9 +55,9 @@ def name_of(step: int) -> str:
 
 
 def content(step: int, files: Mapping[str, Entry]) -> dict[str, Any]:
-    """What the manifest of a step holds.
+    """The manifest of a step.
 
-    :param files: name without folder -> what was written.
+    :param files: name in the run's folder -> what was written.
     """
     return {"format": FORMAT, "step": step, "files": dict(files)}
 
@@ -71,27 +69,20 @@ def read(path: str) -> dict[str, Entry]:
     """
     raw = untrusted.read_file(path)
     try:
-        value = json.loads(raw[:_LARGEST])
-        match = NAME.search(os.path.basename(path))
-        fits = match is not None and value["step"] == int(match["step"]) and value["format"] == FORMAT
-        files = {_plain(name): _entry(entry) for name, entry in value["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        value = untrusted.parse_json(raw)
+        files: dict[str, Entry] = {name: _entry(name, entry) for name, entry in value["files"].items()}
+        fits = name_of(value["step"]) == os.path.basename(path) and value["format"] == FORMAT
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("its manifest is damaged") from None
     if not fits or not any(name.startswith("model") for name in files):
         raise ValueError(f"its manifest is not one of format {FORMAT} for this step")
     return files
 
 
-def _plain(name: str) -> str:
-    if os.path.basename(name) != name:
-        raise ValueError(name)
-    return name
-
-
-def _entry(value: Mapping[str, Any]) -> Entry:
+def _entry(name: str, value: Mapping[str, Any]) -> Entry:
     size, digest = value["bytes"], value["sha256"]
-    if type(size) is not int or not isinstance(digest, str):
-        raise TypeError(value)
+    if type(size) is not int or not isinstance(digest, str) or untrusted.path_fault(name, "folder"):
+        raise ValueError(name)
     return {"bytes": size, "sha256": digest}
 
 

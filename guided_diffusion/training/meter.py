@@ -1,4 +1,4 @@
-"""What the steps between two lines of the log have in common: their losses, their speed, and the progress bar.
+"""The losses and the speed of the steps between two lines of the log, and the progress bar.
 
 Shapes: N images of all ranks, n of one rank.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -39,7 +38,7 @@ class Meter:
         self._restart()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     @contextmanager
@@ -50,19 +49,12 @@ class Meter:
         self._waited += time.perf_counter() - start
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the time inside out of the measured speed."""
+    def paused(self, *, saving: bool = False) -> Iterator[None]:
+        """Leave the time inside out of the measured speed, and count it as standing still for a checkpoint."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Leave the time inside out of the measured speed, and count it as standing still for a checkpoint."""
-        start = time.perf_counter()
-        with self.paused():
-            yield
-        self._stalled += time.perf_counter() - start
+        self._stalled += saving * (time.perf_counter() - start)
 
     def add_losses(self, t: th.Tensor, losses: Mapping[str, th.Tensor]) -> None:
         """Keep the losses [n] of this rank's images at steps t [n]."""
@@ -75,20 +67,18 @@ class Meter:
     def step_done(self) -> None:
         """Count a step, and show it."""
         self._steps += 1
-        self._bar.set_postfix_str(
-            f"{self.images_per_second:.3g} images/s, {100 * self.data_wait:.0f}% waiting for data", refresh=False
-        )
+        speed = self._per_second(self._steps * self.global_batch)
+        self._bar.set_postfix_str(f"{speed:.3g} images/s, {100 * self.data_wait:.0f}% waiting for data", refresh=False)
         self._bar.update()
 
-    @property
-    def images_per_second(self) -> float:
-        """Of all ranks, since the last line of the log."""
-        return self._steps * self.global_batch / max(time.perf_counter() - self._start, 1e-9)
+    def _per_second(self, amount: float) -> float:
+        """An amount over the time since the last line of the log."""
+        return amount / max(time.perf_counter() - self._start, 1e-9)
 
     @property
     def data_wait(self) -> float:
-        """Share of the time since the last line of the log that this rank waited for data."""
-        return self._waited / max(time.perf_counter() - self._start, 1e-9)
+        """Share of that time in which this rank waited for data."""
+        return self._per_second(self._waited)
 
     def dump(self, log_losses: Callable[[th.Tensor, dict[str, th.Tensor]], object], prefix: str = "") -> None:
         """Write a line of the log, if there is a step that none holds; every rank calls it.
@@ -97,23 +87,19 @@ class Meter:
         :param prefix: of the names of the losses.
         """
         if self._losses:  # not where a subclass of the loop computes and logs them in its own way
-            t, losses = self.take_losses()
+            rows, self._losses = self._losses, []
+            t, losses = gather_losses(join(rows))
             log_losses(t, {prefix + name: value for name, value in losses.items()})
         if self._steps:
             self.log_speed()
             logger.dumpkvs()
-
-    def take_losses(self) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-        """(t, losses) of all ranks since the last call; every rank must call it."""
-        rows, self._losses = self._losses, []
-        return gather_losses(join(rows))
 
     def log_speed(self) -> None:
         """Log images_per_second, data_wait and, after a checkpoint, save_stall; and begin to measure anew.
 
         Every rank must call it: data_wait is that of the rank that waited longest, for which the others wait in turn.
         """
-        logger.logkv("images_per_second", self.images_per_second)
+        logger.logkv("images_per_second", self._per_second(self._steps * self.global_batch))
         logger.logkv("data_wait", max(dist_util.gather_objects(self.data_wait)))
         if self._stalled:
             logger.logkv("save_stall", self._stalled)

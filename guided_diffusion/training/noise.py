@@ -1,4 +1,4 @@
-"""What a step draws by key, so that neither the number of ranks nor microbatches change it.
+"""The random numbers of a training step, by key, so that neither the number of ranks nor microbatches change them.
 
 A rank draws the noise of its own images alone, by (seed, number of the image), and the few numbers that there are per
 image (t, weights, dropped labels) for all ranks, by (seed, step).
@@ -36,14 +36,15 @@ class Draw(NamedTuple):
         return Draw(*(value[part] for value in self))
 
 
-def _own(count: int) -> slice:
-    """Where this rank's `count` images are among those of all ranks."""
+def _of_rank(count: int) -> slice:
+    """The place of this rank's `count` images among those of all ranks."""
     first = dist_util.rank() * count
     return slice(first, first + count)
 
 
-def _noise(batch: th.Tensor, first: int, seed: int, device: th.device) -> th.Tensor:
-    """Noise for the images number `first` and following, which each depends on the seed and its number alone."""
+def _noise(batch: th.Tensor, index: int, seed: int, device: th.device) -> th.Tensor:
+    """Noise for this rank's images of batch `index`, each by the seed and its number alone."""
+    first = (index * dist_util.world_size() + dist_util.rank()) * len(batch)
     noise, generator = th.empty(batch.shape, device=device), th.Generator(device)
     for number, image in enumerate(noise, first):
         image.normal_(generator=generator.manual_seed(image_seed(seed, number)))
@@ -52,10 +53,10 @@ def _noise(batch: th.Tensor, first: int, seed: int, device: th.device) -> th.Ten
 
 def draw_for_training(batch: th.Tensor, sampler: ScheduleSampler, seed: int, index: int, device: th.device) -> Draw:
     """This rank's part of step `index`; every rank has as many images in its batch."""
-    count, own, seed = len(batch) * dist_util.world_size(), _own(len(batch)), seed + TRAINING
+    count, part, seed = len(batch) * dist_util.world_size(), _of_rank(len(batch)), seed + TRAINING
     keyed = {"rng": np.random.default_rng([seed, index])}
     t, weights = sampler.sample(count, device, **(keyed if "rng" in signature(sampler.sample).parameters else {}))
-    return Draw(t[own], weights[own], _noise(batch, index * count + own.start, seed, device))
+    return Draw(t[part], weights[part], _noise(batch, index, seed, device))
 
 
 def draw_for_validation(
@@ -65,11 +66,11 @@ def draw_for_validation(
 
     :param counted: over how many of the images of all ranks, from the first on; None: over all of them.
     """
-    count, own, seed = len(batch) * dist_util.world_size(), _own(len(batch)), seed + VALIDATION
+    count, seed = len(batch) * dist_util.world_size(), seed + VALIDATION
     spread = counted or count
     steps = (np.random.default_rng([seed, index]).permutation(spread) + 0.5) * num_timesteps / spread
-    t = to_device(th.from_numpy(np.resize(steps, count)[own]).long(), device)
-    return Draw(t, th.ones(len(batch), device=device), _noise(batch, index * count + own.start, seed, device))
+    t = to_device(th.from_numpy(np.resize(steps, count)[_of_rank(len(batch))]).long(), device)
+    return Draw(t, th.ones(len(batch), device=device), _noise(batch, index, seed, device))
 
 
 @dataclass(frozen=True)
@@ -101,5 +102,5 @@ class LabelDropout:
         labels = cond["y"]
         # spawned, unlike the key of t: another stream
         rng = np.random.default_rng(np.random.SeedSequence(seed + TRAINING, spawn_key=(2, index)))
-        dropped = rng.random(len(labels) * dist_util.world_size())[_own(len(labels))] < self.rate
+        dropped = rng.random(len(labels) * dist_util.world_size())[_of_rank(len(labels))] < self.rate
         return {**cond, "y": labels.masked_fill(to_device(th.from_numpy(dropped), labels.device), self.null_label)}

@@ -14,7 +14,9 @@ import torch as th
 from .. import dist_util, logger
 from ..fp16_util import MixedPrecisionTrainer, unflatten_optimizer_state
 from ..resample import ScheduleSampler
-from . import checkpoints, lora, weights as weight_files
+from . import checkpoints, lora
+from .checkpoints import Checkpoint
+from .weights import load
 
 
 def rng_state(device: th.device | None = None) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def rng_state(device: th.device | None = None) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: th.device | None = None) -> None:
-    """Put the global generators where `rng_state` found them."""
+    """Set the global generators to a state of `rng_state`."""
     th.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -59,27 +61,38 @@ def warn_of_long_averages(rates: Sequence[float], updates: int) -> None:
             )
 
 
-def load_weights(model: th.nn.Module, files: checkpoints.CheckpointSet, flags: Mapping[str, Any]) -> None:
+def load_weights(model: th.nn.Module, files: Checkpoint, flags: Mapping[str, Any]) -> None:
     """Load the weights to go on from, those below adapters and the adapters apart.
 
     :param flags: that the network was built from, for messages.
     :raises ValueError: if they are of another network, or of other adapters.
     """
-    adapted = lora.adapters(model)
-    if not adapted:
-        weight_files.load_weights(model, files.model, flags)
+    source = Checkpoint(files.step, path=files.model)
+    if not lora.adapters(model):
+        model.load_state_dict(source.fitting(model, flags))
         return
     if not (files.lora and files.state):
         raise ValueError(
             f"{files.model} is no checkpoint of a run with adapters: give --init_from {files.model} to start one, or "
             "leave out --lora_rank"
         )
-    own = {name: value for name, value in model.state_dict().items() if not lora.is_part(name)}
-    plain, pack = weight_files.fitting(own, files.model, flags), lora.read(files.lora)
-    below = checkpoints.load(files.state).get("base", {})
-    if {adapter.scale for adapter in adapted.values()} != {pack.scale}:
-        raise ValueError(f"the adapters of {files.lora} are scaled by {pack.scale:g}: leave --lora_alpha as it was")
-    model.load_state_dict(lora.joined(model, plain, below, pack.weights["model"]))
+    expected = {name: value for name, value in lora.plain_names(model.state_dict()).items() if not lora.is_part(name)}
+    state = _with_adapters(files)
+    if state["lora_scale"] != lora.scale_of(model):
+        raise ValueError(
+            f"the adapters of {files.lora} are scaled by {state['lora_scale']:g}: leave --lora_alpha as it was"
+        )
+    weights = source.fitting(expected, flags)
+    model.load_state_dict(lora.joined(model, weights, state.get("base", {}), state["lora"]["model"]))
+
+
+def _with_adapters(files: Checkpoint) -> dict[str, Any]:
+    """The state file with the adapters, which older runs kept in the file loraNNNNNN.pt alone."""
+    state: dict[str, Any] = load(files.state) if files.state else {}
+    if "lora" not in state and files.lora.endswith(".pt"):
+        packs = lora.older_packs(load(files.lora))
+        state |= {"lora": {key: pack.weights for key, pack in packs.items()}, "lora_scale": packs["model"].scale}
+    return state
 
 
 @dataclass
@@ -99,30 +112,33 @@ class RunState:
     data: Any
     lr: float | None
     global_batch: int
-    _lora: str = ""  # the file of adapters that is resumed from
-    _found: dict[str, Any] = field(default_factory=dict)  # in its state file
-    _said: list[str] = field(default_factory=list)  # about what was restored
+    _saved: dict[str, Any] = field(default_factory=dict)  # the state file that is resumed from
+    _report: list[str] = field(default_factory=list)  # what was restored
 
     # ---- to files
 
     def parts(self, step: int) -> dict[str, Any]:
-        """What each file of a set holds, by the name in front of the step, in the order in which they are written.
+        """The content of each file of a checkpoint, by the name before the step, in the order of writing.
 
-        The weights come last: without them no reader takes a set for complete. Every rank must call it, and rank 0,
-        which writes, has them.
+        The weights come last: without them no reader takes a checkpoint for complete. Every rank must call it, and rank
+        0, which writes, has them.
         """
-        model, (now, *averages) = self.trainer.model, self._weights()
+        model, (weights, *averages) = self.trainer.model, self._weights()
         rest, opt = self._rest(step), self.trainer.state_for_files(self.opt)
         if dist_util.rank() > 0:
             return {}
         averaged = dict(zip(map(str, self.ema_rate), averages, strict=True))
         adapted = bool(lora.adapters(model))
+        if adapted:
+            parts = {name: lora.split(model, state) for name, state in {"model": weights, **averaged}.items()}
+            rest |= {"base": lora.base(model, weights), "lora": parts, "lora_scale": lora.scale_of(model)}
+        slowest = averaged[max(averaged, key=float)] if averaged else weights
         return {
-            "state": {**rest, **({"base": lora.base(model, now)} if adapted else {})},
-            **{f"ema_{rate}_": lora.merged(model, weights) for rate, weights in averaged.items()},
+            "state": rest,
+            **{f"ema_{rate}_": lora.merged(model, state) for rate, state in averaged.items()},
             "opt": opt,
-            **({"lora": lora.content(model, {"model": now, **averaged})} if adapted else {}),
-            "model": lora.merged(model, now),
+            **({"lora": lora.content(model, slowest)} if adapted else {}),
+            "model": lora.merged(model, weights),
         }
 
     def _weights(self) -> Iterator[dict[str, th.Tensor]]:
@@ -148,51 +164,49 @@ class RunState:
 
     # ---- back
 
-    def open(self, files: checkpoints.CheckpointSet) -> int:
-        """Begin to take up a set; returns its step. `average`, `load_optimizer` and `close` follow."""
+    def open(self, files: Checkpoint) -> int:
+        """Begin to take up a checkpoint; returns its step. `average`, `load_optimizer` and `close` follow."""
         if files.step is None:
             logger.warn(
                 f"the step of {files.model} is unknown, as its name has no number: counting from 0, and the optimizer "
                 "and the moving averages start anew"
             )
-        self._found = checkpoints.load(files.state) if files.state else {}
-        self._lora, self._said = files.lora, [f"weights from {files.model or 'elsewhere'}"]
-        return int(self._found.get("step", files.step or 0))
+        self._saved, self._report = _with_adapters(files), [f"weights from {files.model or 'elsewhere'}"]
+        return int(self._saved.get("step", files.step or 0))
 
     def average(self, rate: float, path: str | None) -> list[th.Tensor]:
-        """The moving average of a file of the set, one tensor per master; without a file the weights are its start."""
+        """The moving average of a file, one tensor per master; without a file the weights are its start."""
         if not path:
-            self._said.append(f"EMA {rate} NOT restored, it starts from the weights")
+            self._report.append(f"EMA {rate} NOT restored, it starts from the weights")
             return [master.detach().clone() for master in self.trainer.master_params]
-        model, weights = self.trainer.model, checkpoints.load(path)
+        model, weights = self.trainer.model, load(path)
         if lora.adapters(model):
-            now = self.trainer.master_params_to_state_dict(self.trainer.master_params)
-            parts = lora.read(self._lora).weights.get(str(rate), {})
-            weights = lora.joined(model, weights, lora.base(model, now), parts)
-        self._said.append(f"EMA {rate} restored")
+            state = self.trainer.master_params_to_state_dict(self.trainer.master_params)
+            parts = self._saved["lora"].get(str(rate), {})
+            weights = lora.joined(model, weights, lora.base(model, state), parts)
+        self._report.append(f"EMA {rate} restored")
         return list(self.trainer.state_dict_to_master_params(weights))
 
     def load_optimizer(self, path: str) -> None:
-        """Take up the optimizer's moments from a file of the set, '' for none."""
+        """Take up the optimizer's moments from a file, '' for none."""
         if not path:
-            self._said.append("optimizer NOT restored, it starts anew")
+            self._report.append("optimizer NOT restored, it starts anew")
             return
-        saved = checkpoints.load(path)
+        saved = load(path)
         # Rates and decay are this run's: only the moments are taken from the file.
         state = self.trainer.state_from_files(unflatten_optimizer_state(saved["state"], self.trainer.model))
         self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
         group = saved["param_groups"][0]
-        there = {"lr": self._found.get("lr", group["lr"]), "weight_decay": group.get("weight_decay", 0.0)}
-        self.lr = there["lr"] if self.lr is None else self.lr  # older runs kept no more than the last step's
-        here = {"lr": self.lr, "weight_decay": self.opt.param_groups[0]["weight_decay"]}
-        other = [f"{name} {here[name]:g} instead of its {there[name]:g}" for name in here if here[name] != there[name]]
-        self._said.append("optimizer restored" + (f" with {' and '.join(other)}" if other else ""))
+        before = {"lr": self._saved.get("lr", group["lr"]), "weight_decay": group.get("weight_decay", 0.0)}
+        self.lr = before["lr"] if self.lr is None else self.lr  # older runs kept no more than the last step's
+        now = {"lr": self.lr, "weight_decay": self.opt.param_groups[0]["weight_decay"]}
+        other = [f"{name} {now[name]:g} instead of its {before[name]:g}" for name in now if now[name] != before[name]]
+        self._report.append("optimizer restored" + (f" with {' and '.join(other)}" if other else ""))
 
     def close(self, step: int) -> float | None:
-        """Take up everything else but the weights, say what was there and what not, and return the learning rate."""
-        parts = [*self._said, *self._restore_rest(self._found)]
-        logger.log(f"resuming at step {step}: {'; '.join(parts)}")
-        self._compare(self._found)
+        """Take up everything else but the weights, log what was restored, and return the learning rate."""
+        logger.log(f"resuming at step {step}: {'; '.join([*self._report, *self._restore_rest(self._saved)])}")
+        self._compare(self._saved)
         return self.lr
 
     def _restore_rest(self, state: dict[str, Any]) -> Iterator[str]:
@@ -208,18 +222,16 @@ class RunState:
         else:
             yield "data position NOT restored, the data start anew"
         if "rng" in state:
-            yield from self._restore_generators(state["rng"])
-
-    def _restore_generators(self, saved: Any) -> Iterator[str]:
-        states = [saved] if isinstance(saved, dict) else list(saved)  # older runs kept those of rank 0
-        if len(states) == dist_util.world_size():
-            set_rng_state(states[dist_util.rank()], self._device)
-            yield "generators restored"
-        else:
-            yield "global generators NOT restored, as the number of ranks is another one"
+            saved = state["rng"]
+            states = [saved] if isinstance(saved, dict) else list(saved)  # older runs kept those of rank 0
+            if len(states) == dist_util.world_size():
+                set_rng_state(states[dist_util.rank()], self._device)
+                yield "generators restored"
+            else:
+                yield "global generators NOT restored, as the number of ranks is another one"
 
     def _compare(self, state: dict[str, Any]) -> None:
-        """Say what can no longer be exact, where a run goes on otherwise than it was begun."""
+        """Warn of what can no longer be exact, where a run goes on otherwise than it was begun."""
         before, ranks = len(state["rng"]) if isinstance(state.get("rng"), list) else 0, dist_util.world_size()
         if before not in (0, ranks):
             logger.warn(

@@ -1,4 +1,4 @@
-"""Writing the sets of a run, at once or while training goes on, and agreeing on the one to resume from."""
+"""Writing the checkpoints of a run, at once or while training goes on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 import torch as th
 
 from .. import dist_util, logger
-from ..image_datasets import ImageStream
 from ..runtime import paths
 from ..runtime.files import write_json
 from . import checkpoints, manifest
-from .checkpoints import CheckpointSet
+from .checkpoints import Checkpoint, choose as choose
 from .run_state import RunState
 
 # ---- the originals' functions, which research code replaces in train_util
@@ -32,7 +31,7 @@ def get_blob_logdir() -> str:
 
 
 def find_resume_checkpoint() -> str | None:
-    """A checkpoint to go on from where none was given: none. Replace it where runs are restarted by themselves."""
+    """None; replace it to go on from a checkpoint where none was given, as when runs are restarted by themselves."""
     return None
 
 
@@ -43,27 +42,8 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
     return next((path for text, path in averages if float(text) == float(rate)), None)
 
 
-# ---- resuming
-
-
-def choose(path: str, *, auto: bool = False) -> tuple[CheckpointSet | None, list[str]]:
-    """The set to resume from, the same on all ranks: rank 0 chooses it, and reads its files for their checksums.
-
-    :param path: any file of it, or a run's folder; '' for none.
-    :param auto: none is no mistake.
-    :return: the set, and a line for each newer one that is not complete.
-    :raises FileNotFoundError, ValueError: if there is no such set, or it is not what was written.
-    """
-    found: tuple[CheckpointSet | None, list[str]] = None, []
-    if dist_util.rank() == 0 and path:
-        found = checkpoints.newest(path, checksums=True) if paths.isdir(path) else (None, [])
-        if not auto:
-            found = checkpoints.find_set(path, checksums=True), found[1]
-    return dist_util.broadcast_object(found)
-
-
-def agree(path: str) -> CheckpointSet | None:
-    """`choose`, with what was passed over in the log."""
+def agree(path: str) -> Checkpoint | None:
+    """The checkpoint of `checkpoints.choose`, with what was passed over in the log."""
     files, faults = choose(path)
     for line in faults:
         logger.warn(line)
@@ -71,8 +51,8 @@ def agree(path: str) -> CheckpointSet | None:
 
 
 def skip_batches(data: Any, count: int) -> None:
-    """Let a stream go on after so many global batches, if it is one that can."""
-    if count and isinstance(data, ImageStream):
+    """Let an `ImageStream` go on after so many global batches; other data stay as they are."""
+    if count and hasattr(data, "global_batch"):
         data.load_state_dict({"batches": count})
 
 
@@ -82,16 +62,18 @@ def skip_batches(data: Any, count: int) -> None:
 def write_set(folder: str, step: int, parts: Mapping[str, Any]) -> Iterator[str]:
     """Write the files of a step one after the other, their manifest last, and yield the path of each.
 
-    :param parts: what each file holds, by the name in front of the step; "model" comes last.
+    :param parts: the content of each file, by the name before the step; "lora" is a folder, of names and contents.
     """
     before = checkpoints.sets_in(folder).get(step)
     if before is not None:  # what a killed process or a damaged disk left: nothing of it mixes with the new files
         checkpoints.remove(before)
     entries = {}
-    for name, value in parts.items():
-        path = paths.join(folder, f"{name}{step:06d}.pt")
-        entries[os.path.basename(path)] = checkpoints.save(path, value)
-        yield path
+    for part, value in parts.items():
+        name = f"{part}{step:06d}"
+        files = {f"{name}/{file}": item for file, item in value.items()} if part == "lora" else {f"{name}.pt": value}
+        for file, item in files.items():
+            entries[file] = checkpoints.save(paths.join(folder, file), item)
+            yield paths.join(folder, file)
     path = paths.join(folder, manifest.name_of(step))
     write_json(path, manifest.content(step, entries))
     yield path
@@ -108,42 +90,30 @@ def map_tensors(value: Any, change: Callable[[th.Tensor], th.Tensor]) -> Any:
     return value
 
 
-class Snapshot:
-    """Copies of tensors in CPU memory, which is kept for the next copies: page-locked where a GPU writes to it.
+def snapshot(value: Any) -> Any:
+    """The same with contiguous copies of its tensors in CPU memory, page-locked where a GPU writes them."""
 
-    They are contiguous, as those in files are, whatever the layout that a network computes in.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: list[th.Tensor] = []
-
-    def take(self, value: Any) -> Any:
-        """A copy of everything, valid until the next call."""
-        before, self._buffers = iter(self._buffers), []
-        copied = map_tensors(value, lambda tensor: self._copy(tensor, next(before, None)))
-        if any(buffer.is_pinned() for buffer in self._buffers):
-            th.cuda.synchronize()
-        return copied
-
-    def _copy(self, tensor: th.Tensor, buffer: th.Tensor | None) -> th.Tensor:
-        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-            buffer = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        self._buffers.append(buffer)
+    def copy(tensor: th.Tensor) -> th.Tensor:
+        buffer = th.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+
+    copied = map_tensors(value, copy)
+    if th.cuda.is_initialized():
+        th.cuda.synchronize()
+    return copied
 
 
 class Saver:
-    """Writes the sets of one run; as a context it ends only when everything is written, on every rank.
+    """Writes the checkpoints of one run; as a context it ends only when everything is written, on every rank.
 
     :param asynchronous: a save returns when there is a copy of everything in CPU memory, and a thread writes that; the
         next save waits for it, and raises what went wrong.
-    :param keep_last: how many complete sets stay in the folder; 0: all.
+    :param keep_last: how many complete ones stay in the folder; 0: all.
     """
 
     def __init__(self, *, asynchronous: bool = False, keep_last: int = 0) -> None:
         self.asynchronous, self.keep_last = asynchronous, keep_last
         self.source = ""  # the weights that were resumed from: never written again
-        self._snapshot = Snapshot()
         self._pending: Future[list[str]] | None = None
         self._swept = False
 
@@ -161,9 +131,9 @@ class Saver:
             logger.error(f"the last checkpoint was not written: {failure}")
 
     def save(self, state: RunState, folder: str, step: int) -> None:
-        """Write the set of a step; every rank calls it, rank 0 writes.
+        """Write the checkpoint of a step; every rank calls it, rank 0 writes.
 
-        :raises OSError: if this set, or the one before, cannot be written.
+        :raises OSError: if it, or the one before, cannot be written.
         """
         parts = state.parts(step)
         try:
@@ -172,13 +142,13 @@ class Saver:
             self._begin(parts, folder, step)
 
     def _begin(self, parts: Mapping[str, Any], folder: str, step: int) -> None:
-        """Write a set, or let the thread begin with it."""
+        """Write a checkpoint, or let the thread begin with it."""
         try:
             if self.source == paths.join(folder, f"model{step:06d}.pt"):
                 logger.log(f"{self.source} is what this run resumed from, and stays as it is")
             elif dist_util.rank() == 0 and self.asynchronous:
                 pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
-                self._pending = pool.submit(self._write, folder, step, self._snapshot.take(parts))
+                self._pending = pool.submit(self._write, folder, step, snapshot(parts))
                 pool.shutdown(wait=False)
             elif dist_util.rank() == 0:
                 _report(self._write(folder, step, map_tensors(parts, lambda tensor: tensor.cpu().contiguous())))
@@ -187,7 +157,7 @@ class Saver:
                 dist_util.barrier()
 
     def _write(self, folder: str, step: int, parts: Mapping[str, Any]) -> list[str]:
-        """Write a set and remove older ones; returns the lines for the log, whose writers belong to the main thread."""
+        """Write a checkpoint and remove older ones; returns the lines that the main thread logs."""
         if not self._swept:
             checkpoints.sweep(folder)
             self._swept = True

@@ -29,17 +29,6 @@ _DTYPES = {"fp16": th.float16, "bf16": th.bfloat16}
 State = Mapping[int, Mapping[str, Any]]  # of an optimizer: index of the parameter -> name -> tensor or number
 
 
-def check() -> None:
-    """Find out what would prevent a sharded training, before anything is changed.
-
-    :raises ValueError: naming it.
-    """
-    if th.__version__ < OLDEST_TORCH:
-        raise ValueError(f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out")
-    if not dist.is_initialized():
-        raise ValueError("fsdp needs a process group, and there is none: call dist_util.setup_dist() first")
-
-
 def shard(model: nn.Module, like: nn.Module, precision: str) -> None:
     """Split the parameters of a network in place; each block gathers its own when it is used, and lets go of them.
 
@@ -90,10 +79,7 @@ def _channels_last(_: nn.Module, inputs: tuple[th.Tensor, ...]) -> tuple[th.Tens
 
 
 def _innermost(x: th.Tensor) -> th.Tensor:
-    """[N, C, H, W] with its channels innermost; not copied if they are, but with strides that leave no doubt of it.
-
-    Those of a single image that went through a hook say nothing of its first axis, and kernels then refuse it.
-    """
+    """[N, C, H, W] with its channels innermost, also in the strides of a single image, which kernels look at."""
     rows = x.movedim(1, -1).contiguous()
     return rows.view(rows.shape).movedim(-1, 1)
 
@@ -107,7 +93,7 @@ class ShardedGradients(Gradients):
     def finish(self) -> tuple[list[th.Tensor], th.Tensor]:
         for param, master in self.pairs:
             master.grad = th.zeros_like(master) if param.grad is None else cast(DTensor, param.grad).to_local()
-        return self._found(), self._total()
+        return [master.grad for _, master in self.pairs if master.grad is not None], self._total()
 
 
 class ShardedTrainer(MixedPrecisionTrainer):
@@ -121,29 +107,26 @@ class ShardedTrainer(MixedPrecisionTrainer):
         odd = {param.dtype for param in self.model_params} - {th.float32}
         if odd:
             raise ValueError(f"fsdp splits weights in fp32, and the model has some of {odd.pop()}: convert them first")
-        check()
+        if th.__version__ < OLDEST_TORCH:
+            raise ValueError(f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out")
+        if not dist.is_initialized():
+            raise ValueError("fsdp needs a process group: call dist_util.setup_dist() first")
         self._names = [name for name, _ in self.model.named_parameters()]
         self._plain, self._rows_by_name = _without_memory(self.model), _without_memory(self.model)
-        if self.precision != "fp32":
-            self._convert_plain()
+        if self.precision != "fp32" and isinstance(self._plain, UNetBackbone):
+            # whose layout is that of the device where it would have values
+            self._plain.convert_to(self.precision, self.model_params[0].device)
+        elif self.precision != "fp32":
+            convert(self._plain, self.precision)
         shard(self.model, self._plain, self.precision)
         self.model_params = list(self.model.parameters())
         return [nn.Parameter(_rows_of(param), param.requires_grad) for param in self.model_params]
-
-    def _convert_plain(self) -> None:
-        if isinstance(self._plain, UNetBackbone):  # whose layout is that of the device where it would have values
-            self._plain.convert_to(self.precision, self.model_params[0].device)
-        else:
-            convert(self._plain, self.precision)
 
     def _make_gradients(self) -> Gradients:
         return ShardedGradients(self._trained)
 
     def _measures(self, loss: th.Tensor) -> th.Tensor:
-        own = super()._measures(loss)
-        if dist.get_world_size() == 1:
-            return own
-        mean, *norms = own.double()  # whose squares do not overflow
+        mean, *norms = super()._measures(loss).double()  # whose squares do not overflow
         sums = th.stack([mean / dist.get_world_size(), *(norm.square() for norm in norms)])
         dist.all_reduce(sums)
         return th.stack([sums[0], *sums[1:].sqrt()]).float()
@@ -183,9 +166,9 @@ class ShardedTrainer(MixedPrecisionTrainer):
     def plain_model(self, master_params: Sequence[th.Tensor] | None) -> nn.Module:
         values = self.master_params if master_params is None else master_params
         model = copy.deepcopy(self._plain)
-        own = model.state_dict()
-        whole = {name: value.to(own[name].dtype) for name, value in self._gathered(values).items()}
-        model.load_state_dict({name: laid_out_as(value, own[name]) for name, value in whole.items()}, assign=True)
+        frame, whole = model.state_dict(), self._gathered(values)
+        state = {name: laid_out_as(value.to(frame[name].dtype), frame[name]) for name, value in whole.items()}
+        model.load_state_dict(state, assign=True)
         return model
 
     def _holder(self, rows: Sequence[th.Tensor]) -> nn.Module:

@@ -1,74 +1,170 @@
-"""Weights in files, a run's own and other programs': what a network takes of them, and in what they differ from it."""
+"""Weights in files, a run's own and other programs': reading them safely, and how they differ from a network's."""
 
 from __future__ import annotations
 
+import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any, cast
 
 import torch as th
 
-from .. import logger
+from .. import dist_util, logger
 from ..networks.architecture import architecture, networks_in
+from ..runtime import files, paths
 from ..runtime.files import printable
-from . import checkpoints
+from .manifest import Entry, Hashed
 
-_SHOWN, _KEYS = 3, 12
+SHOWN = 3
+_KEYS, _MAX_FOREIGN = 12, 1000  # keys in a message; names of classes in a file
+_WEIGHTS = re.compile(r"(model|ema).*\.(pt|pth|safetensors)")
 _AVERAGE = re.compile(r"(?<![a-zA-Z])ema(?![a-zA-Z])", re.IGNORECASE)  # in a place such as model_ema.module
 
+State = Mapping[str, th.Tensor]
 
-def load_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> None:
-    """Load a checkpoint into a network that was built from `flags`.
 
-    :raises ValueError: as `fitting_weights`.
+# ---- files
+
+
+def save(path: str, obj: Any) -> Entry:
+    """Write tensors and plain values, as the ending says (.pt, .safetensors, .json); readers never see a half of it.
+
+    :return: its size and checksum.
+    :raises OSError: naming path and reason, if that is impossible.
     """
-    model.load_state_dict(fitting_weights(model, path, flags))
+    with files.writing(path) as file:
+        hashed = Hashed(file)
+        if path.endswith(".json"):
+            hashed.write(files.json_bytes(obj))
+        elif path.endswith(".safetensors"):
+            import safetensors.torch
+
+            hashed.write(safetensors.torch.save(obj))
+        else:
+            th.save(obj, cast(IO[bytes], hashed))
+    return hashed.entry
 
 
-def fitting_weights(model: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
-    """The weights of a checkpoints, as a network that was built from `flags` takes them; it may be on the meta device.
+class Inert:
+    """Stands in for an object of a class that is not loaded, and does nothing."""
 
-    :param flags: only the sizes are read, for naming attention resolutions in messages.
-    :raises ValueError: if the file is no weights, or fits other flags, which the message then names.
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
+
+
+def _stand_ins(path: str) -> list[Any]:
+    """A class like `Inert` for each that a file names."""
+    names = (name.rpartition(".") for name in _foreign_names(path))
+    return [type(name, (Inert,), {"__module__": module}) for module, _, name in names]
+
+
+def _foreign_names(path: str) -> list[str]:
+    """The classes and functions that a local zip of torch.save names, and `load` does not load."""
+    try:
+        if paths.is_remote(path) or not zipfile.is_zipfile(path):
+            return []
+        return sorted(th.serialization.get_unsafe_globals_in_checkpoint(path))[:_MAX_FOREIGN]
+    except Exception:  # as in `load`
+        return []
+
+
+def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
+    """The tensors and plain values of a .pt or .safetensors file.
+
+    :param inert: objects of any other class are replaced by objects of a class of its name that does nothing.
+    :raises FileNotFoundError, ValueError: if the file is missing, incomplete, or holds anything else.
     """
-    return fitting(model.state_dict(), path, flags)
+    path = paths.resolve(path)
+    if not paths.exists(path):
+        raise FileNotFoundError(f"{path} does not exist{neighbours(path)}")
+    try:
+        if not paths.is_remote(path):
+            files.check_unpacked(path)
+        if path.endswith(".safetensors"):
+            return _load_safetensors(path, map_location)
+        with th.serialization.safe_globals(_stand_ins(path) if inert else []):
+            state = dist_util.load_state_dict(path, map_location=map_location)
+        _check_filled(state)
+        return state
+    except (MemoryError, th.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
+        size = paths.stat(path).size
+        raise ValueError(f"{path} ({size} bytes) cannot be read as a checkpoint: {_reason(path, error)}") from error
 
 
-def fitting(own: Mapping[str, th.Tensor], path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
-    """As `fitting_weights`, of the state dict of a network."""
-    state, choice = weights_of(path)
-    if choice:
-        logger.log(choice)
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-        size = next((flags[key] for key in ("large_size", "image_size") if flags and key in flags), None)
-        raise ValueError(f"{path} does not fit the flags: {difference(state, own, size)}")
-    return state
+def _reason(path: str, error: Exception) -> str:
+    """Why a file could not be read."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    kind = "" if paths.is_remote(path) else files.kind_of_file(path)
+    if kind:
+        return f"it is {kind}"
+    foreign = _foreign_names(path)
+    if foreign:
+        return f"it holds more than tensors and plain values: {', '.join(map(printable, foreign[:SHOWN]))}"
+    return f"it is damaged, cut short, or no file of weights{neighbours(path)}"
 
 
-def weights_of(path: str) -> tuple[dict[str, th.Tensor], str]:
+def neighbours(path: str) -> str:
+    """What a message adds about a file that is missing or of another kind: the weights beside it."""
+    names = [name for name in paths.names_in(os.path.dirname(path) or ".") if _WEIGHTS.fullmatch(name)]
+    return f"; beside it lie {', '.join(names[-SHOWN:])}" if names else ""
+
+
+def _check_filled(value: Any) -> None:
+    """Refuse tensors of more numbers than the file has for them: shapes that cost nothing until they are used."""
+    if isinstance(value, th.Tensor):
+        if value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} without its numbers")
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_filled(part)
+
+
+def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
+    import safetensors.torch
+
+    with files.open_file(path) as file:
+        state = safetensors.torch.load(file.read())
+    return {name: value.to(map_location) for name, value in state.items()}
+
+
+# ---- the weights among all that a file holds
+
+
+def pick(path: str, beside: str) -> tuple[dict[str, th.Tensor], str]:
     """The weights in a file, whatever else another program saved with them, and a sentence that says which.
 
     Of several networks of this package an average (EMA) is taken, else the first.
 
+    :param beside: weights to name in a message, '' where there are none.
     :return: the sentence is '' where nothing but weights is there.
     :raises ValueError: if it holds none, or numbers that are not finite.
     """
-    content = checkpoints.load(path, inert=True)
-    found = dict(networks_in(content)) or {"": _plain_weights(content, path)}
-    place = max(found, key=lambda place: len(_AVERAGE.findall(place)))
-    state = found[place]
+    content = load(path, inert=True)
+    networks = dict(networks_in(content)) or {"": _plain_weights(content, path, beside)}
+    place = max(networks, key=lambda place: len(_AVERAGE.findall(place)))
+    state = networks[place]
     bad = [name for name, value in state.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
             f"{path} holds numbers that are not finite, in {len(bad)} of its {len(state)} tensors ({bad[0]} is the "
             "first): training has diverged, take an earlier checkpoint"
         )
-    others = [name or "its top level" for name in found if name != place]
+    others = [name or "its top level" for name in networks if name != place]
     left = f", not those at {', '.join(others)}" if others else ""
     return state, f"of {path} the weights at {place or 'its top level'} are taken{left}" if place or others else ""
 
 
-def _plain_weights(content: Any, path: str) -> dict[str, th.Tensor]:
+def _plain_weights(content: Any, path: str, beside: str) -> dict[str, th.Tensor]:
     """A state dict of some other network.
 
     :raises ValueError: saying what the file holds, if it is none.
@@ -77,46 +173,67 @@ def _plain_weights(content: Any, path: str) -> dict[str, th.Tensor]:
     if isinstance(content, dict) and not optimizer and all(isinstance(value, th.Tensor) for value in content.values()):
         wrapped = all(name.startswith("module.") for name in content)  # saved from inside a data-parallel wrapper
         return {name.removeprefix("module."): value for name, value in content.items()} if wrapped else content
-    beside = checkpoints.weights_beside(path)
-    what = "optimizer state" if optimizer else f"no weights of a network of this package, but {_held(content)}"
+    held = "optimizer state" if optimizer else f"no weights of a network of this package, but {_held(content)}"
     remedy = f"use {beside} beside it" if beside else "use a file ema_RATE_NNNNNN.pt or modelNNNNNN.pt"
-    if any(
-        isinstance(value, checkpoints.Inert) for value in (content.values() if isinstance(content, dict) else [content])
-    ):
+    if any(isinstance(value, Inert) for value in (content.values() if isinstance(content, dict) else [content])):
         remedy = "save the state_dict() of its network, and use that"
-    raise ValueError(f"{path} holds {what}: {remedy}")
+    raise ValueError(f"{path} holds {held}: {remedy}")
 
 
 def _held(content: Any) -> str:
-    """What a file holds, by keys and kinds."""
-
-    def kind(value: Any) -> str:
-        of = type(value)
-        name = of.__qualname__ if of.__module__ == "builtins" else f"{of.__module__}.{of.__qualname__}"
-        return f"{name} of {len(value)}" if isinstance(value, dict | list | tuple) else printable(name)
-
+    """The keys of a file's dictionary, or the class of another object."""
     if not isinstance(content, dict):
-        return f"one object ({kind(content)})"
-    keys = [f"{key!r:.50} ({kind(value)})" for key, value in content.items()]
-    return ", ".join(keys[:_KEYS]) + (f" and {len(keys) - _KEYS} more" if len(keys) > _KEYS else "")
+        return f"one object ({printable(f'{type(content).__module__}.{type(content).__qualname__}')})"
+    more = f" and {len(content) - _KEYS} more" if len(content) > _KEYS else ""
+    return ", ".join(f"{key!r:.50}" for key in list(content)[:_KEYS]) + more
 
 
-def difference(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor], size: Any) -> str:
+# ---- whether they fit a network
+
+
+def weights_of(path: str) -> tuple[dict[str, th.Tensor], str]:
+    """`pick`, of a path alone."""
+    return pick(path, "")
+
+
+def fitting_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
+    """`Checkpoint.fitting`, of the path of its file."""
+    return checked(weights_of(path), network, path, flags or {})
+
+
+def checked(
+    picked: tuple[dict[str, th.Tensor], str], network: th.nn.Module | State, path: str, flags: Mapping[str, Any]
+) -> dict[str, th.Tensor]:
+    """The weights of `pick` if they fit a network; logs which they are.
+
+    :raises ValueError: naming the flags, else the tensors, that differ.
+    """
+    state, choice = picked
+    expected = network.state_dict() if isinstance(network, th.nn.Module) else network
+    if choice:
+        logger.log(choice)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+        size = flags.get("large_size", flags.get("image_size"))
+        raise ValueError(f"{path} does not fit the flags: {difference(state, expected, size)}")
+    return state
+
+
+def difference(theirs: State, ours: State, size: Any) -> str:
     """The flags, else the tensors, in which a checkpoint and a network differ."""
-    there, here = architecture(theirs, size), architecture(ours, size)
+    read, built = architecture(theirs, size), architecture(ours, size)
     flags = [
-        f"the checkpoint has {name} {_shown(there[name])}, you gave {_shown(here[name])}{_about(name, there, here)}"
-        for name in here
-        if name in there and there[name] != here[name]
+        f"the checkpoint has {name} {_shown(read[name])}, you gave {_shown(built[name])}{_about(name, read, built)}"
+        for name in built
+        if name in read and read[name] != built[name]
     ]
-    if set(there) - set(here) and not set(here) & set(there) - {"image_channels", "dims", "num_classes", "image_size"}:
+    if set(read) - set(built) and not set(built) & set(read) - {"image_channels", "dims", "num_classes", "image_size"}:
         flags = ["the checkpoint is of another kind of network"]
     return "; ".join(flags or tensor_differences(theirs, ours))
 
 
-def _about(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What a message adds where the numbers of classes differ as if one of them counted a null class."""
-    counted = name == "num_classes" and "class_cond" in here and abs(there[name] - here[name]) == 1
+def _about(name: str, read: Mapping[str, Any], built: Mapping[str, Any]) -> str:
+    """Adds a hint where the numbers of classes differ as if one of them counted a null class."""
+    counted = name == "num_classes" and "class_cond" in built and abs(read[name] - built[name]) == 1
     return " (counting the row that --null_class True adds)" if counted else ""
 
 
@@ -124,7 +241,7 @@ def _shown(value: Any) -> str:
     return str(value) or "''"
 
 
-def tensor_differences(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Tensor]) -> Iterator[str]:
+def tensor_differences(theirs: State, ours: State) -> Iterator[str]:
     """Names and shapes in which a state dict, perhaps a stranger's, differs from ours; nothing where it fits."""
     missing = [name for name in ours if name not in theirs]
     unknown = [name for name in theirs if name not in ours]
@@ -135,5 +252,5 @@ def tensor_differences(theirs: Mapping[str, th.Tensor], ours: Mapping[str, th.Te
     ]
     for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape")):
         if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"{what}: {', '.join(map(printable, names[:_SHOWN]))}{more}"
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            yield f"{what}: {', '.join(map(printable, names[:SHOWN]))}{more}"

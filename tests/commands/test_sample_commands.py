@@ -738,7 +738,10 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
     [
         ([], "--model_path is missing: give a checkpoint or the folder of a run"),
         (["--model_path", "nowhere.pt"], "--model_path 'nowhere.pt' does not exist"),
-        (["--model_path", "CONFIG"], "it is of another kind, and no file of weights; beside it lie ema_0.5_000100.pt"),
+        (
+            ["--model_path", "CONFIG"],
+            "it is damaged, cut short, or no file of weights; beside it lie ema_0.5_000100.pt",
+        ),
         (["--model_path", "UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
         (["--model_path", "BARE_UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
         (

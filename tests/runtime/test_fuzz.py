@@ -34,7 +34,7 @@ from guided_diffusion.runtime.jobs import RestartableJob
 from guided_diffusion.runtime.labels import parse_classes
 from guided_diffusion.runtime.npz import read_npz, save_npz
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
-from guided_diffusion.training import checkpoints, weights as weight_files
+from guided_diffusion.training import checkpoints
 
 EXAMPLES, MORE = 60, 3000
 WORDS = st.sampled_from(
@@ -221,7 +221,7 @@ def request(content: bytes) -> None:
 
 def weights(case: tuple[str, bytes]) -> None:
     path = put(*case)
-    survives(lambda: weight_files.load_weights(th.nn.Linear(3, 2), path))
+    survives(lambda: checkpoints.load_weights(th.nn.Linear(3, 2), path))
 
 
 def npz(content: bytes) -> None:

@@ -37,7 +37,7 @@ from guided_diffusion.runtime.labels import parse_classes
 from guided_diffusion.runtime.npz import holds, read_npz, save_npz
 from guided_diffusion.runtime.pictures import save_grid
 from guided_diffusion.script_util import build_unet
-from guided_diffusion.training import checkpoints, weights
+from guided_diffusion.training import checkpoints
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -605,7 +605,7 @@ def test_no_pickle_runs_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(paths) == 5
     for path in paths:
         assert "cannot be read as a checkpoint" in sentence_of(checkpoints.load, str(path))
-        sentence_of(weights.load_weights, th.nn.Linear(1, 1), str(path))
+        sentence_of(checkpoints.load_weights, th.nn.Linear(1, 1), str(path))
     array = np.array([[[Command()]]], object)
     np.save("1.npy", array, allow_pickle=True)
     np.savez("1.npz", arr_0=array)

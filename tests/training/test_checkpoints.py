@@ -16,7 +16,7 @@ from guided_diffusion import logger
 from guided_diffusion.config import ClassifierConfig, UNetConfig
 from guided_diffusion.runtime.files import write_json
 from guided_diffusion.script_util import build_classifier, build_unet
-from guided_diffusion.training import checkpoints, weights
+from guided_diffusion.training import checkpoints
 
 TINY = UNetConfig(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1,2", attention_resolutions="")
 
@@ -68,7 +68,7 @@ def test_safetensors_hold_the_same_weights(tmp_path):
     path = str(tmp_path / "ema_0.99_000007.safetensors")
     safetensors.torch.save_file(model.state_dict(), path)
     other = tiny()
-    weights.load_weights(other, checkpoints.resolve_model(str(tmp_path)))
+    checkpoints.load_weights(other, checkpoints.resolve_model(str(tmp_path)))
     assert all(th.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -98,10 +98,13 @@ def test_objects_other_than_tensors_are_never_unpickled(tmp_path):
 
 def test_a_missing_file_is_answered_with_those_beside_it(tmp_path):
     write_set(tmp_path, 5)
-    with pytest.raises(FileNotFoundError, match=r"model000006.pt does not exist; beside it lie .*model000005.pt"):
+    with pytest.raises(FileNotFoundError, match=r"model000006.pt' does not exist; beside it lie .*model000005.pt"):
+        checkpoints.resolve_model(str(tmp_path / "model000006.pt"))
+    for path in ("", "nowhere.pt"):
+        with pytest.raises(FileNotFoundError, match=r"does not exist: give the path of a checkpoint, or the folder"):
+            checkpoints.resolve_model(path)
+    with pytest.raises(FileNotFoundError, match=r"model000006.pt does not exist"):
         checkpoints.load(str(tmp_path / "model000006.pt"))
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        checkpoints.resolve_model("")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         checkpoints.find_set(str(tmp_path / "nowhere" / "model000006.pt"))
 
@@ -131,9 +134,9 @@ def test_any_file_of_a_set_finds_the_others(tmp_path, name):
     write_set(tmp_path, 20)
     found = checkpoints.find_set(str(tmp_path / name))
     assert found.step == 20
-    assert sorted(map(os.path.basename, found.paths)) == sorted(n for n in os.listdir(tmp_path) if "20.pt" in n)
+    assert sorted(map(os.path.basename, found.files)) == sorted(n for n in os.listdir(tmp_path) if "20.pt" in n)
     assert sorted(found.emas) == ["0.99", "0.9999"]
-    assert found.weights.endswith("ema_0.9999_000020.pt")
+    assert found.best.endswith("ema_0.9999_000020.pt")
 
 
 def test_a_folder_means_its_newest_complete_set(tmp_path):
@@ -160,7 +163,7 @@ def test_a_set_without_a_model_starts_from_its_average_or_not_at_all(tmp_path):
 def test_a_renamed_file_is_weights_of_an_unknown_step(tmp_path):
     checkpoints.save(str(tmp_path / "lsun_cat.pt"), {})
     found = checkpoints.find_set(str(tmp_path / "lsun_cat.pt"))
-    assert (found.step, found.model, found.paths) == (None, str(tmp_path / "lsun_cat.pt"), [found.model])
+    assert (found.step, found.model, found.files) == (None, str(tmp_path / "lsun_cat.pt"), [found.model])
 
 
 def test_sampling_takes_the_newest_average_then_the_newest_model(tmp_path):
@@ -225,7 +228,7 @@ def test_config_and_classes_lie_beside_the_weights(tmp_path):
 def refusal(tmp_path, model, state, name="model000004.pt", **flags):
     checkpoints.save(str(tmp_path / name), state)
     with pytest.raises(ValueError, match=name) as caught:
-        weights.load_weights(model, str(tmp_path / name), {**vars(TINY), **flags})
+        checkpoints.load_weights(model, str(tmp_path / name), {**vars(TINY), **flags})
     return str(caught.value)
 
 
@@ -327,7 +330,7 @@ WRAPPERS = {
     "with a step": lambda plain, ema: {**ema, "step": 4},
     "rates": lambda plain, ema: {"params": plain, "params_ema": behind("module.", ema)},
     "net": lambda plain, ema: {"net": ema, "acc": np.int64(3)},
-    "legacy": lambda plain, ema: {"net": ema, **NOTES},
+    "legacy": lambda plain, ema: {"net": ema, "epoch": 3},
 }
 
 
@@ -338,7 +341,7 @@ def test_weights_that_other_programs_wrapped_are_found_and_the_average_preferred
     th.save(WRAPPERS[name](plain, ema.state_dict()), path, _use_new_zipfile_serialization=name != "legacy")
     logger.configure(str(tmp_path), ["log"])
     model = tiny()
-    weights.load_weights(model, path)
+    checkpoints.load_weights(model, path)
     assert all(th.equal(a, b) for a, b in zip(model.parameters(), ema.parameters(), strict=True))
     said = (tmp_path / "log.txt").read_text()
     assert (f"of {path} the weights at " in said) == (name != "with a step")
@@ -352,15 +355,15 @@ def test_a_file_without_weights_is_answered_by_what_it_holds(tmp_path):
     for content, sentence in (
         (
             {"epoch": 3, "log": [1, 2], **NOTES},
-            "'epoch' (int), 'log' (list of 2), 'args' (argparse.Namespace), 'best_fid'",
+            "but 'epoch', 'log', 'args', 'best_fid', 'history', 'config': save the state_dict()",
         ),
         (whole, "but one object (types.SimpleNamespace): save the state_dict() of its network"),
-        ([1, 2], "but one object (list of 2)"),
-        ({f"layer{i}": {"w": th.ones(1)} for i in range(20)}, "'layer11' (dict of 1) and 8 more"),
+        ([1, 2], "but one object (builtins.list)"),
+        ({f"layer{i}": {"w": th.ones(1)} for i in range(20)}, "'layer11' and 8 more"),
     ):
         th.save(content, tmp_path / "theirs.pt")
         with pytest.raises(ValueError, match="holds no weights of a network") as caught:
-            weights.weights_of(str(tmp_path / "theirs.pt"))
+            checkpoints.load_weights(tiny(), str(tmp_path / "theirs.pt"))
         assert sentence in str(caught.value)
         assert "again" not in str(caught.value)
 
@@ -379,8 +382,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
         (b"\n<!DOCTYPE html>", "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1", "the pointer that Git LFS leaves"),
         (b"", "it is an empty file"),
-        (b"torn", "it is of another kind, and no file of weights"),
-        (b"PK\x03\x04 torn", "it is damaged or cut short, copy or download it again"),
+        (b"torn", "it is damaged, cut short, or no file of weights"),
+        (b"PK\x03\x04 torn", "it is damaged, cut short, or no file of weights"),
     ],
 )
 def test_files_that_are_no_checkpoints_are_told_apart(tmp_path, content, what):
@@ -393,5 +396,5 @@ def test_weights_saved_from_inside_a_data_parallel_wrapper(tmp_path):
     model, path = th.nn.Linear(2, 3), str(tmp_path / "wrapped.pt")
     checkpoints.save(path, {f"module.{name}": value + 1 for name, value in model.state_dict().items()})
     expected = {name: value + 1 for name, value in model.state_dict().items()}
-    weights.load_weights(model, path)
+    checkpoints.load_weights(model, path)
     assert all(th.equal(value, expected[name]) for name, value in model.state_dict().items())

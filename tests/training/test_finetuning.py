@@ -27,7 +27,8 @@ from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResC
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training import checkpoints, finetuning
-from guided_diffusion.training.finetuning import CLASSIFIER, UNET, UPSAMPLER, Source, flags_for, freeze, initialise
+from guided_diffusion.training.checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint
+from guided_diffusion.training.finetuning import flags_for, freeze, initialise
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
@@ -69,8 +70,11 @@ def classifier(**more: Any) -> Any:
     return fresh(build_classifier(ClassifierConfig(**{**usual, "classifier_resblock_updown": False, **more})))
 
 
-def source(model: Any, classes: str = "", **flags: Any) -> Source:
-    return Source("old.pt", model.state_dict(), flags, list(classes))
+def source(model: Any, classes: str = "", **flags: Any) -> Checkpoint:
+    """A checkpoint that has been read."""
+    read = Checkpoint(None, path="old.pt")
+    vars(read).update(picked=(model.state_dict(), ""), flags=flags, classes=list(classes))
+    return read
 
 
 def out(model: Any, channels: int = 3, **keywords: Any) -> th.Tensor:
@@ -239,7 +243,8 @@ def test_adapters_are_named_rightly(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.parse("image_train", ["--lora_on", "atention"])
     assert (
-        "carries no adapters: name some of attention,convolutions; did you mean attention?" in capsys.readouterr().err
+        "no layer that carries adapters: name some of attention,convolutions; did you mean attention?"
+        in capsys.readouterr().err
     )
 
 
@@ -379,7 +384,7 @@ def test_adapters_through_the_commands(tmp_path: Path, pictures: str, trained: P
         "base": {"model_path": trained},
         "merged": {"model_path": tmp_path / "tuned"},
         "applied": {"model_path": trained, "lora_path": tmp_path / "tuned"},
-        "none": {"model_path": trained, "lora_path": tmp_path / "tuned" / "lora000003.pt", "lora_scale": 0},
+        "none": {"model_path": trained, "lora_path": tmp_path / "tuned" / "lora000003", "lora_scale": 0},
     }
     for name, way in ways.items():
         image_sample.main(command_line(**sampling, **way, log_dir=tmp_path / name))
@@ -439,7 +444,7 @@ def test_upsamplers_and_classifiers_start_from_a_bare_file(tmp_path: Path, pictu
     judge, weights = loaded(tmp_path / "judge", "model000001.pt"), checkpoints.load(str(bare))
     assert all(name.startswith("out.") or th.equal(judge[name], weights[name]) for name in judge)
     said = (tmp_path / "judge" / "log.txt").read_text()
-    assert "of the checkpoints, not used: output_blocks.0.0.in_layers.0.weight" in said
+    assert "of the checkpoint, not used: output_blocks.0.0.in_layers.0.weight" in said
 
 
 def test_two_ranks_learn_what_one_does(tmp_path: Path, pictures: str, trained: Path, ranks: Nursery) -> None:
@@ -455,7 +460,7 @@ def test_two_ranks_learn_what_one_does(tmp_path: Path, pictures: str, trained: P
         th.testing.assert_close(one, two, rtol=0, atol=2e-3)
         frozen = {key for key in one if th.equal(one[key], base[key])}
         assert frozen == {key for key in two if th.equal(two[key], base[key])}
-        assert 0 < len(one) - len(frozen) == len(loaded(tmp_path / "one", "lora000002.pt")["weights"]["model"]) // 2
+        assert 0 < len(one) - len(frozen) == len(checkpoints.load(str(tmp_path / "one" / "state000002.pt"))["base"])
     assert finetuning.open_source(str(tmp_path / "two")).kind == UNET
 
 

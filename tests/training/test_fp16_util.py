@@ -13,7 +13,7 @@ from guided_diffusion import dist_util, fp16_util, logger
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.nn import update_ema
 from guided_diffusion.training import gradients
-from guided_diffusion.training.adamw import AdamW
+from guided_diffusion.training.gradients import AdamW
 
 DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
 

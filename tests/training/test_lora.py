@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch as th
 
@@ -60,8 +62,8 @@ def adapted(**options: Any) -> th.nn.Module:
 def stirred(model: th.nn.Module) -> th.nn.Module:
     """With adapters that have learned something."""
     th.manual_seed(9)
-    for adapter in lora.adapters(model).values():
-        th.nn.init.normal_(adapter.up, std=0.3)
+    for layer in lora.adapters(model).values():
+        th.nn.init.normal_(layer.lora_B["default"].weight, std=0.3)
     return model
 
 
@@ -99,7 +101,7 @@ def same(one: Any, two: Any) -> bool:
 def test_adapters_start_as_nothing(precision: str) -> None:
     plain, model = unet(), adapted()
     plain.convert_to(precision), model.convert_to(precision)
-    assert {adapter.down.dtype for adapter in lora.adapters(model).values()} == {plain.dtype}
+    assert {layer.lora_A["default"].weight.dtype for layer in lora.adapters(model).values()} == {plain.dtype}
     assert th.equal(outputs(plain), outputs(model))
     stirred(model)
     assert not th.equal(outputs(plain), outputs(model))
@@ -121,7 +123,11 @@ def test_they_are_on_the_projections_of_attention_and_the_convolutions_of_blocks
 @pytest.mark.parametrize("alpha", [0.0, 5.0])
 def test_merging_changes_no_output(alpha: float) -> None:
     model, plain = stirred(adapted(alpha=alpha)), unet()
-    assert {adapter.scale for adapter in lora.adapters(model).values()} == {(alpha or 2) / 2}
+    assert (
+        {layer.scaling["default"] for layer in lora.adapters(model).values()}
+        == {lora.scale_of(model)}
+        == {(alpha or 2) / 2}
+    )
     before = outputs(plain)
     plain.load_state_dict(lora.merged(model, model.state_dict()))
     th.testing.assert_close(outputs(plain), outputs(model), rtol=0, atol=2e-5)
@@ -139,17 +145,6 @@ def test_other_dimensions(dims: int) -> None:
     plain.load_state_dict(lora.merged(model, model.state_dict()))
     with th.no_grad():
         th.testing.assert_close(plain(x, t), model(x, t), rtol=1e-4, atol=1e-4)
-
-
-def test_strided_padded_and_dilated_convolutions() -> None:
-    conv = th.nn.Conv2d(3, 4, 3, stride=2, padding=2, dilation=2)
-    adapter = lora.Adapter(conv, 2, 3.0)
-    th.nn.init.normal_(adapter.up)
-    x = th.randn(2, 3, 9, 9)
-    summed = copy.deepcopy(conv)
-    with th.no_grad():
-        summed.weight += 1.5 * (adapter.up.flatten(1) @ adapter.down.flatten(1)).view_as(conv.weight)
-    th.testing.assert_close(conv(x) + adapter(x, conv), summed(x), rtol=0, atol=1e-5)
 
 
 def test_joined_undoes_merged_to_the_bit() -> None:
@@ -171,31 +166,39 @@ def test_joined_undoes_merged_to_the_bit() -> None:
 def test_only_adapters_learn_and_files_hold_them_merged(tmp_path: Path, precision: str) -> None:
     before = unet().state_dict()
     train(tmp_path, adapted(train=["out.2.bias"]), 4, precision=precision, initial_lg_loss_scale=8.0)
-    pack = lora.read(str(tmp_path))
-    assert set(pack.weights) == {"model", "0.5", "0.9"}
-    assert all(parts["out.2.bias"].dtype == th.float32 for parts in pack.weights.values())
-    adapters = {f"{name}.weight" for name in lora.adapters(adapted())}
+    state = checkpoints.load(str(tmp_path / "state000004.pt"))
+    assert set(state["lora"]) == {"model", "0.5", "0.9"}
+    adapters, shared = {f"{name}.weight" for name in lora.adapters(adapted())}, lora.read(str(tmp_path))
     for key, name in (("model", "model"), ("0.5", "ema_0.5_"), ("0.9", "ema_0.9_")):
+        parts = state["lora"][key]
+        assert {value.dtype for value in parts.values()} == {th.float32}
         saved = checkpoints.load(str(tmp_path / f"{name}000004.pt"))
         assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in before.items()}
-        changed = {name for name in saved if not th.equal(saved[name], before[name])}
-        assert changed == adapters | {"out.2.bias"}
+        assert {name for name in saved if not th.equal(saved[name], before[name])} == adapters | {"out.2.bias"}
         # the same file from the base and the adapters: what those who share them do
-        alone = lora.Pack(pack.scale, pack.base, {"model": pack.weights[key]})
-        merged, doubt = lora.applied(before, alone)
+        merged, doubt = lora.applied(before, lora.Pack(state["lora_scale"], shared.base, parts))
         assert doubt == ""
         for changed_name in adapters:
             assert th.equal(merged[changed_name], saved[changed_name])
         th.testing.assert_close(merged["out.2.bias"], saved["out.2.bias"])
-    assert pack.best is pack.weights["0.9"]
+        assert all(th.equal(shared.weights[name], parts[name]) for name in parts) == (key == "0.9")
+    assert set(shared.weights) - set(parts) == {"out.2.weight"}  # peft saves whole modules
 
 
 def test_averages_are_those_of_the_adapters(tmp_path: Path) -> None:
     train(tmp_path, adapted(), 1, save_interval=1, ema_rate="0.5")
-    first = lora.read(str(tmp_path)).weights
+    state = checkpoints.load(str(tmp_path / "state000001.pt"))["lora"]
     start = lora.split(adapted(), adapted().state_dict())
-    for name, value in first["0.5"].items():
-        th.testing.assert_close(value, (start[name] + first["model"][name]) / 2, rtol=0, atol=1e-7)
+    for name, value in state["0.5"].items():
+        th.testing.assert_close(value, (start[name] + state["model"][name]) / 2, rtol=0, atol=1e-7)
+
+
+def test_peft_loads_the_folder(tmp_path: Path) -> None:
+    train(tmp_path, adapted(alpha=3.0, train=["out.2.bias"]), 2, ema_rate="")
+    trained, model = unet(), unet()
+    checkpoints.load_weights(trained, str(tmp_path / "model000002.pt"))
+    loaded = peft.PeftModel.from_pretrained(model, str(tmp_path / "lora000002"))
+    th.testing.assert_close(outputs(loaded), outputs(trained), rtol=0, atol=1e-5)
 
 
 def test_optimizer_files_have_a_place_for_every_parameter_and_a_state_for_trained_ones(tmp_path: Path) -> None:
@@ -217,8 +220,11 @@ def test_a_resumed_run_is_the_unbroken_one_to_the_bit(tmp_path: Path, precision:
         th.nn.init.normal_(parameter)  # nothing of the network that resumes may remain
     lora.attach(other, rank=2, train=["out.2.bias"])
     train(tmp_path / "parts", other, 4, precision=precision, resume_checkpoint=str(tmp_path / "parts"))
+    assert (tmp_path / "parts" / "lora000004" / lora.WEIGHTS).read_bytes() == (
+        tmp_path / "whole" / "lora000004" / lora.WEIGHTS
+    ).read_bytes()
     names = sorted(name for name in os.listdir(tmp_path / "whole") if "000004.pt" in name)
-    assert len(names) == 6
+    assert len(names) == 5
     for name in names:
         one, two = (checkpoints.load(str(tmp_path / folder / name)) for folder in ("whole", "parts"))
         assert same(one, two), name
@@ -239,11 +245,12 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_old_sets_go_with_their_adapters(tmp_path: Path) -> None:
     train(tmp_path, adapted(), 4, save_interval=1, keep_last=2)
-    assert sorted(name for name in os.listdir(tmp_path) if name.startswith("lora")) == [
-        "lora000003.pt",
-        "lora000004.pt",
-    ]
-    assert checkpoints.find_set(str(tmp_path / "lora000003.pt")).model == str(tmp_path / "model000003.pt")
+    folders = sorted(name for name in os.listdir(tmp_path) if name.startswith("lora"))
+    assert folders == ["lora000003", "lora000004"]
+    entry = checkpoints.find_set(str(tmp_path / "model000003.pt"))
+    assert entry.lora == str(tmp_path / "lora000003")
+    (tmp_path / "lora000004" / lora.WEIGHTS).write_bytes(b"half")
+    assert checkpoints.newest(str(tmp_path))[0] == entry
 
 
 # ---- files
@@ -252,8 +259,26 @@ def test_old_sets_go_with_their_adapters(tmp_path: Path) -> None:
 @pytest.fixture
 def shared(tmp_path: Path) -> lora.Pack:
     model = stirred(adapted())
-    checkpoints.save(str(tmp_path / "lora000001.pt"), lora.content(model, {"model": model.state_dict()}))
-    return lora.read(str(tmp_path / "lora000001.pt"))
+    for name, value in lora.content(model, model.state_dict()).items():
+        checkpoints.save(str(tmp_path / "lora000001" / name), value)
+    return lora.read(str(tmp_path / "lora000001"))
+
+
+def test_a_file_of_an_older_run_is_the_same_adapters(tmp_path: Path, shared: lora.Pack) -> None:
+    def older(name: str) -> str:
+        return name.replace(".lora_A.weight", ".lora.down").replace(".lora_B.weight", ".lora.up")
+
+    parts = {older(name): value for name, value in shared.weights.items()}
+    zeros = {name: th.zeros_like(value) for name, value in parts.items()}
+    weights = {"model": zeros, "0.999": zeros, "0.9999": parts}
+    value = {"format": 1, "rank": 2, "scale": shared.scale, "base": shared.base, "weights": weights}
+    checkpoints.save(str(tmp_path / "lora000002.pt"), value)
+    for path in (tmp_path / "lora000002.pt", tmp_path):
+        pack = lora.read(str(path))
+        assert (pack.scale, pack.base, set(pack.weights)) == (shared.scale, shared.base, set(shared.weights))
+        assert all(th.equal(pack.weights[name], value) for name, value in shared.weights.items())
+    checkpoints.save(str(tmp_path / "lora000002.pt"), {**value, "weights": {"model": parts}})
+    assert lora.read(str(tmp_path)).weights.keys() == shared.weights.keys()
 
 
 def test_the_scale_blends(shared: lora.Pack) -> None:
@@ -272,43 +297,48 @@ def test_adapters_of_another_base_are_told(shared: lora.Pack) -> None:
     weights["middle_block.1.qkv.weight"] = weights["middle_block.1.qkv.weight"] + 1
     assert lora.applied(weights, shared)[1] == "the adapters were trained over other weights than these"
     others = build_upsampler(SuperResConfig(large_size=8, small_size=4, **{**TINY, "num_channels": 64}), False)
-    with pytest.raises(ValueError, match=r"of another network: there is .*lora.down \[2, 32, 3, 3\] for .* \[64, 64"):
+    with pytest.raises(ValueError, match=r"of another network: there is one of \[32, 32, 3, 3\] for .* has \[64, 64"):
         lora.applied(others.state_dict(), shared)
-    with pytest.raises(ValueError, match="for nothing"):
+    with pytest.raises(ValueError, match="which is missing"):
         lora.applied({}, shared)
 
 
-def spoiled(value: dict[str, Any], key: str, change: Any) -> dict[str, Any]:
-    return {**value, key: change(value[key])}
-
-
 @pytest.mark.parametrize(
-    "spoil",
+    ("name", "change"),
     [
-        lambda value: {"a": th.zeros(2)},
-        lambda value: value["weights"]["model"],
-        lambda value: spoiled(value, "format", lambda old: 7),
-        lambda value: spoiled(value, "weights", lambda old: {}),
-        lambda value: spoiled(value, "weights", lambda old: {"slow": old["model"]}),
-        lambda value: spoiled(value, "weights", lambda old: {"model": dict.fromkeys(old["model"], 1.0)}),
-        lambda value: spoiled(value, "weights", lambda old: {"model": dict(list(old["model"].items())[1:])}),
-        lambda value: spoiled(value, "weights", lambda old: {"model": {k: v[:1] for k, v in old["model"].items()}}),
-        lambda value: spoiled(value, "weights", lambda old: [1]),
-        lambda value: spoiled(value, "scale", lambda old: "much"),
-        lambda value: spoiled(value, "scale", lambda old: th.zeros(2)),
-        lambda value: spoiled(value, "weights", lambda old: {"model": {k: v[0] for k, v in old["model"].items()}}),
-        lambda value: th.zeros(2),
-        lambda value: [value],
+        (lora.CONFIG, lambda config: [config]),
+        (lora.CONFIG, lambda config: {"r": 2}),
+        (lora.CONFIG, lambda config: {**config, "lora_alpha": "much"}),
+        (lora.CONFIG, lambda config: {**config, "r": 0}),
+        (lora.CONFIG, lambda config: {**config, "use_dora": True}),
+        (lora.WEIGHTS, lambda weights: {"a": th.zeros(2)}),
+        (lora.WEIGHTS, lambda weights: dict(list(weights.items())[1:])),
+        (lora.WEIGHTS, lambda weights: {name: value[:1] for name, value in weights.items()}),
+        (lora.WEIGHTS, lambda weights: {name: value[0, 0] for name, value in weights.items()}),
     ],
 )
-def test_files_of_something_else_are_refused(tmp_path: Path, shared: lora.Pack, spoil: Any) -> None:
-    path = str(tmp_path / "lora000002.pt")
-    checkpoints.save(path, spoil(checkpoints.load(str(tmp_path / "lora000001.pt"))))
-    with pytest.raises(ValueError, match=r"lora000002.pt holds no adapters: give a file loraNNNNNN.pt"):
-        lora.read(path)
+def test_folders_of_something_else_are_refused(tmp_path: Path, shared: lora.Pack, name: str, change: Any) -> None:
+    path = str(tmp_path / "lora000001" / name)
+    content = json.loads(Path(path).read_bytes()) if name == lora.CONFIG else checkpoints.load(path)
+    checkpoints.save(path, change(content))
+    with pytest.raises(ValueError, match=r"lora000001 holds no adapters that can be merged: give a folder loraNNNNNN"):
+        lora.read(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [{"a": th.zeros(2)}, th.zeros(2), [1], {"scale": 1, "base": "", "weights": {}}])
+def test_files_of_something_else_are_refused(tmp_path: Path, value: Any) -> None:
+    checkpoints.save(str(tmp_path / "lora000002.pt"), value)
+    with pytest.raises(ValueError, match=r"lora000002.pt holds no adapters"):
+        lora.read(str(tmp_path / "lora000002.pt"))
 
 
 def test_a_folder_without_adapters(tmp_path: Path) -> None:
     (tmp_path / "model000001.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"holds no loraNNNNNN.pt: give the folder of a run with --lora_rank"):
+    with pytest.raises(ValueError, match=r"holds no loraNNNNNN: give the folder of a run with --lora_rank"):
         lora.read(str(tmp_path))
+
+
+def test_without_peft_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=re.escape('pip install "guided-diffusion[lora]"')):
+        adapted()

@@ -16,11 +16,11 @@ import torch as th
 
 from guided_diffusion import logger
 from guided_diffusion.data.items import ignore_signals
-from guided_diffusion.runtime import npz
+from guided_diffusion.runtime import files
 from guided_diffusion.runtime.files import replacing
 from guided_diffusion.runtime.npz import save_npz
-from guided_diffusion.training import checkpoints, interruption, manifest, saving
-from guided_diffusion.training.saving import Saver, Snapshot, map_tensors
+from guided_diffusion.training import checkpoints, interruption, manifest
+from guided_diffusion.training.saving import Saver, map_tensors, snapshot
 
 KINDS = ("state", "ema_0.25_", "opt", "model")
 
@@ -85,7 +85,7 @@ def test_a_file_cut_at_any_tenth_is_never_taken_for_whole(run, kind):
             f"the checkpoint of step 6 is passed over: {path.name} has {len(whole) * tenth // 10} bytes instead of "
             f"{len(whole)}"
         )
-        with pytest.raises(ValueError, match=r"belongs to a damaged checkpoints, .* bytes instead of"):
+        with pytest.raises(ValueError, match=r"belongs to a damaged checkpoint, .* bytes instead of"):
             checkpoints.find_set(str(run / "model000006.pt"))
     path.write_bytes(whole)
     assert newest(run) == (6, [])
@@ -106,11 +106,11 @@ def test_a_changed_byte_is_found_by_who_resumes(run):
     path.write_bytes(content)
     assert newest(run) == (6, [])  # by sizes
     assert newest(run, checksums=True)[0] == 4
-    files, faults = saving.choose(str(run))
+    files, faults = checkpoints.choose(str(run))
     assert (files.step, files.model) == (4, str(run / "model000004.pt"))
     assert faults == ["the checkpoint of step 6 is passed over: opt000006.pt was altered: its checksum is another one"]
-    with pytest.raises(ValueError, match=r"damaged checkpoints, opt000006.pt was altered"):
-        saving.choose(str(run / "model000006.pt"))
+    with pytest.raises(ValueError, match=r"damaged checkpoint, opt000006.pt was altered"):
+        checkpoints.choose(str(run / "model000006.pt"))
 
 
 def test_a_missing_file_makes_a_folder_pass_a_set_over_and_a_named_file_go_on(run):
@@ -131,7 +131,7 @@ def test_a_missing_file_makes_a_folder_pass_a_set_over_and_a_named_file_go_on(ru
         ({"files": {"model000006.pt": {"bytes": 1, "sha256": 3}}}, "is damaged"),
         ({"files": {"model000006.pt": None}}, "is damaged"),
         ({"files": ["model000006.pt"]}, "is damaged"),
-        ({"step": None}, "is not one of format 1"),
+        ({"step": None}, "is damaged"),
     ],
 )
 def test_a_manifest_that_says_something_else_counts_for_nothing(run, changes, reason):
@@ -176,15 +176,13 @@ def test_a_folder_of_weights_alone_is_a_set_and_a_torn_first_set_is_none(run, tm
         (torn / f"{kind}000002.pt").write_bytes((run / f"{kind}000002.pt").read_bytes())
         assert newest(torn)[0] is None
         assert len(os.listdir(torn)) == number
-    with pytest.raises(
-        ValueError, match=r"no complete checkpoints, the checkpoint of step 2 is passed over: it has no"
-    ):
-        saving.choose(str(torn))
-    files, faults = saving.choose(str(torn), auto=True)
+    with pytest.raises(ValueError, match=r"no complete checkpoint, the checkpoint of step 2 is passed over: it has no"):
+        checkpoints.choose(str(torn))
+    files, faults = checkpoints.choose(str(torn), auto=True)
     assert files is None
     assert len(faults) == 1
-    assert saving.choose("", auto=True) == (None, [])
-    assert saving.choose(str(tmp_path / "nowhere"), auto=True) == (None, [])
+    assert checkpoints.choose("", auto=True) == (None, [])
+    assert checkpoints.choose(str(tmp_path / "nowhere"), auto=True) == (None, [])
 
 
 # ---- interrupted writing
@@ -291,7 +289,7 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_is_lost(run, monkeypatch
 
     with monkeypatch.context() as patch:
         if operation == "write":
-            patch.setattr(npz, "_Raw", type("_Raw", (npz._Raw, Full), {}))
+            patch.setattr(files, "_Raw", type("_Raw", (files._Raw, Full), {}))
         else:
             patch.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match=rf"state000008.pt cannot be written \({os.strerror(number)}\): ") as caught:
@@ -322,7 +320,8 @@ def test_a_real_limit_of_file_size_is_one_sentence_too(run, tmp_path, ranks):
     program = tmp_path / "program.py"
     program.write_text(
         "import resource, sys, torch\n"
-        "from guided_diffusion import checkpoints, dist_util\n"
+        "from guided_diffusion import dist_util\n"
+        "from guided_diffusion.training import checkpoints\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "value = {'weights': torch.ones(100_000)}\n"
         "dist_util.run(lambda: checkpoints.save(sys.argv[1], value))\n"
@@ -516,23 +515,16 @@ def test_an_error_elsewhere_lets_the_thread_finish(run):
     assert newest(run, checksums=True) == (8, [])
 
 
-def test_a_snapshot_is_a_copy_in_memory_that_is_used_again():
+def test_a_snapshot_is_a_contiguous_copy():
     columns = th.randn(3, 4).t()
     values = {"a": [th.ones(3), (columns, 7, "text")], "b": th.tensor(2.0, requires_grad=True)}
-    snapshot = Snapshot()
-    first = snapshot.take(values)
-    assert first["a"][1][1:] == (7, "text")
-    assert th.equal(first["a"][1][0], columns)
-    assert first["a"][1][0].is_contiguous()  # as in a file
-    assert not first["b"].requires_grad
-    pointers = [buffer.data_ptr() for buffer in snapshot._buffers]
+    copied = snapshot(values)
+    assert copied["a"][1][1:] == (7, "text")
+    assert th.equal(copied["a"][1][0], columns)
+    assert copied["a"][1][0].is_contiguous()  # as in a file
+    assert not copied["b"].requires_grad
     values["a"][0].add_(1)
-    assert th.equal(first["a"][0], th.ones(3))
-    second = snapshot.take(values)
-    assert [buffer.data_ptr() for buffer in snapshot._buffers] == pointers
-    assert th.equal(second["a"][0], th.full((3,), 2.0))
-    other = snapshot.take({"a": th.zeros(3, dtype=th.float64), "c": th.zeros(5)})
-    assert (other["a"].dtype, other["c"].shape) == (th.float64, (5,))
+    assert th.equal(copied["a"][0], th.ones(3))
     assert map_tensors(values, lambda tensor: tensor.numel()) == {"a": [3, (12, 7, "text")], "b": 1}
 
 

@@ -120,7 +120,7 @@ def runs(ranks, tmp_path_factory):
     pictures = training.pictures.__wrapped__(folder)
     program = folder / "program.py"
     program.write_text(PROGRAM)
-    done = ranks.run([program, Path(__file__).parents[1], folder, pictures])
+    done = ranks.run([program, Path(__file__).parent, folder, pictures])
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, pictures, done.stdout
 

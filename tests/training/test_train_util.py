@@ -24,7 +24,7 @@ from guided_diffusion.image_datasets import load_data
 from guided_diffusion.resample import LossSecondMomentResampler, ScheduleSampler
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet
 from guided_diffusion.train_util import ClassifierTrainLoop, Hook, TrainLoop, log_loss_dict
-from guided_diffusion.training import checkpoints, gradients, microbatches, saving
+from guided_diffusion.training import batches, checkpoints, gradients, saving
 from guided_diffusion.training.batches import Validation
 
 DIFFUSION = build_diffusion(DiffusionConfig(diffusion_steps=40))
@@ -294,9 +294,7 @@ def assert_same_bytes(one, other):
         assert column(one, name) == column(other, name)
 
 
-@pytest.mark.parametrize(
-    ("precision", "async_save"), [("fp32", False), ("fp32", True), ("fp16", True), ("bf16", False)]
-)
+@pytest.mark.parametrize(("precision", "async_save"), [("fp32", False), ("fp16", True), ("bf16", False)])
 def test_a_run_that_falls_and_goes_on_twice_leaves_the_bytes_of_an_unbroken_one(
     tmp_path, pictures, precision, async_save
 ):
@@ -409,7 +407,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_train_util as tests
-from guided_diffusion import dist_util, interruption
+from guided_diffusion import dist_util
+from guided_diffusion.training import interruption
 
 folder, pictures = Path(sys.argv[2]), sys.argv[3]
 
@@ -443,7 +442,7 @@ def test_two_ranks_fall_and_go_on_to_the_bit_and_stop_together(tmp_path, picture
     program = tmp_path / "program.py"
     program.write_text(ON_TWO_RANKS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    argv = [*torchrun, str(program), str(Path(__file__).parents[1]), str(tmp_path), pictures]
+    argv = [*torchrun, str(program), str(Path(__file__).parent), str(tmp_path), pictures]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_bytes(tmp_path / "straight", tmp_path / "parts")
@@ -575,7 +574,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_train_util as tests
-from guided_diffusion import dist_util, gradients
+from guided_diffusion import dist_util
+from guided_diffusion.training import gradients
 
 folder, pictures = Path(sys.argv[2]), sys.argv[3]
 
@@ -616,7 +616,7 @@ def test_ranks_measure_what_one_does_and_save_together_when_one_of_them_has_fail
     program.write_text(FAILING_RANKS)
     cases = [(0, "preview", "fp32"), (0, "validation", "fp32"), (1, "log", "fp32")]
     cases += [(1, "data", "fp16"), (1, "data", "fsdp")]
-    done = ranks.run([program, Path(__file__).parents[1], tmp_path, pictures, repr(cases)], timeout=300)
+    done = ranks.run([program, Path(__file__).parent, tmp_path, pictures, repr(cases)], timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for count in (5, 3, 1):  # smaller than the batch of both, or no multiple of it
         assert f"{count} {measured(tmp_path / str(count), pictures, count, 4)}" in done.stdout
@@ -812,7 +812,7 @@ def test_memory_is_given_back_without_the_gradients_of_what_did_not_fit(tmp_path
         held.append(sum(master.grad is not None for master in loop.mp_trainer.master_params))
 
     monkeypatch.setattr(loop, "forward_backward", once)
-    monkeypatch.setattr(microbatches, "gc", SimpleNamespace(collect=collect))
+    monkeypatch.setattr(batches, "gc", SimpleNamespace(collect=collect))
     loop.run_step(*next(iter(loop.data)))
     assert held[0] > 0
     assert held[1:] == [0]
