@@ -295,7 +295,8 @@ def open_streams(
         save_classes(os.path.join(logger.get_dir(), checkpoints.CLASSES), stream)
     if not train.val_data_dir:
         return Streams(stream, None)
-    return Streams(stream, _validation(train.val_data_dir, stream, load, {**options, **(validation or {})}))
+    options |= {"cache_images": False, **(validation or {})}
+    return Streams(stream, _validation(train.val_data_dir, stream, load, options))
 
 
 def _validation(path: str, train: ImageStream, load: Load, options: dict[str, Any]) -> ImageStream:
