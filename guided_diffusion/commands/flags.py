@@ -51,52 +51,37 @@ class Command:
         return f"{getattr(section, 'NEEDS', '')} {self.flags()[name].metadata['needs']}".split()
 
 
-TRAINING = (c.TrainSpeedConfig, c.InitConfig, c.LoraConfig)
+UNET = (c.UNetConfig, c.DiffusionConfig)
+UPSAMPLER = (c.SuperResConfig, c.DiffusionConfig)
+CLASSIFIER = (c.ClassifierConfig, c.DiffusionConfig)
+TRAINING = (c.LoaderConfig, c.TrainSpeedConfig, c.InitConfig, c.LoraConfig)
+EVALUATION = (c.TrainEvaluationConfig, c.ExtractorConfig)
 SAMPLING = (c.RunConfig, s.SampleConfig, s.AdapterConfig, s.FreeGuidanceConfig, c.RangeConfig, c.CompileConfig)
+MEASURING = (s.LikelihoodConfig, s.MeasureConfig, s.FlowConfig, c.CondDataConfig)
 
 COMMANDS = {
     "image_train": Command(
         "Train a diffusion model.",
-        (
-            *(c.RunConfig, c.DataConfig, c.LoaderConfig, c.ImageTrainConfig, *TRAINING),
-            *(c.TrainEvaluationConfig, c.ExtractorConfig, c.CondTrainConfig, c.UNetConfig, c.DiffusionConfig),
-        ),
+        (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *EVALUATION, c.CondTrainConfig, *UNET),
     ),
-    "image_sample": Command(
-        "Sample from a diffusion model.",
-        (*SAMPLING, s.EditConfig, s.CondSampleConfig, c.UNetConfig, c.DiffusionConfig),
-    ),
+    "image_sample": Command("Sample from a diffusion model.", (*SAMPLING, s.EditConfig, s.CondSampleConfig, *UNET)),
     "image_nll": Command(
         "Bits per dimension of images under a diffusion model.",
-        (
-            *(c.RunConfig, s.LikelihoodConfig, s.MeasureConfig, s.FlowConfig, s.AdapterConfig, c.CondDataConfig),
-            *(c.CompileConfig, c.UNetConfig, c.DiffusionConfig),
-        ),
+        (c.RunConfig, *MEASURING, s.AdapterConfig, c.CompileConfig, *UNET),
     ),
     "classifier_train": Command(
         "Train a classifier of noisy images.",
-        (
-            *(c.RunConfig, c.ClassifierDataConfig, c.LoaderConfig, c.ClassifierTrainConfig, *TRAINING),
-            *(c.ClassifierConfig, c.DiffusionConfig),
-        ),
+        (c.RunConfig, c.ClassifierDataConfig, c.ClassifierTrainConfig, *TRAINING, *CLASSIFIER),
     ),
     "classifier_sample": Command(
         "Sample from a diffusion model, guided by a classifier.",
-        (
-            *(*SAMPLING, s.GuidanceConfig, s.EditConfig, s.CondSampleConfig),
-            *(c.UNetConfig, c.ClassifierConfig, c.DiffusionConfig),
-        ),
+        (*SAMPLING, s.GuidanceConfig, s.EditConfig, s.CondSampleConfig, c.UNetConfig, *CLASSIFIER),
     ),
     "super_res_train": Command(
-        "Train an upsampler.",
-        (
-            *(c.RunConfig, c.DataConfig, c.LoaderConfig, c.ImageTrainConfig, *TRAINING),
-            *(c.SuperResConfig, c.DiffusionConfig),
-        ),
+        "Train an upsampler.", (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *UPSAMPLER)
     ),
     "super_res_sample": Command(
-        "Enlarge images.",
-        (*SAMPLING, s.UpsampleConfig, s.GuidanceConfig, c.SuperResConfig, c.ClassifierConfig, c.DiffusionConfig),
+        "Enlarge images.", (*SAMPLING, s.UpsampleConfig, s.GuidanceConfig, c.SuperResConfig, *CLASSIFIER)
     ),
     "cascade_sample": Command(
         "Sample from a cascade: a base model (stage base) and upsamplers (up1, up2, ...). The base takes the flags of "
@@ -113,10 +98,7 @@ COMMANDS = {
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
-        (
-            *(s.SweepConfig, c.RangeConfig, c.ExtractorConfig, c.RunConfig),
-            *(c.UNetConfig, c.ClassifierConfig, c.DiffusionConfig),
-        ),
+        (s.SweepConfig, c.RangeConfig, c.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
     ),
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
     "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig,)),
