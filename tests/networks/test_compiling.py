@@ -26,7 +26,7 @@ from guided_diffusion.commands import (
     common,
     image_sample,
     image_train,
-    performance,
+    training,
 )
 from guided_diffusion.config import DiffusionConfig, UNetConfig
 from guided_diffusion.networks import compiling
@@ -175,7 +175,7 @@ def test_weights_that_change_are_those_that_compiled_code_uses() -> None:
 
 
 def test_a_command_trains_compiled_what_it_trains_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(performance, "compile_network", traced)
+    monkeypatch.setattr(training, "compile_network", traced)
     flags = ["--data_dir", EMOJI, "--image_size=8", "--num_classes=9", "--classifier_width=64", "--iterations=2"]
     flags += ["--classifier_depth=1", "--classifier_channel_mult=1", "--classifier_attention_resolutions="]
     flags += ["--diffusion_steps=40", "--num_workers=0", "--batch_size=3", "--microbatch=2", "--lr=1e-2"]
