@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np  # noqa: F401
 import torch as th
 import torch.nn as nn
+from torch.nn.utils import get_total_norm
 
 from . import logger
 from .config import resolve_precision
@@ -285,7 +286,9 @@ class MixedPrecisionTrainer:
         taken = bool((self._optimize_fp16 if self.use_fp16 else self._optimize_normal)(opt))
         self._loss = None
         if taken:
-            self._step_taken()
+            self.only_scaled = False
+            self.sync_model()
+            self.lg_loss_scale += self.fp16_scale_growth if self.use_fp16 else 0
         return taken
 
     def _optimize_fp16(self, opt: th.optim.Optimizer) -> bool:
@@ -315,7 +318,8 @@ class MixedPrecisionTrainer:
     @th.no_grad()
     def _compute_norms(self, grad_scale: float = 1.0) -> tuple[th.Tensor, th.Tensor]:
         """The norms [] of the gradients that the masters have, divided by grad_scale, and of the masters."""
-        return _norm(self._grads()) / grad_scale, _norm([master for _, master in self._trained])
+        grads, weights = self._grads(), [master for _, master in self._trained]
+        return get_total_norm(grads) / grad_scale, get_total_norm(weights)
 
     def _measures(self, loss: th.Tensor) -> th.Tensor:
         """[3]: the loss, and the norms of gradients and weights."""
@@ -333,12 +337,6 @@ class MixedPrecisionTrainer:
             logger.warn("the loss scale is 2^0 and falls no further: fp16 does not hold these numbers, but bf16 may")
         self.zero_grad()
         return False
-
-    def _step_taken(self) -> None:
-        self.only_scaled = False
-        self.sync_model()
-        if self.use_fp16:
-            self.lg_loss_scale += self.fp16_scale_growth
 
     @th.no_grad()
     def sync_model(self) -> None:
@@ -385,12 +383,3 @@ class MixedPrecisionTrainer:
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Take over the loss scale of `state_dict`, where there is one."""
         self.lg_loss_scale = state.get("lg_loss_scale", self.lg_loss_scale)
-
-
-def _norm(tensors: list[th.Tensor]) -> th.Tensor:
-    """The Euclidean norm of all tensors taken as one vector, 0 of none."""
-    if not tensors:
-        return th.zeros(())
-    norms = th._foreach_norm([tensor.detach() for tensor in tensors])
-    total: th.Tensor = th.linalg.vector_norm(th.stack([norm.float() for norm in norms]))
-    return total

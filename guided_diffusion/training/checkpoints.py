@@ -215,10 +215,7 @@ def config_beside(path: str) -> dict[str, Any]:
     if not exists(file_path):
         return {}
     try:
-        flags = files.parse_json(files.read_file(file_path))["flags"]
-        if not isinstance(flags, dict):
-            raise TypeError("flags are names and values")
-        return flags
+        return {**files.parse_json(files.read_file(file_path))["flags"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = files.reason(error)
         raise ValueError(

@@ -45,14 +45,14 @@ def open_source(path: str) -> Checkpoint:
 def flags_for(source: Checkpoint, kind: str, size: Size | None, default: Size) -> dict[str, Any]:
     """The flags of a network of some kind that takes what it can of a checkpoint.
 
-    What depends on the size of the images (the levels and where they attend) is that of the checkpoint's own.
+    The levels and their attention, which depend on the size of the images, are read off the checkpoint's weights.
 
     :param size: of the new network's images; None for those of the checkpoint, as far as they are known and have the
         same part in both kinds, else `default`.
     :raises ValueError: if nothing of it could be taken.
     """
     if (source.kind, kind) not in POSSIBLE:
-        raise ValueError(f"--init_from {source.path} is the checkpoint of another kind, {source.kind}, than {kind}")
+        raise ValueError(f"--init_from {source.path} is of kind {source.kind}, from which no {kind} can start")
     name = SIZE_FLAGS[source.kind]
     known = source.flags.get(name, architecture(source.weights).get(name)) if name == SIZE_FLAGS[kind] else None
     size = next(side for side in (size, known, default) if side is not None)
@@ -251,11 +251,9 @@ def matching(model: nn.Module, text: str, flag: str) -> list[str]:
 def freeze(model: nn.Module, text: str) -> list[str]:
     """Take parameters out of the training, by patterns; returns their names.
 
-    :raises ValueError: if a pattern matches nothing, or all parameters are matched.
+    :raises ValueError: if a pattern matches nothing.
     """
     names = matching(model, text, "freeze")
-    if len(names) == len(list(model.parameters())):
-        raise ValueError(f"--freeze {text} leaves nothing to train: name fewer parameters")
     for name in names:
         model.get_parameter(name).requires_grad_(False)
     return names

@@ -189,21 +189,22 @@ def read(path: str) -> Pack:
             raise ValueError(f"{path} holds no loraNNNNNN: give the folder of a run with --lora_rank, or one of peft's")
         path = adapted[-1]
     folder = paths.isdir(path)
-    config = files.read_file(paths.join(path, CONFIG)) if folder else b""
+    config = files.read_file(paths.join(path, CONFIG)) if folder else b"{}"
     value = load(paths.join(path, WEIGHTS) if folder else path)
     try:
-        pack = _of_peft(files.parse_json(config), value) if folder else _slowest(older_packs(value))
-        _check_pairs(pack.weights)
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        settings = files.parse_json(config)
+        pack = _of_peft(settings, value) if folder else _slowest(older_packs(value))
+        whole = _is_paired(pack.weights) and not any(settings.get(name) for name in _UNKNOWN)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError):
+        whole = False
+    if not whole:
         raise ValueError(
             f"{path} holds no adapters that can be merged: give a folder loraNNNNNN of a run with --lora_rank"
-        ) from error
+        )
     return pack
 
 
 def _of_peft(config: Any, value: Mapping[str, th.Tensor]) -> Pack:
-    if any(config.get(name) for name in _UNKNOWN):
-        raise ValueError("adapters of another kind")
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     origin = str(config.get("base_model_name_or_path"))
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in value.items()}
@@ -230,22 +231,19 @@ def _slowest(packs: Mapping[str, Pack]) -> Pack:
     return packs[max(rates, key=float)] if rates else packs["model"]
 
 
-def _check_pairs(weights: Mapping[str, th.Tensor]) -> None:
-    """Refuse what is not tensors with some adapters among them, each with both parts, of one rank."""
+def _is_paired(weights: Mapping[str, th.Tensor]) -> bool:
+    """Whether some of these tensors are adapters, each with both parts, of one rank."""
     downs = {name.removesuffix(_DOWN): value for name, value in weights.items() if name.endswith(_DOWN)}
     ups = {name.removesuffix(_UP): value for name, value in weights.items() if name.endswith(_UP)}
-    paired = downs and set(downs) == set(ups) and all(len(downs[n]) == ups[n].shape[1] for n in downs)
-    if not paired or not all(value.is_floating_point() for value in weights.values()):
-        raise ValueError("no adapters")
+    paired = set(downs) == set(ups) != set() and all(len(downs[name]) == ups[name].shape[1] for name in downs)
+    return paired and all(value.is_floating_point() for value in weights.values())
 
 
 @th.no_grad()
 def applied(weights: Mapping[str, th.Tensor], pack: Pack, *, scale: float = 1.0) -> tuple[Weights, str]:
     """Plain weights with adapters merged into them.
 
-    What was trained beside the adapters is moved towards as far as they are added.
-
-    :param scale: how much of them: 1 as they were trained.
+    :param scale: how much of them, and of the parameters that were trained beside them: 1 as they were trained.
     :return: the weights, and a warning, '' for none.
     :raises ValueError: if they are of another network.
     """

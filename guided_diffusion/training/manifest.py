@@ -70,20 +70,19 @@ def read(path: str) -> dict[str, Entry]:
     raw = untrusted.read_file(path)
     try:
         value = untrusted.parse_json(raw)
-        files: dict[str, Entry] = {name: _entry(name, entry) for name, entry in value["files"].items()}
-        fits = name_of(value["step"]) == os.path.basename(path) and value["format"] == FORMAT
+        files: dict[str, Entry] = value["files"]
+        whole = all(
+            type(entry["bytes"]) is int
+            and isinstance(entry["sha256"], str)
+            and not untrusted.path_fault(name, "folder")
+            for name, entry in files.items()
+        )
+        whole &= name_of(value["step"]) == os.path.basename(path) and value["format"] == FORMAT
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError("its manifest is damaged") from None
-    if not fits or not any(name.startswith("model") for name in files):
-        raise ValueError(f"its manifest is not one of format {FORMAT} for this step")
+        whole = False
+    if not whole or not any(name.startswith("model") for name in files):
+        raise ValueError(f"its manifest is damaged, or not one of format {FORMAT} for this step")
     return files
-
-
-def _entry(name: str, value: Mapping[str, Any]) -> Entry:
-    size, digest = value["bytes"], value["sha256"]
-    if type(size) is not int or not isinstance(digest, str) or untrusted.path_fault(name, "folder"):
-        raise ValueError(name)
-    return {"bytes": size, "sha256": digest}
 
 
 def fault(path: str, *, checksums: bool, missing_is_fine: bool = False) -> str:

@@ -109,8 +109,6 @@ class ShardedTrainer(MixedPrecisionTrainer):
             raise ValueError(f"fsdp splits weights in fp32, and the model has some of {odd.pop()}: convert them first")
         if th.__version__ < OLDEST_TORCH:
             raise ValueError(f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out")
-        if not dist.is_initialized():
-            raise ValueError("fsdp needs a process group: call dist_util.setup_dist() first")
         self._names = [name for name, _ in self.model.named_parameters()]
         self._plain, self._rows_by_name = _without_memory(self.model), _without_memory(self.model)
         if self.precision != "fp32" and isinstance(self._plain, UNetBackbone):

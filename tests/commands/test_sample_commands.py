@@ -748,7 +748,7 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
             ["--model_path", "UNET", "--autoguide_path", "nowhere", "--autoguide_scale", "2"],
             "--autoguide_path 'nowhere'",
         ),
-        (["--model_path", "UNET", "--lora_path", "nowhere"], "--lora_path 'nowhere' does not exist: give a folder lora"),
+        (["--model_path", "UNET", "--lora_path", "nowhere"], "--lora_path 'nowhere' does not exist: give a folder"),
         (["--model_path", "RUNS"], "holds no ema_RATE_NNNNNN.pt"),
         (["--model_path", "UNET", "--eta", "0.5"], "the sampler ddpm has no option eta: it is an option of ddim"),
         (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),

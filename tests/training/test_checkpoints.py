@@ -1,11 +1,9 @@
 """Files of a run: whole or absent, found by any of their names, refused with a sentence."""
 
 import argparse
-import io
 import json
 import os
 import types
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -42,25 +40,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path):
         checkpoints.save(path, {"a": th.zeros(3), "b": lambda: 0})
     assert th.equal(checkpoints.load(path)["a"], th.ones(3))
     assert os.listdir(tmp_path / "run") == ["model000001.pt"]
-
-
-def test_a_bucket_gets_whole_files_through_blobfile(monkeypatch):
-    class Blob(io.BytesIO):
-        written: ClassVar[dict[str, bytes]] = {}
-
-        def __init__(self, path, mode, partial_writes_on_exc):
-            super().__init__()
-            self.path = path
-
-        def close(self):
-            self.written[self.path] = self.getvalue()
-            super().close()
-
-    monkeypatch.setattr("blobfile.BlobFile", Blob)
-    checkpoints.save("gs://bucket/run/model000001.pt", {"a": th.ones(2)})
-    (path,) = Blob.written
-    assert path == "gs://bucket/run/model000001.pt"
-    assert th.equal(th.load(io.BytesIO(Blob.written[path]))["a"], th.ones(2))
 
 
 def test_safetensors_hold_the_same_weights(tmp_path):
@@ -193,17 +172,6 @@ def test_sampling_takes_the_slowest_average_that_is_no_longer_than_the_run(tmp_p
     write_set(tmp_path, step, kinds=kinds)
     write_json(str(tmp_path / "config.json"), {"flags": {"ema_warmup": warmed_up}})
     assert checkpoints.resolve_model(str(tmp_path)) == str(tmp_path / taken)
-
-
-def test_the_last_sets_are_kept(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    for step in (1, 2, 3, 20):
-        write_set(tmp_path, step)
-    checkpoints.keep_last(str(tmp_path), 0)
-    assert list(checkpoints.sets_in(str(tmp_path))) == [1, 2, 3, 20]
-    checkpoints.keep_last(str(tmp_path), 2)
-    assert list(checkpoints.sets_in(str(tmp_path))) == [3, 20]
-    assert len(os.listdir(tmp_path)) == 11
 
 
 def test_config_and_classes_lie_beside_the_weights(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -264,11 +265,30 @@ def shared(tmp_path: Path) -> lora.Pack:
     return lora.read(str(tmp_path / "lora000001"))
 
 
-def test_a_file_of_an_older_run_is_the_same_adapters(tmp_path: Path, shared: lora.Pack) -> None:
-    def older(name: str) -> str:
-        return name.replace(".lora_A.weight", ".lora.down").replace(".lora_B.weight", ".lora.up")
+def older(parts: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+    """Adapters under the names of our first runs."""
+    renamed = (name.replace(".lora_A.weight", ".lora.down").replace(".lora_B.weight", ".lora.up") for name in parts)
+    return dict(zip(renamed, parts.values(), strict=True))
 
-    parts = {older(name): value for name, value in shared.weights.items()}
+
+def test_an_older_run_goes_on_to_the_bit(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run, adapted(), 2)
+    straight = train(tmp_path / "new", adapted(), 3, resume_checkpoint=str(run))
+    state = checkpoints.load(str(run / "state000002.pt"))
+    parts, scale = state.pop("lora"), state.pop("lora_scale")
+    value = {"scale": scale, "base": "", "weights": {key: older(values) for key, values in parts.items()}}
+    shutil.rmtree(run / "lora000002")
+    os.remove(run / "set000002.json")
+    checkpoints.save(str(run / "state000002.pt"), state)
+    checkpoints.save(str(run / "lora000002.pt"), value)
+    again = train(tmp_path / "again", adapted(), 3, resume_checkpoint=str(run))
+    assert same(straight.model.state_dict(), again.model.state_dict())
+    assert same(straight.ema_params, again.ema_params)
+
+
+def test_a_file_of_an_older_run_is_the_same_adapters(tmp_path: Path, shared: lora.Pack) -> None:
+    parts = older(shared.weights)
     zeros = {name: th.zeros_like(value) for name, value in parts.items()}
     weights = {"model": zeros, "0.999": zeros, "0.9999": parts}
     value = {"format": 1, "rank": 2, "scale": shared.scale, "base": shared.base, "weights": weights}

@@ -266,7 +266,7 @@ def test_the_copy_without_values_lies_as_a_network_with_values_would(width):
 
 
 def test_splitting_needs_a_group_and_a_torch_that_can(monkeypatch):
-    with pytest.raises(ValueError, match=r"fsdp needs a process group.*call dist_util.setup_dist"):
+    with pytest.raises(ValueError, match="process group has not been initialized"):
         ShardedTrainer(model=th.nn.Linear(2, 2))
     monkeypatch.setattr(sharding, "OLDEST_TORCH", "99")
     with pytest.raises(ValueError, match="fsdp needs torch 99 or newer, and this is"):

@@ -121,12 +121,12 @@ def test_a_tiny_network_overfits_four_images(tmp_path, pictures):
     loop = make(
         tmp_path,
         itertools.repeat((images, {})),
-        lr=3e-3,
-        max_steps=150,
+        lr=5e-3,
+        max_steps=80,
         log_interval=1000,
         ema_rate="0.9",
         val_data=itertools.repeat((images, {})),
-        val_interval=150,
+        val_interval=80,
     )
     loop.validate()
     first = logger.getkvs()["val_loss"]
@@ -629,7 +629,7 @@ def test_ranks_measure_what_one_does_and_save_together_when_one_of_them_has_fail
         assert_same_files(tmp_path / f"whole {way}", tmp_path / f"{kind} {way}", 3)
 
 
-@pytest.mark.parametrize("name", ["ema_0.5_000002.pt", "opt000002.pt", "state000002.pt", "set000002.json"])
+@pytest.mark.parametrize("name", ["opt000002.pt", "set000002.json"])
 def test_any_file_of_the_set_resumes_the_run(tmp_path, pictures, name):
     make(tmp_path, stream(pictures), max_steps=2).run_loop()
     loop = make(tmp_path, stream(pictures), resume_checkpoint=str(tmp_path / name))
