@@ -63,7 +63,7 @@ def _stage(name: str) -> Iterator[None]:
     """Say of a mistake in which stage it is."""
     try:
         yield
-    except (UserError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise UserError(f"stage {name}: {error}") from error
 
 
