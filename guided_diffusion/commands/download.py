@@ -7,18 +7,18 @@ from .flags import Flags
 
 
 def download(flags: Flags) -> None:
-    """Fetch what is asked for; of several processes one does, and the others wait.
+    """Fetch the file that the flags name.
 
-    :raises ValueError: if there is no such thing.
+    :raises ValueError: if the name is unknown.
     """
-    from ..evaluation.downloads import SOURCES, fetch
+    from ..evaluation.weights import SOURCES, fetch
     from ..runtime.options import nearest
     from .sections import DownloadConfig
 
     config = flags.part(DownloadConfig)
     if config.name not in SOURCES:
         hint = nearest(config.name, SOURCES) or f": name one of {', '.join(SOURCES)}"
-        raise ValueError(f"{config.name!r} is nothing that can be fetched{hint}")
+        raise ValueError(f"{config.name!r} is unknown{hint}")
     fetch(SOURCES[config.name], config.out)
 
 

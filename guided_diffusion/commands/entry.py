@@ -1,4 +1,4 @@
-"""How every command begins: flags first, torch after."""
+"""The `main` of every command, which parses the flags before it imports torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Main = Callable[..., None]
 
 
 def entry(name: str, work: Callable[[Flags], object] | str) -> Main:
-    """The `main(argv=None)` of a command: read the command line, then do the work under the guard of all commands.
+    """The `main(argv=None)` of a command: parse the command line, then work under the guard of all commands.
 
-    :param work: a function, or "MODULE.FUNCTION" of this package, imported when the command line is read. With
-        --dry_run it is `dry_run.rehearse` instead.
+    :param work: a function, or "MODULE.FUNCTION" of this package, imported when the command line is parsed. With
+        --dry_run, only the size of the work is printed.
     """
 
     def main(argv: Sequence[str] | None = None) -> None:

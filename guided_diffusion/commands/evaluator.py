@@ -10,9 +10,9 @@ from .sections import EvaluatorConfig
 
 
 def compare(flags: Flags) -> None:
-    """Say where the features come from, what is unusual, and last of all the scores.
+    """Print the origin of the features, warnings, and the scores.
 
-    :raises ValueError: naming what is wrong with the files or the flags.
+    :raises ValueError: naming the file or flag that is wrong.
     """
     from .. import dist_util, logger
     from ..evaluation.evaluator import evaluate

@@ -10,9 +10,9 @@ from .sections import ReferenceConfig
 
 
 def make(flags: Flags) -> None:
-    """Write what the flags describe.
+    """Write the reference that the flags describe.
 
-    :raises ValueError: naming what is wrong with the files or the flags.
+    :raises ValueError: naming the file or flag that is wrong.
     """
     from .. import logger
     from ..evaluation.images import open_images
@@ -21,7 +21,7 @@ def make(flags: Flags) -> None:
 
     config = flags.part(ReferenceConfig)
     if not config.out.endswith(".npz"):
-        raise ValueError(f"{config.out!r} is no name of an npz: give one that ends in .npz")
+        raise ValueError(f"{config.out!r} is not the name of an npz: give one that ends in .npz")
     common.start(flags)
     common.check_writable(config.out)
     source = open_images(config.data_dir, config.image_size, parse_range(flags.part(RangeConfig).data_range))

@@ -1,4 +1,5 @@
-"""Scores of images: features, metrics, the evaluator, likelihood, plots, sweeps, downloads of weights.
+"""Scores of images: features, metrics, the evaluator, likelihood, plots, sweeps, weights of Inception.
 
-FID is computed in metrics.py; a new metric goes into scores.py, a feature extractor into features.py.
+A comparison is open_images -> feature_set -> METRICS. A new metric is a function in metrics.py and an entry in
+scores.py; a new feature extractor is an entry in features.py.
 """

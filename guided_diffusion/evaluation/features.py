@@ -1,4 +1,4 @@
-"""Networks that make the features which are compared: Inception, classifiers of this project, DINOv2 and CLIP.
+"""Networks whose features are compared: Inception, classifiers of this project, DINOv2 and CLIP.
 
 A new kind is a function (path, device, precision) -> `NetworkExtractor` and its entry in `EXTRACTORS`. In Python, any
 callable with the attributes of `Extractor` is one.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .. import logger
-from ..config import PRECISIONS, ClassifierConfig
+from ..config import ClassifierConfig
 from ..data.crops import center_crop_arr
 from ..networks.architecture import architecture
 from ..runtime import files, paths
@@ -33,7 +33,7 @@ from ..script_util import build_classifier
 from ..training import checkpoints, weights as weight_files
 from .weights import find_inception, load_inception
 
-VERSION = 1  # of what is done to images before a network sees them: features of other versions are not taken again
+VERSION = 1  # of the preparation of images for the networks; features of other versions are computed again
 DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
 MODES = {1: "L", 3: "RGB"}  # PIL's names by number of channels
 
@@ -42,7 +42,7 @@ Numbers = NDArray[np.float32]
 
 
 class Features(NamedTuple):
-    """What the metrics are made of."""
+    """Features of images, from which the metrics are computed."""
 
     pool: Numbers  # [N, D]
     spatial: Numbers | None = None  # [N, S]
@@ -50,32 +50,22 @@ class Features(NamedTuple):
 
 
 class Extractor(Protocol):
-    """What makes features of images.
+    """A callable that computes features of images."""
 
-    name: as it stands in the name of a number, e.g. FD (emoji32 classifier).
-    published: whether the numbers may be called what the published ones are: FID, sFID, Inception Score.
-    identity: differs where features differ by more than rounding: weights, precision, what is done to the images.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def published(self) -> bool: ...
-
-    @property
-    def identity(self) -> str: ...
+    name: str  # part of the labels of scores, e.g. FD (emoji32 classifier)
+    published: bool  # whether scores may have the published names: FID, sFID, Inception Score
+    identity: str  # differs where features do by more than rounding: weights, precision, preparation of images
 
     def __call__(self, images: Images) -> Features:
-        """Features of images [N, H, W, C] of 0 .. 255; they depend on the other images in rounding alone."""
+        """Features of images [N, H, W, C] of 0 .. 255; each depends on the other images only by rounding."""
 
 
 Outputs = tuple[th.Tensor, th.Tensor | None, th.Tensor | None]  # pool, spatial and logits, on any device
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class NetworkExtractor:
-    """An `Extractor` made of a function that runs a network; it runs without gradients."""
+    """An `Extractor` made of a function that runs a network; there are no gradients."""
 
     name: str
     identity: str
@@ -85,12 +75,11 @@ class NetworkExtractor:
     def __call__(self, images: Images) -> Features:
         """Features of images.
 
-        :raises ValueError: if these are no images, or the network cannot take them.
+        :raises ValueError: unless they are uint8 [N, H, W, C], grey or RGB.
         """
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in MODES or not all(images.shape):
             raise ValueError(
-                f"images of shape {images.shape} and type {images.dtype}: features are made of uint8 [N, H, W, C] "
-                "with C 1 or 3"
+                f"features are made of uint8 [N, H, W, C] with C 1 or 3, got {images.dtype} {list(images.shape)}"
             )
         with th.no_grad():
             pool, spatial, logits = self.run(images)
@@ -107,8 +96,7 @@ def _planes(images: Images, device: th.device) -> th.Tensor:
     return to_device(th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), device)
 
 
-def _colours(images: Images) -> Images:
-    """Grey images in three channels."""
+def _rgb(images: Images) -> Images:
     return images if images.shape[-1] == 3 else images.repeat(3, axis=-1)
 
 
@@ -116,28 +104,33 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _base(path: str) -> str:
+def _stem(path: str) -> str:
     """The name of a folder, or of a file without its extension."""
     name = os.path.basename(os.path.normpath(path))
     return files.printable(name if os.path.isdir(path) else os.path.splitext(name)[0])
 
 
-# ---- the published one
+# ---- Inception
 
 
 def _inception(path: str, device: th.device, precision: str) -> NetworkExtractor:
-    """The Inception of the published evaluator; what its score is made of is the softmax of logits without bias."""
+    """The Inception of the published evaluator, whose score is of the softmax of the logits without bias."""
     network = load_inception(path, dtype=DTYPES[precision]).to(device)
 
     def run(images: Images) -> Outputs:
-        out = network(_planes(_colours(images), device))
+        out = network(_planes(_rgb(images), device))
         return out.pool, out.spatial, out.logits_unbiased
 
     identity = f"inception {fingerprint(network.state_dict())} {precision} {VERSION}"
     return NetworkExtractor("Inception", identity, run, published=True)
 
 
-# ---- a classifier of this project
+# ---- classifiers of this project
+
+NOT_IN_THE_FEATURES = ("use_checkpoint", "classifier_use_fp16", "classifier_precision")  # flags of a classifier
+# the layer whose input is the feature vector [N, D], the last one in which space is gone, by classifier_pool; spatial
+# and spatial_v2 pool the means over space of all feature maps
+HEADS = {"adaptive": "out.3", "attention": "out.2.c_proj", "spatial": "out.0", "spatial_v2": "out.0"}
 
 
 def _classifier(path: str, device: th.device, precision: str) -> NetworkExtractor:
@@ -145,18 +138,19 @@ def _classifier(path: str, device: th.device, precision: str) -> NetworkExtracto
 
     Images of another size are scaled and cropped as those of its training were.
     """
-    config, network = read_classifier(path, precision)
-    if config.dims != 2 or config.image_channels not in MODES:
-        images = f"{config.image_channels} channels in {config.dims} dimensions"
-        raise ValueError(f"--features classifier:{path} is of images of {images}: features need pictures, grey or RGB")
+    config, network = _read_classifier(path, precision)
     facts = {name: value for name, value in asdict(config).items() if name not in NOT_IN_THE_FEATURES}
-    weights = fingerprint(network.state_dict())
-    facts |= {"features classifier weights": weights, "features classifier precision": precision}
+    facts |= {
+        "features classifier weights": fingerprint(network.state_dict()),
+        "features classifier precision": precision,
+    }
     network.to(device).eval().requires_grad_(False).convert_to(precision)
-    name = _base(path) if _base(path).endswith("classifier") else f"{_base(path)} classifier"
+    name = _stem(path) if _stem(path).endswith("classifier") else f"{_stem(path)} classifier"
     size, warned = parse_size(config.image_size), False
     head_inputs: list[th.Tensor] = []
-    head_of(network).register_forward_pre_hook(lambda _, inputs: head_inputs.append(inputs[0]))
+    network.get_submodule(HEADS[network.pool]).register_forward_pre_hook(
+        lambda _, inputs: head_inputs.append(inputs[0])
+    )
 
     def run(images: Images) -> Outputs:
         nonlocal warned
@@ -174,43 +168,30 @@ def _classifier(path: str, device: th.device, precision: str) -> NetworkExtracto
     return NetworkExtractor(name, f"classifier {_digest(sorted(facts.items()))} {VERSION}", run)
 
 
-NOT_IN_THE_FEATURES = ("use_checkpoint", "classifier_use_fp16", "classifier_precision")  # flags of a classifier
-
-
-def read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
+def _read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
     """A classifier and its flags, which are those saved beside its checkpoints, else read off its weights.
 
     :raises OSError, ValueError: if there is none, or it is another network.
     """
     path = checkpoints.resolve_model(path)
-    saved = checkpoints.config_beside(path) or _flags_of(weight_files.weights_of(path)[0])
-    if "classifier_width" not in saved:
-        raise ValueError(f"--features classifier:{path} is no classifier: give the checkpoint of a classifier there")
+    saved = checkpoints.config_beside(path)
+    if not saved:  # images have the default size unless an attention pool tells theirs
+        state_dict, _ = weight_files.weights_of(path)
+        saved = architecture(state_dict)
+        saved = architecture(state_dict, saved.get("image_size", ClassifierConfig().image_size)) | saved
+    if "classifier_width" not in saved or saved.get("dims", 2) != 2 or saved.get("image_channels", 3) not in MODES:
+        raise ValueError(
+            f"--features classifier:{path} is no classifier of grey or RGB images: give the checkpoint of a classifier "
+            "of such images"
+        )
     config = ClassifierConfig(**{**saved_values(saved, ClassifierConfig), "classifier_precision": precision})
-    with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
+    with th.device("meta"):  # a config may ask for any size: only what fits the weights takes memory
         frame = build_classifier(config)
-    weights = weight_files.fitting_weights(frame, path, asdict(config))
+    state_dict = weight_files.fitting_weights(frame, path, asdict(config))
     network = build_classifier(config)
-    network.load_state_dict(weights)
+    network.load_state_dict(state_dict)
     logger.log(f"features classifier: {path}")
     return config, network
-
-
-def _flags_of(weights: Mapping[str, th.Tensor]) -> dict[str, Any]:
-    """What the shapes of weights tell; images are of the default size where an attention pool does not tell theirs."""
-    found = architecture(weights)
-    return architecture(weights, found.get("image_size", ClassifierConfig().image_size)) | found
-
-
-def head_of(network: Any) -> th.nn.Module:
-    """The layer whose input is the feature vector [N, D] of a classifier: the last one in which space is gone.
-
-    adaptive: the mean over space of the normalised feature map; attention: what the mean has attended to; spatial and
-    spatial_v2: the means over space of all feature maps.
-    """
-    places = {"adaptive": "out.3", "attention": "out.2.c_proj", "spatial": "out.0", "spatial_v2": "out.0"}
-    layer: th.nn.Module = network.get_submodule(places[network.pool])
-    return layer
 
 
 def fitted(images: Images, size: tuple[int, int], channels: int) -> Images:
@@ -249,29 +230,26 @@ PRETRAINED = {
 
 def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> NetworkExtractor:
     """A network of transformers; images are scaled, cropped and normalised as the folder's preprocessor_config says."""
-    about = PRETRAINED[kind]
+    pretrained = PRETRAINED[kind]
     try:
-        network, processor = _from_folder(about, folder)
+        network, processor = _from_folder(pretrained, folder)
     except Exception as error:  # transformers raises all kinds of them on a damaged folder
         raise ValueError(f"--features {kind}:{folder} cannot be used: {files.reason(error)}") from error
-    images_as = _digest(sorted(processor.to_dict().items()))
-    identity = f"{kind} {fingerprint(network.state_dict())} {images_as} {precision} {VERSION}"
+    preparation = _digest(sorted(processor.to_dict().items()))
+    identity = f"{kind} {fingerprint(network.state_dict())} {preparation} {precision} {VERSION}"
     network.to(device).eval().requires_grad_(False)
 
     def run(images: Images) -> Outputs:
-        x = processor(list(_colours(images)), return_tensors="pt")["pixel_values"].to(device)
+        x = processor(list(_rgb(images)), return_tensors="pt")["pixel_values"].to(device)
         with th.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            return getattr(network(x), about.output), None, None
+            return getattr(network(x), pretrained.output), None, None
 
-    name = _base(folder)
-    return NetworkExtractor(name if kind in name.lower() else f"{about.title} {name}", identity, run)
+    name = _stem(folder)
+    return NetworkExtractor(name if kind in name.lower() else f"{pretrained.title} {name}", identity, run)
 
 
 def _from_folder(kind: Pretrained, folder: str) -> tuple[Any, Any]:
-    """The network and its image processor, without the internet and without code from the folder.
-
-    :raises ValueError: if something is missing.
-    """
+    """The network and its image processor, read without the internet and without running code of the folder."""
     if not os.path.isdir(folder):
         raise ValueError("give a folder with config.json, preprocessor_config.json and model.safetensors")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -290,12 +268,12 @@ def _from_folder(kind: Pretrained, folder: str) -> tuple[Any, Any]:
         config = config.vision_config
     processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
     level = library.logging.get_verbosity()
-    library.logging.set_verbosity_error()  # else every tensor of CLIP's part for texts is listed
+    library.logging.set_verbosity_error()  # or every tensor of CLIP's part for texts would be listed
     try:
-        network, found = getattr(library, kind.loader).from_pretrained(folder, config=config, **reading, **options)
+        network, info = getattr(library, kind.loader).from_pretrained(folder, config=config, **reading, **options)
     finally:
         library.logging.set_verbosity(level)
-    faults = [*sorted(found["missing_keys"]), *(name for name, *_ in found["mismatched_keys"])]
+    faults = [*sorted(info["missing_keys"]), *(name for name, *_ in info["mismatched_keys"])]
     if faults:  # which transformers draws at random
         raise ValueError(f"{len(faults)} of its tensors are missing or of another shape, the first is {faults[0]}")
     return network, processor
@@ -314,7 +292,7 @@ EXTRACTORS: dict[str, Callable[[str, th.device, str], NetworkExtractor]] = {
 def make_extractor(
     kind: str | Extractor, *, weights: str = "", device: th.device | str = "cpu", precision: str = "fp32"
 ) -> Extractor:
-    """The extractor that --features names.
+    """The extractor of --features.
 
     :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:dinov2-base"; an
         extractor is returned as it is.
@@ -324,18 +302,14 @@ def make_extractor(
     """
     if not isinstance(kind, str):
         return kind
-    name, colon, path = kind.partition(":")
+    name, _, path = kind.partition(":")
     if name not in EXTRACTORS:
         hint = nearest(name, EXTRACTORS) or f": give inception, or {', '.join(list(EXTRACTORS)[1:])} and :PATH"
         raise ValueError(f"--features {files.quoted(kind)} is unknown{hint}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"--eval_precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if name == "inception":
-        if colon:
-            raise ValueError(f"--features {files.quoted(kind)} names a file: give it as --inception_weights")
-        path = find_inception(weights)
-    elif weights:
+    if weights and kind != "inception":
         raise ValueError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
+    if name == "inception":
+        path = find_inception(path or weights)
     elif not path:
-        raise ValueError(f"--features {name} is without a path: write {name}:PATH")
+        raise ValueError(f"--features {name} needs a path: write {name}:PATH")
     return EXTRACTORS[name](paths.resolve(path), th.device(device), precision)

@@ -1,28 +1,29 @@
 """The Inception network of the published evaluator ("inception-2015-12-05"), in torch.
 
-It is not the Inception of other collections: images are resized as TensorFlow 1 did, average pools leave the padding
-out, the last block pools by maximum, and there are 1008 classes. The names of its state dict are torch-fidelity's, so
-that ``weights-inception-2015-12-05-6726825d.pth`` loads as it is.
+It differs from torchvision's: images are resized as TensorFlow 1 did, average pools leave the padding out, the last
+block pools by maximum, and there are 1008 classes. The names of its state dict are torch-fidelity's, so that
+``weights-inception-2015-12-05-6726825d.pth`` loads as it is.
 
 Shapes: N images, C channels, H W pixels. Images have 3 channels and values in [0, 255].
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch as th
 import torch.nn.functional as F
 
-SIDE = 299  # pixels of what the network looks at
+SIDE = 299  # pixels of the images that the layers get
 CLASSES = 1008
 SPATIAL_CHANNELS = 7  # of Mixed_6d, whose first channels are those of its 1x1 branch
 EPS = 1e-3  # of batch normalisation
 
 
 class Outputs(NamedTuple):
-    """What the metrics are made of, all float32."""
+    """What the metrics are computed from, all float32."""
 
     pool: th.Tensor  # [N, 2048]
     spatial: th.Tensor  # [N, 2023]: 17 x 17 places, 7 channels each
@@ -34,110 +35,99 @@ class Outputs(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A convolution with batch normalisation and ReLU; unpadded, it shrinks the image."""
+    """A convolution with batch normalisation and ReLU.
+
+    :param beside: it takes the input of the layer before it, and its output is appended to that layer's.
+    """
 
     channels: int
     height: int = 1
     width: int = 1
     stride: int = 1
     padded: bool = True
+    beside: bool = False
 
 
 Pool = Callable[[th.Tensor], th.Tensor]
-Step = Pool | Layer | tuple[Layer, Layer]  # two layers: both of the same input, side by side
-Branches = Mapping[str, Sequence[Step]]
+Branch = Mapping[str, Layer | Pool]  # steps that follow each other, by the names of the state dict
+
+_average: Pool = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_maximum: Pool = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+_halve: Pool = partial(F.max_pool2d, kernel_size=3, stride=2)
+_strided = partial(Layer, height=3, width=3, stride=2, padded=False)
 
 
-def _average(x: th.Tensor) -> th.Tensor:
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+def _chain(name: str, *layers: Layer) -> Branch:
+    return {f"{name}_{number}": layer for number, layer in enumerate(layers, 1)}
 
 
-def _maximum(x: th.Tensor) -> th.Tensor:
-    return F.max_pool2d(x, 3, stride=1, padding=1)
+def _block_a(pooled: int) -> tuple[Branch, ...]:
+    return (
+        {"branch1x1": Layer(64)},
+        _chain("branch5x5", Layer(48), Layer(64, 5, 5)),
+        _chain("branch3x3dbl", Layer(64), Layer(96, 3, 3), Layer(96, 3, 3)),
+        {"pool": _average, "branch_pool": Layer(pooled)},
+    )
 
 
-def _halve(x: th.Tensor) -> th.Tensor:
-    return F.max_pool2d(x, 3, stride=2)
-
-
-def _block_a(pooled: int) -> Branches:
-    return {
-        "branch1x1": [Layer(64)],
-        "branch5x5": [Layer(48), Layer(64, 5, 5)],
-        "branch3x3dbl": [Layer(64), Layer(96, 3, 3), Layer(96, 3, 3)],
-        "branch_pool": [_average, Layer(pooled)],
-    }
-
-
-def _block_c(inner: int) -> Branches:
+def _block_c(inner: int) -> tuple[Branch, ...]:
     tall, wide = Layer(inner, 7, 1), Layer(inner, 1, 7)
-    return {
-        "branch1x1": [Layer(192)],
-        "branch7x7": [Layer(inner), wide, Layer(192, 7, 1)],
-        "branch7x7dbl": [Layer(inner), tall, wide, tall, Layer(192, 1, 7)],
-        "branch_pool": [_average, Layer(192)],
-    }
+    return (
+        {"branch1x1": Layer(192)},
+        _chain("branch7x7", Layer(inner), wide, Layer(192, 7, 1)),
+        _chain("branch7x7dbl", Layer(inner), tall, wide, tall, Layer(192, 1, 7)),
+        {"pool": _average, "branch_pool": Layer(192)},
+    )
 
 
-def _block_e(pool: Pool) -> Branches:
-    fork = Layer(384, 1, 3), Layer(384, 3, 1)
-    return {
-        "branch1x1": [Layer(320)],
-        "branch3x3": [Layer(384), fork],
-        "branch3x3dbl": [Layer(448), Layer(384, 3, 3), fork],
-        "branch_pool": [pool, Layer(192)],
-    }
+def _block_e(pool: Pool) -> tuple[Branch, ...]:
+    wide, tall = Layer(384, 1, 3), Layer(384, 3, 1, beside=True)
+    double = _chain("branch3x3dbl", Layer(448), Layer(384, 3, 3))
+    return (
+        {"branch1x1": Layer(320)},
+        {"branch3x3_1": Layer(384), "branch3x3_2a": wide, "branch3x3_2b": tall},
+        {**double, "branch3x3dbl_3a": wide, "branch3x3dbl_3b": tall},
+        {"pool": pool, "branch_pool": Layer(192)},
+    )
 
 
-STEM: Mapping[str, Layer] = {
-    "Conv2d_1a_3x3": Layer(32, 3, 3, stride=2, padded=False),
+STEM: Branch = {
+    "Conv2d_1a_3x3": _strided(32),
     "Conv2d_2a_3x3": Layer(32, 3, 3, padded=False),
     "Conv2d_2b_3x3": Layer(64, 3, 3),
+    "pool_1": _halve,
     "Conv2d_3b_1x1": Layer(80),
     "Conv2d_4a_3x3": Layer(192, 3, 3, padded=False),
+    "pool_2": _halve,
 }
-HALVED_AFTER = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
-BLOCKS: Mapping[str, Branches] = {
+BLOCKS: Mapping[str, tuple[Branch, ...]] = {
     "Mixed_5b": _block_a(32),
     "Mixed_5c": _block_a(64),
     "Mixed_5d": _block_a(64),
-    "Mixed_6a": {  # block B
-        "branch3x3": [Layer(384, 3, 3, stride=2, padded=False)],
-        "branch3x3dbl": [Layer(64), Layer(96, 3, 3), Layer(96, 3, 3, stride=2, padded=False)],
-        "branch_pool": [_halve],
-    },
+    "Mixed_6a": (  # block B
+        {"branch3x3": _strided(384)},
+        _chain("branch3x3dbl", Layer(64), Layer(96, 3, 3), _strided(96)),
+        {"pool": _halve},
+    ),
     "Mixed_6b": _block_c(128),
     "Mixed_6c": _block_c(160),
     "Mixed_6d": _block_c(160),
     "Mixed_6e": _block_c(192),
-    "Mixed_7a": {  # block D
-        "branch3x3": [Layer(192), Layer(320, 3, 3, stride=2, padded=False)],
-        "branch7x7x3": [Layer(192), Layer(192, 1, 7), Layer(192, 7, 1), Layer(192, 3, 3, stride=2, padded=False)],
-        "branch_pool": [_halve],
-    },
+    "Mixed_7a": (  # block D
+        _chain("branch3x3", Layer(192), _strided(320)),
+        _chain("branch7x7x3", Layer(192), Layer(192, 1, 7), Layer(192, 7, 1), _strided(192)),
+        {"pool": _halve},
+    ),
     "Mixed_7b": _block_e(_average),
     "Mixed_7c": _block_e(_maximum),  # as the published graph does, unlike the paper
 }
-
-
-def named_steps(branch: str, steps: Sequence[Step]) -> Iterator[tuple[Step, tuple[str, ...]]]:
-    """Every step of a branch with the names of its layers: none of a pool, two of a fork."""
-    alone = sum(not callable(step) for step in steps) == 1
-    number = 0
-    for step in steps:
-        if callable(step):
-            yield step, ()
-            continue
-        number += 1
-        name = branch if alone else f"{branch}_{number}"
-        yield step, (name,) if isinstance(step, Layer) else (f"{name}a", f"{name}b")
 
 
 # ---- modules
 
 
 class BasicConv2d(th.nn.Module):
-    """One layer of the table. It always normalises by the running statistics, whatever mode it is in."""
+    """One layer of the table; it normalises by the running statistics in every mode."""
 
     def __init__(self, channels: int, layer: Layer) -> None:
         super().__init__()
@@ -153,37 +143,42 @@ class BasicConv2d(th.nn.Module):
         scale = self.bn.weight * th.rsqrt(variance + EPS)
         weight = self.conv.weight * scale[:, None, None, None]  # in the weights' precision, then in that of x
         bias = self.bn.bias - mean * scale
-        x = F.conv2d(x, weight.to(x), bias.to(x), self.conv.stride, self.conv.padding)
-        return F.relu_(x)
+        return F.relu_(F.conv2d(x, weight.to(x), bias.to(x), self.conv.stride, self.conv.padding))
 
 
 class Mixed(th.nn.Module):
-    """A block: branches over the same input, one after the other along the channels of the output."""
+    """A block: its branches take the same input, and their outputs are joined along the channels."""
 
-    def __init__(self, channels: int, branches: Branches) -> None:
+    def __init__(self, channels: int, branches: Sequence[Branch]) -> None:
         super().__init__()
-        self.channels = 0  # of the output
-        self.branches = [list(named_steps(branch, steps)) for branch, steps in branches.items()]
-        for branch in self.branches:
-            width = channels
-            for step, names in branch:
-                layers = [] if callable(step) else [step] if isinstance(step, Layer) else step
-                for name, layer in zip(names, layers, strict=True):
-                    self.add_module(name, BasicConv2d(width, layer))
-                width = sum(layer.channels for layer in layers) or width
-            self.channels += width
+        self.branches = branches
+        self.channels = sum(add_layers(self, channels, branch) for branch in branches)  # of the output
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        return th.cat([self._along(branch, x) for branch in self.branches], 1)
-
-    def _along(self, branch: Sequence[tuple[Step, tuple[str, ...]]], x: th.Tensor) -> th.Tensor:
-        for step, names in branch:
-            x = step(x) if callable(step) else _joined([self.get_submodule(name)(x) for name in names])
-        return x
+        return th.cat([along(self, branch, x) for branch in self.branches], 1)
 
 
-def _joined(parts: Sequence[th.Tensor]) -> th.Tensor:
-    return parts[0] if len(parts) == 1 else th.cat(list(parts), 1)
+def add_layers(module: th.nn.Module, channels: int, branch: Branch) -> int:
+    """Add the layers of a branch to a module, and return the channels of its output."""
+    before = channels
+    for name, step in branch.items():
+        if isinstance(step, Layer):
+            module.add_module(name, BasicConv2d(before if step.beside else channels, step))
+            before, channels = channels, step.channels + channels * step.beside
+    return channels
+
+
+def along(module: th.nn.Module, branch: Branch, x: th.Tensor) -> th.Tensor:
+    """The output of a branch whose layers a module has."""
+    before = x
+    for name, step in branch.items():
+        if not isinstance(step, Layer):
+            before, x = x, step(x)
+        elif step.beside:
+            x = th.cat([x, module.get_submodule(name)(before)], 1)
+        else:
+            before, x = x, module.get_submodule(name)(x)
+    return x
 
 
 class InceptionNetwork(th.nn.Module):
@@ -196,10 +191,7 @@ class InceptionNetwork(th.nn.Module):
         super().__init__()
         self.dtype = dtype
         with th.device("meta"):
-            channels = 3
-            for name, layer in STEM.items():
-                self.add_module(name, BasicConv2d(channels, layer))
-                channels = layer.channels
+            channels = add_layers(self, 3, STEM)
             for name, branches in BLOCKS.items():
                 block = Mixed(channels, branches)
                 self.add_module(name, block)
@@ -210,25 +202,20 @@ class InceptionNetwork(th.nn.Module):
             tensor.zero_()
 
     def forward(self, images: th.Tensor) -> Outputs:
-        """What the network sees in images [N, 3, H, W] of any size and type with values in [0, 255].
+        """The outputs for images [N, 3, H, W] of any size and type with values in [0, 255].
 
         TF32, which keeps 10 bits of a number, is never used.
         """
         x = resize_tf1(images).sub_(128).div_(128).to(self.dtype, memory_format=th.channels_last)
         with th.backends.cudnn.flags(enabled=th.backends.cudnn.enabled, deterministic=True, allow_tf32=False):
-            pool, spatial = self._features(x)
+            x = along(self, STEM, x)
+            for name in BLOCKS:
+                x = self.get_submodule(name)(x)
+                if name == "Mixed_6d":
+                    spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
+        pool = x.float().mean((2, 3))
         unbiased = F.linear(pool, self.fc.weight.float())
         return Outputs(pool, spatial, unbiased, unbiased + self.fc.bias.float())
-
-    def _features(self, x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        for name in STEM:
-            x = self.get_submodule(name)(x)
-            x = _halve(x) if name in HALVED_AFTER else x
-        for name in BLOCKS:
-            x = self.get_submodule(name)(x)
-            if name == "Mixed_6d":
-                spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
-        return x.float().mean((2, 3)), spatial
 
 
 # ---- resizing
@@ -237,8 +224,8 @@ class InceptionNetwork(th.nn.Module):
 def resize_tf1(images: th.Tensor, side: int = SIDE) -> th.Tensor:
     """Images [N, 3, H, W] of any type as float32 [N, 3, side, side], by the bilinear rule of TensorFlow 1.
 
-    Pixel i of the output is interpolated at i * H / side of the input: corners are not aligned, centres neither, and
-    an image is never smoothed before it shrinks.
+    Pixel i of the output is interpolated at i * H / side of the input: neither corners nor centres are aligned, and an
+    image is never smoothed before it shrinks.
 
     :raises ValueError: if the shape is another.
     """
@@ -251,10 +238,11 @@ def resize_tf1(images: th.Tensor, side: int = SIDE) -> th.Tensor:
 
 def _interpolate(images: th.Tensor, axis: int, side: int) -> th.Tensor:
     length = images.shape[axis]
-    ratio = th.tensor(length, dtype=th.float32) / side
-    place = th.arange(side, dtype=th.float32) * ratio  # in float32, as TensorFlow has it
-    before = place.long().clamp(max=length - 1)
+    position = th.arange(side, dtype=th.float32) * (
+        th.tensor(length, dtype=th.float32) / side
+    )  # float32 as in TensorFlow
+    before = position.long().clamp(max=length - 1)
     after = (before + 1).clamp(max=length - 1)
-    share = (place - before).view(-1, *[1] * (3 - axis)).to(images)
-    start = images.index_select(axis, before.to(images.device))
-    return start.addcmul_(images.index_select(axis, after.to(images.device)).sub_(start), share)
+    share = (position - before).view(-1, *[1] * (3 - axis)).to(images)
+    start, end = (images.index_select(axis, index.to(images.device)) for index in (before, after))
+    return start.addcmul_(end.sub_(start), share)

@@ -1,7 +1,9 @@
-"""Scores of generated images, from features of theirs and of real ones: pure functions of numpy arrays.
+"""Scores of generated images from their features and those of real ones: pure functions of numpy arrays.
 
-N images, D features, K classes. Distances are computed block by block, so that memory does not grow with N squared.
-Nothing here needs another file of this project.
+Distances are computed block by block, so that memory does not grow with N squared. The file works by itself, without
+the rest of this project.
+
+N images, D features, K classes.
 """
 
 from __future__ import annotations
@@ -18,16 +20,13 @@ Array = npt.NDArray[Any]
 
 EPS = float(np.finfo(np.float64).eps)
 ROWS = 1024  # images that a covariance grows by at a time
-BLOCK = 1000  # images on each side of a block of distances; rows of a power of two would share lines of the cache
-PUBLISHED_BLOCK = 10_000  # the published evaluator's, which it computes again in float32 where float16 overflows
+BLOCK = 1000  # images on each side of a block of distances; a power of two would be slow, as rows share cache lines
+PUBLISHED_BLOCK = 10_000  # of the published evaluator, which falls back to float32 in blocks that overflow float16
 DTYPES = ("float32", "float16")
 
 
-# ---- what may come in
-
-
 def _matrix(values: npt.ArrayLike, name: str, first: int = 0) -> Array:
-    """The same values, if they are finite numbers [rows, columns]; rows are counted from `first`."""
+    """The values, checked to be finite numbers [rows, columns]; an error counts rows from `first`."""
     array = np.asarray(values)
     if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.size:
         raise ValueError(f"{name} are {array.dtype} {list(array.shape)}: give real numbers [images, columns]")
@@ -40,15 +39,14 @@ def _matrix(values: npt.ArrayLike, name: str, first: int = 0) -> Array:
 
 
 def _two_sets(reference: npt.ArrayLike, samples: npt.ArrayLike, least: int) -> tuple[Array, Array]:
-    """Features of both, if they are of one network, and of `least` images at least."""
+    """The features of both, checked to be of one network and of at least `least` images."""
     first, second = _matrix(reference, "the reference's features"), _matrix(samples, "the samples' features")
     if first.shape[1] != second.shape[1]:
         raise ValueError(
             f"the reference has {first.shape[1]} features and the samples {second.shape[1]}: take one network for both"
         )
-    for name, features in (("the reference is", first), ("the samples are", second)):
-        if len(features) < least:
-            raise ValueError(f"{name} {len(features)} images and {least} are needed: take more of them")
+    if min(len(first), len(second)) < least:
+        raise ValueError(f"{len(first)} and {len(second)} images are too few: take {least} or more of each")
     return first, second
 
 
@@ -59,8 +57,7 @@ def _two_sets(reference: npt.ArrayLike, samples: npt.ArrayLike, least: int) -> t
 class Statistics:
     """Mean [D] and unbiased covariance [D, D] of features; `+` gives those of two sets together.
 
-    :param n: images; 0 where that is unknown, as with a file of mean and covariance alone. The covariance of a single
-        image is 0.
+    :param n: images; 0 where that is unknown, as with a file of mean and covariance alone. One image has covariance 0.
     """
 
     n: int
@@ -68,13 +65,9 @@ class Statistics:
     cov: npt.NDArray[np.float64]
 
     def __add__(self, other: Statistics) -> Statistics:
-        """Chan, Golub & LeVeque 1983.
-
-        :raises ValueError: if a number of images is unknown, or they have other features.
-        """
-        if not (self.n and other.n) or self.mean.shape != other.mean.shape:
-            sizes = " and ".join(f"{of.n} images with {of.mean.size} features" for of in (self, other))
-            raise ValueError(f"statistics of {sizes} do not add up: give as many features, of 1 image or more each")
+        """Chan, Golub & LeVeque 1983."""
+        if not (self.n and other.n):
+            raise ValueError("statistics of an unknown number of images do not add up")
         n, shift = self.n + other.n, other.mean - self.mean
         cov = (self.n - 1) / (n - 1) * self.cov
         cov += (other.n - 1) / (n - 1) * other.cov
@@ -83,49 +76,44 @@ class Statistics:
 
 
 class RunningStatistics:
-    """Statistics of features that come in batches: bit for bit the same, whatever the sizes of the batches."""
+    """Statistics of features that come in batches; bit for bit the same for batches of any sizes."""
 
     def __init__(self) -> None:
         self.n = 0
-        self._total: Statistics | None = None
-        self._rows = np.empty((ROWS, 0))
-        self._filled = 0
+        self._total: Statistics | None = None  # of whole blocks of ROWS images
+        self._rest = np.empty((0, 0))
 
     def add(self, features: npt.ArrayLike) -> None:
-        """:param features: [N, D], or none.
+        """Take the next features [N, D].
 
-        :raises ValueError: naming the row, counted over all batches, that is not finite; or for another D than before.
+        :raises ValueError: naming the row, counted over all batches, that is not finite.
         """
         if not len(np.asarray(features)):
             return
         batch = _matrix(features, "the features", self.n)
-        if not self.n:
-            self._rows = np.empty((ROWS, batch.shape[1]))
-        if batch.shape[1] != self._rows.shape[1]:
-            raise ValueError(f"{batch.shape[1]} features come after {self._rows.shape[1]}: take one network for all")
+        rows = np.concatenate([self._rest, batch]) if self.n else batch
         self.n += len(batch)
-        while len(batch):
-            room = self._rows[self._filled : self._filled + len(batch)]
-            room[:], batch = batch[: len(room)], batch[len(room) :]
-            self._filled += len(room)
-            if self._filled == ROWS:
-                self._total, self._filled = self.result(), 0
+        whole = len(rows) - len(rows) % ROWS
+        for block in _cuts(0, whole, ROWS):
+            self._total = self._with(rows[block])
+        self._rest = rows[whole:].copy()
+
+    def _with(self, rows: Array) -> Statistics:
+        rows = rows.astype(np.float64)
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        latest = Statistics(len(rows), mean, centred.T @ centred / max(len(rows) - 1, 1))
+        return latest if self._total is None else self._total + latest
 
     def result(self) -> Statistics:
-        """Of all there was so far; a ValueError if that is nothing."""
-        if self._total is not None and not self._filled:
-            return self._total
+        """Statistics of all features so far."""
         if not self.n:
-            raise ValueError("there are no features: give those of one image at least")
-        rows = self._rows[: self._filled]
-        mean = rows.mean(axis=0)
-        apart = rows - mean
-        latest = Statistics(len(rows), mean, apart.T @ apart / max(len(rows) - 1, 1))
-        return latest if self._total is None else self._total + latest
+            raise ValueError("there are no features: give those of at least one image")
+        return self._with(self._rest) if self._total is None or len(self._rest) else self._total
 
 
 def statistics(features: Array | Iterable[Array]) -> Statistics:
-    """Of features [N, D] or batches of them, as `RunningStatistics` has it."""
+    """`RunningStatistics` of features [N, D] or of batches of them."""
     running = RunningStatistics()
     for batch in [features] if isinstance(features, np.ndarray) else features:
         running.add(batch)
@@ -133,7 +121,7 @@ def statistics(features: Array | Iterable[Array]) -> Statistics:
 
 
 def _factor(covariance: Array) -> Array:
-    """A [D, r] of rank r with A A^T = `covariance`."""
+    """A [D, r] with A A^T = `covariance`, r its rank."""
     try:
         return np.asarray(np.linalg.cholesky(covariance))
     except np.linalg.LinAlgError:
@@ -145,7 +133,7 @@ def _factor(covariance: Array) -> Array:
 
 
 def _square(factor: Array, covariance: Array) -> Array:
-    """A^T `covariance` A of a lower triangle A, on and below the diagonal; what is zero is not multiplied."""
+    """A^T `covariance` A of a lower triangle A, on and below the diagonal; zeros are not multiplied."""
     right, square, cuts = np.empty_like(factor), np.zeros_like(factor), _cuts(0, len(factor), 256)
     for cut in cuts:
         right[:, cut] = covariance[:, cut.start :] @ factor[cut.start :, cut]
@@ -157,7 +145,7 @@ def _square(factor: Array, covariance: Array) -> Array:
 def _trace_of_root(first: Array, second: Array) -> float:
     """Tr (S T)^1/2 of covariances S = A A^T and T = B B^T: the sum of the singular values of A^T B.
 
-    Eigenvalues give them faster, but of small ones no more than half of the digits.
+    The eigenvalues of A^T T A, their squares, are faster, but have only half the digits of small ones.
     """
     try:
         squares = np.linalg.eigvalsh(_square(np.linalg.cholesky(first), second).T, "U")
@@ -169,21 +157,23 @@ def _trace_of_root(first: Array, second: Array) -> float:
     return float(np.linalg.svd(_factor(first).T @ _factor(second), compute_uv=False).sum())
 
 
-def frechet_distance(mu1: npt.ArrayLike, sigma1: npt.ArrayLike, mu2: npt.ArrayLike, sigma2: npt.ArrayLike) -> float:
-    """Squared Wasserstein-2 distance of Gaussians, singular ones too (Dowson & Landau 1982): FID of Inception features.
+def _is_symmetric(values: Array) -> bool:
+    probe = np.cos(np.arange(len(values)))  # which takes less memory than the transpose
+    return bool(np.abs(values @ probe - probe @ values).max() <= 1e-5 * np.abs(values).max())
 
-    :raises ValueError: for means that are not both [D] and covariances that are not both [D, D], finite and symmetric.
+
+def frechet_distance(mu1: npt.ArrayLike, sigma1: npt.ArrayLike, mu2: npt.ArrayLike, sigma2: npt.ArrayLike) -> float:
+    """Squared Wasserstein-2 distance of Gaussians, also singular ones (Dowson & Landau 1982); the FID of features.
+
+    :raises ValueError: unless means are [D] and covariances [D, D], finite and symmetric.
     """
     mu1, mu2, sigma1, sigma2 = (np.asarray(values, np.float64) for values in (mu1, mu2, sigma1, sigma2))
     for name, values, sides in (("mu1", mu1, 1), ("mu2", mu2, 1), ("sigma1", sigma1, 2), ("sigma2", sigma2, 2)):
         if not values.size or values.shape != (mu1.size,) * sides:
             shapes = [list(each.shape) for each in (mu1, sigma1, mu2, sigma2)]
             raise ValueError(f"mu1, sigma1, mu2, sigma2 have shapes {shapes}: give [D], [D, D], [D], [D, D] of one D")
-        if not np.isfinite(values).all():
-            raise ValueError(f"{name} is not finite: compute it again, from features that are")
-        probe = np.cos(np.arange(len(values)))
-        if values.ndim == 2 and np.abs(values @ probe - probe @ values).max() > 1e-5 * np.abs(values).max():
-            raise ValueError(f"{name} is not symmetric, as a covariance is: compute it again from the features")
+        if not (np.isfinite(values).all() and _is_symmetric(values)):
+            raise ValueError(f"{name} is not finite or not symmetric: compute it again from finite features")
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * _trace_of_root(sigma1, sigma2)
     return max(float(distance), 0.0)
 
@@ -195,13 +185,11 @@ def inception_score(probs: npt.ArrayLike, split_size: int = 5000) -> float:
     """exp of the mean KL divergence of each image's classes from those of all (Salimans et al. 2016), mean over splits.
 
     :param probs: [N, K], each row a distribution.
-    :param split_size: images per split, in the order they have; the last split may be smaller.
+    :param split_size: images per split, in their order; the last split may be smaller.
     """
     rows = _matrix(probs, "the class probabilities")
-    if split_size < 1:
-        raise ValueError(f"split_size is {split_size}: take 1 or more")
     if rows.min() < 0 or np.abs(rows.sum(axis=1, dtype=np.float64) - 1).max() > 1e-2:
-        raise ValueError("the class probabilities are no distributions of sum 1: give the softmax of the logits")
+        raise ValueError("the class probabilities do not sum to 1: give the softmax of the logits")
     return float(np.mean([_score(rows[start : start + split_size]) for start in range(0, len(rows), split_size)]))
 
 
@@ -217,37 +205,32 @@ def _score(split: Array) -> float:
 
 
 class _Single:
-    """float32, from features about their mean: what is common to all would cost digits."""
+    """Distances in float32, of features minus their mean, which would cost digits."""
 
     def __init__(self, centre: Array | float = 0.0) -> None:
         self.centre = np.float32(centre)
 
     def rows(self, features: Array) -> Array:
-        """What is multiplied, float32."""
+        """The factors of the products, float32."""
         return np.subtract(features, self.centre, dtype=np.float32, casting="same_kind")
 
     def norms(self, rows: Array) -> Array:
-        """Squared."""
+        """Squared norms."""
         with np.errstate(over="ignore", invalid="ignore"):
             norms: Array = np.einsum("nd,nd->n", rows, rows)
         if not norms.max() <= np.finfo(np.float32).max / 4:
             raise ValueError("the features are too large for distances in float32: divide all by their largest")
         return norms
 
-    def doubled(self, products: Array) -> Array:
-        """In their place, as `rounded`."""
-        products *= 2
-        return products
-
     def rounded(self, values: Array) -> Array:
-        """As far as they are kept."""
+        """The values in the precision that is kept, changed in place."""
         return values
 
 
 class _Half(_Single):
-    """float16 as TensorFlow computes on a CPU, for the published evaluator: all is rounded but sums in a product."""
+    """Distances in float16 as TensorFlow computes them on a CPU: all is rounded but the sums of matrix products."""
 
-    lanes, strands, most = 8, 4, 1600  # terms added at a time, by turns, and in one sum: longer ones are two
+    lanes, strands, most = 8, 4, 1600  # terms added at a time, in turn, and in one sum; longer sums are cut in two
 
     def rows(self, features: Array) -> Array:
         return self.rounded(features.astype(np.float32))
@@ -256,7 +239,7 @@ class _Half(_Single):
         return self._sums(self.rounded(rows * rows))
 
     def _sums(self, terms: Array) -> Array:
-        """Sums of rows, added up in that evaluator's order."""
+        """Sums of rows, added up in TensorFlow's order."""
         d = terms.shape[1]
         if d > self.most:
             half = math.ceil(d / 2 / self.lanes) * self.lanes
@@ -275,16 +258,13 @@ class _Half(_Single):
             total = self.rounded(total + terms[:, index])
         return total
 
-    def doubled(self, products: Array) -> Array:
-        return super().doubled(self.rounded(products))
-
     def rounded(self, values: Array) -> Array:
-        """To the nearest float16, in their place, as if it had no largest one.
+        """To the nearest float16, in place, without its upper limit.
 
-        A power of two 2^13 times as large, once added, leaves float32 no more digits than float16 has.
+        Adding and subtracting a power of two that is 2^13 times as large leaves as many digits as float16 has.
         """
         flat = values.reshape(-1)
-        for start in range(0, flat.size, 1 << 15):  # which stay in the cache
+        for start in range(0, flat.size, 1 << 15):  # pieces that fit into the processor's cache
             part = flat[start : start + (1 << 15)]
             power = (part.view(np.uint32) & 0x7F800000).view(np.float32)
             large = np.maximum(power, 2.0**-14, out=power)  # below that, float16 is evenly spaced
@@ -302,14 +282,12 @@ Tile = tuple[slice, slice, Array]  # rows of one set, rows of the other, and squ
 
 
 def _tiles(x: Array, y: Array, dtype: str, block: int) -> Iterator[Tile]:
-    """All squared distances from rows of x to rows of y; if those are one array, both halves from the same products.
+    """All squared distances from rows of x to rows of y, which may be overwritten.
 
-    The distances are the taker's to overwrite.
+    If x and y are one array, each product gives two distances.
     """
-    if dtype not in DTYPES or block < 1:
-        raise ValueError(
-            f"distances are {dtype!r}, by blocks of {block}: choose one of {', '.join(DTYPES)}, and 1 or more"
-        )
+    if dtype not in DTYPES:
+        raise ValueError(f"the dtype of distances must be one of {', '.join(DTYPES)}, got {dtype!r}")
     single = _Single(x.mean(axis=0, dtype=np.float64))
     for a in _cuts(0, len(x), PUBLISHED_BLOCK):
         for b in _cuts(0, len(y), PUBLISHED_BLOCK):
@@ -321,7 +299,7 @@ def _tiles(x: Array, y: Array, dtype: str, block: int) -> Iterator[Tile]:
 
 
 def _fit_half(x: Array, y: Array, a: slice, b: slice, block: int) -> bool:
-    """Whether float16 holds all distances of a block, and twice the products from which they come."""
+    """Whether float16 can hold all distances of a block and the doubled products that they are computed from."""
     most = float(np.finfo(np.float16).max)
     cuts = [(x, cut) for cut in _cuts(a.start, a.stop, block)] + [(y, cut) for cut in _cuts(b.start, b.stop, block)]
     with np.errstate(over="ignore"):
@@ -332,7 +310,7 @@ def _fit_half(x: Array, y: Array, a: slice, b: slice, block: int) -> bool:
 
 
 def _tiles_of(kind: _Single, x: Array, y: Array, a: slice, b: slice, block: int) -> Iterator[Tile]:
-    """Distances as they are computed, some below 0, between rows a of x and rows b of y."""
+    """Distances between rows a of x and rows b of y; rounding may leave some below 0."""
     cuts = _cuts(b.start, b.stop, block)
     norms = [kind.norms(kind.rows(y[columns])) for columns in cuts]
     for rows in _cuts(a.start, a.stop, block):
@@ -342,14 +320,15 @@ def _tiles_of(kind: _Single, x: Array, y: Array, a: slice, b: slice, block: int)
             if x is y and columns.start < rows.start:
                 continue
             right = left if x is y and columns == rows else kind.rows(y[columns])
-            products = kind.doubled(left @ right.T)
+            products = kind.rounded(left @ right.T)
+            products *= 2
             if x is y and columns != rows:
                 yield columns, rows, _distances(kind, products.T.copy(), other, norm)
             yield rows, columns, _distances(kind, products, norm, other)
 
 
 def _distances(kind: _Single, products: Array, u: Array, v: Array) -> Array:
-    """u - products + v, in that order, in the place of the products."""
+    """u - products + v in that order, written over the products."""
     np.subtract(u[:, None], products, out=products)
     kind.rounded(products)
     products += v
@@ -360,21 +339,21 @@ def _distances(kind: _Single, products: Array, u: Array, v: Array) -> Array:
 
 
 def manifold_radii(features: npt.ArrayLike, k: int = 3, *, dtype: str = "float32", block: int = BLOCK) -> Array:
-    """Squared distance [N] of each image from its k-th nearest neighbour, itself left out.
+    """Squared distance [N] of each image from its k-th nearest neighbour other than itself.
 
     :param dtype: of the distances; float16 rounds as the published evaluator does.
     """
     rows = _matrix(features, "the features")
     if not 1 <= k < len(rows):
-        raise ValueError(f"k is {k} of {len(rows)} images: take 1 or more, and more images than that")
+        raise ValueError(f"k must be at least 1 and less than the {len(rows)} images, got {k}: take more images")
     nearest = np.full((len(rows), k + 1), np.inf, np.float32)
-    for own, _, distances in _tiles(rows, rows, dtype, block):
-        nearest[own] = _smallest(np.hstack([nearest[own], _smallest(distances, k)]), k)
+    for tile, _, distances in _tiles(rows, rows, dtype, block):
+        nearest[tile] = _smallest(np.hstack([nearest[tile], _smallest(distances, k)]), k)
     return nearest[:, k]
 
 
 def _smallest(distances: Array, k: int) -> Array:
-    """The k + 1 smallest of each row, the largest of them last; all, if there are no more."""
+    """The k + 1 smallest of each row, the largest of them last."""
     if distances.shape[1] > k:
         distances.partition(k, axis=1)
     return distances[:, : k + 1]
@@ -399,7 +378,7 @@ def precision_recall(
 def density_coverage(
     reference: npt.ArrayLike, samples: npt.ArrayLike, k: int = 5, *, block: int = BLOCK
 ) -> tuple[float, float]:
-    """How often the balls about the reference hold a sample, and how many of them hold one (Naeem et al. 2020).
+    """Samples per ball around a reference image, over k, and the share of balls with a sample (Naeem et al. 2020).
 
     Equal distributions have a density of 1, which may be exceeded, and a coverage of nearly 1.
     """
@@ -420,16 +399,12 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID: the unbiased squared MMD under the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), and its standard error.
 
-    Both are of the mean over the subsets, drawn from images in the order of the sums of their features, whatever order
-    they have.
+    Both are of the mean over random subsets. The order of the images does not matter: they are sorted first.
     """
     real, made = _two_sets(reference, samples, 2)
     fewer = min(len(real), len(made))
     if subsets < 2 or not 2 <= subset_size <= fewer:
-        raise ValueError(
-            f"{subsets} subsets of {subset_size} images cannot be drawn from {fewer}: "
-            f"take 2 subsets or more, of 2 to {fewer} images"
-        )
+        raise ValueError(f"KID needs 2 subsets or more, of 2 to {fewer} images, got {subsets} of {subset_size}")
     orders = [(z, np.lexsort((z[:, 0], z.sum(axis=1, dtype=np.float64)))) for z in (real, made)]
     rng, values = np.random.default_rng(seed), []
     for _ in range(subsets):
@@ -439,7 +414,7 @@ def kernel_distance(
 
 
 def _squared_mmd(x: Array, y: Array) -> float:
-    """Unbiased, of as many rows of each."""
+    """Unbiased, of equally many rows."""
     (n, d), total = x.shape, 0.0
     for a, b, pairs in ((x, x, n * (n - 1)), (y, y, n * (n - 1)), (x, y, n * n / -2)):
         kernel = a @ b.T / d + 1

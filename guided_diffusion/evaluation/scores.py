@@ -1,4 +1,6 @@
-"""The table of metrics: the features that each needs of the reference and of the samples, and its labels.
+"""The table of metrics: the features that each is computed from, and the labels of its numbers.
+
+A new metric is a function of the reference's and the samples' features and its entry in `METRICS`.
 
 N images, D features, K classes.
 """
@@ -19,8 +21,8 @@ from .metrics import Statistics, density_coverage, frechet_distance, inception_s
 class Options:
     """Parameters of the metrics; the defaults are the published evaluator's, or else the papers'.
 
-    :param subset_size: of KID, at most half of the fewer images, so that subsets differ: its expectation does not
-        depend on it.
+    :param subset_size: of KID, whose expectation does not depend on it; at most half of the images are taken, so that
+        subsets differ.
     """
 
     k: int = 3
@@ -34,9 +36,10 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """Features of n images; None for those that are not known.
+    """Features of n images; a field is None where it is unknown.
 
-    :param origin: the file that they were read from; '' if they were computed.
+    :param n: 0 for statistics without images.
+    :param kept: names of the fields that an earlier run computed.
     """
 
     n: int
@@ -44,14 +47,22 @@ class FeatureSet:
     pool_statistics: Statistics | None = None
     spatial_statistics: Statistics | None = None
     probs: npt.NDArray[np.float32] | None = None  # [N, K]
-    origin: str = ""
+    kept: tuple[str, ...] = ()
 
 
-WHAT = {
-    "pool": "the features of the {} images",
-    "pool_statistics": "the statistics of the {} features",
-    "spatial_statistics": "the statistics of the {} spatial features",
-    "probs": "the class probabilities of the {} images",
+WORDS = {
+    "pool": "features of single images",
+    "pool_statistics": "mean and covariance of features",
+    "spatial_statistics": "mean and covariance of spatial features",
+    "probs": "class probabilities of single images",
+}
+# labels where the features are not those of the published network
+OTHER_LABELS = {
+    "Inception Score": "Classifier Score",
+    "FID": "FD",
+    "sFID": "sFD",
+    "KID": "KD",
+    "KID standard error": "KD standard error",
 }
 
 
@@ -60,26 +71,29 @@ class Metric:
     """One or more numbers that are computed together.
 
     :param labels: the name of each number.
-    :param needs: fields that the reference must have.
-    :param needs_samples: fields that the samples must have.
-    :param function: (reference, samples, options) -> one number for each label.
+    :param field: the field of `FeatureSet` that they are computed from.
+    :param function: (field of the reference, field of the samples, options) -> one number for each label.
+    :param compares: False for a metric of the samples alone.
     """
 
     labels: tuple[str, ...]
-    needs: tuple[str, ...]
-    needs_samples: tuple[str, ...]
+    field: str
     function: Callable[[Any, Any, Options], tuple[float, ...]]
+    compares: bool = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields that the reference must have."""
+        return (self.field,) if self.compares else ()
 
     def lacks(self, reference: FeatureSet, samples: FeatureSet) -> str:
-        """A sentence about a field that is needed and missing; '' if there is none."""
-        told = {"reference": ("reference's", "this reference holds"), "samples": ("samples'", "these samples hold")}
-        for side, given, needs in (("reference", reference, self.needs), ("samples", samples, self.needs_samples)):
-            missing = [name for name in needs if getattr(given, name) is None]
-            if missing:
-                owner, holds = told[side]
-                held = "statistics alone" if given.pool is None and given.probs is None else "none"
-                verb = "needs" if len(self.labels) == 1 else "need"
-                return f"{' and '.join(self.labels)} {verb} {WHAT[missing[0]].format(owner)}, and {holds} {held}"
+        """A sentence about features that are missing; '' if there are all."""
+        sides = (("reference", reference), ("samples", samples)) if self.compares else (("samples", samples),)
+        for side, features in sides:
+            if getattr(features, self.field) is None:
+                verb, has = "needs" if len(self.labels) == 1 else "need", "has" if side == "reference" else "have"
+                reason = "the network gives none" if features.n else "there are statistics alone"
+                return f"{' and '.join(self.labels)} {verb} {WORDS[self.field]}, and the {side} {has} none: {reason}"
         return ""
 
     def compute(self, reference: FeatureSet, samples: FeatureSet, options: Options) -> tuple[float, ...]:
@@ -89,46 +103,30 @@ class Metric:
         """
         if sentence := self.lacks(reference, samples):
             raise ValueError(sentence)
-        return self.function(reference, samples, options)
+        return self.function(getattr(reference, self.field), getattr(samples, self.field), options)
 
 
-def _inception(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    return (inception_score(samples.probs, options.split_size),)
-
-
-def _frechet(field: str) -> Callable[[Any, Any, Options], tuple[float, ...]]:
-    def distance(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-        first, second = getattr(reference, field), getattr(samples, field)
-        if 1 in (first.n, second.n):
-            raise ValueError("one image has no covariance: take 2 images or more")
-        return (frechet_distance(first.mean, first.cov, second.mean, second.cov),)
-
-    return distance
-
-
-def _manifolds(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    return precision_recall(reference.pool, samples.pool, options.k, options.dtype)
+def _frechet(reference: Statistics, samples: Statistics, _: Options) -> tuple[float, ...]:
+    if 1 in (reference.n, samples.n):
+        raise ValueError("one image has no covariance: take 2 images or more")
+    return (frechet_distance(reference.mean, reference.cov, samples.mean, samples.cov),)
 
 
 def _kernel(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    fewer = min(len(reference.pool), len(samples.pool))
+    fewer = min(len(reference), len(samples))
     if fewer < 4:
         raise ValueError(f"KID needs 4 images of each, to draw subsets of 2 of them, and there are {fewer}: take more")
     size = min(options.subset_size, fewer // 2)
-    return kernel_distance(reference.pool, samples.pool, subsets=options.subsets, subset_size=size, seed=options.seed)
-
-
-def _density(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    return density_coverage(reference.pool, samples.pool, options.density_k)
+    return kernel_distance(reference, samples, subsets=options.subsets, subset_size=size, seed=options.seed)
 
 
 METRICS = {  # in the order in which they are printed
-    "is": Metric(("Inception Score",), (), ("probs",), _inception),
-    "fid": Metric(("FID",), ("pool_statistics",), ("pool_statistics",), _frechet("pool_statistics")),
-    "sfid": Metric(("sFID",), ("spatial_statistics",), ("spatial_statistics",), _frechet("spatial_statistics")),
-    "pr": Metric(("Precision", "Recall"), ("pool",), ("pool",), _manifolds),
-    "kid": Metric(("KID", "KID standard error"), ("pool",), ("pool",), _kernel),
-    "dc": Metric(("Density", "Coverage"), ("pool",), ("pool",), _density),
+    "is": Metric(("Inception Score",), "probs", lambda _, x, o: (inception_score(x, o.split_size),), compares=False),
+    "fid": Metric(("FID",), "pool_statistics", _frechet),
+    "sfid": Metric(("sFID",), "spatial_statistics", _frechet),
+    "pr": Metric(("Precision", "Recall"), "pool", lambda r, x, o: precision_recall(r, x, o.k, o.dtype)),
+    "kid": Metric(("KID", "KID standard error"), "pool", _kernel),
+    "dc": Metric(("Density", "Coverage"), "pool", lambda r, x, o: density_coverage(r, x, o.density_k)),
 }
 DEFAULT_METRICS = ("is", "fid", "sfid", "pr")  # the published evaluator's
 REHEARSED = 64  # images

@@ -1,4 +1,4 @@
-"""Metrics of a model while it is trained: samples made for them, evaluation.csv and evaluation.png.
+"""Metrics of a model during its training: samples of it, evaluation.csv and evaluation.png.
 
 Shapes: N images, n per batch, H W space, C channels.
 """
@@ -24,12 +24,13 @@ from ..runtime.log_writers import CSVOutputFormat
 from ..runtime.pictures import levels
 from ..sample_util import Model, sampled
 from .evaluator import Report, Side, evaluate, prepare
+from .feature_sets import FIELDS
 from .features import Extractor
 from .images import ImageSet, Pixels, open_images, to_rgb
 from .plots import base, best, draw_progress, require
-from .scores import METRICS, Options, rehearse
+from .scores import METRICS, WORDS, Options, rehearse
 
-REFERENCE_IMAGES = 10_000  # of those trained on; more where more samples are compared with them
+REFERENCE_IMAGES = 10_000  # of those trained on; more if more samples are compared with them
 TABLE, PICTURE = "evaluation.csv", "evaluation.png"
 LEADING = ("FID", "FD")  # the best step is that of the best of these, else of the first metric
 
@@ -48,7 +49,7 @@ class FreshSamples(ImageSet):
 
 
 class TrainingImages(ImageSet):
-    """Images that are trained on, cropped as in training, and not mirrored: `count` of them, evenly over the data."""
+    """`count` of the images that are trained on, evenly over the data, cropped as in training and not mirrored."""
 
     def __init__(self, dataset: ImageDataset, count: int) -> None:
         super().__init__("the training data", count)
@@ -64,12 +65,12 @@ class TrainingImages(ImageSet):
 
 
 class Evaluation:
-    """Called as (model, step), on all ranks: a row of evaluation.csv, and evaluation.png anew.
+    """Called as (model, step) on all ranks, adds a row to evaluation.csv and redraws evaluation.png.
 
-    :param job: what is sampled.
-    :param process: in the steps in which it is sampled.
+    :param job: the samples to make.
+    :param process: in the steps in which they are sampled.
     :param done: steps that the training has behind it; the rows of later ones are dropped.
-    :raises ValueError: before the training begins, if it could not be done later.
+    :raises ValueError: before the training begins, if an evaluation would fail later.
     """
 
     def __init__(
@@ -95,30 +96,21 @@ class Evaluation:
         self._warned = False
 
     def _check_network(self) -> None:
-        """Try the network once.
-
-        :raises ValueError: if it gives no features that a metric needs.
-        """
-        tried = self._extractor(np.zeros((1, *self._job.shape[1:], 3), np.uint8))
+        """:raises ValueError: if the network, which is tried once, gives no features that a metric needs."""
+        features = self._extractor(np.zeros((1, *self._job.shape[1:], 3), np.uint8))
         for metric in self._metrics:
-            for name in METRICS[metric].needs_samples:
-                if getattr(tried, name.removesuffix("_statistics")) is None:
-                    features = name.replace("_", " ")
-                    raise ValueError(f"--eval_metrics {metric} needs {features}, and {self._extractor.name} gives none")
+            if getattr(features, FIELDS[METRICS[metric].field]) is None:
+                words = WORDS[METRICS[metric].field]
+                raise ValueError(f"--eval_metrics {metric} needs {words}, and {self._extractor.name} gives none")
 
     def _prepare(self, config: TrainEvaluationConfig, stream: ImageStream) -> Side:
-        """The features of the reference; those of the training data are not kept, as it would have to be read to know
-        them again.
-
-        :raises ValueError: if it has not got those that a metric needs.
-        """
-        needs = {name for metric in self._metrics for name in METRICS[metric].needs}
-        images: str | ImageSet = config.eval_reference
-        if images:
-            images = open_images(images, None, stream.dataset.data_range)
+        """The features of the reference; those of training data are not cached, since a digest would read it all."""
+        if config.eval_reference:
+            images = open_images(config.eval_reference, None, stream.dataset.data_range)
         else:
             count = min(len(stream.dataset), max(REFERENCE_IMAGES, config.eval_samples))
             images = TrainingImages(stream.dataset, count)
+        needs = {field for metric in self._metrics for field in METRICS[metric].needs}
         options: dict[str, Any] = {"batch_size": self._batch_size, "cache": bool(config.eval_reference)}
         side = prepare(images, self._extractor, needs=needs, progress=True, **options)
         for line in side.notes:
@@ -127,14 +119,12 @@ class Evaluation:
         return side
 
     def _check_reference(self, side: Side) -> None:
-        for metric in self._metrics:
-            if any(getattr(side.features, name) is None for name in METRICS[metric].needs):
-                raise ValueError(
-                    f"--eval_metrics {metric} needs the images of a reference, and {side.images.path} holds their "
-                    f"statistics: give images, or leave {metric} out"
-                )
+        metrics = [METRICS[metric] for metric in self._metrics]
         try:
-            rehearse(side.features, [METRICS[metric] for metric in self._metrics], Options())
+            for sentence in (metric.lacks(side.features, side.features) for metric in metrics if metric.compares):
+                if sentence:
+                    raise ValueError(f"{sentence}; give images, or leave that out of --eval_metrics")
+            rehearse(side.features, metrics, Options())
         except ValueError as error:
             raise ValueError(f"{side.images.path} cannot be the reference: {error}") from error
 
@@ -155,19 +145,14 @@ class Evaluation:
         for line in [*report.warnings, *report.omitted] if not self._warned else []:
             logger.warn(f"evaluation: {line}")
         self._warned = True
-        logger.log(_sentence(step, report, rows))
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in results.items())
+        leading = next((name for name in results if base(name) in LEADING), next(iter(results)))
+        if top := best(rows, leading):
+            numbers += f"; the best {leading} so far is {top[leading]:.4g}, at step {top['step']:.0f}"
+        logger.log(f"evaluation at step {step}: {numbers}")
 
 
 def read_table(path: str) -> list[dict[str, Any]]:
     """The rows of a table of numbers, without the empty cells."""
     with open(path, encoding="utf-8", newline="") as file:
         return [{name: float(text) for name, text in row.items() if name and text} for row in csv.DictReader(file)]
-
-
-def _sentence(step: int, report: Report, rows: list[dict[str, Any]]) -> str:
-    """The line of the log about an evaluation."""
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in report.results.items())
-    chosen = next((name for name in report.results if base(name) in LEADING), next(iter(report.results)))
-    top = best(rows, chosen)
-    so_far = "" if top is None else f"; the best {chosen} so far is {top[chosen]:.4g}, at step {top['step']:.0f}"
-    return f"evaluation at step {step}: {numbers}{so_far}"

@@ -171,14 +171,17 @@ def test_two_ranks_come_to_the_numbers_of_one(flags, tmp_path, ranks):
         ({"eval_sampler": "ddmi"}, "sampler 'ddmi' is unknown"),
         ({"eval_sampler": "ddim_reverse"}, "--eval_sampler ddim_reverse turns images to noise"),
         ({"eval_metrics": "fdi"}, "'fdi' in 'fdi' is no metric"),
-        ({"eval_metrics": "fid,sfid"}, "--eval_metrics sfid needs spatial statistics, and judge classifier gives none"),
+        (
+            {"eval_metrics": "fid,sfid"},
+            "sfid needs mean and covariance of spatial features, and judge classifier gives none",
+        ),
         ({"eval_sampler": "ddim", "eval_steps": 41}, "41"),
         ({"eval_samples": 1}, "below the least value, 10"),
         ({"features": "inception"}, "the weights of the Inception network are missing"),
         ({"features": "classifier:nowhere"}, "nowhere"),
         ({"eval_reference": "nowhere.npz"}, "'nowhere.npz' does not exist"),
         ({"image_channels": 4}, "--eval_interval compares images of 1 or 3 channels, not 4"),
-        ({"timestep_respacing": "20"}, "--timestep_respacing 20 trains on some alone"),
+        ({"timestep_respacing": "20"}, "--eval_interval has steps of its own"),
     ],
 )
 def test_mistakes_are_answered_before_the_first_step(flags, tmp_path, monkeypatch, capsys, changed, sentence):
@@ -208,7 +211,7 @@ def test_a_reference_of_statistics_alone_gives_distances_and_no_precision(flags,
     np.savez(reference, record=np.frombuffer(record.encode(), np.uint8), **arrays)
     options = {**flags, "eval_reference": reference, "max_steps": 1}
     message = refused(capsys, **options, eval_metrics="fid,pr", log_dir=tmp_path / "refused")
-    assert "--eval_metrics pr needs the images of a reference" in message
+    assert "cannot be the reference: Precision and Recall need features of single images" in message
     image_train.main(command_line(**options, eval_metrics="fid", log_dir=tmp_path / "run"))
     assert list(table(tmp_path / "run")[0]) == ["step", "samples", FD]
 

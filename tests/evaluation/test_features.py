@@ -196,7 +196,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Inception
 
 def test_inception_gives_what_the_published_evaluator_compares(inception: tuple[Path, InceptionNetwork]) -> None:
     path, network = inception
-    extractor = make_extractor("inception", weights=str(path))
+    extractor = make_extractor(f"inception:{path}")
     assert (extractor.name, extractor.published) == ("Inception", True)
     found = extractor(IMAGES[:2])
     with th.no_grad():
@@ -379,13 +379,13 @@ def test_kinds_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for kind, message in (
         ("incepton", "did you mean inception?"),
         ("xyz:file", "give inception, or classifier, dinov2, clip and :PATH"),
-        ("clip", "--features clip is without a path: write clip:PATH"),
-        ("inception:file", "give it as --inception_weights"),
+        ("clip", "--features clip needs a path: write clip:PATH"),
+        ("inception:file", "'file' does not exist"),
         ("inception", "scripts/download.py inception"),
     ):
         assert message in sentence_of(make_extractor, kind)
-    assert "fp8" in sentence_of(make_extractor, "inception", precision="fp8")
-    assert "is not used by" in sentence_of(make_extractor, "clip:file", weights="w.pth")
+    for kind in ("clip:file", "inception:file"):
+        assert "is not used by" in sentence_of(make_extractor, kind, weights="w.pth")
     assert next(iter(EXTRACTORS)) == "inception"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch as th
 
-from guided_diffusion.evaluation.inception import BLOCKS, InceptionNetwork, resize_tf1
+from guided_diffusion.evaluation.inception import InceptionNetwork, resize_tf1
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = json.loads((GOLDEN / "inception.json").read_text())
@@ -85,13 +85,6 @@ def test_the_state_dict_is_torch_fidelitys():
     assert ours == list(SHAPES.items())
 
 
-def test_weights_without_counts_of_batches_load_strictly(weights):
-    weights = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-    network = InceptionNetwork()
-    assert network.load_state_dict(weights, strict=True).missing_keys == []
-    assert th.equal(network.Mixed_7c.branch3x3dbl_3b.bn.bias, weights["Mixed_7c.branch3x3dbl_3b.bn.bias"])
-
-
 @pytest.mark.parametrize("output", STRIDES)
 def test_the_outputs_are_torch_fidelitys(seen, output):
     with np.load(GOLDEN / "inception.npz") as golden:
@@ -135,12 +128,9 @@ def test_the_outputs_are_tensorflows():
             close(getattr(seen, output)[:, ::stride], golden[output], 1e-4)
 
 
-def test_shapes_and_types_of_outputs(seen):
+def test_the_outputs_have_their_shapes_and_the_logits_differ_by_the_biases(seen, weights):
     assert [tuple(output.shape) for output in seen] == [(2, 2048), (2, 2023), (2, 1008), (2, 1008)]
     assert all(output.dtype == th.float32 and output.is_contiguous() for output in seen)
-
-
-def test_the_biases_are_what_tells_the_logits_apart(seen, weights):
     assert th.equal(seen.logits, seen.logits_unbiased + weights["fc.bias"])
     close(seen.logits_unbiased, (seen.pool.double() @ weights["fc.weight"].double().T).numpy(), 1e-5)
 
@@ -175,10 +165,10 @@ def test_bfloat16_is_of_the_convolutions_alone(weights, seen):
     assert {value.dtype for value in network.parameters()} == {th.float32}
     kinds = set()
     network.Mixed_7c.register_forward_hook(lambda module, given, output: kinds.add(output.dtype))
-    got = network(pictures())
+    got = network(pictures()[:1])
     assert kinds == {th.bfloat16}
     assert got.pool.dtype == got.spatial.dtype == got.logits.dtype == th.float32
-    assert 1e-4 < float((got.pool - seen.pool).norm() / seen.pool.norm()) < 2e-2
+    assert 1e-4 < float((got.pool - seen.pool[:1]).norm() / seen.pool[:1].norm()) < 2e-2
 
 
 def test_tf32_is_off_while_it_looks_and_then_as_it_was(network):
@@ -204,11 +194,6 @@ def test_gradients_reach_the_images(network):
     images = pictures(8, 8)[:1].float().requires_grad_()
     network(images).pool.sum().backward()
     assert images.grad.abs().min() > 0
-
-
-def test_blocks_have_the_widths_of_the_paper(network):
-    widths = [network.get_submodule(name).channels for name in BLOCKS]
-    assert widths == [256, 288, 288, 768, 768, 768, 768, 768, 1280, 2048, 2048]
 
 
 # ---- resizing
@@ -243,11 +228,6 @@ def test_a_slope_is_a_slope_until_the_last_pixel(height, width):
     wanted_across = (place * width / 299).clamp(max=width - 1)
     wanted = 2 * wanted_down[:, None] + 3 * wanted_across
     assert (got - wanted).abs().max() < 1e-3
-
-
-def test_shrinking_drops_pixels():
-    image = th.rand(1, 3, 598, 598)
-    assert th.equal(resize_tf1(image), image[:, :, ::2, ::2])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 8, 8), (1, 3, 0, 8), (1, 8, 8, 3)])
