@@ -558,7 +558,8 @@ def test_samples_in_training_are_for_the_images_whose_labels_they_have(tmp_path:
 
     images, conds = write_pairs(tmp_path, "mask")
     stream = opened(images, Pairing(str(conds), KINDS["mask"]), class_cond=True, class_from="filename")
-    words = ["--image_size", "8", "--class_cond", "True", "--cond_type", "mask", "--eval_samples", "12"]
+    words = ["--image_size", "8", "--class_cond", "True", "--cond_type", "mask", "--eval_interval", "1"]
+    words += ["--eval_samples", "12", "--cond_dir", "x"]
     job = evaluation_job(cli.parse("image_train", words), make_sampler("ddim"), stream)
     assert job.conditioning is not None
     rows = job.conditioning(range(12))["cond_image"]
