@@ -135,29 +135,43 @@ def make_shards(
     missing = job.missing(rank, world_size, log=logger.log)
     show = options.pop("progress", False) and rank == 0
     steps = network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
-    clipped, warned = options.get("clip_guided") is not False, set[str]()
+    warned: set[str] = set()
     with (
         logger.progress_bar(shown=show, total=len(missing) * steps, desc="sampling", unit="step") as bar,
         evaluating(model),
     ):
         for batch in missing:
-            film = Film(job.film, min(FILM_IMAGES, len(job.rows(0)))) if job.film and batch == 0 else None
-            outside: list[th.Tensor | None] = []
+            warnings = _make_shard(process, model, job, batch, bar.update, options)
+            for kind in sorted(warnings.keys() - warned):
+                logger.warn(f"{warnings[kind]} (said once per rank)")
+            warned |= warnings.keys()
 
-            def each(output: StepOutput, film: Film | None = film, outside: list[Any] = outside) -> None:
-                bar.update()
-                outside.append(output.get("guided_outside"))
-                if film is not None:
-                    film.collect(len(outside), output)
 
-            x, labels = _sample_batch(process, model, job, batch, each, options)
-            for kind, warning in (("plain", _plain_images(x, batch)), ("strayed", _strayed(outside, clipped=clipped))):
-                if warning and kind not in warned:
-                    logger.warn(f"{warning} (said once per rank)")
-                    warned.add(kind)
-            if film is not None:
-                film.save(job.file("film.png"), job.file("film.gif"))
-            save_npz(job.shard(batch), to_uint8(x), *([] if labels is None else [labels.cpu().numpy()]))
+def _make_shard(
+    process: GaussianDiffusion,
+    model: Model,
+    job: Job,
+    batch: int,
+    count_step: Callable[[], object],
+    options: SampleOptions,
+) -> dict[str, str]:
+    """Sample and write one batch, the first one with its film; returns warnings by kind."""
+    film = Film(job.film, min(FILM_IMAGES, len(job.rows(0)))) if job.film and batch == 0 else None
+    outside: list[th.Tensor | None] = []
+
+    def each(output: StepOutput) -> None:
+        count_step()
+        outside.append(output.get("guided_outside"))
+        if film is not None:
+            film.collect(len(outside), output)
+
+    x, labels = _sample_batch(process, model, job, batch, each, options)
+    clipped = options.get("clip_guided") is not False
+    warnings = {"plain": _plain_images(x, batch), "strayed": _strayed(outside, clipped=clipped)}
+    if film is not None:
+        film.save(job.file("film.png"), job.file("film.gif"))
+    save_npz(job.shard(batch), to_uint8(x), *([] if labels is None else [labels.cpu().numpy()]))
+    return {kind: warning for kind, warning in warnings.items() if warning}
 
 
 def _sample_batch(

@@ -41,14 +41,19 @@ def write_npz(path: str, *arrays: Rows) -> None:
 def write_arrays(path: str, arrays: Mapping[str, Rows]) -> None:
     """Write arrays by name, chunk by chunk; the same arrays give the same bytes."""
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, (shape, dtype, chunks) in arrays.items():
-            info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980
-            info.create_system, info.external_attr = 3, 0o600 << 16
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-            with archive.open(info, "w", force_zip64=True) as member:
-                np.lib.format.write_array_header_1_0(member, header)
-                for chunk in chunks:
-                    member.write(np.ascontiguousarray(chunk, dtype).data)
+        for name, rows in arrays.items():
+            _write_member(archive, name, rows)
+
+
+def _write_member(archive: zipfile.ZipFile, name: str, rows: Rows) -> None:
+    shape, dtype, chunks = rows
+    info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980
+    info.create_system, info.external_attr = 3, 0o600 << 16
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with archive.open(info, "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_1_0(member, header)
+        for chunk in chunks:
+            member.write(np.ascontiguousarray(chunk, dtype).data)
 
 
 def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
