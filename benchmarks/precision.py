@@ -24,7 +24,7 @@ import numpy as np
 import torch as th
 
 from benching import Bench
-from guided_diffusion.commands import flags, image_sample
+from guided_diffusion.commands import flags, sampling
 from guided_diffusion.evaluation.evaluator import evaluate, prepare
 from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
@@ -103,7 +103,7 @@ def sample(given: argparse.Namespace, way: Way, seed: int, folder: str, device: 
     words += ["--num_samples", given.num_samples, "--batch_size", given.batch_size, "--seed", seed]
     words += ["--log_dir", folder, "--device", device]
     with only_logging():
-        return image_sample.sample(flags.parse("image_sample", list(map(str, words))))
+        return sampling.sample(flags.parse("image_sample", list(map(str, words))))
 
 
 @contextmanager

@@ -8,7 +8,9 @@ checkpoint are all read off these classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from .runtime.errors import UserError
 from .runtime.options import flag, local_flag, names_of, parse_microbatch, path_flag, range_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -17,13 +19,21 @@ SCHEDULE_NAMES = ("linear", "cosine", "sigmoid", "scaled_linear")
 LOSS_WEIGHTS = ("", "min_snr")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
-LABEL_COLUMN = "column of the labels in a table that has several; '' where it is clear"  # a flag beside each class_from
+LABEL_COLUMN = "column of the labels in a table that has several; '' where it is clear"
 BAD_IMAGE_RULES = ("error", "skip")
 PLUGIN_HELP = "Python files that run first and may add samplers, grids and the like, separated by commas or by flags"
 COND_TYPES = ("image", "mask", "classes")
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
+METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
+METRIC_LIST = names_of(METRIC_NAMES, "metric")
+TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 MISMATCHES = ("error", "reinit", "inflate")
 LORA_KINDS = ("attention", "convolutions")
+# those of sampling.samplers.SAMPLERS, for help texts, which do not import torch
+SAMPLER_NAMES = (
+    "ddpm ddim ddim_reverse plms dpm++2m dpm++2m_sde dpm++2s dpm++3m_sde dpm2 dpm3 unipc deis sa heun euler "
+    "euler_ancestral lms"
+).split()
 
 # ---- the networks and the process: saved with a checkpoint
 
@@ -46,9 +56,7 @@ class DiffusionConfig:
     rescale_timesteps: bool = flag(False, "feed t * 1000 / T to the network, so that t means the same for every T")
     rescale_learned_sigmas: bool = flag(False, "with --learn_sigma: scale the variational term by T / 1000")
     predict_v: bool = flag(False, "the network predicts v = alpha eps - sigma x_0 instead of the noise eps")
-    zero_terminal_snr: bool = flag(
-        False, "rescale the schedule so that nothing of the image is left at T-1; with --predict_v or --predict_xstart"
-    )
+    zero_terminal_snr: bool = flag(False, "leave nothing of the image at T-1; with --predict_v or --predict_xstart")
     loss_weight: str = flag("", "weight of the squared error over t: '' none, or min_snr", choices=LOSS_WEIGHTS)
     min_snr_gamma: float = flag(5.0, "the signal-to-noise ratio above which --loss_weight min_snr falls")
 
@@ -80,7 +88,7 @@ class NetworkConfig(ImageConfig):
     num_head_channels: int = flag(-1, "channels per attention head; -1: use --num_heads")
     attention_resolutions: str = flag("16,8", "resolutions (pixels of the longer side) with attention; '' for none")
     channel_mult: str = flag("", "channels of each level over --num_channels, e.g. 1,2,3,4; '' chooses by size")
-    dropout: float = flag(0.0, "dropout probability in the residual blocks", at_least=0)
+    dropout: float = flag(0.0, "dropout probability in the residual blocks", at_least=0, at_most=1)
     class_cond: bool = flag(False, "condition the network on class labels")
     null_class: bool = flag(False, "there is an embedding for 'no class', label num_classes; --class_dropout sets it")
     use_checkpoint: bool = flag(False, "recompute activations in the backward pass to save memory", runtime=True)
@@ -90,10 +98,7 @@ class NetworkConfig(ImageConfig):
     use_new_attention_order: bool = flag(False, "channels of qkv: q, k, v first, then heads")
     use_neighborhood_attention: bool = flag(False, "attend to a window of the training size in larger images")
     precision: str = flag(
-        "",
-        "fp32, fp16 or bf16; auto: what this hardware is fastest in; '' is what --use_fp16 says",
-        choices=PRECISION_CHOICES,
-        runtime=True,
+        "", "fp32, fp16, bf16, or auto: the fastest here; '' as --use_fp16", choices=PRECISION_CHOICES, runtime=True
     )
 
 
@@ -102,14 +107,12 @@ class UNetConfig(NetworkConfig, SizedConfig):
     """A diffusion U-Net."""
 
     cond_type: str = flag(
-        "",
-        "what the network also sees of each image: another image, a mask, or a map of classes",
-        choices=("", *COND_TYPES),
+        "", "what the network also sees of each image: an image, a mask, or a map of classes", choices=("", *COND_TYPES)
     )
     cond_channels: int = flag(
-        0, "its channels, of a map its classes; 0: as --image_channels, 1 of a mask", at_least=1, at_most=2**16
+        0, "its channels, of a map its classes; 0: as the images, 1 of a mask", at_least=1, at_most=2**16
     )
-    null_cond: bool = flag(False, "it was also trained without, on zeros in its place; --cond_dropout sets this")
+    null_cond: bool = flag(False, "trained on zeros in its place too; --cond_dropout sets this", needs="cond_type")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +122,7 @@ class SuperResConfig(NetworkConfig):
     large_size: int | str = flag(256, "pixels of the output: 256, or HEIGHTxWIDTH", convert=size_flag)
     small_size: int | str = flag(64, "pixels of the input: 64, or HEIGHTxWIDTH", convert=size_flag)
     cond_aug: float = flag(
-        0.0,
-        "in training, noise on the input up to this level, which the network is told, 0 to 1; 0: none",
-        at_least=0,
-        at_most=1,
+        0.0, "in training, noise on the input up to this level, of which it is told; 0: none", at_least=0, at_most=1
     )
 
 
@@ -130,6 +130,7 @@ class SuperResConfig(NetworkConfig):
 class ClassifierConfig(SizedConfig):
     """A classifier of noisy images."""
 
+    NEEDS: ClassVar[str] = "classifier_path"
     classifier_use_fp16: bool = flag(False, "alias of --classifier_precision fp16", runtime=True)
     classifier_width: int = flag(128, "channels of the classifier's first level", at_least=1, at_most=2**20)
     classifier_depth: int = flag(2, "residual blocks per level of the classifier", at_least=1, at_most=100)
@@ -138,12 +139,7 @@ class ClassifierConfig(SizedConfig):
     classifier_resblock_updown: bool = flag(True, "as --resblock_updown, for the classifier")
     classifier_pool: str = flag("attention", "the classifier's head", choices=POOLS)
     classifier_channel_mult: str = flag("", "as --channel_mult, for the classifier")
-    classifier_precision: str = flag(
-        "",
-        "fp32, fp16, bf16 or auto for the classifier; '' is what --classifier_use_fp16 says",
-        choices=PRECISION_CHOICES,
-        runtime=True,
-    )
+    classifier_precision: str = flag("", "as --precision, for the classifier", choices=PRECISION_CHOICES, runtime=True)
 
 
 # ---- images and training
@@ -166,25 +162,30 @@ class RangeConfig:
 
     data_range: str = flag(
         "",
-        "LOW,HIGH: the numbers that are black and white in images, conditioning images too, but not in masks, such as "
-        "0,4095 for 12 bits in 16 or 0,1 for floats; '' the whole range of integers, and -1,1 of floats; 8-bit images "
-        "keep 0,255 unless it lies within that",
+        "LOW,HIGH: the numbers that are black and white in images, and not in masks, such as 0,4095 for 12 bits in 16; "
+        "'' the whole range of integers, -1,1 of floats; 8-bit images keep 0,255 unless it lies within that",
         convert=range_flag,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(RangeConfig):
+class LabelConfig:
+    """The labels of images."""
+
+    class_from: str = flag("auto", "where labels come from", choices=CLASS_RULES)
+    label_column: str = flag("", LABEL_COLUMN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(LabelConfig, RangeConfig):
     """The images to train on."""
 
     data_dir: str = path_flag("folder or zip of images, searched in depth, or an array of them")
-    class_from: str = flag("auto", "where labels come from", choices=CLASS_RULES)
-    label_column: str = flag("", LABEL_COLUMN)
     random_crop: bool = flag(False, "crop at random instead of the centre")
     random_flip: bool = flag(True, "mirror half of the images")
     num_workers: int = flag(2, "processes that decode images; 0: the main process does", at_least=0)
     on_bad_image: str = flag(
-        "error", "error: an unreadable image ends the run; skip: another one takes its place", choices=BAD_IMAGE_RULES
+        "error", "an unreadable image: error, or skip: another takes its place", choices=BAD_IMAGE_RULES
     )
 
 
@@ -200,7 +201,7 @@ class LoaderConfig:
     """Speed of reading images."""
 
     fast_decode: bool = flag(
-        False, "decode JPEGs at a half, a quarter or an eighth where that is enough; pixels differ a little"
+        False, "decode JPEGs at a fraction of their size where it suffices; pixels differ a little"
     )
     cache_images: bool = flag(False, "keep the decoded images in memory, shared by the processes of --num_workers")
 
@@ -209,24 +210,18 @@ class LoaderConfig:
 class CondDataConfig:
     """Conditioning images beside the images of --data_dir, of the kind that --cond_type says."""
 
-    cond_dir: str = path_flag(
-        "folder or zip of a conditioning image for each image, of the same name but for the extension"
-    )
-    skip_unpaired: bool = flag(
-        False, "leave out images without a conditioning image, and the other way round; False: that is an error"
-    )
+    NEEDS: ClassVar[str] = "cond_type"
+    cond_dir: str = path_flag("folder or zip of a conditioning image for each image, named as it but for the extension")
+    skip_unpaired: bool = flag(False, "leave out what is without its partner, of either kind; False: that is an error")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CondTrainConfig(CondDataConfig):
     """Conditioning images to train with, of the kind that --cond_type says."""
 
-    val_cond_dir: str = path_flag("as --cond_dir, for --val_data_dir")
+    val_cond_dir: str = path_flag("as --cond_dir, for --val_data_dir", needs="val_data_dir")
     cond_dropout: float = flag(
-        0.0,
-        "probability that a conditioning image becomes zeros in training, for classifier-free guidance",
-        at_least=0,
-        at_most=1,
+        0.0, "probability that a conditioning image becomes zeros, for guidance", at_least=0, at_most=1
     )
 
 
@@ -236,24 +231,24 @@ class TrainConfig:
 
     batch_size: int = flag(1, "images per step and rank", at_least=1)
     microbatch: int | str = flag(
-        -1,
-        "images per forward pass; -1: the whole batch; auto: as many of it as the memory holds",
-        convert=parse_microbatch,
+        -1, "images per forward pass; -1: the whole batch; auto: as many as fit the memory", convert=parse_microbatch
     )
     lr: float = flag(1e-4, "learning rate of AdamW", at_least=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", at_least=0)
     warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", at_least=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", at_least=0)
-    schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=("uniform", "loss-second-moment"))
+    schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=TIMESTEP_SAMPLERS, needs="noised")
     ema_rate: str = flag("0.9999", "rates of the moving averages of the weights, separated by commas; '' for none")
-    ema_warmup: bool = flag(False, "after n steps let the averages have a rate of (1 + n) / (10 + n), or less")
+    ema_warmup: bool = flag(
+        False, "after n steps let the averages have a rate of (1 + n) / (10 + n), or less", needs="ema_rate"
+    )
     fp16_scale_growth: float = flag(1e-3, "growth of the logarithmic loss scale per step, with fp16", at_least=0)
     resume_checkpoint: str = path_flag(
-        "any file of a checkpoint, or a run's folder, to go on from; auto: the newest in --log_dir, if there is one"
+        "a file of a checkpoint, or a run's folder, to go on from; auto: the newest in --log_dir, if any"
     )
     val_data_dir: str = path_flag("folder or zip of validation images")
     max_bad_steps: int = flag(
-        50, "skipped steps in a row (loss or gradient not finite) that end the training; 0: none do", at_least=0
+        50, "skipped steps in a row (loss not finite) that end the training; 0: none do", at_least=0
     )
     log_interval: int = flag(10, "steps between two lines of the log", at_least=1)
     save_interval: int = flag(10000, "steps between two checkpoints", at_least=1)
@@ -266,11 +261,15 @@ class ImageTrainConfig(TrainConfig):
     """The training loop of a diffusion model."""
 
     class_dropout: float = flag(
-        0.0, "probability that a label becomes 'no class' in training, for classifier-free guidance", at_least=0
+        0.0,
+        "probability that a label becomes 'no class', for classifier-free guidance",
+        at_least=0,
+        at_most=1,
+        needs="class_cond",
     )
     max_steps: int = flag(0, "updates of the whole run, resumed parts included; 0: without end", at_least=0)
     lr_anneal_steps: int = flag(0, "steps over which the learning rate falls to 0, then stop; 0: constant", at_least=0)
-    val_interval: int = flag(1000, "steps between two validation losses", at_least=1)
+    val_interval: int = flag(1000, "steps between two validation losses", at_least=1, needs="val_data_dir")
     sample_interval: int = flag(0, "steps between two preview grids of EMA samples; 0: none", at_least=0)
 
 
@@ -284,7 +283,7 @@ class ClassifierTrainConfig(TrainConfig):
     noised: bool = flag(True, "train on noisy images; False: on clean ones, at t = 0")
     iterations: int = flag(150000, "steps of the whole run, resumed parts included", at_least=1, alias="max_steps")
     anneal_lr: bool = flag(False, "let the learning rate fall to 0 over the run")
-    eval_interval: int = flag(5, "steps between two evaluations on the validation images", at_least=1)
+    eval_interval: int = flag(5, "steps between two validation losses", at_least=1, needs="val_data_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,8 +292,9 @@ class CompileConfig:
 
     compile: bool = flag(
         False,
-        "compile the networks before their first use, which takes minutes: for long runs; needs a C++ compiler; rounds "
-        "otherwise, and draws other masks of dropout",
+        "compile the networks before their first use, which takes minutes and a C++ compiler; rounds otherwise, and "
+        "draws other masks of dropout",
+        excludes="fsdp microbatch=auto",
     )
 
 
@@ -303,11 +303,11 @@ class TrainSpeedConfig(CompileConfig):
     """Speed and memory of training."""
 
     checkpoint_resolutions: str = flag(
-        "",
-        "recompute activations in the backward pass at these resolutions alone, e.g. 32,16; --use_checkpoint at all",
-        runtime=True,
+        "", "as --use_checkpoint, at these resolutions alone, e.g. 32,16", runtime=True, excludes="use_checkpoint"
     )
-    fsdp: bool = flag(False, "spread weights, gradients, optimizer and averages over the ranks (FSDP2)")
+    fsdp: bool = flag(
+        False, "spread weights, gradients, optimizer and averages over the ranks", excludes="microbatch=auto"
+    )
     dry_run: bool = flag(False, "say how large the network is, what a step costs and what memory it takes, and end")
 
 
@@ -315,27 +315,29 @@ class TrainSpeedConfig(CompileConfig):
 class InitConfig:
     """Starting from a trained network."""
 
-    init_from: str = path_flag(
-        "a checkpoint, or the folder of a run (its newest EMA), whose weights a new run starts from; '' for none"
-    )
+    init_from: str = path_flag("a checkpoint, or a run's folder (its newest EMA), whose weights a new run starts from")
     init_mismatch: str = flag(
         "error",
         "parameters that do not fit it: error; reinit, they start anew; inflate, they grow so that the network still "
         "computes what it did, and classes are found by name",
         choices=MISMATCHES,
+        needs="init_from",
     )
-    freeze: str = flag("", "parameters that are not trained: patterns such as input_blocks.*,time_embed.*; '' for none")
+    freeze: str = flag(
+        "", "parameters that are not trained: patterns such as input_blocks.*,time_embed.*", excludes="lora_rank"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adapters (LoRA) in place of training the weights."""
 
-    lora_rank: int = flag(0, "rank of the adapters; 0: none, all weights are trained", at_least=0, at_most=2**16)
+    NEEDS: ClassVar[str] = "lora_rank"
+    lora_rank: int = flag(0, "rank of the adapters; 0: none", at_least=0, at_most=2**16, needs="init_from")
     lora_alpha: float = flag(0.0, "the adapters' output is scaled by this over the rank; 0: not scaled", at_least=0)
     lora_on: str = flag(
         "attention,convolutions",
-        "what has adapters: attention (its projections), convolutions (of the residual blocks)",
+        "layers that have adapters",
         convert=names_of(LORA_KINDS, "layer that carries adapters"),
     )
     lora_train: str = flag("", "parameters that are trained beside the adapters: patterns such as label_emb.*")
@@ -345,14 +347,14 @@ class LoraConfig:
 class ExtractorConfig:
     """The network whose features are compared."""
 
+    NEEDS: ClassVar[str] = "eval_interval"
     features: str = flag(
         "inception",
         "inception; classifier:PATH, a run of classifier_train; dinov2:FOLDER or clip:FOLDER, a local folder that "
         "transformers reads",
     )
     inception_weights: str = path_flag(
-        "file of the Inception network, .pth or .safetensors; '' for $GUIDED_DIFFUSION_INCEPTION, then the cache that "
-        "download fills"
+        "Inception's weights, .pth or .safetensors; '' for $GUIDED_DIFFUSION_INCEPTION, else what download fetched"
     )
     eval_batch_size: int = flag(64, "images per pass of the network", at_least=1)
     eval_precision: str = flag("fp32", "precision of that network", choices=PRECISIONS)
@@ -362,16 +364,14 @@ class ExtractorConfig:
 class TrainEvaluationConfig:
     """Metrics of samples during the training."""
 
+    NEEDS: ClassVar[str] = "eval_interval"
     eval_interval: int = flag(0, "steps between two evaluations of EMA samples; 0: none", at_least=0)
-    eval_metrics: str = flag(
-        "fid", f"their metrics, separated by commas: {','.join(METRIC_NAMES)}", convert=names_of(METRIC_NAMES, "metric")
-    )
+    eval_metrics: str = flag("fid", METRICS, convert=METRIC_LIST)
     eval_samples: int = flag(1000, "samples of an evaluation, always from the same noise", at_least=10)
     eval_sampler: str = flag("dpm++2m", "their sampler, one of {samplers}")
     eval_steps: int = flag(20, "their steps, on the sampler's own grid", at_least=1)
     eval_reference: str = path_flag(
-        "npz, folder or zip of the images that they are compared with, or an npz of statistics; '' for at most 10000 "
-        "of those trained on, or as many as there are samples"
+        "images that they are compared with (npz, folder, zip) or statistics; '' for up to 10000 of those trained on"
     )
 
 
@@ -381,7 +381,7 @@ def resolve_precision(precision: str, use_fp16: bool, name: str = "precision", a
     :raises ValueError: if both are given and contradict each other, or the precision is unknown.
     """
     if precision not in ("", *PRECISIONS):
-        raise ValueError(f"{name} {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
+        raise UserError(f"{name} {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
     if use_fp16 and precision not in ("", "fp16"):
-        raise ValueError(f"{name} {precision} contradicts {alias} True: give one of the two")
+        raise UserError(f"{name} {precision} contradicts {alias} True: give one of the two")
     return precision or ("fp16" if use_fp16 else "fp32")

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
-from inspect import Parameter, Signature
+from dataclasses import asdict, fields
+from inspect import Parameter, Signature, signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,12 +20,12 @@ from .config import ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResCo
 from .data.conditioning import ConditionedModel, cond_kind
 from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
-from .runtime.options import check_keywords, defaults, parse_size, str2bool as str2bool
+from .runtime.errors import UserError
+from .runtime.options import Size, check_keywords, defaults, parse_size, str2bool as str2bool
 from .sampling.schedules import rescale_zero_terminal_snr
-from .unet import EncoderUNetModel, SuperResModel, UNetBackbone, UNetModel
+from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 T = TypeVar("T")
-Network = TypeVar("Network", bound=UNetBackbone)
 NUM_CLASSES = 1000
 
 # channels of each level, by the longer side in pixels from which they serve
@@ -86,14 +85,14 @@ def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, st
     except ValueError:
         numbers = []
     if not numbers or min(numbers) <= 0:
-        raise ValueError(
+        raise UserError(
             f"channel_mult {text!r} is not a list of positive numbers: write for example 1,2,3,4 or 0.5,1,2"
         )
     rate = 2 ** (len(numbers) - 1)
     for side in size:
         if side % rate:
             near = [legal for legal in (side // rate * rate, (side // rate + 1) * rate) if legal]
-            raise ValueError(
+            raise UserError(
                 f"image size {side} is not a multiple of {rate}, as the {len(numbers)} levels of channel_mult {text} "
                 f"need: use {' or '.join(map(str, near))}, or fewer levels"
             )
@@ -109,7 +108,7 @@ def attention_rates(
     """
     words = [word for word in text.split(",") if word.strip()]
     if not all(word.strip().isdigit() and int(word) for word in words):
-        raise ValueError(f"{name} {text!r} is not a list of resolutions: write for example 32,16,8, or '' for none")
+        raise UserError(f"{name} {text!r} is not a list of resolutions: write for example 32,16,8, or '' for none")
     longer = max(size)
     rates = {int(word): longer // int(word) for word in words}
     exist = {2**level: longer // 2**level for level in range(levels)}
@@ -118,46 +117,36 @@ def attention_rates(
         return tuple(rates.values())
     message = f"{name} {', '.join(map(str, lost))} of {text!r} do not occur at size {longer}"
     if len(lost) == len(rates):
-        raise ValueError(f"{message}: its levels are {', '.join(map(str, exist.values()))}; use these, or '' for none")
+        raise UserError(f"{message}: its levels are {', '.join(map(str, exist.values()))}; use these, or '' for none")
     warnings.warn(f"{message} and have no effect", stacklevel=3)
     return tuple(rates.values())
 
 
+def _side(size: tuple[int, int]) -> int | tuple[int, int]:
+    return size if size[0] != size[1] else size[0]
+
+
 def _network_arguments(
-    config: NetworkConfig, size: tuple[int, int], learn_sigma: bool, table: Mapping[int, str]
+    config: NetworkConfig, size: Size, learn_sigma: bool, table: Mapping[int, str]
 ) -> dict[str, Any]:
-    """Arguments of `UNetModel` and `SuperResModel`."""
-    if not 0 <= config.dropout <= 1:
-        raise ValueError(f"dropout {config.dropout} is no probability: give 0 for none, or a number up to 1")
-    multipliers = channel_multipliers(config.channel_mult, size, table)
-    return {
-        "image_size": size if size[0] != size[1] else size[0],
+    """Arguments of `UNetModel` and `SuperResModel`: the flags of the same names, and what others become."""
+    sides = parse_size(size)
+    multipliers = channel_multipliers(config.channel_mult, sides, table)
+    same = {name: value for name, value in asdict(config).items() if name in signature(UNetModel).parameters}
+    return same | {
+        "image_size": _side(sides),
         "in_channels": config.image_channels,
         "model_channels": config.num_channels,
         "out_channels": config.image_channels * (2 if learn_sigma else 1),
-        "num_res_blocks": config.num_res_blocks,
-        "attention_resolutions": attention_rates(config.attention_resolutions, size, len(multipliers)),
-        "dropout": config.dropout,
+        "attention_resolutions": attention_rates(config.attention_resolutions, sides, len(multipliers)),
         "channel_mult": multipliers,
-        "dims": config.dims,
         "num_classes": config.num_classes if config.class_cond else None,
-        "use_checkpoint": config.use_checkpoint,
-        "use_fp16": config.use_fp16,
-        "num_heads": config.num_heads,
-        "num_head_channels": config.num_head_channels,
-        "num_heads_upsample": config.num_heads_upsample,
-        "use_scale_shift_norm": config.use_scale_shift_norm,
-        "resblock_updown": config.resblock_updown,
-        "use_new_attention_order": config.use_new_attention_order,
-        "use_neighborhood_attention": config.use_neighborhood_attention,
-        "null_class": config.null_class,
     }
 
 
 def build_unet(config: UNetConfig, learn_sigma: bool) -> UNetModel:
     """The U-Net of a config, in float32."""
-    size = parse_size(config.image_size)
-    network = _network_arguments(config, size, learn_sigma, CHANNEL_MULT)
+    network = _network_arguments(config, config.image_size, learn_sigma, CHANNEL_MULT)
     kind = cond_kind(config.cond_type, config.cond_channels, config.image_channels)
     if kind is None:
         return UNetModel(**network)
@@ -166,8 +155,7 @@ def build_unet(config: UNetConfig, learn_sigma: bool) -> UNetModel:
 
 def build_upsampler(config: SuperResConfig, learn_sigma: bool) -> SuperResModel:
     """The upsampler of a config, in float32."""
-    size = parse_size(config.large_size)
-    network = _network_arguments(config, size, learn_sigma, UPSAMPLER_CHANNEL_MULT)
+    network = _network_arguments(config, config.large_size, learn_sigma, UPSAMPLER_CHANNEL_MULT)
     return SuperResModel(**network, cond_aug=config.cond_aug > 0)
 
 
@@ -177,7 +165,7 @@ def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
     multipliers = channel_multipliers(config.classifier_channel_mult, size)
     resolutions = config.classifier_attention_resolutions
     return EncoderUNetModel(
-        image_size=size if size[0] != size[1] else size[0],
+        image_size=_side(size),
         in_channels=config.image_channels,
         model_channels=config.classifier_width,
         out_channels=config.num_classes,
@@ -193,9 +181,18 @@ def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
     )
 
 
+def build_network(config: UNetConfig | SuperResConfig | ClassifierConfig, learn_sigma: bool) -> Any:
+    """The network of a config, in float32; a classifier whether the process learns its variance or not."""
+    if isinstance(config, ClassifierConfig):
+        return build_classifier(config)
+    if isinstance(config, SuperResConfig):
+        return build_upsampler(config, learn_sigma)
+    return build_unet(config, learn_sigma)
+
+
 def build_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
     """The process of a config."""
-    flags = {spec.name: getattr(config, spec.name) for spec in fields(config)}
+    flags = asdict(config)
     return create_gaussian_diffusion(steps=flags.pop("diffusion_steps"), **flags)
 
 
@@ -203,7 +200,7 @@ def build_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
 
 
 def _surface(order: str, *sections: type[Any], **own_defaults: Any) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Give a function of one dict of flags the parameters `order`, then every other flag of `sections` by keyword.
+    """Give a function of the values of flags the parameters `order`, then all other flags of `sections` by keyword.
 
     Parameters have the defaults in `own_defaults`, else none; flags by keyword have those of their config class.
 
@@ -213,28 +210,30 @@ def _surface(order: str, *sections: type[Any], **own_defaults: Any) -> Callable[
     first = [Parameter(w, Parameter.POSITIONAL_OR_KEYWORD, default=own_defaults.get(w, Parameter.empty)) for w in words]
     more = {name: value for name, value in defaults(*sections).items() if name not in words}
     rest = [Parameter(name, Parameter.KEYWORD_ONLY, default=value) for name, value in more.items()]
-    signature = Signature([*first, *rest])
+    surface = Signature([*first, *rest])
 
     def decorate(build: Callable[..., T]) -> Callable[..., T]:
         @functools.wraps(build)
         def create(*args: Any, **kwargs: Any) -> T:
-            check_keywords(kwargs, signature.parameters, build.__name__)
-            bound = signature.bind(*args, **kwargs)
+            check_keywords(kwargs, surface.parameters, build.__name__)
+            bound = surface.bind(*args, **kwargs)
             bound.apply_defaults()
             return build(bound.arguments)
 
-        create.__signature__ = signature  # type: ignore[attr-defined]
+        create.__signature__ = surface  # type: ignore[attr-defined]
         return create
 
     return decorate
 
 
 def _pick(section: type[T], flags: Mapping[str, Any]) -> T:
-    return section(**{name: flags[name] for name in defaults(section) if name in flags})
+    return section(**{name: flags[name] for name in defaults(section)})
 
 
-def _in_precision(model: Network, precision: str) -> Network:
-    """The model converted where a precision is asked for by name; "auto" is that of the device of `dist_util.dev`."""
+def _network(section: type[Any], flags: Mapping[str, Any]) -> Any:
+    """A network in the precision asked for by name; "auto" is that of the device of `dist_util.dev`."""
+    model = build_network(_pick(section, flags), flags.get("learn_sigma", False))
+    precision = flags["classifier_precision" if section is ClassifierConfig else "precision"]
     if precision == "auto":
         precision = fastest_precision(dist_util.dev(), model.model_channels).precision
     if precision:
@@ -242,7 +241,11 @@ def _in_precision(model: Network, precision: str) -> Network:
     return model
 
 
-_NETWORK = "num_heads num_head_channels num_heads_upsample"
+def _both(section: type[Any], flags: Mapping[str, Any]) -> tuple[Any, SpacedDiffusion]:
+    return _network(section, flags), build_diffusion(_pick(DiffusionConfig, flags))
+
+
+_HEADS = "num_heads num_head_channels num_heads_upsample"
 _DIFFUSION = (
     "diffusion_steps noise_schedule timestep_respacing use_kl predict_xstart rescale_timesteps rescale_learned_sigmas"
 )
@@ -250,10 +253,17 @@ _CLASSIFIER = (
     "image_size classifier_use_fp16 classifier_width classifier_depth classifier_attention_resolutions "
     "classifier_use_scale_shift_norm classifier_resblock_updown classifier_pool"
 )
+# the defaults of create_model are the originals' and not those of the scripts
+_OF_CREATE_MODEL = dict.fromkeys(
+    "learn_sigma class_cond use_checkpoint use_scale_shift_norm resblock_updown use_fp16 use_new_attention_order "
+    "use_neighborhood_attention".split(),
+    False,
+) | {"channel_mult": "", "attention_resolutions": "16", "num_heads": 1, "dropout": 0}
+_OF_CREATE_MODEL |= {"num_head_channels": -1, "num_heads_upsample": -1}
 
 
 @_surface(
-    f"image_size class_cond learn_sigma num_channels num_res_blocks channel_mult {_NETWORK} attention_resolutions "
+    f"image_size class_cond learn_sigma num_channels num_res_blocks channel_mult {_HEADS} attention_resolutions "
     f"dropout {_DIFFUSION} use_checkpoint use_scale_shift_norm resblock_updown use_fp16 use_new_attention_order "
     "use_neighborhood_attention",
     UNetConfig,
@@ -262,68 +272,55 @@ _CLASSIFIER = (
 )
 def create_model_and_diffusion(flags: dict[str, Any]) -> tuple[UNetModel, SpacedDiffusion]:
     """A U-Net and its process from the flags of `model_and_diffusion_defaults`."""
-    model = build_unet(_pick(UNetConfig, flags), flags["learn_sigma"])
-    return _in_precision(model, flags["precision"]), build_diffusion(_pick(DiffusionConfig, flags))
+    return _both(UNetConfig, flags)
 
 
 @_surface(
     "image_size num_channels num_res_blocks channel_mult learn_sigma class_cond use_checkpoint attention_resolutions "
-    f"{_NETWORK} use_scale_shift_norm dropout resblock_updown use_fp16 use_new_attention_order "
+    f"{_HEADS} use_scale_shift_norm dropout resblock_updown use_fp16 use_new_attention_order "
     "use_neighborhood_attention",
     UNetConfig,
-    channel_mult="",
-    learn_sigma=False,
-    class_cond=False,
-    use_checkpoint=False,
-    attention_resolutions="16",
-    num_heads=1,
-    num_head_channels=-1,
-    num_heads_upsample=-1,
-    use_scale_shift_norm=False,
-    dropout=0,
-    resblock_updown=False,
-    use_fp16=False,
-    use_new_attention_order=False,
-    use_neighborhood_attention=False,
+    **_OF_CREATE_MODEL,
 )
 def create_model(flags: dict[str, Any]) -> UNetModel:
     """A U-Net from its flags; its defaults are the originals' and not those of the scripts."""
-    return _in_precision(build_unet(_pick(UNetConfig, flags), flags["learn_sigma"]), flags["precision"])
+    model: UNetModel = _network(UNetConfig, flags)
+    return model
 
 
 @_surface(f"{_CLASSIFIER} learn_sigma {_DIFFUSION}", ClassifierConfig, DiffusionConfig)
 def create_classifier_and_diffusion(flags: dict[str, Any]) -> tuple[EncoderUNetModel, SpacedDiffusion]:
     """A classifier and its process from the flags of `classifier_and_diffusion_defaults`."""
-    model = build_classifier(_pick(ClassifierConfig, flags))
-    return _in_precision(model, flags["classifier_precision"]), build_diffusion(_pick(DiffusionConfig, flags))
+    return _both(ClassifierConfig, flags)
 
 
 @_surface(_CLASSIFIER, ClassifierConfig)
 def create_classifier(flags: dict[str, Any]) -> EncoderUNetModel:
     """A classifier from the flags of `classifier_defaults`."""
-    return _in_precision(build_classifier(_pick(ClassifierConfig, flags)), flags["classifier_precision"])
+    model: EncoderUNetModel = _network(ClassifierConfig, flags)
+    return model
 
 
 @_surface(
-    f"large_size small_size class_cond learn_sigma num_channels num_res_blocks {_NETWORK} attention_resolutions "
+    f"large_size small_size class_cond learn_sigma num_channels num_res_blocks {_HEADS} attention_resolutions "
     f"dropout {_DIFFUSION} use_checkpoint use_scale_shift_norm resblock_updown use_fp16",
     SuperResConfig,
     DiffusionConfig,
 )
 def sr_create_model_and_diffusion(flags: dict[str, Any]) -> tuple[SuperResModel, SpacedDiffusion]:
     """An upsampler and its process from the flags of `sr_model_and_diffusion_defaults`."""
-    model = build_upsampler(_pick(SuperResConfig, flags), flags["learn_sigma"])
-    return _in_precision(model, flags["precision"]), build_diffusion(_pick(DiffusionConfig, flags))
+    return _both(SuperResConfig, flags)
 
 
 @_surface(
     "large_size small_size num_channels num_res_blocks learn_sigma class_cond use_checkpoint attention_resolutions "
-    f"{_NETWORK} use_scale_shift_norm dropout resblock_updown use_fp16",
+    f"{_HEADS} use_scale_shift_norm dropout resblock_updown use_fp16",
     SuperResConfig,
 )
 def sr_create_model(flags: dict[str, Any]) -> SuperResModel:
     """An upsampler from its flags."""
-    return _in_precision(build_upsampler(_pick(SuperResConfig, flags), flags["learn_sigma"]), flags["precision"])
+    model: SuperResModel = _network(SuperResConfig, flags)
+    return model
 
 
 def create_gaussian_diffusion(
@@ -347,7 +344,7 @@ def create_gaussian_diffusion(
     :raises ValueError: if flags contradict each other.
     """
     if predict_v and predict_xstart:
-        raise ValueError("predict_v and predict_xstart are both True: the network predicts one of the two")
+        raise UserError("predict_v and predict_xstart are both True: the network predicts one of the two")
     loss = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
     fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
     mean = gd.ModelMeanType.VELOCITY if predict_v else gd.ModelMeanType.EPSILON
@@ -393,6 +390,6 @@ def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any
 def _added(keys: Sequence[str]) -> dict[str, Any]:
     """Flags that upstream's function with most of these parameters does not have, and their defaults."""
     functions = create_model_and_diffusion, sr_create_model_and_diffusion, create_classifier_and_diffusion
-    surfaces = [inspect.signature(function).parameters for function in functions]
+    surfaces = [signature(function).parameters for function in functions]
     closest = max(surfaces, key=lambda parameters: len(parameters.keys() & set(keys)))
     return {name: parameter.default for name, parameter in closest.items() if parameter.default is not parameter.empty}

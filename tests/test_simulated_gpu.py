@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from runs import NAMES, PROCESS, scrambled, write_run
 from simulated_gpu import SimulatedGPU
-from test_sample_commands import NAMES, PROCESS, scrambled, write_run
 
 from guided_diffusion import dist_util
 from guided_diffusion.commands import demo
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
+from guided_diffusion.runtime.pictures import planes
 from guided_diffusion.runtime.seeds import to_device
 from guided_diffusion.sampling.guidance import loss_guidance
 from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
@@ -174,7 +175,7 @@ def test_a_training_goes_on(run: Callable[[str], None], tmp_path: Path) -> None:
 
 def test_the_demos_judge_sees_images(gpu: SimulatedGPU) -> None:
     network = th.nn.Sequential(th.nn.Flatten(), th.nn.Linear(3 * 4 * 4, 2)).cuda()
-    images = demo.to_float(np.zeros((5, 4, 4, 3), np.uint8))
+    images = planes(np.zeros((5, 4, 4, 3), np.uint8))
     assert demo.accuracy(lambda x, timesteps: network(x) + timesteps[:, None], images, np.zeros(5, int)) in (0.0, 1.0)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..runtime.errors import UserError
+from .entry import entry
 from .flags import parse
 from .sections import DemoConfig
 
@@ -31,14 +33,6 @@ SCALES = (0.0, 3.0, 10.0)
 CLASSES, SHOWN = 9, 6  # rows, and columns per scale
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run ``demo`` with a command line."""
-    flags = parse("demo", argv)
-    from .. import dist_util
-
-    dist_util.run(show, flags.part(DemoConfig))
-
-
 def show(config: DemoConfig) -> None:
     """Train what is not trained yet, sample what is not sampled yet, and say what comes out.
 
@@ -47,13 +41,9 @@ def show(config: DemoConfig) -> None:
     from ..runtime import paths
 
     if not paths.exists(config.data_dir):
-        bundled = (
-            "the pictures come with a checkout of the repository, not with the package: run this in a checkout, or "
-        )
+        bundled = "the pictures come with a checkout of the repository, not with the package: run this in one, or "
         where = bundled if config.data_dir == DemoConfig().data_dir else ""
-        raise ValueError(
-            f"--data_dir {config.data_dir} does not exist: {where}give a folder or zip of images in up to 9 classes"
-        )
+        raise UserError(f"--data_dir {config.data_dir} does not exist: {where}give images in up to 9 classes")
     began = time.time()
     print(f"Everything goes to {os.path.abspath(config.log_dir)}; a second run goes on where the first one ended.")
     train(config)
@@ -128,12 +118,11 @@ def train(config: DemoConfig) -> None:
 
 def sample(config: DemoConfig, scale: float) -> tuple[float, str]:
     """Images of every class in turn at a scale of guidance: (scale, path of the npz)."""
-    networks = [f"--model_path={config.log_dir}/diffusion", f"--classifier_path={config.log_dir}/classifier"]
-    folder = f"{config.log_dir}/samples_scale_{scale:g}"
-    classes = ",".join(str(label) for label in range(CLASSES))
-    words = [f"--log_dir={folder}", f"--classifier_scale={scale}", f"--seed={config.seed}", f"--classes={classes}"]
+    folder, classes = f"{config.log_dir}/samples_scale_{scale:g}", ",".join(map(str, range(CLASSES)))
+    words = [f"--model_path={config.log_dir}/diffusion", f"--classifier_path={config.log_dir}/classifier"]
+    words += [f"--log_dir={folder}", f"--classifier_scale={scale}", f"--seed={config.seed}", f"--classes={classes}"]
     with stage(f"4. Sampling 144 images with {f'guidance of scale {scale:g}' if scale else 'no guidance'}"):
-        launch("classifier_sample", *networks, *words, *SAMPLING)
+        launch("classifier_sample", *words, *SAMPLING)
     return scale, f"{folder}/samples_144x32x32x3.npz"
 
 
@@ -145,6 +134,7 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
     from ..evaluation.evaluator import evaluate, prepare
     from ..evaluation.features import make_extractor
     from ..evaluation.images import open_images
+    from ..image_datasets import load_data
     from ..runtime.pictures import planes, save_grid
     from . import common
 
@@ -163,20 +153,14 @@ def judge_and_draw(config: DemoConfig, samples: Sequence[tuple[float, str]]) -> 
         print(f"    {name:24s} {accuracy(judge.network, planes(images), labels):6.1%}   FD {distance:5.2f}")
         columns.append(np.stack([images[labels == label][:SHOWN] for label in range(CLASSES)]))
         titles.append(name)
-    print(f"    {'real images, for scale':24s} {accuracy(judge.network, *real_images(config)):6.1%}")
+    images, cond = next(
+        load_data(data_dir=config.data_dir, batch_size=512, image_size=32, class_cond=True, random_flip=False)
+    )
+    print(f"    {'real images, for scale':24s} {accuracy(judge.network, images, cond['y'].numpy()):6.1%}")
     picture = f"{config.log_dir}/demo.png"
     grid = np.concatenate(columns, axis=1)
     save_grid(picture, grid.reshape(-1, *grid.shape[2:]), grid.shape[1], judge.classes, titles=titles)
     print(f"\nThe picture, a row per class: {os.path.abspath(picture)}")
-
-
-def real_images(config: DemoConfig) -> tuple[Any, Any]:
-    """Some of the images that all three were trained on, [N, C, H, W] in [-1, 1], and their labels [N]."""
-    from ..image_datasets import load_data
-
-    stream = load_data(data_dir=config.data_dir, batch_size=512, image_size=32, class_cond=True, random_flip=False)
-    images, cond = next(stream)
-    return images, cond["y"].numpy()
 
 
 def accuracy(classifier: Any, images: Any, labels: Any) -> float:
@@ -189,3 +173,6 @@ def accuracy(classifier: Any, images: Any, labels: Any) -> float:
     with th.no_grad():
         guesses = classifier(images, th.zeros(len(images), device=images.device)).argmax(dim=1)
     return float((guesses.cpu() == th.from_numpy(labels)).float().mean())
+
+
+main = entry("demo", lambda flags: show(flags.part(DemoConfig)))

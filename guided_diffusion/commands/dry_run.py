@@ -14,23 +14,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import dist_util, logger
-from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, TrainConfig, UNetConfig
-from ..gaussian_diffusion import GaussianDiffusion
+from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, TrainConfig
 from ..runtime.options import parse_rates, parse_size
-from ..script_util import build_classifier, build_diffusion, build_unet, build_upsampler
-from . import (
-    conditioning,
-    finetuning,
-    performance,
-    training,
-)
+from ..script_util import build_diffusion, build_network
+from . import conditioning, finetuning, performance, training
 from .common import image_shape
 from .flags import Flags
 
 ADAM_MOMENTS = 2
 META = th.device("meta")
 Loss = Callable[[Any, int], th.Tensor]  # (network, n) -> the mean loss of n images
-Keywords = Callable[[int], dict[str, th.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -71,14 +64,14 @@ def rehearse(flags: Flags) -> None:
         flags, choices = performance.with_precision(flags)
         for line in choices:
             logger.log(line)
+        config = flags.part(finetuning.KINDS[flags.command][1])
         with META:
-            network, loss = PLANS[flags.command](flags)
+            network = build_network(config, flags.part(DiffusionConfig).learn_sigma)
         finetuning.choose_trained(flags, network)
         performance.recompute(flags, network)
-        name = "precision" if "precision" in flags.values else "classifier_precision"
-        network.convert_to(performance.settled(name, flags.values)[0], META)
+        network.convert_to(performance.precision_of(flags), META)
         with META:
-            cost = count(network, loss, flags.part(TrainConfig).batch_size)
+            cost = count(network, loss_of(flags, config), flags.part(TrainConfig).batch_size)
         for line in report(flags, cost):
             logger.log(line)
 
@@ -95,64 +88,27 @@ def _on_screen_alone() -> Iterator[None]:
         logger.Logger.CURRENT = before
 
 
-# ---- what is trained, by command
-
-
-def _images(flags: Flags) -> tuple[Any, Loss]:
-    config, kind = flags.part(UNetConfig), conditioning.kind_of(flags)
-    shape = image_shape(config.image_channels, config.image_size, config.dims)
-
-    def beside(n: int) -> dict[str, th.Tensor]:
-        return {"cond_image": th.randn(n, kind.channels, *shape[1:])} if kind else {}
-
-    network = build_unet(config, flags.part(DiffusionConfig).learn_sigma)
-    return network, _denoising(build_diffusion(flags.part(DiffusionConfig)), shape, config.class_cond, beside)
-
-
-def _upsampling(flags: Flags) -> tuple[Any, Loss]:
-    config = flags.part(SuperResConfig)
-    shape, small = ((config.image_channels, *parse_size(size)) for size in (config.large_size, config.small_size))
+def loss_of(flags: Flags, config: Any) -> Loss:
+    """The loss of a network on images of its size."""
+    upsampler = isinstance(config, SuperResConfig)
+    shape = image_shape(config.image_channels, config.large_size if upsampler else config.image_size, config.dims)
+    process = build_diffusion(flags.part(DiffusionConfig))
+    kind = conditioning.kind_of(flags) if flags.values.get("cond_type") else None
 
     def beside(n: int) -> dict[str, th.Tensor]:
-        level = {"low_res_level": th.rand(n)} if config.cond_aug else {}
-        return {"low_res": th.randn(n, *small), **level}
-
-    network = build_upsampler(config, flags.part(DiffusionConfig).learn_sigma)
-    return network, _denoising(build_diffusion(flags.part(DiffusionConfig)), shape, config.class_cond, beside)
-
-
-def _denoising(process: GaussianDiffusion, shape: tuple[int, ...], labelled: bool, beside: Keywords) -> Loss:
-    """The loss of a network that removes noise from images of a shape.
-
-    :param beside: how many images -> what it is given beside them and their labels.
-    """
+        keywords = {"cond_image": th.randn(n, kind.channels, *shape[1:])} if kind else {}
+        if upsampler:
+            keywords["low_res"] = th.randn(n, config.image_channels, *parse_size(config.small_size))
+            keywords |= {"low_res_level": th.rand(n)} if config.cond_aug else {}
+        return keywords | ({"y": th.zeros(n, dtype=th.long)} if config.class_cond else {})
 
     def loss(network: Any, n: int) -> th.Tensor:
         x, t = th.randn(n, *shape), th.zeros(n, dtype=th.long)
-        keywords = beside(n) | ({"y": t} if labelled else {})
-        return process.training_losses(network, x, t, model_kwargs=keywords, noise=th.randn_like(x))["loss"].mean()
+        if isinstance(config, ClassifierConfig):
+            return F.cross_entropy(network(x, t.float()), t)
+        return process.training_losses(network, x, t, model_kwargs=beside(n), noise=th.randn_like(x))["loss"].mean()
 
     return loss
-
-
-def _classes(flags: Flags) -> tuple[Any, Loss]:
-    config = flags.part(ClassifierConfig)
-    shape = image_shape(config.image_channels, config.image_size, config.dims)
-
-    def loss(network: Any, n: int) -> th.Tensor:
-        return F.cross_entropy(network(th.randn(n, *shape), th.zeros(n)), th.zeros(n, dtype=th.long))
-
-    return build_classifier(config), loss
-
-
-PLANS: dict[str, Callable[[Flags], tuple[Any, Loss]]] = {
-    "image_train": _images,
-    "super_res_train": _upsampling,
-    "classifier_train": _classes,
-}
-
-
-# ---- what is said
 
 
 def report(flags: Flags, cost: Cost) -> Iterator[str]:
@@ -166,15 +122,12 @@ def report(flags: Flags, cost: Cost) -> Iterator[str]:
         yield f"arithmetic of {name}: {_flops(each)} an image, {_flops(each * batch)} a batch of {batch}"
     averages = len(parse_rates(config.ema_rate))
     lasting = 4 * (total * (1 + averages) + ADAM_MOMENTS * cost.trained)
+    size = f"{lasting / 2**20:,.0f} MiB" if lasting < 2**30 else f"{lasting / 2**30:,.2f} GiB"
     yield (
-        f"weights, AdamW's state and {averages} averages: {_bytes(lasting)}; gradients, activations, and copies of the "
-        "weights in 16 bits come on top"
+        f"weights, AdamW's state and {averages} averages: {size}; gradients, activations, and copies of the weights in "
+        "16 bits come on top"
     )
 
 
 def _flops(count: float) -> str:
     return f"{count / 1e9:.4g} GFLOP" if count < 1e12 else f"{count / 1e12:.4g} TFLOP"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**20:,.0f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"

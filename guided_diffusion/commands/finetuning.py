@@ -12,7 +12,6 @@ import torch as th
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, InitConfig, LoraConfig, SuperResConfig, UNetConfig
 from ..runtime import files
-from ..runtime.options import defaults
 from ..training import finetuning, lora
 from ..training.checkpoints import CLASSIFIER, UNET, UPSAMPLER
 from .flags import Flags
@@ -32,20 +31,6 @@ def check_beginning(flags: Flags) -> None:
             "--init_from starts a run and --resume_checkpoint goes on with one: give one of the two, or "
             "--resume_checkpoint auto"
         )
-
-
-def check(flags: Flags) -> None:
-    """:raises ValueError: for flags that contradict each other, or have no effect."""
-    given, values = flags.changed, flags.values
-    for without, section in (("init_from", ("init_mismatch",)), ("lora_rank", defaults(LoraConfig))):
-        useless = [name for name in section if name in given and name != without]
-        if useless and not values[without]:
-            raise ValueError(f"--{useless[0]} has no effect without --{without}: give both or none")
-    if values["lora_rank"] and not values["init_from"]:
-        raise ValueError(f"--lora_rank {values['lora_rank']} adapts a trained network: name it with --init_from")
-    if values["lora_rank"] and values["freeze"]:
-        frozen = values["freeze"]
-        raise ValueError(f"--freeze {frozen} has no effect with --lora_rank, which freezes all but --lora_train")
 
 
 def over_source(flags: Flags) -> Flags:

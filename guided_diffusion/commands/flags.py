@@ -1,4 +1,4 @@
-"""Command lines made of the config classes: which script takes which flags, and what a wrong one is told.
+"""Command lines made of the config classes: which script takes which flags, and what a wrong one is answered.
 
 Nothing here imports torch, so that ``--help`` answers at once.
 """
@@ -6,65 +6,24 @@ Nothing here imports torch, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
-import ast
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from .. import __version__
-from ..config import (
-    ClassifierConfig,
-    ClassifierDataConfig,
-    ClassifierTrainConfig,
-    CompileConfig,
-    CondDataConfig,
-    CondTrainConfig,
-    DataConfig,
-    DiffusionConfig,
-    ExtractorConfig,
-    ImageTrainConfig,
-    InitConfig,
-    LoaderConfig,
-    LoraConfig,
-    RangeConfig,
-    RunConfig,
-    SuperResConfig,
-    TrainEvaluationConfig,
-    TrainSpeedConfig,
-    UNetConfig,
-)
+from .. import __version__, config as c
+from ..runtime.errors import UserError
 from ..runtime.launchers import announced_rank
 from ..runtime.options import defaults, means_not_given, nearest, reader_of, saved_values
-from .sections import (
-    AdapterConfig,
-    CascadeConfig,
-    CondSampleConfig,
-    DemoConfig,
-    DownloadConfig,
-    EditConfig,
-    EvaluatorConfig,
-    FlowConfig,
-    FreeGuidanceConfig,
-    FromImagesConfig,
-    GuidanceConfig,
-    LikelihoodConfig,
-    MeasureConfig,
-    NpzToolConfig,
-    PlaceConfig,
-    ReferenceConfig,
-    SampleConfig,
-    SweepConfig,
-    ToPngConfig,
-    UpsampleConfig,
-)
+from . import sections as s
 
 Section = TypeVar("Section", bound=object)
 
-SAVED = (UNetConfig, SuperResConfig, ClassifierConfig, DiffusionConfig)  # what a checkpoint's config.json says
+SAVED = (c.UNetConfig, c.SuperResConfig, c.ClassifierConfig, c.DiffusionConfig)  # what a checkpoint's config.json says
+SAVED_NAMES = {spec.name for section in SAVED for spec in fields(section) if not spec.metadata["runtime"]}
 
 
 @dataclass(frozen=True)
@@ -75,92 +34,84 @@ class Command:
     sections: tuple[type[Any], ...]
 
     def flags(self) -> dict[str, Field[Any]]:
-        """Every flag of the command by name."""
-        return {spec.name: spec for section in self.sections for spec in fields(section)}
+        """Every flag of the command by name; one of several sections is that of the first."""
+        specs: dict[str, Field[Any]] = {}
+        for section in self.sections:
+            specs = {spec.name: spec for spec in fields(section)} | specs
+        return specs
 
     def words(self) -> list[str]:
         """Everything that may stand behind the two dashes: names and aliases."""
         flags = {name: spec for name, spec in self.flags().items() if not spec.metadata["positional"]}
         return [word for name, spec in flags.items() for word in (name, spec.metadata["alias"]) if word]
 
+    def needs(self, name: str) -> list[str]:
+        """What a flag has no effect without, itself and as one of its section."""
+        section = next(section for section in self.sections if name in defaults(section))
+        return f"{getattr(section, 'NEEDS', '')} {self.flags()[name].metadata['needs']}".split()
+
+
+UNET = (c.UNetConfig, c.DiffusionConfig)
+UPSAMPLER = (c.SuperResConfig, c.DiffusionConfig)
+CLASSIFIER = (c.ClassifierConfig, c.DiffusionConfig)
+TRAINING = (c.LoaderConfig, c.TrainSpeedConfig, c.InitConfig, c.LoraConfig)
+EVALUATION = (c.TrainEvaluationConfig, c.ExtractorConfig)
+SAMPLING = (c.RunConfig, s.SampleConfig, s.AdapterConfig, s.FreeGuidanceConfig, c.RangeConfig, c.CompileConfig)
+MEASURING = (s.LikelihoodConfig, s.MeasureConfig, s.FlowConfig, c.CondDataConfig)
 
 COMMANDS = {
     "image_train": Command(
         "Train a diffusion model.",
-        (
-            *(RunConfig, DataConfig, LoaderConfig, ImageTrainConfig, TrainSpeedConfig, InitConfig, LoraConfig),
-            *(TrainEvaluationConfig, ExtractorConfig, CondTrainConfig, UNetConfig, DiffusionConfig),
-        ),
+        (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *EVALUATION, c.CondTrainConfig, *UNET),
     ),
-    "image_sample": Command(
-        "Sample from a diffusion model.",
-        (
-            *(RunConfig, SampleConfig, AdapterConfig, FreeGuidanceConfig, EditConfig, CondSampleConfig),
-            *(RangeConfig, CompileConfig, UNetConfig, DiffusionConfig),
-        ),
-    ),
+    "image_sample": Command("Sample from a diffusion model.", (*SAMPLING, s.EditConfig, s.CondSampleConfig, *UNET)),
     "image_nll": Command(
         "Bits per dimension of images under a diffusion model.",
-        (
-            *(RunConfig, LikelihoodConfig, MeasureConfig, FlowConfig, AdapterConfig, CondDataConfig),
-            *(CompileConfig, UNetConfig, DiffusionConfig),
-        ),
+        (c.RunConfig, *MEASURING, s.AdapterConfig, c.CompileConfig, *UNET),
     ),
     "classifier_train": Command(
         "Train a classifier of noisy images.",
-        (
-            *(RunConfig, ClassifierDataConfig, LoaderConfig, ClassifierTrainConfig, TrainSpeedConfig),
-            *(InitConfig, LoraConfig, ClassifierConfig, DiffusionConfig),
-        ),
+        (c.RunConfig, c.ClassifierDataConfig, c.ClassifierTrainConfig, *TRAINING, *CLASSIFIER),
     ),
     "classifier_sample": Command(
         "Sample from a diffusion model, guided by a classifier.",
-        (
-            *(RunConfig, SampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig, EditConfig),
-            *(CondSampleConfig, RangeConfig, CompileConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
-        ),
+        (*SAMPLING, s.GuidanceConfig, s.EditConfig, s.CondSampleConfig, c.UNetConfig, *CLASSIFIER),
     ),
     "super_res_train": Command(
-        "Train an upsampler.",
-        (
-            *(RunConfig, DataConfig, LoaderConfig, ImageTrainConfig, TrainSpeedConfig, InitConfig, LoraConfig),
-            *(SuperResConfig, DiffusionConfig),
-        ),
+        "Train an upsampler.", (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *UPSAMPLER)
     ),
     "super_res_sample": Command(
-        "Enlarge images.",
-        (
-            *(RunConfig, SampleConfig, UpsampleConfig, AdapterConfig, GuidanceConfig, FreeGuidanceConfig),
-            *(RangeConfig, CompileConfig, SuperResConfig, ClassifierConfig, DiffusionConfig),
-        ),
+        "Enlarge images.", (*SAMPLING, s.UpsampleConfig, s.GuidanceConfig, c.SuperResConfig, *CLASSIFIER)
     ),
     "cascade_sample": Command(
         "Sample from a cascade: a base model (stage base) and upsamplers (up1, up2, ...). The base takes the flags of "
         "classifier_sample.py, upsamplers those of super_res_sample.py: --base.steps 50 --up1.steps 20.",
-        (CascadeConfig,),
+        (s.CascadeConfig,),
     ),
     "evaluator": Command(
         "Compare samples with real images: Inception Score, FID, sFID, precision, recall.",
-        (EvaluatorConfig, RangeConfig, ExtractorConfig, PlaceConfig),
+        (s.EvaluatorConfig, c.RangeConfig, c.ExtractorConfig, s.PlaceConfig),
     ),
     "make_reference": Command(
         "Write the reference that samples are compared with.",
-        (ReferenceConfig, RangeConfig, ExtractorConfig, PlaceConfig),
+        (s.ReferenceConfig, c.RangeConfig, c.ExtractorConfig, s.PlaceConfig),
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
-        (SweepConfig, RangeConfig, ExtractorConfig, RunConfig, UNetConfig, ClassifierConfig, DiffusionConfig),
+        (s.SweepConfig, c.RangeConfig, c.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
     ),
-    "download": Command("Fetch weights to the cache.", (DownloadConfig,)),
-    "npz_tool": Command("Images of an npz to PNG files and back.", (NpzToolConfig,)),
-    "demo": Command("Train on the bundled pictures for some minutes, sample with and without guidance.", (DemoConfig,)),
+    "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
+    "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig,)),
+    "demo": Command(
+        "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoConfig,)
+    ),
 }
 
 
 # what the console does not list: the tools of npz_tool by their first word, to which the converters add themselves
 OTHERS = {
-    "npz_tool to-png": Command("Write the images of an npz as PNG files.", (ToPngConfig,)),
-    "npz_tool from-images": Command("Write a folder or zip of images as an npz.", (FromImagesConfig,)),
+    "npz_tool to-png": Command("Write the images of an npz as PNG files.", (s.ToPngConfig,)),
+    "npz_tool from-images": Command("Write a folder or zip of images as an npz.", (s.FromImagesConfig,)),
 }
 
 
@@ -178,25 +129,29 @@ class Flags:
     saved: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def usual(self) -> dict[str, Any]:
+    def defaults(self) -> dict[str, Any]:
         """The default of every flag."""
         return defaults(*command_of(self.command).sections)
 
     @property
     def values(self) -> dict[str, Any]:
         """Every flag resolved, as plain JSON values."""
-        return {**self.usual, **self.saved, **self.given}
+        return {**self.defaults, **self.saved, **self.given}
 
     @property
     def changed(self) -> dict[str, Any]:
         """What the command line gives otherwise than by default: what a flag "without effect" is said of."""
-        usual = self.usual
-        return {name: value for name, value in self.given.items() if value != usual.get(name)}
+        known = self.defaults
+        return {name: value for name, value in self.given.items() if value != known.get(name)}
 
     def part(self, section: type[Section]) -> Section:
         """The values of one config class."""
         values = self.values
         return section(**{name: values[name] for name in defaults(section)})
+
+    def with_values(self, **values: Any) -> Flags:
+        """The same flags with these values, as if the command line had said so."""
+        return Flags(self.command, {**self.given, **values}, self.saved)
 
     def over(self, saved: Mapping[str, Any], *sections: type[Any]) -> Flags:
         """The same command line over flags saved with a checkpoint, taken for the given config classes alone.
@@ -204,6 +159,44 @@ class Flags:
         :raises ValueError: if a saved value has another type than its flag.
         """
         return Flags(self.command, self.given, {**self.saved, **saved_values(saved, *sections)})
+
+    def check(self, pending: Collection[str] = ()) -> None:
+        """Refuse flags of the command line that have no effect beside the others, or contradict them.
+
+        :param pending: flags whose values are not known yet: they meet every need, and contradict nothing.
+        :raises ValueError: naming the flag and what it needs.
+        """
+        command, values = command_of(self.command), self.values
+        specs, pending = command.flags(), set(pending) - self.given.keys()
+
+        def holds(condition: str) -> bool:
+            name, sign, words = re.split("(!?=|$)", condition, maxsplit=1)
+            if name in pending:
+                return True
+            if sign:
+                return (str(values[name]) in words.split(",")) == (sign == "=")
+            return bool(values[name]) and not means_not_given(specs[name], values[name])
+
+        for name in self.changed:
+            for need in command.needs(name):
+                ways = [way for way in need.split("|") if _names(way) <= specs.keys()]
+                if ways and not any(all(map(holds, way.split("&"))) for way in ways):
+                    raise UserError(self._idle(name, ways))
+            for other in specs[name].metadata["excludes"].split():
+                if _names(other) <= specs.keys() - pending and holds(other):
+                    raise UserError(f"--{name} and --{_names(other).pop()} exclude each other: give one")
+
+    def _idle(self, name: str, ways: Sequence[str]) -> str:
+        text = " or ".join(f"--{way}".replace("&", " with --") for way in ways)
+        text = text.replace("!=", " other than ").replace("=", " ")
+        fixed = all(_names(way) <= self.saved.keys() for way in ways)
+        end = ", and the checkpoint is without: leave it out" if fixed else f": leave it out or give {text}"
+        return f"--{name} has no effect without {text}{end}"
+
+
+def _names(way: str) -> set[str]:
+    """The flags of which one way to meet a need speaks."""
+    return {re.split("!?=", condition)[0] for condition in way.split("&")}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -231,25 +224,9 @@ def run_plugins(argv: Sequence[str] | None, prog: str) -> None:
 
 
 def sampler_names() -> list[str]:
-    """The names in `SAMPLERS`, read off its source as long as nobody has imported it, and torch with it."""
+    """The names of all samplers, those of plugins too, as these have loaded the table."""
     loaded = sys.modules.get(f"{__package__.rpartition('.')[0]}.sampling.samplers")
-    if loaded is not None:
-        return list(loaded.SAMPLERS)
-    tree = ast.parse((Path(__file__).parents[1] / "sampling" / "samplers.py").read_text(encoding="utf-8"))
-    tables = [node.value for node in tree.body if isinstance(node, ast.AnnAssign | ast.Assign) and _is_table(node)]
-    return [ast.literal_eval(key) for table in tables if isinstance(table, ast.Dict) for key in table.keys if key]
-
-
-def _is_table(node: ast.AnnAssign | ast.Assign) -> bool:
-    """Whether an assignment is that of `SAMPLERS`."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-    return [ast.unparse(target) for target in targets] == ["SAMPLERS"]
-
-
-def _help(spec: Field[Any]) -> str:
-    """The help text of a field, with the samplers' names where it asks for them."""
-    text: str = spec.metadata["help"]
-    return text.format(samplers=", ".join(sampler_names())) if "{samplers}" in text else text
+    return list(loaded.SAMPLERS) if loaded else c.SAMPLER_NAMES
 
 
 def add_flag(group: argparse._ActionsContainer, spec: Field[Any], *, saved: bool = False) -> None:
@@ -257,8 +234,9 @@ def add_flag(group: argparse._ActionsContainer, spec: Field[Any], *, saved: bool
 
     :param saved: what a checkpoint says of it comes before its default.
     """
+    about = spec.metadata["help"].replace("{samplers}", ", ".join(sampler_names())).replace("%", "%%")
     if spec.metadata["positional"]:
-        group.add_argument(spec.name, type=reader_of(spec), metavar=spec.name.upper(), help=_help(spec))
+        group.add_argument(spec.name, type=reader_of(spec), metavar=spec.name.upper(), help=about)
         return
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
     extra: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}
@@ -269,7 +247,7 @@ def add_flag(group: argparse._ActionsContainer, spec: Field[Any], *, saved: bool
         default=argparse.SUPPRESS,
         type=reader_of(spec),
         metavar=type(spec.default).__name__.upper(),
-        help=f"{_help(spec)} ({shown})".replace("%", "%%"),
+        help=f"{about} ({shown})",
         **extra,
     )
 
@@ -332,7 +310,8 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
 
     :param prog: how the sentence begins, where it is not the script's name.
     """
-    if "plugin" in command_of(name).flags():
+    specs = command_of(name).flags()
+    if "plugin" in specs:
         run_plugins(argv, prog or f"{name}.py")
     command_line = parser(name)
     command_line.prog = prog or command_line.prog
@@ -341,5 +320,10 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
         if not word.startswith("-"):
             command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
         command_line.error(f"unknown flag {word}{_hint(word, command_of(name).words())}")
-    flags = command_of(name).flags()
-    return Flags(name, {k: v for k, v in vars(namespace).items() if not means_not_given(flags[k], v)})
+    flags = Flags(name, {k: v for k, v in vars(namespace).items() if not means_not_given(specs[k], v)})
+    earlier = {"resume_checkpoint", "init_from"} & flags.given.keys()  # it may say anything, and a model what it is
+    try:
+        flags.check(pending=specs if earlier else SAVED_NAMES if "model_path" in specs else ())
+    except ValueError as error:
+        command_line.error(str(error))
+    return flags

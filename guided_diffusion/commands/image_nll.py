@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..config import DiffusionConfig, RunConfig, UNetConfig
@@ -23,23 +23,11 @@ def measure(flags: Flags) -> None:
     from ..evaluation.likelihood import carry_out
     from . import common
 
-    refuse_idle(flags)
     if not flags.part(LikelihoodConfig).data_dir:
         raise UserError("--data_dir is missing: give a folder or a zip of images")
     common.start(flags)
     model = common.restore_unet(flags)
     carry_out(survey_of(model))
-
-
-def refuse_idle(flags: Flags) -> None:
-    """Refuse a flag that has no effect on the kind of likelihood."""
-    kind = flags.part(MeasureConfig).likelihood
-    idle = {spec.name for spec in fields(FlowConfig)} if kind == "vlb" else {"save_terms"}
-    given = sorted(idle & set(flags.changed))
-    if given:
-        raise UserError(f"--{given[0]} has no effect with --likelihood {kind}: leave it out")
-    if "flow_tolerance" in flags.changed and flags.part(FlowConfig).flow_solver != "rk45":
-        raise UserError("--flow_tolerance has no effect on --flow_solver heun: leave it out, or give rk45")
 
 
 def survey_of(model: Restored) -> Survey:
@@ -67,7 +55,7 @@ def survey_of(model: Restored) -> Survey:
         out_dir=logger.get_dir(),
         seed=model.flags.part(RunConfig).seed,
         request={**model.identity, **asdict(model.flags.part(DiffusionConfig)), **_settings(model.flags)},
-        request_defaults=model.flags.usual,
+        request_defaults=model.flags.defaults,
         save_terms=config.save_terms,
     )
 
@@ -102,7 +90,6 @@ def images_of(model: Restored) -> ImageDataset:
     from . import conditioning
 
     config, options = model.flags.part(UNetConfig), model.flags.part(LikelihoodConfig)
-    conditioning.check(model.flags)
     labels: dict[str, Any] = {"class_from": options.class_from, "label_column": options.label_column}
     if config.class_cond:
         labels |= {"num_classes": config.num_classes, "classes": checkpoints.classes_beside(model.path) or None}

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_NAMES, PLUGIN_HELP, RangeConfig, RunConfig
-from ..runtime.options import flag, local_flag, names_of, parse_counts, parse_scales, path_flag, size_flag
+from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_LIST, METRICS, PLUGIN_HELP, LabelConfig, RangeConfig, RunConfig
+from ..runtime.options import flag, local_flag, parse_counts, parse_scales, path_flag, range_flag, size_flag
 
 TOOLS = ("to-png", "from-images")
 
+# flags of several sections
+CLASSES = "labels in turn: 207,360 or names of classes.json; '' draws at random"
+INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
+LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
+DISTANCES = "type of the distances of precision and recall: the published numbers' is float16"
+DISTANCE_TYPES = ("float16", "float32")
+
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Sampling."""
+class ModelConfig:
+    """The network, and how it is used."""
 
     model_path: str = path_flag("a checkpoint, or the folder of a run (its newest EMA)")
+    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(ModelConfig):
+    """Sampling."""
+
     num_samples: int = flag(10000, "images to make", at_least=1)
     batch_size: int = flag(16, "images per pass of the network", at_least=1)
     sampler: str = flag("", "one of {samplers}; '' is ddpm, or ddim with --use_ddim True")
-    use_ddim: bool = flag(False, "alias of --sampler ddim")
-    steps: int = flag(0, "steps, on the sampler's own grid; 0: as --timestep_respacing says", at_least=1)
+    use_ddim: bool = flag(False, "alias of --sampler ddim", excludes="sampler!=,ddim")
+    steps: int = flag(
+        0, "steps, on the sampler's own grid; 0: as --timestep_respacing", at_least=1, excludes="timestep_respacing"
+    )
     eta: float = flag(-1.0, "noise of samplers that take it: 0 none, 1 ddpm's; -1: the sampler's own", at_least=0)
     order: int = flag(0, "order of samplers that have several; 0: the sampler's own", at_least=1)
     churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
-    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
     dynamic_threshold: float = flag(
-        0.0, "clip x_0 at this percentile of its sizes, such as 0.995, then scale it to [-1, 1]; 0: off", at_least=0
+        0.0, "clip x_0 at this percentile, e.g. 0.995, then scale; 0: off", at_least=0, at_most=1
     )
-    classes: str = flag("", "labels in turn: 207,360 or names of classes.json; '' draws at random")
+    classes: str = flag("", CLASSES, needs="class_cond|classifier_path")
     save_images: bool = flag(False, "write one PNG per image as well")
     save_intermediate: int = flag(0, "film.png, film.gif: the first x_0 every so many steps; 0: none", at_least=0)
 
@@ -37,11 +53,14 @@ class GuidanceConfig:
     """Classifier guidance."""
 
     classifier_path: str = path_flag("the classifier's checkpoint, or the folder of its run")
-    classifier_scale: float = flag(1.0, "factor of the gradient of log p(y | x_t); 0 is the unguided sampler")
+    classifier_scale: float = flag(
+        1.0, "factor of the gradient of log p(y | x_t); 0: unguided", needs="classifier_path"
+    )
     clip_guided: str = flag(
         "auto",
         "clip x_0 after guidance too; auto: not of ddim, plms without --steps",
         choices=("auto", "True", "False"),
+        needs="classifier_path classifier_scale clip_denoised|dynamic_threshold sampler|use_ddim sampler!=ddpm",
     )
 
 
@@ -49,11 +68,21 @@ class GuidanceConfig:
 class FreeGuidanceConfig:
     """Guidance without a classifier, and when guidance of any kind acts."""
 
-    cfg_scale: float = flag(1.0, "w in uncond + w (cond - uncond): 1 conditional, 0 unconditional, above 1 guides")
-    cfg_rescale: float = flag(0.0, "share of guidance's gain in contrast to take back, 0 to 1; 0: none", at_least=0)
-    autoguide_path: str = path_flag("a weaker model of the same kind to guide away from: checkpoint or run folder")
-    autoguide_scale: float = flag(1.0, "w in weak + w (model - weak): 1 the model alone, above 1 guides")
-    guidance_interval: str = flag("", "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout")
+    cfg_scale: float = flag(
+        1.0,
+        "w in uncond + w (cond - uncond): 0 unconditional, 1 conditional, above 1 guides",
+        needs="class_cond|cond_type",
+    )
+    cfg_rescale: float = flag(
+        0.0, "share of guidance's gain in contrast to take back, 0 to 1", at_least=0, at_most=1, needs="cfg_scale!=1.0"
+    )
+    autoguide_path: str = path_flag("a weaker model of the same kind to guide away from", needs="autoguide_scale!=1.0")
+    autoguide_scale: float = flag(
+        1.0, "w in weak + w (model - weak): 1 the model alone, above 1 guides", needs="autoguide_path"
+    )
+    guidance_interval: str = flag(
+        "", INTERVAL, convert=range_flag, needs="cfg_scale!=1.0|autoguide_path|classifier_path&classifier_scale"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +90,30 @@ class EditConfig:
     """Starting from images."""
 
     init_image: str = path_flag("an image to start from; of a folder or zip its images in turn")
-    mask: str = path_flag("white keeps --init_image, black is painted; of a folder or zip its masks in turn")
-    mask_invert: bool = flag(False, "black keeps and white is painted")
-    strength: float = flag(
-        -1.0, "share of the way to noise, above 0 and up to 1; -1: 0.6, and 1 with --mask or --invert", at_least=0
+    mask: str = path_flag(
+        "white keeps --init_image, black is painted; of a folder or zip its masks in turn", needs="init_image"
     )
-    resample: int = flag(1, "how often every stretch of steps is taken, so that what is painted fits in", at_least=1)
-    resample_jump: int = flag(10, "steps in such a stretch", at_least=1)
-    invert: bool = flag(False, "start from the noise that makes --init_image, not from fresh noise")
-    interpolate: str = path_flag("an image: make --num_samples steps from --init_image to it")
-    init_classes: str = flag("", "classes of the images that --invert and --interpolate turn to noise; '' --classes")
+    mask_invert: bool = flag(False, "black keeps and white is painted", needs="mask")
+    strength: float = flag(
+        -1.0,
+        "share of the way to noise; -1: 0.6, and 1 with --mask or --invert",
+        at_least=1e-6,
+        at_most=1,
+        needs="init_image",
+    )
+    resample: int = flag(
+        1, "how often each stretch of steps is taken, so that what is painted fits in", at_least=1, needs="mask"
+    )
+    resample_jump: int = flag(10, "steps in such a stretch", at_least=1, needs="mask resample!=1")
+    invert: bool = flag(False, "start from the noise that makes --init_image", needs="init_image", excludes="cond_type")
+    interpolate: str = path_flag(
+        "an image: make --num_samples steps from --init_image to it",
+        needs="init_image num_samples!=1",
+        excludes="invert mask strength cond_type",
+    )
+    init_classes: str = flag(
+        "", "classes of the images that become noise; '' --classes", needs="invert|interpolate class_cond"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,31 +121,29 @@ class AdapterConfig:
     """An adapter (LoRA) over the network of --model_path."""
 
     lora_path: str = path_flag("its folder loraNNNNNN, or that of the run that trained it; '' for none")
-    lora_scale: float = flag(1.0, "how much of it: 0 none, 1 as it was trained")
+    lora_scale: float = flag(1.0, "how much of it: 0 none, 1 as it was trained", needs="lora_path")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CondSampleConfig:
     """Conditioning images to sample for: a sample for each."""
 
-    cond_images: str = path_flag("folder or zip of conditioning images, a single one, or an npz of them (arr_0)")
-    cond_class_from: str = flag(
-        "", "where labels of a folder or zip come from; '' leaves that to --classes", choices=("", *CLASS_RULES)
+    cond_images: str = path_flag(
+        "folder, zip or npz (arr_0) of conditioning images, or a single one", needs="cond_type"
     )
-    label_column: str = flag("", LABEL_COLUMN)
+    cond_class_from: str = flag(
+        "", LABELS_FROM, choices=("", *CLASS_RULES), needs="cond_images class_cond|classifier_path", excludes="classes"
+    )
+    label_column: str = flag("", LABEL_COLUMN, needs="cond_class_from")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpsampleConfig:
+class UpsampleConfig(LabelConfig):
     """The small images to enlarge."""
 
-    base_samples: str = path_flag(
-        "npz of small images (arr_0, labels in arr_1), the folder of a sampling run, or images: a folder, zip or file"
-    )
-    class_from: str = flag("auto", "where labels of a folder or zip come from", choices=CLASS_RULES)
-    label_column: str = flag("", LABEL_COLUMN)
+    base_samples: str = path_flag("npz of small images (arr_0, labels in arr_1), folder of a sampling run, or images")
     cond_aug_level: float = flag(
-        0.0, "noise to put on the small images, for upsamplers trained with --cond_aug; 0: none", at_least=0, at_most=1
+        0.0, "noise to put on the small images, of 0 to 1; 0: none", at_least=0, at_most=1, needs="cond_aug"
     )
 
 
@@ -113,22 +154,18 @@ class CascadeConfig(RunConfig):
     seed: int = flag(0, "seed of the base; up1 takes 1000000 more, up2 2000000 more", at_least=0)
     num_samples: int = flag(10000, "images to make", at_least=1)
     batch_size: int = flag(16, "images per pass of a network; --up1.batch_size is that of a stage", at_least=1)
-    classes: str = flag("", "labels in turn, of all stages: 207,360 or names of classes.json; '' draws at random")
+    classes: str = flag("", CLASSES)
     save_images: bool = flag(False, "write one PNG per image of the last stage as well")
     stages: str = local_flag("JSON or TOML file of the stages' flags, by stage; the command line has the last word")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodConfig(RangeConfig):
+class LikelihoodConfig(ModelConfig, LabelConfig, RangeConfig):
     """The images to measure."""
 
     data_dir: str = path_flag("folder or zip of images, or an array of them")
-    class_from: str = flag("auto", "where labels come from", choices=CLASS_RULES)
-    label_column: str = flag("", LABEL_COLUMN)
-    model_path: str = path_flag("a checkpoint, or the folder of a run (its newest EMA)")
     num_samples: int = flag(1000, "images to measure", at_least=1)
     batch_size: int = flag(1, "images per pass of the network", at_least=1)
-    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,16 +173,19 @@ class MeasureConfig:
     """What is measured of the images."""
 
     likelihood: str = flag(
-        "vlb", "vlb: the variational bound; flow: the likelihood of the probability flow", choices=("vlb", "flow")
+        "vlb", "vlb: the variational bound; flow: that of the probability flow", choices=("vlb", "flow")
     )
     spread: bool = flag(False, "take --num_samples images evenly over the data, not the first ones by name")
-    save_terms: bool = flag(False, "vlb: keep the terms of each image too, as arr_1 [N, T] beside their means")
+    save_terms: bool = flag(
+        False, "keep the terms of each image too, as arr_1 [N, T] beside their means", needs="likelihood=vlb"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
     """How the likelihood of the probability flow is measured."""
 
+    NEEDS: ClassVar[str] = "likelihood=flow"
     dequantize: str = flag(
         "uniform",
         "what 8-bit pixels become: uniform, a point of their bin; decoder, noised by the first step of diffusion and "
@@ -155,9 +195,11 @@ class FlowConfig:
     probes: int = flag(1, "random directions along which the divergence is measured", at_least=1)
     probe_noise: str = flag("rademacher", "what they are drawn from", choices=("rademacher", "gaussian"))
     flow_solver: str = flag(
-        "rk45", "rk45: steps as long as --flow_tolerance allows; heun: the steps of the grid", choices=("rk45", "heun")
+        "rk45", "rk45: steps as long as --flow_tolerance allows; heun: those of the grid", choices=("rk45", "heun")
     )
-    flow_tolerance: float = flag(1e-4, "rk45: the error of a step, absolute and relative, at most", at_least=1e-9)
+    flow_tolerance: float = flag(
+        1e-4, "greatest error of a step, absolute and relative", at_least=1e-9, needs="flow_solver=rk45"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,17 +208,9 @@ class EvaluatorConfig:
 
     reference: str = path_flag("npz, folder or zip of real images, or an npz of their statistics", positional=True)
     samples: str = path_flag("npz, folder or zip of samples, or the folder of a run", positional=True)
-    metrics: str = flag(
-        "is,fid,sfid,pr",
-        f"metrics, separated by commas: {','.join(METRIC_NAMES)}",
-        convert=names_of(METRIC_NAMES, "metric"),
-    )
+    metrics: str = flag("is,fid,sfid,pr", METRICS, convert=METRIC_LIST)
     json: str = local_flag("file to write the results to, as JSON")
-    distances: str = flag(
-        "float16",
-        "type of the distances of precision and recall: the published numbers' is float16",
-        choices=("float16", "float32"),
-    )
+    distances: str = flag("float16", DISTANCES, choices=DISTANCE_TYPES)
     image_size: int | str = flag(
         "", "crop and scale the images of folders and zips to 64, or HEIGHTxWIDTH, as in training", convert=size_flag
     )
@@ -198,31 +232,25 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(ModelConfig):
     """The grid: every sampler in every number of steps at every scale."""
 
-    model_path: str = path_flag("the diffusion model: a checkpoint, or the folder of a run (its newest EMA)")
-    classifier_path: str = path_flag("the classifier that guides: a checkpoint, or the folder of its run")
+    classifier_path: str = path_flag(
+        "the classifier's checkpoint, or the folder of its run", needs="guidance=classifier"
+    )
     reference: str = path_flag("npz, folder or zip of real images, or an npz of their statistics")
     guidance: str = flag(
-        "classifier",
-        "what the scales are of: --classifier_scale, or --cfg_scale for cfg",
-        choices=("classifier", "cfg"),
+        "classifier", "scales of --classifier_scale, or of --cfg_scale for cfg", choices=("classifier", "cfg")
     )
     samplers: str = flag("ddim,dpm++2m", "samplers, separated by commas: {samplers}")
     steps: str = flag("25", "numbers of steps, on each sampler's own grid", convert=parse_counts)
     scales: str = flag("0,1,2,4", "scales of guidance", convert=parse_scales)
-    metrics: str = flag("fid,pr", f"metrics: {','.join(METRIC_NAMES)}", convert=names_of(METRIC_NAMES, "metric"))
+    metrics: str = flag("fid,pr", METRICS, convert=METRIC_LIST)
     num_samples: int = flag(1000, "images of each cell of the grid, always from the same noise", at_least=10)
     batch_size: int = flag(16, "images per pass of the diffusion model", at_least=1)
-    classes: str = flag("", "labels in turn: 207,360 or names of classes.json; '' draws at random")
-    clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
-    guidance_interval: str = flag("", "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout")
-    distances: str = flag(
-        "float16",
-        "type of the distances of precision and recall: the published numbers' is float16",
-        choices=("float16", "float32"),
-    )
+    classes: str = flag("", CLASSES)
+    guidance_interval: str = flag("", INTERVAL, convert=range_flag)
+    distances: str = flag("float16", DISTANCES, choices=DISTANCE_TYPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,12 +267,8 @@ class PlaceConfig:
 class DownloadConfig:
     """What to fetch."""
 
-    name: str = flag(
-        "",
-        "what to fetch: inception, the weights of the network of FID",
-        positional=True,
-    )
-    out: str = local_flag("file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion")
+    name: str = flag("", "what to fetch: inception, the weights of the network of FID", positional=True)
+    out: str = local_flag("file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE or ~/.cache/guided-diffusion")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ..config import ClassifierConfig, DiffusionConfig, ExtractorConfig, RangeConfig, RunConfig, UNetConfig
+from ..config import ExtractorConfig, RangeConfig, RunConfig
 from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
-from .flags import COMMANDS, Flags
+from .flags import COMMANDS, SAVED_NAMES, Flags
 from .sections import SweepConfig
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ KINDS = {
     "classifier": ("classifier_sample", "classifier_scale", 0.0, "classifier scale"),
     "cfg": ("image_sample", "cfg_scale", 1.0, "classifier-free scale"),
 }
+OF_A_CELL = ("samplers", "steps", "scales", "guidance_interval")
 
 
 def sweep(flags: Flags) -> None:
@@ -33,16 +34,16 @@ def sweep(flags: Flags) -> None:
     from ..evaluation.plots import require
     from ..evaluation.scores import METRICS, Options
     from ..evaluation.sweep import Measure, run_sweep
-    from . import common, guidance
+    from . import common
     from .evaluation import extractor_of
 
     require()
     config, batch_size = flags.part(SweepConfig), flags.part(ExtractorConfig).eval_batch_size
     cells, base = list(cells_of(config)), sampling_flags(flags, config)
     for cell in cells:  # before anything is loaded
-        cell_line = cell_flags(cell, base, config)
-        common.on_its_grid(cell_line, common.sampler_of(cell_line))
-        guidance.check(cell_line)
+        cell_flags = base.with_values(**values_of(cell, config))
+        cell_flags.check(pending=SAVED_NAMES)
+        common.sampler_of(cell_flags)
     common.start(flags)
     span = parse_range(flags.part(RangeConfig).data_range)
     images, extractor = open_images(config.reference, None, span), extractor_of(flags)
@@ -85,23 +86,21 @@ def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
     """The command line of the sampling command, without what differs between cells."""
     if not config.reference:
         raise UserError("--reference is missing: give an npz, folder or zip of real images")
-    if config.guidance == "cfg" and config.classifier_path:
-        raise UserError("--classifier_path has no effect with --guidance cfg: leave one of them out")
+    if config.guidance == "classifier" and not config.classifier_path:
+        raise UserError("--classifier_path is missing: give a checkpoint or the folder of a run")
     command = KINDS[config.guidance][0]
     of_the_sweep = {spec.name for spec in fields(SweepConfig)}
     given = {name: value for name, value in flags.given.items() if name not in of_the_sweep}
-    given |= {name: value for name, value in asdict(config).items() if name not in ("samplers", "steps", "scales")}
+    given |= {name: value for name, value in asdict(config).items() if name not in OF_A_CELL}
     known = COMMANDS[command].flags()
     return Flags(command, {name: value for name, value in given.items() if name in known})
 
 
-def cell_flags(cell: Cell, base: Flags, config: SweepConfig) -> Flags:
-    """The command line of a cell, over what the model's checkpoint says."""
+def values_of(cell: Cell, config: SweepConfig) -> dict[str, Any]:
+    """The flags of a cell."""
     _, name, neutral, _ = KINDS[config.guidance]
-    given = {**base.given, "sampler": cell.sampler, "steps": cell.steps, name: cell.scale}
-    if cell.scale == neutral:  # where nothing guides, no interval says when
-        given.pop("guidance_interval", None)
-    return Flags(base.command, given, base.saved)
+    interval = "" if cell.scale == neutral else config.guidance_interval  # where nothing guides, none says when
+    return {"sampler": cell.sampler, "steps": cell.steps, name: cell.scale, "guidance_interval": interval}
 
 
 def restore(base: Flags, config: SweepConfig) -> tuple[Restored, Restored | None]:
@@ -109,45 +108,19 @@ def restore(base: Flags, config: SweepConfig) -> tuple[Restored, Restored | None
 
     :raises ValueError: if they do not go together, or cannot be guided so.
     """
-    from . import common
-    from .classifier_sample import check_agreement
+    from . import common, guidance
 
     model = common.restore_unet(base)
-    if config.guidance == "cfg":
-        if config.classes and not model.flags.part(UNetConfig).class_cond:
-            raise UserError(f"--classes {config.classes} has no effect on an unconditional model: leave it out")
-        return model, None
-    classifier = common.restore_classifier(model.flags)
-    check_agreement(model, classifier)
-    return model, classifier
+    return model, guidance.restore_guide(model) if config.guidance == "classifier" else None
 
 
 def sample(
     cell: Cell, folder: str, model: Restored, classifier: Restored | None, config: SweepConfig
 ) -> tuple[str, int]:
     """The samples of a cell, and how often the network is evaluated for a batch of them."""
-    from ..sampling.guidance import without_labels
-    from ..sampling.loop import network_calls
-    from ..script_util import build_diffusion
-    from . import common, guidance
+    from . import sampling
 
-    flags = cell_flags(cell, model.flags, config)
-    sampler = common.sampler_of(flags)
-    flags = common.on_its_grid(flags, sampler)
-    model = replace(model, flags=flags, process=build_diffusion(flags.part(DiffusionConfig)))
-    guided, unet = guidance.guided(model, classifier), flags.part(UNetConfig)
-    labels: dict[str, Any] = {}
-    if classifier is not None:
-        num_classes = classifier.flags.part(ClassifierConfig).num_classes
-        labels = common.labels_of(flags, classifier.classes or model.classes, num_classes)
-    elif unet.class_cond:
-        labels = common.labels_of(flags, model.classes, unet.num_classes)
-    network = without_labels(guided.network) if classifier and not unet.class_cond else guided.network
-    shape = common.image_shape(unet.image_channels, unet.image_size, unet.dims)
-    request = {**guided.request, **model.identity}
-    job = common.job_of(flags, sampler, shape, request, out_dir=folder, **labels)
-    calls = network_calls(model.process, sampler, **guided.options)
-    return common.sample_and_say(flags, model.process, network, job, **guided.options), calls
+    return sampling.draw(model.with_flags(**values_of(cell, config)), classifier, out_dir=folder)
 
 
 main = entry("sweep", sweep)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,24 +13,18 @@ import numpy as np
 import torch as th
 
 from .. import __version__, dist_util, logger
-from ..config import (
-    DataConfig,
-    ExtractorConfig,
-    ImageTrainConfig,
-    LoaderConfig,
-    RunConfig,
-    TrainConfig,
-    TrainEvaluationConfig,
-    TrainSpeedConfig,
-)
-from ..image_datasets import ImageStream, load_data, save_classes
+from ..config import DataConfig, DiffusionConfig, LoaderConfig, RunConfig, SuperResConfig, TrainConfig, TrainSpeedConfig
+from ..gaussian_diffusion import GaussianDiffusion
+from ..image_datasets import ImageStream, load_data, load_superres_data, save_classes
+from ..networks.compiling import compile_network
 from ..resample import create_named_schedule_sampler
 from ..runtime import paths
-from ..runtime.options import defaults, parse_range
-from ..runtime.pictures import planes
+from ..runtime.errors import UserError
+from ..runtime.options import parse_range
+from ..script_util import build_diffusion, build_network
 from ..train_util import Hook, TrainLoop
 from ..training import checkpoints
-from ..training.saving import choose
+from ..training.settings import Settings
 from . import conditioning, finetuning, performance
 from .common import check_kind
 from .flags import COMMANDS, Flags
@@ -39,6 +34,66 @@ Load = Callable[..., ImageStream]
 # never taken from an earlier part of the run
 OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "plugin", "resume_checkpoint")
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A network on its device, and the images that it is trained and measured on.
+
+    :param flags: the command line over those of the run that goes on, or of the network that it starts from.
+    """
+
+    flags: Flags
+    network: Any
+    process: GaussianDiffusion
+    stream: ImageStream
+    validation: ImageStream | None
+
+    def run(self, kind: type[TrainLoop] = TrainLoop, **options: Any) -> None:
+        """Train to the end.
+
+        :param options: keywords of the loop that the flags do not say.
+        """
+        values, train = self.flags.values, self.flags.part(TrainConfig)
+        names = {*inspect.signature(TrainLoop.__init__).parameters, *(spec.name for spec in fields(Settings))}
+        keywords = {name: values[name] for name in names & values.keys()}
+        # without a word about it, here or in a config, an optimizer file decides
+        silent = "lr" not in {**self.flags.given, **self.flags.saved} and train.resume_checkpoint
+        keywords |= {"lr": None} if silent and checkpoints.find_set(train.resume_checkpoint).opt else {}
+        keywords |= {
+            "precision": performance.precision_of(self.flags),
+            "schedule_sampler": create_named_schedule_sampler(train.schedule_sampler, self.process),
+            "config": {"command": self.flags.command, "version": __version__, "flags": values},
+        }
+        keywords |= {"data": self.stream, "val_data": self.validation, "progress": True, **options}
+        kind(model=self.network, diffusion=self.process, **keywords).run_loop()
+        logger.log(f"training complete: everything is in {logger.get_dir()}")
+
+    def run_with_previews(self, previewer: Callable[[Training], Any], hooks: Sequence[Hook] = ()) -> None:
+        """Train to the end, and draw samples on the way where --sample_interval says so.
+
+        :param previewer: makes the function (model, step) that draws them.
+        :param hooks: further looks at the model.
+        """
+        interval = self.flags.values["sample_interval"]
+        self.run(hooks=[*([Hook(interval, previewer(self))] if interval else []), *hooks])
+
+
+def begin(flags: Flags) -> Training:
+    """The network and the images of a training, ready for its loop.
+
+    :raises ValueError: naming the flag that is wrong.
+    """
+    flags = start(flags)
+    schedule, config = flags.part(DiffusionConfig), flags.part(finetuning.KINDS[flags.command][1])
+    network = build_network(config, schedule.learn_sigma).to(dist_util.dev())
+    process = build_diffusion(schedule)
+    streams = open_streams(flags, **_stream_options(flags, config))
+    finetuning.prepare(flags, network, streams.train.classes)
+    performance.recompute(flags, network)
+    if flags.part(TrainSpeedConfig).compile:
+        compile_network(network, "the network in training")
+    return Training(flags, network, process, streams.train, streams.validation)
 
 
 def start(flags: Flags) -> Flags:
@@ -51,8 +106,8 @@ def start(flags: Flags) -> Flags:
     run = flags.part(RunConfig)
     dist_util.setup_dist(device=run.device, timeout=run.dist_timeout)
     flags, choices = performance.with_precision(flags)
-    files, faults = choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
-    flags = Flags(flags.command, {**flags.given, "resume_checkpoint": files.model if files else ""}, flags.saved)
+    files, faults = checkpoints.choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
+    flags = flags.with_values(resume_checkpoint=files.model if files else "")
     if folder and dist_util.rank() == 0:
         refuse_other_run(folder, flags, auto=auto)
     dist_util.barrier()  # nobody writes before rank 0 has looked
@@ -63,11 +118,13 @@ def start(flags: Flags) -> Flags:
         logger.warn(line)
     if files is None:
         logger.rewind(0)  # of a process that was killed before its first checkpoint
-    _seed(run.seed)
-    if flags.values["timestep_respacing"]:
+    random.seed(run.seed)
+    np.random.seed(run.seed % 2**32)
+    th.manual_seed(run.seed % 2**64)
+    if grid := flags.values["timestep_respacing"]:
         logger.warn(
-            f"timestep_respacing {flags.values['timestep_respacing']} in training: the network sees these steps alone, "
-            "and samples with them alone; leave it to sampling"
+            f"timestep_respacing {grid} in training: the network sees these steps alone, and samples with them alone; "
+            "leave it to sampling"
         )
     return flags
 
@@ -78,11 +135,18 @@ def resolved(flags: Flags) -> Flags:
     :raises ValueError: if they contradict each other.
     """
     finetuning.check_beginning(flags)
-    flags = conditioning.with_null_cond(_with_null_class(finetuning.over_source(_over_resumed(flags))))
-    _check(flags)
-    finetuning.check(flags)
-    conditioning.check(flags)
-    performance.check(flags)
+    flags = finetuning.over_source(_over_resumed(flags))
+    flags.check()
+    flags = _with_null_rows(flags)
+    if not (flags.values["data_dir"] or flags.values["dry_run"]):
+        raise UserError("--data_dir is missing: give a folder or a zip of images")
+    if flags.values["dims"] != 2:
+        raise UserError(
+            f"--dims {flags.values['dims']} does not fit pictures, which have 2: leave it out, or give "
+            "guided_diffusion.train_util.TrainLoop data of your own"
+        )
+    if flags.values.get("cond_type"):
+        conditioning.pairing_of(flags)
     return flags
 
 
@@ -91,34 +155,13 @@ def _log_folder(flags: Flags) -> str:
     return paths.local(flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", ""))
 
 
-def _check(flags: Flags) -> None:
-    if not (flags.values["data_dir"] or flags.values["dry_run"]):
-        raise ValueError("--data_dir is missing: give a folder or a zip of images")
-    if flags.values["dims"] != 2:
-        raise ValueError(
-            f"--dims {flags.values['dims']} does not fit pictures, which have 2: leave it out, or give "
-            "guided_diffusion.train_util.TrainLoop data of your own"
-        )
-    samples = set(defaults(TrainEvaluationConfig)) <= set(flags.values)  # else --eval_interval is that of validation
-    _refuse_useless(flags, ["ema_warmup"], "ema_rate")
-    _refuse_useless(flags, ["val_interval", *([] if samples else ["eval_interval"])], "val_data_dir")
-    if samples:
-        _refuse_useless(flags, defaults(TrainEvaluationConfig, ExtractorConfig), "eval_interval")
-
-
-def _refuse_useless(flags: Flags, names: Iterable[str], without: str) -> None:
-    useless = [name for name in names if name in flags.changed and name != without]
-    if useless and not flags.values[without]:
-        raise ValueError(f"--{useless[0]} has no effect without --{without}: give both or none")
-
-
 def _over_resumed(flags: Flags) -> Flags:
     """The command line over everything that the resumed run was started with; a precision auto is that of the run."""
     path = flags.values["resume_checkpoint"]
     if path == "auto":
         folder = _log_folder(flags)
         path = folder if folder and checkpoints.latest(folder) else ""
-        flags = Flags(flags.command, {**flags.given, "resume_checkpoint": path}, flags.saved)
+        flags = flags.with_values(resume_checkpoint=path)
     if not path:
         return flags
     checkpoints.find_set(path)  # that there is one comes before all else
@@ -130,20 +173,22 @@ def _over_resumed(flags: Flags) -> Flags:
     return Flags(flags.command, given, {name: value for name, value in config.items() if name in known})
 
 
-def _with_null_class(flags: Flags) -> Flags:
-    """The flags with the null class that --class_dropout needs."""
+def _with_null_rows(flags: Flags) -> Flags:
+    """The flags with the null class and the null conditioning image that dropping classes and images makes.
+
+    :raises ValueError: if the network that a run goes on with has no null class.
+    """
     values, saved = flags.values, flags.saved
-    rate = values.get("class_dropout", 0)
-    if not rate:
+    if values.get("cond_dropout"):
+        flags = flags.with_values(null_cond=True)
+    if not values.get("class_dropout"):
         return flags
-    if not values["class_cond"]:
-        raise ValueError(f"--class_dropout {rate} has no effect without --class_cond True: give both or none")
     if values["resume_checkpoint"] and saved and not saved.get("null_class"):
-        raise ValueError(
-            f"--class_dropout {rate} needs a null class, and the network of {values['resume_checkpoint']} has none: "
-            "start a new run with it, or leave it out"
+        raise UserError(
+            f"--class_dropout {values['class_dropout']} needs a null class, and the network of "
+            f"{values['resume_checkpoint']} has none: start a new run with it, or leave it out"
         )
-    return Flags(flags.command, {**flags.given, "null_class": True}, saved)
+    return flags.with_values(null_class=True)
 
 
 def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
@@ -152,48 +197,39 @@ def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
     :param auto: what a killed process did not finish may be overwritten, even if there is nothing else.
     :raises ValueError: saying what lies there and how to go on.
     """
-    resumed = flags.values["resume_checkpoint"]
+    resumed, fault = flags.values["resume_checkpoint"], ""
     complete = checkpoints.newest(folder, checksums=bool(resumed))[0]
     newest = -1 if complete is None else complete.step or 0
     if not (resumed or auto):
         newest = max(checkpoints.sets_in(folder), default=-1)
     if resumed:
         files = checkpoints.find_set(resumed)
-        step = files.step or 0
-        if newest > step:
-            raise ValueError(
-                f"{folder} holds checkpoints up to step {newest}, which a run resumed at step {step} would overwrite: "
-                f"give another --log_dir, or --resume_checkpoint {folder} to go on from the last"
+        if newest > (files.step or 0):
+            fault = (
+                f"holds checkpoints up to step {newest}, which a run resumed at step {files.step or 0} would "
+                f"overwrite: give another --log_dir, or --resume_checkpoint {folder} to go on from the last"
             )
-        if newest >= 0 and os.path.realpath(os.path.dirname(files.model)) != os.path.realpath(folder):
-            raise ValueError(
-                f"{folder} holds the checkpoints of another run than {resumed}, up to step {newest}: give another "
-                "--log_dir"
-            )
+        elif newest >= 0 and os.path.realpath(os.path.dirname(files.model)) != os.path.realpath(folder):
+            fault = f"holds the checkpoints of another run than {resumed}, up to step {newest}: give another --log_dir"
     elif newest >= 0:
-        raise ValueError(
-            f"{folder} holds the checkpoints of a run, up to step {newest}: give --resume_checkpoint {folder} to go on "
-            "with it, or another --log_dir"
+        fault = (
+            f"holds the checkpoints of a run, up to step {newest}: give --resume_checkpoint {folder} to go on with it, "
+            "or another --log_dir"
         )
     else:
-        _refuse_other_flags(folder, flags.values)
+        fault = _other_flags(folder, flags.values)
+    if fault:
+        raise UserError(f"{folder} {fault}")
 
 
-def _refuse_other_flags(folder: str, values: Mapping[str, Any]) -> None:
-    there = checkpoints.config_beside(folder) if paths.exists(folder) else {}
-    differing = [name for name in there if name not in OF_A_PROCESS and there[name] != values.get(name, there[name])]
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{folder} is the folder of a run with other flags ({name} {there[name]}, now {values[name]}): give "
-            "another --log_dir, or remove its config.json"
-        )
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    th.manual_seed(seed % 2**64)
+def _other_flags(folder: str, values: Mapping[str, Any]) -> str:
+    """How the flags differ from those in a folder's config.json; '' if they do not."""
+    saved = checkpoints.config_beside(folder) if paths.exists(folder) else {}
+    for name, value in saved.items():
+        if name not in OF_A_PROCESS and value != values.get(name, value):
+            other = f"other flags ({name} {value}, now {values[name]})"
+            return f"is the folder of a run with {other}: give another --log_dir, or remove its config.json"
+    return ""
 
 
 # ---- data
@@ -207,6 +243,18 @@ class Streams:
     validation: ImageStream | None
 
 
+def _stream_options(flags: Flags, config: Any) -> dict[str, Any]:
+    """Keywords of `open_streams` for the images of a network."""
+    if isinstance(config, SuperResConfig):
+        sizes = {name: getattr(config, name) for name in ("large_size", "small_size", "cond_aug", "class_cond")}
+        return {"load": load_superres_data, **sizes}
+    options = {"image_size": config.image_size, "class_cond": getattr(config, "class_cond", True)}
+    if not flags.values.get("cond_type"):
+        return options
+    validation = {"pairing": conditioning.validation_pairing(flags)}
+    return {**options, "pairing": conditioning.pairing_of(flags), "validation": validation}
+
+
 def open_streams(
     flags: Flags, load: Load = load_data, *, validation: Mapping[str, Any] | None = None, **options: Any
 ) -> Streams:
@@ -215,16 +263,17 @@ def open_streams(
     :param validation: keywords of `load` that are others for the validation images.
     :param options: further keywords of `load`: sizes, class_cond.
     """
-    data, train, loader = flags.part(DataConfig), flags.part(TrainConfig), flags.part(LoaderConfig)
+    data, train = flags.part(DataConfig), flags.part(TrainConfig)
+    num_classes = flags.values["num_classes"] if options["class_cond"] else None
     options |= {
+        **asdict(flags.part(LoaderConfig)),
         "batch_size": train.batch_size,
         "image_channels": flags.values["image_channels"],
-        "num_classes": flags.values["num_classes"] if options["class_cond"] else None,
+        "num_classes": num_classes,
         "on_bad_image": data.on_bad_image,
         "data_range": parse_range(data.data_range),
         "label_column": data.label_column,
         "seed": flags.part(RunConfig).seed,
-        **asdict(loader),
         "as_bytes": True,
     }
     known = checkpoints.classes_beside(train.resume_checkpoint) if train.resume_checkpoint else ""
@@ -237,114 +286,24 @@ def open_streams(
         num_workers=data.num_workers,
         **options,
     )
-    if len(stream.classes) < (options["num_classes"] or 0):
+    if len(stream.classes) < (num_classes or 0):
         logger.warn(
-            f"the data have {len(stream.classes)} classes and the network has {options['num_classes']}: give "
+            f"the data have {len(stream.classes)} classes and the network has {num_classes}: give "
             f"--num_classes {len(stream.classes)} for one without rows that are never trained"
         )
     if stream.classes and dist_util.rank() == 0:
         save_classes(os.path.join(logger.get_dir(), checkpoints.CLASSES), stream)
+    if not train.val_data_dir:
+        return Streams(stream, None)
     options |= {"cache_images": False, **(validation or {})}
-    return Streams(stream, _validation(train.val_data_dir, stream, load, options) if train.val_data_dir else None)
+    return Streams(stream, _validation(train.val_data_dir, stream, load, options))
 
 
 def _validation(path: str, train: ImageStream, load: Load, options: dict[str, Any]) -> ImageStream:
     """The validation images, with the ids that the classes have in training."""
-    options = {**options, "log": lambda line: None if line.startswith(" ") else logger.log(f"validation: {line}")}
+    options["log"] = lambda line: None if line.startswith(" ") else logger.log(f"validation: {line}")
     labels = {"class_from": train.class_from, "classes": train.classes} if train.classes else {}
     try:
         return load(data_dir=path, random_crop=False, random_flip=False, fit=True, **labels, **options)
     except ValueError as error:
-        raise ValueError(f"--val_data_dir: {error}") from error
-
-
-def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-    """Images from all over the data set, and their labels, without moving the stream."""
-    size = len(stream.dataset)
-    items = [stream.dataset[0, index * size // count] for index in range(count)]
-    labels = {name: th.from_numpy(np.stack([label[name] for _, label in items])) for name in items[0][1]}
-    return th.from_numpy(np.stack([image for image, _ in items])), labels
-
-
-# ---- the loop
-
-
-def loop_keywords(flags: Flags, diffusion: Any, streams: Streams) -> dict[str, Any]:
-    """The keywords of `TrainLoop` that all training commands give it."""
-    names = {spec.name for spec in fields(TrainConfig)} - {"val_data_dir", "schedule_sampler", "lr"}
-    values, train = flags.values, flags.part(TrainConfig)
-    # Without a word about it, here or in a config, an optimizer file decides.
-    said = "lr" in flags.given or "lr" in flags.saved or not train.resume_checkpoint
-    resumed = checkpoints.find_set(train.resume_checkpoint).opt if train.resume_checkpoint else ""
-    return {
-        **{name: values[name] for name in names},
-        "fsdp": flags.part(TrainSpeedConfig).fsdp,
-        "lr": train.lr if said or not resumed else None,
-        "seed": flags.part(RunConfig).seed,
-        "diffusion": diffusion,
-        "data": streams.train,
-        "val_data": streams.validation,
-        "schedule_sampler": create_named_schedule_sampler(train.schedule_sampler, diffusion),
-        "progress": True,
-        "config": {"command": flags.command, "version": __version__, "flags": values},
-    }
-
-
-def train_diffusion(
-    flags: Flags,
-    model: Any,
-    diffusion: Any,
-    streams: Streams,
-    *,
-    precision: str,
-    previewer: Callable[..., Any],
-    hooks: Sequence[Hook] = (),
-) -> None:
-    """Run the loop of a diffusion model or an upsampler to its end.
-
-    :param previewer: (flags, diffusion, stream) -> the function that draws previews, asked for where there are any.
-    :param hooks: further looks at the model.
-    """
-    loop = flags.part(ImageTrainConfig)
-    previews = [Hook(loop.sample_interval, previewer(flags, diffusion, streams.train))] if loop.sample_interval else []
-    TrainLoop(
-        model=model,
-        precision=precision,
-        max_steps=loop.max_steps,
-        lr_anneal_steps=loop.lr_anneal_steps,
-        val_interval=loop.val_interval,
-        class_dropout=loop.class_dropout,
-        hooks=[*previews, *hooks],
-        **loop_keywords(flags, diffusion, streams),
-    ).run_loop()
-    finish()
-
-
-def preview_path(step: int) -> str:
-    """Where the preview grid of a step goes."""
-    return os.path.join(previews_folder(), f"{step:06d}.png")
-
-
-def previews_folder() -> str:
-    """Where all previews go."""
-    folder = os.path.join(logger.get_dir(), "previews")
-    os.makedirs(folder, exist_ok=True)
-    return folder
-
-
-def compare_colours(step: int, samples: Any, images: th.Tensor) -> None:
-    """Log mean and deviation of each channel of a preview and of the data: a tint shows here first.
-
-    :param samples: uint8 [N, H, W, C]; `images` are [N, C, H, W] in [-1, 1].
-    """
-    rows = {"samples": planes(samples), "data": images}
-    texts = [
-        f"{name} {' '.join(f'{float(v[:, c].mean()):+.2f}/{float(v[:, c].std()):.2f}' for c in range(v.shape[1]))}"
-        for name, v in rows.items()
-    ]
-    logger.log(f"preview at step {step}, mean/deviation of the channels: {', '.join(texts)}")
-
-
-def finish() -> None:
-    """Say where everything is: the last line of a run."""
-    logger.log(f"training complete: everything is in {logger.get_dir()}")
+        raise UserError(f"--val_data_dir: {error}") from error

@@ -30,7 +30,7 @@ from ..runtime.options import nearest, parse_size, saved_values
 from ..runtime.pictures import to_unit
 from ..runtime.seeds import to_device
 from ..script_util import build_classifier
-from ..training import checkpoints, weights as weight_files
+from ..training.checkpoints import open_checkpoint
 from .weights import find_inception, load_inception
 
 VERSION = 1  # of the preparation of images for the networks; features of other versions are computed again
@@ -173,12 +173,11 @@ def _read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
 
     :raises OSError, ValueError: if there is none, or it is another network.
     """
-    path = checkpoints.resolve_model(path)
-    saved = checkpoints.config_beside(path)
+    checkpoint = open_checkpoint(path)
+    path, saved = checkpoint.path, checkpoint.flags
     if not saved:  # images have the default size unless an attention pool tells theirs
-        state_dict, _ = weight_files.weights_of(path)
-        saved = architecture(state_dict)
-        saved = architecture(state_dict, saved.get("image_size", ClassifierConfig().image_size)) | saved
+        saved = architecture(checkpoint.weights)
+        saved = architecture(checkpoint.weights, saved.get("image_size", ClassifierConfig().image_size)) | saved
     if "classifier_width" not in saved or saved.get("dims", 2) != 2 or saved.get("image_channels", 3) not in MODES:
         raise ValueError(
             f"--features classifier:{path} is no classifier of grey or RGB images: give the checkpoint of a classifier "
@@ -187,7 +186,7 @@ def _read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
     config = ClassifierConfig(**{**saved_values(saved, ClassifierConfig), "classifier_precision": precision})
     with th.device("meta"):  # a config may ask for any size: only what fits the weights takes memory
         frame = build_classifier(config)
-    state_dict = weight_files.fitting_weights(frame, path, asdict(config))
+    state_dict = checkpoint.fitting(frame, asdict(config))
     network = build_classifier(config)
     network.load_state_dict(state_dict)
     logger.log(f"features classifier: {path}")

@@ -365,4 +365,9 @@ def writing(path: str) -> Iterator[BinaryIO]:
 def write_json(path: str, value: Any) -> None:
     """Write a value as JSON; readers of `path` see the old file or the whole new one."""
     with writing(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
+        file.write(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """The text of a JSON file."""
+    return (json.dumps(value, indent=1) + "\n").encode()

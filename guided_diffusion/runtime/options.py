@@ -31,28 +31,32 @@ def flag(
     alias: str = "",
     convert: Callable[[str], Any] | None = None,
     positional: bool = False,
+    needs: str = "",
+    excludes: str = "",
 ) -> T:
     """A dataclass field that is also a flag.
 
     :param runtime: True for what may change between training and sampling (precision, memory): never taken from a
         checkpoint's config.
     :param convert: text -> value where the type of the default does not say it.
-    :param positional: True for a word that a command always needs, written without a name, in the order of the fields;
-        one with a tuple as its default takes several.
+    :param positional: True for a word that a command always needs, written without a name, in the order of the fields.
+    :param needs: conditions on other flags without which this one has no effect: NAME, NAME=a,b or NAME!=a,b; "x|y" is
+        met by one of the two, "x&y" by both, and all of several words have to be met. A section's own `NEEDS` are those
+        of each of its flags. Flags that a command does not have are left out.
+    :param excludes: conditions on other flags that contradict this one.
     """
-    limits = {"choices": tuple(choices), "at_least": at_least, "at_most": at_most}
-    extra = {"runtime": runtime, "alias": alias, "convert": convert, "positional": positional}
-    return field(default=default, metadata={"help": help, **limits, **extra})
+    extra = {name: value for name, value in locals().items() if name != "default"}
+    return field(default=default, metadata={**extra, "choices": tuple(choices)})
 
 
-def path_flag(help: str, default: str = "", *, positional: bool = False) -> str:
+def path_flag(help: str, default: str = "", **options: Any) -> str:
     """The flag of a path to read from."""
-    return flag(default, help, positional=positional, convert=paths.resolve)
+    return flag(default, help, convert=paths.resolve, **options)
 
 
-def local_flag(help: str, default: str = "", *, positional: bool = False) -> str:
+def local_flag(help: str, default: str = "", **options: Any) -> str:
     """The flag of a path on this machine, such as all that is written to."""
-    return flag(default, help, positional=positional, convert=paths.local)
+    return flag(default, help, convert=paths.local, **options)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -146,7 +150,7 @@ def parse_range(text: str) -> tuple[float, float] | None:
     if not numbers:
         return None
     if len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
-        raise UserError(f"data_range {text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
+        raise UserError(f"{text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
     return numbers[0], numbers[1]
 
 
@@ -215,15 +219,17 @@ def _converted(spec: Field[Any], text: str) -> Any:
 
 def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
     choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
+    fault = ""
     if isinstance(value, float) and not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    if choices and str(value) not in choices:
-        allowed = ", ".join(choice or "''" for choice in choices)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {allowed}{nearest(text, choices)}")
-    if low is not None and not value >= low:
-        raise argparse.ArgumentTypeError(f"{text} is below the least value, {low}")
-    if high is not None and not value <= high:
-        raise argparse.ArgumentTypeError(f"{text} is above the greatest value, {high}")
+        fault = f"{text} is not a finite number"
+    elif choices and str(value) not in choices:
+        fault = f"{text!r} is none of {', '.join(choice or repr('') for choice in choices)}{nearest(text, choices)}"
+    elif low is not None and value < low:
+        fault = f"{text} is below the least value, {low}"
+    elif high is not None and value > high:
+        fault = f"{text} is above the greatest value, {high}"
+    if fault:
+        raise argparse.ArgumentTypeError(fault)
 
 
 def means_not_given(spec: Field[Any], value: Any) -> bool:
@@ -240,19 +246,15 @@ def saved_values(saved: Mapping[str, Any], *sections: type[Any]) -> dict[str, An
     known = {spec.name: spec for section in sections for spec in fields(section)}
     taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
     for name, value in taken.items():
-        fault = _fault_of(known[name], value)
+        spec, fault = known[name], ""
+        kinds = f"{spec.type} int" if "float" in spec.type else spec.type
+        if type(value).__name__ not in kinds.replace("|", "").split():
+            fault = f"should be of type {spec.type}"
+        else:
+            try:
+                reader_of(spec)(str(value))
+            except (ValueError, argparse.ArgumentTypeError) as error:
+                fault = f"is not to be used ({error})"
         if fault:
             raise UserError(f"the checkpoint's config.json says {name} {f'{value!r:.200}'}, which {fault}")
     return taken
-
-
-def _fault_of(spec: Field[Any], value: Any) -> str:
-    """What is wrong with the saved value of a flag; '' if the command line would take it."""
-    kinds = f"{spec.type} int" if "float" in spec.type else spec.type
-    if type(value).__name__ not in kinds.replace("|", "").split():
-        return f"should be of type {spec.type}"
-    try:
-        reader_of(spec)(str(value))
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        return f"is not to be used ({error})"
-    return ""

@@ -191,16 +191,6 @@ def _held(content: Any) -> str:
 # ---- whether they fit a network
 
 
-def weights_of(path: str) -> tuple[dict[str, th.Tensor], str]:
-    """`pick`, of a path alone."""
-    return pick(path, "")
-
-
-def fitting_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> dict[str, th.Tensor]:
-    """`Checkpoint.fitting`, of the path of its file."""
-    return checked(weights_of(path), network, path, flags or {})
-
-
 def checked(
     picked: tuple[dict[str, th.Tensor], str], network: th.nn.Module | State, path: str, flags: Mapping[str, Any]
 ) -> dict[str, th.Tensor]:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from ranks import Nursery
-from test_sample_commands import NAMES as CLASSES, NETWORK, PROCESS, SCRIPTS, scrambled, write_run
+from runs import NAMES as CLASSES, NETWORK, PROCESS, SCRIPTS, Runs, scrambled, write_run
 
 from guided_diffusion.commands import cascade_sample, super_res_sample
 from guided_diffusion.config import ClassifierConfig, SuperResConfig, UNetConfig
 from guided_diffusion.runtime.files import write_json
-from guided_diffusion.script_util import build_classifier, build_unet, build_upsampler
+from guided_diffusion.script_util import build_unet
 
 BASE = UNetConfig(image_size=4, **NETWORK)
 FIRST = SuperResConfig(small_size=4, large_size=8, **NETWORK, null_class=True)
@@ -38,25 +38,12 @@ CLASSIFIER = ClassifierConfig(
 FILES = ["base/samples_5x4x4x3.npz", "up1/samples_5x8x8x3.npz", "up2/samples_5x16x16x3.npz"]
 
 
-class Runs:
-    """A folder of each network."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        write_run(root / "base", "image_train", scrambled(build_unet(BASE, True)), BASE, PROCESS)
-        write_run(root / "first", "super_res_train", scrambled(build_upsampler(FIRST, True)), FIRST, PROCESS)
-        write_run(root / "last", "super_res_train", scrambled(build_upsampler(LAST, True)), LAST, PROCESS)
-        write_run(root / "classifier", "classifier_train", scrambled(build_classifier(CLASSIFIER)), CLASSIFIER, PROCESS)
-
-    def __getitem__(self, name: str) -> str:
-        return str(self.root / name)
-
-    def stages(self) -> list[str]:
-        """Three stages, each with a sampler and guidance of its own."""
-        base = f"--base.model_path {self['base']} --base.classifier_path {self['classifier']} --base.classifier_scale 2"
-        first = f"--up1.model_path {self['first']} --up1.cfg_scale 2 --up1.sampler dpm++2m --up1.steps 3"
-        last = f"--up2.model_path {self['last']} --up2.use_ddim --up2.cond_aug_level 0.25 --up2.batch_size 3"
-        return f"{base} --base.steps 3 {first} {last} --up2.timestep_respacing 2".split()
+def stages_of(runs: Runs) -> list[str]:
+    """Three stages, each with a sampler and guidance of its own."""
+    base = f"--base.model_path {runs['base']} --base.classifier_path {runs['classifier']} --base.classifier_scale 2"
+    first = f"--up1.model_path {runs['first']} --up1.cfg_scale 2 --up1.sampler dpm++2m --up1.steps 3"
+    last = f"--up2.model_path {runs['last']} --up2.use_ddim --up2.cond_aug_level 0.25 --up2.batch_size 3"
+    return f"{base} --base.steps 3 {first} {last} --up2.timestep_respacing 2".split()
 
 
 SHARED = ["--num_samples", "5", "--batch_size", "2", "--seed", "7", "--classes", "owl,cat"]
@@ -64,14 +51,14 @@ SHARED = ["--num_samples", "5", "--batch_size", "2", "--seed", "7", "--classes",
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+    return Runs(tmp_path_factory.mktemp("runs"), base=BASE, first=FIRST, last=LAST, classifier=CLASSIFIER)
 
 
 @pytest.fixture(scope="module")
 def made(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the cascade leaves."""
     folder = tmp_path_factory.mktemp("cascade") / "out"
-    cascade_sample.main([*SHARED, *runs.stages(), "--save_images", "--log_dir", str(folder)])
+    cascade_sample.main([*SHARED, *stages_of(runs), "--save_images", "--log_dir", str(folder)])
     return folder
 
 
@@ -126,10 +113,10 @@ def test_a_file_of_stages_says_the_same_and_the_command_line_has_the_last_word(
     )
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     (tmp_path / "stages.toml").write_text(toml)
-    by_words = stages.parse_stages([*SHARED, *runs.stages()])[1]
+    by_words = cascade_sample.parse_stages([*SHARED, *stages_of(runs)])[1]
     for file in ("stages.json", "stages.toml"):
         argv = [*SHARED, "--stages", str(tmp_path / file), "--up1.cfg_scale=2", "--up2.batch_size", "3"]
-        assert stages.parse_stages(argv)[1] == by_words
+        assert cascade_sample.parse_stages(argv)[1] == by_words
     cascade_sample.main([*argv, "--log_dir", str(tmp_path / "out")])
     assert contents(tmp_path / "out") == contents(made)
 
@@ -137,7 +124,7 @@ def test_a_file_of_stages_says_the_same_and_the_command_line_has_the_last_word(
 def test_an_interrupted_cascade_goes_on_where_it_stopped(
     runs: Runs, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = [*SHARED, *runs.stages(), "--log_dir", str(tmp_path)]
+    argv = [*SHARED, *stages_of(runs), "--log_dir", str(tmp_path)]
     whole, calls = super_res_sample.sample, []
 
     def interrupted(flags: Any) -> str:
@@ -157,7 +144,7 @@ def test_an_interrupted_cascade_goes_on_where_it_stopped(
 
 
 def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path, ranks: Nursery) -> None:
-    flags = [*SHARED, *runs.stages(), "--log_dir", tmp_path, "--device", "cpu"]
+    flags = [*SHARED, *stages_of(runs), "--log_dir", tmp_path, "--device", "cpu"]
     result = ranks.run([SCRIPTS / "cascade_sample.py", *flags])
     assert result.returncode == 0, result.stderr
     assert contents(tmp_path) == contents(made)
@@ -167,12 +154,12 @@ def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path,
     ("more", "message"),
     [
         (
-            "--up1.model_path RUNS/last",
-            "stage up1: the upsampler enlarges images of 8x8 with 3 channels, and the stage ",
+            "--up2.model_path RUNS/first --up2.cond_aug_level 0",
+            "stage up2: the upsampler enlarges images of 4x4 with 3 channels, and the stage before makes 8x8 with 3",
         ),
         ("--up1.model_path RUNS/base", "stage up1: --model_path"),
         ("--base.model_path RUNS/nowhere", "stage base: "),
-        ("--up2.steps 4", "stage up2: --steps 4 and --timestep_respacing 2 both say which steps to take"),
+        ("--up2.steps 4", "stage up2: error: --steps and --timestep_respacing exclude each other"),
         ("--up2.timestep_respacing 99", "stage up2: timestep_respacing cannot take 99 steps"),
         ("--up2.cond_aug_level 0.75", "stage up2: --cond_aug_level 0.75 is above 0.5"),
         ("--up1.classes owl", "stage up1: --classes owl has no effect, as the images have labels of their own"),
@@ -182,8 +169,11 @@ def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path,
         ("--up1.num_samples 3", "stage up1 has no num_samples of its own: write --num_samples"),
         ("--up1.base_samples x", "stage up1 has no base_samples of its own: each stage takes its images from the one "),
         ("--up3.large_size 32", "stage up3: --model_path is missing"),
-        ("--up4.steps 3", "there is a stage up4, and the stages of 4 are base, up1, up2, up3"),
-        ("--upp.steps 3", "there is a stage upp"),
+        (
+            "--up4.steps 3",
+            "the stages are base, up1, up2, up3, and up3 is missing: give its flags, as --up3.model_path",
+        ),
+        ("--upp.steps 3", "the stages are base, up1, up2, up3, and up3 is missing"),
         ("--numsamples 3", "cascade_sample.py: error: unknown flag --numsamples; did you mean --num_samples?"),
         ("--stages nowhere.toml", "--stages nowhere.toml cannot be used (No such file or directory)"),
     ],
@@ -192,7 +182,7 @@ def test_mistakes_are_seen_before_anything_is_sampled(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
 ) -> None:
     words = [word.replace("RUNS", str(runs.root)) for word in more.split()]
-    assert message in refused([*SHARED, *runs.stages(), *words, "--log_dir", str(tmp_path)], capsys)
+    assert message in refused([*SHARED, *stages_of(runs), *words, "--log_dir", str(tmp_path)], capsys)
     assert not list(tmp_path.rglob("*.npz"))
     assert not (tmp_path / "base").exists()
 
@@ -201,14 +191,14 @@ def test_mistakes_are_seen_before_anything_is_sampled(
     ("name", "text", "message"),
     [
         ("a.json", "{", "cannot be used ("),
-        ("a.json", "[1]", "it holds no flags by stage"),
-        ("a.json", '{"base": 1}', "it holds no flags by stage"),
-        ("a.json", '{"base": {"steps": [1]}}', "steps is no text, number, true or false"),
+        ("a.json", "[1]", "cannot be used ("),
+        ("a.json", '{"base": 1}', "cannot be used ("),
+        ("a.json", '{"base": {"steps": [1]}}', "[1] is no text, number, true or false"),
         ("a.toml", "[base\n", "cannot be used ("),
         ("a.toml", "\x00", "cannot be used ("),
-        ("a.json", '{"base": {"model_path": "x"}, "base2": {}}', "there is a stage base2"),
-        ("a.json", '{"up1": {"model_path": "x"}}', "stage base is missing: give its flags, as --base.model_path"),
-        ("a.json", '{"base": {"model_path": "x"}}', "stage up1 is missing"),
+        ("a.json", '{"base": {"model_path": "x"}, "base2": {}}', "base2 is none of these"),
+        ("a.json", '{"up1": {"model_path": "x"}}', "base is missing: give its flags, as --base.model_path"),
+        ("a.json", '{"base": {"model_path": "x"}}', "up1 is missing"),
         ("a.json", '{"base": {"classifier_scale": 2}, "up1": {}}', "has no effect without --classifier_path"),
         (
             "a.json",
@@ -234,7 +224,10 @@ def test_classes_must_be_there_and_the_same(runs: Runs, tmp_path: Path, capsys: 
     up = ["--up1.model_path", runs["first"], "--up1.timestep_respacing", "1", "--num_samples", "2"]
     for name, message in (
         ("unlabelled", "stage up1: the upsampler is class-conditional and the images have no labels"),
-        ("other", "stage up1: the upsampler has classes cat, dog, owl, and the stage before cat, dog, cow"),
+        (
+            "other",
+            "stage up1: the upsampler has classes ['cat', 'dog', 'owl'], and the stage before ['cat', 'dog', 'cow']",
+        ),
     ):
         argv = ["--base.model_path", str(tmp_path / name), *up, "--log_dir", str(tmp_path / "out")]
         assert message in refused(argv, capsys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 import guided_diffusion.commands
 from conversion.command import DATASETS
-from guided_diffusion.commands import common, conditioning, editing, flags as cli
+from guided_diffusion.commands import flags as cli
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, NetworkConfig, UNetConfig, resolve_precision
 from guided_diffusion.runtime.options import check_keywords, defaults, nearest, parse_size, size_flag
 
@@ -219,7 +220,7 @@ def test_published_command_lines_parse_unchanged(command, line):
         ("--eta -0.5", "argument --eta: -0.5 is below the least value, 0"),
         ("--churn -2", "argument --churn: -2 is below the least value, 0"),
         ("--order -1", "argument --order: -1 is below the least value, 1"),
-        ("--strength -0.5", "argument --strength: -0.5 is below the least value, 0"),
+        ("--strength -0.5", "argument --strength: -0.5 is below the least value, 1e-06"),
         ("--cfg_scale nan", "argument --cfg_scale: nan is not a finite number"),
         ("--autoguide_scale inf", "argument --autoguide_scale: inf is not a finite number"),
         ("--dynamic_threshold nan", "argument --dynamic_threshold: nan is not a finite number"),
@@ -314,47 +315,122 @@ def test_a_default_that_is_given_is_as_if_it_were_not(command):
     assert absent == {name for name in absent if (name, EVERY[command].flags()[name].default) in NOT_GIVEN}
 
 
-def checks_of_sampling(flags):
-    """What the sampling commands look at before there are networks."""
-    from guided_diffusion.commands import guidance, super_res_sample
-
-    sampler = common.sampler_of(flags)
-    found = [common.on_its_grid(flags, sampler).values, sampler]
-    if flags.command == "super_res_sample":
-        super_res_sample.check(flags)
-    else:
-        guidance.check(flags)
-        editing.check(flags, sampler)
-        conditioning.check_sampling(flags)
-    return found
-
-
-def checks_of_training(flags):
-    from guided_diffusion.commands import training
-
-    return training.resolved(cli.Flags(flags.command, {**flags.given, "data_dir": "images"})).values
-
-
-def checks_of_measuring(flags):
-    from guided_diffusion.commands import conditioning, image_nll
-
-    image_nll.refuse_idle(flags)
-    conditioning.check(flags)
-
-
-CHECKS = {
-    **dict.fromkeys(("image_sample", "classifier_sample", "super_res_sample"), checks_of_sampling),
-    **dict.fromkeys(("image_train", "classifier_train", "super_res_train"), checks_of_training),
-    "image_nll": checks_of_measuring,
-}
-
-
-@pytest.mark.parametrize("command", CHECKS)
+@pytest.mark.parametrize("command", EVERY)
 def test_no_rule_about_flags_without_effect_minds_a_default(command):
-    bare, given = CHECKS[command](cli.parse(command, [])), cli.parse(command, spelled_out(command)[1]).given
-    for said in ({name: value} for name, value in given.items()):
-        assert CHECKS[command](cli.Flags(command, said)) == bare, said
-    assert CHECKS[command](cli.Flags(command, given)) == bare
+    given = cli.parse(command, [word for words in spelled_out(command) for word in words]).given
+    for said in (given, *({name: value} for name, value in given.items())):
+        cli.Flags(command, said).check()
+
+
+def test_conditions_name_flags():
+    conditions = {
+        condition
+        for command in cli.COMMANDS.values()
+        for name, spec in command.flags().items()
+        for text in (*command.needs(name), *spec.metadata["excludes"].split())
+        for condition in re.split(r"[|&]", text)
+    }
+    known = {name for command in cli.COMMANDS.values() for name in command.flags()}
+    assert len(conditions) > 20
+    assert {re.split("!?=", condition)[0] for condition in conditions} <= known
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "sentence"),
+    [
+        (
+            "image_sample",
+            "--mask m.png",
+            "--mask has no effect without --init_image: leave it out or give --init_image",
+        ),
+        ("image_sample", "--strength 0.5", "--strength has no effect without --init_image: leave it out or"),
+        ("image_sample", "--invert", "--invert has no effect without --init_image"),
+        ("image_sample", "--init_image i --mask_invert", "--mask_invert has no effect without --mask"),
+        ("image_sample", "--init_image i --resample 2", "--resample has no effect without --mask"),
+        (
+            "image_sample",
+            "--init_image i --mask m --resample_jump 2",
+            "--resample_jump has no effect without --resample other than 1: leave it out or give",
+        ),
+        ("image_sample", "--init_classes 1", "--init_classes has no effect without --invert or --interpolate: "),
+        (
+            "image_sample",
+            "--init_image i --interpolate j --mask m",
+            "--interpolate and --mask exclude each other: give",
+        ),
+        ("image_sample", "--init_image i --interpolate j --num_samples 1", "without --num_samples other than 1"),
+        ("image_sample", "--steps 4 --timestep_respacing 4", "--steps and --timestep_respacing exclude each other: "),
+        ("image_sample", "--sampler ddpm --use_ddim True", "--use_ddim and --sampler exclude each other: give one"),
+        ("image_sample", "--sampler ddim --use_ddim True", ""),
+        ("image_sample", "--cfg_rescale 0.5", "--cfg_rescale has no effect without --cfg_scale other than 1.0: leave"),
+        ("image_sample", "--autoguide_scale 2", "--autoguide_scale has no effect without --autoguide_path"),
+        (
+            "image_sample",
+            "--autoguide_path x",
+            "--autoguide_path has no effect without --autoguide_scale other than 1.0",
+        ),
+        (
+            "image_sample",
+            "--guidance_interval 5,20",
+            "--guidance_interval has no effect without --cfg_scale other than 1.0 or --autoguide_path: leave it out",
+        ),
+        ("image_sample", "--lora_scale 2", "--lora_scale has no effect without --lora_path"),
+        ("image_sample", "--cond_class_from auto", "--cond_class_from has no effect without --cond_images"),
+        ("image_sample", "--cfg_scale 2", ""),  # the checkpoint says whether there are classes
+        ("classifier_sample", "--classifier_path x --classifier_scale 0 --guidance_interval 10,30", "has no effect"),
+        ("classifier_sample", "--classifier_path x --guidance_interval 10,30", ""),
+        ("classifier_sample", "--classifier_path x --clip_guided True", "without --sampler or --use_ddim"),
+        ("classifier_sample", "--classifier_path x --clip_guided True --sampler ddpm", "--sampler other than ddpm"),
+        (
+            "classifier_sample",
+            "--classifier_path x --clip_guided True --use_ddim --clip_denoised False",
+            "--clip_guided has no effect without --clip_denoised or --dynamic_threshold",
+        ),
+        ("super_res_sample", "--classifier_scale 2", "--classifier_scale has no effect without --classifier_path"),
+        ("super_res_sample", "--image_size 8", "--image_size has no effect without --classifier_path"),
+        ("super_res_sample", "--guidance_interval 5,20", "or --classifier_path with --classifier_scale: leave it out"),
+        ("image_nll", "--probes 3", "--probes has no effect without --likelihood flow: leave it out or give"),
+        ("image_nll", "--save_terms --likelihood flow", "--save_terms has no effect without --likelihood vlb"),
+        ("image_nll", "--likelihood flow --flow_solver heun --flow_tolerance 1", "without --flow_solver rk45"),
+        ("image_train", "--val_interval 3", "--val_interval has no effect without --val_data_dir"),
+        ("image_train", "--ema_warmup --ema_rate=", "--ema_warmup has no effect without --ema_rate: leave it out"),
+        ("image_train", "--class_dropout 0.1", "--class_dropout has no effect without --class_cond"),
+        ("image_train", "--compile --fsdp", "--compile and --fsdp exclude each other: give one"),
+        ("image_train", "--fsdp --microbatch auto", "--fsdp and --microbatch exclude each other: give one"),
+        ("image_train", "--checkpoint_resolutions 8 --use_checkpoint", "exclude each other: give one"),
+        ("image_train", "--lora_alpha 2", "--lora_alpha has no effect without --lora_rank"),
+        ("image_train", "--lora_rank 3 --init_from x --freeze out.*", "--freeze and --lora_rank exclude each other"),
+        ("image_train", "--lora_rank 2", "--lora_rank has no effect without --init_from"),
+        ("image_train", "--init_mismatch reinit", "--init_mismatch has no effect without --init_from"),
+        ("image_train", "--eval_samples 20", "--eval_samples has no effect without --eval_interval"),
+        ("image_train", "--cond_dropout 0.1", "--cond_dropout has no effect without --cond_type"),
+        ("image_train", "--resume_checkpoint auto --cond_dropout 0.1", ""),  # that of the run that goes on
+        ("classifier_train", "--eval_interval 3", "--eval_interval has no effect without --val_data_dir"),
+        ("classifier_train", "--noised False --schedule_sampler loss-second-moment", "without --noised: leave it out"),
+        (
+            "sweep",
+            "--guidance cfg --classifier_path x",
+            "--classifier_path has no effect without --guidance classifier",
+        ),
+    ],
+)
+def test_flags_without_effect_or_contrary_are_answered_by_a_sentence(command, line, sentence, capsys):
+    if not sentence:
+        cli.parse(command, line.split())
+        return
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(command, line.split())
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_what_the_checkpoint_says_is_known_when_it_is_read():
+    flags = cli.parse("image_sample", ["--cfg_scale", "2", "--classes", "1"])
+    with pytest.raises(
+        ValueError, match="--cfg_scale has no effect without --class_cond or --cond_type, and the check"
+    ):
+        flags.over({"class_cond": False, "cond_type": ""}, UNetConfig).check()
+    flags.over({"class_cond": True, "cond_type": ""}, UNetConfig).check()
 
 
 def test_iterations_and_max_steps_are_one_flag():
@@ -466,7 +542,8 @@ def test_a_plugin_adds_a_sampler_before_the_flags_are_checked(tmp_path, capsys, 
 
 
 def test_flags_need_no_torch():
-    code = "import sys; from guided_diffusion import cli; cli.parse('image_sample', []); print('torch' in sys.modules)"
+    code = "import sys; from guided_diffusion.commands.flags import parse\n"
+    code += "parse('image_sample', []); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 

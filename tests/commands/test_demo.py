@@ -11,13 +11,14 @@ from PIL import Image
 
 from guided_diffusion.commands import demo
 from guided_diffusion.commands.sections import DemoConfig
+from guided_diffusion.runtime.pictures import planes
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_accuracy_counts_the_labels_that_the_classifier_gives():
     """A classifier that sees whether an image is bright gets the bright and the dark ones right."""
-    images = demo.to_float(np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 10, 250, 255)]))
+    images = planes(np.stack([np.full((4, 4, 3), level, np.uint8) for level in (0, 10, 250, 255)]))
     assert images.amin() == -1
     assert images.amax() == 1
 

@@ -20,24 +20,40 @@ import torch as th
 import torch.nn.functional as F
 from PIL import Image
 from ranks import Nursery
+from runs import (
+    CLASSIFIER,
+    GUIDED,
+    NAMES,
+    PROCESS,
+    SAMPLING,
+    SCRIPTS,
+    UNCONDITIONAL,
+    UNET,
+    UPSAMPLER,
+    WEAK,
+    Main,
+    Runs,
+    by_hand,
+    saved_by,
+    scrambled,
+    write_run,
+)
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.commands import (
     classifier_sample,
-    common,
     flags as cli,
     image_nll,
     image_sample,
+    sampling,
     super_res_sample,
 )
-from guided_diffusion.commands.common import labels_of, restore_unet, restore_upsampler
+from guided_diffusion.commands.common import Plan, Restored, restore_unet, restore_upsampler
 from guided_diffusion.commands.editing import adds_noise
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
+from guided_diffusion.commands.sampling import labels_of
+from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.runtime.files import write_json
-from guided_diffusion.runtime.options import defaults
-from guided_diffusion.runtime.pictures import to_uint8
-from guided_diffusion.runtime.seeds import image_generator
 from guided_diffusion.sampling.editing import invert, slerp
 from guided_diffusion.sampling.guidance import (
     autoguidance,
@@ -49,84 +65,14 @@ from guided_diffusion.sampling.guidance import (
 )
 from guided_diffusion.sampling.loop import network_calls
 from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
-from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from guided_diffusion.script_util import build_classifier, build_diffusion, build_upsampler
 from guided_diffusion.training import checkpoints
-
-Main = Callable[[list[str]], None]
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMES = ["cat", "dog", "owl"]
-PROCESS = DiffusionConfig(diffusion_steps=40, noise_schedule="cosine", learn_sigma=True, timestep_respacing="4")
-NETWORK: dict[str, Any] = {
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1,1",
-    "attention_resolutions": "4",
-    "num_heads": 2,
-    "num_classes": 3,
-    "class_cond": True,
-}
-UNET = UNetConfig(image_size=8, **NETWORK)
-UNCONDITIONAL = UNetConfig(image_size=8, **{**NETWORK, "class_cond": False})
-GUIDED = UNetConfig(image_size=8, **NETWORK, null_class=True)
-WEAK = UNetConfig(image_size=8, **{**NETWORK, "num_res_blocks": 2})
-UPSAMPLER = SuperResConfig(large_size=8, small_size=4, **NETWORK)
-CLASSIFIER = ClassifierConfig(
-    image_size=8,
-    num_classes=3,
-    classifier_width=32,
-    classifier_depth=1,
-    classifier_channel_mult="1,2",
-    classifier_attention_resolutions="4",
-)
-SAMPLING = ["--num_samples", "5", "--batch_size", "2", "--timestep_respacing", "4"]
-
-
-def scrambled(network: th.nn.Module) -> Any:
-    """The network with random weights everywhere, also where training starts from zeros."""
-    generator = th.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        parameter.data = 0.05 * th.randn(parameter.shape, generator=generator) + (parameter.ndim == 1)
-    return network.eval()
-
-
-def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) -> Path:
-    """A folder as training leaves it."""
-    flags = defaults(*cli.COMMANDS[command].sections)
-    for config in configs:
-        flags |= {name: value for name, value in asdict(config).items() if name in flags}
-    checkpoints.save(str(folder / "ema_0.5_000100.pt"), network.state_dict())
-    write_json(str(folder / "config.json"), {"command": command, "version": "0", "flags": flags})
-    table = {"classes": NAMES, "class_from": "filename", "counts": [1, 1, 1]}
-    write_json(str(folder / "classes.json"), table)
-    return folder
-
-
-class Runs:
-    """A folder and a network of each kind."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.process = root, build_diffusion(PROCESS)
-        self.unet = scrambled(build_unet(UNET, True))
-        self.unconditional = scrambled(build_unet(UNCONDITIONAL, True))
-        self.guided = scrambled(build_unet(GUIDED, True))
-        self.weak = scrambled(build_unet(WEAK, True))
-        self.classifier = scrambled(build_classifier(CLASSIFIER))
-        self.upsampler = scrambled(build_upsampler(UPSAMPLER, True))
-        write_run(root / "unet", "image_train", self.unet, UNET, PROCESS)
-        write_run(root / "unconditional", "image_train", self.unconditional, UNCONDITIONAL, PROCESS)
-        write_run(root / "guided", "image_train", self.guided, GUIDED, PROCESS)
-        write_run(root / "weak", "image_train", self.weak, WEAK, PROCESS)
-        write_run(root / "classifier", "classifier_train", self.classifier, CLASSIFIER, PROCESS)
-        write_run(root / "upsampler", "super_res_train", self.upsampler, UPSAMPLER, PROCESS)
-
-    def __getitem__(self, name: str) -> str:
-        return str(self.root / name)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+    kinds: dict[str, Any] = {"unet": UNET, "unconditional": UNCONDITIONAL, "guided": GUIDED, "weak": WEAK}
+    return Runs(tmp_path_factory.mktemp("runs"), **kinds, classifier=CLASSIFIER, upsampler=UPSAMPLER)
 
 
 @pytest.fixture(scope="module")
@@ -145,31 +91,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{NAMES[index % 3]}_{index}.png")
     return folder
-
-
-def saved_by(main: Main, folder: Path, *argv: str) -> dict[str, np.ndarray]:
-    """What a command leaves as its npz."""
-    main([*argv, "--log_dir", str(folder)])
-    (path,) = folder.glob("samples_*.npz")
-    with np.load(path) as saved:
-        return dict(saved)
-
-
-def by_hand(
-    process: Any,
-    network: Any,
-    labels: list[int] | None,
-    count: int,
-    *,
-    shape: tuple[int, ...] = (3, 8, 8),
-    **options: Any,
-) -> np.ndarray:
-    """Samples of the first batch, of `count` images, straight from the loop."""
-    generators = [image_generator(0, index) for index in range(count)]
-    kwargs = {**options.pop("more", {}), **({} if labels is None else {"y": th.tensor(labels)})}
-    sampler = options.pop("sampler", make_sampler("ddpm"))
-    loop = {"model_kwargs": kwargs, "generator": generators, "device": "cpu", **options}
-    return to_uint8(process.sample_loop(sampler, network, (count, *shape), **loop))
 
 
 # ---- image_sample
@@ -203,13 +124,6 @@ def test_an_unconditional_model_saves_no_labels(runs: Runs, tmp_path: Path) -> N
     np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unconditional, None, 2))
 
 
-def test_the_command_line_wins_over_the_config_of_the_checkpoint(runs: Runs, tmp_path: Path) -> None:
-    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--noise_schedule", "linear"]
-    saved = saved_by(image_sample.main, tmp_path, *argv)
-    linear = build_diffusion(DiffusionConfig(**{**asdict(PROCESS), "noise_schedule": "linear"}))
-    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(linear, runs.unet, [1, 1], 2))
-
-
 def test_without_a_config_the_weights_say_what_they_can(runs: Runs, tmp_path: Path) -> None:
     lone = tmp_path / "lone.pt"
     shutil.copy(os.path.join(runs["unet"], "ema_0.5_000100.pt"), lone)
@@ -218,24 +132,6 @@ def test_without_a_config_the_weights_say_what_they_can(runs: Runs, tmp_path: Pa
         image_sample.main, tmp_path / "out", "--model_path", str(lone), *SAMPLING, "--classes", "2", *untold
     )
     np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, runs.unet, [2, 2], 2))
-
-
-@pytest.mark.parametrize(
-    ("argv", "sampler"),
-    [
-        (["--use_ddim", "True"], make_sampler("ddim")),
-        (["--sampler", "ddim", "--eta", "0.7"], make_sampler("ddim", eta=0.7)),
-        (["--sampler", "ddim", "--use_ddim", "True"], make_sampler("ddim")),
-        (["--sampler", "plms"], make_sampler("plms")),
-        (["--sampler", "plms", "--order", "3", "--use_ddim", "False"], make_sampler("plms", order=3)),
-        (["--clip_denoised", "False"], make_sampler("ddpm")),
-    ],
-)
-def test_the_sampler_is_the_one_asked_for(runs: Runs, tmp_path: Path, argv: list[str], sampler: Any) -> None:
-    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *SAMPLING, "--classes", "1", *argv)
-    clip = {"clip_denoised": "--clip_denoised" not in argv}
-    expected = by_hand(runs.process, runs.unet, [1, 1], 2, sampler=sampler, **clip)
-    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
 
 
 def test_precisions_are_those_of_the_network(runs: Runs, tmp_path: Path) -> None:
@@ -331,36 +227,85 @@ def test_every_sampler_takes_steps_on_its_own_grid(runs: Runs, tmp_path: Path, n
     assert words in (tmp_path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    ("argv", "sampler", "grid"),
-    [
-        (
-            ["--sampler", "heun", "--churn", "3", "--timestep_respacing", "quad4"],
-            make_sampler("heun", churn=3.0),
-            "quad4",
-        ),
-        (["--sampler", "deis", "--order", "2", "--steps", "4"], make_sampler("deis", order=2), "logsnr4"),
-        (
-            ["--sampler", "sa", "--order", "3", "--eta", "0.5", "--timestep_respacing", "list:0,10.5,39"],
-            make_sampler("sa", order=3, eta=0.5),
-            "list:0,10.5,39",
-        ),
-    ],
-)
-def test_options_and_grids_are_those_given(
-    runs: Runs, tmp_path: Path, argv: list[str], sampler: Any, grid: str
-) -> None:
-    words = ["--model_path", runs["unet"], "--num_samples", "2", "--batch_size", "2", "--classes", "1", *argv]
-    saved = saved_by(image_sample.main, tmp_path, *words)
-    np.testing.assert_array_equal(saved["arr_0"], by_hand(on_grid(grid), runs.unet, [1, 1], 2, sampler=sampler))
+LINEAR = DiffusionConfig(**{**asdict(PROCESS), "noise_schedule": "linear"})
+AWAY = "--model_path UNET --autoguide_scale 2 --autoguide_path"
+BOTH = "--model_path GUIDED --classifier_path CLASSIFIER --classifier_scale 3 --cfg_scale 2"
 
 
-def test_predictions_are_thresholded_where_asked_for(runs: Runs, tmp_path: Path) -> None:
-    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--dynamic_threshold", "0.8"]
-    saved = saved_by(image_sample.main, tmp_path, *argv)
-    expected = by_hand(runs.process, runs.unet, [1, 1], 2, denoised_fn=dynamic_thresholding(0.8))
-    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
-    assert (expected != by_hand(runs.process, runs.unet, [1, 1], 2)).any()
+def limited(network: Any, guide: Any, low: float, high: float) -> dict[str, Any]:
+    return {"network": interval(network, low, high), "cond_fn": interval(guide, low, high)}
+
+
+def both(runs: Runs) -> dict[str, Any]:
+    return {"network": classifier_free(runs.guided, 2.0), "cond_fn": classifier_guidance(runs.classifier, 3.0)}
+
+
+# words of a command line -> what the loop is given, and what it must not have been given
+OF_THE_LOOP: dict[str, Callable[[Runs], tuple[dict[str, Any], dict[str, Any] | None]]] = {
+    "--model_path UNET --noise_schedule linear": lambda runs: ({"process": build_diffusion(LINEAR)}, {}),
+    "--model_path UNET --use_ddim True": lambda runs: ({"sampler": make_sampler("ddim")}, {}),
+    "--model_path UNET --sampler ddim --eta 0.7": lambda runs: ({"sampler": make_sampler("ddim", eta=0.7)}, {}),
+    "--model_path UNET --sampler ddim --use_ddim True": lambda runs: ({"sampler": make_sampler("ddim")}, {}),
+    "--model_path UNET --sampler plms": lambda runs: ({"sampler": make_sampler("plms")}, {}),
+    "--model_path UNET --sampler plms --order 3 --use_ddim False": lambda runs: (
+        {"sampler": make_sampler("plms", order=3)},
+        {"sampler": make_sampler("plms")},
+    ),
+    "--model_path UNET --clip_denoised False": lambda runs: ({"clip_denoised": False}, {}),
+    "--model_path UNET --sampler heun --churn 3 --timestep_respacing quad4": lambda runs: (
+        {"sampler": make_sampler("heun", churn=3.0), "process": on_grid("quad4")},
+        {"sampler": make_sampler("heun"), "process": on_grid("quad4")},
+    ),
+    "--model_path UNET --sampler deis --order 2 --steps 4": lambda runs: (
+        {"sampler": make_sampler("deis", order=2), "process": on_grid("logsnr4")},
+        {"sampler": make_sampler("deis", order=2)},
+    ),
+    "--model_path UNET --sampler sa --order 3 --eta 0.5 --timestep_respacing list:0,10.5,39": lambda runs: (
+        {"sampler": make_sampler("sa", order=3, eta=0.5), "process": on_grid("list:0,10.5,39")},
+        {"sampler": make_sampler("sa", order=3), "process": on_grid("list:0,10.5,39")},
+    ),
+    "--model_path UNET --dynamic_threshold 0.8": lambda runs: ({"denoised_fn": dynamic_thresholding(0.8)}, {}),
+    "--model_path GUIDED --cfg_scale 0": lambda runs: ({"labels": [3, 3]}, {}),
+    "--model_path GUIDED --cfg_scale 3": lambda runs: ({"network": classifier_free(runs.guided, 3.0)}, {}),
+    "--model_path GUIDED --cfg_scale 3 --cfg_rescale 0.7": lambda runs: (
+        {"network": classifier_free(runs.guided, 3.0, rescale=0.7)},
+        {"network": classifier_free(runs.guided, 3.0)},
+    ),
+    # the weaker model is what its own config says, not the command line
+    f"{AWAY} WEAK --num_res_blocks 1": lambda runs: ({"network": autoguidance(runs.unet, runs.weak, 2.0)}, {}),
+    f"{AWAY} UNCONDITIONAL": lambda runs: (
+        {"network": autoguidance(runs.unet, without_labels(runs.unconditional), 2.0)},
+        {},
+    ),
+    f"{AWAY} WEAK --model_path GUIDED --cfg_scale 3 --guidance_interval 5,30": lambda runs: (
+        {"network": interval(autoguidance(classifier_free(runs.guided, 3.0), runs.weak, 2.0), 5, 30)},
+        {"network": autoguidance(classifier_free(runs.guided, 3.0), runs.weak, 2.0)},
+    ),
+    BOTH: lambda runs: (both(runs), {"network": classifier_free(runs.guided, 2.0)}),
+    # timesteps of the interval are those of training, whatever the networks are fed
+    f"{BOTH} --guidance_interval 10,30": lambda runs: (limited(*both(runs).values(), 10, 30), both(runs)),
+    f"{BOTH} --guidance_interval 10,30 --rescale_timesteps True": lambda runs: (
+        {**limited(*both(runs).values(), 250, 750), "process": on_grid("4", rescale_timesteps=True)},
+        {**both(runs), "process": on_grid("4", rescale_timesteps=True)},
+    ),
+}
+
+
+@pytest.mark.parametrize("words", OF_THE_LOOP)
+def test_samples_are_those_of_the_loop(runs: Runs, tmp_path: Path, words: str) -> None:
+    argv = [getattr(runs, word.lower()) and runs[word.lower()] if word.isupper() else word for word in words.split()]
+    argv = [*SAMPLING[: 6 if not {"--steps", "--timestep_respacing"} & set(argv) else 4], "--classes", "1,2", *argv]
+    main = classifier_sample.main if "--classifier_path" in argv else image_sample.main
+    saved = saved_by(main, tmp_path, *argv)["arr_0"][:2]
+    network = runs.guided if "GUIDED" in words else runs.unet
+
+    def by_the_loop(options: dict[str, Any]) -> np.ndarray:
+        given = {"process": runs.process, "network": network, "labels": [1, 2], **options}
+        return by_hand(given.pop("process"), given.pop("network"), given.pop("labels"), 2, **given)
+
+    same, other = OF_THE_LOOP[words](runs)
+    np.testing.assert_array_equal(saved, by_the_loop(same))
+    assert other is None or (saved != by_the_loop(other)).any()
 
 
 # ---- guidance without a classifier
@@ -372,42 +317,6 @@ def test_at_scale_1_nothing_guides(runs: Runs, tmp_path: Path) -> None:
     image_sample.main([*argv, str(tmp_path / "one"), "--cfg_scale", "1"])
     for name in ("samples_5x8x8x3.npz", "request.json"):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-
-
-@pytest.mark.parametrize(("scale", "rescale"), [(0.0, 0.0), (3.0, 0.0), (3.0, 0.7)])
-def test_classifier_free_guidance_is_that_of_the_loop(runs: Runs, tmp_path: Path, scale: float, rescale: float) -> None:
-    argv = ["--model_path", runs["guided"], *SAMPLING, "--classes", "1", "--cfg_scale", str(scale)]
-    saved = saved_by(image_sample.main, tmp_path, *argv, *(["--cfg_rescale", str(rescale)] if rescale else []))
-    network = classifier_free(runs.guided, scale, rescale=rescale)
-    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
-    unconditional = by_hand(runs.process, runs.guided, [3, 3], 2)
-    assert (scale == 0) == bool((saved["arr_0"][:2] == unconditional).all())
-
-
-def test_a_weaker_model_guides_by_its_own_config(runs: Runs, tmp_path: Path) -> None:
-    argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "1", "--num_res_blocks", "1"]
-    saved = saved_by(image_sample.main, tmp_path, *argv, "--autoguide_path", runs["weak"], "--autoguide_scale", "2")
-    network = autoguidance(runs.unet, runs.weak, 2.0)
-    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
-
-
-def test_both_kinds_of_guidance_without_a_classifier_and_an_interval(runs: Runs, tmp_path: Path) -> None:
-    """Together they limit and guide as they do in Python."""
-    weak = ["--autoguide_path", runs["weak"], "--autoguide_scale", "2", "--guidance_interval", "5,30"]
-    argv = ["--model_path", runs["guided"], *SAMPLING, "--classes", "1", "--cfg_scale", "3", *weak]
-    saved = saved_by(image_sample.main, tmp_path, *argv)
-    both = interval(autoguidance(classifier_free(runs.guided, 3.0), runs.weak, 2.0), 5, 30)
-    inner = interval(classifier_free(runs.guided, 3.0), 5, 30)
-    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, both, [1, 1], 2))
-    outside = by_hand(runs.process, interval(autoguidance(inner, runs.weak, 2.0), 5, 30), [1, 1], 2)
-    np.testing.assert_array_equal(saved["arr_0"][:2], outside)
-
-
-def test_an_unconditional_model_may_be_the_weaker_one(runs: Runs, tmp_path: Path) -> None:
-    weak = ["--autoguide_path", runs["unconditional"], "--autoguide_scale", "2"]
-    saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *SAMPLING, "--classes", "1", *weak)
-    network = autoguidance(runs.unet, without_labels(runs.unconditional), 2.0)
-    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
 
 
 @pytest.mark.parametrize(
@@ -433,40 +342,6 @@ def test_a_weaker_model_without_a_config_is_told_by_the_command_line(runs: Runs,
     saved = saved_by(image_sample.main, tmp_path / "out", *argv, "--autoguide_path", str(lone))
     network = autoguidance(runs.unet, runs.weak, 2.0)
     np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
-
-
-def test_both_kinds_of_guidance_add_up(runs: Runs, tmp_path: Path) -> None:
-    argv = ["--model_path", runs["guided"], "--classifier_path", runs["classifier"], *SAMPLING, "--classes", "1,2"]
-    saved = saved_by(classifier_sample.main, tmp_path, *argv, "--classifier_scale", "3", "--cfg_scale", "2")
-    network, guide = classifier_free(runs.guided, 2.0), classifier_guidance(runs.classifier, 3.0)
-    np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 2], 2, cond_fn=guide))
-
-
-@pytest.mark.parametrize("rescaled", [False, True])
-def test_guidance_of_every_kind_keeps_to_its_interval(runs: Runs, tmp_path: Path, rescaled: bool) -> None:
-    """Timesteps of the interval are those of training, whatever the networks are fed."""
-    argv = ["--model_path", runs["guided"], "--classifier_path", runs["classifier"], *SAMPLING, "--classes", "1,2"]
-    argv += ["--classifier_scale", "3", "--cfg_scale", "2", "--guidance_interval", "10,30"]
-    argv += ["--rescale_timesteps", str(rescaled)]
-    saved = saved_by(classifier_sample.main, tmp_path, *argv)
-    unit = 1000 / 40 if rescaled else 1
-    network = interval(classifier_free(runs.guided, 2.0), 10 * unit, 30 * unit)
-    guide = interval(classifier_guidance(runs.classifier, 3.0), 10 * unit, 30 * unit)
-    process = on_grid("4", rescale_timesteps=rescaled)
-    expected = by_hand(process, network, [1, 2], 2, cond_fn=guide)
-    np.testing.assert_array_equal(saved["arr_0"][:2], expected)
-    throughout = by_hand(
-        process, classifier_free(runs.guided, 2.0), [1, 2], 2, cond_fn=classifier_guidance(runs.classifier, 3.0)
-    )
-    assert (expected != throughout).any()
-
-
-def test_an_interval_without_guidance_is_an_error_also_with_a_classifier(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["--model_path", runs["unet"], "--classifier_path", runs["classifier"], "--log_dir", str(tmp_path)]
-    argv += ["--classifier_scale", "0", "--guidance_interval", "10,30"]
-    assert "has no effect where nothing guides" in refused(classifier_sample.main, argv, capsys)
 
 
 # ---- starting from images
@@ -687,22 +562,6 @@ def test_guidance_is_that_of_the_loop(
     assert clipped is None or (saved["arr_0"][:2] != expected(cond_fn=guide, clip_guided=not clipped)).any()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--clip_guided maybe", "'maybe' is none of auto, True, False"),
-        ("--clip_guided True --classifier_scale 0 --sampler ddim", "--clip_guided True has no effect where no"),
-        ("--clip_guided False --sampler ddpm", "--clip_guided False has no effect on ddpm, whose mean is guided"),
-        ("--clip_guided True --sampler ddim --clip_denoised False", "has no effect with --clip_denoised False"),
-    ],
-)
-def test_clipping_that_has_no_effect_is_refused(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
-) -> None:
-    argv = ["--model_path", runs["unet"], "--classifier_path", runs["classifier"], "--log_dir", str(tmp_path)]
-    assert message in refused(classifier_sample.main, [*argv, *words.split()], capsys)
-
-
 def test_guided_samples_are_likelier_for_the_classifier(runs: Runs, tmp_path: Path) -> None:
     argv = ["--model_path", runs["unconditional"], "--classifier_path", runs["classifier"], *SAMPLING]
     likelihoods = []
@@ -854,8 +713,8 @@ def test_a_long_run_that_nobody_asked_for_says_how_to_ask_for_less(
 ) -> None:
     flags = cli.parse("image_sample", words)
     logger.configure(str(tmp_path), ["log"])
-    job = common.job_of(flags, make_sampler("ddpm"), (3, 8, 8), {})
-    common.announce(flags, runs.process, job, 40)
+    model = Restored(runs.unet, "", flags, runs.process, [], {})
+    sampling.announce(model, sampling.job_of(flags, (3, 8, 8), Plan(runs.unet)), 40)
     hint = "these are 25000 evaluations, the bar says how long they take: for a first look give --num_samples 16 --samp"
     assert (tmp_path / "log.txt").read_text().count(hint) == told
 
@@ -889,12 +748,8 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
             ["--model_path", "UNET", "--autoguide_path", "nowhere", "--autoguide_scale", "2"],
             "--autoguide_path 'nowhere'",
         ),
-        (["--model_path", "UNET", "--lora_path", "nowhere"], "--lora_path 'nowhere' does not exist: give a file lora"),
+        (["--model_path", "UNET", "--lora_path", "nowhere"], "--lora_path 'nowhere' does not exist: give a folder"),
         (["--model_path", "RUNS"], "holds no ema_RATE_NNNNNN.pt"),
-        (
-            ["--model_path", "UNET", "--sampler", "ddpm", "--use_ddim", "True"],
-            "--sampler ddpm contradicts --use_ddim True",
-        ),
         (["--model_path", "UNET", "--eta", "0.5"], "the sampler ddpm has no option eta: it is an option of ddim"),
         (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),
         (["--model_path", "UNET", "--sampler", "dim"], "sampler 'dim' is unknown: use one of ddpm, ddim, "),
@@ -906,58 +761,20 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
         ),
         (["--sampler", "plms", "--order", "7"], "order 7"),
         (["--sampler", "ddim_reverse"], "--sampler ddim_reverse turns images to noise: give --invert True"),
-        (["--steps", "4"], "--steps 4 and --timestep_respacing 4 both say which steps to take: give one"),
         (["--model_path", "UNET", "--timestep_respacing", "karras0"], "timestep_respacing 'karras0' has no steps"),
         (["--model_path", "UNET", "--timestep_respacing", "list:3,3,9"], "timesteps 3, 3, 9 are not in rising order"),
-        (["--dynamic_threshold", "1.5"], "--dynamic_threshold 1.5 is no share"),
-        (["--cfg_rescale", "0.5"], "--cfg_rescale has no effect at --cfg_scale 1"),
-        (["--cfg_scale", "2", "--cfg_rescale", "1.5"], "--cfg_rescale 1.5 is no share"),
         (["--model_path", "UNET", "--cfg_scale", "2"], "was trained without --class_dropout"),
-        (
-            ["--model_path", "UNCONDITIONAL", "--cfg_scale", "2"],
-            "--cfg_scale 2.0 has no effect on an unconditional model",
-        ),
-        (["--autoguide_scale", "2"], "--autoguide_scale has no effect without --autoguide_path"),
-        (["--autoguide_path", "WEAK"], "--autoguide_path has no effect at --autoguide_scale 1"),
-        (["--guidance_interval", "5,20"], "--guidance_interval has no effect where nothing guides"),
-        (["--cfg_scale", "2", "--guidance_interval", "20,5"], "'20,5' is no interval: write LOW,HIGH"),
-        (["--cfg_scale", "2", "--guidance_interval", "nan,5"], "'nan,5' is no interval: write LOW,HIGH"),
+        (["--model_path", "UNCONDITIONAL", "--cfg_scale", "2"], "--cfg_scale has no effect without --class_cond"),
         (
             ["--model_path", "GUIDED", "--cfg_scale", "2", "--guidance_interval", "1,2"],
             "--guidance_interval 1,2 holds none of the steps, which are 4 from 0 to 39",
         ),
-        (["--mask", "m.png"], "--mask has no effect without --init_image: give both or none"),
-        (["--strength", "0.5"], "--strength has no effect without --init_image"),
-        (["--invert"], "--invert has no effect without --init_image"),
-        (
-            ["--init_image", "IMAGE", "--strength", "0"],
-            "--strength 0.0 is no share of the way: give above 0 and up to 1",
-        ),
-        (["--init_image", "IMAGE", "--strength", "1.1"], "--strength 1.1 is no share of the way"),
         (
             ["--model_path", "UNET", "--init_image", "IMAGE", "--strength", "0.1", "--timestep_respacing", "trailing4"],
             "--strength 0.1 takes none of the 4 steps",
         ),
-        (["--init_image", "IMAGE", "--mask_invert"], "--mask_invert has no effect without --mask"),
-        (["--init_image", "IMAGE", "--resample", "2"], "--resample has no effect without --mask"),
-        (
-            ["--init_image", "IMAGE", "--mask", "MASK", "--resample_jump", "2"],
-            "--resample_jump has no effect at --resample 1",
-        ),
-        (
-            ["--init_image", "IMAGE", "--init_classes", "1"],
-            "--init_classes has no effect without --invert or --interpolate",
-        ),
         (["--init_image", "IMAGE", "--invert"], "--invert needs a sampler that adds no noise, and Ancestral() does"),
         (["--init_image", "IMAGE", "--interpolate", "IMAGE"], "--interpolate needs a sampler that adds no noise"),
-        (
-            ["--init_image", "IMAGE", "--interpolate", "IMAGE", "--mask", "MASK"],
-            "--interpolate goes all the way between two images: leave --mask out",
-        ),
-        (
-            ["--init_image", "IMAGE", "--interpolate", "IMAGE", "--num_samples", "1", "--use_ddim"],
-            "--interpolate goes from one image to another: give --num_samples 2 or more",
-        ),
         (
             ["--model_path", "UNET", "--init_image", "IMAGE", "--interpolate", "IMAGE", "--use_ddim"],
             "--interpolate needs the class of every sample: give --classes",
@@ -970,12 +787,15 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
         ),
         (
             ["--model_path", "UNCONDITIONAL", "--init_image", "IMAGE", "--invert", "--use_ddim", "--init_classes", "1"],
-            "--init_classes 1 has no effect on an unconditional model",
+            "--init_classes has no effect without --class_cond, and the checkpoint is without",
         ),
         (["--model_path", "UNET", "--classes", "7"], "class 7 does not exist: the classes are 0 .. 2"),
         (["--model_path", "UNET", "--classes", ","], "classes ',' names no class"),
         (["--model_path", "UNET", "--classes", "cow"], "class 'cow' is unknown: the names are cat, dog, owl"),
-        (["--model_path", "UNCONDITIONAL", "--classes", "1"], "--classes 1 has no effect on an unconditional model"),
+        (
+            ["--model_path", "UNCONDITIONAL", "--classes", "1"],
+            "--classes has no effect without --class_cond, and the checkpoint is without: leave",
+        ),
         (["--model_path", "UNET", "--num_channels", "64"], "the checkpoint has num_channels 32, you gave 64"),
         (["--model_path", "UNET", "--class_cond", "False"], "the checkpoint has class_cond True, you gave False"),
         (["--model_path", "UNET", "--precision", "bf16", "--use_fp16", "True"], "precision bf16 contradicts use_fp16"),
@@ -1074,11 +894,15 @@ def test_mistakes_in_guiding_and_measuring_get_one_sentence(
     swapped = ["--model_path", runs["classifier"], "--classifier_path", runs["unet"], "--log_dir", str(tmp_path)]
     assert "ema_0.5_000100.pt is a classifier" in refused(classifier_sample.main, swapped, capsys)
     twice = ["--model_path", runs["unet"], "--classifier_path", runs["unet"], "--log_dir", str(tmp_path)]
-    assert "ema_0.5_000100.pt is no classifier" in refused(classifier_sample.main, twice, capsys)
+    assert "ema_0.5_000100.pt is a diffusion model: give the checkpoint of a classifier there" in refused(
+        classifier_sample.main, twice, capsys
+    )
     assert "--data_dir is missing: give a folder or a zip" in refused(image_nll.main, argv, capsys)
     shutil.copy(os.path.join(runs["unet"], "ema_0.5_000100.pt"), tmp_path / "unet.pt")
     bare = ["--model_path", str(tmp_path / "unet.pt"), "--log_dir", str(tmp_path)]
-    assert "unet.pt is no upsampler: give" in refused(super_res_sample.main, bare, capsys)
+    assert "unet.pt is a diffusion model: give the checkpoint of an upsampler" in refused(
+        super_res_sample.main, bare, capsys
+    )
     image_nll.main([*argv, "--data_dir", str(pictures), "--timestep_respacing", "2"])
     again = [*argv, "--data_dir", str(pictures), "--timestep_respacing", "4"]
     assert "holds the likelihoods of another request" in refused(image_nll.main, again, capsys)

@@ -238,7 +238,7 @@ def test_data_range(tmp_path: Path, name: str, kind: str) -> None:
 def test_no_range(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.parse("image_train", ["--data_range", text])
-    assert f"data_range '{text}' is no range: write LOW,HIGH" in capsys.readouterr().err
+    assert f"argument --data_range: '{text}' is no range: write LOW,HIGH" in capsys.readouterr().err
 
 
 def test_every_command_that_reads_images_has_the_flag() -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from runs import PROCESS, SAMPLING, scrambled, write_run
 from test_docs import ROOT, run as run_code, snippets
-from test_sample_commands import PROCESS, SAMPLING, scrambled, write_run
 
 from guided_diffusion.commands import classifier_sample, flags as cli, image_nll, image_sample, image_train
 from guided_diffusion.commands.common import restore_unet
@@ -515,7 +515,7 @@ def test_flags_of_no_effect_are_refused(trained: Path, tmp_path: Path, capsys: p
     for words, told in (
         (["--cond_dir", conds], "--cond_dir has no effect without --cond_type"),
         (["--cond_type", "mask"], "give --cond_dir"),
-        (["--cond_type", "mask", "--cond_dir", conds, "--val_data_dir", images], "give both or none"),
+        (["--cond_type", "mask", "--cond_dir", conds, "--val_data_dir", images], "give --cond_dir, and --val_cond_dir"),
         (["--cond_type", "classes", "--cond_dir", conds], "give cond_channels"),
         (["--cond_type", "maks", "--cond_dir", conds], "did you mean mask?"),
         (["--cond_type", "mask", "--cond_dir", conds, "--cond_dropout", "1.5"], "above the greatest value"),
@@ -528,14 +528,26 @@ def test_flags_of_no_effect_are_refused(trained: Path, tmp_path: Path, capsys: p
     model = ["--timestep_respacing", "2", "--log_dir", str(tmp_path / "s")]
     for name, words, told in (
         ("plain", [], "give --cond_images"),
-        ("blind", ["--cond_images", conds], "was trained without --cond_type"),
+        (
+            "blind",
+            ["--cond_images", conds],
+            "no effect without --cond_type, and the checkpoint",
+        ),
         ("plain", ["--cond_images", str(tmp_path / "no")], "does not exist"),
         ("plain", ["--cond_images", conds, "--num_samples", "7"], "7 samples are asked for"),
         ("plain", ["--cond_images", str(tmp_path / "deep.npz")], "(8, 8, 4), where masks are [H, W]"),
         ("plain", ["--cond_images", str(tmp_path / "line.npz")], "an array of shape (8,), where"),
         ("plain", ["--cond_images", conds, "--cfg_scale", "2"], "without --cond_dropout"),
-        ("plain", ["--cond_images", conds, "--cond_class_from", "folder"], "no effect on an unconditional model"),
-        ("labelled", ["--cond_images", conds, "--cond_class_from", "folder", "--classes", "1"], "give one of the two"),
+        (
+            "plain",
+            ["--cond_images", conds, "--cond_class_from", "folder"],
+            "no effect without --class_cond, and the checkpoint",
+        ),
+        (
+            "labelled",
+            ["--cond_images", conds, "--cond_class_from", "folder", "--classes", "1"],
+            "exclude each other: give one",
+        ),
         ("plain", ["--cond_class_from", "folder"], "no effect without --cond_images"),
     ):
         assert told in refusal(capsys, image_sample.main, "--model_path", str(trained / name), *model, *words)
@@ -546,7 +558,8 @@ def test_samples_in_training_are_for_the_images_whose_labels_they_have(tmp_path:
 
     images, conds = write_pairs(tmp_path, "mask")
     stream = opened(images, Pairing(str(conds), KINDS["mask"]), class_cond=True, class_from="filename")
-    words = ["--image_size", "8", "--class_cond", "True", "--cond_type", "mask", "--eval_samples", "12"]
+    words = ["--image_size", "8", "--class_cond", "True", "--cond_type", "mask", "--eval_interval", "1"]
+    words += ["--eval_samples", "12", "--cond_dir", "x"]
     job = evaluation_job(cli.parse("image_train", words), make_sampler("ddim"), stream)
     assert job.conditioning is not None
     rows = job.conditioning(range(12))["cond_image"]

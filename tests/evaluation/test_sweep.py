@@ -15,7 +15,7 @@ from guided_diffusion.evaluation import sweep as sweep_module
 from guided_diffusion.evaluation.evaluator import evaluate
 from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.sweep import Cell
-from guided_diffusion.training import weights
+from guided_diffusion.training.checkpoints import Checkpoint
 
 IMAGES = {"image_size": 8, "diffusion_steps": 40, "num_workers": 0, "num_classes": 2, "batch_size": 4, "max_steps": 3}
 UNET = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": "", "ema_rate": 0.5}
@@ -151,13 +151,13 @@ def test_a_model_guides_itself_and_at_scale_1_not_at_all(flags, tmp_path):
 
 
 def test_networks_are_loaded_once(flags, tmp_path, monkeypatch):
-    loaded, real = [], weights.fitting_weights
+    loaded, real = [], Checkpoint.fitting
 
-    def counted(model, path, *rest):
-        loaded.append(os.path.basename(os.path.dirname(path)))
-        return real(model, path, *rest)
+    def counted(checkpoint, *rest):
+        loaded.append(os.path.basename(os.path.dirname(checkpoint.path)))
+        return real(checkpoint, *rest)
 
-    monkeypatch.setattr(weights, "fitting_weights", counted)
+    monkeypatch.setattr(Checkpoint, "fitting", counted)
     sweep.main(command_line(**flags, log_dir=tmp_path / "sweep"))
     assert len(table(tmp_path / "sweep")) == 2
     assert sorted(loaded) == ["classifier", "judge", "model"]
@@ -238,15 +238,15 @@ def test_another_reference_is_measured_anew_with_the_same_samples(flags, places,
         ({"reference": "{one}"}, "one image has no covariance: take 2 images or more"),
         ({"model_path": ""}, "--model_path is missing"),
         ({"classifier_path": ""}, "--classifier_path is missing"),
-        ({"guidance": "cfg"}, "--classifier_path has no effect with --guidance cfg"),
+        ({"guidance": "cfg"}, "--classifier_path has no effect without --guidance classifier"),
         ({"guidance": "both"}, "'both' is none of classifier, cfg"),
         ({"samplers": "ddim,ddmi"}, "sampler 'ddmi' is unknown"),
         ({"steps": "10,0"}, "'10,0' is no list of different whole numbers above 0"),
         ({"scales": "1,one"}, "'1,one' is no list of different numbers"),
         ({"scales": "1,1.0"}, "'1,1.0' is no list of different numbers"),
         ({"metrics": "fid,prec"}, "'prec' in 'fid,prec' is no metric"),
-        ({"timestep_respacing": "7"}, "both say which steps to take"),
-        ({"guidance_interval": "9"}, "'9' is no interval"),
+        ({"timestep_respacing": "7"}, "--steps and --timestep_respacing exclude each other"),
+        ({"guidance_interval": "9"}, "'9' is no range"),
         ({"classes": "2"}, "class 2 does not exist"),
         ({"num_samples": 9}, "below the least value, 10"),
     ],

@@ -92,10 +92,11 @@ def test_nothing_is_guessed_of_other_devices() -> None:
 
 
 def test_flags_have_a_precision_in_place_of_auto(fast: bool) -> None:
-    flags = cli.parse("classifier_sample", ["--precision=auto", "--classifier_precision=fp16", "--seed=3"])
+    given = {"precision": "auto", "classifier_precision": "fp16", "seed": 3}
+    flags = cli.Flags("classifier_sample", given)
     settled, lines = performance.with_precision(flags)
     expected = "bf16" if fast else "fp32"
-    assert settled.given == {"precision": expected, "classifier_precision": "fp16", "seed": 3}
+    assert settled.given == {**given, "precision": expected}
     assert [line.partition(", because a block of ")[0] for line in lines] == [f"precision auto: {expected}"]
     assert performance.with_precision(settled) == (settled, [])
 

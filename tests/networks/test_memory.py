@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch as th
 
-from guided_diffusion.commands import flags, performance
 from guided_diffusion.networks.blocks import AttentionBlock, ResBlock
 from guided_diffusion.networks.memory import recompute_at
 from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -102,11 +101,3 @@ def test_other_resolutions_are_refused(resolutions: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         recompute_at(network, resolutions)
     assert not any(block.use_checkpoint for block in blocks(network))
-
-
-def test_flags_that_contradict_each_other_are_refused() -> None:
-    both = ["--checkpoint_resolutions=32", "--use_checkpoint=True"]
-    with pytest.raises(ValueError, match="--checkpoint_resolutions 32 has no effect with --use_checkpoint True"):
-        performance.check(flags.parse("image_train", both))
-    with pytest.raises(ValueError, match="--compile does not go with --fsdp"):
-        performance.check(flags.parse("classifier_train", ["--compile", "--fsdp"]))

@@ -18,7 +18,6 @@ from ranks import Nursery
 from guided_diffusion import logger
 from guided_diffusion.commands import (
     classifier_train,
-    finetuning as hooks,
     flags as cli,
     image_sample,
     image_train,
@@ -238,20 +237,6 @@ def test_kinds_that_cannot_follow_each_other() -> None:
     for model, kind in ((classifier(), UNET), (upsampler(), UNET), (upsampler(), CLASSIFIER)):
         with pytest.raises(ValueError, match=f"from which no {kind} can start"):
             flags_for(source(model), kind, None, 8)
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("--init_mismatch reinit", "--init_mismatch has no effect without --init_from"),
-        ("--lora_alpha 3", "--lora_alpha has no effect without --lora_rank"),
-        ("--lora_rank 3", "--lora_rank 3 adapts a trained network: name it with --init_from"),
-        ("--lora_rank 3 --init_from x --freeze out.*", "--freeze out.* has no effect with --lora_rank"),
-    ],
-)
-def test_flags_without_effect(line: str, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)):
-        hooks.check(cli.parse("image_train", line.split()))
 
 
 def test_adapters_are_named_rightly(capsys: pytest.CaptureFixture[str]) -> None:

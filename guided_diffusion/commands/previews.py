@@ -1,0 +1,107 @@
+"""Previews of a training: grids of samples, always from the same noise, and what they are compared with."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch as th
+import torch.nn.functional as F
+
+from .. import dist_util, logger
+from ..config import RunConfig, SuperResConfig, UNetConfig
+from ..image_datasets import ImageStream
+from ..runtime.errors import UserError
+from ..runtime.options import parse_size
+from ..runtime.pictures import DRAWN_CHANNELS, planes, save_grid, to_uint8
+from ..sample_util import preview
+from . import conditioning
+from .common import image_shape
+from .training import Training
+
+PREVIEWED = 16  # images in a preview grid
+COMPARED = 64  # images of the data whose colours are compared with it
+
+Draw = Callable[[Any, int], None]  # (model, step)
+
+
+def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+    """Images from all over the data set, and what comes beside them, without moving the stream."""
+    size = len(stream.dataset)
+    items = [stream.dataset[0, index * size // count] for index in range(count)]
+    beside = {name: th.from_numpy(np.stack([cond[name] for _, cond in items])) for name in items[0][1]}
+    return th.from_numpy(np.stack([image for image, _ in items])), beside
+
+
+def folder() -> str:
+    """Where all previews go."""
+    path = os.path.join(logger.get_dir(), "previews")
+    os.makedirs(path, exist_ok=True)
+    return path
+
+
+def _draw(run: Training, network: Any, shape: tuple[int, ...], labels: list[int], step: int) -> Any:
+    seed, path = run.flags.part(RunConfig).seed, os.path.join(folder(), f"{step:06d}.png")
+    return preview(run.process, network, shape, labels=labels, seed=seed, path=path)
+
+
+def of_samples(run: Training) -> Draw:
+    """The function that draws a grid of samples, the classes in turn.
+
+    :raises ValueError: if such images cannot be drawn.
+    """
+    config, kind = run.flags.part(UNetConfig), conditioning.kind_of(run.flags)
+    if config.dims != 2 or config.image_channels not in DRAWN_CHANNELS:
+        raise UserError("--sample_interval draws images of 1, 3 or 4 channels in 2 dimensions only: leave it out")
+    shape = (PREVIEWED, *image_shape(config.image_channels, config.image_size))
+    labels = list(range(min(PREVIEWED, len(run.stream.classes)))) if config.class_cond else []
+    images, _ = first_images(run.stream, min(COMPARED, len(run.stream.dataset)))
+    beside: dict[str, th.Tensor] = {}
+    if kind is not None:
+        paired, cond = first_images(run.stream, PREVIEWED)
+        labels = cond["y"].tolist() if labels else []
+        beside = {"cond_image": cond["cond_image"].to(dist_util.dev())}
+        _draw_pairs(to_uint8(paired), conditioning.drawn(kind, cond["cond_image"]))
+
+    def draw(model: Any, step: int) -> None:
+        samples = _draw(run, partial(model, **beside) if beside else model, shape, labels, step)
+        compare_colours(step, samples, images)
+
+    return draw
+
+
+def _draw_pairs(images: Any, cond_images: Any) -> None:
+    """Draw the conditioning images of previews, and the images that they belong to."""
+    for name, pixels in (("images.png", images), ("cond_images.png", cond_images)):
+        if pixels is not None and dist_util.rank() == 0:
+            save_grid(os.path.join(folder(), name), pixels, math.isqrt(PREVIEWED))
+
+
+def of_enlarged(run: Training) -> Draw:
+    """The function that enlarges the same images of the data set every time."""
+    images, labels = first_images(run.stream, PREVIEWED)
+    small_size = parse_size(run.flags.part(SuperResConfig).small_size)
+    low_res = F.interpolate(images, small_size, mode="area").to(dist_util.dev())
+    classes = labels["y"].tolist() if labels else []
+
+    def draw(model: Any, step: int) -> None:
+        _draw(run, partial(model, low_res=low_res), tuple(images.shape), classes, step)
+
+    return draw
+
+
+def compare_colours(step: int, samples: Any, images: th.Tensor) -> None:
+    """Log mean and deviation of each channel of a preview and of the data: a tint shows here first.
+
+    :param samples: uint8 [N, H, W, C]; `images` are [N, C, H, W] in [-1, 1].
+    """
+    rows = {"samples": planes(samples), "data": images}
+    texts = [
+        f"{name} {' '.join(f'{float(v[:, c].mean()):+.2f}/{float(v[:, c].std()):.2f}' for c in range(v.shape[1]))}"
+        for name, v in rows.items()
+    ]
+    logger.log(f"preview at step {step}, mean/deviation of the channels: {', '.join(texts)}")
