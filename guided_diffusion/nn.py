@@ -5,7 +5,7 @@ Shapes: N batch, C channels, T tokens (positions of a feature map in row-major o
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch as th
 import torch.nn as nn
@@ -187,3 +187,28 @@ class CheckpointFunction(th.autograd.Function):
     def apply(run_function: Callable[..., Any], length: int, *args: Any) -> Any:
         """Checkpoint run_function(*args[:length]); the remaining args are its parameters."""
         return checkpoint(run_function, args[:length], args[length:], True)
+
+
+class Traits(NamedTuple):
+    """What a network says of its conditioning.
+
+    known: whether it says anything: a plain function may or may not take labels.
+    num_classes: K, None without classes.
+    null_label: the label that means "no class"; None where there is none.
+    null_cond: whether zeros mean "no conditioning image".
+    """
+
+    known: bool
+    num_classes: int | None
+    null_label: int | None
+    null_cond: bool
+
+
+def traits_of(model: Any) -> Traits:
+    """The traits of a network, ours or anybody's callable."""
+    return Traits(
+        known=hasattr(model, "num_classes"),
+        num_classes=getattr(model, "num_classes", None),
+        null_label=getattr(model, "null_label", None),
+        null_cond=bool(getattr(model, "null_cond", False)),
+    )

@@ -18,6 +18,7 @@ from . import dist_util, logger
 from .data.upsampling import NAMES, picture_names
 from .gaussian_diffusion import GaussianDiffusion
 from .networks.compiling import evaluating as evaluating
+from .nn import traits_of
 from .respace import respaced, space_timesteps
 from .runtime.errors import UserError
 from .runtime.files import write_json
@@ -28,7 +29,6 @@ from .runtime.pictures import LEVEL, Pixels, can_draw, draw_each, draw_grid, sav
 from .runtime.seeds import image_generator, seeded
 from .runtime.trajectory import FILM_IMAGES, Film
 from .sampling.loop import SampleOptions, network_calls
-from .sampling.prediction import traits_of
 from .sampling.samplers import make_sampler
 from .sampling.steps import StepOutput
 

@@ -23,13 +23,12 @@ from torch.nn.parallel import DistributedDataParallel as DDP  # noqa: F401
 from . import dist_util, logger
 from .fp16_util import INITIAL_LOG_LOSS_SCALE as INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .networks.compiling import eagerly, evaluating
-from .nn import update_ema
+from .nn import traits_of, update_ema
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from .runtime import paths
 from .runtime.files import write_json
 from .runtime.options import parse_rates
 from .runtime.seeds import seeded
-from .sampling.prediction import traits_of
 from .training import batches, checkpoints
 from .training.bad_steps import BadSteps
 from .training.batches import Cond, RollingValidation, Supply, Validation

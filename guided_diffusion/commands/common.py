@@ -64,7 +64,7 @@ def schedule_of(flags: Flags) -> DiffusionConfig:
     schedule = flags.part(DiffusionConfig)
     if "sampler" not in flags.values or not flags.part(SampleConfig).steps:
         return schedule
-    grid = f"{getattr(sampler_of(flags), 'grid', '')}{flags.part(SampleConfig).steps}"
+    grid = f"{sampler_of(flags).grid}{flags.part(SampleConfig).steps}"
     return replace(schedule, timestep_respacing=grid)
 
 

@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 from ..config import DiffusionConfig
+from ..nn import traits_of
 from ..runtime.errors import UserError
 from ..runtime.options import parse_range, size_flag
 from ..sampling.guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
-from ..sampling.prediction import traits_of
 from ..sampling.samplers import DDIM, PLMS, Ancestral
 from .common import Plan, Restored, restore_classifier, restore_weaker, sampler_of
 from .sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig

@@ -20,7 +20,8 @@ from typing import Any
 import torch as th
 import torch.nn.functional as F
 
-from .prediction import CondFn, MeanVariance, sees_denoiser, traits_of
+from ..nn import traits_of
+from .prediction import CondFn, MeanVariance, sees_denoiser
 
 Scale = float | Callable[[th.Tensor], th.Tensor | float]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import torch as th
 from tqdm.auto import tqdm
 
+from ..nn import traits_of
 from ..runtime.labels import check_labels
 from ..runtime.options import nearest, refuse
-from .prediction import traits_of
 from .samplers import DDIM, make_sampler
 from .steps import Draw, Generators, Sampler, StepOutput
 

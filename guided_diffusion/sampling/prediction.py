@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import torch as th
 
@@ -37,31 +37,6 @@ class MeanVariance(TypedDict):
     log_variance: th.Tensor
     pred_xstart: th.Tensor
     timesteps: NotRequired[th.Tensor]
-
-
-class Traits(NamedTuple):
-    """What a network says of its conditioning.
-
-    known: whether it says anything: a plain function may or may not take labels.
-    num_classes: K, None without classes.
-    null_label: the label that means "no class"; None where there is none.
-    null_cond: whether zeros mean "no conditioning image".
-    """
-
-    known: bool
-    num_classes: int | None
-    null_label: int | None
-    null_cond: bool
-
-
-def traits_of(model: Any) -> Traits:
-    """The traits of a network, ours or anybody's callable."""
-    return Traits(
-        known=hasattr(model, "num_classes"),
-        num_classes=getattr(model, "num_classes", None),
-        null_label=getattr(model, "null_label", None),
-        null_cond=bool(getattr(model, "null_cond", False)),
-    )
 
 
 def sees_denoiser(cond_fn: CondFn | None) -> bool:

@@ -16,8 +16,8 @@ import torch as th
 import torch.nn as nn
 
 from ..networks.architecture import CLASSIFIER_NAMES, architecture
+from ..nn import traits_of
 from ..runtime.options import Size, nearest
-from ..sampling.prediction import traits_of
 from .checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint, open_checkpoint
 from .weights import State, difference
 
