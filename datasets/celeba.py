@@ -9,6 +9,7 @@ from conversion.config import CelebaConfig
 from conversion.folder import folder_source, listing_of
 from conversion.images import Source
 from guided_diffusion.runtime import files as untrusted
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.options import nearest
 
 TABLE = "list_attr_celeba.txt"
@@ -23,7 +24,7 @@ def read(config: CelebaConfig) -> Source:
     files = [os.path.basename(name) for name in listing.images]
     missing = next((file for file in files if file not in marks), None)
     if missing:
-        raise ValueError(f"{TABLE} has no line for {untrusted.quoted(missing)}: give that of these images")
+        raise UserError(f"{TABLE} has no line for {untrusted.quoted(missing)}: give that of these images")
     words = {"1": config.attribute, "-1": f"not {config.attribute}"}
     return folder_source(listing, [words[marks[file]] for file in files])
 
@@ -34,9 +35,7 @@ def _table_path(config: CelebaConfig) -> str:
     places += [os.path.join(place, TABLE) for place in (folder, os.path.dirname(folder))]
     path = next((place for place in places[: 1 if config.attribute_file else None] if os.path.isfile(place)), None)
     if path is None:
-        raise ValueError(
-            f"--attribute {config.attribute} needs {TABLE}, not found at {', '.join(places)}: fetch it too"
-        )
+        raise UserError(f"--attribute {config.attribute} needs {TABLE}, not found at {', '.join(places)}: fetch it too")
     return path
 
 
@@ -46,12 +45,12 @@ def _marks(path: str, attribute: str) -> dict[str, str]:
     names = lines[1].split() if len(lines) > 1 else []
     if attribute not in names:
         shown = ", ".join(names[:5])
-        raise ValueError(f"{path} has no attribute {attribute!r} (but {shown}, ...){nearest(attribute, names)}")
+        raise UserError(f"{path} has no attribute {attribute!r} (but {shown}, ...){nearest(attribute, names)}")
     column = names.index(attribute) + 1
     rows = [line.split() for line in lines[2:] if line.strip()]
     wrong = next((row[0] for row in rows if len(row) != len(names) + 1 or row[column] not in ("1", "-1")), None)
     if wrong is not None:
-        raise ValueError(f"the line of {untrusted.printable(wrong)} in {path} is damaged: fetch it again")
+        raise UserError(f"the line of {untrusted.printable(wrong)} in {path} is damaged: fetch it again")
     return {row[0]: row[column] for row in rows}
 
 

@@ -14,6 +14,7 @@ from conversion.images import Item, Source, bad
 from conversion.planes import row_items, with_empty_classes
 from conversion.tars import members, open_tar
 from guided_diffusion.runtime import files as untrusted
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import reason
 
 TEN = [f"data_batch_{number}" for number in range(1, 6)]
@@ -33,11 +34,11 @@ def read(config: CifarConfig) -> Source:
     files = _files(config.source)
     meta = next((name for name in LAYOUTS if name in files), "")
     if not meta:
-        raise ValueError(
+        raise UserError(
             f"{config.source} has neither {' nor '.join(LAYOUTS)}: give the tar.gz of the Python version, or its folder"
         )
     if config.coarse and meta != "meta":
-        raise ValueError("--coarse True is for CIFAR-100, and this is CIFAR-10: leave it out")
+        raise UserError("--coarse True is for CIFAR-100, and this is CIFAR-10: leave it out")
     names_key, key = COARSE if config.coarse else KEYS[meta]
     names = _names(files[meta], names_key, f"{meta} in {config.source}")
     batches = LAYOUTS[meta][config.split]
@@ -58,7 +59,7 @@ def _files(source: str) -> Files:
                     files.setdefault(name, _kept(member.read()))
         except ValueError as error:
             if not LAYOUTS.keys() & files.keys():
-                raise ValueError(f"{source}: {error}") from error
+                raise UserError(f"{source}: {error}") from error
     return files
 
 
@@ -75,16 +76,16 @@ def _names(content: Callable[[], bytes], key: str, where: str) -> list[str]:
         names = pickles.load(content())[key]
         return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} has no {key} ({reason(error)}): fetch it again") from error
+        raise UserError(f"{where} has no {key} ({reason(error)}): fetch it again") from error
 
 
 def _batch(name: str, content: Callable[[], bytes] | None, key: str, names: list[str]) -> Iterator[Item]:
     try:
         if content is None:
-            raise ValueError("it is missing, or the archive ends before it")
+            raise UserError("it is missing, or the archive ends before it")
         batch = pickles.load(content())
         if "data" not in batch or not isinstance(batch.get(key), list):
-            raise ValueError(f"it has no data and {key}")
+            raise UserError(f"it has no data and {key}")
         yield from row_items(name, np.asarray(batch["data"]), batch[key], names)
     except (ValueError, OSError) as error:
         yield bad(name, reason(error))

@@ -20,6 +20,7 @@ from conversion.images import Item, Source, bad
 from guided_diffusion.data.crops import center_crop_arr
 from guided_diffusion.data.decoding import decode
 from guided_diffusion.runtime import files as untrusted
+from guided_diffusion.runtime.errors import UserError
 
 SIZE = 64
 CLASSES = {
@@ -50,7 +51,7 @@ Code = tuple[int, ...]  # code points but U+FE0F, which some file names have and
 def read(config: EmojiConfig) -> Source:
     """One style after the other, by code points."""
     if config.size or config.format or config.crop != "center":
-        raise ValueError("emoji are drawn to PNG of 64x64: leave out --size, --crop and --format")
+        raise UserError("emoji are drawn to PNG of 64x64: leave out --size, --crop and --format")
     table = _table(config.source)
     files = {style: _drawings(getattr(config, style) or config.source, style) for style in STYLES}
 
@@ -69,13 +70,13 @@ def _table(source: str) -> list[dict[str, Any]]:
     names = [os.path.join(source, name) for name in ("emoji.json", "package/emoji.json")]
     path = source if os.path.isfile(source) else next((name for name in names if os.path.isfile(name)), "")
     if not path:
-        raise ValueError(f"{source} has no emoji.json: give the package emoji-datasource-google, unpacked")
+        raise UserError(f"{source} has no emoji.json: give the package emoji-datasource-google, unpacked")
     try:
         rows = untrusted.parse_json(untrusted.read_file(path))
         drawn = [row for row in rows if row["has_img_google"] and row["has_img_twitter"] and row["category"] in CLASSES]
         return sorted(drawn, key=lambda row: str(row["unified"]).lower())
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no table of emoji ({untrusted.reason(error)}): fetch it again") from error
+        raise UserError(f"{path} is no table of emoji ({untrusted.reason(error)}): fetch it again") from error
 
 
 def _drawings(folder: str, style: str) -> dict[Code, str]:
@@ -85,7 +86,7 @@ def _drawings(folder: str, style: str) -> dict[Code, str]:
         codes = {_code(name): os.path.join(place, name) for name in sorted(os.listdir(place))}
         if codes.keys() - {()}:
             return codes
-    raise ValueError(f"--{style} {folder} holds no drawings: give a checkout, or emoji-datasource-{style} unpacked")
+    raise UserError(f"--{style} {folder} holds no drawings: give a checkout, or emoji-datasource-{style} unpacked")
 
 
 def _code(name: str) -> Code:
@@ -124,7 +125,7 @@ def _draw(path: str) -> bytes:
     try:
         picture = decode(content, "", 3).picture
     except Exception as error:  # Pillow does not say what it raises on a damaged file
-        raise ValueError(untrusted.reason(error)) from error
+        raise UserError(untrusted.reason(error)) from error
     assert isinstance(picture, Image.Image)
     if picture.size != (SIZE, SIZE):
         picture = Image.fromarray(center_crop_arr(picture, SIZE))

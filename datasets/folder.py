@@ -6,6 +6,7 @@ from conversion.command import converter
 from conversion.config import FolderConfig
 from conversion.folder import folder_source, listing_of, numbered
 from conversion.images import Source
+from guided_diffusion.runtime.errors import UserError
 
 
 def read(config: FolderConfig) -> Source:
@@ -18,7 +19,7 @@ def read(config: FolderConfig) -> Source:
     try:
         labels = read_labels(listing, config.class_from, label_column=config.label_column)
     except ValueError as error:
-        raise ValueError(f"{error}; or give all images one class: --prefix NAME") from error
+        raise UserError(f"{error}; or give all images one class: --prefix NAME") from error
     print(*labels.notes, sep="\n")
     classes = numbered(labels.classes)
     names = [classes[number] for number in labels.ids]

@@ -16,6 +16,7 @@ from conversion.folder import folder_name
 from conversion.images import EMPTY_CLASS, Item, Source, bad
 from conversion.tars import Member, members, open_tar
 from guided_diffusion.runtime import files
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import printable, quoted, reason
 
 Classify = Callable[[str], str]  # file name -> class; ValueError where there is none
@@ -29,7 +30,7 @@ def read(config: ImagenetConfig) -> Source:
         return Source(_closing(config.source, classify))
     names = sorted(name for name in os.listdir(config.source) if name.endswith(".tar"))
     if not names:
-        raise ValueError(f"{config.source} holds no tar: for a folder of unpacked images there is folder.py")
+        raise UserError(f"{config.source} holds no tar: for a folder of unpacked images there is folder.py")
     return Source(item for name in names for item in _closing(os.path.join(config.source, name), classify, name))
 
 
@@ -85,7 +86,7 @@ def _from_name(name: str) -> str:
     """n01440764 of n01440764_18.JPEG."""
     label, separator, _ = name.partition("_")
     if not separator or not re.fullmatch(r"n\d+", label):
-        raise ValueError("its name begins with no wnid: for the validation tar, give --ground_truth")
+        raise UserError("its name begins with no wnid: for the validation tar, give --ground_truth")
     return label
 
 
@@ -99,11 +100,11 @@ def _from_ground_truth(config: ImagenetConfig) -> Classify:
         if not names:
             return label
         if not label.isdecimal() or not 0 < int(label) <= len(names):
-            raise ValueError(f"its class {quoted(label)} is none of the {len(names)} in {config.synsets}")
+            raise UserError(f"its class {quoted(label)} is none of the {len(names)} in {config.synsets}")
         return names[int(label) - 1]
 
     if not names and lines and lines[0].isdecimal():
-        raise ValueError(
+        raise UserError(
             f"{config.ground_truth} gives classes by number: give --synsets too, a file whose line N starts with the "
             "wnid of class N"
         )
@@ -119,7 +120,7 @@ def _solution(lines: list[str]) -> Classify:
 
     def classify(stem: str) -> str:
         if not table.get(stem):
-            raise ValueError("--ground_truth has no class for it")
+            raise UserError("--ground_truth has no class for it")
         return table[stem]
 
     return classify
@@ -129,7 +130,7 @@ def _by_number(lines: list[str]) -> Classify:
     def classify(stem: str) -> str:
         number = re.search(r"_(\d{1,9})$", stem)
         if number is None or not 0 < int(number[1]) <= len(lines):
-            raise ValueError(f"--ground_truth has {len(lines)} lines, none of them for it")
+            raise UserError(f"--ground_truth has {len(lines)} lines, none of them for it")
         return lines[int(number[1]) - 1]
 
     return classify

@@ -16,6 +16,7 @@ from conversion.command import converter
 from conversion.config import Imagenet64Config
 from conversion.images import Item, Source, bad
 from conversion.planes import row_items
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import check_regular, read_file, reason
 
 ROWS = 256  # read at a time from an npz
@@ -34,10 +35,10 @@ def _batches(source: str) -> list[str]:
         return [source]
     batches = [name for name in os.listdir(source) if BATCH.match(name)]
     if not batches:
-        raise ValueError(f"{source} holds no train_data_batch_N or val_data, as npz or pickle: unpack the zips there")
+        raise UserError(f"{source} holds no train_data_batch_N or val_data, as npz or pickle: unpack the zips there")
     kinds = {(name.split("_")[0], os.path.splitext(name)[1]) for name in batches}
     if len(kinds) > 1:
-        raise ValueError(
+        raise UserError(
             f"{source} holds {len(kinds)} kinds of batches ({', '.join(sorted(batches)[:5])}): give one file"
         )
     return [os.path.join(source, name) for name in sorted(batches, key=lambda name: (len(name), name))]
@@ -56,9 +57,9 @@ def _npz(path: str, names: list[str]) -> Iterator[Item]:
     with Npz(path) as archive:
         count, header = archive.header("labels").shape[0], archive.header("data")
         if archive.header("labels").dtype.kind not in "iu":
-            raise ValueError("its labels are no integers")
+            raise UserError("its labels are no integers")
         if header.shape[0] != count:
-            raise ValueError(f"it has {header.shape[0]} images and {count} labels")
+            raise UserError(f"it has {header.shape[0]} images and {count} labels")
         labels = np.concatenate([[], *archive.chunks("labels", 2**16)]).astype(int)
         for start, rows in zip(range(0, count, ROWS), archive.chunks("data", ROWS), strict=True):
             some = labels[start : start + ROWS].tolist()
@@ -70,7 +71,7 @@ def _pickle(path: str, names: list[str]) -> Iterator[Item]:
     with open(path, "rb") as file:
         batch = pickles.load(file)
     if "data" not in batch or "labels" not in batch:
-        raise ValueError("it has no data and labels")
+        raise UserError("it has no data and labels")
     yield from row_items(os.path.basename(path), np.asarray(batch["data"]), list(batch["labels"]), names, first=1)
 
 

@@ -12,6 +12,7 @@ from conversion.command import converter
 from conversion.config import LsunConfig
 from conversion.folder import folder_name
 from conversion.images import EMPTY_CLASS, Item, Source, bad
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import MAX_BYTES, printable, reason
 
 
@@ -19,7 +20,7 @@ def read(config: LsunConfig) -> Source:
     """The images of each database in the order of their keys, classes in the order of their folders."""
     paths = _databases(config.source)
     if config.prefix and len(paths) > 1:
-        raise ValueError(f"--prefix {config.prefix} would make one class of {len(paths)} databases: give one of them")
+        raise UserError(f"--prefix {config.prefix} would make one class of {len(paths)} databases: give one of them")
     return Source(item for path in paths for item in _items(path, config.prefix or _class_of(path)))
 
 
@@ -29,7 +30,7 @@ def _databases(source: str) -> list[str]:
     inner = sorted(os.path.join(source, name) for name in os.listdir(source))
     databases = [path for path in inner if os.path.isfile(os.path.join(path, "data.mdb"))]
     if not databases:
-        raise ValueError(f"{source} holds no data.mdb, nor does a folder in it: unpack LSUN's zip and give its folder")
+        raise UserError(f"{source} holds no data.mdb, nor does a folder in it: unpack LSUN's zip and give its folder")
     return databases
 
 
@@ -62,7 +63,7 @@ def _library() -> Any:
     try:
         import lmdb
     except ImportError as error:
-        raise ValueError('LSUN\'s databases need lmdb: pip install "guided-diffusion[datasets]"') from error
+        raise UserError('LSUN\'s databases need lmdb: pip install "guided-diffusion[datasets]"') from error
     return lmdb
 
 
@@ -71,12 +72,12 @@ def _check_whole(path: str, database: Any) -> None:
     size = os.path.getsize(os.path.join(path, "data.mdb") if os.path.isdir(path) else path)
     needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
     if size < needed:
-        raise ValueError(f"it was cut: it has {size} bytes of {needed}")
+        raise UserError(f"it was cut: it has {size} bytes of {needed}")
 
 
 def _content(value: memoryview) -> bytes:
     if len(value) > MAX_BYTES:
-        raise ValueError("too many bytes")
+        raise UserError("too many bytes")
     return bytes(value)
 
 

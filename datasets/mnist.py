@@ -18,6 +18,7 @@ from conversion.config import MnistConfig
 from conversion.images import Item, Source, bad, of_pixels
 from conversion.planes import class_of, with_empty_classes
 from guided_diffusion.runtime import files
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import MAX_BYTES, reason
 
 STARTS = {"train": "train", "test": "t10k"}
@@ -32,7 +33,7 @@ def read(config: MnistConfig) -> Source:
     images = _idx(_find(config.source, f"{start}-images", "idx3-ubyte"), 3)
     labels = _idx(_find(config.source, f"{start}-labels", "idx1-ubyte"), 1)
     if len(images) != len(labels):
-        raise ValueError(f"{config.source} has {len(images)} images and {len(labels)} labels: fetch it again")
+        raise UserError(f"{config.source} has {len(images)} images and {len(labels)} labels: fetch it again")
     return Source(with_empty_classes(_items(images, labels, names, start), names, config.source), len(images))
 
 
@@ -49,7 +50,7 @@ def _find(folder: str, stem: str, kind: str) -> str:
     paths = [os.path.join(folder, name) for name in names]
     path = next(filter(os.path.isfile, paths), None)
     if path is None:
-        raise ValueError(f"{folder} has no {names[0]}, packed or not: fetch it into that folder")
+        raise UserError(f"{folder} has no {names[0]}, packed or not: fetch it into that folder")
     return path
 
 
@@ -60,16 +61,16 @@ def _idx(path: str, dims: int) -> NDArray[np.uint8]:
         with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
             return _read_idx(file, dims)
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be used, {reason(error)}: fetch it again") from error
+        raise UserError(f"{path} cannot be used, {reason(error)}: fetch it again") from error
 
 
 def _read_idx(file: IO[bytes] | gzip.GzipFile, dims: int) -> NDArray[np.uint8]:
     head = file.read(4 + 4 * dims)
     if head[:4] != bytes([0, 0, UBYTE, dims]) or len(head) < 4 + 4 * dims:
-        raise ValueError(f"it is no idx file of bytes in {dims} dimensions")
+        raise UserError(f"it is no idx file of bytes in {dims} dimensions")
     shape = struct.unpack(f">{dims}I", head[4:])
     if math.prod(shape) > MAX_BYTES:
-        raise ValueError(f"its array of shape {shape} is too large")
+        raise UserError(f"its array of shape {shape} is too large")
     return files.read_rows(cast(IO[bytes], file), shape, np.dtype(np.uint8))
 
 

@@ -12,6 +12,7 @@ from conversion.folder import folder_name
 from conversion.images import Item, Source, bad
 from conversion.planes import class_of
 from guided_diffusion.runtime import files as untrusted
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import printable, reason
 from guided_diffusion.runtime.options import nearest
 
@@ -30,7 +31,7 @@ def _files(source: str) -> list[str]:
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names]
     files = sorted(path for path in paths if path.endswith(".parquet"))
     if not files:
-        raise ValueError(f"{source} holds no .parquet file: give the folder that does")
+        raise UserError(f"{source} holds no .parquet file: give the folder that does")
     return files
 
 
@@ -39,7 +40,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError('parquet files need pyarrow: pip install "guided-diffusion[datasets]"') from error
+        raise UserError('parquet files need pyarrow: pip install "guided-diffusion[datasets]"') from error
     return pyarrow, parquet
 
 
@@ -76,7 +77,7 @@ def _item(key: str, row: dict[str, Any], columns: tuple[str, str], names: list[s
 
 def _label(value: Any, names: list[str]) -> str:
     if value is None:
-        raise ValueError("the row has no label")
+        raise UserError("the row has no label")
     return value if isinstance(value, str) else class_of(value, names)
 
 
@@ -89,11 +90,11 @@ def _columns(schema: Any, config: ParquetConfig) -> tuple[str, str]:
     if image not in holders:
         fault = f"no column {image!r}" if image else f"{len(holders)} columns"
         listed = ", ".join(holders) or "none"
-        raise ValueError(f"{config.source} has {fault} with images: give --image_column (bytes are in {listed})")
+        raise UserError(f"{config.source} has {fault} with images: give --image_column (bytes are in {listed})")
     label = config.label_column or next((name for name in LABELS if name in schema.names and not config.prefix), "")
     if label and label not in schema.names:
         others = ", ".join(schema.names)
-        raise ValueError(f"{config.source} has no column {label!r}, but {others}{nearest(label, schema.names)}")
+        raise UserError(f"{config.source} has no column {label!r}, but {others}{nearest(label, schema.names)}")
     return image, label
 
 

@@ -336,7 +336,7 @@ def exit_of(error: BaseException) -> tuple[int, str]:
         return 130, "" if debug else "interrupted"  # what a shell reports for Ctrl-C
     code, line = 1, str(error).partition("\n")[0]
     sentence = ""
-    if _is_users_mistake(error):
+    if isinstance(error, UserError | OSError):
         code, sentence = 2, sentence_of(error)
     elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
         cause = line.partition("] ")[2].partition(". ")[0] or str(error)
@@ -351,12 +351,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was asked for in vain, which torch has no class of its own for on a CPU."""
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return on_cpu or isinstance(error, MemoryError | th.cuda.OutOfMemoryError)
-
-
-def _is_users_mistake(error: BaseException) -> bool:
-    if isinstance(error, UserError | OSError):
-        return True
-    if not isinstance(error, ValueError):
-        return False
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return str(innermost.f_globals.get("__name__")).partition(".")[0] == "guided_diffusion"

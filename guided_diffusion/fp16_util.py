@@ -19,6 +19,7 @@ from torch.nn.utils import get_total_norm
 from . import logger
 from .config import resolve_precision
 from .nn import convert_module_to_f16 as convert_module_to_f16, convert_module_to_f32 as convert_module_to_f32
+from .runtime.errors import UserError
 from .training.gradients import Gradients, laid_out_as
 
 INITIAL_LOG_LOSS_SCALE = 20.0
@@ -131,7 +132,7 @@ def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.
     result: dict[int, dict[str, Any]] = {index: dict(entry) for index, entry in state.items()}
     if not all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
         if sizes != {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
-            raise ValueError(
+            raise UserError(
                 f"the optimizer state ({sum(sizes.values())} values in {len(sizes)} tensors) is not that of this model "
                 f"({sum(param.numel() for _, param in named)} values in {len(named)} tensors): "
                 "resume with the flags of the run that wrote it"
@@ -219,7 +220,7 @@ class MixedPrecisionTrainer:
         pairs = zip(self.model_params, self.master_params, strict=True)
         self._trained = [(param, master) for param, master in pairs if param.requires_grad]
         if not self._trained:
-            raise ValueError("the model has no parameter that requires a gradient: nothing can be trained")
+            raise UserError("the model has no parameter that requires a gradient: nothing can be trained")
         self.gradients = self._make_gradients()
 
     def _make_gradients(self) -> Gradients:
@@ -229,7 +230,7 @@ class MixedPrecisionTrainer:
         if self.precision == "fp32":
             odd = {param.dtype for param in self.model_params} - {th.float32, th.float64}
             if odd:
-                raise ValueError(
+                raise UserError(
                     f"the model has parameters of {odd.pop()} but precision is fp32: call convert_to_fp32()"
                 )
             return self.model_params

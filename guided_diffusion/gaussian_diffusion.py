@@ -21,6 +21,7 @@ from .config import LOSS_WEIGHTS
 from .diffusion.methods import DenoisedFn, Kwargs, Model, SamplingMethods
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
+from .runtime.errors import UserError
 from .runtime.options import refuse
 from .sampling.prediction import Bounds, CondFn, MeanVariance, Prediction, apply_rule, detached, sees_denoiser
 from .sampling.schedules import (
@@ -148,7 +149,7 @@ class GaussianDiffusion(SamplingMethods):
         channels = x.shape[1] * (2 if learned else 1)
         expected = (x.shape[0], channels, *x.shape[2:])
         if output.shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"the network returned shape {tuple(output.shape)} where {expected} is expected: does learn_sigma fit?"
             )
         if not learned:

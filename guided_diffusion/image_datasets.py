@@ -25,6 +25,7 @@ from .data.items import BatchDataset, DataOptions, ImageDataset as ImageDataset,
 from .data.labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
 from .data.sources import IMAGE_EXTENSIONS, UnreadableImage, find_images
 from .data.upsampling import SmallVersions
+from .runtime.errors import UserError
 from .runtime.files import printable, quoted
 from .runtime.options import Size, parse_size, size_flag
 from .runtime.pictures import to_unit
@@ -82,10 +83,10 @@ class ImageStream(Iterator[Batch]):
     def _check_batch_size(self) -> None:
         count, most = len(self.dataset), len(self.dataset) // self.world_size
         if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
-            raise ValueError(f"batch_size {self.batch_size} on rank {self.rank} of {self.world_size}: give 1 or more")
+            raise UserError(f"batch_size {self.batch_size} on rank {self.rank} of {self.world_size}: give 1 or more")
         if count < self.global_batch and not (self.dataset.options.fit and count):
             remedy = f"set batch_size to at most {most}" if most else f"start at most {count} ranks"
-            raise ValueError(
+            raise UserError(
                 f"{count} images are fewer than one global batch of {self.global_batch} "
                 f"(batch_size {self.batch_size} on {self.world_size} ranks); {remedy}, or add images"
             )
@@ -119,7 +120,7 @@ class ImageStream(Iterator[Batch]):
         batch = next(self._batches)
         if isinstance(batch, ValueError):
             self.close()
-            raise ValueError(self._refusal(str(batch)) if isinstance(batch, UnreadableImage) else str(batch))
+            raise UserError(self._refusal(str(batch)) if isinstance(batch, UnreadableImage) else str(batch))
         first = self._schedule.taken + self._schedule.offset
         images, cond = batch.images, batch.labels
         self._note(batch.bad)
@@ -212,7 +213,7 @@ def load_data(
     source = find_images(data_dir, given.image_channels)
     if not source.images:
         known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
-        raise ValueError(f"data_dir {data_dir!r} holds no images, {source.skipped()}; readable are {known}")
+        raise UserError(f"data_dir {data_dir!r} holds no images, {source.skipped()}; readable are {known}")
     source.hold()
     say(source.summary())
     source, partners = given.pairing.match(source, say) if given.pairing else (source, None)
@@ -222,7 +223,7 @@ def load_data(
             source, given.class_from, given.classes, given.num_classes, label_column=given.label_column
         )
     elif given.class_from != "auto" or given.classes or given.label_column:
-        raise ValueError(
+        raise UserError(
             f"class_from {given.class_from!r}, label_column {given.label_column!r} and classes {given.classes!r} have "
             "no effect; set class_cond to True"
         )
@@ -261,7 +262,7 @@ def load_superres_data(
     """
     (height, width), (small_height, small_width) = parse_size(large_size), parse_size(small_size)
     if small_height > height or small_width > width:
-        raise ValueError(f"small_size {small_size} exceeds large_size {large_size}; give a small_size within it")
+        raise UserError(f"small_size {small_size} exceeds large_size {large_size}; give a small_size within it")
     stream = load_data(
         data_dir=data_dir, batch_size=batch_size, image_size=large_size, class_cond=class_cond, **options
     )

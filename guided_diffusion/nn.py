@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint as recompute
 
+from .runtime.errors import UserError
+
 GROUPS = 32
 _CONVOLUTIONS: dict[int, type[_ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _AVERAGE_POOLS: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
@@ -45,7 +47,7 @@ def normalization(channels: int) -> GroupNorm32:
     :param channels: a positive multiple of 32, else ValueError.
     """
     if channels <= 0 or channels % GROUPS:
-        raise ValueError(
+        raise UserError(
             f"channels must be a positive multiple of {GROUPS} for group normalization, got {channels}; "
             "change num_channels or channel_mult."
         )
@@ -54,7 +56,7 @@ def normalization(channels: int) -> GroupNorm32:
 
 def _for_dims(table: dict[int, _Layer], dims: int) -> _Layer:
     if dims not in table:
-        raise ValueError(f"dims must be one of 1, 2, 3, the axes of space, got {dims!r}.")
+        raise UserError(f"dims must be one of 1, 2, 3, the axes of space, got {dims!r}.")
     return table[dims]
 
 

@@ -16,6 +16,7 @@ import torch as th
 import torch.distributed as dist  # noqa: F401
 
 from . import dist_util
+from .runtime.errors import UserError
 from .runtime.options import nearest
 from .runtime.seeds import to_device
 
@@ -28,7 +29,7 @@ def create_named_schedule_sampler(name: str, diffusion: Any) -> ScheduleSampler:
     :raises ValueError: for another name.
     """
     if name not in SCHEDULE_SAMPLERS:
-        raise ValueError(
+        raise UserError(
             f"schedule_sampler {name!r} is unknown: use {' or '.join(SCHEDULE_SAMPLERS)}"
             f"{nearest(name, SCHEDULE_SAMPLERS)}"
         )
@@ -128,7 +129,7 @@ class LossSecondMomentResampler(LossAwareSampler):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if tuple(state["losses"].shape) != self._loss_history.shape:
             got = tuple(state["losses"].shape)
-            raise ValueError(
+            raise UserError(
                 f"a history of shape {got} does not fit {self._loss_history.shape} (steps, losses per step)"
             )
         self._loss_history, self._loss_counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from .diffusion.forward_process import Tables, table_of
 from .diffusion.methods import Model
 from .gaussian_diffusion import GaussianDiffusion, Losses
+from .runtime.errors import UserError
 from .runtime.options import refuse
 from .runtime.seeds import to_device
 from .sampling.prediction import CondFn, MeanVariance
@@ -62,7 +63,7 @@ def space_timesteps(
 
 def _count(text: str, whole: str) -> int:
     if not text.strip().isdigit():
-        raise ValueError(f"timestep_respacing {whole!r} is not a grid: {WRITE}")
+        raise UserError(f"timestep_respacing {whole!r} is not a grid: {WRITE}")
     return int(text)
 
 
@@ -70,7 +71,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(word) for word in text.removeprefix("list:").split(",")]
     except ValueError:
-        raise ValueError(f"timestep_respacing {text!r} is not a list of timesteps: write 'list:0,10.5,999'") from None
+        raise UserError(f"timestep_respacing {text!r} is not a list of timesteps: write 'list:0,10.5,999'") from None
 
 
 def _sections(num_timesteps: int, counts: Sequence[int]) -> set[int]:
@@ -82,7 +83,7 @@ def _sections(num_timesteps: int, counts: Sequence[int]) -> set[int]:
     for index, count in enumerate(counts):
         size = length + (index < longer)
         if not 1 <= count <= size:
-            raise ValueError(f"timestep_respacing cannot take {count} steps from a section of {size}: use 1 to {size}")
+            raise UserError(f"timestep_respacing cannot take {count} steps from a section of {size}: use 1 to {size}")
         # the stride is added up, not multiplied, so that rounding at halves falls as it always has
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         steps |= {start + round(offset) for offset in accumulate(repeat(stride, count - 1), initial=0.0)}
@@ -94,12 +95,12 @@ def _even_stride(num_timesteps: int, count: int) -> set[int]:
     if count == 1:
         return {num_timesteps - 1}
     if not 1 <= count <= num_timesteps:
-        raise ValueError(f"timestep_respacing ddim{count} does not fit {num_timesteps} steps: use 1 to {num_timesteps}")
+        raise UserError(f"timestep_respacing ddim{count} does not fit {num_timesteps} steps: use 1 to {num_timesteps}")
     grids = {len(range(0, num_timesteps, stride)): stride for stride in range(num_timesteps, 0, -1)}
     if count in grids:
         return set(range(0, num_timesteps, grids[count]))
     near = sorted(sorted(grids, key=lambda number: abs(number - count))[:2])
-    raise ValueError(
+    raise UserError(
         f"no integer stride takes exactly {count} of {num_timesteps} steps: "
         f"use ddim{' or ddim'.join(map(str, near))}, or '{count}'"
     )
@@ -113,9 +114,9 @@ def _explicit(num_timesteps: int, steps: Sequence[float]) -> list[float]:
     words = ", ".join(f"{step:g}" for step in steps[:12]) + (", ..." if len(steps) > 12 else "")
     rising = bool(steps) and all(earlier < later for earlier, later in pairwise(steps))
     if not rising:
-        raise ValueError(f"timesteps {words} are not in rising order, each once: write them like 0,250,500.5,999")
+        raise UserError(f"timesteps {words} are not in rising order, each once: write them like 0,250,500.5,999")
     if not 0 <= steps[0] <= steps[-1] <= num_timesteps - 1:
-        raise ValueError(f"timesteps {words} are not all in 0 .. {num_timesteps - 1}, those of the training")
+        raise UserError(f"timesteps {words} are not all in 0 .. {num_timesteps - 1}, those of the training")
     return [float(step) for step in steps]
 
 
@@ -188,7 +189,7 @@ def _named(num_timesteps: int, name: str, text: str, alphas_cumprod: npt.ArrayLi
     )
     steps = [num_timesteps - 1.0] if count == 1 else GRIDS[name](num_timesteps - 1, count, levels).round(9).tolist()
     if not all(earlier < later for earlier, later in pairwise(steps)) or steps[0] < 0:
-        raise ValueError(f"{whole} does not fit {num_timesteps} steps: use {name}{num_timesteps} or less")
+        raise UserError(f"{whole} does not fit {num_timesteps} steps: use {name}{num_timesteps} or less")
     return [float(step) for step in steps]
 
 
@@ -206,7 +207,7 @@ class SpacedDiffusion(GaussianDiffusion):
         self.use_timesteps = set(kept)
         alphas_cumprod: Array = np.cumprod(1 - np.array(kwargs["betas"], np.float64), dtype=np.float64)
         if not kept or not 0 <= min(kept) <= max(kept) < len(alphas_cumprod):
-            raise ValueError(f"use_timesteps must lie in 0 .. {len(alphas_cumprod) - 1}, and are {kept}")
+            raise UserError(f"use_timesteps must lie in 0 .. {len(alphas_cumprod) - 1}, and are {kept}")
         self.timestep_map, self.original_num_steps = kept, len(alphas_cumprod)
         self.original_alphas_cumprod = alphas_cumprod
         levels = np.append(1.0, _alpha_bar(kept, alphas_cumprod))

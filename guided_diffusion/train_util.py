@@ -26,6 +26,7 @@ from .networks.compiling import eagerly, evaluating
 from .nn import traits_of, update_ema
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from .runtime import paths
+from .runtime.errors import UserError
 from .runtime.files import write_json
 from .runtime.options import parse_rates
 from .runtime.seeds import seeded
@@ -129,7 +130,7 @@ class TrainLoop:
         if files is not None or self.resume_step:  # the step alone: of a subclass that has loaded the weights itself
             self._resume(files or agree(self.resume_checkpoint) or checkpoints.Checkpoint(self.resume_step))
         if self.lr is None:
-            raise ValueError("lr is None, and there is no optimizer file to take it from: give a learning rate")
+            raise UserError("lr is None, and there is no optimizer file to take it from: give a learning rate")
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
         progress = self.settings.progress
         self.meter = Meter(self.global_batch, done=self.updates, total=self.limit, progress=progress)

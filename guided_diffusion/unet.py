@@ -47,6 +47,7 @@ from .nn import (
     timestep_embedding,
     zero_module,
 )
+from .runtime.errors import UserError
 
 
 class _Door(ModuleType):
@@ -94,7 +95,7 @@ class UNetBackbone(nn.Module):
     ) -> None:
         # fmt: on
         if null_class and num_classes is None:
-            raise ValueError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
+            raise UserError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
         super().__init__()
         self.image_size = image_size
         self.in_channels, self.model_channels, self.out_channels = in_channels, model_channels, out_channels
@@ -192,7 +193,7 @@ class UNetBackbone(nn.Module):
         """Shape of a level's feature map for images of image_size."""
         sides = (self.image_size,) * self.dims if isinstance(self.image_size, int) else tuple(self.image_size)
         if len(sides) != self.dims:
-            raise ValueError(f"image_size must be an int or have {self.dims} sides (dims), got {self.image_size!r}.")
+            raise UserError(f"image_size must be an int or have {self.dims} sides (dims), got {self.image_size!r}.")
         keeps_odd = self.conv_resample and not self.resblock_updown  # a strided convolution rounds up, averaging down
         rates = strides(self.dims, 2**level)
         return tuple((side + keeps_odd * (rate - 1)) // rate for side, rate in zip(sides, rates, strict=True))
@@ -222,7 +223,7 @@ class UNetBackbone(nn.Module):
         :param device: that the network will be on, where it is on the meta device, without values.
         """
         if precision not in _DTYPES:
-            raise ValueError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}.")
+            raise UserError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}.")
         self._dtype = None
         on_cpu = (device or next(self.parameters()).device).type in ("cpu", "meta")
         innermost = precision != "fp32" and (min(self._widths) >= WIDE or not on_cpu)
@@ -241,11 +242,11 @@ class UNetBackbone(nn.Module):
     def _embed(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None) -> th.Tensor:
         """The embedding [N, E] of timesteps and, for networks with classes, labels of the images x."""
         if y is None and self.num_classes is not None:
-            raise ValueError(f"y is missing: the network has {self.num_classes} classes, give one label per image.")
+            raise UserError(f"y is missing: the network has {self.num_classes} classes, give one label per image.")
         if y is not None and self.num_classes is None:
-            raise ValueError("y was given to a network without classes (num_classes is None); leave it out.")
+            raise UserError("y was given to a network without classes (num_classes is None); leave it out.")
         if y is not None and y.shape != x.shape[:1]:
-            raise ValueError(f"y must have one label per image, shape {tuple(x.shape[:1])}, got {tuple(y.shape)}.")
+            raise UserError(f"y must have one label per image, shape {tuple(x.shape[:1])}, got {tuple(y.shape)}.")
         waves = timestep_embedding(timesteps, self.model_channels)
         emb: th.Tensor = self.time_embed(waves.to(dtype_of(self.time_embed)))
         return emb if y is None else emb + self.label_emb(y)
@@ -285,7 +286,7 @@ class UNetModel(UNetBackbone):
         sides = x.shape[2:][-2:]  # the first axis of volumes is not resampled
         if any(side % step for side in sides):
             nearest = "x".join(str(max(1, round(side / step)) * step) for side in sides)
-            raise ValueError(
+            raise UserError(
                 f"images must be a multiple of {step} on each side for {len(self.channel_mult)} levels (channel_mult), "
                 f"got {'x'.join(map(str, sides))}; the nearest is {nearest}."
             )
@@ -342,10 +343,10 @@ class SuperResModel(UNetModel):
         :param low_res_level: [N] of the noise on them, 0 to 1; None: there is none.
         """
         if low_res is None:
-            raise ValueError("low_res is missing: give the small images, [N, C, ...].")
+            raise UserError("low_res is missing: give the small images, [N, C, ...].")
         mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
         if low_res_level is not None and not self.cond_aug:
-            raise ValueError("low_res_level was given to an upsampler without cond_aug; leave it out.")
+            raise UserError("low_res_level was given to an upsampler without cond_aug; leave it out.")
         both = th.cat([x, F.interpolate(low_res, x.shape[2:], mode=mode)], dim=1)
         if not self.cond_aug:
             return super().forward(both, timesteps, **kwargs)
@@ -392,7 +393,7 @@ class EncoderUNetModel(UNetBackbone):
             pool = AttentionPool2d(shape, width, self.num_head_channels, self.out_channels)
             return nn.Sequential(normalization(width), nn.SiLU(), pool)
         if self.pool not in POOLS:
-            raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}.")
+            raise UserError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}.")
         hidden = linear(self._feature_size, 2048)
         between = [nn.ReLU()] if self.pool == "spatial" else [normalization(2048), nn.SiLU()]
         return nn.Sequential(hidden, *between, linear(2048, self.out_channels))

@@ -10,6 +10,7 @@ import numpy as np
 
 from guided_diffusion.data.sources import ImageSource, find_images, read_content
 from guided_diffusion.runtime import files
+from guided_diffusion.runtime.errors import UserError
 
 from .images import EMPTY_CLASS, Content, Item, Source, bad
 
@@ -21,7 +22,7 @@ def listing_of(path: str) -> ImageSource:
     """
     listing = find_images(path)
     if not listing.images:
-        raise ValueError(f"{path} holds no image: {listing.skipped()}; give the folder that does")
+        raise UserError(f"{path} holds no image: {listing.skipped()}; give the folder that does")
     return listing
 
 
@@ -75,7 +76,5 @@ def _load(path: str) -> Content:
         return content
     array = files.read_array(content) if isinstance(content, bytes) else content
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
-        raise ValueError(
-            f"an array of {array.dtype} of shape {array.shape}, where uint8 of [H, W] or [H, W, 3] is read"
-        )
+        raise UserError(f"an array of {array.dtype} of shape {array.shape}, where uint8 of [H, W] or [H, W, 3] is read")
     return array

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from guided_diffusion.data.crops import MAX_PIXELS, center_crop_arr
 from guided_diffusion.data.decoding import FORMATS, decode
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import reason
 from guided_diffusion.runtime.options import Size, parse_size
 
@@ -69,7 +70,7 @@ def bad(key: str, fault: str, label: str = "") -> Item:
     """Something in a source that cannot be used, and why."""
 
     def load() -> Content:
-        raise ValueError(fault)
+        raise UserError(fault)
 
     return Item(key, label, load)
 
@@ -115,7 +116,7 @@ def _encoded(content: Content, recipe: Recipe) -> Encoded:
     if not isinstance(content, bytes):
         return _write(Image.fromarray(content), recipe)
     if not content:
-        raise ValueError("it is empty")
+        raise UserError("it is empty")
     with Image.open(io.BytesIO(content), formats=FORMATS) as header:
         kind, mode = (header.format or "").lower(), header.mode
     # all of it is decoded, also where its bytes are kept: it may be cut
@@ -123,7 +124,7 @@ def _encoded(content: Content, recipe: Recipe) -> Encoded:
     if kind in EXTENSIONS and recipe.format in ("", kind) and not recipe.size:
         return Encoded(EXTENSIONS[kind], content)
     if not isinstance(picture, Image.Image):
-        raise ValueError(f"it has finer levels than 8 bits (mode {mode}), which only a PNG left as it is can keep")
+        raise UserError(f"it has finer levels than 8 bits (mode {mode}), which only a PNG left as it is can keep")
     return _write(picture, recipe)
 
 
@@ -142,7 +143,7 @@ def _box_crop(picture: Image.Image, size: Size) -> NDArray[Any]:
     scale = max(height / picture.height, width / picture.width)
     wide, high = round(picture.width * scale), round(picture.height * scale)
     if wide * high > MAX_PIXELS:
-        raise ValueError(f"it is so long and thin that scaled to {wide} x {high} it has more than {MAX_PIXELS} pixels")
+        raise UserError(f"it is so long and thin that scaled to {wide} x {high} it has more than {MAX_PIXELS} pixels")
     array = np.asarray(picture.resize((wide, high), Image.Resampling.BOX))
     top, left = (high - height) // 2, (wide - width) // 2
     return array[top : top + height, left : left + width]

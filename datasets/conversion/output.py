@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from guided_diffusion.runtime import files
+from guided_diffusion.runtime.errors import UserError
 
 DATE = (2026, 1, 1, 0, 0, 0)  # of everything in a zip
 
@@ -180,7 +181,7 @@ class Journal:
                 for name in {**before, **request}
                 if before.get(name) != request.get(name)
             )
-            raise ValueError(
+            raise UserError(
                 f"{part_of(out)} was begun by another command ({changes}): give that one again to go on, or remove "
                 f"{part_of(out)} and {self.path}"
             )
@@ -251,4 +252,4 @@ def _lock(file: io.FileIO, out: str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise ValueError(f"another run is writing {out}: wait for its end, or choose another name") from error
+        raise UserError(f"another run is writing {out}: wait for its end, or choose another name") from error

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import printable, reason
 
 _Plain = pickle._Unpickler  # the one in Python: what the one in C allocates is up to the file
@@ -31,7 +32,7 @@ class _Type:
         """:raises ValueError: if it is no type of numbers."""
         kind = np.dtype(self.name) if isinstance(self.name, str) else None
         if kind is None or kind.kind not in "biuf":
-            raise ValueError(f"an array of type {printable(str(self.name))}, where numbers are read")
+            raise UserError(f"an array of type {printable(str(self.name))}, where numbers are read")
         return kind
 
 
@@ -52,7 +53,7 @@ class _Array:
             flat = np.frombuffer(content, kind.numbers())
             return flat.reshape(shape, order="F" if fortran else "C")
         except (TypeError, AttributeError, UnicodeError) as error:
-            raise ValueError(f"an array that is none ({reason(error)})") from error
+            raise UserError(f"an array that is none ({reason(error)})") from error
 
 
 class _Buffer(_Array):
@@ -97,10 +98,10 @@ def load(file: IO[bytes] | bytes) -> dict[str, Any]:
     try:
         value = _Unpickler(source, encoding="bytes").load()
         if not isinstance(value, dict):
-            raise ValueError("it holds no dict")
+            raise UserError("it holds no dict")
         return {_text(key): item.array() if isinstance(item, _Array) else item for key, item in value.items()}
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"it is no pickle of arrays ({reason(error)})") from error
+        raise UserError(f"it is no pickle of arrays ({reason(error)})") from error
 
 
 def _text(key: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import printable, reason
 
 from .images import EMPTY_CLASS, Item, bad, of_pixels
@@ -20,12 +21,12 @@ def check_rows(rows: NDArray[Any], labels: Sequence[Any]) -> int:
     :raises ValueError: if they are none, or labels are missing.
     """
     if rows.dtype != np.uint8:
-        raise ValueError(f"its images are numbers of type {rows.dtype}, where uint8 is read")
+        raise UserError(f"its images are numbers of type {rows.dtype}, where uint8 is read")
     side = math.isqrt(rows.shape[1] // 3) if rows.ndim == 2 else 0
     if not side or rows.shape[1] != 3 * side * side:
-        raise ValueError(f"its images have the shape {rows.shape}, where [N, 3 * side * side] is read")
+        raise UserError(f"its images have the shape {rows.shape}, where [N, 3 * side * side] is read")
     if len(rows) != len(labels):
-        raise ValueError(f"it has {len(rows)} images and {len(labels)} labels")
+        raise UserError(f"it has {len(rows)} images and {len(labels)} labels")
     return side
 
 
@@ -56,9 +57,9 @@ def class_of(value: Any, names: Sequence[str], first: int = 0) -> str:
     :raises ValueError: if there is no such class.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"the label {printable(repr(value))} is no number")
+        raise UserError(f"the label {printable(repr(value))} is no number")
     if value < first or (names and value >= first + len(names)):
-        raise ValueError(f"the label {value} is none of {first} to {first + len(names) - 1}")
+        raise UserError(f"the label {value} is none of {first} to {first + len(names) - 1}")
     return names[int(value) - first] if names else f"{int(value):04d}"
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import IO
 
 from guided_diffusion.runtime import files
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import MAX_BYTES, path_fault, reason
 
 BLOCK = tarfile.BLOCKSIZE
@@ -35,15 +36,15 @@ class Member:
         :raises ValueError: if there is a fault, or the tar ends before it does.
         """
         if self.fault:
-            raise ValueError(self.fault)
+            raise UserError(self.fault)
         try:
             with self.open() as file:
                 return file.read()
         except (tarfile.TarError, EOFError, OSError) as error:
-            raise ValueError(reason(error)) from error
+            raise UserError(reason(error)) from error
 
 
-class Truncated(ValueError):
+class Truncated(UserError):
     """A tar that ends early or is damaged, behind members that are sound."""
 
 
@@ -58,7 +59,7 @@ def members(file: IO[bytes], *, largest: int = MAX_BYTES) -> Iterator[Member]:
     try:
         archive = tarfile.open(fileobj=file)  # noqa: SIM115  the caller closes the file
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"it is no tar ({reason(error)})") from error
+        raise UserError(f"it is no tar ({reason(error)})") from error
     try:
         for info in archive:  # which keeps all that it has found, a million in ImageNet
             if not info.isdir():

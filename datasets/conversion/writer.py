@@ -21,6 +21,7 @@ from typing import Any
 
 from guided_diffusion import logger
 from guided_diffusion.runtime import files
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.files import printable, quoted, reason
 
 from .config import ConversionConfig
@@ -47,12 +48,12 @@ class ClassNames:
             return ""
         name = _UNFIT.sub("-", label).lstrip(".")
         if not name.strip("-.") or len(name.encode(errors="replace")) > LONGEST_CLASS or files.name_fault(name):
-            raise ValueError(
+            raise UserError(
                 f"the class {quoted(label)} cannot stand in the name of a file: give it a short, plain name"
             )
         other = self._labels.setdefault(name, label)
         if other != label:
-            raise ValueError(
+            raise UserError(
                 f"the classes {quoted(other)} and {quoted(label)} would both be called {name!r} in the names of files: "
                 "rename one of them"
             )
@@ -131,7 +132,7 @@ def convert(source: Source, config: ConversionConfig, script: str) -> None:
         done = journal.resume(sink, skip_bad=config.skip_bad)
         tally = _write(source, config, journal, sink, done)
         if not tally.classes.total():
-            raise ValueError(f"{config.source} holds no image that can be used: {tally.skips() or 'it is empty'}")
+            raise UserError(f"{config.source} holds no image that can be used: {tally.skips() or 'it is empty'}")
         _finish(out, tally.report(request), source, journal, sink)
     print(tally.summary(out))
 
@@ -142,12 +143,12 @@ def check_paths(source: str, out: str) -> None:
     :raises ValueError: naming the place.
     """
     if not out:
-        raise ValueError("OUT '' is no name: give a folder to make, or a file whose name ends in .zip")
+        raise UserError("OUT '' is no name: give a folder to make, or a file whose name ends in .zip")
     if not os.path.exists(source):
-        raise ValueError(f"SOURCE {quoted(source)} is not there: give the path of the data set as it was fetched")
+        raise UserError(f"SOURCE {quoted(source)} is not there: give the path of the data set as it was fetched")
     folder = os.path.realpath(source)
     if os.path.isdir(folder) and os.path.realpath(out).startswith(os.path.join(folder, "")):
-        raise ValueError(f"OUT {quoted(out)} lies in SOURCE {quoted(source)}: choose a place outside")
+        raise UserError(f"OUT {quoted(out)} lies in SOURCE {quoted(source)}: choose a place outside")
 
 
 def _settle(out: str, request: Mapping[str, Any]) -> None:
@@ -157,7 +158,7 @@ def _settle(out: str, request: Mapping[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise ValueError(f"OUT {quoted(out)} is there already, and not from this command: remove it, or choose another")
+        raise UserError(f"OUT {quoted(out)} is there already, and not from this command: remove it, or choose another")
     with contextlib.suppress(OSError):
         os.remove(f"{part_of(out)}.jsonl")
     print(f"{out} is complete already: nothing was done")
@@ -198,7 +199,7 @@ def _write(source: Source, config: ConversionConfig, journal: Journal, sink: Fol
         for index, item, result in results:
             entry = _entry(index, item, result, tally, sink)
             if "fault" in entry and not config.skip_bad:
-                raise ValueError(
+                raise UserError(
                     f"{config.source}: {entry['key']} cannot be used, {entry['fault']}: repair it and give the command "
                     "again, which then goes on from here, or leave such items out with --skip_bad True"
                 )
@@ -212,7 +213,7 @@ def _check_unchanged(config: ConversionConfig, entry: Entry, item: Item | None, 
     """Refuse to go on with another source than the one begun with."""
     if item is None or (printable(item.key), names(item.label)) != (entry["key"], entry["class"]):
         present, part = "nothing" if item is None else quoted(item.key), part_of(config.out.rstrip("/"))
-        raise ValueError(
+        raise UserError(
             f"{config.source} has changed since {part} was begun ({present} is where {quoted(entry['key'])} was): "
             f"remove {part} and {part}.jsonl to begin anew"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..runtime.errors import UserError
 from .entry import entry
 from .flags import Flags
 
@@ -18,7 +19,7 @@ def download(flags: Flags) -> None:
     config = flags.part(DownloadConfig)
     if config.name not in SOURCES:
         hint = nearest(config.name, SOURCES) or f": name one of {', '.join(SOURCES)}"
-        raise ValueError(f"{config.name!r} is unknown{hint}")
+        raise UserError(f"{config.name!r} is unknown{hint}")
     fetch(SOURCES[config.name], config.out)
 
 

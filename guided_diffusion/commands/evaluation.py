@@ -14,6 +14,7 @@ import torch as th
 from .. import dist_util, logger
 from ..config import DiffusionConfig, ExtractorConfig, RunConfig, TrainEvaluationConfig, UNetConfig
 from ..image_datasets import ImageStream
+from ..runtime.errors import UserError
 from ..runtime.jobs import Job
 from ..runtime.options import parse_size
 from ..runtime.seeds import seeded
@@ -57,7 +58,7 @@ def check_writable(path: str) -> None:
     while not os.path.exists(folder):
         folder = os.path.dirname(folder) or "."
     if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{path} cannot be written: give a file in a folder that may be written to")
+        raise UserError(f"{path} cannot be written: give a file in a folder that may be written to")
 
 
 def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
@@ -70,9 +71,9 @@ def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
     config, schedule = flags.part(TrainEvaluationConfig), flags.part(DiffusionConfig)
     sampler = make_sampler(config.eval_sampler)
     if sampler.ascending:
-        raise ValueError(f"--eval_sampler {config.eval_sampler} turns images to noise: give another, e.g. dpm++2m")
+        raise UserError(f"--eval_sampler {config.eval_sampler} turns images to noise: give another, e.g. dpm++2m")
     if schedule.timestep_respacing:
-        raise ValueError("--eval_interval has steps of its own: leave out it or --timestep_respacing")
+        raise UserError("--eval_interval has steps of its own: leave out it or --timestep_respacing")
     respacing = f"{sampler.grid}{config.eval_steps}"
     process = build_diffusion(replace(schedule, timestep_respacing=respacing))
     job = evaluation_job(flags, sampler, stream)
@@ -94,7 +95,7 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
         flags.part(TrainEvaluationConfig).eval_samples,
     )
     if unet.image_channels not in (1, 3):
-        raise ValueError(f"--eval_interval compares images of 1 or 3 channels, not {unet.image_channels}: leave it out")
+        raise UserError(f"--eval_interval compares images of 1 or 3 channels, not {unet.image_channels}: leave it out")
     dataset = stream.dataset
     chosen = (np.arange(count) * len(dataset) // count)[np.random.default_rng(seed).permutation(count)]
     classes = dataset.local_classes if unet.class_cond else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import ExtractorConfig, RangeConfig
+from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
@@ -30,7 +31,7 @@ def compare(flags: Flags) -> None:
         open_images(path, config.image_size or None, span) for path in (config.reference, config.samples)
     )
     if config.image_size and not any(isinstance(images, FileImages) for images in (reference, samples)):
-        raise ValueError(f"--image_size {config.image_size} has no effect, as no folder or zip is given: leave it out")
+        raise UserError(f"--image_size {config.image_size} has no effect, as no folder or zip is given: leave it out")
     report = evaluate(
         reference,
         samples,

@@ -12,6 +12,7 @@ import torch as th
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, InitConfig, LoraConfig, SuperResConfig, UNetConfig
 from ..runtime import files
+from ..runtime.errors import UserError
 from ..training import finetuning, lora
 from ..training.checkpoints import CLASSIFIER, UNET, UPSAMPLER
 from .flags import Flags
@@ -27,7 +28,7 @@ KINDS: dict[str, tuple[str, type[Any]]] = {
 def check_beginning(flags: Flags) -> None:
     """:raises ValueError: if a run is to start and to go on at once."""
     if flags.given.get("init_from") and flags.given.get("resume_checkpoint", "auto") not in ("", "auto"):
-        raise ValueError(
+        raise UserError(
             "--init_from starts a run and --resume_checkpoint goes on with one: give one of the two, or "
             "--resume_checkpoint auto"
         )
@@ -68,7 +69,7 @@ def choose_trained(flags: Flags, model: th.nn.Module, changed: Sequence[str] = (
     train = finetuning.matching(model, adapters.lora_train, "lora_train")
     untrained = [name for name in changed if name not in train]
     if untrained:
-        raise ValueError(
+        raise UserError(
             f"{untrained[0]} is not the checkpoint's, and adapters would leave it as it is: name it in --lora_train, "
             "e.g. label_emb.*"
         )

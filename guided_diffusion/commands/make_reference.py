@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config import ExtractorConfig, RangeConfig
+from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
@@ -21,7 +22,7 @@ def make(flags: Flags) -> None:
 
     config = flags.part(ReferenceConfig)
     if not config.out.endswith(".npz"):
-        raise ValueError(f"{config.out!r} is not the name of an npz: give one that ends in .npz")
+        raise UserError(f"{config.out!r} is not the name of an npz: give one that ends in .npz")
     common.start(flags)
     common.check_writable(config.out)
     source = open_images(config.data_dir, config.image_size, parse_range(flags.part(RangeConfig).data_range))

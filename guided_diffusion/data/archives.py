@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime import files, paths
+from ..runtime.errors import UserError
 from ..runtime.npz import Npz
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; bytes of the name and of the extra field
@@ -119,12 +120,12 @@ class Stack:
         header, start = self._header_of_npz() if path.lower().endswith(".npz") else self._header_of_npy()
         self.shape = stacked_shape(header.shape, channels)
         if not self.shape:
-            raise ValueError(f"an array of shape {header.shape}, where [N, H, W] or [N, H, W, C] is read")
+            raise UserError(f"an array of shape {header.shape}, where [N, H, W] or [N, H, W, C] is read")
         self._images: NDArray[Any] | None = None
         if start >= 0 and not paths.is_remote(path):
             size, needed = os.path.getsize(path), start + math.prod(header.shape) * header.dtype.itemsize
             if size < needed:
-                raise ValueError(f"it ends after {size} of {needed} bytes")
+                raise UserError(f"it ends after {size} of {needed} bytes")
             order: Literal["F", "C"] = "F" if header.fortran else "C"
             self._images = np.memmap(path, header.dtype, "r", start, header.shape, order).reshape(self.shape)
 
@@ -161,7 +162,7 @@ class Stack:
         """
         number = name.removesuffix(".npy")
         if not number.isdecimal() or int(number) >= self.shape[0]:
-            raise ValueError("it is not in the array")
+            raise UserError("it is not in the array")
         return np.asarray(self.hold()[int(number)])
 
     def close(self) -> None:

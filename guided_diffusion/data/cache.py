@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..runtime.errors import UserError
 from ..runtime.files import quoted
 from ..runtime.options import Size
 from .crops import shrunk, shrunk_size
@@ -31,7 +32,7 @@ class ImageCache:
 
     def __init__(self, paths: Sequence[str], image_size: Size, channels: int, *, random_crop: bool) -> None:
         if channels not in MODES:
-            raise ValueError(f"cache_images keeps pictures of 1, 3 or 4 channels, not of {channels}: leave it out")
+            raise UserError(f"cache_images keeps pictures of 1, 3 or 4 channels, not of {channels}: leave it out")
         self._paths, self._image_size, self._random_crop = paths, image_size, random_crop
         self._channels = channels
         self._starts = np.cumsum([0, *(height * width * channels for height, width in map(self._size, paths))])
@@ -66,7 +67,7 @@ class ImageCache:
 
     def _keep(self, index: int, decoded: Decoded) -> Decoded:
         if not isinstance(decoded.picture, Image.Image):
-            raise ValueError(
+            raise UserError(
                 f"cache_images keeps bytes, and image {quoted(self._paths[index])} has finer numbers: leave it out"
             )
         with naming(self._paths[index]):

@@ -19,6 +19,7 @@ import torch as th
 from numpy.typing import NDArray
 
 from ..config import COND_TYPES
+from ..runtime.errors import UserError
 from ..runtime.files import quoted
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size, nearest
@@ -67,7 +68,7 @@ class ConditionedModel(UNetModel):
         shape = (len(x), self.cond_channels, *x.shape[2:])
         if cond_image is None or cond_image.shape != shape:
             given = "none" if cond_image is None else tuple(cond_image.shape)
-            raise ValueError(f"the network needs conditioning images: cond_image must be of shape {shape}, got {given}")
+            raise UserError(f"the network needs conditioning images: cond_image must be of shape {shape}, got {given}")
         return self._predict(th.cat([x, cond_image.to(x.dtype)], dim=1), self._embed(x, timesteps, y))
 
 
@@ -132,16 +133,16 @@ def cond_kind(
     """
     if not cond_type:
         if cond_channels:
-            raise ValueError(f"cond_channels {cond_channels} has no effect without cond_type: give both or none")
+            raise UserError(f"cond_channels {cond_channels} has no effect without cond_type: give both or none")
         return None
     if cond_type not in COND_TYPES:
-        raise ValueError(
+        raise UserError(
             f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{nearest(cond_type, COND_TYPES)}"
         )
     if cond_type == "classes" and not cond_channels:
-        raise ValueError("cond_type classes needs the number of classes in the maps: give cond_channels")
+        raise UserError("cond_type classes needs the number of classes in the maps: give cond_channels")
     if cond_type == "mask" and cond_channels > 1:
-        raise ValueError(f"cond_channels {cond_channels} contradicts cond_type mask, which has 1: leave it out")
+        raise UserError(f"cond_channels {cond_channels} contradicts cond_type mask, which has 1: leave it out")
     return CondKind(cond_type, cond_channels or (1 if cond_type == "mask" else image_channels), data_range)
 
 
@@ -207,7 +208,7 @@ class Pairing:
         pairs, unpaired = by_name(images, conds, "conditioning image")
         if not pairs or (unpaired and not self.skip_unpaired):
             remedy = "set skip_unpaired to True" if pairs else "names must agree but for the extension"
-            raise ValueError(f"{unpaired}: add or remove some; {remedy}")
+            raise UserError(f"{unpaired}: add or remove some; {remedy}")
         paths = [conds.path(cond) for _, cond in pairs]
         say(f"{conds.root}: found {len(conds)} conditioning images, {conds.skipped()}")
         if unpaired:
@@ -240,7 +241,7 @@ def _by_stem(source: ImageSource) -> dict[str, str]:
     for name in source.images:
         stem = re.sub(r"\.[^./]+$", "", name)
         if stem in names:
-            raise ValueError(
+            raise UserError(
                 f"{quoted(names[stem])} and {quoted(name)} in {source.root} differ in the extension alone, so that it "
                 "is not clear which of them belongs to which: remove or rename one"
             )
@@ -306,7 +307,7 @@ class CondSource:
         """
         source = images_at(path, "cond_images", self.kind.channels)
         if self.all and self.count > len(source):
-            raise ValueError(f"{self.count} samples are asked for, and {path} holds {len(source)} conditioning images")
+            raise UserError(f"{self.count} samples are asked for, and {path} holds {len(source)} conditioning images")
         count, paths = min(len(source), self.count), source.paths
         labels = source.ids if self.label is None else self.label(source)
         return CondImages(

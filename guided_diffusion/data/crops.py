@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..runtime.errors import UserError
 from ..runtime.options import Size, parse_size
 
 Picture = Image.Image | NDArray[np.float32]  # 8 bit as PIL has it; anything finer as planes [H, W, C] in [-1, 1]
@@ -86,7 +87,7 @@ def random_crop_arr(
     :param nearest: as for `center_crop_arr`.
     """
     if not 0 < min_crop_frac <= max_crop_frac <= 1:
-        raise ValueError(
+        raise UserError(
             f"crop fractions from {min_crop_frac} to {max_crop_frac} are no part of the picture; "
             "choose 0 < min_crop_frac <= max_crop_frac <= 1"
         )
@@ -151,7 +152,7 @@ def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) 
     scale = max(width / picture.width, height / picture.height)
     size = round(picture.width * scale), round(picture.height * scale)
     if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(
+        raise UserError(
             f"it is so long and thin that scaled to {size[0]} x {size[1]}, which covers {width} x {height}, it has "
             f"more than {MAX_PIXELS} pixels"
         )

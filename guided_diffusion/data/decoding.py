@@ -19,6 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from ..runtime import files
+from ..runtime.errors import UserError
 from .crops import MAX_PIXELS, Picture, size_of
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
@@ -75,11 +76,11 @@ def decode_ids(content: Content, extension: str) -> NDArray[np.float32]:
     if array is None:
         image = upright(content)
         if image.format == "JPEG" or image.mode not in ("1", "L", "P", "I", "I;16", "I;16L", "I;16B"):
-            raise ValueError(f"a {image.format} of mode {image.mode}, where maps of classes are PNG, grey or palette")
+            raise UserError(f"a {image.format} of mode {image.mode}, where maps of classes are PNG, grey or palette")
         array = np.asarray(image)
     array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
     if array.ndim != 2 or array.dtype.kind not in "biu" or np.abs(array.astype(np.int64)).max(initial=0) >= 2**24:
-        raise ValueError(f"numbers {array.shape} of {array.dtype}, where maps of classes are [H, W] of small integers")
+        raise UserError(f"numbers {array.shape} of {array.dtype}, where maps of classes are [H, W] of small integers")
     check_pixels(array.shape[1], array.shape[0])
     return array[..., None].astype(np.float32)
 
@@ -125,13 +126,13 @@ def _within_limits() -> Iterator[None]:
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
-        raise ValueError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
+        raise UserError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
 
 
 def check_pixels(width: int, height: int) -> None:
     """Refuse pictures that are empty or too large."""
     if not 0 < width * height <= MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels, where 1 to {MAX_PIXELS} are read")
+        raise UserError(f"it has {width} x {height} pixels, where 1 to {MAX_PIXELS} are read")
 
 
 def _reduced(image: JpegImageFile, size: tuple[int, int], at_least: tuple[int, int]) -> Image.Image:
@@ -160,7 +161,7 @@ def _decode_array(array: NDArray[Any], channels: int, data_range: Range | None) 
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3:
         more = ": give the path of an array of many by itself, not the folder that it lies in" * (array.ndim == 4)
-        raise ValueError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read{more}")
+        raise UserError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read{more}")
     check_pixels(array.shape[1], array.shape[0])
     if array.dtype == np.uint8 and channels in MODES and array.shape[-1] in MODES:
         image = Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
@@ -180,7 +181,7 @@ def _decode_image(image: Image.Image, channels: int, data_range: Range | None) -
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     if channels not in MODES:
-        raise ValueError(f"a picture of mode {image.mode}, where image_channels {channels} is read from .npy alone")
+        raise UserError(f"a picture of mode {image.mode}, where image_channels {channels} is read from .npy alone")
     mode = MODES[channels]
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -208,18 +209,18 @@ def _planes(array: NDArray[Any], data_range: Range | None) -> NDArray[np.float32
     """Numbers of the declared range, or of their type's, in [-1, 1]; those outside a declared range are clipped."""
     finite = array.dtype.kind != "f" or bool(np.isfinite(array).all())
     if data_range is not None and not finite:
-        raise ValueError("numbers that are not finite")
+        raise UserError("numbers that are not finite")
     if data_range is not None and array.dtype.kind in "iuf" and (array.dtype != np.uint8 or _of_bytes(data_range)):
         black, white = data_range
         planes = (array.astype(np.float64) - black) * (2 / (white - black)) - 1
         return np.clip(planes, -1, 1).astype(np.float32)
     if array.dtype.kind == "f":
         if not finite or np.abs(array).max(initial=0) > 1:
-            raise ValueError("floats outside [-1, 1], their range: --data_range LOW,HIGH names another")
+            raise UserError("floats outside [-1, 1], their range: --data_range LOW,HIGH names another")
         return array.astype(np.float32)
     top = {"b1": 1, "u1": 255, "u2": 65535}.get(array.dtype.str[1:])
     if top is None:
-        raise ValueError(
+        raise UserError(
             f"numbers of type {array.dtype}, where uint8, uint16, bool or floats in [-1, 1] are read: --data_range "
             "LOW,HIGH names the range of others"
         )
@@ -232,5 +233,5 @@ def _with_channels(planes: NDArray[np.float32], channels: int) -> NDArray[np.flo
     if planes.shape[-1] == 3 and channels == 4:
         planes = np.concatenate([planes, np.ones_like(planes[..., :1])], -1)
     if planes.shape[-1] != channels:
-        raise ValueError(f"{planes.shape[-1]} channels, where image_channels is {channels} (an array is [H, W, C])")
+        raise UserError(f"{planes.shape[-1]} channels, where image_channels is {channels} (an array is [H, W, C])")
     return planes

@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
+from ..runtime.errors import UserError
 from ..runtime.files import printable
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
@@ -61,9 +62,7 @@ class InitImages:
             if min(len(source), len(partners)) > 1:
                 pairs, unpaired = by_name(source, partners, "mask")
                 if unpaired:
-                    raise ValueError(
-                        f"{unpaired}: several images and masks belong together by name: add or remove some"
-                    )
+                    raise UserError(f"{unpaired}: several images and masks belong together by name: add or remove some")
                 self.masks = [partners.path(mask) for _, mask in pairs]
 
     def __len__(self) -> int:
@@ -103,7 +102,7 @@ class InitImages:
         image, mask = self.images[index % len(self)], self.masks[index % len(self.masks)]
         sizes = ["x".join(map(str, read_size(path))) for path in (image, mask)]
         if sizes[0] != sizes[1]:
-            raise ValueError(
+            raise UserError(
                 f"the mask {os.path.basename(mask)} is {sizes[1]} and its image {os.path.basename(image)} {sizes[0]} "
                 "(height x width): give a mask of the image's own size"
             )

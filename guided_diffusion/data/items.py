@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import BAD_IMAGE_RULES, LoaderConfig
+from ..runtime.errors import UserError
 from ..runtime.options import Size, nearest
 from ..runtime.pictures import to_unit
 from .cache import ImageCache
@@ -70,12 +71,12 @@ class DataOptions(LoaderConfig):
 
     def __post_init__(self) -> None:
         if self.on_bad_image not in BAD_IMAGE_RULES:
-            raise ValueError(
+            raise UserError(
                 f"on_bad_image must be one of {', '.join(BAD_IMAGE_RULES)}, got {self.on_bad_image!r}"
                 f"{nearest(self.on_bad_image, BAD_IMAGE_RULES)}"
             )
         if self.seed < 0 or self.num_workers < 0:
-            raise ValueError(f"seed {self.seed} and num_workers {self.num_workers} must not be negative")
+            raise UserError(f"seed {self.seed} and num_workers {self.num_workers} must not be negative")
 
 
 class ImageDataset(Dataset[Item]):

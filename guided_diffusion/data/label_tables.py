@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..config import CLASS_RULES
+from ..runtime.errors import UserError
 from ..runtime.files import parse_json, printable, quoted, reason
 from ..runtime.options import nearest
 from .sources import IMAGE_EXTENSIONS, LABEL_FILES, ImageSource, read_bytes
@@ -41,7 +42,7 @@ def read(source: ImageSource, rule: str, column: str) -> tuple[list[Label], list
     """The label of every image from the table of a rule, and lines for the user."""
     file = _find(source, rule)
     if not file:
-        raise ValueError(
+        raise UserError(
             f"class_from {rule} needs the file {' or '.join(LABEL_FILES[rule])} in {source.root!r}, which is not "
             f"there; write it, or choose another of {', '.join(CLASS_RULES)}"
         )
@@ -51,11 +52,11 @@ def read(source: ImageSource, rule: str, column: str) -> tuple[list[Label], list
         path_column, label_column = _columns(table, names, column)
         labels, surplus = _looked_up(table, names, path_column, label_column)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
+        raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
     unlabelled = [name for name in names.all if name not in labels]
     if unlabelled:
         shown = printable(", ".join(map(str, table.rows[0]))) if table.rows else "nothing"
-        raise ValueError(
+        raise UserError(
             f"{len(unlabelled)} of {len(names.all)} images have no label in {file!r}, the first {unlabelled[0]!r}; "
             f"add them, with paths as they are below that file, which begins with {shown!r}"
         )
@@ -85,7 +86,7 @@ def find_any(source: ImageSource, column: str) -> tuple[str, str]:
     known = [name for names in LABEL_FILES.values() for name in names if not name.startswith("metadata")]
     deeper = [name for name in source.others if os.path.basename(name) in known]
     if deeper and not any(tables.values()):
-        raise ValueError(
+        raise UserError(
             f"{quoted(deeper[0])} in {source.root!r} is the table of a part of the images: give that part as data_dir, "
             "or choose another class_from"
         )
@@ -117,12 +118,12 @@ def _columns(table: Table, names: _Names, column: str) -> tuple[int, int]:
     if column:
         named = [index for index in rest if heading and column.lower() == heading[index].lower()]
         if not named:
-            raise ValueError(f"label_column {column!r} is none of its columns ({listed}){nearest(column, heading)}")
+            raise UserError(f"label_column {column!r} is none of its columns ({listed}){nearest(column, heading)}")
         return path_column, named[0]
     likely = [i for i in rest if len(rest) == 1 or not heading or heading[i].lower() not in CAPTIONS_OR_NUMBERS]
     if len(likely) != 1:
         first = ", ".join(map(str, table.rows[0])) if table.rows else ""
-        raise ValueError(
+        raise UserError(
             f"it has several columns beside the files ({listed}), as in {printable(first)!r}: give --label_column, the "
             f"one with the labels{'' if heading else ', and the table a heading'}"
         )
@@ -148,16 +149,16 @@ def _looked_up(table: Table, names: _Names, path_column: int, label_column: int)
     for row in table.rows:
         path, label = row[path_column], row[label_column]
         if not isinstance(path, str):
-            raise ValueError(f"the path {printable(repr(path))} is no text")
+            raise UserError(f"the path {printable(repr(path))} is no text")
         label = int(label) if isinstance(label, float) and label.is_integer() else label
         if isinstance(label, bool) or not isinstance(label, str | int):
-            raise ValueError(
+            raise UserError(
                 f"the label {printable(repr(label))} of {printable(path)!r} is neither a class id nor a name"
             )
         name = names.find(path)
         surplus |= set() if name else {path}
         if name and labels.setdefault(name, label) != label:
-            raise ValueError(f"{printable(path)!r} has two labels, {printable(str(labels[name]))} and {label!r}")
+            raise UserError(f"{printable(path)!r} has two labels, {printable(str(labels[name]))} and {label!r}")
     return labels, len(surplus)
 
 
@@ -169,7 +170,7 @@ def as_numbers(labels: Sequence[Label]) -> list[Label]:
         return [str(text) for text in texts]
     long = [text for text in digits if isinstance(text, str) and len(text) > LONGEST_ID]
     if long:
-        raise ValueError(f"the label {printable(long[0])} is too large for a class id; correct it")
+        raise UserError(f"the label {printable(long[0])} is too large for a class id; correct it")
     return [int(text) for text in digits]
 
 
@@ -229,13 +230,13 @@ def _of_json(content: bytes) -> Table:
         labels = value["labels"] or []
         pairs = list(labels.items()) if isinstance(labels, dict) else [(path, label) for path, label in labels]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'it is not {{"labels": [[path, id], ...]}} ({reason(error)})') from error
+        raise UserError(f'it is not {{"labels": [[path, id], ...]}} ({reason(error)})') from error
     return Table(["file", "label"], pairs)
 
 
 def _of_objects(objects: Sequence[Any]) -> Table:
     if not objects or not all(isinstance(value, dict) for value in objects):
-        raise ValueError('it is not {"file_name": ..., "label": ...} in every line')
+        raise UserError('it is not {"file_name": ..., "label": ...} in every line')
     heading = [name for name, value in objects[0].items() if not isinstance(value, dict | list)]
     return Table(heading, [[value.get(name) for name in heading] for value in objects])
 
@@ -247,12 +248,12 @@ def _of_text(content: bytes, names: _Names) -> Table:
         lines = io.StringIO(content.decode(code), newline=None).read().split("\n")  # line ends of any system
         rows = max((_split(lines, delimiter) for delimiter in ",;\t"), key=lambda rows: _naming_rows(rows, names))
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"it is no table of UTF-8 text ({reason(error)})") from error
+        raise UserError(f"it is no table of UTF-8 text ({reason(error)})") from error
     width = max(2, len(rows[0])) if rows else 2
     odd = next((row for row in rows if len(row) != width), None)
     if odd is not None:
         first = ",".join(rows[0] if len(rows[0]) > 1 else ["file", "label"])
-        raise ValueError(
+        raise UserError(
             f"the line {printable(','.join(odd))!r} is not {printable(first)!r}, {len(odd)} columns in place of "
             f"{width}; put a comma between them, and quotation marks around what holds one"
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files, paths
+from ..runtime.errors import UserError
 from ..runtime.files import parse_json, printable, reason
 from ..runtime.options import nearest
 from . import label_tables
@@ -69,7 +70,7 @@ def read_labels(
     :raises ValueError: if an image has no class, an unknown one, or one that does not fit `num_classes`.
     """
     if class_from not in (*CLASS_RULES, ARRAY):
-        raise ValueError(
+        raise UserError(
             f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
         )
     if isinstance(classes, str):
@@ -78,24 +79,24 @@ def read_labels(
     else:
         known = list(classes or ())
     if len(set(known)) < len(known):
-        raise ValueError(f"classes {known} name a class twice; give each name once")
+        raise UserError(f"classes {known} name a class twice; give each name once")
     notes = []
     if class_from in ("auto", ARRAY):
         class_from, note = _choose_rule(source, label_column)
         notes.append(note)
     if label_column and class_from not in LABEL_FILES:
-        raise ValueError(f"label_column {label_column!r} has no effect with class_from {class_from}: there is no table")
+        raise UserError(f"label_column {label_column!r} has no effect with class_from {class_from}: there is no table")
     if class_from in LABEL_FILES:
         labels, remarks = label_tables.read(source, class_from, label_column)
     else:
         labels, remarks = _of_names(source, class_from)
     for name in dict.fromkeys([*known, *(label for label in labels if isinstance(label, str))]):
         if files.name_fault(name):
-            raise ValueError(f"the class {printable(name)} has {files.name_fault(name)}; give it another")
+            raise UserError(f"the class {printable(name)} has {files.name_fault(name)}; give it another")
     ids, names = _numbered(source.images, labels, known, num_classes, by_number=class_from == "folder")
     remarks += [] if known or class_from in LABEL_FILES else _remarks_on_numbers(names)
     if num_classes is not None and len(names) > num_classes:
-        raise ValueError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
+        raise UserError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
     return Labels(ids, names, class_from, notes + remarks)
 
 
@@ -116,7 +117,7 @@ def _numbered(
         if str(label) not in by_name and not (isinstance(label, int) and 0 <= label < len(names)):
             shown = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
             hint = nearest(str(label), names) or "; correct it, or leave out the known classes to number all anew"
-            raise ValueError(f"class {label!r} of {image!r} is none of the {len(names)} known ones ({shown}){hint}")
+            raise UserError(f"class {label!r} of {image!r} is none of the {len(names)} known ones ({shown}){hint}")
     ids = [by_name[str(label)] if str(label) in by_name else int(label) for label in labels]
     _check_range(images, labels, ids, len(names) if num_classes is None else num_classes)
     return ids, names
@@ -133,7 +134,7 @@ def _check_range(images: Sequence[str], labels: Sequence[Label], ids: Sequence[i
         if not 0 <= number < limit:
             name = f"label {label}" if isinstance(label, int) else f"class {label!r} (id {number})"
             remedy = "correct it" if number < 0 else f"correct it, or set num_classes to at least {max(ids) + 1}"
-            raise ValueError(f"{name} of {image!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); {remedy}")
+            raise UserError(f"{name} of {image!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); {remedy}")
 
 
 def _remarks_on_numbers(names: Sequence[str]) -> list[str]:
@@ -180,16 +181,16 @@ def _of_names(source: ImageSource, rule: str) -> tuple[list[Label], list[str]]:
     """One label per image by file name, by folder, or from beside an array; and lines for the user."""
     if rule == ARRAY:
         if source.ids is None:
-            raise ValueError(f"{source.root} holds images and no labels: give an npz of images arr_0 and labels arr_1")
+            raise UserError(f"{source.root} holds images and no labels: give an npz of images arr_0 and labels arr_1")
         return list(source.ids), []
     for name in source.images:
         if rule == "filename" and "_" not in os.path.basename(name):
-            raise ValueError(
+            raise UserError(
                 f"the file name {name!r} has no class before a '_'; name it CLASS_{os.path.basename(name)}, "
                 "use one folder per class with class_from folder, or write a labels.csv"
             )
         if rule == "folder" and "/" not in name:
-            raise ValueError(
+            raise UserError(
                 f"{name!r} lies in no folder below {source.root!r}, so that class_from folder finds no class for it; "
                 "move it into the folder of its class, or use class_from filename"
             )
@@ -231,10 +232,10 @@ def _saved_classes(path: str) -> tuple[list[str], str]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise TypeError("classes are a list of names")
         if len(set(names)) < len(names) or rule not in [*CLASS_RULES, ARRAY]:
-            raise ValueError(f"a class is named twice, or class_from is none of {', '.join(CLASS_RULES)}")
+            raise UserError(f"a class is named twice, or class_from is none of {', '.join(CLASS_RULES)}")
         return names, rule
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"{type(error).__name__}: {reason(error)}"
-        raise ValueError(
+        raise UserError(
             f"{path!r} is no table of classes ({detail}); give a classes.json that training wrote"
         ) from error

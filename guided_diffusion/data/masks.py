@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..runtime.errors import UserError
 from .decoding import Content, array_in, check_pixels, upright
 
 TOPS = (1, 255, 65535)  # white, of shades in files of numbers
@@ -49,13 +50,13 @@ def _numbers_of(image: Image.Image) -> NDArray[Any]:
         visible = pixels[alpha > 0]
         if alpha.min() < alpha.max():
             if (visible[:, :3].min(axis=0) < visible[:, :3].max(axis=0)).any():
-                raise ValueError("its colours and its transparency both vary: save one of the two as a grey picture")
+                raise UserError("its colours and its transparency both vary: save one of the two as a grey picture")
             return alpha
     if image.mode == "P":
         colours = {tuple(image.getpalette("RGB")[3 * index :][:3]) for index, n in enumerate(image.histogram()) if n}  # type: ignore[index]
         grey = all(len(set(colour)) == 1 for colour in colours)
         if not grey and (len(colours) > 2 or len(np.unique(np.asarray(image.convert("L")))) < len(colours)):
-            raise ValueError(
+            raise UserError(
                 f"a palette of colours, {len(colours)} of them in use: a mask has two, one of them brighter"
             )
     exact = image.mode in ("I", "F") or image.mode.startswith("I;16")
@@ -69,10 +70,10 @@ def _plane(array: NDArray[Any]) -> NDArray[Any]:
     if array.ndim == 3 and array.shape[-1] in (1, 3) and (array == array[..., :1]).all():
         array = array[..., 0]
     if array.ndim != 2:
-        raise ValueError(f"numbers of shape {array.shape}, where masks are [H, W]")
+        raise UserError(f"numbers of shape {array.shape}, where masks are [H, W]")
     check_pixels(array.shape[1], array.shape[0])
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise ValueError("some of its numbers are not finite")
+        raise UserError("some of its numbers are not finite")
     return array
 
 
@@ -87,7 +88,7 @@ def _mask(plane: NDArray[Any]) -> Mask:
     bottom = -top if low < 0 else 0
     middle = (bottom + top) / 2
     if not bottom <= low <= middle < high <= top:
-        raise ValueError(
+        raise UserError(
             f"{len(values)} values from {low:g} to {high:g}, all on one side of {middle:g}, the middle of "
             f"{bottom:g} .. {top:g}: a mask has two values, or shades from black to white"
         )

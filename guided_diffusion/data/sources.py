@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
 from ..runtime import files, paths
+from ..runtime.errors import UserError
 from ..runtime.files import printable, quoted, reason
 from ..runtime.options import Size
 from ..runtime.paths import is_remote
@@ -40,7 +41,7 @@ MAX_OPEN_ARCHIVES = 512  # one for each class, often: to open a zip again is to 
 EMPTY = "it is empty"
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(UserError):
     """A file with an image's name that cannot be read as one."""
 
     def __init__(self, path: str, reason: str) -> None:
@@ -133,13 +134,13 @@ def find_images(data_dir: paths.AnyPath, channels: int = 0) -> ImageSource:
         assert isinstance(stack, Stack)
         return ImageSource(root, [f"{index:06d}.npy" for index in range(stack.shape[0])], array=True, ids=stack.labels)
     else:
-        raise ValueError(
+        raise UserError(
             f"data_dir {quoted(root)} is neither a folder nor a zip, nor an array (.npy, .npz); give the path of one "
             "that holds images"
         )
     fault = dict(entries).get("", "")
     if fault:
-        raise ValueError(f"data_dir {quoted(root)} is {fault}; give one that can be read")
+        raise UserError(f"data_dir {quoted(root)} is {fault}; give one that can be read")
     names = sorted((name for name, fault in entries if not fault), key=lambda name: name.split("/"))
     images = [name for name in names if _is_image(name)]
     others = [name for name in names if not _is_image(name)]
@@ -156,7 +157,7 @@ def images_at(path: paths.AnyPath, name: str, channels: int = 0) -> ImageSource:
     where = paths.resolve(path)
     inside = split_archive(where)
     if not inside and not (where and paths.exists(where)):
-        raise ValueError(
+        raise UserError(
             f"{name} {where!r} does not exist: give an image, or a folder, zip or array (npy, npz) of images"
         )
     alone = inside[1].lower().endswith(IMAGE_EXTENSIONS) if inside else not paths.isdir(where)
@@ -164,7 +165,7 @@ def images_at(path: paths.AnyPath, name: str, channels: int = 0) -> ImageSource:
         return ImageSource(os.path.dirname(where) or ".", [os.path.basename(where)])
     source = find_images(where, channels)
     if not source.images:
-        raise ValueError(f"{name} {where!r} holds no images, {source.skipped()}: give some, or an image itself")
+        raise UserError(f"{name} {where!r} holds no images, {source.skipped()}: give some, or an image itself")
     return source
 
 
@@ -284,7 +285,7 @@ def _archive(path: str, channels: int = 0) -> Archive | Stack:
             if path in str(error):
                 raise
             kind = "zip" if is_zip else "array of images"
-            raise ValueError(f"{path!r} is not a readable {kind} ({error}); make it again, or give a folder") from error
+            raise UserError(f"{path!r} is not a readable {kind} ({error}); make it again, or give a folder") from error
     return _archives[path]
 
 
@@ -363,7 +364,7 @@ def read_size(path: str) -> tuple[int, int]:
         return read_by(path, size_of_content)
     with naming(path), files.open_file(path) as file:
         if not files.local_size(file):
-            raise ValueError(EMPTY)
+            raise UserError(EMPTY)
         return size_in(file, _extension(path))
 
 
@@ -396,7 +397,7 @@ def read_by(path: str, decoder: Callable[[Content, str], T]) -> T:
     with naming(path):
         content = read_content(path)
         if len(content) == 0:
-            raise ValueError(EMPTY)
+            raise UserError(EMPTY)
         return decoder(content, _extension(path))
 
 

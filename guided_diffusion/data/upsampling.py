@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..runtime import paths
+from ..runtime.errors import UserError
 from ..runtime.files import parse_json, path_fault, quoted, read_file, reason
 from ..runtime.jobs import REQUEST
 from ..runtime.npz import fingerprint
@@ -132,7 +133,7 @@ def read_base(path: str, wanted: Wanted) -> BaseImages:
         where = paths.resolve(path)
         return _read(images_at(_samples_in(where) or where, "--base_samples", wanted.shape[2]), wanted)
     except ValueError as error:
-        raise error if str(error).startswith("--") else ValueError(f"--base_samples: {error}") from error
+        raise error if str(error).startswith("--") else UserError(f"--base_samples: {error}") from error
 
 
 def _samples_in(folder: str) -> str:
@@ -154,16 +155,16 @@ def _names_beside(path: str, count: int) -> list[str]:
         names: Any = record.get("names")
         texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not texts or len(names) != count or any(path_fault(name, "folder") for name in names):
-            raise ValueError(f"it does not name {count} files within the folder")
+            raise UserError(f"it does not name {count} files within the folder")
         return list(names)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where} cannot be used ({reason(error)}): repair or remove it") from error
+        raise UserError(f"{where} cannot be used ({reason(error)}): repair or remove it") from error
 
 
 def _read(source: ImageSource, wanted: Wanted) -> BaseImages:
     """The wanted images alone, and of an array not one before its shape fits."""
     if wanted.all and wanted.count > len(source):
-        raise ValueError(f"--num_samples {wanted.count} is more than the {len(source)} images of {source.root}")
+        raise UserError(f"--num_samples {wanted.count} is more than the {len(source)} images of {source.root}")
     (height, width, channels), count = wanted.shape, min(len(source), wanted.count)
     labels = source.ids if wanted.label is None or source.array else wanted.label(source)
     sizes, pixels = [read_size(source.path(source.images[0]))] * count if source.array else [], list[Pixels]()
@@ -172,7 +173,7 @@ def _read(source: ImageSource, wanted: Wanted) -> BaseImages:
         sizes = [array.shape[:2] for array in pixels]
     odd = [(name, size) for name, size in zip(source.images, sizes, strict=False) if size != (height, width)]
     if odd:
-        raise ValueError(
+        raise UserError(
             f"--base_samples {source.root}: {len(odd)} of {count} images are not of small_size {height}x{width}, the "
             f"first is {quoted(odd[0][0])} with {odd[0][1][0]}x{odd[0][1][1]}: scale them, or leave them out"
         )

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
+from ..runtime.errors import UserError
 from ..runtime.seeds import to_device
 from ..sampling.schedules import Array, NoiseLevels, interpolate
 from ..sampling.steps import Level
@@ -103,7 +104,7 @@ class ForwardProcess:
         self.rescale_timesteps = rescale_timesteps
         self.betas = np.array(betas, dtype=np.float64)
         if self.betas.ndim != 1 or not ((self.betas > 0) & (self.betas <= 1)).all():
-            raise ValueError(f"betas must be a row of numbers in (0, 1], and are {betas!r}")
+            raise UserError(f"betas must be a row of numbers in (0, 1], and are {betas!r}")
         self.num_timesteps = len(self.betas)
         with np.errstate(divide="ignore"):  # alpha_bar may end at 0
             self._set_coefficients()
@@ -257,7 +258,7 @@ class ForwardProcess:
         """x_t from x_0 and noise (drawn when absent)."""
         noise = th.randn_like(x_start) if noise is None else noise
         if noise.shape != x_start.shape:
-            raise ValueError(f"noise of shape {tuple(noise.shape)} does not fit x_start, {tuple(x_start.shape)}")
+            raise UserError(f"noise of shape {tuple(noise.shape)} does not fit x_start, {tuple(x_start.shape)}")
         signal, sigma = (
             self._at(name, t, x_start) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
         )

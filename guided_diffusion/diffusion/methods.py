@@ -22,6 +22,7 @@ from typing import Any, ParamSpec, Unpack
 
 import torch as th
 
+from ..runtime.errors import UserError
 from ..sampling.loop import MoreOptions, SampleOptions, sample_loop
 from ..sampling.prediction import CondFn, MeanVariance, shift_mean, shift_score
 from ..sampling.samplers import DDIM, PLMS, Ancestral, DDIMReverse, make_sampler
@@ -230,7 +231,7 @@ class SamplingMethods(ForwardProcess):
         :raises ValueError: if eta is not 0: the noise of a random step cannot be undone.
         """
         if eta != 0:
-            raise ValueError(f"eta is {eta}, but only the deterministic path, eta = 0, can be followed backwards")
+            raise UserError(f"eta is {eta}, but only the deterministic path, eta = 0, can be followed backwards")
         options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
         return self._step(DDIMReverse(), model, x, t, model_kwargs=model_kwargs, **options)[0]
 

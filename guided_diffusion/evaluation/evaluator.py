@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import dist_util
+from ..runtime.errors import UserError
 from .feature_sets import FIELDS, feature_set
 from .features import Extractor, make_extractor
 from .images import ImageSet, Opened, open_images, request_of
@@ -77,10 +78,10 @@ def evaluate(
     extractor, samples = make_extractor(extractor, device=dist_util.dev()), open_images(samples)
     names = metrics.split(",") if isinstance(metrics, str) else metrics
     if unknown := [name for name in names if name not in METRICS]:
-        raise ValueError(f"a metric must be one of {', '.join(METRICS)}, got {unknown[0]!r}")
+        raise UserError(f"a metric must be one of {', '.join(METRICS)}, got {unknown[0]!r}")
     chosen = [METRICS[name] for name in METRICS if name in names]
     if not samples.count:
-        raise ValueError(f"{samples.path} holds statistics and no images, and samples must be images: give the images")
+        raise UserError(f"{samples.path} holds statistics and no images, and samples must be images: give the images")
     samples.share_scan()  # errors come before the reference's features, which take their time
     if not isinstance(reference, Side):
         reference = prepare(reference, extractor, needs={name for metric in chosen for name in metric.needs}, **making)
@@ -135,7 +136,7 @@ def _check_network(
             f"{images.path}: its statistics were made with other weights of {network} or in another precision: "
             "make it again with these, if the last digits matter"
         ]
-    raise ValueError(
+    raise UserError(
         f"{images.path} holds the statistics of the features of {network}, and the samples' are those of "
         f"{extractor.name}{' with other weights' if network == extractor.name else ''}: give the images themselves as "
         "the reference, or make one by make_reference with the same --features"
@@ -148,7 +149,7 @@ def _check_columns(images: ImageSet, extractor: Extractor, used: Mapping[str, St
     for name, statistics in used.items():
         values, columns = getattr(features, FIELDS[name]), len(statistics.mean)
         if values is not None and values.shape[1] != columns:
-            raise ValueError(
+            raise UserError(
                 f"{images.path} holds {WORDS[name].replace('of', f'of {columns}', 1)}, and {extractor.name} gives "
                 f"{values.shape[1]}: they are another network's; give the images themselves as the reference"
             )
@@ -181,7 +182,7 @@ def _report(
             values = metric.compute(reference.features, samples.features, options)
             results |= {_label(name, extractor): float(x) for name, x in zip(metric.labels, values, strict=True)}
     if not results:
-        raise ValueError(f"nothing can be computed: {'; '.join(omitted)}")
+        raise UserError(f"nothing can be computed: {'; '.join(omitted)}")
     notes = (*reference.notes, *samples.notes)
     warnings = (*reference.warnings, *samples.warnings, *_few(reference), *_few(samples), *_sizes(reference, samples))
     facts = {

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import dist_util, logger
+from ..runtime.errors import UserError, as_user_errors
 from ..runtime.files import reason, replacing
 from ..runtime.paths import cache_folder
 from .features import Extractor, Features
@@ -90,6 +91,7 @@ class _Rows:
         self.n = 0
         self._array, self._count = np.empty((0, 0), np.float32), count
 
+    @as_user_errors()
     def add(self, rows: NDArray[np.float32]) -> None:
         if not self.n:
             self._array = np.empty((self._count, *rows.shape[1:]), np.float32)
@@ -119,7 +121,7 @@ def _check_finite(features: Features, start: int, images: ImageSet, extractor: E
     for values in features:
         finite = None if values is None else np.isfinite(values).all(axis=1)
         if finite is not None and not finite.all():
-            raise ValueError(
+            raise UserError(
                 f"{images.path}: image {start + int(finite.argmin())} has features by {extractor.name} that are not "
                 "finite: the weights are damaged, or too large for the precision: give others, or --eval_precision fp32"
             )
@@ -167,5 +169,5 @@ def _read(path: str, count: int) -> Any:
     if set(arrays) == {"mean", "cov"}:
         return Statistics(count, arrays["mean"], arrays["cov"])
     if arrays and len(arrays["rows"]) != count:
-        raise ValueError(f"they are not those of {count} images")
+        raise UserError(f"they are not those of {count} images")
     return arrays.get("rows")

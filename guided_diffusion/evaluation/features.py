@@ -25,6 +25,7 @@ from ..config import ClassifierConfig
 from ..data.crops import center_crop_arr
 from ..networks.architecture import architecture
 from ..runtime import files, paths
+from ..runtime.errors import UserError
 from ..runtime.npz import fingerprint
 from ..runtime.options import nearest, parse_size, saved_values
 from ..runtime.pictures import to_unit
@@ -78,7 +79,7 @@ class NetworkExtractor:
         :raises ValueError: unless they are uint8 [N, H, W, C], grey or RGB.
         """
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in MODES or not all(images.shape):
-            raise ValueError(
+            raise UserError(
                 f"features are made of uint8 [N, H, W, C] with C 1 or 3, got {images.dtype} {list(images.shape)}"
             )
         with th.no_grad():
@@ -179,7 +180,7 @@ def _read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
         saved = architecture(checkpoint.weights)
         saved = architecture(checkpoint.weights, saved.get("image_size", ClassifierConfig().image_size)) | saved
     if "classifier_width" not in saved or saved.get("dims", 2) != 2 or saved.get("image_channels", 3) not in MODES:
-        raise ValueError(
+        raise UserError(
             f"--features classifier:{path} is no classifier of grey or RGB images: give the checkpoint of a classifier "
             "of such images"
         )
@@ -233,7 +234,7 @@ def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> Ne
     try:
         network, processor = _from_folder(pretrained, folder)
     except Exception as error:  # transformers raises all kinds of them on a damaged folder
-        raise ValueError(f"--features {kind}:{folder} cannot be used: {files.reason(error)}") from error
+        raise UserError(f"--features {kind}:{folder} cannot be used: {files.reason(error)}") from error
     preparation = _digest(sorted(processor.to_dict().items()))
     identity = f"{kind} {fingerprint(network.state_dict())} {preparation} {precision} {VERSION}"
     network.to(device).eval().requires_grad_(False)
@@ -250,18 +251,18 @@ def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> Ne
 def _from_folder(kind: Pretrained, folder: str) -> tuple[Any, Any]:
     """The network and its image processor, read without the internet and without running code of the folder."""
     if not os.path.isdir(folder):
-        raise ValueError("give a folder with config.json, preprocessor_config.json and model.safetensors")
+        raise UserError("give a folder with config.json, preprocessor_config.json and model.safetensors")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import transformers
     except ImportError as error:
-        raise ValueError('transformers is missing: run `pip install "guided-diffusion[eval]"`') from error
+        raise UserError('transformers is missing: run `pip install "guided-diffusion[eval]"`') from error
     library: Any = transformers
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     reading: dict[str, Any] = {"dtype": th.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     config = library.AutoConfig.from_pretrained(folder, **options)
     if config.model_type not in kind.model_types:
-        raise ValueError(f"its config.json is of a model_type {files.quoted(config.model_type)}, not {kind.title}")
+        raise UserError(f"its config.json is of a model_type {files.quoted(config.model_type)}, not {kind.title}")
     if config.model_type == "clip":  # of images and texts together
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
@@ -274,7 +275,7 @@ def _from_folder(kind: Pretrained, folder: str) -> tuple[Any, Any]:
         library.logging.set_verbosity(level)
     faults = [*sorted(info["missing_keys"]), *(name for name, *_ in info["mismatched_keys"])]
     if faults:  # which transformers draws at random
-        raise ValueError(f"{len(faults)} of its tensors are missing or of another shape, the first is {faults[0]}")
+        raise UserError(f"{len(faults)} of its tensors are missing or of another shape, the first is {faults[0]}")
     return network, processor
 
 
@@ -304,11 +305,11 @@ def make_extractor(
     name, _, path = kind.partition(":")
     if name not in EXTRACTORS:
         hint = nearest(name, EXTRACTORS) or f": give inception, or {', '.join(list(EXTRACTORS)[1:])} and :PATH"
-        raise ValueError(f"--features {files.quoted(kind)} is unknown{hint}")
+        raise UserError(f"--features {files.quoted(kind)} is unknown{hint}")
     if weights and kind != "inception":
-        raise ValueError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
+        raise UserError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
     if name == "inception":
         path = find_inception(path or weights)
     elif not path:
-        raise ValueError(f"--features {name} needs a path: write {name}:PATH")
+        raise UserError(f"--features {name} needs a path: write {name}:PATH")
     return EXTRACTORS[name](paths.resolve(path), th.device(device), precision)

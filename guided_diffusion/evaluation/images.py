@@ -33,6 +33,7 @@ from ..data.sources import (
     split_archive,
 )
 from ..runtime import files, paths
+from ..runtime.errors import UserError
 from ..runtime.files import parse_json, printable, quoted, read_file
 from ..runtime.npz import Npz
 from ..runtime.options import Size, parse_size
@@ -209,10 +210,10 @@ class ArrayImages(ImageSet):
         self.count, self.dtype = sum(header.shape[0] for header in headers), headers[0].dtype
         self.stored_shape = headers[0].shape[1:]
         if not self.count:
-            raise ValueError(f"{path} holds no images: {name} has the shape {headers[0].shape}; give one that does")
+            raise UserError(f"{path} holds no images: {name} has the shape {headers[0].shape}; give one that does")
         for part, header in zip(self.parts, headers, strict=True):
             if (header.shape[1:], header.dtype) != (self.stored_shape, self.dtype):
-                raise ValueError(f"{part} holds other images than {self.parts[0]}: remove what is of another run")
+                raise UserError(f"{part} holds other images than {self.parts[0]}: remove what is of another run")
         height, width, channels = (*self.stored_shape, 1)[:3]
         self.shape = height, width, channels
         self.labels = self._labels()
@@ -253,7 +254,7 @@ class ArrayImages(ImageSet):
                 return super()._adopt(scan)
         finite = np.isfinite([scan.low, scan.high]).all()
         shown = f"from {scan.low:.6g} to {scan.high:.6g}" if finite else "some of them not finite"
-        raise ValueError(
+        raise UserError(
             f"{self.path} holds numbers of {self.dtype}, {shown}, where images are uint8, integers of 0 .. 255, or "
             "floats in [-1, 1], [0, 1] or [0, 255]: clip and scale them to 0 .. 255, and save them as uint8"
         )
@@ -308,7 +309,7 @@ def _header(path: str, name: str) -> files.Header:
     if header.dtype.kind not in "iuf" or not fits or 0 in shape[1:]:
         channels_first = len(shape) == 4 and not fits and shape[1] in (1, 3, 4)
         remedy = f": write {name}.transpose(0, 2, 3, 1)" * channels_first
-        raise ValueError(
+        raise UserError(
             f"{path}: {name} is {shape} of {header.dtype}, where images are [N, H, W] or [N, H, W, 1, 3 or 4] of "
             f"uint8{remedy}"
         )
@@ -335,9 +336,9 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
     if folder or split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
         return (_open_run(path) if folder else None) or _open_files(path, size, data_range)
     if not path or not paths.exists(path):
-        raise ValueError(f"{quoted(path)} does not exist: give an npz, a folder or a zip of images, or a run's folder")
+        raise UserError(f"{quoted(path)} does not exist: give an npz, a folder or a zip of images, or a run's folder")
     if path.lower().endswith(IMAGE_EXTENSIONS):
-        raise ValueError(f"{path} is one image: give an npz, or a folder or a zip of images")
+        raise UserError(f"{path} is one image: give an npz, or a folder or a zip of images")
     with Npz(path) as archive:
         name, notes = _find_array(archive)
     return ArrayImages(path, [path], name, notes)
@@ -348,7 +349,7 @@ def _open_run(folder: str) -> ImageSet | None:
     names, root = paths.names_in(folder), folder.rstrip("/")
     merged = [name for name in names if re.fullmatch(r"samples_[\dx]+\.npz", name)]
     if len(merged) > 1:
-        raise ValueError(f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them")
+        raise UserError(f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them")
     if merged:
         note = f"{folder}: the samples are those of {merged[0]}"
         return ArrayImages(folder, [f"{root}/{merged[0]}"], "arr_0", [note])
@@ -366,10 +367,10 @@ def _open_files(path: str, size: Size | None, data_range: Range | None) -> Image
     if not source.images:
         inner = [name for name in source.others if name.lower().endswith(".npz")]
         remedy = f"it holds the npz {quoted(inner[0])}: give that, unpacked" if inner else "give one that holds images"
-        raise ValueError(f"{path} holds no images, {source.skipped()}: {remedy}")
+        raise UserError(f"{path} holds no images, {source.skipped()}: {remedy}")
     arrays = {"arr_0.npy", "mu.npy"} & set(source.images)
     if arrays and path.lower().endswith(".zip"):
-        raise ValueError(f"{path} is an npz by another name, it holds {min(arrays)}: rename it to end in .npz")
+        raise UserError(f"{path} is an npz by another name, it holds {min(arrays)}: rename it to end in .npz")
     return FileImages(source, size, data_range)
 
 
@@ -393,7 +394,7 @@ def _find_array(archive: Npz) -> tuple[str, list[str]]:
         return "", notes
     held = ", ".join(map(printable, [name for name in archive.names() if name in names][:8])) or "no array"
     content = "more than one array of images" if images else "neither images nor statistics"
-    raise ValueError(f"{archive.path} holds {content} ({held}): save the images as arr_0, [N, H, W, C] of uint8")
+    raise UserError(f"{archive.path} holds {content} ({held}): save the images as arr_0, [N, H, W, C] of uint8")
 
 
 def request_of(path: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch as th
 import torch.nn.functional as F
 
+from ..runtime.errors import UserError
+
 SIDE = 299  # pixels of the images that the layers get
 CLASSES = 1008
 SPATIAL_CHANNELS = 7  # of Mixed_6d, whose first channels are those of its 1x1 branch
@@ -230,7 +232,7 @@ def resize_tf1(images: th.Tensor, side: int = SIDE) -> th.Tensor:
     :raises ValueError: if the shape is another.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not all(images.shape[2:]):
-        raise ValueError(
+        raise UserError(
             f"images have shape {tuple(images.shape)}: Inception takes [N, 3, H, W], so repeat grey images 3 times"
         )
     return _interpolate(_interpolate(images.float(), 3, side), 2, side)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..runtime.errors import UserError
 from ..runtime.files import replacing
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def require() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             'pictures of evaluations need matplotlib, which is missing: run `pip install "guided-diffusion[eval]"`'
         ) from error
 

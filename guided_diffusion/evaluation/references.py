@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import dist_util
+from ..runtime.errors import UserError
 from ..runtime.files import parse_json
 from ..runtime.npz import Npz, Rows, write_arrays
 from ..runtime.options import Size, parse_size
@@ -47,11 +48,11 @@ def write_reference(
     """
     images = open_images(images, size)
     if not images.count:
-        raise ValueError(f"{images.path} holds statistics and no images: a reference is made of images")
+        raise UserError(f"{images.path} holds statistics and no images: a reference is made of images")
     images.share_scan()
     if images.shape is not None and images.shape[:2] != parse_size(size):
         height, width, _ = images.shape
-        raise ValueError(
+        raise UserError(
             f"{images.path} holds images of {height}x{width}, and those of an npz are not scaled: give --image_size "
             f"{height}x{width}, or a folder or zip of images"
         )
@@ -111,7 +112,7 @@ def _read_pair(archive: Npz, mu: str, sigma: str, n: int) -> Statistics:
         mean, cov = (next(archive.chunks(name, shapes[0][0])).astype(np.float64) for name in (mu, sigma))
         if np.isfinite(mean).all() and np.isfinite(cov).all():
             return Statistics(n, mean, cov)
-    raise ValueError(
+    raise UserError(
         f"{archive.path}: {mu} {shapes[0]} and {sigma} {shapes[1]} are no mean and covariance of finite numbers: make "
         "the file again"
     )
@@ -121,9 +122,9 @@ def _read_record(archive: Npz) -> dict[str, Any]:
     try:
         record = parse_json(next(archive.chunks(RECORD, 2**16), np.empty(0)).tobytes())
         if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in RECORDED.items()):
-            raise ValueError(f"it does not name {', '.join(RECORDED)}")
+            raise UserError(f"it does not name {', '.join(RECORDED)}")
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{archive.path}: {RECORD} does not say what the statistics are of ({error}): make the file again"
         ) from error
     return record

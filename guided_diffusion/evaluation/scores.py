@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.errors import UserError, as_user_errors
 from .metrics import Statistics, density_coverage, frechet_distance, inception_score, kernel_distance, precision_recall
 
 
@@ -96,26 +97,27 @@ class Metric:
                 return f"{' and '.join(self.labels)} {verb} {WORDS[self.field]}, and the {side} {has} none: {reason}"
         return ""
 
+    @as_user_errors()
     def compute(self, reference: FeatureSet, samples: FeatureSet, options: Options) -> tuple[float, ...]:
         """One number for each label.
 
         :raises ValueError: with the sentence of `lacks`; or for too few images.
         """
         if sentence := self.lacks(reference, samples):
-            raise ValueError(sentence)
+            raise UserError(sentence)
         return self.function(getattr(reference, self.field), getattr(samples, self.field), options)
 
 
 def _frechet(reference: Statistics, samples: Statistics, _: Options) -> tuple[float, ...]:
     if 1 in (reference.n, samples.n):
-        raise ValueError("one image has no covariance: take 2 images or more")
+        raise UserError("one image has no covariance: take 2 images or more")
     return (frechet_distance(reference.mean, reference.cov, samples.mean, samples.cov),)
 
 
 def _kernel(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
     fewer = min(len(reference), len(samples))
     if fewer < 4:
-        raise ValueError(f"KID needs 4 images of each, to draw subsets of 2 of them, and there are {fewer}: take more")
+        raise UserError(f"KID needs 4 images of each, to draw subsets of 2 of them, and there are {fewer}: take more")
     size = min(options.subset_size, fewer // 2)
     return kernel_distance(reference, samples, subsets=options.subsets, subset_size=size, seed=options.seed)
 

@@ -19,6 +19,7 @@ from .. import dist_util, logger
 from ..config import TrainEvaluationConfig
 from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import ImageDataset, ImageStream
+from ..runtime.errors import UserError
 from ..runtime.jobs import Job
 from ..runtime.log_writers import CSVOutputFormat
 from ..runtime.pictures import levels
@@ -101,7 +102,7 @@ class Evaluation:
         for metric in self._metrics:
             if getattr(features, FIELDS[METRICS[metric].field]) is None:
                 words = WORDS[METRICS[metric].field]
-                raise ValueError(f"--eval_metrics {metric} needs {words}, and {self._extractor.name} gives none")
+                raise UserError(f"--eval_metrics {metric} needs {words}, and {self._extractor.name} gives none")
 
     def _prepare(self, config: TrainEvaluationConfig, stream: ImageStream) -> Side:
         """The features of the reference; those of training data are not cached, since a digest would read it all."""
@@ -123,10 +124,10 @@ class Evaluation:
         try:
             for sentence in (metric.lacks(side.features, side.features) for metric in metrics if metric.compares):
                 if sentence:
-                    raise ValueError(f"{sentence}; give images, or leave that out of --eval_metrics")
+                    raise UserError(f"{sentence}; give images, or leave that out of --eval_metrics")
             rehearse(side.features, metrics, Options())
         except ValueError as error:
-            raise ValueError(f"{side.images.path} cannot be the reference: {error}") from error
+            raise UserError(f"{side.images.path} cannot be the reference: {error}") from error
 
     def __call__(self, model: th.nn.Module, step: int) -> None:
         samples = FreshSamples(f"the samples of step {step}", self._process, model, self._job)

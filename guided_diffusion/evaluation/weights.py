@@ -16,6 +16,7 @@ import torch as th
 
 from ..networks.architecture import architecture
 from ..runtime import files, paths
+from ..runtime.errors import UserError
 from ..training import checkpoints, weights
 from .inception import InceptionNetwork
 
@@ -97,7 +98,7 @@ def _check(source: Source, path: str) -> None:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(source.sha256):
-        raise ValueError(
+        raise UserError(
             f"{path} exists, but is not {source.file}: its sha256 is {digest}, not {source.sha256}; move it away or "
             "name another file with --out"
         )
@@ -155,8 +156,8 @@ def _read(path: str) -> dict[str, th.Tensor]:
     raise _refusal(path, "something else than a state dict, which is names and tensors")
 
 
-def _refusal(path: str, content: str) -> ValueError:
-    return ValueError(f"{path} does not hold the weights of the Inception network but {content}: {_remedy()}")
+def _refusal(path: str, content: str) -> UserError:
+    return UserError(f"{path} does not hold the weights of the Inception network but {content}: {_remedy()}")
 
 
 def _likeness(state: Mapping[str, th.Tensor]) -> str:

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..nn import avg_pool_nd, checkpoint, conv_nd, linear, make_neighborhood_mask, normalization, zero_module
+from ..runtime.errors import UserError
 from .ops import attention, over_tokens, skippable, through, untouched
 
 
@@ -72,7 +73,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
         super().__init__()
         if not use_conv and out_channels not in (None, channels):
-            raise ValueError(
+            raise UserError(
                 f"out_channels {out_channels} needs use_conv=True: averaging keeps the {channels} channels."
             )
         self.channels, self.out_channels = channels, out_channels or channels
@@ -188,7 +189,7 @@ class _QKVAttention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         if use_neighborhood_attention and spatial is None:
-            raise ValueError("use_neighborhood_attention needs spatial, the shape of the feature map in training.")
+            raise UserError("use_neighborhood_attention needs spatial, the shape of the feature map in training.")
         self.window = tuple(spatial or ()) if use_neighborhood_attention else None
 
     def get_neighborhood_mask(self, spatial: Sequence[int] | None, device: th.device | str) -> th.Tensor | None:
@@ -235,7 +236,7 @@ def _attend(attention: nn.Module, qkv: th.Tensor, *spatial: Sequence[int]) -> th
 
 def _share(channels: int, divisor: int, name: str) -> int:
     if divisor < 1 or channels % divisor:
-        raise ValueError(
+        raise UserError(
             f"{name} must divide the {channels} channels that attend, got {divisor}; change it, or the width of the "
             "network (num_channels, classifier_width) or where it attends."
         )
@@ -303,7 +304,7 @@ class AttentionPool2d(nn.Module):
 
     def forward(self, x: th.Tensor) -> th.Tensor:
         if tuple(x.shape[2:]) != self.spatial:
-            raise ValueError(
+            raise UserError(
                 f"attention pooling was built for feature maps of {self.spatial}, got {tuple(x.shape[2:])}; "
                 "use images of the network's image_size, or another pool."
             )

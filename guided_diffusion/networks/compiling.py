@@ -19,6 +19,7 @@ import torch._functorch.config as autograd_config
 from torch import nn
 
 from .. import logger
+from ..runtime.errors import UserError
 from ..runtime.options import refuse
 from ..runtime.paths import cache_folder
 
@@ -89,7 +90,7 @@ class _Compiled:
                 out = self.call(*args, **kwargs)
         except (th._dynamo.exc.TorchDynamoException, th._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ValueError(f"{self.name} could not be compiled ({reason}): leave out --compile") from error
+            raise UserError(f"{self.name} could not be compiled ({reason}): leave out --compile") from error
         logger.log(f"compiled {self.name}: its first call took {time.monotonic() - began:.1f} s")
         self.known.add(key)
         return out

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..runtime.errors import UserError
 from .blocks import AttentionBlock, ResBlock
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def recompute_at(network: UNetBackbone, resolutions: str) -> int:
     level_of = {str(longer // 2**level): level for level in range(len(network.channel_mult))}
     unknown = [word for word in words if word not in level_of]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"checkpoint_resolutions {', '.join(unknown)} of {resolutions!r} do not occur at size {longer}: its levels "
             f"are {', '.join(level_of)}; use these, or '' for none"
         )

@@ -69,7 +69,7 @@ def refuse(*cases: tuple[object, str]) -> None:
     """:raises ValueError: with the sentence of the first case whose condition holds."""
     for applies, sentence in cases:
         if applies:
-            raise ValueError(sentence)
+            raise UserError(sentence)
 
 
 def str2bool(v: str | bool) -> bool:

@@ -21,6 +21,7 @@ import torch as th
 import torch.nn.functional as F
 
 from ..nn import traits_of
+from ..runtime.errors import UserError
 from .prediction import CondFn, MeanVariance, sees_denoiser
 
 Scale = float | Callable[[th.Tensor], th.Tensor | float]
@@ -36,7 +37,7 @@ def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> float | th
     """
     value = scale(timesteps) if callable(scale) else scale
     if not bool(value.isfinite().all() if isinstance(value, th.Tensor) else math.isfinite(value)):
-        raise ValueError(f"the scale of the guidance is {value}: give a finite number, 0 for none")
+        raise UserError(f"the scale of the guidance is {value}: give a finite number, 0 for none")
     if not isinstance(value, th.Tensor):
         return float(value) or None
     value = value.to(like.device, like.dtype).expand(len(like)).view(-1, *[1] * (like.ndim - 1))
@@ -53,7 +54,7 @@ def classifier_guidance(classifier: Callable[[th.Tensor, th.Tensor], th.Tensor],
 
     def cond_fn(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, **_: Any) -> th.Tensor | None:
         if y is None:
-            raise ValueError('classifier guidance needs labels: give model_kwargs={"y": labels}')
+            raise UserError('classifier guidance needs labels: give model_kwargs={"y": labels}')
         factor = _scale_at(scale, timesteps, x)
         if factor is None:
             return None
@@ -113,7 +114,7 @@ def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weight
     :raises ValueError: for another weighting.
     """
     if weighting not in ("norm", "constant"):
-        raise ValueError(f"weighting must be one of norm, constant, got {weighting!r}")
+        raise UserError(f"weighting must be one of norm, constant, got {weighting!r}")
 
     def gradient(x: th.Tensor, t: th.Tensor, out: MeanVariance, **_: Any) -> th.Tensor | None:
         factor = _scale_at(zeta, out["timesteps"], x)
@@ -156,7 +157,7 @@ def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[...
     :raises ValueError: if low is above high.
     """
     if not low <= high:
-        raise ValueError(f"the interval of guidance from {low} to {high} is empty: give the lower end first")
+        raise UserError(f"the interval of guidance from {low} to {high} is empty: give the lower end first")
 
     def inside(timesteps: th.Tensor) -> th.Tensor:
         return (timesteps >= low) & (timesteps <= high)
@@ -185,7 +186,7 @@ class GuidedNetwork(th.nn.Module, ABC):
     def __init__(self, model: Callable[..., th.Tensor], scale: Scale, rescale: float = 0.0) -> None:
         super().__init__()
         if not 0 <= rescale <= 1:
-            raise ValueError(f"rescale {rescale} is not in 0 .. 1: 0 leaves the result as it is")
+            raise UserError(f"rescale {rescale} is not in 0 .. 1: 0 leaves the result as it is")
         _scale_at(0.0 if callable(scale) else scale, th.zeros(1), th.zeros(1))
         self.model, self.scale, self.rescale = model, scale, rescale
         _, self.num_classes, self.null_label, _ = traits_of(model)
@@ -274,7 +275,7 @@ class ClassifierFree(GuidedNetwork):
         for name in used:
             if kwargs.get(name) is None:
                 words = {"y": "labels", "cond_image": "conditioning images"}[name]
-                raise ValueError(f'classifier-free guidance needs {words}: give model_kwargs={{"{name}": {words}}}')
+                raise UserError(f'classifier-free guidance needs {words}: give model_kwargs={{"{name}": {words}}}')
         return {name: th.full_like(kwargs[name], value) for name, value in used.items()}
 
 
@@ -291,7 +292,7 @@ def classifier_free(
     traits = traits_of(model)
     null_class = traits.null_label if null_class is None else null_class
     if null_class is None and not traits.null_cond:
-        raise ValueError(
+        raise UserError(
             "classifier-free guidance needs a network that was trained without labels too: train with class_dropout "
             "above 0, or give the null_class that it has"
         )
@@ -361,7 +362,7 @@ def clip_guidance(
     :raises ValueError: for another mode.
     """
     if mode not in ("noisy", "denoised"):
-        raise ValueError(f"mode {mode!r} is unknown: use noisy or denoised")
+        raise UserError(f"mode {mode!r} is unknown: use noisy or denoised")
     targets = F.normalize(target.detach().reshape(-1, target.shape[-1]), dim=-1)
 
     def loss(images: th.Tensor) -> th.Tensor:
@@ -398,7 +399,7 @@ def dynamic_thresholding(percentile: float = 0.995) -> Callable[[th.Tensor], th.
     :raises ValueError: if the percentile is not in (0, 1].
     """
     if not 0 < percentile <= 1:
-        raise ValueError(f"the percentile {percentile} of dynamic thresholding is not in (0, 1]: usual is 0.995")
+        raise UserError(f"the percentile {percentile} of dynamic thresholding is not in (0, 1]: usual is 0.995")
 
     def threshold(xstart: th.Tensor) -> th.Tensor:
         size = xstart.detach().abs().flatten(1).float()

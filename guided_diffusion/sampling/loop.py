@@ -14,6 +14,7 @@ import torch as th
 from tqdm.auto import tqdm
 
 from ..nn import traits_of
+from ..runtime.errors import UserError
 from ..runtime.labels import check_labels
 from ..runtime.options import nearest, refuse
 from .samplers import DDIM, make_sampler
@@ -157,7 +158,7 @@ def _indices(process: Process, sampler: Sampler, options: SampleOptions) -> list
         furthest = strength * (process.original_num_steps - 1)
         skip = sum(tau > furthest for tau in process.timestep_map[:steps]) if strength else steps
     if not 0 <= skip <= steps:
-        raise ValueError(f"skip_timesteps {skip} is not in 0 .. {steps}, the steps of this process")
+        raise UserError(f"skip_timesteps {skip} is not in 0 .. {steps}, the steps of this process")
     if sampler.ascending:
         return list(range(steps - skip - 1))  # the last of them ends where the first one of the way back starts
     return list(reversed(range(steps - skip)))
@@ -209,7 +210,7 @@ def _fitted(image: th.Tensor, x: th.Tensor, name: str) -> th.Tensor:
     """
     sides = zip(reversed(image.shape), reversed(x.shape), strict=False)
     if image.ndim > x.ndim or any(given not in (1, side) for given, side in sides):
-        raise ValueError(f"{name} of shape {tuple(image.shape)} does not fit the samples, {tuple(x.shape)}")
+        raise UserError(f"{name} of shape {tuple(image.shape)} does not fit the samples, {tuple(x.shape)}")
     return image.to(x).expand_as(x)
 
 
@@ -227,7 +228,7 @@ class _Kept:
             return None
         mask = _fitted(mask, x, "mask")
         if not bool(((mask >= 0) & (mask <= 1)).all()):
-            raise ValueError("mask has values outside of 0 .. 1: 1 keeps the image, 0 paints")
+            raise UserError("mask has values outside of 0 .. 1: 1 keeps the image, 0 paints")
         needed = mask.flatten(1).any(dim=1).tolist() if options.get("resample", 1) == 1 else [True] * len(mask)
         if not any(needed):
             return None
@@ -275,7 +276,7 @@ def drawer(
     if isinstance(generator, th.Generator):
         return lambda: make(tuple(shape), device=generator.device, generator=generator).to(device)
     if len(generator) != shape[0]:
-        raise ValueError(f"{len(generator)} generators for {shape[0]} images: give one, or one per image")
+        raise UserError(f"{len(generator)} generators for {shape[0]} images: give one, or one per image")
     return lambda: th.stack([make(tuple(shape[1:]), device=g.device, generator=g) for g in generator]).to(device)
 
 
@@ -291,7 +292,7 @@ def _label_drawer(model: Any, labels: th.Tensor, device: th.device, generator: G
     """A function that draws new labels [N] for the network's classes, in place of the given ones."""
     classes = traits_of(model).num_classes
     if classes is None:
-        raise ValueError("randomize_class needs a class-conditional network: one with a number in .num_classes")
+        raise UserError("randomize_class needs a class-conditional network: one with a number in .num_classes")
     return drawer(lambda size, **kw: th.randint(classes, size, **kw), tuple(labels.shape), device, generator)
 
 

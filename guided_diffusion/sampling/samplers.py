@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch as th
 from torch import Tensor
 
+from ..runtime.errors import UserError
 from ..runtime.options import nearest
 from .solvers import (
     DEIS,
@@ -182,9 +183,7 @@ class Euler(Sampler):
     def __post_init__(self) -> None:
         refuse_negative(churn=self.churn, churn_min=self.churn_min, churn_noise=self.churn_noise)
         if not self.churn_max >= self.churn_min:
-            raise ValueError(
-                f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned"
-            )
+            raise UserError(f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned")
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction, _, _ = self._noisier(process, predict, x, t, draw)
@@ -316,7 +315,7 @@ def _named(name: str) -> str:
     hint = nearest(name, SAMPLERS)
     if word.removesuffix("karras") in known:
         hint = f"; karras is a grid of steps: use {known[word.removesuffix('karras')]} on the grid 'karras20'"
-    raise ValueError(f"sampler {name!r} is unknown: use one of {', '.join(SAMPLERS)}{hint}")
+    raise UserError(f"sampler {name!r} is unknown: use one of {', '.join(SAMPLERS)}{hint}")
 
 
 def make_sampler(name: str | Sampler, **options: Any) -> Sampler:
@@ -338,6 +337,6 @@ def make_sampler(name: str | Sampler, **options: Any) -> Sampler:
         if option not in known:
             takers = [other for other, kind in SAMPLERS.items() if option in [spec.name for spec in fields(kind)]]
             hint = f"it is an option of {', '.join(takers)}" if takers else f"it takes {', '.join(known) or 'none'}"
-            raise ValueError(f"the sampler {name} has no option {option}: {hint}")
+            raise UserError(f"the sampler {name} has no option {option}: {hint}")
     sampler: Sampler = SAMPLERS[name](**options)
     return sampler

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
+from ..runtime.errors import UserError
 from ..runtime.options import nearest
 from ..runtime.seeds import to_device
 
@@ -87,7 +88,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     if schedule_name not in SCHEDULES:
         *names, last = SCHEDULES
         known = f"{', '.join(names)} or {last}{nearest(schedule_name, SCHEDULES)}"
-        raise ValueError(f"noise_schedule {schedule_name!r} is unknown: use {known}")
+        raise UserError(f"noise_schedule {schedule_name!r} is unknown: use {known}")
     return SCHEDULES[schedule_name](num_diffusion_timesteps)
 
 

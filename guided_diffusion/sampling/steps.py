@@ -16,6 +16,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..runtime.errors import UserError
 from .schedules import NO_SIGNAL
 
 if TYPE_CHECKING:
@@ -150,11 +151,11 @@ def refuse_negative(**options: float) -> None:
     """:raises ValueError: naming the first option that is no number from 0 on."""
     for name, value in options.items():
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name} {value} is not a number from 0 on")
+            raise UserError(f"{name} {value} is not a number from 0 on")
 
 
 def refuse_order(sampler: str, order: int, most: int) -> None:
     """:raises ValueError: for an order that the sampler does not have."""
     if order not in range(1, most + 1):
         known = ", ".join(map(str, range(1, most)))
-        raise ValueError(f"{sampler} order {order} is unknown: use {known} or {most}")
+        raise UserError(f"{sampler} order {order} is unknown: use {known} or {most}")

@@ -12,6 +12,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..fp16_util import MixedPrecisionTrainer
+from ..runtime.errors import UserError
 from . import checkpoints
 from .meter import Meter
 
@@ -67,7 +68,7 @@ class BadSteps:
         texts = [f"{name} (t {step}{label})" for name, step, label in zip(names, t.tolist(), labels, strict=True)]
         return list(zip(texts, losses.isfinite().tolist(), strict=True))
 
-    def error(self, step: int, folder: str, resumed: str) -> ValueError:
+    def error(self, step: int, folder: str, resumed: str) -> UserError:
         """The error that ends the run.
 
         :param folder: of its checkpoints; `resumed`: the one that it went on from, or ''.
@@ -75,7 +76,7 @@ class BadSteps:
         fault, files = self.trainer.fault, checkpoints.latest(folder)
         path = resumed if files is None else files.model
         rest = f"go on with --resume_checkpoint {path}" if path else "no checkpoint was written before, start anew"
-        return ValueError(
+        return UserError(
             f"the last {self.in_a_row} steps up to step {step} were skipped, as the {fault} was not finite: "
             f"{HINTS[fault]}; {rest}"
         )

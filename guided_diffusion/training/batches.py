@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from .. import dist_util, logger
+from ..runtime.errors import UserError
 from ..runtime.options import parse_microbatch
 from ..runtime.pictures import range_in_words, to_unit
 from ..runtime.seeds import to_device
@@ -50,7 +51,7 @@ class Supply:
             try:
                 batch, cond = next(self._iterator)
             except StopIteration as error:
-                raise ValueError(
+                raise UserError(
                     f"the data ended after {updates} updates: give an endless iterator, or max_steps {updates}"
                 ) from error
         if not self.begun:
@@ -137,7 +138,7 @@ def first_microbatch(microbatch: int | str, batch_size: int, *, fsdp: bool) -> t
     if isinstance(size, int):
         return size if size > 0 else batch_size, False
     if fsdp:
-        raise ValueError("microbatch auto does not go with fsdp, where all ranks make a step together: give a number")
+        raise UserError("microbatch auto does not go with fsdp, where all ranks make a step together: give a number")
     return batch_size, True
 
 

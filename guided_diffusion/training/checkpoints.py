@@ -22,6 +22,7 @@ import torch as th
 from .. import dist_util
 from ..networks.architecture import architecture
 from ..runtime import files, paths
+from ..runtime.errors import UserError
 from ..runtime.paths import exists, is_remote, isdir, join, names_in
 from . import manifest
 from .weights import checked, load as load, neighbours, pick, save as save
@@ -183,7 +184,7 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
         return replace(_beside(path), path=path)
     sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not sets or not sets[-1].best:
-        raise ValueError(
+        raise UserError(
             f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder"
         )
     return replace(sets[-1], path=sets[-1].settled)
@@ -218,7 +219,7 @@ def config_beside(path: str) -> dict[str, Any]:
         return {**files.parse_json(files.read_file(file_path))["flags"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = files.reason(error)
-        raise ValueError(
+        raise UserError(
             f"{file_path} is no config of a run ({reason}): repair it, or move it away and give the flags"
         ) from error
 
@@ -295,17 +296,17 @@ def find_set(path: str, *, checksums: bool = False) -> Checkpoint:
         complete, faults = newest(path, checksums=checksums)
         if complete is None:
             fault = f"no complete checkpoint, {', '.join(faults)}" if faults else "no modelNNNNNN.pt to go on from"
-            raise ValueError(f"{path} holds {fault}; give the folder or a checkpoint of a run")
+            raise UserError(f"{path} holds {fault}; give the folder or a checkpoint of a run")
         return complete
     _check_exists(path, "the checkpoint")
     entry, match = _beside(path), _NAME.search(os.path.basename(path))
     reason = _damaged(entry, checksums=checksums)
     if reason:
-        raise ValueError(f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder")
+        raise UserError(f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder")
     if entry.step is None or (match and match["kind"] == "model") or (match and match["rate"] and not entry.model):
         entry.model = path
     if not entry.model:
-        raise ValueError(f"{path} has no model{entry.step:06d}.pt beside it: there are no weights to go on from")
+        raise UserError(f"{path} has no model{entry.step:06d}.pt beside it: there are no weights to go on from")
     return entry
 
 

@@ -17,6 +17,7 @@ import torch.nn as nn
 
 from ..networks.architecture import CLASSIFIER_NAMES, architecture
 from ..nn import traits_of
+from ..runtime.errors import UserError
 from ..runtime.options import Size, nearest
 from .checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint, open_checkpoint
 from .weights import State, difference
@@ -39,7 +40,7 @@ def open_source(path: str) -> Checkpoint:
     """
     source = open_checkpoint(path, "--init_from")
     if not source.kind:
-        raise ValueError(f"--init_from {source.path} is no U-Net, upsampler or classifier: give the checkpoint of one")
+        raise UserError(f"--init_from {source.path} is no U-Net, upsampler or classifier: give the checkpoint of one")
     return source
 
 
@@ -53,7 +54,7 @@ def flags_for(source: Checkpoint, kind: str, size: Size | None, default: Size) -
     :raises ValueError: if nothing of it could be taken.
     """
     if (source.kind, kind) not in POSSIBLE:
-        raise ValueError(f"--init_from {source.path} is of kind {source.kind}, from which no {kind} can start")
+        raise UserError(f"--init_from {source.path} is of kind {source.kind}, from which no {kind} can start")
     name = SIZE_FLAGS[source.kind]
     known = source.flags.get(name, architecture(source.weights).get(name)) if name == SIZE_FLAGS[kind] else None
     size = next(side for side in (size, known, default) if side is not None)
@@ -130,7 +131,7 @@ def initialise(
         else:
             result[name], report.changed[name] = fresh, f"starts anew, {_why(old, fresh)}"
     if mismatch == "error" and (report.changed or report.unused):
-        raise ValueError(
+        raise UserError(
             f"{source.path} does not fit the network: {fitting.difference(state, size)}; give --init_mismatch inflate "
             "to let what differs grow from it, or reinit to start that anew"
         )
@@ -189,7 +190,7 @@ class _Fitting:
             if grown is not None:
                 ends = "inputs" if axis else "outputs"
                 return grown, f"{fresh.shape[axis]} {ends} from {old.shape[axis]}, the others start at 0"
-        raise ValueError(
+        raise UserError(
             f"{self.source.path} cannot be inflated: {name} does not fit, {_why(old, fresh)}; give "
             "--init_mismatch reinit, or the flags of the checkpoint"
         )
@@ -245,7 +246,7 @@ def matching(model: nn.Module, text: str, flag: str) -> list[str]:
             modules = [f"{name}.*" for name, _ in model.named_modules() if name]
             modules.sort(key=lambda name: name.count("."))
             hint = nearest(pattern, [*modules, *names]) or f": there are {_listed(modules[:_SHOWN])}"
-            raise ValueError(f"--{flag} {pattern} matches no parameter{hint}")
+            raise UserError(f"--{flag} {pattern} matches no parameter{hint}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 

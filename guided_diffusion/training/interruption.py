@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch as th
 
 from .. import dist_util, logger
+from ..runtime.errors import UserError
 
 R = TypeVar("R")
 
@@ -121,7 +122,7 @@ class Failures:
         if self.error is not None:
             raise self.error
         if self.sentences:
-            raise ValueError(f"{'; '.join(self.sentences)}, and all ranks end")
+            raise UserError(f"{'; '.join(self.sentences)}, and all ranks end")
 
 
 def _sentence(error: Exception) -> str:

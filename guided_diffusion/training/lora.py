@@ -21,6 +21,7 @@ import torch.nn as nn
 from ..config import LORA_KINDS
 from ..networks.blocks import AttentionBlock, ResBlock
 from ..runtime import files, paths
+from ..runtime.errors import UserError
 from ..runtime.npz import fingerprint
 from . import checkpoints
 from .weights import load
@@ -54,11 +55,11 @@ def attach(
         if isinstance(module, _CONVOLUTIONS)
     ]
     if not targets or rank < 1:
-        raise ValueError(f"lora_on {','.join(on)} with rank {rank} finds nothing to adapt in {type(model).__name__}")
+        raise UserError(f"lora_on {','.join(on)} with rank {rank} finds nothing to adapt in {type(model).__name__}")
     try:
         import peft
     except ImportError as error:
-        raise ValueError('adapters are those of the library peft: pip install "guided-diffusion[lora]"') from error
+        raise UserError('adapters are those of the library peft: pip install "guided-diffusion[lora]"') from error
     scale: Any = alpha or rank  # a fraction too, whatever peft's annotation
     config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=targets)
     peft.inject_adapter_in_model(config, model)
@@ -133,7 +134,7 @@ def joined(
     expected = model.state_dict()
     state = {**plain, **below, **parts}
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in plain_names(expected).items()}:
-        raise ValueError(
+        raise UserError(
             "the adapters of the checkpoint are others than those asked for: leave lora_rank and lora_on to the run "
             "that is resumed"
         )
@@ -186,7 +187,7 @@ def read(path: str) -> Pack:
     if paths.isdir(path) and CONFIG not in paths.names_in(path):
         adapted = [entry.lora for entry in checkpoints.sets_in(path).values() if entry.lora]
         if not adapted:
-            raise ValueError(f"{path} holds no loraNNNNNN: give the folder of a run with --lora_rank, or one of peft's")
+            raise UserError(f"{path} holds no loraNNNNNN: give the folder of a run with --lora_rank, or one of peft's")
         path = adapted[-1]
     folder = paths.isdir(path)
     config = files.read_file(paths.join(path, CONFIG)) if folder else b"{}"
@@ -198,7 +199,7 @@ def read(path: str) -> Pack:
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError):
         whole = False
     if not whole:
-        raise ValueError(
+        raise UserError(
             f"{path} holds no adapters that can be merged: give a folder loraNNNNNN of a run with --lora_rank"
         )
     return pack
@@ -256,7 +257,7 @@ def applied(weights: Mapping[str, th.Tensor], pack: Pack, *, scale: float = 1.0)
         up = pack.weights[name.removesuffix(_DOWN) + _UP] if adapted else value
         weight, shape = weights.get(target), (len(up), *value.shape[1:]) if value.ndim else ()
         if weight is None or weight.shape != shape:
-            raise ValueError(
+            raise UserError(
                 f"the adapters are of another network: there is one of {list(shape)} for {target}, which "
                 f"{'is missing' if weight is None else f'has {list(weight.shape)}'}"
             )

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, TypedDict
 
 from ..runtime import files as untrusted, paths
+from ..runtime.errors import UserError
 
 FORMAT = 1
 NAME = re.compile(r"set(?P<step>\d+)\.json$")
@@ -81,7 +82,7 @@ def read(path: str) -> dict[str, Entry]:
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole or not any(name.startswith("model") for name in files):
-        raise ValueError(f"its manifest is damaged, or not one of format {FORMAT} for this step")
+        raise UserError(f"its manifest is damaged, or not one of format {FORMAT} for this step")
     return files
 
 

@@ -18,6 +18,7 @@ import torch as th
 
 from .. import dist_util
 from ..resample import ScheduleSampler
+from ..runtime.errors import UserError
 from ..runtime.seeds import image_seed, to_device
 
 # Added to the seed, so that training, validation and sampling never draw the same numbers.
@@ -87,9 +88,9 @@ class LabelDropout:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
-            raise ValueError(f"class_dropout {self.rate} is no probability: give 0 for none, or a number up to 1")
+            raise UserError(f"class_dropout {self.rate} is no probability: give 0 for none, or a number up to 1")
         if self.rate and self.null_label is None:
-            raise ValueError(
+            raise UserError(
                 f"class_dropout {self.rate} needs a network that knows 'no class': build it with null_class True"
             )
 
@@ -98,7 +99,7 @@ class LabelDropout:
         if not self.rate or self.null_label is None:
             return cond
         if "y" not in cond:
-            raise ValueError(f"class_dropout {self.rate} drops labels and the data have none: give them under 'y'")
+            raise UserError(f"class_dropout {self.rate} drops labels and the data have none: give them under 'y'")
         labels = cond["y"]
         # spawned, unlike the key of t: another stream
         rng = np.random.default_rng(np.random.SeedSequence(seed + TRAINING, spawn_key=(2, index)))

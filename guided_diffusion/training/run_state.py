@@ -14,6 +14,7 @@ import torch as th
 from .. import dist_util, logger
 from ..fp16_util import MixedPrecisionTrainer, unflatten_optimizer_state
 from ..resample import ScheduleSampler
+from ..runtime.errors import UserError
 from . import checkpoints, lora
 from .checkpoints import Checkpoint
 from .weights import load
@@ -72,14 +73,14 @@ def load_weights(model: th.nn.Module, files: Checkpoint, flags: Mapping[str, Any
         model.load_state_dict(source.fitting(model, flags))
         return
     if not (files.lora and files.state):
-        raise ValueError(
+        raise UserError(
             f"{files.model} is no checkpoint of a run with adapters: give --init_from {files.model} to start one, or "
             "leave out --lora_rank"
         )
     expected = {name: value for name, value in lora.plain_names(model.state_dict()).items() if not lora.is_part(name)}
     state = _with_adapters(files)
     if state["lora_scale"] != lora.scale_of(model):
-        raise ValueError(
+        raise UserError(
             f"the adapters of {files.lora} are scaled by {state['lora_scale']:g}: leave --lora_alpha as it was"
         )
     weights = source.fitting(expected, flags)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..fp16_util import MixedPrecisionTrainer, convert
 from ..networks.blocks import TimestepBlock, TimestepEmbedSequential
+from ..runtime.errors import UserError
 from ..unet import UNetBackbone
 from .gradients import Gradients, laid_out_as
 
@@ -41,12 +42,12 @@ def shard(model: nn.Module, like: nn.Module, precision: str) -> None:
     small = {param for param, converted in pairs if converted.dtype != param.dtype}
     device = pairs[0][0].device
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"fsdp splits parameters on cpu or cuda, not on {device.type}: leave it out")
+        raise UserError(f"fsdp splits parameters on cpu or cuda, not on {device.type}: leave it out")
     blocks = [module for module in model.modules() if isinstance(module, TimestepEmbedSequential)]
     layers = [layer for block in blocks for layer in block if small & set(layer.parameters())]
     elsewhere = small - {param for layer in layers for param in layer.parameters()}
     if elsewhere:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has {len(elsewhere)} parameters in {precision} outside of its blocks, which fsdp "
             "cannot split: train it in fp32, or without fsdp"
         )
@@ -106,9 +107,9 @@ class ShardedTrainer(MixedPrecisionTrainer):
     def _make_masters(self) -> list[nn.Parameter]:
         odd = {param.dtype for param in self.model_params} - {th.float32}
         if odd:
-            raise ValueError(f"fsdp splits weights in fp32, and the model has some of {odd.pop()}: convert them first")
+            raise UserError(f"fsdp splits weights in fp32, and the model has some of {odd.pop()}: convert them first")
         if th.__version__ < OLDEST_TORCH:
-            raise ValueError(f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out")
+            raise UserError(f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out")
         self._names = [name for name, _ in self.model.named_parameters()]
         self._plain, self._rows_by_name = _without_memory(self.model), _without_memory(self.model)
         if self.precision != "fp32" and isinstance(self._plain, UNetBackbone):

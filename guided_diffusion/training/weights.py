@@ -13,6 +13,7 @@ import torch as th
 from .. import dist_util, logger
 from ..networks.architecture import architecture, networks_in
 from ..runtime import files, paths
+from ..runtime.errors import UserError
 from ..runtime.files import printable
 from .manifest import Entry, Hashed
 
@@ -97,7 +98,7 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
         raise
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
         size = paths.stat(path).size
-        raise ValueError(f"{path} ({size} bytes) cannot be read as a checkpoint: {_reason(path, error)}") from error
+        raise UserError(f"{path} ({size} bytes) cannot be read as a checkpoint: {_reason(path, error)}") from error
 
 
 def _reason(path: str, error: Exception) -> str:
@@ -123,7 +124,7 @@ def _check_filled(value: Any) -> None:
     """Refuse tensors of more numbers than the file has for them: shapes that cost nothing until they are used."""
     if isinstance(value, th.Tensor):
         if value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"a tensor of shape {tuple(value.shape)} without its numbers")
+            raise UserError(f"a tensor of shape {tuple(value.shape)} without its numbers")
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             _check_filled(part)
@@ -155,7 +156,7 @@ def pick(path: str, beside: str) -> tuple[dict[str, th.Tensor], str]:
     state = networks[place]
     bad = [name for name, value in state.items() if not value.isfinite().all()]
     if bad:
-        raise ValueError(
+        raise UserError(
             f"{path} holds numbers that are not finite, in {len(bad)} of its {len(state)} tensors ({bad[0]} is the "
             "first): training has diverged, take an earlier checkpoint"
         )
@@ -177,7 +178,7 @@ def _plain_weights(content: Any, path: str, beside: str) -> dict[str, th.Tensor]
     remedy = f"use {beside} beside it" if beside else "use a file ema_RATE_NNNNNN.pt or modelNNNNNN.pt"
     if any(isinstance(value, Inert) for value in (content.values() if isinstance(content, dict) else [content])):
         remedy = "save the state_dict() of its network, and use that"
-    raise ValueError(f"{path} holds {held}: {remedy}")
+    raise UserError(f"{path} holds {held}: {remedy}")
 
 
 def _held(content: Any) -> str:
@@ -204,7 +205,7 @@ def checked(
         logger.log(choice)
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
         size = flags.get("large_size", flags.get("image_size"))
-        raise ValueError(f"{path} does not fit the flags: {difference(state, expected, size)}")
+        raise UserError(f"{path} does not fit the flags: {difference(state, expected, size)}")
     return state
 
 

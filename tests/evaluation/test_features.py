@@ -33,7 +33,7 @@ IMAGES = RNG.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
 def sentence_of(call: Callable[..., Any], *args: Any, **options: Any) -> str:
     with pytest.raises((ValueError, OSError)) as caught:
         call(*args, **options)
-    assert dist_util._is_users_mistake(caught.value), "raised by other code than this project's"
+    assert dist_util.exit_of(caught.value)[0] == 2, "raised by other code than this project's"
     text = str(caught.value)
     assert text.isprintable(), text
     return text

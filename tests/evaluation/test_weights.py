@@ -34,7 +34,7 @@ SHA = hashlib.sha256(CONTENT).hexdigest()
 def sentence_of(call: Any, *args: Any, **options: Any) -> str:
     with pytest.raises((ValueError, OSError)) as caught:
         call(*args, **options)
-    assert dist_util._is_users_mistake(caught.value), "raised by other code than this project's"
+    assert dist_util.exit_of(caught.value)[0] == 2, "raised by other code than this project's"
     text = str(caught.value)
     assert text.isprintable()
     return text

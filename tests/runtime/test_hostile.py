@@ -53,7 +53,7 @@ def sentence_of(call: Callable[..., Any], *args: Any) -> str:
     """What a refused input is answered: a ValueError or OSError of this package's own, one line of printable text."""
     with pytest.raises((ValueError, OSError)) as caught:
         call(*args)
-    assert dist_util._is_users_mistake(caught.value), "raised by other code than the package's own"
+    assert dist_util.exit_of(caught.value)[0] == 2, "raised by other code than the package's own"
     text = str(caught.value)
     assert text
     assert text.isprintable(), text
