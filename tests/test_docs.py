@@ -66,3 +66,17 @@ def test_the_readmes_sampler_is_a_sampler(monkeypatch: pytest.MonkeyPatch) -> No
 
     flags = cli.parse("image_sample", ["--sampler", name, "--steps", "7"])
     assert repr(sampler) in repr(common.sampler_of(flags))
+
+
+def test_the_page_of_the_architecture_names_files_that_are_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = [name for name in re.findall(r"`([\w/]+\.(?:py|md|svg))`", page) if "NAME" not in name]
+    assert [name for name in named if not any((ROOT / top / name).exists() for top in ("guided_diffusion", "."))] == []
+    for life in re.findall(r"^## The life of .*?(?=^## )", page, re.MULTILINE | re.DOTALL):
+        assert 4 <= len(set(re.findall(r"`([\w/]+\.py)`", life))) <= 8
+    assert len(page.splitlines()) < 100
+    picture = (ROOT / "docs" / "rooms.svg").read_text(encoding="utf-8")
+    rooms = {path.parent.name for path in (ROOT / "guided_diffusion").glob("*/__init__.py")}
+    modules = {path.stem for path in (ROOT / "guided_diffusion").glob("[a-z]*.py")}
+    assert [name for name in rooms if f"{name}/" not in picture] == []
+    assert [name for name in modules if name not in picture] == []
