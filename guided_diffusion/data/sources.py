@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -167,6 +167,57 @@ def images_at(path: paths.AnyPath, name: str, channels: int = 0) -> ImageSource:
     if not source.images:
         raise UserError(f"{name} {where!r} holds no images, {source.skipped()}: give some, or an image itself")
     return source
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The images of a source to sample for: the first ones.
+
+    :param count: how many, or fewer where there are fewer.
+    :param all: fewer are an error.
+    :param label: source -> class ids of its images; None leaves them without, but for those beside an array.
+    """
+
+    count: int
+    all: bool = False
+    label: Callable[[ImageSource], Sequence[int]] | None = None
+
+    def of(self, source: ImageSource) -> tuple[ImageSource, list[int] | None]:
+        """These images, and their class ids if there are any."""
+        if self.all and self.count > len(source):
+            raise UserError(f"--num_samples {self.count} is more than the {len(source)} images of {source.root}")
+        ids = source.ids if self.label is None or source.array else self.label(source)
+        return replace(source, images=source.images[: self.count]), None if ids is None else list(ids)[: self.count]
+
+
+def by_name(images: ImageSource, partners: ImageSource, kind: str) -> tuple[list[tuple[str, str]], str]:
+    """The pairs of images and partners whose names agree but for the extension, and a sentence about all others.
+
+    :param kind: of the partners, for the sentence.
+    :raises ValueError: if it is not clear which of them belong together.
+    """
+    image_of, partner_of = _by_stem(images), _by_stem(partners)
+    alone = [name for stem, name in image_of.items() if stem not in partner_of]
+    extra = [name for stem, name in partner_of.items() if stem not in image_of]
+    faults = [
+        f"{len(alone)} of {len(image_of)} images have no {kind} in {partners.root} ({_some(alone)})" * bool(alone),
+        f"{len(extra)} of {len(partner_of)} {kind}s have no image ({_some(extra)})" * bool(extra),
+    ]
+    pairs = [(name, partner_of[stem]) for stem, name in image_of.items() if stem in partner_of]
+    return pairs, "; ".join(filter(None, faults))
+
+
+def _by_stem(source: ImageSource) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name in source.images:
+        other = names.setdefault(os.path.splitext(name)[0], name)
+        if other != name:
+            raise UserError(f"{quoted(other)} and {quoted(name)} in {source.root} differ in the extension alone")
+    return names
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(quoted, names[:5])) + ", ..." * (len(names) > 5)
 
 
 def _with_members(root: str, entries: list[Entry]) -> list[Entry]:
