@@ -50,7 +50,6 @@ class ImageStream(Iterator[Batch]):
     :param dataset: whose `options` say num_workers, as_bytes, fit, rank and world_size (see `DataOptions`).
     :param batch_size: of one rank.
     :param labels: of the data set's images; None leaves the stream without a class table.
-    :raises ValueError: if there are fewer images than one global batch, and, while iterating, if one cannot be read.
     """
 
     def __init__(
@@ -187,7 +186,6 @@ def load_data(
     :param deterministic: in the order of the names instead of shuffled.
     :param log: takes lines about the data set; None writes them to `logger`.
     :param options: fields of `DataOptions`: class_from, classes, num_workers, seed, ...
-    :raises ValueError: naming what does not fit: sizes, files, labels.
     """
     say, given = log or logger.log, DataOptions(**options)
     source = find_images(data_dir, given.image_channels)

@@ -66,12 +66,7 @@ class ConditionedModel(UNetModel):
         self.cond_channels, self.null_cond = cond_channels, null_cond
 
     def forward(
-        self,
-        x: th.Tensor,
-        timesteps: th.Tensor,
-        y: th.Tensor | None = None,
-        *,
-        cond_image: th.Tensor | None = None,
+        self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, *, cond_image: th.Tensor | None = None
     ) -> th.Tensor:
         """Predict from noisy images and their conditioning images [N, K, ...] of the same size."""
         shape = (len(x), self.cond_channels, *x.shape[2:])
@@ -111,8 +106,9 @@ class CondKind:
         ids, last = read_ids(path), self.channels - 1
         wrong = ids[(ids < 0) | ((ids > last) & (ids != NO_CLASS))]
         if wrong.size:
-            allowed = f"cond_channels {self.channels} allows 0 .. {last}, and {NO_CLASS} for none"
-            raise UnreadableImage(path, f"class {int(wrong[0])} in a map, where {allowed}")
+            raise UnreadableImage(
+                path, f"class {int(wrong[0])} in a map: cond_channels allows 0 .. {last}, and {NO_CLASS} for none"
+            )
         return ids
 
     def encode(self, array: NDArray[Any]) -> Array:
@@ -139,9 +135,8 @@ def cond_kind(
             raise UserError(f"cond_channels {cond_channels} has no effect without cond_type: give both or none")
         return None
     if cond_type not in COND_TYPES:
-        raise UserError(
-            f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{nearest(cond_type, COND_TYPES)}"
-        )
+        hint = nearest(cond_type, COND_TYPES)
+        raise UserError(f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{hint}")
     if cond_type == "classes" and not cond_channels:
         raise UserError("cond_type classes needs the number of classes in the maps: give cond_channels")
     if cond_type == "mask" and cond_channels > 1:

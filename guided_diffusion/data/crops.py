@@ -135,10 +135,7 @@ def _halved(picture: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) -> NDArray[Any]:
-    """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked.
-
-    :raises ValueError: if it is so long and thin that this makes more than `MAX_PIXELS` of it.
-    """
+    """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked."""
     if isinstance(picture, np.ndarray):
         planes = map(Image.fromarray, np.moveaxis(picture, -1, 0))
         return np.stack([_cover(plane, height, width, nearest=nearest) for plane in planes], -1)

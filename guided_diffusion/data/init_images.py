@@ -39,7 +39,6 @@ class InitImages:
         says what is white); '' for none.
     :param swap: black is kept, white is not.
     :param data_range: of the images, as `sources.read_image` takes it.
-    :raises ValueError: if there is nothing at a path, or an image has no mask.
     """
 
     def __init__(

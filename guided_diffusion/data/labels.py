@@ -76,7 +76,6 @@ def read_labels(
         folder's name; else the folder.
     :param classes: names by id that were fixed before, or the path of a classes.json, whose rule "auto" then takes.
     :param label_column: of the labels in a table that has several.
-    :raises ValueError: if an image has no class, an unknown one, or one that does not fit `num_classes`.
     """
     if class_from not in (*CLASS_RULES, ARRAY):
         raise UserError(
@@ -387,10 +386,7 @@ def save_classes(path: str, source: Any) -> None:
 
 
 def load_classes(path: str) -> list[str]:
-    """The names by id that `save_classes` wrote.
-
-    :raises ValueError: if the file is not there or holds something else.
-    """
+    """The names by id that `save_classes` wrote."""
     return _saved_classes(path)[0]
 
 

@@ -23,7 +23,7 @@ from ..runtime.npz import fingerprint
 from ..runtime.pictures import planes
 from ..runtime.seeds import image_generator
 from .decoding import Range
-from .sources import Selection, images_at, read_size
+from .sources import Selection, images_at, read_pixels, read_size
 
 NAMES = "names.json"  # beside an npz: which file each of its images comes from
 
@@ -125,7 +125,7 @@ def read_base(
                 f"{len(odd)} of {count} images are not of small_size {shape[0]}x{shape[1]}, the first is "
                 f"{quoted(name)} with {height}x{width}: scale them, or leave them out"
             )
-        pixels = [chosen.pixels(index, shape[2], data_range=data_range) for index in range(len(chosen))]
+        pixels = [read_pixels(where, shape[2], data_range=data_range) for where in chosen.paths]
         names = _names_beside(source.root, len(source)) if source.array else list(source.images)
         return BaseImages(np.stack(pixels), labels, names[: len(chosen)], len(source) - len(chosen))
     except ValueError as error:

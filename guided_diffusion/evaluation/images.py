@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 from .. import dist_util
 from ..data.archives import is_stack
 from ..data.decoding import Range, decode
-from ..data.sources import IMAGE_EXTENSIONS, ImageSource, find_images, read_by, size_of_content, split_archive
+from ..data.sources import (
+    IMAGE_EXTENSIONS,
+    ImageSource,
+    find_images,
+    read_by,
+    read_pixels,
+    size_of_content,
+    split_archive,
+)
 from ..runtime import files, paths
 from ..runtime.errors import UserError
 from ..runtime.files import parse_json, printable, quoted, read_file
@@ -165,7 +173,7 @@ class FileImages(ImageSet):
             yield [np.stack(list(run)) for _, run in groupby(images, np.shape)]
 
     def _image(self, index: int) -> Pixels:
-        return self.files.pixels(index, 3, self.size, self.data_range)
+        return read_pixels(self.files.path(self.files.images[index]), 3, self.size, self.data_range)
 
     def take(self, indices: NDArray[np.int64], rows: int = 256) -> Iterator[Pixels]:
         yield from (self._image(index)[None] for index in indices)
@@ -294,7 +302,6 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
     :param path: images that are open already are returned as they are.
     :param size: images of files are scaled and cropped to it as in training; None: they are taken as they are.
     :param data_range: of images of files, as `read_image` takes it.
-    :raises ValueError: if there is nothing that can be evaluated.
     """
     if isinstance(path, ImageSet):
         return path
