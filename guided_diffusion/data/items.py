@@ -41,16 +41,15 @@ class DataOptions(LoaderConfig):
 
     class_from, label_column, classes and num_classes are those of `labels.read_labels`.
 
-    :param image_channels: C.
     :param data_range: the numbers that are black and white, where files do not say it: (0, 4095).
     :param on_bad_image: "error" ends with the name of an image that cannot be read; "skip" takes another one instead,
         the same on every run, and says so.
     :param seed: of the order, of crops and of flips.
     :param pairing: where the images have conditioning images.
     :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
-    :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer, a quarter of the memory;
-        `pictures.to_unit` makes [-1, 1] of them, on any device.
-    :param fit: fewer images than one global batch are no error: batches are then as small as the images allow.
+    :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer; `pictures.to_unit` makes [-1, 1]
+        of them, on any device.
+    :param fit: with fewer images than one global batch, batches are as small as the images allow.
     :param rank: None, like `world_size`, asks `dist_util`.
     """
 

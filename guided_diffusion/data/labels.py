@@ -92,7 +92,7 @@ def read_labels(
         raise UserError(f"label_column {label_column!r} has no effect with class_from {class_from}: there is no table")
     tabular = class_from in LABEL_FILES
     labels, remarks = _of_table(source, class_from, label_column) if tabular else _of_names(source, class_from)
-    for name in dict.fromkeys([*known, *(label for label in labels if isinstance(label, str))]):
+    for name in {*known, *(label for label in labels if isinstance(label, str))}:
         if files.name_fault(name):
             raise UserError(f"the class {printable(name)} has {files.name_fault(name)}; give it another")
     ids, names = _numbered(source.images, labels, known, num_classes, by_number=class_from == "folder")
@@ -110,34 +110,27 @@ def _numbered(
     images: Sequence[str], labels: Sequence[Label], known: list[str], num_classes: int | None, *, by_number: bool
 ) -> tuple[list[int], list[str]]:
     """(ids, names of all classes); with `by_number`, names that are the numbers from 0 on are ids."""
-    numbers = [label for label in labels if isinstance(label, int)]
-    if known or len(numbers) < len(labels):
-        names = known or sorted(set(map(str, labels)))
-        if not known and by_number and set(names) == set(map(str, range(len(names)))):
+    names, ids = known, list[int]()
+    if not known and not all(isinstance(label, int) for label in labels):
+        names = sorted(set(map(str, labels)))
+        if by_number and set(names) == set(map(str, range(len(names)))):
             names.sort(key=int)
-        ids, limit = _ids_by_name(images, labels, names), len(names)
-    else:
-        names, ids, limit = [], numbers, LARGEST_ID
-    limit = limit if num_classes is None else num_classes
-    for image, label, number in zip(images, labels, ids, strict=True):
-        if not 0 <= number < limit:
-            name = f"label {label}" if isinstance(label, int) else f"class {label!r} (id {number})"
-            remedy = "correct it" if number < 0 else f"correct it, or set num_classes to at least {max(ids) + 1}"
-            raise UserError(f"{name} of {image!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); {remedy}")
-    return ids, names or [str(number) for number in range(max(ids) + 1)]
-
-
-def _ids_by_name(images: Sequence[str], labels: Sequence[Label], names: Sequence[str]) -> list[int]:
     by_name = {name: number for number, name in enumerate(names)}
-    ids = []
+    limit = (len(names) or LARGEST_ID) if num_classes is None else num_classes
     for image, label in zip(images, labels, strict=True):
         number = by_name.get(str(label), label)
-        if not isinstance(number, int) or not 0 <= number < len(names):
+        if isinstance(number, str) or (names and not 0 <= number < len(names)):
             shown = ", ".join(map(printable, names[:10])) + ", ..." * (len(names) > 10)
             hint = nearest(str(label), names) or "; correct it, or leave out the known classes to number all anew"
             raise UserError(f"class {label!r} of {image!r} is none of the {len(names)} known ones ({shown}){hint}")
+        if not 0 <= number < limit:
+            name = f"label {label}" if isinstance(label, int) else f"class {label!r} (id {number})"
+            raise UserError(
+                f"{name} of {image!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); correct it"
+                + f", or set num_classes to at least {number + 1}" * (number >= 0)
+            )
         ids.append(number)
-    return ids
+    return ids, names or [str(number) for number in range(max(ids) + 1)]
 
 
 def _remarks_on_numbers(names: Sequence[str]) -> list[str]:

@@ -97,11 +97,11 @@ class ImageSource:
         detail = ", ".join(f"{kind}: {count}" for kind, count in sorted(kinds.items()))
         return f"skipped {kinds.total()}" + (f" ({detail})" if detail else "")
 
-    def summary(self) -> str:
+    def summary(self, shown: int = 5) -> str:
         """The lines for the user: how many images there are, and what was not taken."""
         lines = [f"{self.root}: found {len(self.images)} images, {self.skipped()}"]
-        lines += [f"  skipped {quoted(name)}: {fault}" for name, fault in self.refused[:5]]
-        more = len(self.refused) - 5
+        lines += [f"  skipped {quoted(name)}: {fault}" for name, fault in self.refused[:shown]]
+        more = len(self.refused) - shown
         return "\n".join([*lines, *[f"  and {more} more that are not taken"] * (more > 0)])
 
 
