@@ -106,9 +106,8 @@ class CondKind:
         ids, last = read_ids(path), self.channels - 1
         wrong = ids[(ids < 0) | ((ids > last) & (ids != NO_CLASS))]
         if wrong.size:
-            raise UnreadableImage(
-                path, f"class {int(wrong[0])} in a map: cond_channels allows 0 .. {last}, and {NO_CLASS} for none"
-            )
+            allowed = f"cond_channels allows 0 .. {last}, and {NO_CLASS} for none"
+            raise UnreadableImage(path, f"class {int(wrong[0])} in a map: {allowed}")
         return ids
 
     def encode(self, array: NDArray[Any]) -> Array:

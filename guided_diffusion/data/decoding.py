@@ -146,7 +146,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 def _decode_array(array: NDArray[Any], channels: int, data_range: Range | None) -> Picture:
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3:
-        raise UserError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read in a folder")
+        raise UserError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read")
     check_pixels(array.shape[1], array.shape[0])
     if array.dtype == np.uint8 and channels in MODES and array.shape[-1] in MODES:
         image = Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))

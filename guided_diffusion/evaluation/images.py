@@ -205,17 +205,14 @@ class ArrayImages(ImageSet):
 
     def _labels(self) -> NDArray[np.int64] | None:
         ids: list[int] = []
-        for part in self.parts:
-            with Npz(part) as archive:
-                try:
-                    labels = archive.labels() if self.name == "arr_0" else None
-                except ValueError as error:
-                    self.notes.append(f"the labels are not used: {error}")
-                    return None
-            if labels is None:
-                return None
-            ids += labels
-        return np.asarray(ids, np.int64)
+        try:
+            for part in self.parts if self.name == "arr_0" else ():
+                with Npz(part) as archive:
+                    ids += archive.labels() or ()
+        except ValueError as error:
+            self.notes.append(f"the labels are not used: {error}")
+            return None
+        return np.asarray(ids, np.int64) if len(ids) == self.count else None
 
     def stored(self, rows: int = 0) -> Iterator[NDArray[Any]]:
         """The numbers as they are stored, at most `rows` images at a time; 0: as many as `PIECE` bytes hold."""
@@ -368,13 +365,10 @@ def _open_npz(path: str) -> ImageSet:
 
 def request_of(path: str) -> dict[str, Any]:
     """The request.json beside the samples of a run, {} if there is none."""
-    is_folder = bool(path) and paths.isdir(path)
-    folder = path if is_folder else os.path.dirname(path) or "."
-    where = f"{folder.rstrip('/')}/request.json"
-    if not (is_folder or re.fullmatch(r"samples_[\dx]+\.npz", os.path.basename(path))) or not paths.exists(where):
-        return {}
+    samples = re.fullmatch(r"samples_[\dx]+\.npz", os.path.basename(path))
+    folder = os.path.dirname(path) or "." if samples else path
     try:
-        request = parse_json(read_file(where))
+        request = parse_json(read_file(f"{folder.rstrip('/')}/request.json")) if folder else {}
     except (OSError, ValueError):
         return {}
     return request if isinstance(request, dict) else {}
