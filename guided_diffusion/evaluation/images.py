@@ -25,7 +25,6 @@ from .. import dist_util
 from ..data.archives import is_stack
 from ..data.decoding import Range, decode
 from ..data.sources import (
-    IMAGE_EXTENSIONS,
     ImageSource,
     find_images,
     read_by,
@@ -35,7 +34,7 @@ from ..data.sources import (
 )
 from ..runtime import files, paths
 from ..runtime.errors import UserError
-from ..runtime.files import parse_json, printable, quoted, read_file
+from ..runtime.files import parse_json, printable, read_file
 from ..runtime.npz import Npz
 from ..runtime.options import Size, parse_size
 from ..runtime.pictures import levels
@@ -306,10 +305,6 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
     folder = bool(path) and paths.isdir(path)
     if folder or split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
         return (_open_run(path) if folder else None) or _open_files(path, size, data_range)
-    if not path or not paths.exists(path):
-        raise UserError(f"{quoted(path)} does not exist: give an npz, a folder or a zip of images, or a run's folder")
-    if path.lower().endswith(IMAGE_EXTENSIONS):
-        raise UserError(f"{path} is one image: give an npz, or a folder or a zip of images")
     return _open_npz(path)
 
 
@@ -335,12 +330,7 @@ def _open_run(folder: str) -> ImageSet | None:
 def _open_files(path: str, size: Size | None, data_range: Range | None) -> ImageSet:
     source = find_images(path)
     if not source.images:
-        inner = [name for name in source.others if name.lower().endswith(".npz")]
-        remedy = f": it holds the npz {quoted(inner[0])}: give that, unpacked" if inner else ""
-        raise UserError(f"{path} holds no images, {source.skipped()}{remedy}")
-    arrays = {"arr_0.npy", "mu.npy"} & set(source.images)
-    if arrays and path.lower().endswith(".zip"):
-        raise UserError(f"{path} is an npz by another name, it holds {min(arrays)}: rename it to end in .npz")
+        raise UserError(f"{path} holds no images, {source.skipped()}: give an npz, or a folder or a zip of images")
     return FileImages(source, size, data_range)
 
 
