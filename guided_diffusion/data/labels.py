@@ -85,7 +85,7 @@ def read_labels(
         classes, rule = _saved_classes(classes)
         class_from = rule if class_from == "auto" else class_from
     known = list(classes or ())
-    notes = []
+    notes: list[str] = []
     if class_from in ("auto", ARRAY):
         class_from, *notes = _choose_rule(source, label_column)
     if label_column and class_from not in LABEL_FILES:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -148,7 +149,7 @@ def _names_beside(path: str, count: int) -> list[str]:
         record = parse_json(read_file(where))
         if not isinstance(record, dict) or record.get("file") != os.path.basename(path):
             return []
-        names = record.get("names")
+        names: Any = record.get("names")
         texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not texts or len(names) != count or any(path_fault(name, "folder") for name in names):
             raise UserError(f"it does not name {count} files within the folder")
