@@ -751,7 +751,7 @@ def test_an_error_is_the_rule_and_names_the_way_out(tmp_path: Path) -> None:
     text = sentence_of(lambda: list(zip(range(4), stream(folder, 2), strict=False)))
     assert "b_001.png" in text
     assert "set on_bad_image to skip" in text
-    assert "did you mean skip" in sentence_of(lambda: stream(folder, 2, on_bad_image="skipp"))
+    assert "must be one of error, skip" in sentence_of(lambda: stream(folder, 2, on_bad_image="skipp"))
 
 
 def test_nothing_but_bad_images_is_an_error_even_when_skipping(tmp_path: Path) -> None:
