@@ -9,7 +9,7 @@ import math as math
 import random as random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset as Dataset
 
 from . import dist_util, logger
 from .data.crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
-from .data.items import BatchDataset, DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
+from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
 from .data.labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
 from .data.sources import IMAGE_EXTENSIONS, UnreadableImage, find_images
 from .data.upsampling import SmallVersions
@@ -40,9 +40,6 @@ def _list_image_files_recursively(data_dir: str) -> list[str]:
     return find_images(data_dir).paths
 
 
-# ---- the stream of batches
-
-
 class ImageStream(Iterator[Batch]):
     """Endless batches of (images [N, C, H, W] in [-1, 1], {"y": ids [N]} or {}).
 
@@ -53,24 +50,29 @@ class ImageStream(Iterator[Batch]):
     :param dataset: whose `options` say num_workers, as_bytes, fit, rank and world_size (see `DataOptions`).
     :param batch_size: of one rank.
     :param labels: of the data set's images; None leaves the stream without a class table.
-    :raises ValueError: if there are fewer images than one global batch, and, while iterating, if one cannot be read.
     """
 
     def __init__(
         self, dataset: ImageDataset, batch_size: int, *, deterministic: bool = False, labels: Labels | None = None
     ) -> None:
-        options = dataset.options
+        options, count = dataset.options, len(dataset)
         self.dataset, self.labels, self.num_workers = dataset, labels, options.num_workers
         self.rank = dist_util.rank() if options.rank is None else options.rank
         self.world_size = dist_util.world_size() if options.world_size is None else options.world_size
-        self.batch_size = batch_size
-        if options.fit:
-            self.batch_size = min(batch_size, max(1, -(-len(dataset) // self.world_size)))
+        self.batch_size = min(batch_size, max(1, -(-count // self.world_size))) if options.fit else batch_size
         self.small_versions: SmallVersions | None = None
         self.skipped: dict[str, str] = {}  # path of an image that could not be read -> why
-        self._check_batch_size()
+        if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
+            raise UserError(f"batch_size {self.batch_size} on rank {self.rank} of {self.world_size}: give 1 or more")
+        if count < self.global_batch and not (options.fit and count):
+            most = count // self.world_size
+            remedy = f"set batch_size to at most {most}" if most else f"start at most {count} ranks"
+            raise UserError(
+                f"{count} images are fewer than one global batch of {self.global_batch} (batch_size {self.batch_size} "
+                f"on {self.world_size} ranks); {remedy}, or add images"
+            )
         self._schedule = Schedule(
-            len(dataset),
+            count,
             options.seed,
             batch_size=self.batch_size,
             rank=self.rank,
@@ -79,17 +81,6 @@ class ImageStream(Iterator[Batch]):
         )
         self._loader: DataLoader[Loaded | ValueError] | None = None
         self._batches: Iterator[Loaded | ValueError] | None = None
-
-    def _check_batch_size(self) -> None:
-        count, most = len(self.dataset), len(self.dataset) // self.world_size
-        if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
-            raise UserError(f"batch_size {self.batch_size} on rank {self.rank} of {self.world_size}: give 1 or more")
-        if count < self.global_batch and not (self.dataset.options.fit and count):
-            remedy = f"set batch_size to at most {most}" if most else f"start at most {count} ranks"
-            raise UserError(
-                f"{count} images are fewer than one global batch of {self.global_batch} "
-                f"(batch_size {self.batch_size} on {self.world_size} ranks); {remedy}, or add images"
-            )
 
     @property
     def classes(self) -> list[str]:
@@ -113,8 +104,7 @@ class ImageStream(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._batches is None:
             if self._loader is None:
-                made = BatchDataset(self.dataset, as_bytes=self.dataset.options.as_bytes)
-                self._loader = batches(made, self._schedule, self.num_workers)
+                self._loader = batches(self.dataset, self._schedule, self.num_workers)
             with _without_alarm():
                 self._batches = iter(self._loader)
         batch = next(self._batches)
@@ -123,32 +113,24 @@ class ImageStream(Iterator[Batch]):
             raise UserError(self._refusal(str(batch)) if isinstance(batch, UnreadableImage) else str(batch))
         first = self._schedule.taken + self._schedule.offset
         images, cond = batch.images, batch.labels
-        self._note(batch.bad)
+        for path, reason in batch.bad:
+            if path not in self.skipped:
+                self.skipped[path] = reason
+                count = f"on_bad_image is skip ({len(self.skipped)} such so far)"
+                logger.warn(f"{UnreadableImage(path, reason)}; others take its place, as {count}")
         if self.small_versions is not None:
             cond |= self.small_versions(to_unit(images), range(first, first + len(images)))
         self._schedule.taken += self.global_batch
         return images, cond
-
-    def _note(self, bad: Iterable[tuple[str, str]]) -> None:
-        """Say once of each image that could not be read that others take its place."""
-        for path, reason in bad:
-            if path not in self.skipped:
-                self.skipped[path] = reason
-                error = UnreadableImage(path, reason)
-                logger.warn(
-                    f"{error}; others take its place, as on_bad_image is skip ({len(self.skipped)} such so far)"
-                )
 
     def _refusal(self, message: str) -> str:
         bad = self.dataset.unreadable() if len(self.dataset) <= SURVEY_LIMIT else []
         if len(bad) < 2:
             return f"{message}, or set on_bad_image to skip"
         shown = ", ".join(f"{quoted(error.path)} ({error.reason})" for error in bad[:5])
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        return (
-            f"{len(bad)} of {len(self.dataset)} images cannot be read: {shown}{more}; repair or remove them, or set "
-            "on_bad_image to skip"
-        )
+        more = f" and {len(bad) - 5} more" * (len(bad) > 5)
+        remedy = "repair or remove them, or set on_bad_image to skip"
+        return f"{len(bad)} of {len(self.dataset)} images cannot be read: {shown}{more}; {remedy}"
 
     def names(self) -> list[str]:
         """The files of the images that this rank was given last; those in `skipped` had others in their place."""
@@ -186,9 +168,6 @@ def _without_alarm() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-# ---- from a folder or a zip to a stream
-
-
 def load_data(
     *,
     data_dir: str,
@@ -207,9 +186,8 @@ def load_data(
     :param deterministic: in the order of the names instead of shuffled.
     :param log: takes lines about the data set; None writes them to `logger`.
     :param options: fields of `DataOptions`: class_from, classes, num_workers, seed, ...
-    :raises ValueError: naming what does not fit: sizes, files, labels.
     """
-    say, given = logger.log if log is None else log, DataOptions(**options)
+    say, given = log or logger.log, DataOptions(**options)
     source = find_images(data_dir, given.image_channels)
     if not source.images:
         known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
@@ -219,30 +197,30 @@ def load_data(
     source, partners = given.pairing.match(source, say) if given.pairing else (source, None)
     labels = None
     if class_cond:
-        labels = read_labels(
-            source, given.class_from, given.classes, given.num_classes, label_column=given.label_column
-        )
+        fixed = given.classes, given.num_classes
+        labels = read_labels(source, given.class_from, *fixed, label_column=given.label_column)
     elif given.class_from != "auto" or given.classes or given.label_column:
-        raise UserError(
-            f"class_from {given.class_from!r}, label_column {given.label_column!r} and classes {given.classes!r} have "
-            "no effect; set class_cond to True"
-        )
+        raise UserError("class_from, label_column and classes have no effect; set class_cond to True")
     if given.cache_images and random_crop:
         say(f"  reading the sizes of {len(source)} images, which say how much memory they take")
-    ids = labels.ids if labels else None
-    crop: dict[str, bool] = {"random_crop": random_crop, "random_flip": random_flip}
-    dataset = ImageDataset(size_flag(image_size), source.paths, ids, **crop, partners=partners, options=given)
+    dataset = ImageDataset(
+        size_flag(image_size),
+        source.paths,
+        labels.ids if labels else None,
+        random_crop=random_crop,
+        random_flip=random_flip,
+        partners=partners,
+        options=given,
+    )
     if dataset.cache:
         say(f"  the decoded images are kept in memory, {dataset.cache.bytes / 1e9:.3g} GB when all of them are read")
     stream = ImageStream(dataset, batch_size, deterministic=deterministic, labels=labels)
     if labels:
-        say("\n".join([*labels.notes, *_table_lines(labels.class_table())]))
+        rows = labels.class_table()
+        lines = [f"  class {number}: {printable(name)} ({count} images)" for number, name, count in rows[:TABLE_ROWS]]
+        more = [f"  and {len(rows) - TABLE_ROWS} classes more"] * (len(rows) > TABLE_ROWS)
+        say("\n".join([*labels.notes, *lines, *more]))
     return stream
-
-
-def _table_lines(rows: list[ClassRow]) -> list[str]:
-    lines = [f"  class {number}: {printable(name)} ({count} images)" for number, name, count in rows[:TABLE_ROWS]]
-    return [*lines, f"  and {len(rows) - TABLE_ROWS} classes more"] if len(rows) > TABLE_ROWS else lines
 
 
 def load_superres_data(

@@ -9,9 +9,9 @@ from typing import Any
 import torch as th
 
 from ..config import CondDataConfig, CondTrainConfig, UNetConfig
-from ..data.conditioning import CondKind, CondSource, Pairing, cond_kind
+from ..data.conditioning import CondKind, Pairing, cond_kind, open_cond_images
 from ..data.labels import read_labels
-from ..data.sources import ImageSource
+from ..data.sources import ImageSource, Selection
 from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
@@ -74,18 +74,16 @@ def extend(plan: Plan, model: Restored, names: list[str]) -> None:
         return
     if not config.cond_images:
         raise UserError(f"{model.path} was trained with conditioning images ({kind.name}): give --cond_images")
-    source = CondSource(
-        kind,
-        model.flags.part(UNetConfig).image_size,
+    selection = Selection(
         model.flags.part(SampleConfig).num_samples,
         all="num_samples" in model.flags.changed,
         label=_by_files(model.flags, names) if config.cond_class_from else None,
     )
-    images = source.open(config.cond_images)
+    images = open_cond_images(config.cond_images, kind, model.flags.part(UNetConfig).image_size, selection)
     labels: Any = images.labels if "labels" in plan.job and not model.flags.part(SampleConfig).classes else None
     if labels is not None:
         plan.job |= {"labels": labels, "num_classes": 0}
-    plan.job |= {"num_samples": images.count, "names": images.names, "conditioning": images.conditioning}
+    plan.job |= {"num_samples": len(images.source), "names": images.names, "conditioning": images.conditioning}
     plan.request |= images.request()
 
 

@@ -74,21 +74,21 @@ def read_base(flags: Flags, classes: list[str] | None = None, *, labelled: bool 
     :raises ValueError: if there are fewer than asked for, or they do not fit the upsampler.
     """
     from .. import logger
-    from ..data.upsampling import Wanted, read_base as read
+    from ..data.sources import Selection
+    from ..data.upsampling import read_base as read
 
     config, options, source = flags.part(SuperResConfig), flags.part(SampleConfig), flags.part(UpsampleConfig)
     labelled = (labelled and not options.classes) or source.class_from != "auto"
-    wanted = Wanted(
-        (*parse_size(config.small_size), config.image_channels),
+    selection = Selection(
         options.num_samples,
         all="num_samples" in flags.changed,
         label=_by_files(source, classes or [], config.num_classes) if labelled else None,
-        data_range=parse_range(flags.part(RangeConfig).data_range),
     )
-    base = read(source.base_samples, wanted)
+    shape = (*parse_size(config.small_size), config.image_channels)
+    base = read(source.base_samples, shape, selection, parse_range(flags.part(RangeConfig).data_range))
     if "num_samples" in flags.given and len(base) < options.num_samples:
         logger.warn(f"{len(base)} images are there, not {options.num_samples}: each is enlarged once")
-    if base.left_out and not wanted.all:
+    if base.left_out and not selection.all:
         logger.warn(f"the first {len(base)} images are enlarged and {base.left_out} more are not: give --num_samples")
     return base
 

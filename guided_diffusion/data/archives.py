@@ -27,10 +27,7 @@ GREY_OR_COLOURS = (1, 3, 4)  # channels of an array of three axes that is one pi
 
 
 class Archive:
-    """An open zip.
-
-    :raises ValueError: if the file is no zip.
-    """
+    """An open zip."""
 
     def __init__(self, path: str) -> None:
         self._path, self._process = path, os.getpid()
@@ -51,10 +48,7 @@ class Archive:
             yield name, self._members[name] is not member, files.member_fault(member, name)
 
     def read(self, name: str) -> bytes:
-        """The content of a member.
-
-        :raises ValueError: if it is missing, damaged, encrypted or a bomb.
-        """
+        """The content of a member."""
         member = self._members.get(name)
         content = None if member is None or self._handle < 0 else self._content(member)
         if content is None:  # zipfile reads the rest, and says what is wrong
@@ -111,17 +105,16 @@ class Stack:
     when they are asked for; those of a packed or small npz, or of a bucket, are held in memory from the first on.
 
     :param channels: C, where it is not 1, 3 or 4.
-    :raises ValueError: if there is no such array, or the file ends before its last image.
     """
 
     def __init__(self, path: str, channels: int = 0) -> None:
         self._path, self._name = path, ""
         self.labels: list[int] | None = None
-        header, start = self._header_of_npz() if path.lower().endswith(".npz") else self._header_of_npy()
+        self._images: NDArray[Any] | None = None
+        header, start = self._header()
         self.shape = stacked_shape(header.shape, channels)
         if not self.shape:
             raise UserError(f"an array of shape {header.shape}, where [N, H, W] or [N, H, W, C] is read")
-        self._images: NDArray[Any] | None = None
         if start >= 0 and not paths.is_remote(path):
             size, needed = os.path.getsize(path), start + math.prod(header.shape) * header.dtype.itemsize
             if size < needed:
@@ -129,37 +122,36 @@ class Stack:
             order: Literal["F", "C"] = "F" if header.fortran else "C"
             self._images = np.memmap(path, header.dtype, "r", start, header.shape, order).reshape(self.shape)
 
-    def _header_of_npy(self) -> tuple[files.Header, int]:
+    def _header(self) -> tuple[files.Header, int]:
+        """The header, and the place of the first number in the file; -1 where it is to be held in memory."""
+        start = 0
+        if self._path.lower().endswith(".npz"):
+            with Npz(self._path) as archive:
+                self._name = archive.name_of_images()
+                header, self.labels = archive.header(self._name), archive.labels()
+            small = math.prod(header.shape) * header.dtype.itemsize <= files.LARGE_MEMBER
+            # the checksum of a small one is worth more than the memory
+            start = -1 if small else Archive(self._path).start_of(f"{self._name}.npy")
+            if start < 0:
+                return header, start
         with files.open_file(self._path) as file:
-            return files.read_header(file), file.tell()
-
-    def _header_of_npz(self) -> tuple[files.Header, int]:
-        with Npz(self._path) as archive:
-            self._name = archive.name_of_images()
-            header, self.labels = archive.header(self._name), archive.labels()
-        if math.prod(header.shape) * header.dtype.itemsize <= files.LARGE_MEMBER:
-            return header, -1  # its checksum is worth more than the memory
-        start = Archive(self._path).start_of(f"{self._name}.npy")
-        if start >= 0:
-            with files.open_file(self._path) as file:
+            if start:
                 file.seek(start)
-                return files.read_header(file), file.tell()
-        return header, start
+            return files.read_header(file), file.tell()
 
     def hold(self) -> NDArray[Any]:
         """The images [N, ...], which forked processes share once they are held."""
-        if self._images is None and self._name:
-            with Npz(self._path) as archive:
-                self._images = archive.whole(self._name).reshape(self.shape)
-        elif self._images is None:
-            self._images = files.read_array(files.read_file(self._path)).reshape(self.shape)
+        if self._images is None:
+            if self._name:
+                with Npz(self._path) as archive:
+                    images = archive.whole(self._name)
+            else:
+                images = files.read_array(files.read_file(self._path))
+            self._images = images.reshape(self.shape)
         return self._images
 
     def read(self, name: str) -> NDArray[Any]:
-        """An image by its name.
-
-        :raises ValueError: if there is none of that name.
-        """
+        """An image by its name."""
         number = name.removesuffix(".npy")
         if not number.isdecimal() or int(number) >= self.shape[0]:
             raise UserError("it is not in the array")

@@ -27,7 +27,6 @@ class ImageCache:
     picture is read once its height is written, after all the rest.
 
     :param random_crop: keep what random crops need; else the middle.
-    :raises ValueError: if pictures of so many channels cannot be kept.
     """
 
     def __init__(self, paths: Sequence[str], image_size: Size, channels: int, *, random_crop: bool) -> None:
@@ -53,10 +52,7 @@ class ImageCache:
         return shrunk_size(size, self._image_size, random_crop=self._random_crop)
 
     def take(self, index: int, read: Callable[[], Decoded]) -> Decoded:
-        """A picture, which is read and kept where it is not kept yet.
-
-        :raises ValueError: if it is finer than bytes.
-        """
+        """A picture, which is read and kept where it is not kept yet."""
         height, width, *size = self._table[index].tolist()
         if not height:
             return self._keep(index, read())

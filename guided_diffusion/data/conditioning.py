@@ -9,9 +9,8 @@ Shapes: N batch, C channels of images, K of conditioning images, H W space.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,20 @@ from ..runtime.options import Size, nearest
 from ..unet import UNetModel
 from .crops import Draws, Picture, center_crop_arr, channels_first, size_of
 from .decoding import Range
-from .sources import ImageSource, UnreadableImage, find_images, images_at, naming, read_ids, read_image, read_mask
+from .sources import (
+    ImageSource,
+    Selection,
+    UnreadableImage,
+    by_name,
+    find_images,
+    images_at,
+    naming,
+    read_ids,
+    read_image,
+    read_mask,
+)
 
 NO_CLASS = 255  # in a map: none of the classes, zeros in all channels
-NAMED = 5  # files in a message
 
 Array = NDArray[np.float32]
 
@@ -57,12 +66,7 @@ class ConditionedModel(UNetModel):
         self.cond_channels, self.null_cond = cond_channels, null_cond
 
     def forward(
-        self,
-        x: th.Tensor,
-        timesteps: th.Tensor,
-        y: th.Tensor | None = None,
-        *,
-        cond_image: th.Tensor | None = None,
+        self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, *, cond_image: th.Tensor | None = None
     ) -> th.Tensor:
         """Predict from noisy images and their conditioning images [N, K, ...] of the same size."""
         shape = (len(x), self.cond_channels, *x.shape[2:])
@@ -94,10 +98,7 @@ class CondKind:
         return self.name != "image"
 
     def read(self, path: str) -> Picture:
-        """The picture in a file.
-
-        :raises UnreadableImage: if it is none of this kind.
-        """
+        """The picture in a file."""
         if self.name == "mask":
             return read_mask(path).picture
         if self.name == "image":
@@ -105,8 +106,8 @@ class CondKind:
         ids, last = read_ids(path), self.channels - 1
         wrong = ids[(ids < 0) | ((ids > last) & (ids != NO_CLASS))]
         if wrong.size:
-            allowed = f"cond_channels {self.channels} allows 0 .. {last}, and {NO_CLASS} for none"
-            raise UnreadableImage(path, f"class {int(wrong[0])} in a map, where {allowed}")
+            allowed = f"cond_channels allows 0 .. {last}, and {NO_CLASS} for none"
+            raise UnreadableImage(path, f"class {int(wrong[0])} in a map: {allowed}")
         return ids
 
     def encode(self, array: NDArray[Any]) -> Array:
@@ -127,18 +128,14 @@ class CondKind:
 def cond_kind(
     cond_type: str, cond_channels: int, image_channels: int, data_range: Range | None = None
 ) -> CondKind | None:
-    """The kind that flags describe, None without conditioning images.
-
-    :raises ValueError: if they contradict each other.
-    """
+    """The kind that flags describe, None without conditioning images."""
     if not cond_type:
         if cond_channels:
             raise UserError(f"cond_channels {cond_channels} has no effect without cond_type: give both or none")
         return None
     if cond_type not in COND_TYPES:
-        raise UserError(
-            f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{nearest(cond_type, COND_TYPES)}"
-        )
+        hint = nearest(cond_type, COND_TYPES)
+        raise UserError(f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{hint}")
     if cond_type == "classes" and not cond_channels:
         raise UserError("cond_type classes needs the number of classes in the maps: give cond_channels")
     if cond_type == "mask" and cond_channels > 1:
@@ -169,7 +166,6 @@ class Partners:
         :param size: (height, width) of the image in its file.
         :param place: (picture, nearest=) crops and mirrors a picture as the image was.
         :param draws: of this image, behind those of its crop and its mirroring.
-        :raises UnreadableImage: if it cannot be read, or is of another size.
         """
         path = self.paths[index]
         picture = self.kind.read(path)
@@ -178,10 +174,6 @@ class Partners:
             raise UnreadableImage(path, f"it is {sizes[0]} and its image {sizes[1]} (height x width)")
         array = self.kind.encode(place(picture, nearest=self.kind.nearest))
         return {"cond_image": np.zeros_like(array) if self.dropout and draws.random() < self.dropout else array}
-
-    def shard(self, first: int, step: int) -> Partners:
-        """Those of every `step`-th image from one on."""
-        return replace(self, paths=list(self.paths[first::step]))
 
 
 @dataclass(frozen=True)
@@ -202,7 +194,6 @@ class Pairing:
         """The images that have a conditioning image, and these.
 
         :param say: takes lines for the user.
-        :raises ValueError: if names are not clear, nothing is left, or something is left over.
         """
         conds = find_images(self.folder, self.kind.channels)
         pairs, unpaired = by_name(images, conds, "conditioning image")
@@ -219,40 +210,6 @@ class Pairing:
         return replace(images, images=[image for image, _ in pairs]), Partners(self.kind, paths, self.dropout)
 
 
-def by_name(images: ImageSource, partners: ImageSource, kind: str) -> tuple[list[tuple[str, str]], str]:
-    """The pairs of images and partners whose names agree but for the extension, and a sentence about all others.
-
-    :param kind: of the partners, for the sentence.
-    :raises ValueError: if it is not clear which of them belong together.
-    """
-    image_of, partner_of = _by_stem(images), _by_stem(partners)
-    alone = [name for stem, name in image_of.items() if stem not in partner_of]
-    extra = [name for stem, name in partner_of.items() if stem not in image_of]
-    faults = [
-        f"{len(alone)} of {len(image_of)} images have no {kind} in {partners.root} ({_some(alone)})" * bool(alone),
-        f"{len(extra)} of {len(partner_of)} {kind}s have no image ({_some(extra)})" * bool(extra),
-    ]
-    pairs = [(name, partner_of[stem]) for stem, name in image_of.items() if stem in partner_of]
-    return pairs, "; ".join(filter(None, faults))
-
-
-def _by_stem(source: ImageSource) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for name in source.images:
-        stem = re.sub(r"\.[^./]+$", "", name)
-        if stem in names:
-            raise UserError(
-                f"{quoted(names[stem])} and {quoted(name)} in {source.root} differ in the extension alone, so that it "
-                "is not clear which of them belongs to which: remove or rename one"
-            )
-        names[stem] = name
-    return names
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(quoted, names[:NAMED])) + ", ..." * (len(names) > NAMED)
-
-
 # ---- sampling
 
 
@@ -260,59 +217,35 @@ def _some(names: Sequence[str]) -> str:
 class CondImages:
     """Conditioning images to sample for: the first is that of the first sample.
 
-    :param load: index -> the image as the network sees it, [K, H, W].
     :param labels: class ids, None where they have none.
-    :param names: the files that they come from, [] where they come from none.
     """
 
-    count: int
-    load: Callable[[int], Array]
+    kind: CondKind
+    size: Size
+    source: ImageSource
     labels: list[int] | None = None
-    names: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """The files that they come from, [] where they come from an array."""
+        return [] if self.source.array else list(self.source.images)
+
+    def load(self, index: int) -> Array:
+        """One of them as the network sees it, [K, H, W]."""
+        return self.kind.load(self.source.path(self.source.images[index]), self.size)
 
     def conditioning(self, indices: Sequence[int]) -> dict[str, th.Tensor]:
         """cond_image [n, K, H, W] of some samples."""
         return {"cond_image": th.from_numpy(np.stack([self.load(index) for index in indices]))}
 
     def request(self) -> dict[str, str]:
-        """Their fingerprint in a sampling request; each is read once.
-
-        :raises ValueError: if one cannot be used.
-        """
+        """Their fingerprint in a sampling request; each is read once."""
         digest = hashlib.sha256("\n".join(self.names).encode())
-        for index in range(self.count):
+        for index in range(len(self.source)):
             digest.update(fingerprint({"": self.load(index)}).encode())
         return {"cond_images": digest.hexdigest()[:16]}
 
 
-@dataclass(frozen=True)
-class CondSource:
-    """Which conditioning images to sample for.
-
-    :param count: how many, or fewer where there are fewer.
-    :param all: fewer are an error.
-    :param label: source -> class ids of its images; None leaves them without.
-    """
-
-    kind: CondKind
-    size: Size
-    count: int
-    all: bool = False
-    label: Callable[[ImageSource], Sequence[int]] | None = None
-
-    def open(self, path: str) -> CondImages:
-        """The conditioning images at a path.
-
-        :raises ValueError: if there are none, too few, or none that fit.
-        """
-        source = images_at(path, "cond_images", self.kind.channels)
-        if self.all and self.count > len(source):
-            raise UserError(f"{self.count} samples are asked for, and {path} holds {len(source)} conditioning images")
-        count, paths = min(len(source), self.count), source.paths
-        labels = source.ids if self.label is None else self.label(source)
-        return CondImages(
-            count,
-            lambda index: self.kind.load(paths[index], self.size),
-            None if labels is None else list(labels)[:count],
-            [] if source.array else list(source.images[:count]),
-        )
+def open_cond_images(path: str, kind: CondKind, size: Size, selection: Selection) -> CondImages:
+    """The conditioning images at a path, scaled and cropped to a size as in training."""
+    return CondImages(kind, size, *selection.of(images_at(path, "cond_images", kind.channels)))

@@ -87,10 +87,7 @@ def random_crop_arr(
     :param nearest: as for `center_crop_arr`.
     """
     if not 0 < min_crop_frac <= max_crop_frac <= 1:
-        raise UserError(
-            f"crop fractions from {min_crop_frac} to {max_crop_frac} are no part of the picture; "
-            "choose 0 < min_crop_frac <= max_crop_frac <= 1"
-        )
+        raise UserError(f"got {min_crop_frac} and {max_crop_frac}: choose 0 < min_crop_frac <= max_crop_frac <= 1")
     draws: Draws = random if rng is None else rng
     height, width = parse_size(image_size)
     short = min(height, width)
@@ -109,8 +106,7 @@ def _scaled(size: tuple[int, int], side: int, short: int) -> tuple[int, int]:
 def largest_cover(image_size: Size, *, random_crop: bool) -> tuple[int, int]:
     """The largest (height, width) that a picture is scaled to cover before it is cropped."""
     size = parse_size(image_size)
-    short = min(size)
-    return _scaled(size, math.ceil(short / MIN_CROP_FRAC), short) if random_crop else size
+    return _scaled(size, math.ceil(min(size) / MIN_CROP_FRAC), min(size)) if random_crop else size
 
 
 def shrunk(picture: Image.Image, image_size: Size, *, random_crop: bool) -> Image.Image:
@@ -126,11 +122,9 @@ def shrunk(picture: Image.Image, image_size: Size, *, random_crop: bool) -> Imag
 def shrunk_size(size: tuple[int, int], image_size: Size, *, random_crop: bool) -> tuple[int, int]:
     """(height, width) of the `shrunk` picture."""
     height, width = largest_cover(image_size, random_crop=random_crop)
-    if not random_crop:
-        return height, width
-    while size[0] >= 2 * height and size[1] >= 2 * width:
+    while random_crop and size[0] >= 2 * height and size[1] >= 2 * width:
         size = size[0] // 2, size[1] // 2
-    return size
+    return size if random_crop else (height, width)
 
 
 def _halved(picture: Image.Image, height: int, width: int) -> Image.Image:
@@ -141,10 +135,7 @@ def _halved(picture: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) -> NDArray[Any]:
-    """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked.
-
-    :raises ValueError: if it is so long and thin that this makes more than `MAX_PIXELS` of it.
-    """
+    """Scale a picture, keeping its proportions, until one side fits exactly and the other is no shorter than asked."""
     if isinstance(picture, np.ndarray):
         planes = map(Image.fromarray, np.moveaxis(picture, -1, 0))
         return np.stack([_cover(plane, height, width, nearest=nearest) for plane in planes], -1)
@@ -152,10 +143,7 @@ def _cover(picture: Picture, height: int, width: int, *, nearest: bool = False) 
     scale = max(width / picture.width, height / picture.height)
     size = round(picture.width * scale), round(picture.height * scale)
     if size[0] * size[1] > MAX_PIXELS:
-        raise UserError(
-            f"it is so long and thin that scaled to {size[0]} x {size[1]}, which covers {width} x {height}, it has "
-            f"more than {MAX_PIXELS} pixels"
-        )
+        raise UserError(f"it is so long and thin that scaled to {size[0]} x {size[1]} it has too many pixels")
     # step by step, the nearest pixels would drift to one corner
     scaled = whole.resize(size, Image.Resampling.NEAREST) if nearest else picture.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(scaled)

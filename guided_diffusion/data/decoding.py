@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -53,12 +52,11 @@ def decode(
     if array is not None:
         picture = _decode_array(array, channels, data_range)
         return Decoded(picture, size_of(picture))
-    assert isinstance(content, bytes)
-    image = opened(io.BytesIO(content))
+    image = opened(io.BytesIO(bytes(content)))
     if at_least and isinstance(image, JpegImageFile):
         size = _upright_size(image)
         return Decoded(_decode_image(_reduced(image, size, at_least), channels, data_range), size)
-    picture = _decode_image(_loaded(image), channels, data_range)
+    picture = _decode_image(image, channels, data_range)
     return Decoded(picture, size_of(picture))
 
 
@@ -97,11 +95,11 @@ def array_in(content: Content, extension: str) -> NDArray[Any] | None:
 
 def upright(content: Content) -> Image.Image:
     """The picture in the bytes of a file, turned by its EXIF tag; its `format` is that of the file."""
-    assert isinstance(content, bytes)
-    return _turned(_loaded(opened(io.BytesIO(content))))
+    return _turned(opened(io.BytesIO(bytes(content))))
 
 
 def _turned(image: Image.Image) -> Image.Image:
+    image.load()
     with contextlib.suppress(Exception):  # a damaged EXIF block takes nothing from the picture itself
         ImageOps.exif_transpose(image, in_place=True)
     return image
@@ -109,24 +107,12 @@ def _turned(image: Image.Image) -> Image.Image:
 
 def opened(file: IO[bytes]) -> Image.Image:
     """A picture of which the header is read."""
-    with _within_limits():
-        image = Image.open(file, formats=FORMATS)
-    check_pixels(image.width, image.height)
-    return image
-
-
-def _loaded(image: Image.Image) -> Image.Image:
-    with _within_limits():
-        image.load()
-    return image
-
-
-@contextlib.contextmanager
-def _within_limits() -> Iterator[None]:
     try:
-        yield
+        image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
         raise UserError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
+    check_pixels(image.width, image.height)
+    return image
 
 
 def check_pixels(width: int, height: int) -> None:
@@ -140,10 +126,10 @@ def _reduced(image: JpegImageFile, size: tuple[int, int], at_least: tuple[int, i
     part = next((n for n in REDUCTIONS if size[0] >= n * at_least[0] and size[1] >= n * at_least[1]), 1)
     smaller, box = (image.width // part, image.height // part), (0, 0, image.width / part, image.height / part)
     if part == 1 or image.draft(None, smaller) is None:
-        return _loaded(image)
+        return image
     # The decoder rounds sizes up, the last pixels being parts of some, and halving stretches what is odd over the lower
     # size: as this does, so that crops of either are of the same places.
-    return _loaded(image).resize(smaller, Image.Resampling.BICUBIC, box)
+    return image.resize(smaller, Image.Resampling.BICUBIC, box)
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -160,8 +146,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 def _decode_array(array: NDArray[Any], channels: int, data_range: Range | None) -> Picture:
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3:
-        more = ": give the path of an array of many by itself, not the folder that it lies in" * (array.ndim == 4)
-        raise UserError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read{more}")
+        raise UserError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read")
     check_pixels(array.shape[1], array.shape[0])
     if array.dtype == np.uint8 and channels in MODES and array.shape[-1] in MODES:
         image = Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
@@ -196,8 +181,7 @@ def _in_range(image: Image.Image, data_range: Range | None) -> Picture:
     """A picture of bytes, as planes where other bytes than 0 and 255 are black and white."""
     if data_range is None or data_range == (0, 255) or not _of_bytes(data_range):
         return image
-    array = np.asarray(image)
-    return _planes(array[..., None] if array.ndim == 2 else array, data_range)
+    return _planes(np.atleast_3d(np.asarray(image)), data_range)
 
 
 def _of_bytes(data_range: Range) -> bool:
@@ -220,10 +204,7 @@ def _planes(array: NDArray[Any], data_range: Range | None) -> NDArray[np.float32
         return array.astype(np.float32)
     top = {"b1": 1, "u1": 255, "u2": 65535}.get(array.dtype.str[1:])
     if top is None:
-        raise UserError(
-            f"numbers of type {array.dtype}, where uint8, uint16, bool or floats in [-1, 1] are read: --data_range "
-            "LOW,HIGH names the range of others"
-        )
+        raise UserError(f"numbers of type {array.dtype}: --data_range LOW,HIGH names their range")
     return array.astype(np.float32) / np.float32(top / 2) - 1
 
 

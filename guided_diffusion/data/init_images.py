@@ -19,9 +19,9 @@ from ..runtime.files import printable
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
 from ..runtime.pictures import levels
-from .conditioning import CondKind, by_name
+from .conditioning import CondKind
 from .decoding import Range
-from .sources import images_at, read_mask, read_size
+from .sources import by_name, images_at, read_mask, read_size
 
 DESCRIBED = 5  # masks of which it is said how they are read
 
@@ -39,7 +39,6 @@ class InitImages:
         says what is white); '' for none.
     :param swap: black is kept, white is not.
     :param data_range: of the images, as `sources.read_image` takes it.
-    :raises ValueError: if there is nothing at a path, or an image has no mask.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class InitImages:
         data_range: Range | None = None,
     ) -> None:
         self.channels, self.size, self.swap = channels, size, swap
-        self._kind = CondKind("image", channels, data_range)
+        self._kind, self._mask_kind = CondKind("image", channels, data_range), CondKind("mask", 1)
         source = images_at(images, "init_image", channels)
         self.images, self.masks = source.paths, list[str]()
         if masks:
@@ -80,19 +79,13 @@ class InitImages:
         return rows
 
     def _mask(self, index: int) -> NDArray[np.float32]:
-        white = CondKind("mask", 1).load(self.masks[index % len(self.masks)], self.size)
+        white = self._mask_kind.load(self.masks[index % len(self.masks)], self.size)
         return 1 - white if self.swap else white
 
-    def _turns(self, count: int) -> range:
-        return range(min(count, math.lcm(len(self), len(self.masks) or 1)))
-
     def check(self, count: int) -> str:
-        """Read what the first `count` samples start from; returns 16 hex digits that stand for it.
-
-        :raises ValueError: if an image cannot be read, or a mask has another size than its image.
-        """
+        """Read what the first `count` samples start from; returns 16 hex digits that stand for it."""
         digest = hashlib.sha256()
-        for index in self._turns(count):
+        for index in range(min(count, math.lcm(len(self), len(self.masks) or 1))):
             if self.masks:
                 self._check_size(index)
             digest.update(fingerprint(self.rows([index])).encode())
@@ -109,9 +102,9 @@ class InitImages:
 
     def describe_masks(self, count: int) -> list[str]:
         """How the masks of the first `count` samples are read, and what of an image they keep."""
-        turns = [index for index in self._turns(count) if self.masks][: len(self.masks)]
-        more = [f"and {len(turns) - DESCRIBED} masks more, each read by what is in it"] * (len(turns) > DESCRIBED)
-        return [self._described(index) for index in turns[:DESCRIBED]] + more
+        count = min(count, len(self.masks))
+        more = [f"and {count - DESCRIBED} masks more, each read by what is in it"] * (count > DESCRIBED)
+        return [self._described(index) for index in range(min(count, DESCRIBED))] + more
 
     def _described(self, index: int) -> str:
         path = self.masks[index % len(self.masks)]

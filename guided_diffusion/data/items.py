@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import BAD_IMAGE_RULES, LoaderConfig
 from ..runtime.errors import UserError
-from ..runtime.options import Size, nearest
+from ..runtime.options import Size
 from ..runtime.pictures import to_unit
 from .cache import ImageCache
 from .conditioning import Pairing, Partners
@@ -41,16 +41,15 @@ class DataOptions(LoaderConfig):
 
     class_from, label_column, classes and num_classes are those of `labels.read_labels`.
 
-    :param image_channels: C.
     :param data_range: the numbers that are black and white, where files do not say it: (0, 4095).
     :param on_bad_image: "error" ends with the name of an image that cannot be read; "skip" takes another one instead,
         the same on every run, and says so.
     :param seed: of the order, of crops and of flips.
     :param pairing: where the images have conditioning images.
     :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
-    :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer, a quarter of the memory;
-        `pictures.to_unit` makes [-1, 1] of them, on any device.
-    :param fit: fewer images than one global batch are no error: batches are then as small as the images allow.
+    :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer; `pictures.to_unit` makes [-1, 1]
+        of them, on any device.
+    :param fit: with fewer images than one global batch, batches are as small as the images allow.
     :param rank: None, like `world_size`, asks `dist_util`.
     """
 
@@ -71,10 +70,7 @@ class DataOptions(LoaderConfig):
 
     def __post_init__(self) -> None:
         if self.on_bad_image not in BAD_IMAGE_RULES:
-            raise UserError(
-                f"on_bad_image must be one of {', '.join(BAD_IMAGE_RULES)}, got {self.on_bad_image!r}"
-                f"{nearest(self.on_bad_image, BAD_IMAGE_RULES)}"
-            )
+            raise UserError(f"on_bad_image must be one of {', '.join(BAD_IMAGE_RULES)}, got {self.on_bad_image!r}")
         if self.seed < 0 or self.num_workers < 0:
             raise UserError(f"seed {self.seed} and num_workers {self.num_workers} must not be negative")
 
@@ -114,7 +110,7 @@ class ImageDataset(Dataset[Item]):
         self.local_images = list(image_paths[shard::num_shards])
         self.local_classes = None if classes is None else list(classes[shard::num_shards])
         self.random_crop, self.random_flip = random_crop, random_flip
-        self.partners = partners.shard(shard, num_shards) if partners else None
+        self.partners = partners and replace(partners, paths=partners.paths[shard::num_shards])
         self.cache: ImageCache | None = None
         if self.options.cache_images:
             channels = self.options.image_channels
@@ -145,8 +141,7 @@ class ImageDataset(Dataset[Item]):
 
     def _crop(self, index: int, draws: Draws) -> Crop:
         path, again = self.local_images[index], replay(draws) if self.partners else draws
-        read = partial(self._read, path)
-        decoded = self.cache.take(index, read) if self.cache else read()
+        decoded = self.cache.take(index, partial(self._read, path)) if self.cache else self._read(path)
         with naming(path):
             array = self._place(decoded.picture, draws)
         label: dict[str, Any] = {}
@@ -157,9 +152,8 @@ class ImageDataset(Dataset[Item]):
         return array, label
 
     def _read(self, path: str) -> Decoded:
-        options, enough = self.options, None
-        if options.fast_decode:
-            enough = largest_cover(self.resolution, random_crop=self.random_crop)
+        options = self.options
+        enough = largest_cover(self.resolution, random_crop=self.random_crop) if options.fast_decode else None
         return read_decoded(path, options.image_channels, enough, data_range=options.data_range)
 
     def _place(self, picture: Picture, draws: Draws, *, nearest: bool = False) -> NDArray[Any]:
@@ -181,9 +175,6 @@ class ImageDataset(Dataset[Item]):
         return errors
 
 
-# ---- the order
-
-
 class Schedule(Iterable[list[Key]]):
     """The keys of the batches of one rank, from the image `taken` on, as seen when iteration begins.
 
@@ -193,11 +184,8 @@ class Schedule(Iterable[list[Key]]):
     """
 
     def __init__(self, count: int, seed: int, *, batch_size: int, rank: int, world_size: int, shuffle: bool) -> None:
-        self.count, self.seed, self.shuffle = count, seed, shuffle
-        self.batch_size = batch_size
-        self.stride = batch_size * world_size
-        self.offset = batch_size * rank
-        self.taken = 0
+        self.count, self.seed, self.shuffle, self.batch_size = count, seed, shuffle, batch_size
+        self.stride, self.offset, self.taken = batch_size * world_size, batch_size * rank, 0
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -216,9 +204,6 @@ class Schedule(Iterable[list[Key]]):
         return np.random.default_rng([self.seed, epoch]).permutation(self.count)
 
 
-# ---- batches
-
-
 class Loaded(NamedTuple):
     """A batch, and (path, reason) of the images that could not be read on the way to it."""
 
@@ -230,8 +215,8 @@ class Loaded(NamedTuple):
 class BatchDataset(Dataset[Loaded | ValueError]):
     """Batches of a data set, by lists of keys, in any process; errors are values: a worker's error arrives garbled."""
 
-    def __init__(self, images: ImageDataset, *, as_bytes: bool) -> None:
-        self.images, self.as_bytes = images, as_bytes
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
 
     def __getitem__(self, keys: list[Key]) -> Loaded | ValueError:
         try:
@@ -240,9 +225,8 @@ class BatchDataset(Dataset[Loaded | ValueError]):
             return error
         arrays, labels = zip(*crops, strict=True)
         stacked = {name: th.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]}
-        return Loaded(
-            self._stacked(arrays), stacked, [(error.path, error.reason) for errors in bad for error in errors]
-        )
+        reasons = [(error.path, error.reason) for errors in bad for error in errors]
+        return Loaded(self._stacked(arrays), stacked, reasons)
 
     def _stacked(self, arrays: Sequence[NDArray[Any]]) -> th.Tensor:
         """[N, C, H, W]."""
@@ -252,13 +236,13 @@ class BatchDataset(Dataset[Loaded | ValueError]):
         images = np.empty((len(arrays), channels, height, width), np.uint8)
         for image, array in zip(images, arrays, strict=True):
             image[...] = array.reshape(height, width, channels).transpose(2, 0, 1)  # once, mirrored or not
-        return th.from_numpy(images) if self.as_bytes else to_unit(th.from_numpy(images))
+        return th.from_numpy(images) if self.images.options.as_bytes else to_unit(th.from_numpy(images))
 
 
-def batches(dataset: BatchDataset, order: Iterable[list[Key]], num_workers: int) -> DataLoader[Loaded | ValueError]:
+def batches(images: ImageDataset, order: Iterable[list[Key]], num_workers: int) -> DataLoader[Loaded | ValueError]:
     """The batches of an order, made ahead in worker processes, which share a cache by being forked."""
     return DataLoader(
-        dataset,
+        BatchDataset(images),
         batch_size=None,
         sampler=order,
         num_workers=num_workers,
@@ -266,9 +250,13 @@ def batches(dataset: BatchDataset, order: Iterable[list[Key]], num_workers: int)
         pin_memory=th.cuda.is_available(),
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_signals,
-        multiprocessing_context="fork" if num_workers and dataset.images.cache else None,
+        multiprocessing_context="fork" if num_workers and images.cache else None,
         generator=th.Generator(),  # else starting it would advance the generator that training draws from
     )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def ignore_signals(worker: int = 0) -> None:
@@ -279,7 +267,3 @@ def ignore_signals(worker: int = 0) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

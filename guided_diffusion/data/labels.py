@@ -1,31 +1,40 @@
-"""The classes of images: the rules that tell them, their ids, and the classes.json that later runs take over.
+"""The classes of images: the rules that tell them, tables of labels, and the classes.json that later runs take over.
+
+Tables are dataset.json (EDM), labels.csv, and metadata.csv or metadata.jsonl (Hugging Face). The column that names the
+images is the one whose cells do; names may lack an extension, begin with "./" or be absolute paths, as long as it is
+clear which image is meant.
 
 Shapes: N images, K classes.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files, paths
 from ..runtime.errors import UserError
-from ..runtime.files import parse_json, printable, reason
+from ..runtime.files import parse_json, printable, quoted, reason
 from ..runtime.options import nearest
-from . import label_tables
-from .label_tables import Label
-from .sources import LABEL_FILES, ImageSource
+from .sources import LABEL_FILES, ImageSource, read_bytes
 
 ClassRow = tuple[int, str, int]  # id, name, number of images
+Label = str | int
 
 ARRAY = "array"  # the rule of labels that lie in an npz beside the images, which is never asked for
 LARGEST_ID = 65536  # of numbers given as labels without num_classes: what is above is no class id
+LONGEST_PATH = 4096
+SAMPLED = 500  # rows that show which column names the images
+CAPTIONS_OR_NUMBERS = ("", "unnamed: 0", *"text caption captions prompt description id index idx no number".split())
 
 
 @dataclass(frozen=True)
@@ -67,34 +76,28 @@ def read_labels(
         folder's name; else the folder.
     :param classes: names by id that were fixed before, or the path of a classes.json, whose rule "auto" then takes.
     :param label_column: of the labels in a table that has several.
-    :raises ValueError: if an image has no class, an unknown one, or one that does not fit `num_classes`.
     """
     if class_from not in (*CLASS_RULES, ARRAY):
         raise UserError(
             f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
         )
     if isinstance(classes, str):
-        known, rule = _saved_classes(classes)
+        classes, rule = _saved_classes(classes)
         class_from = rule if class_from == "auto" else class_from
-    else:
-        known = list(classes or ())
-    if len(set(known)) < len(known):
-        raise UserError(f"classes {known} name a class twice; give each name once")
-    notes = []
+    known = list(classes or ())
+    notes: list[str] = []
     if class_from in ("auto", ARRAY):
-        class_from, note = _choose_rule(source, label_column)
-        notes.append(note)
+        class_from, *notes = _choose_rule(source, label_column)
     if label_column and class_from not in LABEL_FILES:
         raise UserError(f"label_column {label_column!r} has no effect with class_from {class_from}: there is no table")
-    if class_from in LABEL_FILES:
-        labels, remarks = label_tables.read(source, class_from, label_column)
-    else:
-        labels, remarks = _of_names(source, class_from)
-    for name in dict.fromkeys([*known, *(label for label in labels if isinstance(label, str))]):
+    tabular = class_from in LABEL_FILES
+    labels, remarks = _of_table(source, class_from, label_column) if tabular else _of_names(source, class_from)
+    for name in {*known, *(label for label in labels if isinstance(label, str))}:
         if files.name_fault(name):
             raise UserError(f"the class {printable(name)} has {files.name_fault(name)}; give it another")
     ids, names = _numbered(source.images, labels, known, num_classes, by_number=class_from == "folder")
-    remarks += [] if known or class_from in LABEL_FILES else _remarks_on_numbers(names)
+    if not known and not tabular:
+        remarks += _remarks_on_numbers(names)
     if num_classes is not None and len(names) > num_classes:
         raise UserError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
     return Labels(ids, names, class_from, notes + remarks)
@@ -104,48 +107,38 @@ def read_labels(
 
 
 def _numbered(
-    images: Sequence[str], labels: Sequence[Label], known: Sequence[str], num_classes: int | None, *, by_number: bool
+    images: Sequence[str], labels: Sequence[Label], known: list[str], num_classes: int | None, *, by_number: bool
 ) -> tuple[list[int], list[str]]:
     """(ids, names of all classes); with `by_number`, names that are the numbers from 0 on are ids."""
-    numbers = [label for label in labels if isinstance(label, int)]
-    if not known and len(numbers) == len(labels):
-        _check_range(images, labels, numbers, LARGEST_ID if num_classes is None else num_classes)
-        return numbers, [str(label) for label in range(max(numbers) + 1)]
-    names = list(known) or in_order(set(map(str, labels)), by_number=by_number)
+    names, ids = known, list[int]()
+    if not known and not all(isinstance(label, int) for label in labels):
+        names = sorted(set(map(str, labels)))
+        if by_number and set(names) == set(map(str, range(len(names)))):
+            names.sort(key=int)
     by_name = {name: number for number, name in enumerate(names)}
+    limit = (len(names) or LARGEST_ID) if num_classes is None else num_classes
     for image, label in zip(images, labels, strict=True):
-        if str(label) not in by_name and not (isinstance(label, int) and 0 <= label < len(names)):
-            shown = ", ".join(map(printable, names[:10])) + (", ..." if len(names) > 10 else "")
+        number = by_name.get(str(label), label)
+        if isinstance(number, str) or (names and not 0 <= number < len(names)):
+            shown = ", ".join(map(printable, names[:10])) + ", ..." * (len(names) > 10)
             hint = nearest(str(label), names) or "; correct it, or leave out the known classes to number all anew"
             raise UserError(f"class {label!r} of {image!r} is none of the {len(names)} known ones ({shown}){hint}")
-    ids = [by_name[str(label)] if str(label) in by_name else int(label) for label in labels]
-    _check_range(images, labels, ids, len(names) if num_classes is None else num_classes)
-    return ids, names
-
-
-def in_order(names: Collection[str], *, by_number: bool) -> list[str]:
-    """Names in the order of their text, or of their numbers where they are exactly those from 0 on."""
-    numbers = {str(number) for number in range(len(names))}
-    return sorted(names, key=int) if by_number and set(names) == numbers else sorted(names)
-
-
-def _check_range(images: Sequence[str], labels: Sequence[Label], ids: Sequence[int], limit: int) -> None:
-    for image, label, number in zip(images, labels, ids, strict=True):
         if not 0 <= number < limit:
             name = f"label {label}" if isinstance(label, int) else f"class {label!r} (id {number})"
-            remedy = "correct it" if number < 0 else f"correct it, or set num_classes to at least {max(ids) + 1}"
-            raise UserError(f"{name} of {image!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); {remedy}")
+            raise UserError(
+                f"{name} of {image!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); correct it"
+                + f", or set num_classes to at least {number + 1}" * (number >= 0)
+            )
+        ids.append(number)
+    return ids, names or [str(number) for number in range(max(ids) + 1)]
 
 
 def _remarks_on_numbers(names: Sequence[str]) -> list[str]:
     """A line about classes that are called by numbers."""
     numbers = [(number, name) for number, name in enumerate(names) if name.isdecimal()]
-    other = next(((number, name) for number, name in numbers if int(name) != number), None)
-    if other:
-        return [
-            f"ids follow the text of the names, as in openai/guided-diffusion: id {other[0]} is class {other[1]}; a "
-            "table of labels, or a classes.json, can say others"
-        ]
+    for number, name in numbers:
+        if int(name) != number:
+            return [f"ids follow the text of the names: id {number} is class {name}; a table of labels can say others"]
     return ["the names of the classes are numbers, and these are their ids"] * (0 < len(numbers) == len(names))
 
 
@@ -162,19 +155,24 @@ def _prefix(name: str) -> str:
 
 
 def _choose_rule(source: ImageSource, label_column: str) -> tuple[str, str]:
+    """(rule, a line for the user)."""
     if source.array:
         return ARRAY, f"classes from the labels in {source.root}"
-    rule, file = label_tables.find_any(source, label_column)
-    if rule:
-        return rule, f"classes from {os.path.basename(file)}"
+    tables = {rule: _table_of(source, rule) for rule in LABEL_FILES}
+    for rule, file in tables.items():
+        if file and (label_column or not os.path.basename(file).startswith("metadata") or _has_labels(source, file)):
+            return rule, f"classes from {os.path.basename(file)}"
+    deeper = [n for n in source.others if os.path.basename(n) in ("dataset.json", "labels.csv", "labels.tsv")]
+    if deeper and not any(tables.values()):
+        raise UserError(
+            f"{quoted(deeper[0])} in {source.root!r} is the table of a part of the images: give that part as data_dir, "
+            "or choose another class_from"
+        )
     if len(set(map(os.path.dirname, source.images))) == 1:
         return "filename", "classes from the file names, up to the first '_': all images lie in one folder"
     if all(_prefix(name) == _class_folder(name) for name in source.images):
         return "filename", "classes from the file names, up to the first '_': each agrees with its folder"
-    return "folder", (
-        "classes from the folders, since the images lie in several; --class_from filename takes the file names up to "
-        "the first '_' instead, as openai/guided-diffusion does"
-    )
+    return "folder", "classes from the folders; --class_from filename takes the file names, as openai/guided-diffusion"
 
 
 def _of_names(source: ImageSource, rule: str) -> tuple[list[Label], list[str]]:
@@ -183,25 +181,189 @@ def _of_names(source: ImageSource, rule: str) -> tuple[list[Label], list[str]]:
         if source.ids is None:
             raise UserError(f"{source.root} holds images and no labels: give an npz of images arr_0 and labels arr_1")
         return list(source.ids), []
-    for name in source.images:
-        if rule == "filename" and "_" not in os.path.basename(name):
-            raise UserError(
-                f"the file name {name!r} has no class before a '_'; name it CLASS_{os.path.basename(name)}, "
-                "use one folder per class with class_from folder, or write a labels.csv"
-            )
-        if rule == "folder" and "/" not in name:
-            raise UserError(
-                f"{name!r} lies in no folder below {source.root!r}, so that class_from folder finds no class for it; "
-                "move it into the folder of its class, or use class_from filename"
-            )
     if rule == "filename":
+        bare = next((name for name in source.images if "_" not in os.path.basename(name)), "")
+        if bare:
+            raise UserError(
+                f"the file name {bare!r} has no class before a '_'; name it CLASS_{os.path.basename(bare)}, use one "
+                "folder per class with class_from folder, or write a labels.csv"
+            )
         return [_prefix(name) for name in source.images], []
     folders: dict[str, set[str]] = {}
     for name in source.images:
-        folders.setdefault(_class_folder(name), set()).add(os.path.dirname(name))
-    united = [(name, sorted(places)) for name, places in sorted(folders.items()) if len(places) > 1]
-    notes = [f"class {printable(name)} unites {', '.join(map(printable, places))}" for name, places in united]
+        if "/" not in name:
+            raise UserError(f"{name!r} lies in no folder below {source.root!r}: move it into the folder of its class")
+        folders.setdefault(_class_folder(name), set()).add(printable(os.path.dirname(name)))
+    notes = [
+        f"class {printable(name)} unites {', '.join(sorted(places))}"
+        for name, places in sorted(folders.items())
+        if len(places) > 1
+    ]
     return [_class_folder(name) for name in source.images], notes
+
+
+# ---- tables
+
+
+class _Table:
+    """A table beside images, which it names as seen from its folder: rows by the names of its columns."""
+
+    def __init__(self, source: ImageSource, file: str) -> None:
+        self.images = [name[file.rfind("/") + 1 :] for name in source.images]
+        names: dict[str, str] = {}
+        for name in self.images:
+            bare = f"*/{os.path.basename(name)}"
+            for key in (os.path.splitext(name)[0], bare, os.path.splitext(bare)[0]):
+                names[key] = name if names.get(key, name) == name else ""  # not clear which is meant
+        self._names = names | {name: name for name in self.images}
+        content = read_bytes(source.path(file))
+        self.rows = _of_json(content, file) if file.endswith((".json", ".jsonl")) else self._of_text(content)
+        self.columns = list(self.rows[0]) if self.rows else ["file", "label"]
+        self.path_column = max(self.columns, key=self._score, default="")
+
+    @property
+    def first_row(self) -> str:
+        """The first row as text."""
+        return printable(", ".join(map(str, self.rows[0].values()))) if self.rows else "nothing"
+
+    def find(self, cell: Any) -> str:
+        """The image that is meant: by its path, by the end of a longer one, or by its name alone; '' for none."""
+        if not isinstance(cell, str) or len(cell) > LONGEST_PATH:
+            return ""
+        parts = [part for part in cell.strip().replace("\\", "/").split("/") if part not in ("", ".")]
+        ends = ["/".join(parts[start:]) for start in range(len(parts))]
+        ends += [f"*/{part}" for part in parts if len(parts) == 1]
+        return next(filter(None, (self._names.get(end) for end in ends)), "")
+
+    def _score(self, column: str) -> int:
+        """How many cells of a column name images, those that do so exactly counting twice."""
+        cells = [row.get(column) for row in self.rows[:SAMPLED]]
+        return sum(1 + (name == cell) for name, cell in zip(map(self.find, cells), cells, strict=True) if name)
+
+    def likely_columns(self) -> list[str]:
+        """The columns that hold neither paths, nor captions, nor numbers of rows."""
+        return [name for name in self.columns if name != self.path_column and name.lower() not in CAPTIONS_OR_NUMBERS]
+
+    def label_column(self, asked: str) -> str:
+        """The column of that name, or for '' the only one that may hold labels."""
+        rest = [name for name in self.columns if name != self.path_column]
+        likely = [name for name in rest if name.lower() == asked.lower()] if asked else self.likely_columns()
+        likely = likely if asked or len(rest) > 1 else rest
+        listed = ", ".join(map(printable, rest))
+        if asked and not likely:
+            raise UserError(f"label_column {asked!r} is none of its columns ({listed}){nearest(asked, rest)}")
+        if len(likely) != 1:
+            raise UserError(
+                f"it has several columns beside the files ({listed}), as in {self.first_row!r}: give --label_column, "
+                "the one with the labels"
+            )
+        return likely[0]
+
+    def labels(self, column: str) -> tuple[dict[str, Label], int]:
+        """The label of each image that is named, and how many files are named that are not there."""
+        labels: dict[str, Label] = {}
+        surplus = set[str]()
+        for row in self.rows:
+            path, label = row.get(self.path_column), row.get(column)
+            if not isinstance(path, str):
+                raise UserError(f"the path {printable(repr(path))} is no text")
+            label = int(label) if isinstance(label, float) and label.is_integer() else label
+            if isinstance(label, bool) or not isinstance(label, str | int):
+                shown = printable(repr(label))
+                raise UserError(f"the label {shown} of {printable(path)!r} is neither a class id nor a name")
+            name = self.find(path)
+            if not name:
+                surplus.add(path)
+            elif labels.setdefault(name, label) != label:
+                raise UserError(f"{printable(path)!r} has two labels, {printable(str(labels[name]))} and {label!r}")
+        return labels, len(surplus)
+
+    def _of_text(self, content: bytes) -> list[dict[str, Any]]:
+        """Rows with commas, semicolons or tabs; the first line is a heading unless it names an image."""
+        try:
+            text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+            delimiter = max(",;\t", key=text.strip().partition("\n")[0].count)
+            lines = io.StringIO(text, newline=None)  # line ends of any system
+            cells = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+            rows = [row for row in cells if any(cell.strip() for cell in row)]
+        except (ValueError, csv.Error) as error:
+            raise UserError(f"it is no table of UTF-8 text ({reason(error)})") from error
+        first = rows[0] if rows and len(rows[0]) > 1 else ["file", "label"]
+        odd = next((row for row in rows if len(row) != len(first)), None)
+        if odd is not None:
+            raise UserError(
+                f"the line {printable(','.join(odd))!r} is not {printable(','.join(first))!r}, {len(odd)} columns in "
+                f"place of {len(first)}; put a comma between them, and quotation marks around what holds one"
+            )
+        headed = not any(map(self.find, first))
+        names = [cell.strip() if headed else f"column {number}" for number, cell in enumerate(first, 1)]
+        return [dict(zip(names, row, strict=True)) for row in rows[headed:]]
+
+
+def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
+    """Rows of EDM's ``{"labels": [[path, id], ...]}``, or of objects ``{"file_name": ..., ...}``."""
+    try:
+        lines = [line for line in content.splitlines() if line.strip()]
+        value = [parse_json(line) for line in lines] if file.endswith(".jsonl") else parse_json(content)
+        if isinstance(value, dict):
+            labels = value["labels"] or []
+            pairs = labels.items() if isinstance(labels, dict) else labels
+            return [{"file": path, "label": label} for path, label in pairs]
+        columns = [name for name, cell in value[0].items() if not isinstance(cell, dict | list)]
+        return [{name: row.get(name) for name in columns} for row in value]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        formats = '{"labels": [[path, id], ...]}, nor rows of {"file_name": ..., "label": ...}'
+        raise UserError(f"it is not {formats} ({reason(error)})") from error
+
+
+def _table_of(source: ImageSource, rule: str) -> str:
+    """The table of a rule, at the root or in the one folder that holds all images, as in a zip of a folder; or ''."""
+    folders = (name.split("/")[:-1] for name in (min(source.images), max(source.images)))
+    shared = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False))]
+    places = ["/".join([*shared[:depth], file]) for file in LABEL_FILES[rule] for depth in range(len(shared) + 1)]
+    return next((place for place in places if place in source.others), "")
+
+
+def _has_labels(source: ImageSource, file: str) -> bool:
+    """Whether a table has more than captions."""
+    try:
+        return bool(_Table(source, file).likely_columns())
+    except (ValueError, OSError):
+        return True  # reading it says what is wrong
+
+
+def _of_table(source: ImageSource, rule: str, column: str) -> tuple[list[Label], list[str]]:
+    """The label of every image from the table of a rule, and lines for the user."""
+    file = _table_of(source, rule)
+    if not file:
+        raise UserError(
+            f"class_from {rule} needs the file {' or '.join(LABEL_FILES[rule])} in {source.root!r}: write it, or "
+            f"choose another of {', '.join(CLASS_RULES)}"
+        )
+    try:
+        table = _Table(source, file)
+        column = table.label_column(column)
+        labels, surplus = table.labels(column)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
+    unlabelled = [name for name in table.images if name not in labels]
+    if unlabelled:
+        raise UserError(
+            f"{len(unlabelled)} of {len(table.images)} images have no label in {file!r}, the first {unlabelled[0]!r}; "
+            f"add them, with paths as they are below that file, which begins with {table.first_row!r}"
+        )
+    notes = [f"{file} labels {surplus} files that are not there"] * bool(surplus)
+    notes += [f"labels are the column {column!r} of {', '.join(table.columns)}"] * (len(table.columns) > 2)
+    return _as_numbers([labels[name] for name in table.images]), notes
+
+
+def _as_numbers(labels: Sequence[Label]) -> list[Label]:
+    """Labels as numbers if all are, ``2.0`` too, else all as text; more than 18 digits are text."""
+    if all(isinstance(label, int) for label in labels):
+        return list(labels)
+    texts = [str(label).strip() for label in labels]
+    matches = [re.fullmatch(r"(-?\d{1,18})(\.0*)?", text) for text in texts]
+    return [int(match[1]) for match in matches if match] if all(matches) else list(texts)
 
 
 # ---- classes.json
@@ -217,10 +379,7 @@ def save_classes(path: str, source: Any) -> None:
 
 
 def load_classes(path: str) -> list[str]:
-    """The names by id that `save_classes` wrote.
-
-    :raises ValueError: if the file is not there or holds something else.
-    """
+    """The names by id that `save_classes` wrote."""
     return _saved_classes(path)[0]
 
 
@@ -229,13 +388,10 @@ def _saved_classes(path: str) -> tuple[list[str], str]:
     try:
         table = parse_json(files.read_file(path))
         names, rule = table["classes"], table.get("class_from", "auto")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise TypeError("classes are a list of names")
-        if len(set(names)) < len(names) or rule not in [*CLASS_RULES, ARRAY]:
-            raise UserError(f"a class is named twice, or class_from is none of {', '.join(CLASS_RULES)}")
+        unique = isinstance(names, list) and len(set(names)) == len(names)
+        if not unique or not all(isinstance(name, str) for name in names) or rule not in (*CLASS_RULES, ARRAY):
+            raise UserError(f"classes are no list of unlike names, or class_from is none of {', '.join(CLASS_RULES)}")
         return names, rule
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"{type(error).__name__}: {reason(error)}"
-        raise UserError(
-            f"{path!r} is no table of classes ({detail}); give a classes.json that training wrote"
-        ) from error
+        raise UserError(f"{path!r} is no table of classes ({detail}); give a classes.json of a training") from error

@@ -34,10 +34,7 @@ class Mask(NamedTuple):
 
 
 def decode_mask(content: Content, extension: str) -> Mask:
-    """The mask in a file.
-
-    :raises ValueError: if it is not clear what is black and what is white.
-    """
+    """The mask in a file; an error where it is not clear what is black and what is white."""
     array = array_in(content, extension)
     return _mask(_plane(_numbers_of(upright(content)) if array is None else array))
 
@@ -56,9 +53,7 @@ def _numbers_of(image: Image.Image) -> NDArray[Any]:
         colours = {tuple(image.getpalette("RGB")[3 * index :][:3]) for index, n in enumerate(image.histogram()) if n}  # type: ignore[index]
         grey = all(len(set(colour)) == 1 for colour in colours)
         if not grey and (len(colours) > 2 or len(np.unique(np.asarray(image.convert("L")))) < len(colours)):
-            raise UserError(
-                f"a palette of colours, {len(colours)} of them in use: a mask has two, one of them brighter"
-            )
+            raise UserError(f"a palette of colours, {len(colours)} of them in use: a mask has two, one brighter")
     exact = image.mode in ("I", "F") or image.mode.startswith("I;16")
     return np.asarray(image if exact else image.convert("L"))
 

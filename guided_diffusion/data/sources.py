@@ -15,8 +15,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ Entry = tuple[str, str]  # name of a file, and why it is not taken; '' if it is
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy")
 LABEL_FILES = {"json": ("dataset.json", "metadata.jsonl"), "csv": ("labels.csv", "labels.tsv", "metadata.csv")}
-MAX_OPEN_ARCHIVES = 512  # one for each class, often: to open a zip again is to read all of its directory again
+MAX_OPEN_ARCHIVES = 200  # one for each class, often; a process may have 256 files open on some systems
 EMPTY = "it is empty"
 
 
@@ -81,12 +81,6 @@ class ImageSource:
         """The paths of all images."""
         return [self.path(name) for name in self.images]
 
-    def pixels(
-        self, index: int, channels: int, size: Size | None = None, data_range: Range | None = None
-    ) -> NDArray[np.uint8]:
-        """An image as `read_pixels` gives it."""
-        return read_pixels(self.path(self.images[index]), channels, size, data_range)
-
     def hold(self) -> None:
         """Read an array into memory whose images cannot be read in any order from where they lie."""
         stack = _archive(self.root) if self.array else None
@@ -120,7 +114,6 @@ def find_images(data_dir: paths.AnyPath, channels: int = 0) -> ImageSource:
     Zips in a folder are entered only where the folder holds no picture itself: beside pictures they are copies of them.
 
     :param channels: of the images of an .npy, where they are not 1, 3 or 4.
-    :raises ValueError: if there is no such folder, zip or array, or it cannot be read.
     """
     root = paths.resolve(data_dir)
     root = root if len(root) < 2 else root.rstrip("/")
@@ -152,7 +145,6 @@ def images_at(path: paths.AnyPath, name: str, channels: int = 0) -> ImageSource:
 
     :param name: of the argument that `path` comes from, for the error.
     :param channels: as for `find_images`.
-    :raises ValueError: if there are none.
     """
     where = paths.resolve(path)
     inside = split_archive(where)
@@ -167,6 +159,56 @@ def images_at(path: paths.AnyPath, name: str, channels: int = 0) -> ImageSource:
     if not source.images:
         raise UserError(f"{name} {where!r} holds no images, {source.skipped()}: give some, or an image itself")
     return source
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The images of a source to sample for: the first ones.
+
+    :param count: how many, or fewer where there are fewer.
+    :param all: fewer are an error.
+    :param label: source -> class ids of its images; None leaves them without, but for those beside an array.
+    """
+
+    count: int
+    all: bool = False
+    label: Callable[[ImageSource], Sequence[int]] | None = None
+
+    def of(self, source: ImageSource) -> tuple[ImageSource, list[int] | None]:
+        """These images, and their class ids if there are any."""
+        if self.all and self.count > len(source):
+            raise UserError(f"--num_samples {self.count} is more than the {len(source)} images of {source.root}")
+        ids = source.ids if self.label is None or source.array else self.label(source)
+        return replace(source, images=source.images[: self.count]), None if ids is None else list(ids)[: self.count]
+
+
+def by_name(images: ImageSource, partners: ImageSource, kind: str) -> tuple[list[tuple[str, str]], str]:
+    """The pairs of images and partners whose names agree but for the extension, and a sentence about all others.
+
+    :param kind: of the partners, for the sentence.
+    """
+    image_of, partner_of = _by_stem(images), _by_stem(partners)
+    alone = [name for stem, name in image_of.items() if stem not in partner_of]
+    extra = [name for stem, name in partner_of.items() if stem not in image_of]
+    faults = [
+        f"{len(alone)} of {len(image_of)} images have no {kind} in {partners.root} ({_some(alone)})" * bool(alone),
+        f"{len(extra)} of {len(partner_of)} {kind}s have no image ({_some(extra)})" * bool(extra),
+    ]
+    pairs = [(name, partner_of[stem]) for stem, name in image_of.items() if stem in partner_of]
+    return pairs, "; ".join(filter(None, faults))
+
+
+def _by_stem(source: ImageSource) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for name in source.images:
+        other = names.setdefault(os.path.splitext(name)[0], name)
+        if other != name:
+            raise UserError(f"{quoted(other)} and {quoted(name)} in {source.root} differ in the extension alone")
+    return names
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(quoted, names[:5])) + ", ..." * (len(names) > 5)
 
 
 def _with_members(root: str, entries: list[Entry]) -> list[Entry]:
@@ -196,19 +238,14 @@ def _files_below(root: str) -> list[Entry]:
     Links to folders are followed after all else and in the order of their names, so that neither a circle of them nor
     many ways to one place lead to a file twice.
     """
-    entries, seen = list[Entry](), set[Any]()
+    entries, seen = list[Entry](), set[tuple[int, int]]()
     folders, links = [""], list[str]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         try:
-            identity = _identity(f"{root}/{folder}")
-            inner = () if identity in seen else _entries(f"{root}/{folder}")
+            inner = _entries(f"{root}/{folder}", seen)
         except OSError as error:
-            entries.append((folder, f"a folder that cannot be read ({reason(error)})"))
-            continue
-        if identity in seen:
-            entries.append((folder, "a link to a folder that is read already"))
-        seen.add(identity)
+            inner = [("", f"a folder that cannot be read ({reason(error)})")]
         for name, kind in inner:
             if kind in ("folder", "link"):
                 (folders if kind == "folder" else links).append(f"{folder}{name}/")
@@ -218,10 +255,14 @@ def _files_below(root: str) -> list[Entry]:
     return entries
 
 
-def _entries(folder: str) -> Sequence[Entry]:
+def _entries(folder: str, seen: set[tuple[int, int]]) -> list[Entry]:
     """(name, kind) of everything in a folder; the kind is "folder", "link", "file", or why it is not taken."""
     if is_remote(folder):
         return [(name, "folder" if is_dir else "file") for name, is_dir in paths.folders_and_files(folder)]
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in seen:
+        return [("", "a link to a folder that is read already")]
+    seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         return sorted((entry.name, _kind(entry)) for entry in entries)
 
@@ -236,11 +277,6 @@ def _kind(entry: os.DirEntry[str]) -> str:
     except OSError as error:  # a link to itself
         return f"cannot be read ({reason(error)})"
     return "no regular file"
-
-
-def _identity(folder: str) -> Any:
-    status = None if is_remote(folder) else os.stat(folder)
-    return folder if status is None else (status.st_dev, status.st_ino)
 
 
 def _is_file(path: str) -> bool:
@@ -276,7 +312,7 @@ def split_archive(path: str) -> tuple[str, str] | None:
 def _archive(path: str, channels: int = 0) -> Archive | Stack:
     """The open zip or array, whose handle and directory forked processes inherit."""
     if path not in _archives:
-        while len(_archives) >= _most_open():
+        if len(_archives) >= MAX_OPEN_ARCHIVES:
             _archives.pop(next(iter(_archives))).close()
         is_zip = path.lower().endswith(".zip")
         try:
@@ -296,24 +332,11 @@ def _reopened(path: str, channels: int = 0) -> Archive | Stack:
     return _archive(path, channels)
 
 
-def _most_open() -> int:
-    """Zips that may be open at once, which leave half of the handles of a process to all else."""
-    try:
-        import resource
-    except ImportError:  # a system that sets no such limit
-        return MAX_OPEN_ARCHIVES
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # -1 for none
-    return max(1, min(MAX_OPEN_ARCHIVES, limit // 2)) if limit > 0 else MAX_OPEN_ARCHIVES
-
-
 # ---- reading
 
 
 def read_content(path: str) -> Content:
-    """The bytes of a file on the disk, in a bucket or in a zip, or an image of an array.
-
-    :raises ValueError: if it is too large, no regular file, or a member that cannot be unpacked.
-    """
+    """The bytes of a file on the disk, in a bucket or in a zip, or an image of an array."""
     inside = split_archive(path)
     return _archive(inside[0]).read(inside[1]) if inside else files.read_file(path)
 
@@ -330,7 +353,6 @@ def read_image(path: str, channels: int, data_range: Range | None = None) -> Pic
     their whole range, floats lie in [-1, 1].
 
     :param data_range: the numbers that black and white are instead; 8 bits keep 0, 255 unless it lies within that.
-    :raises UnreadableImage: naming the file and what is wrong with it.
     """
     return read_decoded(path, channels, data_range=data_range).picture
 
@@ -345,21 +367,14 @@ def read_decoded(
 def read_pixels(
     path: str, channels: int = 3, size: Size | None = None, data_range: Range | None = None
 ) -> NDArray[np.uint8]:
-    """A picture as uint8 [H, W, C].
-
-    :param size: scaled and cropped to it as in training; None: as it is.
-    :raises UnreadableImage: if it cannot be read, or is too thin for the size.
-    """
+    """A picture as uint8 [H, W, C], with a size scaled and cropped to it as in training."""
     with naming(path):
         picture = read_image(path, channels, data_range)
         return as_bytes(np.asarray(picture) if size is None else center_crop_arr(picture, size))
 
 
 def read_size(path: str) -> tuple[int, int]:
-    """The (height, width) of a picture, from its header, which is all that is read of a file on the disk.
-
-    :raises UnreadableImage: as `read_image` does, but for what is wrong behind the header.
-    """
+    """The (height, width) of a picture, from its header, which is all that is read of a file on the disk."""
     if is_remote(path) or split_archive(path):
         return read_by(path, size_of_content)
     with naming(path), files.open_file(path) as file:
@@ -374,26 +389,17 @@ def size_of_content(content: Content, extension: str) -> tuple[int, int]:
 
 
 def read_ids(path: str) -> NDArray[np.float32]:
-    """A map of classes, whole numbers [H, W, 1]: grey values or places in a palette, or an .npy [H, W] of integers.
-
-    :raises UnreadableImage: naming the file and what is wrong with it.
-    """
+    """A map of classes, whole numbers [H, W, 1]: grey values or places in a palette, or an .npy [H, W] of integers."""
     return read_by(path, decode_ids)
 
 
 def read_mask(path: str) -> Mask:
-    """A mask, as `masks` describes it.
-
-    :raises UnreadableImage: naming the file and what is wrong with it.
-    """
+    """A mask, as `masks` describes it."""
     return read_by(path, decode_mask)
 
 
 def read_by(path: str, decoder: Callable[[Content, str], T]) -> T:
-    """What a decoder makes of (content, extension) of an image file.
-
-    :raises UnreadableImage: naming the file and what is wrong with it.
-    """
+    """What a decoder makes of (content, extension) of an image file."""
     with naming(path):
         content = read_content(path)
         if len(content) == 0:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..runtime.npz import fingerprint
 from ..runtime.pictures import planes
 from ..runtime.seeds import image_generator
 from .decoding import Range
-from .sources import ImageSource, images_at, read_size
+from .sources import Selection, images_at, read_pixels, read_size
 
 NAMES = "names.json"  # beside an npz: which file each of its images comes from
 
@@ -106,32 +106,29 @@ class BaseImages:
         return _noised(low_res, th.full((len(low_res),), level), generators)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which images to read.
-
-    :param shape: (h, w, C) of each.
-    :param count: how many, or fewer where there are fewer.
-    :param all: fewer than `count` are an error.
-    :param label: source -> the class of each image; None leaves them without.
-    :param data_range: as `read_image` takes it.
-    """
-
-    shape: tuple[int, int, int]
-    count: int
-    all: bool = False
-    label: Callable[[ImageSource], Sequence[int]] | None = None
-    data_range: Range | None = None
-
-
-def read_base(path: str, wanted: Wanted) -> BaseImages:
+def read_base(
+    path: str, shape: tuple[int, int, int], selection: Selection, data_range: Range | None = None
+) -> BaseImages:
     """The first images of an npz, of a run that sampled, of a folder, zip or npy, or a single one.
 
-    :raises ValueError: if there are fewer than asked for, or they do not fit.
+    :param shape: (h, w, C) of each.
+    :param data_range: as `read_image` takes it.
     """
     try:
         where = paths.resolve(path)
-        return _read(images_at(_samples_in(where) or where, "--base_samples", wanted.shape[2]), wanted)
+        source = images_at(_samples_in(where) or where, "--base_samples", shape[2])
+        chosen, labels = selection.of(source)
+        sizes = [read_size(where) for where in chosen.paths]
+        odd = [(name, size) for name, size in zip(chosen.images, sizes, strict=True) if size != shape[:2]]
+        if odd:
+            (name, (height, width)), count = odd[0], len(chosen)
+            raise UserError(
+                f"{len(odd)} of {count} images are not of small_size {shape[0]}x{shape[1]}, the first is "
+                f"{quoted(name)} with {height}x{width}: scale them, or leave them out"
+            )
+        pixels = [read_pixels(where, shape[2], data_range=data_range) for where in chosen.paths]
+        names = _names_beside(source.root, len(source)) if source.array else list(source.images)
+        return BaseImages(np.stack(pixels), labels, names[: len(chosen)], len(source) - len(chosen))
     except ValueError as error:
         raise error if str(error).startswith("--") else UserError(f"--base_samples: {error}") from error
 
@@ -159,27 +156,6 @@ def _names_beside(path: str, count: int) -> list[str]:
         return list(names)
     except (OSError, ValueError) as error:
         raise UserError(f"{where} cannot be used ({reason(error)}): repair or remove it") from error
-
-
-def _read(source: ImageSource, wanted: Wanted) -> BaseImages:
-    """The wanted images alone, and of an array not one before its shape fits."""
-    if wanted.all and wanted.count > len(source):
-        raise UserError(f"--num_samples {wanted.count} is more than the {len(source)} images of {source.root}")
-    (height, width, channels), count = wanted.shape, min(len(source), wanted.count)
-    labels = source.ids if wanted.label is None or source.array else wanted.label(source)
-    sizes, pixels = [read_size(source.path(source.images[0]))] * count if source.array else [], list[Pixels]()
-    if not sizes or sizes[0] == (height, width):
-        pixels = [source.pixels(index, channels, data_range=wanted.data_range) for index in range(count)]
-        sizes = [array.shape[:2] for array in pixels]
-    odd = [(name, size) for name, size in zip(source.images, sizes, strict=False) if size != (height, width)]
-    if odd:
-        raise UserError(
-            f"--base_samples {source.root}: {len(odd)} of {count} images are not of small_size {height}x{width}, the "
-            f"first is {quoted(odd[0][0])} with {odd[0][1][0]}x{odd[0][1][1]}: scale them, or leave them out"
-        )
-    names = _names_beside(source.root, len(source)) if source.array else list(source.images)
-    ids = None if labels is None else list(labels)[:count]
-    return BaseImages(np.stack(pixels), ids, names[:count], len(source) - count)
 
 
 # ---- the files that they become

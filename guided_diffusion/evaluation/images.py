@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,16 @@ from .. import dist_util
 from ..data.archives import is_stack
 from ..data.decoding import Range, decode
 from ..data.sources import (
-    IMAGE_EXTENSIONS,
     ImageSource,
     find_images,
     read_by,
+    read_pixels,
     size_of_content,
     split_archive,
 )
 from ..runtime import files, paths
 from ..runtime.errors import UserError
-from ..runtime.files import parse_json, printable, quoted, read_file
+from ..runtime.files import parse_json, printable, read_file
 from ..runtime.npz import Npz
 from ..runtime.options import Size, parse_size
 from ..runtime.pictures import levels
@@ -99,24 +99,18 @@ class ImageSet(ABC):
 
     @property
     def scanned(self) -> Scan:
-        """The scan; reads through all images at the first access.
-
-        :raises ValueError: if they cannot be evaluated.
-        """
-        if self.scan is None:
-            self._adopt(self._read_through())
-        assert self.scan is not None
-        return self.scan
+        """The scan, at the first access of which all images are read; an error if they cannot be evaluated."""
+        return self.scan or self._keep(self._read_through())
 
     def share_scan(self) -> None:
-        """Have rank 0 read through the images, once; collective.
+        """Have rank 0 read through the images, once; collective."""
+        self._keep(dist_util.decide(lambda: self.scanned))
 
-        :raises ValueError: if they cannot be evaluated.
-        """
-        self._adopt(dist_util.decide(lambda: self.scanned))
-
-    def _adopt(self, scan: Scan) -> None:
+    def _keep(self, scan: Scan) -> Scan:
         self.scan = scan
+        if self.shape is None and len(scan.sizes) == 1:
+            self.shape = (*next(iter(scan.sizes)), 3)
+        return scan
 
     def _read_through(self) -> Scan:
         return Scan(digest=self.path)
@@ -172,23 +166,13 @@ class FileImages(ImageSet):
             digest.update(hashlib.sha256(number_type + bytes(content)).digest())
         return Scan(digest.hexdigest(), sizes=dict(sizes) if self.size is None else {})
 
-    def _adopt(self, scan: Scan) -> None:
-        super()._adopt(scan)
-        if len(scan.sizes) == 1:
-            self.shape = (*next(iter(scan.sizes)), 3)
-
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         for start in range(first * size, self.count, step * size):
-            runs: list[list[Pixels]] = []
-            for index in range(start, min(start + size, self.count)):
-                image = self._image(index)
-                if not runs or runs[-1][0].shape != image.shape:
-                    runs.append([])
-                runs[-1].append(image)
-            yield [np.stack(run) for run in runs]
+            images = map(self._image, range(start, min(start + size, self.count)))
+            yield [np.stack(list(run)) for _, run in groupby(images, np.shape)]
 
     def _image(self, index: int) -> Pixels:
-        return self.files.pixels(index, 3, self.size, self.data_range)
+        return read_pixels(self.files.path(self.files.images[index]), 3, self.size, self.data_range)
 
     def take(self, indices: NDArray[np.int64], rows: int = 256) -> Iterator[Pixels]:
         yield from (self._image(index)[None] for index in indices)
@@ -210,7 +194,7 @@ class ArrayImages(ImageSet):
         self.count, self.dtype = sum(header.shape[0] for header in headers), headers[0].dtype
         self.stored_shape = headers[0].shape[1:]
         if not self.count:
-            raise UserError(f"{path} holds no images: {name} has the shape {headers[0].shape}; give one that does")
+            raise UserError(f"{path} holds no images: {name} has the shape {headers[0].shape}")
         for part, header in zip(self.parts, headers, strict=True):
             if (header.shape[1:], header.dtype) != (self.stored_shape, self.dtype):
                 raise UserError(f"{part} holds other images than {self.parts[0]}: remove what is of another run")
@@ -220,17 +204,14 @@ class ArrayImages(ImageSet):
 
     def _labels(self) -> NDArray[np.int64] | None:
         ids: list[int] = []
-        for part in self.parts:
-            with Npz(part) as archive:
-                try:
-                    labels = archive.labels() if self.name == "arr_0" else None
-                except ValueError as error:
-                    self.notes.append(f"the labels are not used: {error}")
-                    return None
-            if labels is None:
-                return None
-            ids += labels
-        return np.asarray(ids, np.int64)
+        try:
+            for part in self.parts if self.name == "arr_0" else ():
+                with Npz(part) as archive:
+                    ids += archive.labels() or ()
+        except ValueError as error:
+            self.notes.append(f"the labels are not used: {error}")
+            return None
+        return np.asarray(ids, np.int64) if len(ids) == self.count else None
 
     def stored(self, rows: int = 0) -> Iterator[NDArray[Any]]:
         """The numbers as they are stored, at most `rows` images at a time; 0: as many as `PIECE` bytes hold."""
@@ -246,12 +227,15 @@ class ArrayImages(ImageSet):
         for chunk in self.stored():
             digest.update(chunk.data)
             low, high = np.minimum(low, chunk.min()), np.maximum(high, chunk.max())  # where nan stays nan
-        return Scan(digest.hexdigest(), float(low), float(high), {self.shape[:2]: self.count})
+        scan = Scan(digest.hexdigest(), float(low), float(high), {self.shape[:2]: self.count})
+        self._conversion(scan)
+        return scan
 
-    def _adopt(self, scan: Scan) -> None:
-        for kinds, low, high, self._scale, self._how in CONVERSIONS:
+    def _conversion(self, scan: Scan) -> tuple[Callable[[NDArray[Any]], NDArray[Any]], str]:
+        """How the numbers become bytes, as a function and in words."""
+        for kinds, low, high, scale, how in CONVERSIONS:
             if self.dtype.kind in kinds and low <= scan.low <= scan.high <= high:
-                return super()._adopt(scan)
+                return scale, how
         finite = np.isfinite([scan.low, scan.high]).all()
         shown = f"from {scan.low:.6g} to {scan.high:.6g}" if finite else "some of them not finite"
         raise UserError(
@@ -260,29 +244,20 @@ class ArrayImages(ImageSet):
         )
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
-        _ = self.scanned
+        scale, _ = self._conversion(self.scanned)
         for batch in islice(_rebatched(self.stored(size), size), first, None, step):
-            yield [to_rgb(self._converted(batch))]
-
-    def _converted(self, numbers: NDArray[Any]) -> Pixels:
-        if numbers.dtype == np.uint8:
-            return numbers
-        numbers = numbers.astype(np.float32) if numbers.dtype == np.float16 else numbers
-        pixels: Pixels = np.clip(self._scale(numbers), 0, 255).astype(np.uint8)
-        return pixels
+            if batch.dtype != np.uint8:
+                numbers = batch.astype(np.float32) if batch.dtype == np.float16 else batch
+                batch = np.clip(scale(numbers), 0, 255).astype(np.uint8)
+            yield [to_rgb(batch)]
 
     def warnings(self) -> list[str]:
         if not self.count:
             return []
-        scan, sentences = self.scanned, super().warnings()
         if self.dtype != np.uint8:
-            sentences.append(f"{self.path}: {self.name} is of {self.dtype}, not of uint8: {self._how}")
-        elif scan.high <= 1:
-            sentences.append(
-                f"{self.path}: no number is above {scan.high:.0f}: images in [0, 1] or [-1, 1] that were cast to uint8 "
-                "are black, and must be scaled before; they are taken as they are"
-            )
-        return sentences
+            return [f"{self.path}: {self.name} is of {self.dtype}, not of uint8: {self._conversion(self.scanned)[1]}"]
+        darkest = f"{self.path}: no number is above 1, all but black: scale images before they are cast to uint8"
+        return [darkest] if self.scanned.high <= 1 else []
 
 
 def _rebatched(chunks: Iterable[NDArray[Any]], size: int) -> Iterator[NDArray[Any]]:
@@ -298,10 +273,6 @@ def _rebatched(chunks: Iterable[NDArray[Any]], size: int) -> Iterator[NDArray[An
 
 
 def _header(path: str, name: str) -> files.Header:
-    """The header of an array of images.
-
-    :raises ValueError: if it is of something else.
-    """
     with Npz(path) as archive:
         header = archive.header(name)
     shape = header.shape
@@ -327,7 +298,6 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
     :param path: images that are open already are returned as they are.
     :param size: images of files are scaled and cropped to it as in training; None: they are taken as they are.
     :param data_range: of images of files, as `read_image` takes it.
-    :raises ValueError: if there is nothing that can be evaluated.
     """
     if isinstance(path, ImageSet):
         return path
@@ -335,13 +305,7 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
     folder = bool(path) and paths.isdir(path)
     if folder or split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
         return (_open_run(path) if folder else None) or _open_files(path, size, data_range)
-    if not path or not paths.exists(path):
-        raise UserError(f"{quoted(path)} does not exist: give an npz, a folder or a zip of images, or a run's folder")
-    if path.lower().endswith(IMAGE_EXTENSIONS):
-        raise UserError(f"{path} is one image: give an npz, or a folder or a zip of images")
-    with Npz(path) as archive:
-        name, notes = _find_array(archive)
-    return ArrayImages(path, [path], name, notes)
+    return _open_npz(path)
 
 
 def _open_run(folder: str) -> ImageSet | None:
@@ -351,8 +315,9 @@ def _open_run(folder: str) -> ImageSet | None:
     if len(merged) > 1:
         raise UserError(f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them")
     if merged:
-        note = f"{folder}: the samples are those of {merged[0]}"
-        return ArrayImages(folder, [f"{root}/{merged[0]}"], "arr_0", [note])
+        return ArrayImages(
+            folder, [f"{root}/{merged[0]}"], "arr_0", [f"{folder}: the samples are those of {merged[0]}"]
+        )
     shards = f"{root}/shards" if "shards" in names else folder
     parts = sorted(f"{shards}/{name}" for name in paths.names_in(shards) if re.fullmatch(r"\d{6}\.npz", name))
     if not parts:
@@ -365,47 +330,35 @@ def _open_run(folder: str) -> ImageSet | None:
 def _open_files(path: str, size: Size | None, data_range: Range | None) -> ImageSet:
     source = find_images(path)
     if not source.images:
-        inner = [name for name in source.others if name.lower().endswith(".npz")]
-        remedy = f"it holds the npz {quoted(inner[0])}: give that, unpacked" if inner else "give one that holds images"
-        raise UserError(f"{path} holds no images, {source.skipped()}: {remedy}")
-    arrays = {"arr_0.npy", "mu.npy"} & set(source.images)
-    if arrays and path.lower().endswith(".zip"):
-        raise UserError(f"{path} is an npz by another name, it holds {min(arrays)}: rename it to end in .npz")
+        raise UserError(f"{path} holds no images, {source.skipped()}: give an npz, or a folder or a zip of images")
     return FileImages(source, size, data_range)
 
 
-def _find_array(archive: Npz) -> tuple[str, list[str]]:
-    """The name of the array of images, '' where there are statistics alone; and notes.
-
-    :raises ValueError: if there is neither, or more than one may be meant.
-    """
-    names, notes = set(archive.names()) - {RECORD}, []
-    for pair in STATISTICS.values():
-        if len(names & set(pair)) == 1:
-            present, missing = sorted(pair, key=lambda name: name not in names)
-            notes.append(f"{archive.path}: {present} is there without {missing}, and not used")
-    if "arr_0" in names:
-        return "arr_0", notes
-    others = names.difference(*STATISTICS.values())
-    images = [name for name in archive.names() if name in others and len(archive.header(name).shape) == 4]
-    if len(images) == 1:
-        return images[0], [f"{archive.path}: the images are those of the array {printable(images[0])}", *notes]
-    if not images and any(set(pair) <= names for pair in STATISTICS.values()):
-        return "", notes
-    held = ", ".join(map(printable, [name for name in archive.names() if name in names][:8])) or "no array"
-    content = "more than one array of images" if images else "neither images nor statistics"
-    raise UserError(f"{archive.path} holds {content} ({held}): save the images as arr_0, [N, H, W, C] of uint8")
+def _open_npz(path: str) -> ImageSet:
+    notes = []
+    with Npz(path) as archive:
+        names = set(archive.names())
+        for pair in STATISTICS.values():
+            if len(names & set(pair)) == 1:
+                present, missing = sorted(pair, key=lambda name: name not in names)
+                notes.append(f"{path}: {present} is there without {missing}, and not used")
+        try:
+            name = archive.name_of_images()
+        except UserError:
+            if not any(set(pair) <= names for pair in STATISTICS.values()):
+                raise
+            name = ""  # statistics alone
+    if name not in ("", "arr_0"):
+        notes.insert(0, f"{path}: the images are those of the array {printable(name)}")
+    return ArrayImages(path, [path], name, notes)
 
 
 def request_of(path: str) -> dict[str, Any]:
     """The request.json beside the samples of a run, {} if there is none."""
-    is_folder = bool(path) and paths.isdir(path)
-    folder = path if is_folder else os.path.dirname(path) or "."
-    where = f"{folder.rstrip('/')}/request.json"
-    if not (is_folder or re.fullmatch(r"samples_[\dx]+\.npz", os.path.basename(path))) or not paths.exists(where):
-        return {}
+    samples = re.fullmatch(r"samples_[\dx]+\.npz", os.path.basename(path))
+    folder = os.path.dirname(path) or "." if samples else path
     try:
-        request = parse_json(read_file(where))
+        request = parse_json(read_file(f"{folder.rstrip('/')}/request.json")) if folder else {}
     except (OSError, ValueError):
         return {}
     return request if isinstance(request, dict) else {}

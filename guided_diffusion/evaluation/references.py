@@ -44,7 +44,6 @@ def write_reference(
     :param extractor: one, or its name as `make_extractor` has it; None for no statistics.
     :param num_samples: images to keep, evenly over all; 0 for all of them.
     :return: sentences that say what was written.
-    :raises ValueError: if an image cannot be read, or there are no images of that size.
     """
     images = open_images(images, size)
     if not images.count:
@@ -94,10 +93,7 @@ def record_bytes(record: Mapping[str, Any]) -> NDArray[np.uint8]:
 
 
 def read_statistics(images: ImageSet) -> tuple[dict[str, Statistics], dict[str, Any]]:
-    """The stored statistics of "pool" and "spatial" features, and the record of what they are of; {} for what is not.
-
-    :raises ValueError: if they are no means and covariances.
-    """
+    """The stored statistics of "pool" and "spatial" features, and the record of what they are of, or {}."""
     if not isinstance(images, ArrayImages) or len(images.parts) != 1:
         return {}, {}
     with Npz(images.parts[0]) as archive:

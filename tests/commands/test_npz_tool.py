@@ -185,7 +185,9 @@ def test_floats_and_damaged_files_leave_nothing_behind(
     assert "holds no images of uint8, but of float32" in told
     assert "* 127.5" in told
     np.savez(tmp_path / "two.npz", a=pixels(), b=pixels())
-    assert "more than one array of images (a, b)" in refusal(capsys, "to-png", tmp_path / "two.npz", tmp_path / "files")
+    assert "holds a, b, and it is not clear which are images" in refusal(
+        capsys, "to-png", tmp_path / "two.npz", tmp_path / "files"
+    )
     np.savez(tmp_path / "odd.npz", pixels(), LABELS[:5])
     assert "no label for each of 12" in refusal(capsys, "to-png", tmp_path / "odd.npz", tmp_path / "files")
 

@@ -32,7 +32,8 @@ from runs import (
 from guided_diffusion.commands import flags as cli, super_res_sample, super_res_train
 from guided_diffusion.commands.common import restore_upsampler
 from guided_diffusion.config import SuperResConfig
-from guided_diffusion.data.upsampling import SAMPLING_NOISE, BaseImages, SmallVersions, Wanted, picture_names, read_base
+from guided_diffusion.data.sources import Selection
+from guided_diffusion.data.upsampling import SAMPLING_NOISE, BaseImages, SmallVersions, picture_names, read_base
 from guided_diffusion.image_datasets import load_superres_data
 from guided_diffusion.networks.architecture import architecture
 from guided_diffusion.runtime.seeds import image_generator
@@ -42,7 +43,7 @@ from guided_diffusion.script_util import build_classifier, build_diffusion, buil
 
 PLAIN = SuperResConfig(**{**asdict(UPSAMPLER), "class_cond": False})
 AUGMENTED = SuperResConfig(**{**asdict(PLAIN), "cond_aug": 0.5})
-SMALL = Wanted((4, 4, 3), 100)
+SMALL = ((4, 4, 3), Selection(100))
 COUNT = 10
 
 
@@ -198,16 +199,16 @@ def test_every_source_gives_the_same_images(folder: Path, tmp_path: Path) -> Non
     (run / "request.json").write_text("{}")
     (run / "names.json").write_text(json.dumps({"file": "samples_10x4x4x3.npz", "names": names}))
     for path in (folder, tmp_path / "small.zip", run, run / "samples_10x4x4x3.npz"):
-        base = read_base(str(path), SMALL)
+        base = read_base(str(path), *SMALL)
         np.testing.assert_array_equal(base.pixels, images)
         assert base.names == names
         assert base.labels is None
-        few = read_base(str(path), Wanted((4, 4, 3), 3))
+        few = read_base(str(path), (4, 4, 3), Selection(3))
         assert (len(few), few.names, few.left_out, base.left_out) == (3, names[:3], 7, 0)
         with pytest.raises(ValueError, match="--num_samples 11 is more than the 10 images of"):
-            read_base(str(path), Wanted((4, 4, 3), 11, all=True))
-    np.testing.assert_array_equal(read_base(f"{tmp_path}/small.zip/b", SMALL).pixels, images[5:])
-    one = read_base(str(paths[2]), SMALL)
+            read_base(str(path), (4, 4, 3), Selection(11, all=True))
+    np.testing.assert_array_equal(read_base(f"{tmp_path}/small.zip/b", *SMALL).pixels, images[5:])
+    one = read_base(str(paths[2]), *SMALL)
     np.testing.assert_array_equal(one.pixels, images[2:3])
     assert one.names == [paths[2].name]
 
@@ -215,16 +216,16 @@ def test_every_source_gives_the_same_images(folder: Path, tmp_path: Path) -> Non
 def test_labels_that_no_tensor_can_hold_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", np.zeros((2, 4, 4, 3), np.uint8), np.array([1, 2**64 - 1], np.uint64))
     with pytest.raises(ValueError, match=r"a\.npz holds labels arr_1 .* of uint64: give one class id"):
-        read_base(str(tmp_path / "a.npz"), SMALL)
+        read_base(str(tmp_path / "a.npz"), *SMALL)
 
 
 def test_grey_alpha_and_deep_pictures_become_bytes(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 77, np.uint8)).save(tmp_path / "a.png")
     np.save(tmp_path / "b.npy", np.full((4, 4), 65535, np.uint16))
     np.save(tmp_path / "c.npy", np.full((4, 4, 3), -1, np.float32))
-    assert [int(image.mean()) for image in read_base(str(tmp_path), SMALL).pixels] == [77, 255, 0]
+    assert [int(image.mean()) for image in read_base(str(tmp_path), *SMALL).pixels] == [77, 255, 0]
     (tmp_path / "c.npy").unlink()
-    grey = read_base(str(tmp_path), Wanted((4, 4, 1), 9)).pixels
+    grey = read_base(str(tmp_path), (4, 4, 1), Selection(9)).pixels
     assert grey.shape == (2, 4, 4, 1)
     assert [int(image.mean()) for image in grey] == [77, 255]
 
@@ -235,15 +236,15 @@ def test_what_does_not_fit_is_named_and_counted(folder: Path, tmp_path: Path) ->
     with pytest.raises(
         ValueError, match=r"3 of 10 images are not of small_size 4x4, the first is 'dog_1.png' with 4x5"
     ):
-        read_base(str(tmp_path), SMALL)
+        read_base(str(tmp_path), *SMALL)
     (tmp_path / "cat_0.png").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"--base_samples: cannot read image .*cat_0\.png"):
-        read_base(str(tmp_path), SMALL)
+        read_base(str(tmp_path), *SMALL)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images, skipped 0"):
-        read_base(str(tmp_path / "empty"), SMALL)
+        read_base(str(tmp_path / "empty"), *SMALL)
     with pytest.raises(ValueError, match="--base_samples 'nowhere' does not exist"):
-        read_base("nowhere", SMALL)
+        read_base("nowhere", *SMALL)
 
 
 @pytest.mark.parametrize(
@@ -253,9 +254,9 @@ def test_names_that_are_none_or_lead_elsewhere_are_refused(tmp_path: Path, names
     np.savez(tmp_path / "b.npz", pixels(2))
     (tmp_path / "names.json").write_text(f'{{"file": "b.npz", "names": {names}}}')
     with pytest.raises(ValueError, match=r"names\.json cannot be used"):
-        read_base(str(tmp_path / "b.npz"), SMALL)
+        read_base(str(tmp_path / "b.npz"), *SMALL)
     (tmp_path / "names.json").write_text('{"file": "c.npz", "names": []}')
-    assert read_base(str(tmp_path / "b.npz"), SMALL).names == []
+    assert read_base(str(tmp_path / "b.npz"), *SMALL).names == []
 
 
 def test_pictures_are_called_like_their_files() -> None:

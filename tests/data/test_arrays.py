@@ -18,10 +18,10 @@ from guided_diffusion.commands.npz_files import from_images
 from guided_diffusion.commands.sections import FromImagesConfig
 from guided_diffusion.commands.training import open_streams
 from guided_diffusion.config import UNetConfig
-from guided_diffusion.data.conditioning import CondKind, CondSource, Pairing
+from guided_diffusion.data.conditioning import CondKind, Pairing, open_cond_images
 from guided_diffusion.data.init_images import InitImages
-from guided_diffusion.data.sources import UnreadableImage, find_images, read_image
-from guided_diffusion.data.upsampling import Wanted, read_base
+from guided_diffusion.data.sources import Selection, UnreadableImage, find_images, read_image
+from guided_diffusion.data.upsampling import read_base
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.runtime import files
@@ -80,9 +80,9 @@ def test_arrays_go_wherever_folders_go(tmp_path: Path) -> None:
     path = f"{tmp_path}/x.npy"
     rows = InitImages(path, "5x6", 3).rows(range(8))["init_image"]
     np.testing.assert_allclose(rows.movedim(1, -1).numpy(), UNIT[[*range(7), 0]], atol=1e-6)
-    np.testing.assert_array_equal(read_base(path, Wanted((5, 6, 3), 3)).pixels, PIXELS[:3])
-    cond = CondSource(CondKind("image", 3), "5x6", 9).open(path)
-    assert (cond.count, cond.names, cond.labels) == (7, [], None)
+    np.testing.assert_array_equal(read_base(path, (5, 6, 3), Selection(3)).pixels, PIXELS[:3])
+    cond = open_cond_images(path, CondKind("image", 3), "5x6", Selection(9))
+    assert (len(cond.source), cond.names, cond.labels) == (7, [], None)
     np.testing.assert_allclose(cond.conditioning([2])["cond_image"][0].movedim(0, -1), UNIT[2], atol=1e-6)
     _, paired = batch(path, pairing=Pairing(path, CondKind("image", 3)))
     np.testing.assert_allclose(paired["cond_image"].movedim(1, -1), UNIT, atol=1e-6)
@@ -225,8 +225,8 @@ def test_data_range(tmp_path: Path, name: str, kind: str) -> None:
     for found in (
         batch(path, 1, image_channels=1, data_range=span)[0][0, ..., 0],
         InitImages(path, "5x6", 1, data_range=span).rows([0])["init_image"][0, 0],
-        CondSource(CondKind("image", 1, span), "5x6", 1).open(path).load(0)[0],
-        read_base(path, Wanted((5, 6, 1), 1, data_range=span)).pixels[0, ..., 0] / 127.5 - 1,
+        open_cond_images(path, CondKind("image", 1, span), "5x6", Selection(1)).load(0)[0],
+        read_base(path, (5, 6, 1), Selection(1), span).pixels[0, ..., 0] / 127.5 - 1,
         np.concatenate(list(open_images(path, None, span).batches(1)))[0, ..., 0] / 127.5 - 1,
     ):
         np.testing.assert_allclose(found, expected, atol=0.008)

@@ -56,7 +56,6 @@ DIALECTS: dict[str, str | bytes] = {
     "Windows": "file,label\nC:\\z\\a.png,x\nC:\\z\\b\\c.png,y\nC:\\z\\d e.jpg,x\n",
     "bare names": "file,label\na.png,x\nc.png,y\nd e.jpg,x\n",
     "bare names without extension": "file,label\na,x\nc,y\nd e,x\n",
-    "headings like an image": "a,label\na.png,x\nb/c.png,y\nd e.jpg,x\nz.png,y\n",
 }
 
 
@@ -133,7 +132,11 @@ REFUSED: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
         {"label_column": "color"},
         r"label_column 'color' is none of its columns \(breed, colour\); did you mean colour\?",
     ),
-    "no heading": ({"labels.csv": "a.png,x,red\n"}, {}, r"\(2 without a heading\), as in 'a.png, x, red'.*a heading"),
+    "no heading": (
+        {"labels.csv": "a.png,x,red\n"},
+        {},
+        r"\(column 2, column 3\), as in 'a.png, x, red': give --label_column",
+    ),
     "an open comma": (
         {"labels.csv": "file,label\na.png,drum, bass\n"},
         {},

@@ -372,17 +372,15 @@ def test_what_holds_no_images_is_refused_in_a_sentence(tmp_path):
         archive.writestr("samples.npz", inner.getvalue())
     with zipfile.ZipFile(tmp_path / "inside.npz", "w") as archive:
         archive.writestr("samples.npz", inner.getvalue())
-    (tmp_path / "renamed.zip").write_bytes(inner.getvalue())
     Image.fromarray(IMAGES[0]).save(tmp_path / "one.png")
     objects = np.array([{"a": 1}, None], dtype=object)
     cases = {
         "": "does not exist",
         str(tmp_path / "missing.npz"): "does not exist",
         truncated(tmp_path / "cut.npz", 0.5): "is no npz",
-        str(tmp_path / "inside.zip"): "it holds the npz 'samples.npz': give that, unpacked",
-        str(tmp_path / "inside.npz"): "holds neither images nor statistics",
-        str(tmp_path / "renamed.zip"): "an npz by another name",
-        str(tmp_path / "one.png"): "is one image",
+        str(tmp_path / "inside.zip"): "holds no images, skipped 1 .\\.npz: 1.: give an npz",
+        str(tmp_path / "inside.npz"): "holds .*, and it is not clear which are images",
+        str(tmp_path / "one.png"): "is no npz",
         str(tmp_path / "empty"): "holds no images",
         saved(tmp_path / "objects.npz", arr_0=objects): "an array of type object",
         saved(tmp_path / "none.npz", arr_0=IMAGES[:0]): "holds no images",
@@ -391,9 +389,9 @@ def test_what_holds_no_images_is_refused_in_a_sentence(tmp_path):
         saved(tmp_path / "complex.npz", arr_0=IMAGES.astype(np.complex64)): "of complex64, where",
         saved(tmp_path / "flat.npz", arr_0=IMAGES.reshape(23, -1)): "where images are",
         saved(tmp_path / "many.npz", arr_0=IMAGES[..., [0] * 7]): "where images are",
-        saved(tmp_path / "two.npz", a=IMAGES, b=IMAGES): "more than one array of images",
-        saved(tmp_path / "other.npz", a=np.arange(3)): "holds neither images nor statistics",
-        saved(tmp_path / "half.npz", mu=np.zeros(3)): "holds neither images nor statistics \\(mu\\)",
+        saved(tmp_path / "two.npz", a=IMAGES, b=IMAGES): "holds a, b, and it is not clear which are images",
+        saved(tmp_path / "other.npz", a=np.arange(3)): "holds .*, and it is not clear which are images",
+        saved(tmp_path / "half.npz", mu=np.zeros(3)): "holds mu, and it is not clear which are images",
     }
     for path, sentence in cases.items():
         with pytest.raises(ValueError, match=sentence) as refusal:

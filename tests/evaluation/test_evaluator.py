@@ -470,7 +470,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(pair, tmp_path, judge, capsys
     inception = ["--features", "inception"]
     for words, sentence in (
         ([good, bad], "bad.npz is no npz"),
-        ([inside, good], "it holds the npz 'samples.npz'"),
+        ([inside, good], "holds no images, skipped 1 (.npz: 1)"),
         ([good, objects], "an array of type object"),
         ([empty, good], "holds no images"),
         ([good, nans], "some of them not finite"),

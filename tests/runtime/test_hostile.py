@@ -87,7 +87,7 @@ TEXTS["dataset.json"] = {
     "path is a list": ('{"labels":[[["a.png"],0]]}', "the path .* is no text"),
     "path is a number": ('{"labels":[[1,0]]}', "the path 1 is no text"),
     "5000 digits": ('{"labels":[["a.png",' + "9" * 5000 + "]]}", "digits"),
-    "5000 digits in text": ('{"labels":[["a.png","' + "9" * 5000 + '"]]}', "too large for a class id"),
+    "5000 digits in text": ('{"labels":[["a.png","' + "9" * 5000 + '"]]}', "a name of more than 1000 characters"),
     "2^63": ('{"labels":[["a.png",9223372036854775808]]}', "does not fit num_classes"),
     "not a number": ('{"labels":[["a.png",NaN]]}', "neither a class id nor a name"),
     "infinite": ('{"labels":[["a.png",1e999]]}', "neither a class id nor a name"),
@@ -107,7 +107,7 @@ TEXTS["labels.csv"] = {
     "long field": ('file,label\na.png,"' + "x" * 200_000 + '"\n', "field larger"),
     "not UTF-8": (b"file,label\n\xff,0\n", "no table of UTF-8 text"),
     "open quote": ('file,label\n"a.png,0', "is not 'file,label'"),
-    "5000 digits": ("file,label\na.png," + "1" * 5000, "too large for a class id"),
+    "5000 digits": ("file,label\na.png," + "1" * 5000, "a name of more than 1000 characters"),
     "two labels": ("file,label\na.png,0\na.png,1", "two labels"),
     "control characters": ("file,label\n\x1b[2J\n", "is not 'file,label'"),
 }
@@ -751,7 +751,7 @@ def test_an_error_is_the_rule_and_names_the_way_out(tmp_path: Path) -> None:
     text = sentence_of(lambda: list(zip(range(4), stream(folder, 2), strict=False)))
     assert "b_001.png" in text
     assert "set on_bad_image to skip" in text
-    assert "did you mean skip" in sentence_of(lambda: stream(folder, 2, on_bad_image="skipp"))
+    assert "must be one of error, skip" in sentence_of(lambda: stream(folder, 2, on_bad_image="skipp"))
 
 
 def test_nothing_but_bad_images_is_an_error_even_when_skipping(tmp_path: Path) -> None:

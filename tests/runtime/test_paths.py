@@ -20,11 +20,11 @@ from guided_diffusion.commands import flags as cli
 from guided_diffusion.commands.conditioning import kind_of
 from guided_diffusion.commands.npz_files import from_images
 from guided_diffusion.commands.sections import FromImagesConfig
-from guided_diffusion.data.conditioning import CondSource, Pairing
+from guided_diffusion.data.conditioning import Pairing, open_cond_images
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.data.labels import load_classes, read_labels
-from guided_diffusion.data.sources import find_images
-from guided_diffusion.data.upsampling import Wanted, read_base
+from guided_diffusion.data.sources import Selection, find_images
+from guided_diffusion.data.upsampling import read_base
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.evaluation.weights import find_inception
 from guided_diffusion.image_datasets import load_data, save_classes
@@ -184,10 +184,10 @@ def test_all_of_this_opens(place: Any) -> None:
         assert InitImages(place(name), 4, 3, masks=place("mask:cat_1.png")).check(2)
         kind = kind_of(cli.Flags("image_train", {"cond_type": "image"}))
         assert kind is not None
-        assert CondSource(kind, 4, 2).open(place(name)).count == 2
+        assert len(open_cond_images(place(name), kind, 4, Selection(2)).source) == 2
         assert len(Pairing(place(name), kind).match(find_images(place("images:1")), lambda _: None)[1].paths) == 2
     save_npz(str(folder / "two:1.npz"), PIXELS)
-    assert len(read_base(place("two:1.npz"), Wanted((4, 4, 3), 9))) == 2
+    assert len(read_base(place("two:1.npz"), (4, 4, 3), Selection(9))) == 2
     with Npz(place("two:1.npz")) as archive:
         assert archive.names() == ["arr_0"]
     labels = read_labels(find_images(place("images:1")))
@@ -225,7 +225,7 @@ def test_checkpoints_and_logs_open(place: Any, monkeypatch: pytest.MonkeyPatch) 
         open_images,
         Npz,
         lambda path: InitImages(path, 4, 3),
-        lambda path: read_base(path, Wanted((4, 4, 3), 9)),
+        lambda path: read_base(path, (4, 4, 3), Selection(9)),
         lambda path: logger.configure(dir=path),
         lambda path: load_data(data_dir=path, batch_size=1, image_size=4),
     ],
