@@ -124,7 +124,6 @@ def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.
     """Adam's state with one entry per parameter, in parameter order and with the parameters' strides.
 
     :param state: the same, or that of the two flat masters of an older fp16 run, which is recognised by its sizes.
-    :raises ValueError: if it fits the model in neither layout.
     """
     named = list(model.named_parameters())
     groups = get_param_groups_and_shapes(named)
@@ -164,10 +163,7 @@ def _unflattened(
 
 
 def convert(model: nn.Module, precision: str) -> None:
-    """Let a network compute in a precision, by its own convert_to or convert_to_fp16.
-
-    :raises TypeError: if it has no such method.
-    """
+    """Let a network compute in a precision, by its own convert_to or convert_to_fp16."""
     convert_to, convert_to_fp16 = (getattr(model, name, None) for name in ("convert_to", "convert_to_fp16"))
     if convert_to is not None:
         convert_to(precision)

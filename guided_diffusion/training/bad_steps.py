@@ -65,16 +65,16 @@ class BadSteps:
         if len(names) != len(t):
             names = [f"image {index} of rank {dist_util.rank()}" for index in range(len(t))]
         labels = [f", label {label}" for label in cond["y"].tolist()] if "y" in cond else [""] * len(t)
-        texts = [f"{name} (t {step}{label})" for name, step, label in zip(names, t.tolist(), labels, strict=True)]
-        return list(zip(texts, losses.isfinite().tolist(), strict=True))
+        rows = zip(names, t.tolist(), labels, losses.isfinite().tolist(), strict=True)
+        return [(f"{name} (t {step}{label})", finite) for name, step, label, finite in rows]
 
     def error(self, step: int, folder: str, resumed: str) -> UserError:
         """The error that ends the run.
 
         :param folder: of its checkpoints; `resumed`: the one that it went on from, or ''.
         """
-        fault, files = self.trainer.fault, checkpoints.latest(folder)
-        path = resumed if files is None else files.model
+        fault, files = self.trainer.fault, checkpoints.newest(folder)[0]
+        path = files.model if files else resumed
         rest = f"go on with --resume_checkpoint {path}" if path else "no checkpoint was written before, start anew"
         return UserError(
             f"the last {self.in_a_row} steps up to step {step} were skipped, as the {fault} was not finite: "

@@ -43,10 +43,7 @@ class Supply:
         return self._last is not None
 
     def take(self, updates: int) -> tuple[th.Tensor, Cond]:
-        """The next batch, after so many updates; logs the range of the first one's numbers.
-
-        :raises ValueError: if there is none.
-        """
+        """The next batch, after so many updates; logs the range of the first one's numbers."""
         with self._meter.waiting_for_data():
             try:
                 batch, cond = next(self._iterator)
@@ -130,10 +127,7 @@ def microbatches(batch: th.Tensor, cond: Cond, draw: Draw, size: int) -> Iterato
 
 
 def first_microbatch(microbatch: int | str, batch_size: int, *, fsdp: bool) -> tuple[int, bool]:
-    """(images that are computed at once at first, whether fewer are tried where the memory does not hold them).
-
-    :raises ValueError: if `microbatch` is neither a number nor "auto", or auto with fsdp.
-    """
+    """(images that are computed at once at first, whether fewer are tried where the memory does not hold them)."""
     size = parse_microbatch(str(microbatch))
     if isinstance(size, int):
         return size if size > 0 else batch_size, False

@@ -80,7 +80,6 @@ class LabelDropout:
 
     :param rate: the probability for each label.
     :param null_label: of the network, None where it has none.
-    :raises ValueError: if the rate is no probability, or the network has no such label.
     """
 
     rate: float
