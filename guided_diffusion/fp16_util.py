@@ -208,9 +208,7 @@ class MixedPrecisionTrainer:
         self.grad_clip = grad_clip
         self.all_reduce = all_reduce
         self.fault, self.only_scaled = "", False
-        self._limit = grad_clip
         self._loss: th.Tensor | None = None  # of the backward passes whose gradients the masters have
-        self._floor_said = False
         self.model_params = list(model.parameters())
         self.master_params = self._make_masters()
         pairs = zip(self.model_params, self.master_params, strict=True)
@@ -272,14 +270,12 @@ class MixedPrecisionTrainer:
         return grads, loss.float()
 
     @th.no_grad()
-    def optimize(self, opt: th.optim.Optimizer, *, grad_clip: float | None = None) -> bool:
+    def optimize(self, opt: th.optim.Optimizer) -> bool:
         """Let `opt` step on the masters and copy them to the model.
 
-        :param grad_clip: for this step, instead of the constructor's.
         :return: False if something was not finite: then nothing changed but the loss scale.
         """
         (_, self._loss), self.fault = self._gradients(), ""
-        self._limit = self.grad_clip if grad_clip is None else grad_clip
         taken = bool((self._optimize_fp16 if self.use_fp16 else self._optimize_normal)(opt))
         self._loss = None
         if taken:
@@ -304,8 +300,8 @@ class MixedPrecisionTrainer:
             return self._skip()
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv_mean("param_norm", param_norm)
-        if 0 < self._limit < grad_norm:
-            th._foreach_mul_(self._grads(), self._limit / grad_norm)
+        if 0 < self.grad_clip < grad_norm:
+            th._foreach_mul_(self._grads(), self.grad_clip / grad_norm)
         opt.step()
         return True
 
@@ -328,10 +324,9 @@ class MixedPrecisionTrainer:
         if self.use_fp16:
             self.lg_loss_scale = max(0.0, self.lg_loss_scale - 1.0)
             message += f"; lg_loss_scale is now {self.lg_loss_scale:.6g}"
+        if self.use_fp16 and self.lg_loss_scale == 0:
+            message += " and falls no further: fp16 does not hold these numbers, but bf16 may"
         logger.log(message)
-        if self.use_fp16 and self.lg_loss_scale == 0 and not self._floor_said:
-            self._floor_said = True
-            logger.warn("the loss scale is 2^0 and falls no further: fp16 does not hold these numbers, but bf16 may")
         self.zero_grad()
         return False
 

@@ -173,12 +173,12 @@ class TrainLoop:
 
     def _resume(self, files: Checkpoint) -> None:
         """Take up everything of a checkpoint but the weights."""
-        self._files, self._resumed = files, self._state()
+        self._files, self._resumed, self.saver.source = files, RunState(self), files.model
         step = self._resumed.open(files)
         self.resume_step = self.resume_step or step
         self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
         self._load_optimizer_state()
-        self.lr, self.saver.source = self._resumed.close(self.resume_step), files.model
+        self._resumed.close(self.resume_step)
 
     def _load_ema_parameters(self, rate: float) -> list[th.Tensor]:
         return self._resumed.average(rate, find_ema_checkpoint(self._files.model, self.resume_step, rate))
@@ -186,14 +186,10 @@ class TrainLoop:
     def _load_optimizer_state(self) -> None:
         self._resumed.load_optimizer(self._files.opt)
 
-    def _state(self) -> RunState:
-        averages, sampler = (self.ema_rate, self.ema_params), self.schedule_sampler
-        return RunState(self.mp_trainer, self.opt, *averages, sampler, self.data, self.lr, self.global_batch)
-
     def save(self) -> None:
         """Write the checkpoint of the updates made so far; every rank calls it, rank 0 writes."""
         self._saved = self.updates
-        self.saver.save(self._state(), get_blob_logdir(), self.updates)
+        self.saver.save(RunState(self), get_blob_logdir(), self.updates)
 
     # ---- the loop
 

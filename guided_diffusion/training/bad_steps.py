@@ -15,6 +15,7 @@ from ..fp16_util import MixedPrecisionTrainer
 from ..runtime.errors import UserError
 from . import checkpoints
 from .meter import Meter
+from .weights import listed
 
 SHOWN = 8  # images in a line of the log
 COLUMN = "skipped_steps"
@@ -87,5 +88,4 @@ def blamed(images: list[tuple[str, bool]], fault: str) -> str:
     bad = [text for text, finite in images if not finite]
     cause = f"the loss of {len(bad)} of its {len(images)} images" if bad else f"the {fault}"
     shown = bad or [text for text, _ in images]
-    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    return f"{cause} was not finite: {', '.join(shown[:SHOWN])}{more}"
+    return f"{cause} was not finite: {listed(shown, SHOWN)}"

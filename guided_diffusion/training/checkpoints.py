@@ -294,9 +294,9 @@ def choose(path: str, *, auto: bool = False) -> tuple[Checkpoint | None, list[st
     """
     chosen: tuple[Checkpoint | None, list[str]] = None, []
     if dist_util.rank() == 0 and path:
-        chosen = newest(path, checksums=True) if isdir(path) else (None, [])
-        if not auto:
-            chosen = find_set(path, checksums=True), chosen[1]
+        chosen = newest(path, checksums=True)
+        if chosen[0] is None and not auto:
+            chosen = find_set(path, checksums=True), []
     return dist_util.broadcast_object(chosen)
 
 

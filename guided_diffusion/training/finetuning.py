@@ -20,7 +20,7 @@ from ..nn import traits_of
 from ..runtime.errors import UserError
 from ..runtime.options import Size, nearest
 from .checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint, open_checkpoint
-from .weights import difference, shapes
+from .weights import difference, listed, shapes
 
 POSSIBLE = {(UNET, UNET), (UNET, UPSAMPLER), (UNET, CLASSIFIER), (UPSAMPLER, UPSAMPLER), (CLASSIFIER, CLASSIFIER)}
 SIZE_FLAGS = {UNET: "image_size", UPSAMPLER: "large_size", CLASSIFIER: "image_size"}
@@ -87,13 +87,9 @@ class Report:
         """For the log."""
         lines = [f"init_from {self.path}: {len(self.taken)} of {self.total} parameters taken as they are"]
         for reason in dict.fromkeys(self.changed.values()):
-            lines.append(f"  {_listed([name for name, text in self.changed.items() if text == reason])}: {reason}")
-        return [*lines, f"  of the checkpoint, not used: {_listed(self.unused)}"] if self.unused else lines
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+            names = [name for name, text in self.changed.items() if text == reason]
+            lines.append(f"  {listed(names, _SHOWN)}: {reason}")
+        return lines + [f"  of the checkpoint, not used: {listed(self.unused, _SHOWN)}"] * bool(self.unused)
 
 
 @th.no_grad()
@@ -164,7 +160,7 @@ class _Fitting:
         """A sentence about what does not fit."""
         if shapes(self.source.weights) == shapes(self.state):
             null = "with" if self.null[0] else "without"
-            before, now = _listed(self.source.classes), _listed(self.classes)
+            before, now = listed(self.source.classes, _SHOWN), listed(self.classes, _SHOWN)
             return f"its classes are {before}, {null} a null class, and those of the data {now}"
         return difference(self.source.weights, self.state, size)
 
@@ -237,7 +233,7 @@ def matching(model: nn.Module, text: str, flag: str) -> list[str]:
         if not any(fnmatchcase(name, pattern) for name in names):
             modules = [f"{name}.*" for name, _ in model.named_modules() if name]
             modules.sort(key=lambda name: name.count("."))
-            hint = nearest(pattern, [*modules, *names]) or f": there are {_listed(modules[:_SHOWN])}"
+            hint = nearest(pattern, [*modules, *names]) or ": there are " + ", ".join(modules[:_SHOWN])
             raise UserError(f"--{flag} {pattern} matches no parameter{hint}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 

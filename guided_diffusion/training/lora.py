@@ -121,7 +121,7 @@ def split(model: nn.Module, state: Mapping[str, th.Tensor]) -> Weights:
 
 
 def layered(model: nn.Module, named: Mapping[str, th.Tensor]) -> Weights:
-    """The state dict of a network with adapters from what `merged`, `base` and `split` give, the later over the earlier.
+    """The state dict of a network with adapters from what `merged`, then `base`, then `split` named.
 
     :raises ValueError: if they are of other adapters.
     """

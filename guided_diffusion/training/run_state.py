@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 
 from .. import dist_util, logger
-from ..fp16_util import MixedPrecisionTrainer, unflatten_optimizer_state
-from ..resample import ScheduleSampler
+from ..fp16_util import unflatten_optimizer_state
 from ..runtime.errors import UserError
 from . import lora
 from .checkpoints import Checkpoint
 from .weights import load
+
+if TYPE_CHECKING:
+    from ..train_util import TrainLoop
 
 
 def rng_state(device: th.device) -> dict[str, Any]:
@@ -63,21 +65,9 @@ def load_weights(model: th.nn.Module, files: Checkpoint, flags: Mapping[str, Any
 
 @dataclass
 class RunState:
-    """The parts of a training run that change with its steps.
+    """The parts of a training run that change with its steps, to files and back."""
 
-    :param ema_rate: rates of the moving averages in `ema_params`, one list of tensors each, in parameter order.
-    :param lr: the learning rate before warm-up and annealing; None takes the optimizer file's.
-    :param global_batch: images per step, of all ranks.
-    """
-
-    trainer: MixedPrecisionTrainer
-    opt: th.optim.Optimizer
-    ema_rate: Sequence[float]
-    ema_params: list[list[th.Tensor]]
-    schedule_sampler: ScheduleSampler
-    data: Any
-    lr: float | None
-    global_batch: int
+    loop: TrainLoop
     _saved: dict[str, Any] = field(default_factory=dict)  # the state file that is resumed from
     _report: list[str] = field(default_factory=list)  # what was restored
 
@@ -89,12 +79,15 @@ class RunState:
         The weights come last: without them no reader takes a checkpoint for complete. Every rank must call it, and rank
         0, which writes, has them.
         """
-        model, masters = self.trainer.model, list[th.Tensor](self.trainer.master_params)
-        weights, *averages = [self._weights(values) for values in (masters, *self.ema_params)]
-        rest, opt = self._rest(step), self.trainer.state_for_files(self.opt)
+        loop, trainer, model = self.loop, self.loop.mp_trainer, self.loop.model
+        weights, *averages = [
+            {name: value.detach() for name, value in trainer.weights_for_files(values).items()}
+            for values in (list[th.Tensor](trainer.master_params), *loop.ema_params)
+        ]
+        rest, opt = self._rest(step), trainer.state_for_files(loop.opt)
         if dist_util.rank() > 0:
             return {}
-        averaged = dict(zip(map(str, self.ema_rate), averages, strict=True))
+        averaged = dict(zip(map(str, loop.ema_rate), averages, strict=True))
         adapters = {}
         if lora.adapters(model):
             parts = {name: lora.split(model, state) for name, state in {"model": weights, **averaged}.items()}
@@ -103,23 +96,17 @@ class RunState:
         emas = {f"ema_{rate}_": lora.merged(model, state) for rate, state in averaged.items()}
         return {"state": rest, **emas, "opt": opt, **adapters, "model": lora.merged(model, weights)}
 
-    def _weights(self, masters: list[th.Tensor]) -> dict[str, th.Tensor]:
-        return {name: value.detach() for name, value in self.trainer.weights_for_files(masters).items()}
-
     def _rest(self, step: int) -> dict[str, Any]:
+        loop = self.loop
         return {
             "step": step,
-            "lr": self.lr,
-            "global_batch": self.global_batch,
-            "precision": self.trainer.state_dict(),
-            "schedule_sampler": self.schedule_sampler.state_dict(),
-            "data": self.data.state_dict() if hasattr(self.data, "state_dict") else {},
-            "rng": dist_util.gather_objects(rng_state(self._device)),
+            "lr": loop.lr,
+            "global_batch": loop.global_batch,
+            "precision": loop.mp_trainer.state_dict(),
+            "schedule_sampler": loop.schedule_sampler.state_dict(),
+            "data": loop.data.state_dict() if hasattr(loop.data, "state_dict") else {},
+            "rng": dist_util.gather_objects(rng_state(loop.device)),
         }
-
-    @property
-    def _device(self) -> th.device:
-        return self.trainer.master_params[0].device
 
     # ---- back
 
@@ -136,52 +123,53 @@ class RunState:
 
     def average(self, rate: float, path: str | None) -> list[th.Tensor]:
         """The moving average of a file, one tensor per master; without a file the weights are its start."""
+        trainer, model = self.loop.mp_trainer, self.loop.model
         if not path:
             self._report.append(f"EMA {rate} NOT restored, it starts from the weights")
-            return [master.detach().clone() for master in self.trainer.master_params]
-        model, weights = self.trainer.model, load(path)
+            return [master.detach().clone() for master in trainer.master_params]
+        weights = load(path)
         if lora.adapters(model):
             parts = self._saved["lora"].get(str(rate), {})
             weights = lora.layered(model, {**weights, **self._saved["base"], **parts})
         self._report.append(f"EMA {rate} restored")
-        return list(self.trainer.state_dict_to_master_params(weights))
+        return list(trainer.state_dict_to_master_params(weights))
 
     def load_optimizer(self, path: str) -> None:
-        """Take up the optimizer's moments from a file, '' for none."""
+        """Take up the optimizer's moments from a file, '' for none, and its learning rate where the loop has none."""
         if not path:
             self._report.append("optimizer NOT restored, it starts anew")
             return
-        saved = load(path)
+        loop, saved = self.loop, load(path)
         # Rates and decay are this run's: only the moments are taken from the file.
-        state = self.trainer.state_from_files(unflatten_optimizer_state(saved["state"], self.trainer.model))
-        self.opt.load_state_dict({"state": state, "param_groups": self.opt.state_dict()["param_groups"]})
+        state = loop.mp_trainer.state_from_files(unflatten_optimizer_state(saved["state"], loop.model))
+        loop.opt.load_state_dict({"state": state, "param_groups": loop.opt.state_dict()["param_groups"]})
         group = saved["param_groups"][0]
         before = {"lr": self._saved.get("lr", group["lr"]), "weight_decay": group.get("weight_decay", 0.0)}
-        self.lr = before["lr"] if self.lr is None else self.lr  # older runs kept no more than the last step's
-        now = {"lr": self.lr, "weight_decay": self.opt.param_groups[0]["weight_decay"]}
+        loop.lr = before["lr"] if loop.lr is None else loop.lr  # older runs kept no more than the last step's
+        now = {"lr": loop.lr, "weight_decay": loop.opt.param_groups[0]["weight_decay"]}
         other = [f"{name} {now[name]:g} instead of its {before[name]:g}" for name in now if now[name] != before[name]]
         self._report.append("optimizer restored" + (f" with {' and '.join(other)}" if other else ""))
 
-    def close(self, step: int) -> float | None:
-        """Take up everything else but the weights, log what was restored, and return the learning rate."""
+    def close(self, step: int) -> None:
+        """Take up everything else but the weights, and log what was restored."""
         logger.log(f"resuming at step {step}: {'; '.join([*self._report, *self._restore_rest(self._saved)])}")
-        batch = self._saved.get("global_batch", self.global_batch)
-        if batch != self.global_batch:
+        batch = self._saved.get("global_batch", self.loop.global_batch)
+        if batch != self.loop.global_batch:
             logger.warn(
-                f"the global batch is {self.global_batch} instead of {batch}: the images go on where they were, with "
-                "other timesteps and noise"
+                f"the global batch is {self.loop.global_batch} instead of {batch}: the images go on where they were, "
+                "with other timesteps and noise"
             )
-        return self.lr
 
     def _restore_rest(self, state: dict[str, Any]) -> Iterator[str]:
+        loop = self.loop
         if state.get("precision"):
-            self.trainer.load_state_dict(state["precision"])
-            yield f"loss scale 2^{self.trainer.lg_loss_scale:.6g} restored"
-        if state.get("schedule_sampler") and self.schedule_sampler.state_dict():
-            self.schedule_sampler.load_state_dict(state["schedule_sampler"])
+            loop.mp_trainer.load_state_dict(state["precision"])
+            yield f"loss scale 2^{loop.mp_trainer.lg_loss_scale:.6g} restored"
+        if state.get("schedule_sampler") and loop.schedule_sampler.state_dict():
+            loop.schedule_sampler.load_state_dict(state["schedule_sampler"])
             yield "loss history restored"
-        if state.get("data") and hasattr(self.data, "load_state_dict"):
-            self.data.load_state_dict(state["data"])
+        if state.get("data") and hasattr(loop.data, "load_state_dict"):
+            loop.data.load_state_dict(state["data"])
             yield "data position restored"
         else:
             yield "data position NOT restored, the data start anew"
@@ -189,7 +177,7 @@ class RunState:
             saved, ranks = state["rng"], dist_util.world_size()
             states = [saved] if isinstance(saved, dict) else list(saved)  # older runs kept those of rank 0
             if len(states) == ranks:
-                set_rng_state(states[dist_util.rank()], self._device)
+                set_rng_state(states[dist_util.rank()], loop.device)
                 yield "generators restored"
             else:
                 yield "global generators NOT restored, as the number of ranks is another one"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 import torch as th
@@ -18,7 +18,7 @@ from ..runtime.files import printable
 from .manifest import Entry, Hashed
 
 SHOWN = 3
-_KEYS, _MAX_FOREIGN = 12, 1000  # keys in a message; names of classes in a file
+_MAX_FOREIGN = 1000  # names of classes in a file
 _WEIGHTS = re.compile(r"(model|ema).*\.(pt|pth|safetensors)")
 _AVERAGE = re.compile(r"(?<![a-zA-Z])ema(?![a-zA-Z])", re.IGNORECASE)  # in a place such as model_ema.module
 
@@ -97,7 +97,7 @@ def _reason(path: str, error: Exception) -> str:
     if not paths.is_remote(path) and (kind := files.kind_of_file(path)):
         return f"it is {kind}"
     if foreign := _foreign_names(path):
-        return f"it holds more than tensors and plain values: {_listed(foreign)}"
+        return f"it holds more than tensors and plain values: {listed(map(printable, foreign))}"
     return f"it is damaged, cut short, or no file of weights{neighbours(path)}"
 
 
@@ -160,8 +160,7 @@ def _plain_weights(content: Any, path: str, beside: str) -> dict[str, th.Tensor]
         return {name.removeprefix("module."): value for name, value in content.items()} if wrapped else content
     held = f"one object ({printable(f'{type(content).__module__}.{type(content).__qualname__}')})"
     if isinstance(content, dict):
-        more = f" and {len(content) - _KEYS} more" if len(content) > _KEYS else ""
-        held = ", ".join(f"{key!r:.50}" for key in list(content)[:_KEYS]) + more
+        held = listed([f"{key!r:.50}" for key in content], 12)
     remedy = f"use {beside} beside it" if beside else "use a file ema_RATE_NNNNNN.pt or modelNNNNNN.pt"
     if any(isinstance(value, Inert) for value in values):
         remedy = "save the state_dict() of its network, and use that"
@@ -205,9 +204,11 @@ def tensor_differences(theirs: State, ours: State) -> Iterator[str]:
             f"{name} {list(theirs[name].shape)} instead of {list(ours[name].shape)}" for name in common
         ],
     }
-    yield from (f"{what}: {_listed(names)}" for what, names in differences.items() if names)
+    yield from (f"{what}: {listed(map(printable, names))}" for what, names in differences.items() if names)
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(printable, names[:SHOWN])) + more
+def listed(names: Iterable[str], most: int = SHOWN) -> str:
+    """The first of some names, and how many more there are."""
+    first = list(names)
+    more = f" and {len(first) - most} more" if len(first) > most else ""
+    return ", ".join(first[:most]) + more
