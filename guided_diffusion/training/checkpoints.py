@@ -230,8 +230,8 @@ def fault(entry: Checkpoint, sets: Mapping[int, Checkpoint], *, checksums: bool 
         return manifest.fault(entry.manifest, checksums=checksums)
     if any(other.manifest and step < (entry.step or 0) for step, other in sets.items()):
         return "it was not finished: it has no manifest"
-    last = "state" if any(other.state for other in sets.values()) else "opt"
-    absent = [name for name in ("model", last) if not getattr(entry, name)]
+    written = [kind for kind in ("state", "opt") if any(getattr(other, kind) for other in sets.values())]
+    absent = [kind for kind in ("model", *written[:1]) if not getattr(entry, kind)]
     return f"it has no {absent[0]} file" if absent else _cut(entry.files)
 
 
@@ -245,7 +245,7 @@ def _cut(file_paths: Sequence[str]) -> str:
 
 
 def newest(folder: str, *, checksums: bool = False) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint of a folder, else the newest weights where nothing but weights lies.
+    """The newest complete checkpoint of a folder, which is the newest weights where nothing but weights lies.
 
     :return: it, and a sentence for each newer one that is not complete.
     """
@@ -256,10 +256,7 @@ def newest(folder: str, *, checksums: bool = False) -> tuple[Checkpoint | None, 
         if not reason:
             return entry, faults
         faults.append(f"the checkpoint of step {step} is passed over: {reason}")
-    weights = [entry for entry in sets.values() if entry.model and not _cut([entry.model])]
-    if not weights or any(entry.state or entry.manifest for entry in sets.values()):
-        return None, faults
-    return weights[-1], []
+    return None, faults
 
 
 def find_set(path: str, *, checksums: bool = False) -> Checkpoint:

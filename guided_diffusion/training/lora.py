@@ -191,11 +191,10 @@ def read(path: str) -> Pack:
 
 
 def _of_peft(config: Any, value: Mapping[str, th.Tensor]) -> Pack:
-    if any(config.get(name) for name in _UNKNOWN):
-        raise ValueError
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     origin = str(config.get("base_model_name_or_path"))
-    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in value.items()}
+    understood = not any(config.get(name) for name in _UNKNOWN)
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in value.items() if understood}
     return Pack(float(scale), origin.removeprefix(_BASE) if origin.startswith(_BASE) else "", weights)
 
 

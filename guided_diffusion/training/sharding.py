@@ -115,8 +115,9 @@ class ShardedTrainer(MixedPrecisionTrainer):
         elif self.precision != "fp32":
             convert(self._plain, self.precision)
         shard(self.model, self._plain, self.precision)
-        self.model_params = list(self.model.parameters())
-        return [nn.Parameter(param.detach().to_local(), param.requires_grad) for param in self.model_params]
+        split: list[Any] = list(self.model.parameters())
+        self.model_params = split
+        return [nn.Parameter(param.detach().to_local(), param.requires_grad) for param in split]
 
     def _make_gradients(self) -> Gradients:
         return ShardedGradients(self._trained)
@@ -174,13 +175,13 @@ def _without_memory(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, params)
 
 
-def _whole(rows: th.Tensor, param: DTensor) -> th.Tensor:
+def _whole(rows: th.Tensor, param: Any) -> th.Tensor:
     """The tensor of a parameter that the rows of all ranks make; every rank must call it."""
-    mesh, placements, stride = param.device_mesh, param.placements, param.stride()
-    return DTensor.from_local(rows.detach(), mesh, placements, shape=param.shape, stride=stride).full_tensor()
+    layout: dict[str, Any] = {"shape": param.shape, "stride": param.stride()}
+    return DTensor.from_local(rows.detach(), param.device_mesh, param.placements, **layout).full_tensor()
 
 
-def _on_rank_0(rows: th.Tensor, param: DTensor) -> th.Tensor:
+def _on_rank_0(rows: th.Tensor, param: Any) -> th.Tensor:
     """The same in the memory of the CPU, and nothing on other ranks."""
     whole = _whole(rows, param)
     return whole.cpu() if dist.get_rank() == 0 else th.empty(0)
