@@ -128,15 +128,12 @@ def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.
     named = list(model.named_parameters())
     groups = get_param_groups_and_shapes(named)
     sizes = {index: entry["exp_avg"].numel() for index, entry in state.items() if "exp_avg" in entry}
-    result: dict[int, dict[str, Any]] = {index: dict(entry) for index, entry in state.items()}
-    if not all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
-        if sizes != {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
-            raise UserError(
-                f"the optimizer state ({sum(sizes.values())} values in {len(sizes)} tensors) is not that of this model "
-                f"({sum(param.numel() for _, param in named)} values in {len(named)} tensors): "
-                "resume with the flags of the run that wrote it"
-            )
+    if all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
+        result: dict[int, dict[str, Any]] = {index: dict(entry) for index, entry in state.items()}
+    elif sizes == {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
         result = _unflattened(state, groups, [name for name, _ in named])
+    else:
+        raise UserError("the optimizer state is not that of this model: resume with the flags of the run that wrote it")
     for index, entry in result.items():
         param = named[index][1]
         moments = {key: value for key, value in entry.items() if getattr(value, "shape", None) == param.shape}

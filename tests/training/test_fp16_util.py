@@ -570,7 +570,7 @@ def test_the_flat_optimizer_state_of_older_fp16_runs_is_that_of_each_parameter()
     assert list(found) == [0, 1, 2, 3]
     th.testing.assert_close(found, expected)
     assert fp16_util.unflatten_optimizer_state(expected, model) == expected
-    with pytest.raises(ValueError, match=r"26 values in 2 tensors.*9 values in 2 tensors"):
+    with pytest.raises(ValueError, match="is not that of this model"):
         fp16_util.unflatten_optimizer_state(flat["state"], nn.Linear(2, 3))
 
 
