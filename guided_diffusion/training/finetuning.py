@@ -187,11 +187,10 @@ class _Fitting:
         """A table with the checkpoint's rows of the same classes; others have the mean of its rows."""
         had_null, has_null = self.null
         named, count = len(old) - had_null, len(fresh) - has_null
-        row_of: dict[object, int] = {key: row for row, key in enumerate(self.source.classes[:named])}
-        keys: list[object] = [*self.classes, *[""] * count][:count]
-        if not self.by_name:
-            row_of, keys = {label: label for label in range(named)}, list(range(count))
-        rows = [row_of.get(key) for key in keys] + [named if had_null else None] * has_null
+        row_of = {name: row for row, name in enumerate(self.source.classes[:named])}
+        keys = [*self.classes, *[""] * count][:count] if self.by_name else []
+        rows = [row_of.get(key) for key in keys] or [label if label < named else None for label in range(count)]
+        rows += [named if had_null else None] * has_null
         mean = old[:named].mean(dim=0)
         table = th.stack([mean if row is None else old[row] for row in rows])
         how = "by name" if self.by_name else "by id, as one side has no classes.json"

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from ..runtime import files, paths
 from ..runtime.errors import UserError
@@ -105,4 +105,4 @@ def _fault_of(path: str, entry: Entry, checksums: bool, missing_is_fine: bool) -
 @functools.lru_cache(maxsize=64)  # whoever changes a file changes one of these
 def _digest_of(path: str, size: int, mtime: float, version: str | None) -> str:
     with files.open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
