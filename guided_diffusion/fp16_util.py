@@ -124,20 +124,16 @@ def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.
     """Adam's state with one entry per parameter, in parameter order and with the parameters' strides.
 
     :param state: the same, or that of the two flat masters of an older fp16 run, which is recognised by its sizes.
-    :raises ValueError: if it fits the model in neither layout.
     """
     named = list(model.named_parameters())
     groups = get_param_groups_and_shapes(named)
     sizes = {index: entry["exp_avg"].numel() for index, entry in state.items() if "exp_avg" in entry}
-    result: dict[int, dict[str, Any]] = {index: dict(entry) for index, entry in state.items()}
-    if not all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
-        if sizes != {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
-            raise UserError(
-                f"the optimizer state ({sum(sizes.values())} values in {len(sizes)} tensors) is not that of this model "
-                f"({sum(param.numel() for _, param in named)} values in {len(named)} tensors): "
-                "resume with the flags of the run that wrote it"
-            )
+    if all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
+        result: dict[int, dict[str, Any]] = {index: dict(entry) for index, entry in state.items()}
+    elif sizes == {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
         result = _unflattened(state, groups, [name for name, _ in named])
+    else:
+        raise UserError("the optimizer state is not that of this model: resume with the flags of the run that wrote it")
     for index, entry in result.items():
         param = named[index][1]
         moments = {key: value for key, value in entry.items() if getattr(value, "shape", None) == param.shape}
@@ -164,10 +160,7 @@ def _unflattened(
 
 
 def convert(model: nn.Module, precision: str) -> None:
-    """Let a network compute in a precision, by its own convert_to or convert_to_fp16.
-
-    :raises TypeError: if it has no such method.
-    """
+    """Let a network compute in a precision, by its own convert_to or convert_to_fp16."""
     convert_to, convert_to_fp16 = (getattr(model, name, None) for name in ("convert_to", "convert_to_fp16"))
     if convert_to is not None:
         convert_to(precision)
@@ -212,9 +205,7 @@ class MixedPrecisionTrainer:
         self.grad_clip = grad_clip
         self.all_reduce = all_reduce
         self.fault, self.only_scaled = "", False
-        self._limit = grad_clip
         self._loss: th.Tensor | None = None  # of the backward passes whose gradients the masters have
-        self._floor_said = False
         self.model_params = list(model.parameters())
         self.master_params = self._make_masters()
         pairs = zip(self.model_params, self.master_params, strict=True)
@@ -276,14 +267,12 @@ class MixedPrecisionTrainer:
         return grads, loss.float()
 
     @th.no_grad()
-    def optimize(self, opt: th.optim.Optimizer, *, grad_clip: float | None = None) -> bool:
+    def optimize(self, opt: th.optim.Optimizer) -> bool:
         """Let `opt` step on the masters and copy them to the model.
 
-        :param grad_clip: for this step, instead of the constructor's.
         :return: False if something was not finite: then nothing changed but the loss scale.
         """
         (_, self._loss), self.fault = self._gradients(), ""
-        self._limit = self.grad_clip if grad_clip is None else grad_clip
         taken = bool((self._optimize_fp16 if self.use_fp16 else self._optimize_normal)(opt))
         self._loss = None
         if taken:
@@ -308,8 +297,8 @@ class MixedPrecisionTrainer:
             return self._skip()
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv_mean("param_norm", param_norm)
-        if 0 < self._limit < grad_norm:
-            th._foreach_mul_(self._grads(), self._limit / grad_norm)
+        if 0 < self.grad_clip < grad_norm:
+            th._foreach_mul_(self._grads(), self.grad_clip / grad_norm)
         opt.step()
         return True
 
@@ -332,10 +321,9 @@ class MixedPrecisionTrainer:
         if self.use_fp16:
             self.lg_loss_scale = max(0.0, self.lg_loss_scale - 1.0)
             message += f"; lg_loss_scale is now {self.lg_loss_scale:.6g}"
+        if self.use_fp16 and self.lg_loss_scale == 0:
+            message += " and falls no further: fp16 does not hold these numbers, but bf16 may"
         logger.log(message)
-        if self.use_fp16 and self.lg_loss_scale == 0 and not self._floor_said:
-            self._floor_said = True
-            logger.warn("the loss scale is 2^0 and falls no further: fp16 does not hold these numbers, but bf16 may")
         self.zero_grad()
         return False
 

@@ -24,10 +24,7 @@ Array = npt.NDArray[np.float64]
 
 
 def create_named_schedule_sampler(name: str, diffusion: Any) -> ScheduleSampler:
-    """The distribution called "uniform" or "loss-second-moment".
-
-    :raises ValueError: for another name.
-    """
+    """The distribution called "uniform" or "loss-second-moment"."""
     if name not in SCHEDULE_SAMPLERS:
         raise UserError(
             f"schedule_sampler {name!r} is unknown: use {' or '.join(SCHEDULE_SAMPLERS)}"

@@ -33,19 +33,18 @@ from .runtime.seeds import seeded
 from .training import batches, checkpoints
 from .training.bad_steps import BadSteps
 from .training.batches import Cond, RollingValidation, Supply, Validation
+from .training.checkpoints import Checkpoint
 from .training.gradients import AdamW
 from .training.interruption import Failures, Interruption
 from .training.meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
 from .training.noise import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
-from .training.run_state import RunState, load_weights, warn_of_long_averages
+from .training.run_state import RunState, load_weights
 from .training.saving import (
     Saver,
-    agree,
     find_ema_checkpoint,
     find_resume_checkpoint,
     get_blob_logdir,
     parse_resume_step_from_filename,
-    skip_batches,
 )
 from .training.settings import Hook as Hook, Settings
 
@@ -119,7 +118,7 @@ class TrainLoop:
             all_reduce=dist_util.world_size() > 1,
         )
 
-    def _set_up(self, files: checkpoints.Checkpoint | None) -> None:
+    def _set_up(self, files: Checkpoint | None) -> None:
         """Make the optimizer and the moving averages of the masters, and resume from `files`."""
         self.device = next(self.model.parameters()).device
         # Gradients are averaged in fp32 by the trainer: nothing wraps the model, and forks that ask find it so.
@@ -128,7 +127,7 @@ class TrainLoop:
         self.opt = AdamW(masters, lr=self.lr or 0.0, weight_decay=self.weight_decay, fused=fused)
         self.ema_params = [[param.detach().clone() for param in masters] for _ in self.ema_rate]
         if files is not None or self.resume_step:  # the step alone: of a subclass that has loaded the weights itself
-            self._resume(files or agree(self.resume_checkpoint) or checkpoints.Checkpoint(self.resume_step))
+            self._resume(files or self._chosen() or Checkpoint(self.resume_step))
         if self.lr is None:
             raise UserError("lr is None, and there is no optimizer file to take it from: give a learning rate")
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
@@ -157,23 +156,29 @@ class TrainLoop:
 
     # ---- resuming and saving
 
-    def _load_and_sync_parameters(self) -> checkpoints.Checkpoint | None:
+    def _chosen(self) -> Checkpoint | None:
+        files, faults = checkpoints.choose(self.resume_checkpoint)
+        for line in faults:
+            logger.warn(line)
+        return files
+
+    def _load_and_sync_parameters(self) -> Checkpoint | None:
         """Load the weights to go on from, on every rank; without any, every rank takes those of rank 0."""
-        files = agree(self.resume_checkpoint)
+        files = self._chosen()
         if files is not None:
             files.step = parse_resume_step_from_filename(files.model) or files.step
             load_weights(self.model, files, (self.settings.config or {}).get("flags", {}))
         dist_util.sync_params(self.model.parameters())
         return files
 
-    def _resume(self, files: checkpoints.Checkpoint) -> None:
+    def _resume(self, files: Checkpoint) -> None:
         """Take up everything of a checkpoint but the weights."""
-        self._files, self._resumed = files, self._state()
+        self._files, self._resumed, self.saver.source = files, RunState(self), files.model
         step = self._resumed.open(files)
         self.resume_step = self.resume_step or step
         self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
         self._load_optimizer_state()
-        self.lr, self.saver.source = self._resumed.close(self.resume_step), files.model
+        self._resumed.close(self.resume_step)
 
     def _load_ema_parameters(self, rate: float) -> list[th.Tensor]:
         return self._resumed.average(rate, find_ema_checkpoint(self._files.model, self.resume_step, rate))
@@ -181,14 +186,10 @@ class TrainLoop:
     def _load_optimizer_state(self) -> None:
         self._resumed.load_optimizer(self._files.opt)
 
-    def _state(self) -> RunState:
-        averages, sampler = (self.ema_rate, self.ema_params), self.schedule_sampler
-        return RunState(self.mp_trainer, self.opt, *averages, sampler, self.data, self.lr, self.global_batch)
-
     def save(self) -> None:
         """Write the checkpoint of the updates made so far; every rank calls it, rank 0 writes."""
         self._saved = self.updates
-        self.saver.save(self._state(), get_blob_logdir(), self.updates)
+        self.saver.save(RunState(self), get_blob_logdir(), self.updates)
 
     # ---- the loop
 
@@ -197,6 +198,8 @@ class TrainLoop:
 
         So does an error of the data, the log, a hook or the disk, which is raised when everything is saved.
         """
+        if self.resume_step:
+            logger.rewind(self.resume_step)
         self._announce()
         interruption, stopped = Interruption(), False
         with self.meter, interruption, self.saver:
@@ -212,20 +215,22 @@ class TrainLoop:
 
     def _announce(self) -> None:
         """Log what will be trained and how, and save the config."""
-        if self.resume_step:
-            logger.rewind(self.resume_step)
-        settings, trainer, ranks = self.settings, self.mp_trainer, dist_util.world_size()
+        settings, trainer = self.settings, self.mp_trainer
         trained = sum(param.numel() for param in trainer.trained(trainer.model_params))
         logger.log(
             f"training {trained:,} parameters{', split over all ranks,' if settings.fsdp else ''} in "
-            f"{trainer.precision} on {self.device}: global batch {self.global_batch} ({ranks} ranks x "
-            f"{self.batch_size}, in microbatches of {self.microbatch}), step {self.updates} to "
-            f"{self.limit or 'no end'}, lr {self.lr:g}, EMA {self.ema_rate or 'none'}"
-            f"{', warmed up' if self.ema_rate and settings.ema_warmup else ''}"
+            f"{trainer.precision} on {self.device}: global batch {self.global_batch}, in microbatches of "
+            f"{self.microbatch}, step {self.updates} to {self.limit or 'no end'}, lr {self.lr:g}, EMA "
+            f"{self.ema_rate or 'none'}{', warmed up' if self.ema_rate and settings.ema_warmup else ''}"
         )
         if not hasattr(self.data, "state_dict"):
             logger.log("the data iterator has no state_dict(): a resumed run will not know its position")
-        warn_of_long_averages([] if settings.ema_warmup else self.ema_rate, self.limit)
+        for rate in self.ema_rate:
+            if rate < 1 and self.limit and not settings.ema_warmup and checkpoints.is_young(rate, self.limit):
+                logger.warn(
+                    f"EMA {rate} averages over about {1 / (1 - rate):.0f} updates and the run has {self.limit}: it "
+                    "will still resemble the first weights; choose a smaller ema_rate, or ema_warmup True"
+                )
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
         if settings.config is not None and dist_util.rank() == 0:
@@ -240,24 +245,19 @@ class TrainLoop:
             return False
         if not self.supply.begun:
             failures.end()  # there is nothing to save
-        made = self._try_step(*(batch or self.supply.spoiled()))
-        if batch and not made:
-            self.supply.give_back()
-        return made
-
-    def _try_step(self, batch: th.Tensor, cond: Cond) -> bool:
-        """`run_step`, and count it; False where it changed nothing, as a rank has failed."""
         scale, self._unchanged = self.mp_trainer.state_dict(), False
         try:
-            self.run_step(batch, cond)
+            self.run_step(*(batch or self.supply.spoiled()))
         except Exception as error:
             if dist_util.world_size() > 1 or not self._unchanged:
                 raise
-            self.failures.add(error)
-        if self.failures.known:
+            failures.add(error)
+        if failures.known:
             self.mp_trainer.load_state_dict(scale)
+            if batch:
+                self.supply.give_back()
             return False
-        self.failures.end()  # of a subclass whose run_step tells no other rank
+        failures.end()  # of a subclass whose run_step tells no other rank
         self.step += 1
         self.meter.step_done()
         return True
@@ -269,7 +269,9 @@ class TrainLoop:
         if self.mp_trainer.optimize(self.opt):
             self.bad_steps.in_a_row = 0
             self._update_ema()
-            self._update_sampler()
+            if isinstance(self.schedule_sampler, LossAwareSampler) and self._losses_at is not None:
+                self.schedule_sampler.update_with_local_losses(*self._losses_at)
+            self._losses_at = None
         elif self.failures.tell():
             self.meter.drop_losses()
             return
@@ -280,7 +282,7 @@ class TrainLoop:
         self.log_step()
 
     def _backward(self, batch: th.Tensor, cond: Cond) -> None:
-        """`forward_backward` with generators of its own, and in parts that the memory holds if these are automatic."""
+        """`forward_backward` with generators of its own, in parts that the memory holds if these are automatic."""
         self._unchanged = True  # by an error in here
         # Dropout draws from the global generator: keyed too, and another mask on every rank.
         key = self.updates * dist_util.world_size() + dist_util.rank()
@@ -335,11 +337,6 @@ class TrainLoop:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             update_ema(self.mp_trainer.trained(params), self.mp_trainer.trained(), rate=min(rate, most))
 
-    def _update_sampler(self) -> None:
-        if isinstance(self.schedule_sampler, LossAwareSampler) and self._losses_at is not None:
-            self.schedule_sampler.update_with_local_losses(*self._losses_at)
-        self._losses_at = None
-
     def _anneal_lr(self) -> None:
         """Set the learning rate of the coming update: a linear rise over the warm-up, a linear fall to the end."""
         assert self.lr is not None
@@ -363,10 +360,10 @@ class TrainLoop:
         keep = self.failures.keep
         with self.meter.paused():
             if self.validation.data is not None and self._is_due(self.val_interval):
-                self.failures.keep_of_all(self.validate)
+                keep(self.validate, together=True)
             for hook in self.hooks:
                 if self._is_due(hook.interval):
-                    (self.failures.keep_of_all if hook.on_all_ranks else keep)(self._look, hook)
+                    keep(self._look, hook, together=hook.on_all_ranks)
         if self._is_due(self.log_interval):
             keep(self._dump)
         if self._is_due(self.save_interval):
@@ -428,7 +425,9 @@ class ClassifierTrainLoop(TrainLoop):
     def __init__(self, *, noised: bool = True, **keywords: Any) -> None:
         self.noised = noised
         super().__init__(**keywords)
-        skip_batches(self.validation.data, self.resume_step // max(1, self.val_interval))
+        batches_seen = self.resume_step // max(1, self.val_interval)
+        if batches_seen and hasattr(self.validation.data, "global_batch"):
+            self.validation.data.load_state_dict({"batches": batches_seen})
 
     def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False, counted: int | None = None) -> Draw:
         draw = super()._draw(batch, index, validation=validation, counted=counted)

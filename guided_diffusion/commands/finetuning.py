@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import torch as th
@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[str, type[Any]]] = {
 
 
 def check_beginning(flags: Flags) -> None:
-    """:raises ValueError: if a run is to start and to go on at once."""
+    """Refuse a command line that would start a run and go on with one."""
     if flags.given.get("init_from") and flags.given.get("resume_checkpoint", "auto") not in ("", "auto"):
         raise UserError(
             "--init_from starts a run and --resume_checkpoint goes on with one: give one of the two, or "
@@ -49,10 +49,18 @@ def prepare(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> None:
     """Give a new run's network the weights of --init_from, and any run's what --freeze and --lora_rank ask for.
 
     :param classes: names of the data's classes by id.
-    :raises ValueError: if something does not fit.
     """
-    resumed = flags.values["resume_checkpoint"] or not flags.part(InitConfig).init_from
-    choose_trained(flags, model, [] if resumed else _start(flags, model, classes))
+    config, changed = flags.part(InitConfig), list[str]()
+    if config.init_from and not flags.values["resume_checkpoint"]:
+        size = flags.values[finetuning.SIZE_FLAGS[KINDS[flags.command][0]]]
+        source = finetuning.open_source(config.init_from)
+        report = finetuning.initialise(model, source, mismatch=config.init_mismatch, classes=classes, size=size)
+        for line in filter(None, [source.picked[1], *report.lines()]):
+            logger.log(line)
+        if dist_util.rank() == 0:
+            files.write_json(os.path.join(logger.get_dir(), REPORT), asdict(report))
+        changed = list(report.changed)
+    choose_trained(flags, model, changed)
 
 
 def choose_trained(flags: Flags, model: th.nn.Module, changed: Sequence[str] = ()) -> None:
@@ -77,23 +85,3 @@ def choose_trained(flags: Flags, model: th.nn.Module, changed: Sequence[str] = (
     names = lora.attach(model, rank=adapters.lora_rank, alpha=adapters.lora_alpha, on=kinds, train=train)
     also = f", trained beside {len(train)} other parameters" if train else ""
     logger.log(f"adapters of rank {adapters.lora_rank} on {len(names)} convolutions{also}")
-
-
-def _start(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> list[str]:
-    """Load the weights, log which, and return the names of those that are not the checkpoint's."""
-    config, size = flags.part(InitConfig), flags.values[finetuning.SIZE_FLAGS[KINDS[flags.command][0]]]
-    source = finetuning.open_source(config.init_from)
-    report = finetuning.initialise(model, source, mismatch=config.init_mismatch, classes=classes, size=size)
-    process = flags.part(DiffusionConfig)
-    saved = [spec.name for spec in fields(process) if not spec.metadata["runtime"] and spec.name in source.flags]
-    other = [
-        f"{name} {getattr(process, name)}, it was {source.flags[name]}"
-        for name in saved
-        if source.flags[name] != getattr(process, name)
-    ]
-    for line in [source.picked[1], *report.lines(), f"  other flags than the checkpoint's: {'; '.join(other)}"]:
-        if line and (other or "other flags" not in line):
-            logger.log(line)
-    if dist_util.rank() == 0:
-        files.write_json(os.path.join(logger.get_dir(), REPORT), {**asdict(report), "other_flags": other})
-    return list(report.changed)

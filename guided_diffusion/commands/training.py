@@ -160,7 +160,7 @@ def _over_resumed(flags: Flags) -> Flags:
     path = flags.values["resume_checkpoint"]
     if path == "auto":
         folder = _log_folder(flags)
-        path = folder if folder and checkpoints.latest(folder) else ""
+        path = folder if folder and checkpoints.newest(folder)[0] else ""
         flags = flags.with_values(resume_checkpoint=path)
     if not path:
         return flags

@@ -15,6 +15,7 @@ from ..fp16_util import MixedPrecisionTrainer
 from ..runtime.errors import UserError
 from . import checkpoints
 from .meter import Meter
+from .weights import listed
 
 SHOWN = 8  # images in a line of the log
 COLUMN = "skipped_steps"
@@ -65,16 +66,16 @@ class BadSteps:
         if len(names) != len(t):
             names = [f"image {index} of rank {dist_util.rank()}" for index in range(len(t))]
         labels = [f", label {label}" for label in cond["y"].tolist()] if "y" in cond else [""] * len(t)
-        texts = [f"{name} (t {step}{label})" for name, step, label in zip(names, t.tolist(), labels, strict=True)]
-        return list(zip(texts, losses.isfinite().tolist(), strict=True))
+        rows = zip(names, t.tolist(), labels, losses.isfinite().tolist(), strict=True)
+        return [(f"{name} (t {step}{label})", finite) for name, step, label, finite in rows]
 
     def error(self, step: int, folder: str, resumed: str) -> UserError:
         """The error that ends the run.
 
         :param folder: of its checkpoints; `resumed`: the one that it went on from, or ''.
         """
-        fault, files = self.trainer.fault, checkpoints.latest(folder)
-        path = resumed if files is None else files.model
+        fault, files = self.trainer.fault, checkpoints.newest(folder)[0]
+        path = files.model if files else resumed
         rest = f"go on with --resume_checkpoint {path}" if path else "no checkpoint was written before, start anew"
         return UserError(
             f"the last {self.in_a_row} steps up to step {step} were skipped, as the {fault} was not finite: "
@@ -87,5 +88,4 @@ def blamed(images: list[tuple[str, bool]], fault: str) -> str:
     bad = [text for text, finite in images if not finite]
     cause = f"the loss of {len(bad)} of its {len(images)} images" if bad else f"the {fault}"
     shown = bad or [text for text, _ in images]
-    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
-    return f"{cause} was not finite: {', '.join(shown[:SHOWN])}{more}"
+    return f"{cause} was not finite: {listed(shown, SHOWN)}"

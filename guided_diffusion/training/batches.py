@@ -43,10 +43,7 @@ class Supply:
         return self._last is not None
 
     def take(self, updates: int) -> tuple[th.Tensor, Cond]:
-        """The next batch, after so many updates; logs the range of the first one's numbers.
-
-        :raises ValueError: if there is none.
-        """
+        """The next batch, after so many updates; logs the range of the first one's numbers."""
         with self._meter.waiting_for_data():
             try:
                 batch, cond = next(self._iterator)
@@ -130,10 +127,7 @@ def microbatches(batch: th.Tensor, cond: Cond, draw: Draw, size: int) -> Iterato
 
 
 def first_microbatch(microbatch: int | str, batch_size: int, *, fsdp: bool) -> tuple[int, bool]:
-    """(images that are computed at once at first, whether fewer are tried where the memory does not hold them).
-
-    :raises ValueError: if `microbatch` is neither a number nor "auto", or auto with fsdp.
-    """
+    """(images that are computed at once at first, whether fewer are tried where the memory does not hold them)."""
     size = parse_microbatch(str(microbatch))
     if isinstance(size, int):
         return size if size > 0 else batch_size, False
@@ -150,22 +144,17 @@ def halve_until_it_fits(attempt: Callable[[int], None], size: int, forget: Calla
         one attempt.
     :raises RuntimeError, MemoryError: that of the last attempt.
     """
-    while not _fits(attempt, size, last=size == 1 or forget is None):
-        assert forget is not None
+    while True:
+        try:
+            return attempt(size)
+        except (MemoryError, RuntimeError) as error:
+            memory = dist_util.is_out_of_memory(error) or str(error).startswith(NO_PRIMITIVE)
+            if size == 1 or forget is None or not memory:
+                raise
+        # here the error, which holds all tensors of the attempt, is gone
         size = -(-size // 2)
         logger.log(f"out of memory: the step is repeated in microbatches of {size}")
         forget()
         gc.collect()
         if th.cuda.is_initialized():
             th.cuda.empty_cache()  # what is left are pieces of other sizes
-
-
-def _fits(attempt: Callable[[int], None], size: int, *, last: bool) -> bool:
-    """Whether an attempt had the memory; when this returns, the error that holds all of its tensors is gone."""
-    try:
-        attempt(size)
-    except (MemoryError, RuntimeError) as error:
-        if last or not (dist_util.is_out_of_memory(error) or str(error).startswith(NO_PRIMITIVE)):
-            raise
-        return False
-    return True

@@ -19,19 +19,20 @@ from typing import Any
 
 import torch as th
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..networks.architecture import architecture
 from ..runtime import files, paths
 from ..runtime.errors import UserError
 from ..runtime.paths import exists, is_remote, isdir, join, names_in
 from . import manifest
-from .weights import checked, load as load, neighbours, pick, save as save
+from .weights import State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES = "config.json", "classes.json"
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
     r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
-    r"|lora(?P<adapted>\d{6,})(?:\.pt)?)$"
+    r"|lora(?P<lora>\d{6,})(?:\.pt)?"
+    r"|set(?P<manifest>\d+)\.json)$"
 )
 
 
@@ -65,13 +66,6 @@ class Checkpoint:
         """The slowest moving average, else the model; '' where there is neither."""
         return self.emas[max(self.emas, key=float)] if self.emas else self.model
 
-    @property
-    def settled(self) -> str:
-        """As `best`, but averages that are longer than the run count only if they were warmed up (--ema_warmup)."""
-        warmed_up = config_beside(self.best).get("ema_warmup")
-        old = {rate: path for rate, path in self.emas.items() if warmed_up or not is_young(rate, self.step or 0)}
-        return Checkpoint(self.step, self.model, emas=old).best or self.best
-
     @cached_property
     def flags(self) -> dict[str, Any]:
         """The flags of the run that made it, {} where no config.json lies beside it."""
@@ -95,15 +89,19 @@ class Checkpoint:
         """The state dict in its file."""
         return self.picked[0]
 
-    def fitting(
-        self, network: th.nn.Module | Mapping[str, th.Tensor], flags: Mapping[str, Any]
-    ) -> dict[str, th.Tensor]:
-        """Its weights, as a network takes them; it may be on the meta device, or its state dict alone.
+    def fitting(self, network: th.nn.Module | State, flags: Mapping[str, Any]) -> dict[str, th.Tensor]:
+        """Its weights, if a network takes them; it may be on the meta device, or its state dict alone.
 
         :param flags: that it was built from, of which the sizes name attention resolutions in messages.
-        :raises ValueError: if the file is no weights, or fits other flags, which the message then names.
         """
-        return checked(self.picked, network, self.path, flags)
+        weights, choice = self.picked
+        expected = network.state_dict() if isinstance(network, th.nn.Module) else network
+        if choice:
+            logger.log(choice)
+        if shapes(weights) != shapes(expected):
+            size = flags.get("large_size", flags.get("image_size"))
+            raise UserError(f"{self.path} does not fit the flags: {difference(weights, expected, size)}")
+        return weights
 
     @property
     def kind(self) -> str:
@@ -118,9 +116,6 @@ class Checkpoint:
         return UPSAMPLER if upsampler else UNET
 
 
-CheckpointSet = Checkpoint  # its older name
-
-
 def is_young(rate: str | float, updates: int) -> bool:
     """Whether an average, about 1 / (1 - rate) updates long, is longer than a run of so many updates."""
     return updates * (1 - float(rate)) < 1 - 1e-9  # 1 - 0.99 is a little more than a hundredth
@@ -129,42 +124,39 @@ def is_young(rate: str | float, updates: int) -> bool:
 # ---- names
 
 
+def _number(match: re.Match[str]) -> int:
+    return int(match[match.lastgroup or 0])
+
+
 def step_of(path: str) -> int | None:
     """The number of updates that a file name tells, or None."""
-    name = os.path.basename(path)
-    match = _NAME.search(name)
-    number = match["step"] or match["adapted"] if match else (manifest.NAME.match(name) or {"step": None})["step"]
-    return None if number is None else int(number)
+    match = _NAME.search(os.path.basename(path))
+    return _number(match) if match else None
 
 
 def sets_in(folder: str) -> dict[int, Checkpoint]:
     """step -> the checkpoint of a folder, steps ascending; a manifest alone is none."""
     sets: dict[int, Checkpoint] = {}
     folder = paths.resolve(folder)
-    names = names_in(folder)
-    for match in filter(None, map(_NAME.match, names)):
-        step, path = int(match["step"] or match["adapted"]), join(folder, match.string)
-        entry = sets.setdefault(step, Checkpoint(step))
+    for match in filter(None, map(_NAME.match, names_in(folder))):
+        entry = sets.setdefault(_number(match), Checkpoint(_number(match)))
         if match["rate"]:
-            entry.emas[match["rate"]] = path
+            entry.emas[match["rate"]] = join(folder, match.string)
         else:
-            setattr(entry, match["kind"] or "lora", path)
-    for step, entry in sets.items():
-        if manifest.name_of(step) in names:
-            entry.manifest = join(folder, manifest.name_of(step))
-    return dict(sorted(sets.items()))
+            setattr(entry, match["kind"] or match.lastgroup or "", join(folder, match.string))
+    return {step: sets[step] for step in sorted(sets) if sets[step].files != [sets[step].manifest]}
 
 
-def _beside(path: str) -> Checkpoint:
-    """The checkpoint that a file belongs to."""
-    step = step_of(path)
-    return Checkpoint(None) if step is None else sets_in(os.path.dirname(path) or ".").get(step, Checkpoint(step))
+def _with_file(path: str, what: str) -> Checkpoint:
+    """The checkpoint that a file belongs to.
 
-
-def _check_exists(path: str, what: str) -> None:
+    :param what: the file is, in messages.
+    """
     if not path or not exists(path):
         hint = neighbours(path) or ": give the path of a checkpoint, or the folder of a run"
         raise FileNotFoundError(f"{what} {path!r} does not exist{hint}")
+    step = step_of(path)
+    return Checkpoint(None) if step is None else sets_in(os.path.dirname(path) or ".").get(step, Checkpoint(step))
 
 
 # ---- to sample from
@@ -173,45 +165,31 @@ def _check_exists(path: str, what: str) -> None:
 def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     """The checkpoint of a file, or of a run folder that with the newest moving average, else with the newest model.
 
-    Checkpoints with files of other sizes than their manifests name come last.
+    Checkpoints with files of other sizes than their manifests name come last. Averages that are longer than the run
+    count only if they were warmed up (--ema_warmup), or if there is nothing else.
 
     :param what: the path is, in messages.
-    :raises FileNotFoundError, ValueError: if there is none.
     """
     path = paths.resolve(path)
     if not isdir(path):
-        _check_exists(path, what)
-        return replace(_beside(path), path=path)
+        return replace(_with_file(path, what), path=path)
     sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not sets or not sets[-1].best:
         raise UserError(
             f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder"
         )
-    return replace(sets[-1], path=sets[-1].settled)
-
-
-def resolve_model(path: str, what: str = "the checkpoint") -> str:
-    """The file of `open_checkpoint`."""
-    return open_checkpoint(path, what).path
+    taken, warmed_up = sets[-1], config_beside(path).get("ema_warmup")
+    old = {rate: name for rate, name in taken.emas.items() if warmed_up or not is_young(rate, taken.step or 0)}
+    return replace(taken, path=replace(taken, emas=old).best or taken.best)
 
 
 def load_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> None:
-    """Load a checkpoint into a network that was built from `flags`.
-
-    :raises FileNotFoundError, ValueError: if there is none, or it does not fit.
-    """
+    """Load a checkpoint into a network that was built from `flags`."""
     network.load_state_dict(open_checkpoint(path).fitting(network, flags or {}))
 
 
-def _damaged(entry: Checkpoint, *, checksums: bool = False) -> str:
-    return manifest.fault(entry.manifest, checksums=checksums, missing_is_fine=True) if entry.manifest else ""
-
-
 def config_beside(path: str) -> dict[str, Any]:
-    """The flags that the run of a checkpoint (or run folder) was made with; {} where no config.json lies there.
-
-    :raises ValueError: if the file is damaged.
-    """
+    """The flags that the run of a checkpoint (or run folder) was made with; {} where no config.json lies there."""
     file_path = _in_folder_of(path, CONFIG)
     if not exists(file_path):
         return {}
@@ -238,6 +216,10 @@ def _in_folder_of(path: str, name: str) -> str:
 # ---- to go on from
 
 
+def _damaged(entry: Checkpoint, *, checksums: bool = False) -> str:
+    return manifest.fault(entry.manifest, checksums=checksums, missing_is_fine=True) if entry.manifest else ""
+
+
 def fault(entry: Checkpoint, sets: Mapping[int, Checkpoint], *, checksums: bool = False) -> str:
     """Why a checkpoint of a folder is not complete; '' if it is.
 
@@ -246,10 +228,10 @@ def fault(entry: Checkpoint, sets: Mapping[int, Checkpoint], *, checksums: bool 
     """
     if entry.manifest:
         return manifest.fault(entry.manifest, checksums=checksums)
-    if any(other.manifest and other.step < entry.step for other in sets.values() if other.step and entry.step):
+    if any(other.manifest and step < (entry.step or 0) for step, other in sets.items()):
         return "it was not finished: it has no manifest"
-    last = "state" if any(other.state for other in sets.values()) else "opt"
-    absent = [name for name in ("model", last) if not getattr(entry, name)]
+    written = [kind for kind in ("state", "opt") if any(getattr(other, kind) for other in sets.values())]
+    absent = [kind for kind in ("model", *written[:1]) if not getattr(entry, kind)]
     return f"it has no {absent[0]} file" if absent else _cut(entry.files)
 
 
@@ -263,7 +245,7 @@ def _cut(file_paths: Sequence[str]) -> str:
 
 
 def newest(folder: str, *, checksums: bool = False) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint of a folder, else the newest weights where nothing but weights lies.
+    """The newest complete checkpoint of a folder, which is the newest weights where nothing but weights lies.
 
     :return: it, and a sentence for each newer one that is not complete.
     """
@@ -274,22 +256,13 @@ def newest(folder: str, *, checksums: bool = False) -> tuple[Checkpoint | None, 
         if not reason:
             return entry, faults
         faults.append(f"the checkpoint of step {step} is passed over: {reason}")
-    weights = [entry for entry in sets.values() if entry.model and not _cut([entry.model])]
-    if not weights or any(entry.state or entry.manifest for entry in sets.values()):
-        return None, faults
-    return weights[-1], []
-
-
-def latest(folder: str) -> Checkpoint | None:
-    """The newest complete checkpoint of a folder, by names and sizes."""
-    return newest(folder)[0]
+    return None, faults
 
 
 def find_set(path: str, *, checksums: bool = False) -> Checkpoint:
     """The checkpoint that a file belongs to, or the newest complete one of a folder, to go on from.
 
     :param checksums: read the files, and refuse altered ones.
-    :raises FileNotFoundError, ValueError: if there is no such file, no weights to it, or it is not what was written.
     """
     path = paths.resolve(path)
     if isdir(path):
@@ -298,12 +271,11 @@ def find_set(path: str, *, checksums: bool = False) -> Checkpoint:
             fault = f"no complete checkpoint, {', '.join(faults)}" if faults else "no modelNNNNNN.pt to go on from"
             raise UserError(f"{path} holds {fault}; give the folder or a checkpoint of a run")
         return complete
-    _check_exists(path, "the checkpoint")
-    entry, match = _beside(path), _NAME.search(os.path.basename(path))
+    entry, match = _with_file(path, "the checkpoint"), _NAME.search(os.path.basename(path))
     reason = _damaged(entry, checksums=checksums)
     if reason:
         raise UserError(f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder")
-    if entry.step is None or (match and match["kind"] == "model") or (match and match["rate"] and not entry.model):
+    if match is None or match["kind"] == "model" or (match["rate"] and not entry.model):
         entry.model = path
     if not entry.model:
         raise UserError(f"{path} has no model{entry.step:06d}.pt beside it: there are no weights to go on from")
@@ -316,13 +288,12 @@ def choose(path: str, *, auto: bool = False) -> tuple[Checkpoint | None, list[st
     :param path: any file of it, or a run's folder; '' for none.
     :param auto: none is no mistake.
     :return: the checkpoint, and a line for each newer one that is not complete.
-    :raises FileNotFoundError, ValueError: if there is no such checkpoint, or it is not what was written.
     """
     chosen: tuple[Checkpoint | None, list[str]] = None, []
     if dist_util.rank() == 0 and path:
-        chosen = newest(path, checksums=True) if isdir(path) else (None, [])
-        if not auto:
-            chosen = find_set(path, checksums=True), chosen[1]
+        chosen = newest(path, checksums=True)
+        if chosen[0] is None and not auto:
+            chosen = find_set(path, checksums=True), []
     return dist_util.broadcast_object(chosen)
 
 
@@ -344,20 +315,19 @@ def keep_last(folder: str, count: int) -> None:
 def remove(entry: Checkpoint) -> None:
     """Remove the files of a checkpoint, in an order that never leaves a part that passes for complete."""
     for path in entry.files:
-        if path != entry.lora or path.endswith(".pt"):
+        if not isdir(path):
             paths.remove(path)
             continue
         for name in names_in(path):
             if name.startswith("adapter_"):
                 paths.remove(join(path, name))
-        if not is_remote(path):
-            with suppress(OSError):  # files of others may lie there
-                os.rmdir(path)
+        with suppress(OSError):  # files of others may lie there, and a bucket has no folders
+            os.rmdir(path)
 
 
 def sweep(folder: str) -> None:
     """Remove what processes that were killed while writing have left of their temporary files."""
     for name in [] if is_remote(folder) else names_in(folder):
         target, part, _ = name.partition(".part-")
-        if part and (_NAME.match(target) or manifest.NAME.match(target) or target in (CONFIG, CLASSES)):
+        if part and (_NAME.match(target) or target in (CONFIG, CLASSES)):
             paths.remove(join(folder, name))

@@ -20,7 +20,7 @@ from ..nn import traits_of
 from ..runtime.errors import UserError
 from ..runtime.options import Size, nearest
 from .checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint, open_checkpoint
-from .weights import State, difference
+from .weights import difference, listed, shapes
 
 POSSIBLE = {(UNET, UNET), (UNET, UPSAMPLER), (UNET, CLASSIFIER), (UPSAMPLER, UPSAMPLER), (CLASSIFIER, CLASSIFIER)}
 SIZE_FLAGS = {UNET: "image_size", UPSAMPLER: "large_size", CLASSIFIER: "image_size"}
@@ -34,10 +34,7 @@ _SHOWN = 6
 
 
 def open_source(path: str) -> Checkpoint:
-    """The checkpoint at a path, or the newest moving average of a run's folder.
-
-    :raises FileNotFoundError, ValueError: if there is none, or it is of no network of this package.
-    """
+    """The checkpoint at a path, or the newest moving average of a run's folder."""
     source = open_checkpoint(path, "--init_from")
     if not source.kind:
         raise UserError(f"--init_from {source.path} is no U-Net, upsampler or classifier: give the checkpoint of one")
@@ -51,7 +48,6 @@ def flags_for(source: Checkpoint, kind: str, size: Size | None, default: Size) -
 
     :param size: of the new network's images; None for those of the checkpoint, as far as they are known and have the
         same part in both kinds, else `default`.
-    :raises ValueError: if nothing of it could be taken.
     """
     if (source.kind, kind) not in POSSIBLE:
         raise UserError(f"--init_from {source.path} is of kind {source.kind}, from which no {kind} can start")
@@ -91,13 +87,9 @@ class Report:
         """For the log."""
         lines = [f"init_from {self.path}: {len(self.taken)} of {self.total} parameters taken as they are"]
         for reason in dict.fromkeys(self.changed.values()):
-            lines.append(f"  {_listed([name for name, text in self.changed.items() if text == reason])}: {reason}")
-        return [*lines, f"  of the checkpoint, not used: {_listed(self.unused)}"] if self.unused else lines
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+            names = [name for name, text in self.changed.items() if text == reason]
+            lines.append(f"  {listed(names, _SHOWN)}: {reason}")
+        return lines + [f"  of the checkpoint, not used: {listed(self.unused, _SHOWN)}"] * bool(self.unused)
 
 
 @th.no_grad()
@@ -115,7 +107,6 @@ def initialise(
         from the checkpoint's so that the network computes what it did.
     :param classes: names of the network's classes by id, [] where they are unknown.
     :param size: of the images, for messages.
-    :raises ValueError: if parameters do not fit, and `mismatch` does not say what to do or cannot be done.
     """
     state = model.state_dict()
     fitting = _Fitting(model, source, classes)
@@ -132,7 +123,7 @@ def initialise(
             result[name], report.changed[name] = fresh, f"starts anew, {_why(old, fresh)}"
     if mismatch == "error" and (report.changed or report.unused):
         raise UserError(
-            f"{source.path} does not fit the network: {fitting.difference(state, size)}; give --init_mismatch inflate "
+            f"{source.path} does not fit the network: {fitting.difference(size)}; give --init_mismatch inflate "
             "to let what differs grow from it, or reinit to start that anew"
         )
     model.load_state_dict(result)
@@ -150,14 +141,14 @@ class _Fitting:
     """How the ends of a network are made from those of another one."""
 
     def __init__(self, model: nn.Module, source: Checkpoint, classes: Sequence[str]) -> None:
-        self.source, self.classes, state = source, classes, model.state_dict()
-        self.channels = [architecture(weights).get("image_channels", 0) for weights in (source.weights, state)]
+        self.source, self.classes, self.state = source, classes, model.state_dict()
+        self.channels = [architecture(weights).get("image_channels", 0) for weights in (source.weights, self.state)]
         self.null = bool(source.flags.get("null_class")), traits_of(model).null_label is not None
         self.by_name = bool(classes and source.classes)
         differs = self.by_name and list(classes) != list(source.classes)
         self.renamed = differs or bool(source.flags and self.null[0] != self.null[1])
-        self.outputs = _OUTPUTS if any(name.startswith("output_blocks.") for name in state) else ()
-        head = [name for name in state if name.startswith("out.")][-2:]
+        self.outputs = _OUTPUTS if any(name.startswith("output_blocks.") for name in self.state) else ()
+        head = [name for name in self.state if name.startswith("out.")][-2:]
         self.tables = set(head) if source.kind == CLASSIFIER else {_LABELS}
 
     def old(self, name: str) -> th.Tensor | None:
@@ -165,19 +156,16 @@ class _Fitting:
         other_head = not self.outputs and self.source.kind != CLASSIFIER and name.startswith("out.")
         return None if other_head else self.source.weights.get(name)
 
-    def difference(self, state: State, size: Size | None) -> str:
+    def difference(self, size: Size | None) -> str:
         """A sentence about what does not fit."""
-        if {n: v.shape for n, v in self.source.weights.items()} == {n: v.shape for n, v in state.items()}:
+        if shapes(self.source.weights) == shapes(self.state):
             null = "with" if self.null[0] else "without"
-            before, now = _listed(self.source.classes), _listed(self.classes)
+            before, now = listed(self.source.classes, _SHOWN), listed(self.classes, _SHOWN)
             return f"its classes are {before}, {null} a null class, and those of the data {now}"
-        return difference(self.source.weights, state, size)
+        return difference(self.source.weights, self.state, size)
 
     def grown(self, name: str, fresh: th.Tensor, old: th.Tensor | None) -> tuple[th.Tensor, str]:
-        """A parameter made from the checkpoint's, and how.
-
-        :raises ValueError: if that cannot be.
-        """
+        """A parameter made from the checkpoint's, and how."""
         if name.startswith(_SILENT_AT_FIRST):
             return fresh, "starts anew, and has no effect at first"
         if old is None and name == _LABELS:
@@ -199,7 +187,7 @@ class _Fitting:
         """A table with the checkpoint's rows of the same classes; others have the mean of its rows."""
         had_null, has_null = self.null
         named, count = len(old) - had_null, len(fresh) - has_null
-        row_of = {name: row for row, name in enumerate(self.source.classes) if row < named}
+        row_of = {name: row for row, name in enumerate(self.source.classes[:named])}
         keys = [*self.classes, *[""] * count][:count] if self.by_name else []
         rows = [row_of.get(key) for key in keys] or [label if label < named else None for label in range(count)]
         rows += [named if had_null else None] * has_null
@@ -237,7 +225,6 @@ def matching(model: nn.Module, text: str, flag: str) -> list[str]:
     """The parameters that patterns such as "input_blocks.*,time_embed.*" name, matched as file names are.
 
     :param flag: that they were given by, for messages.
-    :raises ValueError: for a pattern that matches nothing, naming the nearest.
     """
     names = [name for name, _ in model.named_parameters()]
     patterns = [word.strip() for word in text.split(",") if word.strip()]
@@ -245,16 +232,13 @@ def matching(model: nn.Module, text: str, flag: str) -> list[str]:
         if not any(fnmatchcase(name, pattern) for name in names):
             modules = [f"{name}.*" for name, _ in model.named_modules() if name]
             modules.sort(key=lambda name: name.count("."))
-            hint = nearest(pattern, [*modules, *names]) or f": there are {_listed(modules[:_SHOWN])}"
+            hint = nearest(pattern, [*modules, *names]) or ": there are " + ", ".join(modules[:_SHOWN])
             raise UserError(f"--{flag} {pattern} matches no parameter{hint}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def freeze(model: nn.Module, text: str) -> list[str]:
-    """Take parameters out of the training, by patterns; returns their names.
-
-    :raises ValueError: if a pattern matches nothing.
-    """
+    """Take parameters out of the training, by patterns; returns their names."""
     names = matching(model, text, "freeze")
     for name in names:
         model.get_parameter(name).requires_grad_(False)

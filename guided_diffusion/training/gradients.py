@@ -126,14 +126,10 @@ class Gradients:
         self._loss = None
         for param, master in self.pairs:
             param.grad = master.grad = None
-        self._begin()
-        for bucket in self._buckets:
-            bucket.vector = None
-
-    def _begin(self) -> None:
         self._sent = 0
         for bucket in self._buckets:
             bucket.begin()
+            bucket.vector = None
 
     @contextmanager
     def collecting(self, loss: th.Tensor, *, last: bool) -> Iterator[None]:
@@ -159,8 +155,7 @@ class Gradients:
         self._move(index)
         if bucket is not None and self._last:
             bucket.missing.discard(index)
-            while self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
-                self._send()
+            self._send()
 
     def _move(self, index: int) -> None:
         """Add the gradient of a parameter to its master's, and let go of it."""
@@ -178,9 +173,11 @@ class Gradients:
         if param is not master:
             param.grad = None
 
-    def _send(self) -> None:
-        self._buckets[self._sent].send(self._total())
-        self._sent += 1
+    def _send(self, *, unready: bool = False) -> None:
+        """Send the next buckets that have all of their gradients, or, with `unready`, all that are left."""
+        while self._sent < len(self._buckets) and (unready or not self._buckets[self._sent].missing):
+            self._buckets[self._sent].send(self._total())
+            self._sent += 1
 
     def finish(self) -> tuple[list[th.Tensor], th.Tensor]:
         """The gradients of all masters, zeros for one that took no part, and the loss []."""
@@ -193,14 +190,10 @@ class Gradients:
 
     def _average(self) -> th.Tensor:
         """Wait for the buckets, and divide them; returns the loss."""
-        while self._sent < len(self._buckets):
-            self._send()
-        for bucket in self._buckets:
-            assert bucket.work is not None
-            bucket.work.wait()
-        vectors = [bucket.flat() for bucket in self._buckets]
+        self._send(unready=True)
+        vectors = [bucket.wait() for bucket in self._buckets]
         th._foreach_div_(vectors, float(dist.get_world_size()))
-        self._begin()
+        self._sent = 0
         return vectors[0][0]
 
     def _total(self) -> th.Tensor:
@@ -224,7 +217,7 @@ class _Bucket:
         self.begin()
 
     def begin(self) -> None:
-        """Wait for all gradients again."""
+        """Expect all gradients again."""
         self.missing = set(self._masters)
         self.work: dist.Work | None = None
 
@@ -249,6 +242,13 @@ class _Bucket:
         flat = self.flat()
         flat[0] = loss
         self.work = dist.all_reduce(flat, async_op=True)
+
+    def wait(self) -> th.Tensor:
+        """The sums, when they are there; then it begins again."""
+        assert self.work is not None
+        self.work.wait()
+        self.begin()
+        return self.flat()
 
 
 def _grouped(pairs: Pairs) -> Iterator[list[int]]:

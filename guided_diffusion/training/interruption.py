@@ -87,20 +87,15 @@ class Failures:
         """Whether all ranks know of an error."""
         return bool(self.sentences) or (self.error is not None and dist_util.world_size() == 1)
 
-    def keep(self, work: Callable[..., R], *args: Any) -> R | None:
-        """The result of `work`; None where it raises an error, the first of which is kept."""
-        try:
-            return work(*args)
-        except Exception as error:
-            self.add(error)
-            return None
+    def keep(self, work: Callable[..., R], *args: Any, together: bool = False) -> R | None:
+        """The result of `work`; None where it raises an error, the first of which is kept.
 
-    def keep_of_all(self, work: Callable[..., R], *args: Any) -> R | None:
-        """`keep`, for work in which ranks wait for each other: an error that may be one rank's alone is raised."""
+        :param together: ranks wait for each other in it: an error that may be one rank's alone is raised.
+        """
         try:
             return work(*args)
         except Exception as error:
-            if dist_util.world_size() > 1 and not isinstance(error, ValueError):
+            if together and dist_util.world_size() > 1 and not isinstance(error, ValueError):
                 raise
             self.add(error)
             return None
@@ -118,7 +113,7 @@ class Failures:
         return bool(self.sentences)
 
     def end(self) -> None:
-        """Raise this rank's error, or one that names the ranks that failed; nothing if there is none."""
+        """Raise this rank's error, or one that names the ranks that failed."""
         if self.error is not None:
             raise self.error
         if self.sentences:

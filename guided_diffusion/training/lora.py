@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 import torch.nn as nn
@@ -24,11 +23,10 @@ from ..runtime import files, paths
 from ..runtime.errors import UserError
 from ..runtime.npz import fingerprint
 from . import checkpoints
-from .weights import load
+from .weights import load, shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DOWN, _UP, _WEIGHT, _PREFIX = ".lora_A.weight", ".lora_B.weight", ".weight", "base_model.model."
-_OLDER = {".lora.down": _DOWN, ".lora.up": _UP}
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OWNERS = dict(zip(LORA_KINDS, (AttentionBlock, ResBlock), strict=True))
 _BASE = "weights "  # what goes before their fingerprint
@@ -45,7 +43,6 @@ def attach(
     :param alpha: adapters are scaled by alpha / rank; 0 stands for the rank.
     :param on: which of LORA_KINDS have adapters.
     :param train: names of parameters that are not frozen.
-    :raises ValueError: if there is nothing to adapt, or peft is missing.
     """
     owners = [name for name, module in model.named_modules() if isinstance(module, tuple(_OWNERS[kind] for kind in on))]
     targets = [
@@ -123,29 +120,24 @@ def split(model: nn.Module, state: Mapping[str, th.Tensor]) -> Weights:
     return {_plain(name): state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def joined(
-    model: nn.Module, plain: Mapping[str, th.Tensor], below: Mapping[str, th.Tensor], parts: Mapping[str, th.Tensor]
-) -> Weights:
-    """The state dict of a network with adapters: the inverse of `merged`, to the bit.
+def layered(model: nn.Module, named: Mapping[str, th.Tensor]) -> Weights:
+    """The state dict of a network with adapters from what `merged`, then `base`, then `split` named.
 
-    :param below: of `base`; `parts` are those of `split`.
     :raises ValueError: if they are of other adapters.
     """
     expected = model.state_dict()
-    state = {**plain, **below, **parts}
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in plain_names(expected).items()}:
+    if shapes(named) != shapes(plain_names(expected)):
         raise UserError(
             "the adapters of the checkpoint are others than those asked for: leave lora_rank and lora_on to the run "
             "that is resumed"
         )
-    return {name: state[_plain(name)] for name in expected}
+    return {name: named[_plain(name)] for name in expected}
 
 
 # ---- files
 
 
-@dataclass(frozen=True)
-class Pack:
+class Pack(NamedTuple):
     """Adapters from a file.
 
     :param base: fingerprint of the weights that they were trained over, '' where it is unknown.
@@ -166,21 +158,15 @@ def content(model: nn.Module, state: Mapping[str, th.Tensor]) -> dict[str, Any]:
     modules = {name.rpartition(".")[0] for name in parts if not is_part(name)} - {*adapted, ""}
     whole = {name: value for name, value in named.items() if name in parts or name.rpartition(".")[0] in modules}
     configs: Any = model.peft_config
-    config = {name: _jsonable(value) for name, value in configs["default"].to_dict().items()}
+    config = {name: getattr(value, "value", value) for name, value in configs["default"].to_dict().items()}
     config |= {"modules_to_save": sorted(modules) or None, "inference_mode": True, "target_modules": adapted}
-    config |= {"base_model_name_or_path": _BASE + _fingerprint(base(model, state))}
+    config |= {"base_model_name_or_path": _BASE + fingerprint(dict(sorted(base(model, state).items())))}
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     return {CONFIG: config, WEIGHTS: {_PREFIX + name: value for name, value in whole.items()}}
 
 
-def _jsonable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-
-
 def read(path: str) -> Pack:
-    """A folder or file of adapters, or the newest of a run's folder.
-
-    :raises FileNotFoundError, ValueError: if there are none, or they are of another kind.
-    """
+    """A folder or file of adapters, or the newest of a run's folder."""
     path = paths.resolve(path)
     if os.path.basename(path) in (CONFIG, WEIGHTS):
         path = os.path.dirname(path) or "."
@@ -190,12 +176,11 @@ def read(path: str) -> Pack:
             raise UserError(f"{path} holds no loraNNNNNN: give the folder of a run with --lora_rank, or one of peft's")
         path = adapted[-1]
     folder = paths.isdir(path)
-    config = files.read_file(paths.join(path, CONFIG)) if folder else b"{}"
+    config = files.read_file(paths.join(path, CONFIG)) if folder else b""
     value = load(paths.join(path, WEIGHTS) if folder else path)
     try:
-        settings = files.parse_json(config)
-        pack = _of_peft(settings, value) if folder else _slowest(older_packs(value))
-        whole = _is_paired(pack.weights) and not any(settings.get(name) for name in _UNKNOWN)
+        pack = _of_peft(files.parse_json(config), value) if folder else _of_older(value)
+        whole = _is_paired(pack.weights)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError):
         whole = False
     if not whole:
@@ -208,36 +193,28 @@ def read(path: str) -> Pack:
 def _of_peft(config: Any, value: Mapping[str, th.Tensor]) -> Pack:
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     origin = str(config.get("base_model_name_or_path"))
-    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in value.items()}
+    understood = not any(config.get(name) for name in _UNKNOWN)
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in value.items() if understood}
     return Pack(float(scale), origin.removeprefix(_BASE) if origin.startswith(_BASE) else "", weights)
 
 
-def older_packs(value: Any) -> dict[str, Pack]:
-    """ "model", or the rate of an average -> its adapters, of what a file loraNNNNNN.pt holds."""
-
-    def renamed(name: str) -> str:
-        ending = next((ending for ending in _OLDER if name.endswith(ending)), "")
-        return name.removesuffix(ending) + _OLDER.get(ending, "")
-
-    scale, origin = float(value["scale"]), str(value["base"])
-    return {
-        key: Pack(scale, origin, {renamed(name): tensor for name, tensor in parts.items()})
-        for key, parts in value["weights"].items()
+def _of_older(value: Any) -> Pack:
+    """The slowest average in a file loraNNNNNN.pt, else the adapters themselves."""
+    key = max(value["weights"], key=lambda key: -1.0 if key == "model" else float(key))
+    renamed = {
+        name.replace(".lora.down", _DOWN).replace(".lora.up", _UP): tensor
+        for name, tensor in value["weights"][key].items()
     }
-
-
-def _slowest(packs: Mapping[str, Pack]) -> Pack:
-    """The slowest average, else the adapters themselves."""
-    rates = [key for key in packs if key != "model"]
-    return packs[max(rates, key=float)] if rates else packs["model"]
+    return Pack(float(value["scale"]), str(value["base"]), renamed)
 
 
 def _is_paired(weights: Mapping[str, th.Tensor]) -> bool:
     """Whether some of these tensors are adapters, each with both parts, of one rank."""
-    downs = {name.removesuffix(_DOWN): value for name, value in weights.items() if name.endswith(_DOWN)}
-    ups = {name.removesuffix(_UP): value for name, value in weights.items() if name.endswith(_UP)}
-    paired = set(downs) == set(ups) != set() and all(len(downs[name]) == ups[name].shape[1] for name in downs)
-    return paired and all(value.is_floating_point() for value in weights.values())
+    ranks = [
+        {name.removesuffix(ending): value.shape[axis] for name, value in weights.items() if name.endswith(ending)}
+        for ending, axis in ((_DOWN, 0), (_UP, 1))
+    ]
+    return ranks[0] == ranks[1] != {} and all(value.is_floating_point() for value in weights.values())
 
 
 @th.no_grad()
@@ -246,7 +223,6 @@ def applied(weights: Mapping[str, th.Tensor], pack: Pack, *, scale: float = 1.0)
 
     :param scale: how much of them, and of the parameters that were trained beside them: 1 as they were trained.
     :return: the weights, and a warning, '' for none.
-    :raises ValueError: if they are of another network.
     """
     result, below = dict(weights), dict[str, th.Tensor]()
     for name, value in pack.weights.items():
@@ -266,9 +242,5 @@ def applied(weights: Mapping[str, th.Tensor], pack: Pack, *, scale: float = 1.0)
             result[target] = _sum(weight, value, up, scale * pack.scale)
         else:
             result[name] = weight + scale * (value - weight)
-    same = not pack.base or _fingerprint(below) == pack.base
+    same = not pack.base or fingerprint(dict(sorted(below.items()))) == pack.base
     return result, "" if same else "the adapters were trained over other weights than these"
-
-
-def _fingerprint(weights: Mapping[str, th.Tensor]) -> str:
-    return fingerprint(dict(sorted(weights.items())))

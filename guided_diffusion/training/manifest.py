@@ -8,16 +8,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import re
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
-from ..runtime import files as untrusted, paths
+from ..runtime import files, paths
 from ..runtime.errors import UserError
 
 FORMAT = 1
-NAME = re.compile(r"set(?P<step>\d+)\.json$")
-PIECE = 2**20  # bytes read at a time
 
 
 class Entry(TypedDict):
@@ -50,40 +47,29 @@ class Hashed:
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
 
-def name_of(step: int) -> str:
-    """The name of the manifest of a step."""
-    return f"set{step:06d}.json"
+def write(folder: str, step: int, entries: Mapping[str, Entry]) -> str:
+    """Write the manifest of a step, and return its path.
 
-
-def content(step: int, files: Mapping[str, Entry]) -> dict[str, Any]:
-    """The manifest of a step.
-
-    :param files: name in the run's folder -> what was written.
+    :param entries: name in the folder -> what was written.
     """
-    return {"format": FORMAT, "step": step, "files": dict(files)}
+    path = paths.join(folder, f"set{step:06d}.json")
+    files.write_json(path, {"format": FORMAT, "step": step, "files": dict(entries)})
+    return path
 
 
-def read(path: str) -> dict[str, Entry]:
-    """The files that a manifest names.
-
-    :raises ValueError, OSError: if it is damaged, of another step than its name says, or cannot be read.
-    """
-    raw = untrusted.read_file(path)
+def _read(path: str) -> dict[str, Entry]:
+    """The files that a manifest names; {} where it is damaged, or of another step than its name says."""
+    content = files.read_file(path)
     try:
-        value = untrusted.parse_json(raw)
-        files: dict[str, Entry] = value["files"]
-        whole = all(
-            type(entry["bytes"]) is int
-            and isinstance(entry["sha256"], str)
-            and not untrusted.path_fault(name, "folder")
-            for name, entry in files.items()
-        )
-        whole &= name_of(value["step"]) == os.path.basename(path) and value["format"] == FORMAT
+        value = files.parse_json(content)
+        entries: dict[str, Entry] = value["files"]
+        whole = all(type(entry["bytes"]) is int and type(entry["sha256"]) is str for entry in entries.values())
+        whole &= not any(files.path_fault(name, "folder") for name in entries)
+        whole &= f"set{value['step']:06d}.json" == os.path.basename(path) and value["format"] == FORMAT
+        whole &= any(name.startswith("model") for name in entries)
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
-    if not whole or not any(name.startswith("model") for name in files):
-        raise UserError(f"its manifest is damaged, or not one of format {FORMAT} for this step")
-    return files
+    return entries if whole else {}
 
 
 def fault(path: str, *, checksums: bool, missing_is_fine: bool = False) -> str:
@@ -93,15 +79,16 @@ def fault(path: str, *, checksums: bool, missing_is_fine: bool = False) -> str:
     """
     folder = os.path.dirname(path) or "."
     try:
-        for name, entry in read(path).items():
+        entries = _read(path)
+        for name, entry in entries.items():
             reason = _fault_of(paths.join(folder, name), entry, checksums, missing_is_fine)
             if reason:
                 return f"{name} {reason}"
     except OSError as error:
         return f"it cannot be read ({error.strerror or error})"
-    except ValueError as error:
+    except UserError as error:
         return str(error)
-    return ""
+    return "" if entries else f"its manifest is damaged, or not one of format {FORMAT} for this step"
 
 
 def _fault_of(path: str, entry: Entry, checksums: bool, missing_is_fine: bool) -> str:
@@ -115,11 +102,7 @@ def _fault_of(path: str, entry: Entry, checksums: bool, missing_is_fine: bool) -
     return ""
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)  # whoever changes a file changes one of these
 def _digest_of(path: str, size: int, mtime: float, version: str | None) -> str:
-    """SHA-256 of a file; read again only after it has changed."""
-    digest = hashlib.sha256()
-    with untrusted.open_file(path) as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+    with files.open_file(path) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()

@@ -43,7 +43,6 @@ class Meter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the time inside as waiting."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
@@ -61,30 +60,27 @@ class Meter:
         self._losses.append({"t": t, **{name: value.detach() for name, value in losses.items()}})
 
     def drop_losses(self) -> None:
-        """Forget the losses that were added last, of a step that was skipped for them."""
+        """Forget the losses that were added last."""
         self._losses = self._losses[:-1]
 
     def step_done(self) -> None:
-        """Count a step, and show it."""
         self._steps += 1
         speed = self._per_second(self._steps * self.global_batch)
         self._bar.set_postfix_str(f"{speed:.3g} images/s, {100 * self.data_wait:.0f}% waiting for data", refresh=False)
         self._bar.update()
 
     def _per_second(self, amount: float) -> float:
-        """An amount over the time since the last line of the log."""
         return amount / max(time.perf_counter() - self._start, 1e-9)
 
     @property
     def data_wait(self) -> float:
-        """Share of that time in which this rank waited for data."""
+        """Share of the time since the last line of the log in which this rank waited for data."""
         return self._per_second(self._waited)
 
     def dump(self, log_losses: Callable[[th.Tensor, dict[str, th.Tensor]], object], prefix: str = "") -> None:
         """Write a line of the log, if there is a step that none holds; every rank calls it.
 
-        :param log_losses: (t, losses) -> None, as `log_loss_dict` does it.
-        :param prefix: of the names of the losses.
+        :param log_losses: of (t, losses), as `log_loss_dict`; `prefix` goes before their names.
         """
         if self._losses:  # not where a subclass of the loop computes and logs them in its own way
             rows, self._losses = self._losses, []
@@ -95,10 +91,7 @@ class Meter:
             logger.dumpkvs()
 
     def log_speed(self) -> None:
-        """Log images_per_second, data_wait and, after a checkpoint, save_stall; and begin to measure anew.
-
-        Every rank must call it: data_wait is that of the rank that waited longest, for which the others wait in turn.
-        """
+        """Log images_per_second, data_wait (of the rank that waited longest) and save_stall; every rank calls it."""
         logger.logkv("images_per_second", self._per_second(self._steps * self.global_batch))
         logger.logkv("data_wait", max(dist_util.gather_objects(self.data_wait)))
         if self._stalled:

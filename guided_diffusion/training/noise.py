@@ -80,15 +80,12 @@ class LabelDropout:
 
     :param rate: the probability for each label.
     :param null_label: of the network, None where it has none.
-    :raises ValueError: if the rate is no probability, or the network has no such label.
     """
 
     rate: float
     null_label: int | None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise UserError(f"class_dropout {self.rate} is no probability: give 0 for none, or a number up to 1")
         if self.rate and self.null_label is None:
             raise UserError(
                 f"class_dropout {self.rate} needs a network that knows 'no class': build it with null_class True"

@@ -12,9 +12,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..runtime import paths
-from ..runtime.files import write_json
 from . import checkpoints, manifest
-from .checkpoints import Checkpoint, choose as choose
 from .run_state import RunState
 
 # ---- the originals' functions, which research code replaces in train_util
@@ -42,20 +40,6 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
     return next((path for text, path in averages if float(text) == float(rate)), None)
 
 
-def agree(path: str) -> Checkpoint | None:
-    """The checkpoint of `checkpoints.choose`, with what was passed over in the log."""
-    files, faults = choose(path)
-    for line in faults:
-        logger.warn(line)
-    return files
-
-
-def skip_batches(data: Any, count: int) -> None:
-    """Let an `ImageStream` go on after so many global batches; other data stay as they are."""
-    if count and hasattr(data, "global_batch"):
-        data.load_state_dict({"batches": count})
-
-
 # ---- writing
 
 
@@ -74,9 +58,7 @@ def write_set(folder: str, step: int, parts: Mapping[str, Any]) -> Iterator[str]
         for file, item in files.items():
             entries[file] = checkpoints.save(paths.join(folder, file), item)
             yield paths.join(folder, file)
-    path = paths.join(folder, manifest.name_of(step))
-    write_json(path, manifest.content(step, entries))
-    yield path
+    yield manifest.write(folder, step, entries)
 
 
 def map_tensors(value: Any, change: Callable[[th.Tensor], th.Tensor]) -> Any:
@@ -151,7 +133,9 @@ class Saver:
                 self._pending = pool.submit(self._write, folder, step, snapshot(parts))
                 pool.shutdown(wait=False)
             elif dist_util.rank() == 0:
-                _report(self._write(folder, step, map_tensors(parts, lambda tensor: tensor.cpu().contiguous())))
+                parts = map_tensors(parts, lambda tensor: tensor.cpu().contiguous())
+                for line in self._write(folder, step, parts):
+                    logger.log(line)
         finally:
             if not self.asynchronous:
                 dist_util.barrier()
@@ -175,11 +159,6 @@ class Saver:
 
     def wait(self) -> None:
         """As `poll`, when the thread has finished."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            _report(pending.result())
-
-
-def _report(lines: list[str]) -> None:
-    for line in lines:
-        logger.log(line)
+        pending, self._pending = self._pending, None
+        for line in pending.result() if pending else ():
+            logger.log(line)

@@ -7,13 +7,12 @@ rank but the last ones, which may have fewer or none; whole tensors are those of
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch as th
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -35,8 +34,6 @@ def shard(model: nn.Module, like: nn.Module, precision: str) -> None:
 
     :param like: a copy after convert_to(precision), perhaps without values: what it would compute, the network then
         does, with the same casts and, where these decide over kernels, the same layouts.
-    :raises ValueError: for a network with converted parameters elsewhere than in the layers of blocks
-        (TimestepEmbedSequential), or on a device that cannot gather.
     """
     pairs = list(zip(model.parameters(), like.parameters(), strict=True))
     small = {param for param, converted in pairs if converted.dtype != param.dtype}
@@ -111,15 +108,16 @@ class ShardedTrainer(MixedPrecisionTrainer):
         if th.__version__ < OLDEST_TORCH:
             raise UserError(f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out")
         self._names = [name for name, _ in self.model.named_parameters()]
-        self._plain, self._rows_by_name = _without_memory(self.model), _without_memory(self.model)
+        self._plain = _without_memory(self.model)
         if self.precision != "fp32" and isinstance(self._plain, UNetBackbone):
             # whose layout is that of the device where it would have values
             self._plain.convert_to(self.precision, self.model_params[0].device)
         elif self.precision != "fp32":
             convert(self._plain, self.precision)
         shard(self.model, self._plain, self.precision)
-        self.model_params = list(self.model.parameters())
-        return [nn.Parameter(_rows_of(param), param.requires_grad) for param in self.model_params]
+        split: list[Any] = list(self.model.parameters())
+        self.model_params = split
+        return [nn.Parameter(param.detach().to_local(), param.requires_grad) for param in split]
 
     def _make_gradients(self) -> Gradients:
         return ShardedGradients(self._trained)
@@ -136,62 +134,39 @@ class ShardedTrainer(MixedPrecisionTrainer):
     # ---- whole tensors
 
     def master_params_to_state_dict(self, master_params: Sequence[th.Tensor]) -> dict[str, Any]:
-        return self._gathered(master_params)
+        return self._state_dict(_whole, master_params)
 
     def weights_for_files(self, master_params: Sequence[th.Tensor]) -> dict[str, Any]:
-        return self._gathered(master_params, cpu_offload=True)
+        return self._state_dict(_on_rank_0, master_params)
+
+    def _state_dict(self, gather: Callable[..., th.Tensor], master_params: Sequence[th.Tensor]) -> dict[str, Any]:
+        whole = map(gather, master_params, self.model_params)
+        return {**self.model.state_dict(), **dict(zip(self._names, whole, strict=True))}
 
     def state_dict_to_master_params(self, state_dict: Mapping[str, th.Tensor]) -> Sequence[th.Tensor]:
-        return self._rows({name: state_dict[name].float() for name in self._names})
+        return [self._rows(index, state_dict[name]) for index, name in enumerate(self._names)]
 
     def state_for_files(self, opt: th.optim.Optimizer) -> dict[str, Any]:
         saved = opt.state_dict()
-        state = {index: dict(entry) for index, entry in saved["state"].items()}
-        for key in _moments(state):
-            rows = [state.get(index, {}).get(key, master) for index, master in enumerate(self.master_params)]
-            whole = self._gathered(rows, cpu_offload=True, ignore_frozen_params=True)
-            for index, entry in state.items():
-                entry[key] = whole.get(self._names[index])
+        state = _with_moments(saved["state"], lambda index, rows: _on_rank_0(rows, self.model_params[index]))
         return {**saved, "state": state}
 
     def state_from_files(self, state: State) -> State:
-        result = {index: dict(entry) for index, entry in state.items()}
-        for key in _moments(state):
-            rows = self._rows({self._names[index]: entry[key] for index, entry in state.items()})
-            for index, entry in result.items():
-                entry[key] = rows[index]
-        return result
+        return _with_moments(state, self._rows)
 
     def plain_model(self, master_params: Sequence[th.Tensor] | None) -> nn.Module:
-        values = self.master_params if master_params is None else master_params
+        whole = self.master_params_to_state_dict(self.master_params if master_params is None else master_params)
         model = copy.deepcopy(self._plain)
-        frame, whole = model.state_dict(), self._gathered(values)
+        frame = model.state_dict()
         state = {name: laid_out_as(value.to(frame[name].dtype), frame[name]) for name, value in whole.items()}
         model.load_state_dict(state, assign=True)
         return model
 
-    def _holder(self, rows: Sequence[th.Tensor]) -> nn.Module:
-        """A network for its names alone: its parameters are these rows, all else is the model's."""
-        pairs = zip(self._names, self.model_params, rows, strict=True)
-        state = {name: _of_rows(values, cast(DTensor, param)) for name, param, values in pairs}
-        self._rows_by_name.load_state_dict({**self.model.state_dict(), **state}, assign=True)
-        return self._rows_by_name
-
-    def _gathered(
-        self, rows: Sequence[th.Tensor], *, cpu_offload: bool = False, ignore_frozen_params: bool = False
-    ) -> dict[str, Any]:
-        """The state dict with whole tensors; with cpu_offload on rank 0 alone, and empty on the others."""
-        options = StateDictOptions(
-            full_state_dict=True, cpu_offload=cpu_offload, ignore_frozen_params=ignore_frozen_params
-        )
-        return get_model_state_dict(self._holder(rows), options=options)
-
-    def _rows(self, whole: Mapping[str, th.Tensor]) -> list[th.Tensor]:
-        """The rows of whole tensors, by the values that rank 0 has; zeros where there is none."""
-        holder = self._holder([th.zeros_like(master) for master in self.master_params])
-        options = StateDictOptions(full_state_dict=True, strict=False)
-        set_model_state_dict(holder, dict(whole), options=options)
-        return [_rows_of(param) for param in holder.parameters()]
+    def _rows(self, index: int, whole: th.Tensor) -> th.Tensor:
+        """This rank's part of a tensor of parameter `index`, with the layout of its master."""
+        master = self.master_params[index]
+        first = dist.get_rank() * -(-len(whole) // dist.get_world_size())
+        return th.empty_like(master).copy_(whole[first : first + len(master)])
 
 
 def _without_memory(model: nn.Module) -> nn.Module:
@@ -200,18 +175,23 @@ def _without_memory(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, params)
 
 
-def _rows_of(param: th.Tensor) -> th.Tensor:
-    return cast(DTensor, param.detach()).to_local()
+def _whole(rows: th.Tensor, param: Any) -> th.Tensor:
+    """The tensor of a parameter that the rows of all ranks make; every rank must call it."""
+    layout: dict[str, Any] = {"shape": param.shape, "stride": param.stride()}
+    return DTensor.from_local(rows.detach(), param.device_mesh, param.placements, **layout).full_tensor()
 
 
-def _of_rows(rows: th.Tensor, param: DTensor) -> DTensor:
-    """The rows of all ranks as a tensor of a parameter."""
-    shape, stride = param.shape, param.stride()
-    return DTensor.from_local(rows.detach(), param.device_mesh, param.placements, shape=shape, stride=stride)
+def _on_rank_0(rows: th.Tensor, param: Any) -> th.Tensor:
+    """The same in the memory of the CPU, and nothing on other ranks."""
+    whole = _whole(rows, param)
+    return whole.cpu() if dist.get_rank() == 0 else th.empty(0)
 
 
-def _moments(state: State) -> list[str]:
-    """The names of what an optimizer keeps for each number of a parameter."""
-    return sorted(
-        {key for entry in state.values() for key, value in entry.items() if th.is_tensor(value) and value.ndim}
-    )
+def _with_moments(state: State, change: Callable[[int, th.Tensor], th.Tensor]) -> State:
+    """An optimizer's state with other values of what it keeps for each number of a parameter."""
+    return {
+        index: {
+            key: change(index, value) if th.is_tensor(value) and value.ndim else value for key, value in entry.items()
+        }
+        for index, entry in state.items()
+    }

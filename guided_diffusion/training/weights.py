@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 import torch as th
 
-from .. import dist_util, logger
+from .. import dist_util
 from ..networks.architecture import architecture, networks_in
 from ..runtime import files, paths
 from ..runtime.errors import UserError
@@ -18,7 +18,7 @@ from ..runtime.files import printable
 from .manifest import Entry, Hashed
 
 SHOWN = 3
-_KEYS, _MAX_FOREIGN = 12, 1000  # keys in a message; names of classes in a file
+_MAX_FOREIGN = 1000  # names of classes in a file
 _WEIGHTS = re.compile(r"(model|ema).*\.(pt|pth|safetensors)")
 _AVERAGE = re.compile(r"(?<![a-zA-Z])ema(?![a-zA-Z])", re.IGNORECASE)  # in a place such as model_ema.module
 
@@ -29,10 +29,9 @@ State = Mapping[str, th.Tensor]
 
 
 def save(path: str, obj: Any) -> Entry:
-    """Write tensors and plain values, as the ending says (.pt, .safetensors, .json); readers never see a half of it.
+    """Write tensors and plain values, as the ending says (.pt, .safetensors, .json); returns size and checksum.
 
-    :return: its size and checksum.
-    :raises OSError: naming path and reason, if that is impossible.
+    :raises OSError: naming path and reason, if that is impossible; readers never see a half of it.
     """
     with files.writing(path) as file:
         hashed = Hashed(file)
@@ -53,17 +52,7 @@ class Inert:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-    def __setitem__(self, *_: Any) -> None:
-        pass
-
-
-def _stand_ins(path: str) -> list[Any]:
-    """A class like `Inert` for each that a file names."""
-    names = (name.rpartition(".") for name in _foreign_names(path))
-    return [type(name, (Inert,), {"__module__": module}) for module, _, name in names]
+    __setstate__ = __setitem__ = __init__
 
 
 def _foreign_names(path: str) -> list[str]:
@@ -80,7 +69,6 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     """The tensors and plain values of a .pt or .safetensors file.
 
     :param inert: objects of any other class are replaced by objects of a class of its name that does nothing.
-    :raises FileNotFoundError, ValueError: if the file is missing, incomplete, or holds anything else.
     """
     path = paths.resolve(path)
     if not paths.exists(path):
@@ -90,7 +78,9 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
             files.check_unpacked(path)
         if path.endswith(".safetensors"):
             return _load_safetensors(path, map_location)
-        with th.serialization.safe_globals(_stand_ins(path) if inert else []):
+        names = [name.rpartition(".") for name in _foreign_names(path)] if inert else []
+        stand_ins: list[Any] = [type(name, (Inert,), {"__module__": module}) for module, _, name in names]
+        with th.serialization.safe_globals(stand_ins):
             state = dist_util.load_state_dict(path, map_location=map_location)
         _check_filled(state)
         return state
@@ -102,15 +92,12 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
 
 
 def _reason(path: str, error: Exception) -> str:
-    """Why a file could not be read."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    kind = "" if paths.is_remote(path) else files.kind_of_file(path)
-    if kind:
+    if not paths.is_remote(path) and (kind := files.kind_of_file(path)):
         return f"it is {kind}"
-    foreign = _foreign_names(path)
-    if foreign:
-        return f"it holds more than tensors and plain values: {', '.join(map(printable, foreign[:SHOWN]))}"
+    if foreign := _foreign_names(path):
+        return f"it holds more than tensors and plain values: {listed(map(printable, foreign))}"
     return f"it is damaged, cut short, or no file of weights{neighbours(path)}"
 
 
@@ -144,11 +131,10 @@ def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
 def pick(path: str, beside: str) -> tuple[dict[str, th.Tensor], str]:
     """The weights in a file, whatever else another program saved with them, and a sentence that says which.
 
-    Of several networks of this package an average (EMA) is taken, else the first.
+    Of several networks of this package an average (EMA) is taken, else the first. The sentence is '' where nothing but
+    weights is there.
 
     :param beside: weights to name in a message, '' where there are none.
-    :return: the sentence is '' where nothing but weights is there.
-    :raises ValueError: if it holds none, or numbers that are not finite.
     """
     content = load(path, inert=True)
     networks = dict(networks_in(content)) or {"": _plain_weights(content, path, beside)}
@@ -166,82 +152,63 @@ def pick(path: str, beside: str) -> tuple[dict[str, th.Tensor], str]:
 
 
 def _plain_weights(content: Any, path: str, beside: str) -> dict[str, th.Tensor]:
-    """A state dict of some other network.
-
-    :raises ValueError: saying what the file holds, if it is none.
-    """
+    """A state dict of some other network."""
+    values = list(content.values()) if isinstance(content, dict) else [content]
     optimizer = isinstance(content, dict) and {"state", "param_groups"} <= set(content)
-    if isinstance(content, dict) and not optimizer and all(isinstance(value, th.Tensor) for value in content.values()):
+    if isinstance(content, dict) and not optimizer and all(isinstance(value, th.Tensor) for value in values):
         wrapped = all(name.startswith("module.") for name in content)  # saved from inside a data-parallel wrapper
         return {name.removeprefix("module."): value for name, value in content.items()} if wrapped else content
-    held = "optimizer state" if optimizer else f"no weights of a network of this package, but {_held(content)}"
+    held = f"one object ({printable(f'{type(content).__module__}.{type(content).__qualname__}')})"
+    if isinstance(content, dict):
+        held = listed([f"{key!r:.50}" for key in content], 12)
     remedy = f"use {beside} beside it" if beside else "use a file ema_RATE_NNNNNN.pt or modelNNNNNN.pt"
-    if any(isinstance(value, Inert) for value in (content.values() if isinstance(content, dict) else [content])):
+    if any(isinstance(value, Inert) for value in values):
         remedy = "save the state_dict() of its network, and use that"
+    held = "optimizer state" if optimizer else f"no weights of a network of this package, but {held}"
     raise UserError(f"{path} holds {held}: {remedy}")
-
-
-def _held(content: Any) -> str:
-    """The keys of a file's dictionary, or the class of another object."""
-    if not isinstance(content, dict):
-        return f"one object ({printable(f'{type(content).__module__}.{type(content).__qualname__}')})"
-    more = f" and {len(content) - _KEYS} more" if len(content) > _KEYS else ""
-    return ", ".join(f"{key!r:.50}" for key in list(content)[:_KEYS]) + more
 
 
 # ---- whether they fit a network
 
 
-def checked(
-    picked: tuple[dict[str, th.Tensor], str], network: th.nn.Module | State, path: str, flags: Mapping[str, Any]
-) -> dict[str, th.Tensor]:
-    """The weights of `pick` if they fit a network; logs which they are.
-
-    :raises ValueError: naming the flags, else the tensors, that differ.
-    """
-    state, choice = picked
-    expected = network.state_dict() if isinstance(network, th.nn.Module) else network
-    if choice:
-        logger.log(choice)
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
-        size = flags.get("large_size", flags.get("image_size"))
-        raise UserError(f"{path} does not fit the flags: {difference(state, expected, size)}")
-    return state
+def shapes(state: State) -> dict[str, th.Size]:
+    """Name -> shape."""
+    return {name: value.shape for name, value in state.items()}
 
 
 def difference(theirs: State, ours: State, size: Any) -> str:
-    """The flags, else the tensors, in which a checkpoint and a network differ."""
+    """The flags, else the tensors, in which a checkpoint and a network differ.
+
+    :param size: of the network's images.
+    """
     read, built = architecture(theirs, size), architecture(ours, size)
-    flags = [
-        f"the checkpoint has {name} {_shown(read[name])}, you gave {_shown(built[name])}{_about(name, read, built)}"
-        for name in built
-        if name in read and read[name] != built[name]
-    ]
+    flags = []
+    for name in built:
+        if name in read and read[name] != built[name]:
+            null = name == "num_classes" and "class_cond" in built and abs(read[name] - built[name]) == 1
+            hint = " (counting the row that --null_class True adds)" if null else ""
+            has, given = (str(values[name]) or "''" for values in (read, built))
+            flags.append(f"the checkpoint has {name} {has}, you gave {given}{hint}")
     if set(read) - set(built) and not set(built) & set(read) - {"image_channels", "dims", "num_classes", "image_size"}:
         flags = ["the checkpoint is of another kind of network"]
     return "; ".join(flags or tensor_differences(theirs, ours))
 
 
-def _about(name: str, read: Mapping[str, Any], built: Mapping[str, Any]) -> str:
-    """Adds a hint where the numbers of classes differ as if one of them counted a null class."""
-    counted = name == "num_classes" and "class_cond" in built and abs(read[name] - built[name]) == 1
-    return " (counting the row that --null_class True adds)" if counted else ""
-
-
-def _shown(value: Any) -> str:
-    return str(value) or "''"
-
-
 def tensor_differences(theirs: State, ours: State) -> Iterator[str]:
     """Names and shapes in which a state dict, perhaps a stranger's, differs from ours; nothing where it fits."""
-    missing = [name for name in ours if name not in theirs]
-    unknown = [name for name in theirs if name not in ours]
-    other = [
-        f"{name} {list(theirs[name].shape)} instead of {list(ours[name].shape)}"
-        for name in ours
-        if name in theirs and theirs[name].shape != ours[name].shape
-    ]
-    for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape")):
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            yield f"{what}: {', '.join(map(printable, names[:SHOWN]))}{more}"
+    common = [name for name in ours if name in theirs and theirs[name].shape != ours[name].shape]
+    differences = {
+        "missing": [name for name in ours if name not in theirs],
+        "unknown": [name for name in theirs if name not in ours],
+        "of another shape": [
+            f"{name} {list(theirs[name].shape)} instead of {list(ours[name].shape)}" for name in common
+        ],
+    }
+    yield from (f"{what}: {listed(map(printable, names))}" for what, names in differences.items() if names)
+
+
+def listed(names: Iterable[str], most: int = SHOWN) -> str:
+    """The first of some names, and how many more there are."""
+    first = list(names)
+    more = f" and {len(first) - most} more" if len(first) > most else ""
+    return ", ".join(first[:most]) + more

@@ -148,7 +148,7 @@ def test_after_so_many_in_a_row_the_run_ends_with_the_last_checkpoint_named(tmp_
     loop = make(tmp_path, Stream(spoil), max_steps=20, max_bad_steps=limit, save_interval=saved, async_save=True)
     with pytest.raises(ValueError, match=f"the last {limit} steps up to step {limit + 3} were skipped") as caught:
         loop.run_loop()
-    newest = checkpoints.latest(str(tmp_path))
+    newest = checkpoints.newest(str(tmp_path))[0]
     assert (newest is None) == (saved == 1000)
     assert rest.format(newest.model if newest else "") in str(caught.value)
     assert "as the loss was not finite: remove or repair the images named above" in str(caught.value)

@@ -195,12 +195,12 @@ def test_a_checkpoint_cut_anywhere_is_never_taken_for_whole(runs: Path, half: Pa
         content = (half / name).read_bytes()
         for tenth in range(10):
             (half / name).write_bytes(content[: len(content) * tenth // 10])
-            found = checkpoint.latest(str(half))
+            found = checkpoint.newest(str(half))[0]
             assert found is not None
             assert found.step == 2, f"{name} cut to {tenth} tenths was taken"
         (half / name).write_bytes(content)
     os.remove(half / names[0])
-    assert checkpoint.latest(str(half)).step == 2  # type: ignore[union-attr]
+    assert checkpoint.newest(str(half))[0].step == 2  # type: ignore[union-attr]
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_cut_one(

@@ -205,7 +205,7 @@ def test_checkpoints_and_logs_open(place: Any, monkeypatch: pytest.MonkeyPatch) 
     checkpoints.save(str(folder / "model000001.pt"), {"a": th.ones(1)})
     (folder / "config.json").write_text(json.dumps({"flags": {"seed": 3}}))
     for name in ("run:1", "run:1/model000001.pt"):
-        assert checkpoints.resolve_model(place(name)) == str(folder / "model000001.pt")
+        assert checkpoints.open_checkpoint(place(name)).path == str(folder / "model000001.pt")
         assert checkpoints.find_set(place(name)).step == 1
         assert checkpoints.config_beside(place(name)) == {"seed": 3}
     assert checkpoints.load(place("run:1/model000001.pt"))["a"] == 1
@@ -219,7 +219,7 @@ def test_checkpoints_and_logs_open(place: Any, monkeypatch: pytest.MonkeyPatch) 
     [
         find_images,
         checkpoints.load,
-        checkpoints.resolve_model,
+        checkpoints.open_checkpoint,
         dist_util.load_state_dict,
         load_classes,
         open_images,

@@ -47,7 +47,7 @@ def test_safetensors_hold_the_same_weights(tmp_path):
     path = str(tmp_path / "ema_0.99_000007.safetensors")
     safetensors.torch.save_file(model.state_dict(), path)
     other = tiny()
-    checkpoints.load_weights(other, checkpoints.resolve_model(str(tmp_path)))
+    checkpoints.load_weights(other, checkpoints.open_checkpoint(str(tmp_path)).path)
     assert all(th.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -78,10 +78,10 @@ def test_objects_other_than_tensors_are_never_unpickled(tmp_path):
 def test_a_missing_file_is_answered_with_those_beside_it(tmp_path):
     write_set(tmp_path, 5)
     with pytest.raises(FileNotFoundError, match=r"model000006.pt' does not exist; beside it lie .*model000005.pt"):
-        checkpoints.resolve_model(str(tmp_path / "model000006.pt"))
+        checkpoints.open_checkpoint(str(tmp_path / "model000006.pt"))
     for path in ("", "nowhere.pt"):
         with pytest.raises(FileNotFoundError, match=r"does not exist: give the path of a checkpoint, or the folder"):
-            checkpoints.resolve_model(path)
+            checkpoints.open_checkpoint(path)
     with pytest.raises(FileNotFoundError, match=r"model000006.pt does not exist"):
         checkpoints.load(str(tmp_path / "model000006.pt"))
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -148,13 +148,13 @@ def test_a_renamed_file_is_weights_of_an_unknown_step(tmp_path):
 def test_sampling_takes_the_newest_average_then_the_newest_model(tmp_path):
     folder = str(tmp_path)
     with pytest.raises(ValueError, match="holds no ema_RATE"):
-        checkpoints.resolve_model(folder)
+        checkpoints.open_checkpoint(folder)
     write_set(tmp_path, 9, kinds=("model", "opt"))
     write_set(tmp_path, 1000000, kinds=("model",))
-    assert checkpoints.resolve_model(folder).endswith("model1000000.pt")
+    assert checkpoints.open_checkpoint(folder).path.endswith("model1000000.pt")
     write_set(tmp_path, 10008)
-    assert checkpoints.resolve_model(folder).endswith("ema_0.9999_010008.pt")
-    assert checkpoints.resolve_model(str(tmp_path / "model000009.pt")) == str(tmp_path / "model000009.pt")
+    assert checkpoints.open_checkpoint(folder).path.endswith("ema_0.9999_010008.pt")
+    assert checkpoints.open_checkpoint(str(tmp_path / "model000009.pt")).path == str(tmp_path / "model000009.pt")
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_sampling_takes_the_newest_average_then_the_newest_model(tmp_path):
 def test_sampling_takes_the_slowest_average_that_is_no_longer_than_the_run(tmp_path, step, warmed_up, kinds, taken):
     write_set(tmp_path, step, kinds=kinds)
     write_json(str(tmp_path / "config.json"), {"flags": {"ema_warmup": warmed_up}})
-    assert checkpoints.resolve_model(str(tmp_path)) == str(tmp_path / taken)
+    assert checkpoints.open_checkpoint(str(tmp_path)).path == str(tmp_path / taken)
 
 
 def test_config_and_classes_lie_beside_the_weights(tmp_path):

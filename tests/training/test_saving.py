@@ -93,11 +93,11 @@ def test_a_file_cut_at_any_tenth_is_never_taken_for_whole(run, kind):
 
 
 def test_sampling_takes_weights_from_a_folder_that_have_their_size(run):
-    assert checkpoints.resolve_model(str(run)).endswith("ema_0.25_000006.pt")
+    assert checkpoints.open_checkpoint(str(run)).path.endswith("ema_0.25_000006.pt")
     (run / "ema_0.25_000006.pt").write_bytes(b"cut")
-    assert checkpoints.resolve_model(str(run)).endswith("ema_0.25_000004.pt")
+    assert checkpoints.open_checkpoint(str(run)).path.endswith("ema_0.25_000004.pt")
     os.remove(run / "ema_0.25_000004.pt")
-    assert checkpoints.resolve_model(str(run)).endswith("ema_0.25_000002.pt")
+    assert checkpoints.open_checkpoint(str(run)).path.endswith("ema_0.25_000002.pt")
 
 
 def test_a_changed_byte_is_found_by_who_resumes(run):
