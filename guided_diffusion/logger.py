@@ -5,7 +5,6 @@
 """
 
 import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -56,14 +55,15 @@ class _Currents(type):
 
     @CURRENT.setter
     def CURRENT(cls, logger: "Logger | None") -> None:
-        if threading.current_thread() is not threading.main_thread():
+        in_main = threading.current_thread() is threading.main_thread()
+        if not in_main:
             cls._own.logger = logger
-        if threading.current_thread() is threading.main_thread() or cls._shared is None:
+        if in_main or cls._shared is None:
             _Currents._shared = logger
 
 
 class Logger(metaclass=_Currents):
-    """Collects values until they are dumped as one row.
+    """Collects values until they are dumped as one row; the methods are those of the functions below.
 
     CURRENT is what the functions of this module write to, in each thread its own where it was set there; DEFAULT is
     what `reset` goes back to.
@@ -78,14 +78,11 @@ class Logger(metaclass=_Currents):
         self.dir = dir
         self.output_formats = output_formats
         self.comm = comm
-        self.unnamed = False  # whether the folder is a temporary one that nobody asked for
 
     def logkv(self, key: str, val: Any) -> None:
-        """Sets a value of this row."""
         self.name2val[key] = val
 
     def logkv_mean(self, key: str, val: Any) -> None:
-        """Averages a value with those given under the same name since the last dump."""
         count = self.name2cnt[key]
         self.name2val[key] = self.name2val[key] * count / (count + 1) + val / (count + 1)
         self.name2cnt[key] = count + 1
@@ -105,29 +102,22 @@ class Logger(metaclass=_Currents):
         return row
 
     def rewind(self, step: int) -> None:
-        """Drops the rows of later steps from the files that can, before these steps are made again."""
         for writer in self.output_formats:
             if isinstance(writer, KVWriter):
                 writer.rewind(step)
 
     def log(self, *args: object, level: int = INFO) -> None:
-        """Writes a line of text, unless it is below the logger's level."""
-        if level < self.level:
-            return
-        for writer in self.output_formats:
+        for writer in self.output_formats if level >= self.level else ():
             if isinstance(writer, SeqWriter):
                 writer.writeseq(map(str, args))
 
     def set_level(self, level: int) -> None:
-        """Lines below this level are no longer written."""
         self.level = level
 
     def set_comm(self, comm: Comm | None) -> None:
-        """Average later dumps over this communicator; None: this rank's own values."""
         self.comm = comm
 
     def get_dir(self) -> str:
-        """The folder of this logger's files."""
         return self.dir
 
     def close(self) -> None:
@@ -204,22 +194,18 @@ def log(*args: object, level: int = INFO) -> None:
 
 
 def debug(*args: object) -> None:
-    """`log` at level DEBUG."""
     log(*args, level=DEBUG)
 
 
 def info(*args: object) -> None:
-    """`log` at level INFO."""
     log(*args, level=INFO)
 
 
 def warn(*args: object) -> None:
-    """`log` at level WARN."""
     log(*args, level=WARN)
 
 
 def error(*args: object) -> None:
-    """`log` at level ERROR."""
     log(*args, level=ERROR)
 
 
@@ -261,7 +247,6 @@ def profile(n: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 _shared_dir: str | None = None
 
-
 get_rank_without_mpi_import = launchers.announced_rank
 
 
@@ -298,8 +283,7 @@ def configure(
     :param log_suffix: goes before the extension of the files' names.
     """
     rank = get_rank_without_mpi_import()
-    named = dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir
-    folder = paths.local(named or new_dir())
+    folder = paths.local(dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir or new_dir())
     with explained(folder):
         os.makedirs(folder, exist_ok=True)
     suffix = log_suffix if rank == 0 else f"{log_suffix}-rank{rank:03d}"
@@ -307,8 +291,7 @@ def configure(
         of_rank_0 = os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv")
         format_strs = (of_rank_0 if rank == 0 else os.environ.get("OPENAI_LOG_FORMAT_MPI", "log")).split(",")
     writers = [make_output_format(name, folder, suffix) for name in format_strs if name]
-    current = Logger.CURRENT = Logger(dir=folder, output_formats=writers, comm=comm)
-    current.unnamed = not named
+    Logger.CURRENT = Logger(dir=folder, output_formats=writers, comm=comm)
     if writers:
         log(f"Logging to {folder}")
 
@@ -319,17 +302,6 @@ def reset() -> None:
         Logger.CURRENT.close()
         Logger.CURRENT = Logger.DEFAULT
         log("Reset logger")
-
-
-def discard() -> None:
-    """Removes the folder of a run that failed, where it is a temporary one and holds nothing but the log."""
-    current = Logger.CURRENT
-    if current is None or not current.unnamed or not os.path.isdir(current.dir):
-        return
-    if set(os.listdir(current.dir)) <= {"log.txt", "progress.csv", "progress.json"}:
-        current.close()
-        shutil.rmtree(current.dir, ignore_errors=True)
-        Logger.CURRENT = None
 
 
 @contextmanager

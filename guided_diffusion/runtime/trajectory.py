@@ -25,7 +25,6 @@ class Film:
     ``film = Film(every=5)``, a sampling loop with ``callback=film.collect``, then ``film.save("a.png", "a.gif")``.
 
     :param every: how many steps from one frame to the next.
-    :param images: how many images to show.
     """
 
     def __init__(self, every: int = 1, images: int = FILM_IMAGES) -> None:
@@ -44,10 +43,7 @@ class Film:
         self._sample = output["sample"][: self.images]
 
     def frames(self) -> list[tuple[str, Pixels]]:
-        """Title and images uint8 [N, H, W, C] of every frame; the last one shows the finished images.
-
-        :raises ValueError: if no step was collected.
-        """
+        """Title and images uint8 [N, H, W, C] of every frame; the last one shows the finished images."""
         if not self.steps:
             raise UserError("the film has no frames: give its method collect to a sampling loop as callback")
         return [*self._frames, ("image", to_uint8(self._sample))]
