@@ -9,7 +9,6 @@ import numpy as np
 import torch as th
 from PIL import Image
 
-from .errors import UserError
 from .files import replacing
 from .pictures import Pixels, grid, to_uint8
 
@@ -28,8 +27,6 @@ class Film:
     """
 
     def __init__(self, every: int = 1, images: int = FILM_IMAGES) -> None:
-        if min(every, images) < 1:
-            raise UserError(f"every {every} and images {images} of a film must be 1 or more")
         self.every, self.images = every, images
         self.steps = 0
         self._frames: list[tuple[str, Pixels]] = []
@@ -44,8 +41,6 @@ class Film:
 
     def frames(self) -> list[tuple[str, Pixels]]:
         """Title and images uint8 [N, H, W, C] of every frame; the last one shows the finished images."""
-        if not self.steps:
-            raise UserError("the film has no frames: give its method collect to a sampling loop as callback")
         return [*self._frames, ("image", to_uint8(self._sample))]
 
     def save(self, strip: str, animation: str) -> None:
