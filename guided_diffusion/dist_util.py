@@ -219,13 +219,10 @@ def gather(tensor: th.Tensor) -> list[th.Tensor]:
 
 def _gather_equal(tensor: th.Tensor) -> list[th.Tensor]:
     parts = [th.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather([_bytes(part) for part in parts], _bytes(tensor))
+    # as bytes, which every backend can send, whatever the dtype
+    *theirs, ours = (part.view(-1).view(th.uint8) for part in (*parts, tensor))
+    dist.all_gather(theirs, ours)
     return parts
-
-
-def _bytes(tensor: th.Tensor) -> th.Tensor:
-    """The same memory as uint8: what every backend can send, whatever the dtype."""
-    return tensor.view(-1).view(th.uint8)
 
 
 def sync_params(params: Iterable[th.Tensor]) -> None:
@@ -295,6 +292,8 @@ def _report(error: BaseException) -> None:
         message = sentence or "".join(["failed\n", *traceback.format_exception(error)])
         print(f"rank {place.rank} of {ranks}: {message}", file=sys.stderr)
         launchers.end_job(code)
+    if code == 2 and ranks == 1:
+        logger.discard()
     if sentence and not isinstance(error, SystemExit):
         print(sentence, file=sys.stderr)
         raise SystemExit(code) from error

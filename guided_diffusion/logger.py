@@ -5,6 +5,7 @@
 """
 
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -78,6 +79,7 @@ class Logger(metaclass=_Currents):
         self.dir = dir
         self.output_formats = output_formats
         self.comm = comm
+        self.unnamed = False  # whether the folder is a temporary one that nobody asked for
 
     def logkv(self, key: str, val: Any) -> None:
         self.name2val[key] = val
@@ -283,7 +285,8 @@ def configure(
     :param log_suffix: goes before the extension of the files' names.
     """
     rank = get_rank_without_mpi_import()
-    folder = paths.local(dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir or new_dir())
+    named = dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir
+    folder = paths.local(named or new_dir())
     with explained(folder):
         os.makedirs(folder, exist_ok=True)
     suffix = log_suffix if rank == 0 else f"{log_suffix}-rank{rank:03d}"
@@ -291,7 +294,8 @@ def configure(
         of_rank_0 = os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv")
         format_strs = (of_rank_0 if rank == 0 else os.environ.get("OPENAI_LOG_FORMAT_MPI", "log")).split(",")
     writers = [make_output_format(name, folder, suffix) for name in format_strs if name]
-    Logger.CURRENT = Logger(dir=folder, output_formats=writers, comm=comm)
+    current = Logger.CURRENT = Logger(dir=folder, output_formats=writers, comm=comm)
+    current.unnamed = not named
     if writers:
         log(f"Logging to {folder}")
 
@@ -302,6 +306,16 @@ def reset() -> None:
         Logger.CURRENT.close()
         Logger.CURRENT = Logger.DEFAULT
         log("Reset logger")
+
+
+def discard() -> None:
+    """Removes the folder of a run that failed, where it is a temporary one and holds nothing but the log."""
+    current = Logger.CURRENT
+    if current is not None and current.unnamed and os.path.isdir(current.dir):
+        if set(os.listdir(current.dir)) <= {"log.txt", "progress.csv", "progress.json"}:
+            current.close()
+            shutil.rmtree(current.dir, ignore_errors=True)
+            Logger.CURRENT = None
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from .scores import FeatureSet
 
 # the fields of a FeatureSet, and the field of Features that each is made of
 FIELDS = {"pool": "pool", "pool_statistics": "pool", "spatial_statistics": "spatial", "probs": "probs"}
+ROWS = 2**14  # that are read at a time
 FORMAT = 2  # of the files that are kept: those of another number are not found
 
 
@@ -146,7 +147,7 @@ def _kept(images: ImageSet, extractor: Extractor, needs: Collection[str]) -> dic
 
 def _read(path: str, count: int) -> Any:
     with Npz(path) as file:
-        arrays = {name: file.whole(name) for name in file.names()}
+        arrays = {name: np.concatenate(list(file.chunks(name, ROWS))) for name in file.names()}
     if set(arrays) == {"mean", "cov"}:
         return Statistics(count, **arrays)
     if arrays and (set(arrays) != {"rows"} or len(arrays["rows"]) != count):

@@ -99,7 +99,8 @@ def find_inception(path: str = "") -> str:
     """
     named = paths.resolve(path or os.environ.get(VARIABLE) or INCEPTION.cached)
     if not paths.exists(named):
-        raise FileNotFoundError(f"the weights of the Inception network, {named!r}, do not exist: {_remedy()}")
+        fault = f"{files.quoted(named)} does not exist"
+        raise FileNotFoundError(f"the weights of the Inception network are missing ({fault}): {_remedy()}")
     return named
 
 
