@@ -85,8 +85,11 @@ def _choose_device(name: str) -> th.device:
 
 def _join(place: Place, device: th.device, timeout: timedelta) -> None:
     try:
-        store = _meet(place)
-        store.set(f"rank{place.rank}", _describe(device))
+        store, description = _meet(place), device.type
+        if device.type == "cuda":
+            gpu = getattr(th.cuda.get_device_properties(device), "uuid", device.index)
+            description = f"{device.type} {gpu} of {socket.gethostname()}"
+        store.set(f"rank{place.rank}", description)
         descriptions = [store.get(f"rank{rank}").decode() for rank in range(place.size)]
     except dist.DistError as error:
         raise TimeoutError(
@@ -114,14 +117,6 @@ def _meet(place: Place) -> dist.Store:
     store = dist.TCPStore("localhost", 0, place.size, True, timeout=JOIN_TIMEOUT, wait_for_workers=False)
     launchers.mpi_broadcast((launchers.own_host(place), store.port))
     return store
-
-
-def _describe(device: th.device) -> str:
-    """The kind of device and, for a GPU, which one of which machine."""
-    if device.type != "cuda":
-        return device.type
-    gpu = getattr(th.cuda.get_device_properties(device), "uuid", device.index)
-    return f"{device.type} {gpu} of {socket.gethostname()}"
 
 
 def _refuse_unequal(descriptions: list[str]) -> None:

@@ -311,11 +311,12 @@ def reset() -> None:
 def discard() -> None:
     """Removes the folder of a run that failed, where it is a temporary one and holds nothing but the log."""
     current = Logger.CURRENT
-    if current is not None and current.unnamed and os.path.isdir(current.dir):
-        if set(os.listdir(current.dir)) <= {"log.txt", "progress.csv", "progress.json"}:
-            current.close()
-            shutil.rmtree(current.dir, ignore_errors=True)
-            Logger.CURRENT = None
+    if current is None or not current.unnamed or not os.path.isdir(current.dir):
+        return
+    if set(os.listdir(current.dir)) <= {"log.txt", "progress.csv", "progress.json"}:
+        current.close()
+        shutil.rmtree(current.dir, ignore_errors=True)
+        Logger.CURRENT = None
 
 
 @contextmanager

@@ -25,9 +25,8 @@ from .runtime.files import write_json
 from .runtime.jobs import Job
 from .runtime.labels import check_labels
 from .runtime.npz import fingerprint, save_npz, write_npz
-from .runtime.pictures import LEVEL, Pixels, can_draw, draw_each, draw_grid, save_grid, to_uint8
+from .runtime.pictures import FILM_IMAGES, LEVEL, Film, Pixels, can_draw, draw_each, draw_grid, save_grid, to_uint8
 from .runtime.seeds import image_generator, seeded
-from .runtime.trajectory import FILM_IMAGES, Film
 from .sampling.loop import SampleOptions, network_calls
 from .sampling.samplers import make_sampler
 from .sampling.steps import StepOutput

@@ -184,11 +184,12 @@ def _few(side: Side) -> Iterator[str]:
     statistics, pool = side.features.pool_statistics, side.features.pool
     n = statistics.n if statistics is not None else side.features.n
     columns = len(statistics.mean) if statistics is not None else 0 if pool is None else pool.shape[1]
-    if 0 < n < max(FEW, columns):
-        singular = f" and than the {columns} features, so that their covariance is singular" if n < columns else ""
+    limit = max(FEW, columns)
+    if 0 < n < limit:
+        singular = f" (of {columns} features, so that their covariance is singular)" if n < columns else ""
         yield (
-            f"{side.images.path}: {n} images are fewer than {FEW}{singular}: distances come out too large, and compare "
-            "with those of as many images alone"
+            f"{side.images.path}: {n} images{singular} are fewer than {limit}: distances come out too large, and "
+            "compare with those of as many images alone"
         )
 
 

@@ -311,7 +311,7 @@ def test_few_images_and_other_sizes_are_warned_of(pair, tmp_path):
     assert "8x8x3 and those of the samples 16x16x3:" in told[2]
     np.savez(tmp_path / "few.npz", MADE[:5])
     told = evaluate(pair[0], str(tmp_path / "few.npz"), Cheap(), metrics=("fid",)).warnings
-    assert "5 images are fewer than 2048 and than the 12 features, so that their covariance is singular" in told[1]
+    assert "5 images (of 12 features, so that their covariance is singular) are fewer than 2048" in told[1]
     many = np.zeros((2048, 2, 2, 3), np.uint8)
     many[...] = rng.integers(1, 256, (2048, 1, 1, 1))
     np.savez(tmp_path / "many.npz", many)

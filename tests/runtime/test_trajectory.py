@@ -13,8 +13,7 @@ import torch as th
 from oracle import GaussianData, make_process
 from PIL import Image
 
-from guided_diffusion.runtime.pictures import CELL, PAD, to_uint8
-from guided_diffusion.runtime.trajectory import LAST, Film
+from guided_diffusion.runtime.pictures import CELL, LAST, PAD, Film, to_uint8
 from guided_diffusion.sampling.samplers import make_sampler
 
 STEPS = make_process(100, "6", name="cosine")
