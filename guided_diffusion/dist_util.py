@@ -29,7 +29,6 @@ Ts = TypeVarTuple("Ts")
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks to have started
 COLLECTIVE_TIMEOUT = 10.0  # minutes for the slowest rank to reach a collective: rank 0 may be merging files
-DEVICE_TYPES = ("cpu", "cuda", "mps")
 GPUS_PER_NODE, SETUP_RETRY_COUNT = 8, 3  # names of the originals, without effect
 
 _joining = threading.Lock()  # commands may run in threads of one process
@@ -71,15 +70,11 @@ def _choose_device(name: str) -> th.device:
         device = th.device(name or ("cuda" if th.cuda.is_available() else "cpu"))
     except RuntimeError:
         device = th.device("meta")  # as unsupported as a name that torch does not know
-    count, fault = th.cuda.device_count(), ""
-    if device.type not in DEVICE_TYPES:
-        fault = "there is no such kind"
-    elif device.type == "mps" and not th.backends.mps.is_available():
-        fault = "torch finds no Apple GPU"
-    elif device.type == "cuda" and (device.index or 0) >= count:
-        fault = f"torch sees {count} GPUs (CUDA_VISIBLE_DEVICES limits them where it is set)"
-    if fault:
-        raise UserError(f"device {name!r} cannot be used, {fault}: give cpu, cuda, cuda:N or mps, or leave it out")
+    count = th.cuda.device_count()
+    usable = {"cpu": True, "cuda": (device.index or 0) < count, "mps": th.backends.mps.is_available()}
+    if not usable.get(device.type):
+        gpus = f"torch sees {count} GPUs" + " within CUDA_VISIBLE_DEVICES" * ("CUDA_VISIBLE_DEVICES" in os.environ)
+        raise UserError(f"device {name!r} cannot be used, {gpus}: give cpu, cuda, cuda:N or mps, or leave it out")
     return th.device("cuda", local_rank() % count) if device == th.device("cuda") else device
 
 

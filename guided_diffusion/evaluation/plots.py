@@ -100,8 +100,8 @@ def _curve(axis: Axes, rows: Sequence[Row], x: str, label: str, look: Mapping[st
     axis.errorbar([row[x] for row in rows], [row[label] for row in rows], yerr=bars, capsize=2, **look)
 
 
-def _title(label: str) -> str:
-    return f"{label} ({'higher' if base(label) in HIGHER else 'lower'} is better)"
+def _title(*labels: str) -> str:
+    return f"{' and '.join(labels)} ({'higher' if base(labels[0]) in HIGHER else 'lower'} is better)"
 
 
 def draw_progress(rows: Sequence[Row], labels: Sequence[str], path: str) -> None:
@@ -123,7 +123,7 @@ def draw_progress(rows: Sequence[Row], labels: Sequence[str], path: str) -> None
         axis.set_xlabel("training step")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=True))
         axis.ticklabel_format(useOffset=False)
-        axis.set_title(_title(" and ".join(group)) if len(group) == 1 else f"{' and '.join(group)} (higher is better)")
+        axis.set_title(_title(*group))
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(group))
 
     _draw(path, labels, 4.4, panel)
