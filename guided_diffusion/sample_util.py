@@ -272,7 +272,7 @@ def preview(
     few_steps = respaced(process, [float(process.timestep_map[int(t)]) for t in sorted(kept)])
     count, *image_shape = shape
     sizes: dict[str, Any] = {"shape": tuple(image_shape), "num_samples": count, "batch_size": count}
-    job = Job(sampler="ddim", out_dir=os.path.dirname(path), seed=seed, labels=labels, **sizes)
+    job = Job(sampler="ddim", out_dir="", seed=seed, labels=labels, **sizes)
     [(_, images)] = sampled(few_steps, model, job)
     save_grid(path, images, math.ceil(math.sqrt(count)))
     return images

@@ -106,7 +106,7 @@ class RunningStatistics:
     def result(self) -> Statistics:
         """Statistics of all features so far."""
         if not self.n:
-            raise ValueError("there are no features: give those of at least one image")
+            raise ValueError("there are no features")
         return self._with(self._rest) if self._total is None or len(self._rest) else self._total
 
 

@@ -114,7 +114,8 @@ class Npz:
             return "arr_0"
         names = [name for name in self.names() if name not in STATISTICS and len(self.header(name).shape) > 1]
         if len(names) != 1:
-            raise UserError(f"{self.path} holds {self.content()}: save the images as arr_0")
+            unclear = "and it is not clear which are images: save them as arr_0"
+            raise UserError(f"{self.path} holds {self.content()}, {unclear}")
         return names[0]
 
     def labels(self) -> list[int] | None:
