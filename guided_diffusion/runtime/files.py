@@ -205,7 +205,7 @@ def read_header(file: IO[bytes]) -> Header:
     except Exception as error:  # a header is Python source, and numpy's parser raises what Python's does
         raise UserError(f"it is no npy ({reason(error)})") from error
     if dtype.kind not in "biufc" or not all(type(side) is int and side >= 0 for side in shape):
-        raise UserError(f"an array of {printable(f'{dtype} {shape}')}, where numbers are read")
+        raise UserError(f"an array of type {printable(f'{dtype} {shape}')}, where numbers are read")
     return Header(shape, dtype, fortran and len(shape) > 1)
 
 
@@ -261,6 +261,12 @@ class _Raw(io.FileIO):
             self.error = error
             return memoryview(data).nbytes
 
+    def settle(self) -> None:
+        """Have everything on the disk, or raise what went wrong."""
+        if self.error is not None:
+            raise self.error
+        os.fsync(self.fileno())
+
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
@@ -277,9 +283,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             with explained(path):
-                if raw.error is not None:
-                    raise raw.error
-                os.fsync(raw.fileno())
+                raw.settle()
         with explained(path):
             os.replace(part, path)
         with contextlib.suppress(OSError):  # have the new name on the disk too, where the file system can do that

@@ -131,7 +131,7 @@ class CSVOutputFormat(_FileWriter, KVWriter):
     def writekvs(self, kvs: KeyValues) -> None:
         if new_keys := sorted(kvs.keys() - set(self.keys)):
             self._add_columns(new_keys)
-        values = [kvs.get(key) for key in self.keys]
+        values: list[Any] = [kvs.get(key) for key in self.keys]
         self._append(_csv_lines([[value.item() if hasattr(value, "detach") else value for value in values]]))
 
     def _add_columns(self, new_keys: list[str]) -> None:
