@@ -344,6 +344,27 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """How the likelihood of the probability flow is measured."""
+
+    NEEDS: ClassVar[str] = "likelihood=flow"
+    dequantize: str = flag(
+        "uniform",
+        "what 8-bit pixels become: uniform, a point of their bin; decoder, noised by the first step of diffusion and "
+        "read back by the network, as in the variational bound",
+        choices=("uniform", "decoder"),
+    )
+    probes: int = flag(1, "random directions along which the divergence is measured", at_least=1)
+    probe_noise: str = flag("rademacher", "what they are drawn from", choices=("rademacher", "gaussian"))
+    flow_solver: str = flag(
+        "rk45", "rk45: steps as long as --flow_tolerance allows; heun: those of the grid", choices=("rk45", "heun")
+    )
+    flow_tolerance: float = flag(
+        1e-4, "greatest error of a step, absolute and relative", at_least=1e-9, needs="flow_solver=rk45"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExtractorConfig:
     """The network whose features are compared."""
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar, TypeVarTuple, cast
 
@@ -29,8 +29,6 @@ Ts = TypeVarTuple("Ts")
 
 JOIN_TIMEOUT = timedelta(minutes=5)  # for all ranks to have started
 COLLECTIVE_TIMEOUT = 10.0  # minutes for the slowest rank to reach a collective: rank 0 may be merging files
-PIECE = 2**23  # numbers sent at once by sync_params, at most, unless one tensor alone is larger
-DEVICE_TYPES = ("cpu", "cuda", "mps")
 GPUS_PER_NODE, SETUP_RETRY_COUNT = 8, 3  # names of the originals, without effect
 
 _joining = threading.Lock()  # commands may run in threads of one process
@@ -41,9 +39,9 @@ _device: th.device | None = None
 
 
 def setup_dist(*, device: str = "", timeout: float = COLLECTIVE_TIMEOUT) -> None:
-    """Joins the other ranks; afterwards torch.distributed is initialised, in a single process too.
+    """Joins the other ranks; afterwards torch.distributed is initialised, in a single process too (without a port).
 
-    A single process opens no port and looks up no host name. Where a group exists already, only the device is set.
+    Where a group exists already, only the device is set.
 
     :param device: where this rank computes: "cpu", "cuda" (each rank its own), "cuda:1" or "mps"; default: cuda where
         torch sees one, else cpu. CUDA_VISIBLE_DEVICES is respected and never written.
@@ -72,28 +70,26 @@ def _choose_device(name: str) -> th.device:
         device = th.device(name or ("cuda" if th.cuda.is_available() else "cpu"))
     except RuntimeError:
         device = th.device("meta")  # as unsupported as a name that torch does not know
-    count, fault = th.cuda.device_count(), ""
-    if device.type not in DEVICE_TYPES:
-        fault = "there is no such kind"
-    elif device.type == "mps" and not th.backends.mps.is_available():
-        fault = "torch finds no Apple GPU"
-    elif device.type == "cuda" and (device.index or 0) >= count:
-        fault = f"torch sees {count} GPUs (CUDA_VISIBLE_DEVICES limits them where it is set)"
-    if fault:
-        raise UserError(f"device {name!r} cannot be used, {fault}: give cpu, cuda, cuda:N or mps, or leave it out")
+    count = th.cuda.device_count()
+    usable = {"cpu": True, "cuda": (device.index or 0) < count, "mps": th.backends.mps.is_available()}
+    if not usable.get(device.type):
+        gpus = f"torch sees {count} GPUs" + " within CUDA_VISIBLE_DEVICES" * ("CUDA_VISIBLE_DEVICES" in os.environ)
+        raise UserError(f"device {name!r} cannot be used, {gpus}: give cpu, cuda, cuda:N or mps, or leave it out")
     return th.device("cuda", local_rank() % count) if device == th.device("cuda") else device
 
 
 def _join(place: Place, device: th.device, timeout: timedelta) -> None:
     try:
-        store = _meet(place)
-        store.set(f"rank{place.rank}", _describe(device))
+        store, description = _meet(place), device.type
+        if device.type == "cuda":
+            gpu = getattr(th.cuda.get_device_properties(device), "uuid", device.index)
+            description = f"{device.type} {gpu} of {socket.gethostname()}"
+        store.set(f"rank{place.rank}", description)
         descriptions = [store.get(f"rank{rank}").decode() for rank in range(place.size)]
     except dist.DistError as error:
         raise TimeoutError(
             f"rank {place.rank}: {place.launcher} announced {place.size} ranks, but not all of them arrived within "
-            f"{JOIN_TIMEOUT.total_seconds():.0f} s ({str(error).splitlines()[0]}): look for the rank that failed, "
-            "or, if one process was meant, start it without the launcher's variables"
+            f"{JOIN_TIMEOUT.total_seconds():.0f} s ({str(error).splitlines()[0]}): look for the rank that failed"
         ) from error
     _refuse_unequal(descriptions)
     if device.type == "cuda":
@@ -105,15 +101,11 @@ def _join(place: Place, device: th.device, timeout: timedelta) -> None:
 
 def _meet(place: Place) -> dist.Store:
     """A store that all ranks reach; rank 0 holds its port from here on, so that no other job can take it."""
-    if place.launcher == "mpiexec":
-        return _meet_through_mpi(place)
-    url = f"tcp://{launchers.meeting_point(place)}"
-    store, _, _ = next(dist.rendezvous(url, place.rank, place.size, timeout=JOIN_TIMEOUT))
-    # torchrun's store survives its restarts of the ranks, with all that they wrote
-    return dist.PrefixStore(f"guided_diffusion{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
-
-
-def _meet_through_mpi(place: Place) -> dist.Store:
+    if place.launcher != "mpiexec":
+        url = f"tcp://{launchers.meeting_point(place)}"
+        store, _, _ = next(dist.rendezvous(url, place.rank, place.size, timeout=JOIN_TIMEOUT))
+        # torchrun's store survives its restarts of the ranks, with all that they wrote
+        return dist.PrefixStore(f"guided_diffusion{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
     if place.rank > 0:
         host, port = launchers.mpi_broadcast(None)
         return dist.TCPStore(host, port, place.size, False, timeout=JOIN_TIMEOUT)
@@ -122,31 +114,19 @@ def _meet_through_mpi(place: Place) -> dist.Store:
     return store
 
 
-def _describe(device: th.device) -> str:
-    """The kind of device and, for a GPU, which one of which machine."""
-    if device.type != "cuda":
-        return device.type
-    gpu = getattr(th.cuda.get_device_properties(device), "uuid", device.index)
-    return f"{device.type} {gpu} of {socket.gethostname()}"
-
-
 def _refuse_unequal(descriptions: list[str]) -> None:
-    """Fails on every rank alike, before the first collective would hang.
-
-    :param descriptions: of the devices, by rank.
-    """
+    """Fails on every rank alike, by the descriptions of all ranks' devices, before the first collective would hang."""
     kinds = {text.split()[0] for text in descriptions}
     if len(kinds) > 1:
         shown = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
         raise UserError(f"the ranks have different kinds of device ({shown}): give all of them the same --device")
-    shared = [(descriptions.index(text), rank) for rank, text in enumerate(descriptions)]
-    shared = [(first, rank) for first, rank in shared if first != rank and "cpu" not in kinds]
-    if shared:
-        first, rank = shared[0]
-        raise UserError(
-            f"ranks {first} and {rank} share one GPU ({descriptions[rank]}): start at most one rank per visible GPU, "
-            "or give --device cpu"
-        )
+    for rank, text in enumerate(descriptions):
+        first = descriptions.index(text)
+        if first != rank and text != "cpu":
+            raise UserError(
+                f"ranks {first} and {rank} share one GPU ({text}): start at most one rank per visible GPU, or give "
+                "--device cpu"
+            )
 
 
 # ---- who and where
@@ -229,13 +209,10 @@ def gather(tensor: th.Tensor) -> list[th.Tensor]:
 
 def _gather_equal(tensor: th.Tensor) -> list[th.Tensor]:
     parts = [th.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather([_bytes(part) for part in parts], _bytes(tensor))
+    # as bytes, which every backend can send, whatever the dtype
+    *theirs, ours = (part.view(-1).view(th.uint8) for part in (*parts, tensor))
+    dist.all_gather(theirs, ours)
     return parts
-
-
-def _bytes(tensor: th.Tensor) -> th.Tensor:
-    """The same memory as uint8: what every backend can send, whatever the dtype."""
-    return tensor.view(-1).view(th.uint8)
 
 
 def sync_params(params: Iterable[th.Tensor]) -> None:
@@ -243,24 +220,10 @@ def sync_params(params: Iterable[th.Tensor]) -> None:
     if world_size() == 1:
         return
     with th.no_grad():
-        for piece in _pieces(params):
-            flat = th.cat([tensor.reshape(-1) for tensor in piece])
-            dist.broadcast(flat, 0)
-            for tensor, values in zip(piece, flat.split([tensor.numel() for tensor in piece]), strict=True):
-                tensor.copy_(values.view_as(tensor))
-
-
-def _pieces(tensors: Iterable[th.Tensor]) -> Iterator[list[th.Tensor]]:
-    """Runs of tensors of one dtype and device, in order, so that many small ones share a message."""
-    piece: list[th.Tensor] = []
-    for tensor in tensors:
-        fits = sum(other.numel() for other in piece) + tensor.numel() <= PIECE
-        if piece and not (fits and (tensor.dtype, tensor.device) == (piece[0].dtype, piece[0].device)):
-            yield piece
-            piece = []
-        piece.append(tensor)
-    if piece:
-        yield piece
+        for tensor in params:
+            values = tensor.reshape(-1)  # a copy where the memory is in another order
+            dist.broadcast(values, 0)
+            tensor.copy_(values.view_as(tensor))
 
 
 def load_state_dict(path: str, **kwargs: Any) -> Any:
@@ -334,16 +297,15 @@ def exit_of(error: BaseException) -> tuple[int, str]:
         return code, "" if debug else f"exit: {error.code}"
     if isinstance(error, KeyboardInterrupt):
         return 130, "" if debug else "interrupted"  # what a shell reports for Ctrl-C
-    code, line = 1, str(error).partition("\n")[0]
-    sentence = ""
+    code, sentence, text = 1, "", str(error)
     if isinstance(error, UserError | OSError):
         code, sentence = 2, sentence_of(error)
-    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error)):
-        cause = line.partition("] ")[2].partition(". ")[0] or str(error)
+    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in text):
+        cause = text.partition("\n")[0].partition("] ")[2].partition(". ")[0] or text
         sentence = f"a collective failed ({cause}): another rank has ended, or is slower than --dist_timeout allows"
     elif is_out_of_memory(error):
-        detail = f" ({line})" if line else ""
-        sentence = f"out of memory{detail}: take a smaller --batch_size or, in training, --microbatch"
+        detail = text.partition("\n")[0] or type(error).__name__
+        sentence = f"out of memory ({detail}): take a smaller --batch_size or, in training, --microbatch"
     return code, f"error: {sentence}" if sentence and not debug else ""
 
 

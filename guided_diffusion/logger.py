@@ -56,14 +56,15 @@ class _Currents(type):
 
     @CURRENT.setter
     def CURRENT(cls, logger: "Logger | None") -> None:
-        if threading.current_thread() is not threading.main_thread():
+        in_main = threading.current_thread() is threading.main_thread()
+        if not in_main:
             cls._own.logger = logger
-        if threading.current_thread() is threading.main_thread() or cls._shared is None:
+        if in_main or cls._shared is None:
             _Currents._shared = logger
 
 
 class Logger(metaclass=_Currents):
-    """Collects values until they are dumped as one row.
+    """Collects values until they are dumped as one row; the methods are those of the functions below.
 
     CURRENT is what the functions of this module write to, in each thread its own where it was set there; DEFAULT is
     what `reset` goes back to.
@@ -81,11 +82,9 @@ class Logger(metaclass=_Currents):
         self.unnamed = False  # whether the folder is a temporary one that nobody asked for
 
     def logkv(self, key: str, val: Any) -> None:
-        """Sets a value of this row."""
         self.name2val[key] = val
 
     def logkv_mean(self, key: str, val: Any) -> None:
-        """Averages a value with those given under the same name since the last dump."""
         count = self.name2cnt[key]
         self.name2val[key] = self.name2val[key] * count / (count + 1) + val / (count + 1)
         self.name2cnt[key] = count + 1
@@ -105,29 +104,22 @@ class Logger(metaclass=_Currents):
         return row
 
     def rewind(self, step: int) -> None:
-        """Drops the rows of later steps from the files that can, before these steps are made again."""
         for writer in self.output_formats:
             if isinstance(writer, KVWriter):
                 writer.rewind(step)
 
     def log(self, *args: object, level: int = INFO) -> None:
-        """Writes a line of text, unless it is below the logger's level."""
-        if level < self.level:
-            return
-        for writer in self.output_formats:
+        for writer in self.output_formats if level >= self.level else ():
             if isinstance(writer, SeqWriter):
                 writer.writeseq(map(str, args))
 
     def set_level(self, level: int) -> None:
-        """Lines below this level are no longer written."""
         self.level = level
 
     def set_comm(self, comm: Comm | None) -> None:
-        """Average later dumps over this communicator; None: this rank's own values."""
         self.comm = comm
 
     def get_dir(self) -> str:
-        """The folder of this logger's files."""
         return self.dir
 
     def close(self) -> None:
@@ -204,22 +196,18 @@ def log(*args: object, level: int = INFO) -> None:
 
 
 def debug(*args: object) -> None:
-    """`log` at level DEBUG."""
     log(*args, level=DEBUG)
 
 
 def info(*args: object) -> None:
-    """`log` at level INFO."""
     log(*args, level=INFO)
 
 
 def warn(*args: object) -> None:
-    """`log` at level WARN."""
     log(*args, level=WARN)
 
 
 def error(*args: object) -> None:
-    """`log` at level ERROR."""
     log(*args, level=ERROR)
 
 
@@ -260,7 +248,6 @@ def profile(n: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 # ---- where and what to write
 
 _shared_dir: str | None = None
-
 
 get_rank_without_mpi_import = launchers.announced_rank
 

@@ -25,9 +25,8 @@ from .runtime.files import write_json
 from .runtime.jobs import Job
 from .runtime.labels import check_labels
 from .runtime.npz import fingerprint, save_npz, write_npz
-from .runtime.pictures import LEVEL, Pixels, can_draw, draw_each, draw_grid, save_grid, to_uint8
+from .runtime.pictures import FILM_IMAGES, LEVEL, Film, Pixels, can_draw, draw_each, draw_grid, save_grid, to_uint8
 from .runtime.seeds import image_generator, seeded
-from .runtime.trajectory import FILM_IMAGES, Film
 from .sampling.loop import SampleOptions, network_calls
 from .sampling.samplers import make_sampler
 from .sampling.steps import StepOutput
@@ -40,9 +39,6 @@ NOT_IN_THE_RESULT = ("device", "progress", "callback")
 STRAYED = 0.1  # share of the values of a guided x_0 outside of [-1, 1] that is worth a line
 
 
-# ---- one way out
-
-
 def generate(process: GaussianDiffusion, model: Model, job: Job, **options: Unpack[SampleOptions]) -> str:
     """Make and save the images of a job; returns the path of the npz (arr_0 images, arr_1 labels if there are any).
 
@@ -50,7 +46,6 @@ def generate(process: GaussianDiffusion, model: Model, job: Job, **options: Unpa
     rank calls this; all of them must see the same folder.
 
     :param options: of the sampling loop, e.g. `cond_fn`; what they are made of belongs into `job.request`.
-    :raises ValueError: if the folder holds another request, or the labels do not fit the network.
     """
     _check(job, model, options)
     finished = dist_util.decide(lambda: _claim(job, _manifest(process, model, job, options)))
@@ -89,7 +84,6 @@ def _check(job: Job, model: Model, options: SampleOptions) -> None:
 def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: SampleOptions) -> dict[str, Any]:
     """Everything that the result depends on, as JSON values."""
     labels = list(job.labels)
-    schedule = {"betas": process.betas, "timesteps": np.asarray(process.timestep_map)}
     settings = {
         "shape": job.shape,
         "num_samples": job.num_samples,
@@ -99,11 +93,11 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         "random_classes": 0 if labels else job.num_classes,
         "sampler": repr(make_sampler(job.sampler)),
         "steps": process.num_timesteps,
-        "schedule": fingerprint(schedule),
+        "schedule": fingerprint({"betas": process.betas, "timesteps": np.asarray(process.timestep_map)}),
         "prediction": f"{process.model_mean_type.name} {process.model_var_type.name} {process.rescale_timesteps}",
+        "clip_denoised": True,
     }
-    chosen = {"clip_denoised": True, **options}
-    loop = {name: _plain(value) for name, value in chosen.items() if name not in NOT_IN_THE_RESULT}
+    loop = {name: _plain(value) for name, value in options.items() if name not in NOT_IN_THE_RESULT}
     return {**job.request, **settings, **loop, "device": _device(model, options).type}
 
 
@@ -136,12 +130,9 @@ def make_shards(
     """Sample and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay."""
     missing = job.missing(rank, world_size, log=logger.log)
     show = options.pop("progress", False) and rank == 0
-    steps = network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
+    total = len(missing) * network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
     warned: set[str] = set()
-    with (
-        logger.progress_bar(shown=show, total=len(missing) * steps, desc="sampling", unit="step") as bar,
-        evaluating(model),
-    ):
+    with logger.progress_bar(shown=show, total=total, desc="sampling", unit="step") as bar, evaluating(model):
         for batch in missing:
             warnings = _make_shard(process, model, job, batch, bar.update, options)
             for kind in sorted(warnings.keys() - warned):
@@ -210,13 +201,9 @@ def _device(model: Model, options: SampleOptions) -> th.device:
 
 
 def _plain_images(x: th.Tensor, batch: int) -> str:
-    """A warning of images that are of one colour; '' where there are none.
-
-    :raises ValueError: if images are not finite; nothing of their batch is kept, and those before it are.
-    """
+    """A warning of images that are of one colour; '' where there are none. Those that are not finite are refused."""
     pixels = x.flatten(1)
-    broken = int((~pixels.isfinite().all(dim=1)).sum())
-    if broken:
+    if broken := int((~pixels.isfinite().all(dim=1)).sum()):
         raise UserError(
             f"{broken} of the {len(x)} samples of batch {batch} have values that are not finite, and no result is "
             "written: do the diffusion flags fit those of the training? Else give --precision fp32 or a lower scale of "
@@ -232,16 +219,11 @@ def _strayed(outside: Sequence[th.Tensor | None], *, clipped: bool) -> str:
 
     :param outside: for each step the share of them in each image, None where it is not known.
     """
-    known = {step: share.max() for step, share in enumerate(outside, start=1) if share is not None}
-    shares = th.stack(list(known.values())).tolist() if known else [0.0]
-    if max(shares) <= STRAYED:
-        return ""
+    known = [share.max() for share in outside if share is not None]
+    worst = th.stack(known).max().item() if known else 0.0
     what = "where they were clipped" if clipped else "and --clip_guided clips them there: give True if images are blots"
-    step = list(known)[shares.index(max(shares))]
-    return (
-        f"guidance moved {max(shares):.0%} of the values of a predicted x_0 far out of [-1, 1] in step {step} of "
-        f"{len(outside)}, {what}"
-    )
+    sentence = f"guidance moved {worst:.0%} of the values of a predicted x_0 far out of [-1, 1], {what}"
+    return sentence if worst > STRAYED else ""
 
 
 def merge(job: Job) -> None:
@@ -290,7 +272,7 @@ def preview(
     few_steps = respaced(process, [float(process.timestep_map[int(t)]) for t in sorted(kept)])
     count, *image_shape = shape
     sizes: dict[str, Any] = {"shape": tuple(image_shape), "num_samples": count, "batch_size": count}
-    job = Job(sampler="ddim", out_dir=os.path.dirname(path), seed=seed, labels=labels, **sizes)
+    job = Job(sampler="ddim", out_dir="", seed=seed, labels=labels, **sizes)
     [(_, images)] = sampled(few_steps, model, job)
     save_grid(path, images, math.ceil(math.sqrt(count)))
     return images

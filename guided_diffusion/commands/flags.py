@@ -57,7 +57,7 @@ CLASSIFIER = (c.ClassifierConfig, c.DiffusionConfig)
 TRAINING = (c.LoaderConfig, c.TrainSpeedConfig, c.InitConfig, c.LoraConfig)
 EVALUATION = (c.TrainEvaluationConfig, c.ExtractorConfig)
 SAMPLING = (c.RunConfig, s.SampleConfig, s.AdapterConfig, s.FreeGuidanceConfig, c.RangeConfig, c.CompileConfig)
-MEASURING = (s.LikelihoodConfig, s.MeasureConfig, s.FlowConfig, c.CondDataConfig)
+MEASURING = (s.LikelihoodConfig, s.MeasureConfig, c.FlowConfig, c.CondDataConfig)
 
 COMMANDS = {
     "image_train": Command(

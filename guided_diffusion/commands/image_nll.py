@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..config import DiffusionConfig, RunConfig, UNetConfig
+from ..config import DiffusionConfig, FlowConfig, RunConfig, UNetConfig
 from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
-from .sections import FlowConfig, LikelihoodConfig, MeasureConfig
+from .sections import LikelihoodConfig, MeasureConfig
 
 if TYPE_CHECKING:
     from ..evaluation.likelihood import Measure, Survey
@@ -70,7 +70,6 @@ def _settings(flags: Flags) -> dict[str, Any]:
 def measure_of(model: Restored) -> Measure:
     """The kind of likelihood that the flags ask for."""
     from .. import logger
-    from ..evaluation.flow_likelihood import FlowOptions
     from ..evaluation.likelihood import probability_flow, variational_bound
 
     network, clip = model.network, model.flags.part(LikelihoodConfig).clip_denoised
@@ -78,7 +77,7 @@ def measure_of(model: Restored) -> Measure:
     if model.flags.part(MeasureConfig).likelihood == "vlb":
         logger.log(f"measuring the variational bound over {steps}")
         return variational_bound(model.process, network, clip_denoised=clip)
-    options = FlowOptions(**asdict(model.flags.part(FlowConfig)))
+    options = model.flags.part(FlowConfig)
     logger.log(f"measuring the likelihood of the probability flow between the ends of {steps}: {options}")
     return probability_flow(model.process, network, clip_denoised=clip, options=options)
 

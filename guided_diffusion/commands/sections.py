@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_LIST, METRICS, PLUGIN_HELP, LabelConfig, RangeConfig, RunConfig
 from ..runtime.options import flag, local_flag, parse_counts, parse_scales, path_flag, range_flag, size_flag
@@ -178,27 +177,6 @@ class MeasureConfig:
     spread: bool = flag(False, "take --num_samples images evenly over the data, not the first ones by name")
     save_terms: bool = flag(
         False, "keep the terms of each image too, as arr_1 [N, T] beside their means", needs="likelihood=vlb"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    """How the likelihood of the probability flow is measured."""
-
-    NEEDS: ClassVar[str] = "likelihood=flow"
-    dequantize: str = flag(
-        "uniform",
-        "what 8-bit pixels become: uniform, a point of their bin; decoder, noised by the first step of diffusion and "
-        "read back by the network, as in the variational bound",
-        choices=("uniform", "decoder"),
-    )
-    probes: int = flag(1, "random directions along which the divergence is measured", at_least=1)
-    probe_noise: str = flag("rademacher", "what they are drawn from", choices=("rademacher", "gaussian"))
-    flow_solver: str = flag(
-        "rk45", "rk45: steps as long as --flow_tolerance allows; heun: those of the grid", choices=("rk45", "heun")
-    )
-    flow_tolerance: float = flag(
-        1e-4, "greatest error of a step, absolute and relative", at_least=1e-9, needs="flow_solver=rk45"
     )
 
 

@@ -18,7 +18,7 @@ from .features import Extractor, make_extractor
 from .images import ImageSet, Opened, open_images, request_of
 from .metrics import Statistics
 from .references import read_statistics
-from .scores import DEFAULT_METRICS, METRICS, OTHER_LABELS, WORDS, FeatureSet, Metric, Options
+from .scores import DEFAULT_METRICS, METRICS, WORDS, FeatureSet, Metric, Options
 
 FEW = 2048  # images; a warning is given for fewer, whatever the network
 
@@ -73,7 +73,6 @@ def evaluate(
     :param extractor: one, or its name as `make_extractor` has it, e.g. "classifier:PATH".
     :param metrics: names of `METRICS`, or one text of them with commas.
     :param making: options of `feature_set`: batch_size, cache, progress.
-    :raises ValueError: if an image cannot be read, the reference is another network's, or no score can be computed.
     """
     extractor, samples = make_extractor(extractor, device=dist_util.dev()), open_images(samples)
     names = metrics.split(",") if isinstance(metrics, str) else metrics
@@ -103,13 +102,12 @@ def prepare(
     :param needs: the fields of `FeatureSet` to provide.
     :param stored: take mean and covariance from the file if it holds them, as the original does.
     :param making: options of `feature_set`.
-    :raises ValueError: if an image cannot be read, or the statistics are those of another network.
     """
     images, extractor = open_images(images), make_extractor(extractor, device=dist_util.dev())
     statistics, record = read_statistics(images)
     held = {f"{kind}_statistics": values for kind, values in statistics.items()}
     used: dict[str, Any] = {name: values for name, values in held.items() if stored and name in needs}
-    warnings = _check_network(images, extractor, used, record) if used else []
+    warnings = _check_network(images, extractor, record) if used else []
     missing = [name for name in FIELDS if name in needs and name not in used] if images.count else []
     features = feature_set(images, extractor, needs=missing, **making) if missing else FeatureSet(images.count)
     notes = [*images.notes, *_origins(images, used, missing, features)]
@@ -119,40 +117,21 @@ def prepare(
     return Side(images, replace(features, **used), tuple(notes), tuple(warnings))
 
 
-def _check_network(
-    images: ImageSet, extractor: Extractor, used: Mapping[str, Statistics], record: Mapping[str, Any]
-) -> list[str]:
+def _check_network(images: ImageSet, extractor: Extractor, record: Mapping[str, Any]) -> list[str]:
     """Refuse stored statistics of another network, and warn of those of the same one in another precision.
 
     :param record: {} in files of the original, whose statistics are those of Inception.
     """
-    if extractor.published:
-        _check_columns(images, extractor, used)
     if record["identity"] == extractor.identity if record else extractor.published:
         return []
     network = record.get("extractor", "Inception")
     if extractor.published and network == extractor.name:
-        return [
-            f"{images.path}: its statistics were made with other weights of {network} or in another precision: "
-            "make it again with these, if the last digits matter"
-        ]
+        return [f"{images.path}: its statistics were made with other weights of {network} or in another precision"]
     raise UserError(
         f"{images.path} holds the statistics of the features of {network}, and the samples' are those of "
         f"{extractor.name}{' with other weights' if network == extractor.name else ''}: give the images themselves as "
         "the reference, or make one by make_reference with the same --features"
     )
-
-
-def _check_columns(images: ImageSet, extractor: Extractor, used: Mapping[str, Statistics]) -> None:
-    """Refuse statistics of another number of features, before those of the samples are computed."""
-    features = extractor(np.full((1, 32, 32, 3), 128, np.uint8))
-    for name, statistics in used.items():
-        values, columns = getattr(features, FIELDS[name]), len(statistics.mean)
-        if values is not None and values.shape[1] != columns:
-            raise UserError(
-                f"{images.path} holds {WORDS[name].replace('of', f'of {columns}', 1)}, and {extractor.name} gives "
-                f"{values.shape[1]}: they are another network's; give the images themselves as the reference"
-            )
 
 
 def _origins(
@@ -180,7 +159,9 @@ def _report(
             omitted.append(sentence)
         else:
             values = metric.compute(reference.features, samples.features, options)
-            results |= {_label(name, extractor): float(x) for name, x in zip(metric.labels, values, strict=True)}
+            results |= dict(
+                zip(metric.labels_for(extractor.name, extractor.published), map(float, values), strict=True)
+            )
     if not results:
         raise UserError(f"nothing can be computed: {'; '.join(omitted)}")
     notes = (*reference.notes, *samples.notes)
@@ -198,22 +179,17 @@ def _report(
     return Report(results, notes, warnings, tuple(omitted), facts)
 
 
-def _label(name: str, extractor: Extractor) -> str:
-    """The label of a number, which names the network unless it is the published one."""
-    return f"{OTHER_LABELS[name]} ({extractor.name})" if name in OTHER_LABELS and not extractor.published else name
-
-
 def _few(side: Side) -> Iterator[str]:
     """A warning if mean and covariance are of too few images."""
     statistics, pool = side.features.pool_statistics, side.features.pool
     n = statistics.n if statistics is not None else side.features.n
     columns = len(statistics.mean) if statistics is not None else 0 if pool is None else pool.shape[1]
-    limits = [text for limit, text in ((FEW, str(FEW)), (columns, f"the {columns} features")) if n < limit]
-    if n and limits:
-        singular = ", so that their covariance is singular" if n < columns else ""
+    limit = max(FEW, columns)
+    if 0 < n < limit:
+        singular = f" (of {columns} features, so that their covariance is singular)" if n < columns else ""
         yield (
-            f"{side.images.path}: {n} images are fewer than {' and '.join(limits)}{singular}: distances come out too "
-            "large, and compare with those of as many images alone"
+            f"{side.images.path}: {n} images{singular} are fewer than {limit}: distances come out too large, and "
+            "compare with those of as many images alone"
         )
 
 
@@ -222,10 +198,7 @@ def _sizes(reference: Side, samples: Side) -> Iterator[str]:
     shapes = [reference.images.shape, samples.images.shape]
     if None not in shapes and shapes[0] != shapes[1]:
         first, second = ("x".join(map(str, shape or ())) for shape in shapes)
-        yield (
-            f"the images of the reference are {first} and those of the samples {second} (height, width, channels): the "
-            "network scales both to its own size, and traces of the scaling enter the scores"
-        )
+        yield f"the images of the reference are {first} and those of the samples {second}: scaling enters the scores"
 
 
 def _facts(side: Side) -> dict[str, Any]:

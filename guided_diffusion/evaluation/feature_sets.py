@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import dist_util, logger
-from ..runtime.errors import UserError, as_user_errors
-from ..runtime.files import reason, replacing
+from ..runtime.errors import UserError
+from ..runtime.files import reason
+from ..runtime.npz import Npz, write_arrays
 from ..runtime.paths import cache_folder
 from .features import Extractor, Features
 from .images import ImageSet
@@ -27,6 +28,7 @@ from .scores import FeatureSet
 
 # the fields of a FeatureSet, and the field of Features that each is made of
 FIELDS = {"pool": "pool", "pool_statistics": "pool", "spatial_statistics": "spatial", "probs": "probs"}
+ROWS = 2**14  # that are read at a time
 FORMAT = 2  # of the files that are kept: those of another number are not found
 
 
@@ -45,7 +47,6 @@ def feature_set(
 
     :param needs: the fields to compute.
     :param cache: take them from an earlier run, and keep them for later ones.
-    :raises ValueError: if an image cannot be read, or a feature is not finite.
     """
     images.share_scan()
     kept = _kept(images, extractor, needs) if cache and dist_util.rank() == 0 else {}
@@ -67,39 +68,21 @@ def collect(
 ) -> FeatureSet:
     """As `feature_set`, always from the images."""
     first, done = dist_util.rank() == 0, 0
-    collectors: dict[str, RunningStatistics | _Rows] = {
-        field: RunningStatistics() if field.endswith("_statistics") else _Rows(images.count)
-        for field in (needs if first else ())
-    }
+    fields = needs if first else ()
+    running = {field: RunningStatistics() for field in fields if field.endswith("_statistics")}
+    rows: dict[str, list[NDArray[Any]]] = {field: [] for field in fields if field not in running}
     name = os.path.basename(images.path.rstrip("/"))
     with logger.progress_bar(shown=progress and first, total=images.count, desc=name, unit="image") as bar:
         for features in _in_order(images, extractor, batch_size):
             _check_finite(features, done, images, extractor)
             done += len(features.pool)
-            given = {field: getattr(features, FIELDS[field]) for field in collectors}
-            for field in (field for field, values in given.items() if values is not None):
-                collectors[field].add(given[field])
+            given = {field: x for field in fields if (x := getattr(features, FIELDS[field])) is not None}
+            for field, values in given.items():
+                (running[field].add if field in running else rows[field].append)(values)
             bar.update(len(features.pool))
-    results: dict[str, Any] = {field: collector.result() for field, collector in collectors.items() if collector.n}
+    results: dict[str, Any] = {field: statistics.result() for field, statistics in running.items() if statistics.n}
+    results |= {field: np.concatenate(parts) for field, parts in rows.items() if parts}
     return FeatureSet(images.count, **results)
-
-
-class _Rows:
-    """Rows of an array that come in batches."""
-
-    def __init__(self, count: int) -> None:
-        self.n = 0
-        self._array, self._count = np.empty((0, 0), np.float32), count
-
-    @as_user_errors()
-    def add(self, rows: NDArray[np.float32]) -> None:
-        if not self.n:
-            self._array = np.empty((self._count, *rows.shape[1:]), np.float32)
-        self._array[self.n : self.n + len(rows)] = rows
-        self.n += len(rows)
-
-    def result(self) -> NDArray[np.float32]:
-        return self._array
 
 
 def _in_order(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterator[Features]:
@@ -117,13 +100,12 @@ def _in_order(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterat
 
 
 def _check_finite(features: Features, start: int, images: ImageSet, extractor: Extractor) -> None:
-    """:raises ValueError: naming an image whose features are not finite."""
     for values in features:
         finite = None if values is None else np.isfinite(values).all(axis=1)
         if finite is not None and not finite.all():
             raise UserError(
                 f"{images.path}: image {start + int(finite.argmin())} has features by {extractor.name} that are not "
-                "finite: the weights are damaged, or too large for the precision: give others, or --eval_precision fp32"
+                "finite: give other weights, or --eval_precision fp32"
             )
 
 
@@ -142,8 +124,9 @@ def _keep(images: ImageSet, extractor: Extractor, computed: dict[str, Any]) -> N
         if isinstance(values, Statistics):
             arrays = {"mean": values.mean, "cov": values.cov}
         try:
-            with replacing(kept_path(images, extractor, field)) as file:
-                np.savez(file, **arrays)
+            write_arrays(
+                kept_path(images, extractor, field), {name: (x.shape, x.dtype, [x]) for name, x in arrays.items()}
+            )
         except OSError as error:
             logger.warn(f"the features are not kept: {error}")
             return
@@ -151,23 +134,22 @@ def _keep(images: ImageSet, extractor: Extractor, computed: dict[str, Any]) -> N
 
 def _kept(images: ImageSet, extractor: Extractor, needs: Collection[str]) -> dict[str, Any]:
     """The fields that an earlier run kept."""
-    kept = {}
-    for field in needs:
-        path = kept_path(images, extractor, field)
+    paths = {field: kept_path(images, extractor, field) for field in needs}
+    kept: dict[str, Any] = {}
+    for field, path in paths.items():
         try:
-            kept[field] = _read(path, images.count)
-        except FileNotFoundError:
-            continue
-        except Exception as error:  # a damaged file leads zipfile to errors of many kinds
+            if os.path.exists(path):
+                kept[field] = _read(path, images.count)
+        except (OSError, ValueError) as error:
             logger.warn(f"the features kept in {path} cannot be used ({reason(error)}): they are computed again")
     return kept
 
 
 def _read(path: str, count: int) -> Any:
-    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    with Npz(path) as file:
+        arrays = {name: np.concatenate(list(file.chunks(name, ROWS))) for name in file.names()}
     if set(arrays) == {"mean", "cov"}:
-        return Statistics(count, arrays["mean"], arrays["cov"])
-    if arrays and len(arrays["rows"]) != count:
+        return Statistics(count, **arrays)
+    if arrays and (set(arrays) != {"rows"} or len(arrays["rows"]) != count):
         raise UserError(f"they are not those of {count} images")
     return arrays.get("rows")

@@ -74,10 +74,7 @@ class NetworkExtractor:
     published: bool = False
 
     def __call__(self, images: Images) -> Features:
-        """Features of images.
-
-        :raises ValueError: unless they are uint8 [N, H, W, C], grey or RGB.
-        """
+        """Features of images, which must be uint8 [N, H, W, C], grey or RGB."""
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in MODES or not all(images.shape):
             raise UserError(
                 f"features are made of uint8 [N, H, W, C] with C 1 or 3, got {images.dtype} {list(images.shape)}"
@@ -93,7 +90,6 @@ def _numbers(values: th.Tensor) -> Numbers:
 
 
 def _planes(images: Images, device: th.device) -> th.Tensor:
-    """[N, H, W, C] -> [N, C, H, W]."""
     return to_device(th.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))), device)
 
 
@@ -141,17 +137,14 @@ def _classifier(path: str, device: th.device, precision: str) -> NetworkExtracto
     """
     config, network = _read_classifier(path, precision)
     facts = {name: value for name, value in asdict(config).items() if name not in NOT_IN_THE_FEATURES}
-    facts |= {
-        "features classifier weights": fingerprint(network.state_dict()),
-        "features classifier precision": precision,
-    }
+    facts["features classifier weights"] = fingerprint(network.state_dict())
+    facts["features classifier precision"] = precision
     network.to(device).eval().requires_grad_(False).convert_to(precision)
     name = _stem(path) if _stem(path).endswith("classifier") else f"{_stem(path)} classifier"
     size, warned = parse_size(config.image_size), False
     head_inputs: list[th.Tensor] = []
-    network.get_submodule(HEADS[network.pool]).register_forward_pre_hook(
-        lambda _, inputs: head_inputs.append(inputs[0])
-    )
+    head = network.get_submodule(HEADS[network.pool])
+    head.register_forward_pre_hook(lambda _, inputs: head_inputs.append(inputs[0]))
 
     def run(images: Images) -> Outputs:
         nonlocal warned
@@ -170,20 +163,14 @@ def _classifier(path: str, device: th.device, precision: str) -> NetworkExtracto
 
 
 def _read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
-    """A classifier and its flags, which are those saved beside its checkpoints, else read off its weights.
-
-    :raises OSError, ValueError: if there is none, or it is another network.
-    """
+    """A classifier and its flags, which are those saved beside its checkpoints, else read off its weights."""
     checkpoint = open_checkpoint(path)
     path, saved = checkpoint.path, checkpoint.flags
     if not saved:  # images have the default size unless an attention pool tells theirs
         saved = architecture(checkpoint.weights)
         saved = architecture(checkpoint.weights, saved.get("image_size", ClassifierConfig().image_size)) | saved
     if "classifier_width" not in saved or saved.get("dims", 2) != 2 or saved.get("image_channels", 3) not in MODES:
-        raise UserError(
-            f"--features classifier:{path} is no classifier of grey or RGB images: give the checkpoint of a classifier "
-            "of such images"
-        )
+        raise UserError(f"--features classifier:{path} is no classifier of grey or RGB images: give one of these")
     config = ClassifierConfig(**{**saved_values(saved, ClassifierConfig), "classifier_precision": precision})
     with th.device("meta"):  # a config may ask for any size: only what fits the weights takes memory
         frame = build_classifier(config)
@@ -206,33 +193,19 @@ def fitted(images: Images, size: tuple[int, int], channels: int) -> Images:
 # ---- DINOv2 and CLIP
 
 
-class Pretrained(NamedTuple):
-    """A kind of network that transformers reads from a local folder.
-
-    :param model_types: the values that model_type may have in the folder's config.json.
-    :param loader: the class of transformers that reads it.
-    :param output: the field of its output with the features [N, D].
-    """
-
-    title: str
-    model_types: tuple[str, ...]
-    loader: str
-    output: str
-
-
+# title, values that model_type may have in the folder's config.json, class of transformers that reads it, and the field
+# of its output with the features [N, D]: the normalised class token, or the embedding that is compared with texts
 PRETRAINED = {
-    # the normalised class token
-    "dinov2": Pretrained("DINOv2", ("dinov2", "dinov2_with_registers"), "AutoModel", "pooler_output"),
-    # the embedding that is compared with those of texts
-    "clip": Pretrained("CLIP", ("clip", "clip_vision_model"), "CLIPVisionModelWithProjection", "image_embeds"),
+    "dinov2": ("DINOv2", ("dinov2", "dinov2_with_registers"), "AutoModel", "pooler_output"),
+    "clip": ("CLIP", ("clip", "clip_vision_model"), "CLIPVisionModelWithProjection", "image_embeds"),
 }
 
 
 def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> NetworkExtractor:
     """A network of transformers; images are scaled, cropped and normalised as the folder's preprocessor_config says."""
-    pretrained = PRETRAINED[kind]
+    title, _, _, output = PRETRAINED[kind]
     try:
-        network, processor = _from_folder(pretrained, folder)
+        network, processor = _from_folder(kind, folder)
     except Exception as error:  # transformers raises all kinds of them on a damaged folder
         raise UserError(f"--features {kind}:{folder} cannot be used: {files.reason(error)}") from error
     preparation = _digest(sorted(processor.to_dict().items()))
@@ -242,14 +215,15 @@ def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> Ne
     def run(images: Images) -> Outputs:
         x = processor(list(_rgb(images)), return_tensors="pt")["pixel_values"].to(device)
         with th.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            return getattr(network(x), pretrained.output), None, None
+            return getattr(network(x), output), None, None
 
     name = _stem(folder)
-    return NetworkExtractor(name if kind in name.lower() else f"{pretrained.title} {name}", identity, run)
+    return NetworkExtractor(name if kind in name.lower() else f"{title} {name}", identity, run)
 
 
-def _from_folder(kind: Pretrained, folder: str) -> tuple[Any, Any]:
+def _from_folder(kind: str, folder: str) -> tuple[Any, Any]:
     """The network and its image processor, read without the internet and without running code of the folder."""
+    title, model_types, loader, _ = PRETRAINED[kind]
     if not os.path.isdir(folder):
         raise UserError("give a folder with config.json, preprocessor_config.json and model.safetensors")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -261,8 +235,8 @@ def _from_folder(kind: Pretrained, folder: str) -> tuple[Any, Any]:
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     reading: dict[str, Any] = {"dtype": th.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     config = library.AutoConfig.from_pretrained(folder, **options)
-    if config.model_type not in kind.model_types:
-        raise UserError(f"its config.json is of a model_type {files.quoted(config.model_type)}, not {kind.title}")
+    if config.model_type not in model_types:
+        raise UserError(f"its config.json is of a model_type {files.quoted(config.model_type)}, not {title}")
     if config.model_type == "clip":  # of images and texts together
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
@@ -270,7 +244,7 @@ def _from_folder(kind: Pretrained, folder: str) -> tuple[Any, Any]:
     level = library.logging.get_verbosity()
     library.logging.set_verbosity_error()  # or every tensor of CLIP's part for texts would be listed
     try:
-        network, info = getattr(library, kind.loader).from_pretrained(folder, config=config, **reading, **options)
+        network, info = getattr(library, loader).from_pretrained(folder, config=config, **reading, **options)
     finally:
         library.logging.set_verbosity(level)
     faults = [*sorted(info["missing_keys"]), *(name for name, *_ in info["mismatched_keys"])]
@@ -298,7 +272,6 @@ def make_extractor(
         extractor is returned as it is.
     :param weights: the file of Inception, as `find_inception` has it.
     :param precision: fp32, fp16 or bf16 for the network's convolutions or matrices.
-    :raises OSError, ValueError: if there is no such kind or file, or the file is of another network.
     """
     if not isinstance(kind, str):
         return kind

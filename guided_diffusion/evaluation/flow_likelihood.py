@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch as th
 
+from ..config import FlowConfig
 from ..diffusion.methods import Kwargs, Model
 from ..gaussian_diffusion import GaussianDiffusion
 from ..losses import HALF_BIN, discretized_gaussian_log_likelihood
@@ -54,18 +54,7 @@ class Point(NamedTuple):
 Slope = Callable[[Point, th.Tensor], Point]
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlowOptions:
-    """How the flow is measured; the fields are the flags of `FlowConfig`."""
-
-    dequantize: str = "uniform"
-    probes: int = 1
-    probe_noise: str = "rademacher"
-    flow_solver: str = "rk45"
-    flow_tolerance: float = 1e-4
-
-
-DEFAULTS = FlowOptions()
+DEFAULTS = FlowConfig()
 
 
 def calc_flow_bpd(
@@ -75,7 +64,7 @@ def calc_flow_bpd(
     clip_denoised: bool = True,
     model_kwargs: Kwargs = None,
     *,
-    options: FlowOptions = DEFAULTS,
+    options: FlowConfig = DEFAULTS,
     generator: Generators = None,
 ) -> dict[str, th.Tensor]:
     """Bits per dimension [N] of 8-bit images as points that the probability flow makes of noise.
@@ -127,7 +116,7 @@ def _dequantized(
     clip_denoised: bool,
     model_kwargs: Kwargs,
     *,
-    options: FlowOptions,
+    options: FlowConfig,
     generator: Generators,
 ) -> tuple[th.Tensor, th.Tensor]:
     """A point of the flow for each image, and -log2 P(image | point) + log2 q(point | image) per dimension [N].
@@ -152,7 +141,7 @@ def _dequantized(
 # ---- the flow and its divergence
 
 
-def _probes(x: th.Tensor, options: FlowOptions, generator: Generators) -> list[th.Tensor]:
+def _probes(x: th.Tensor, options: FlowConfig, generator: Generators) -> list[th.Tensor]:
     """Directions with the identity as their covariance, each like x; the same all along the way."""
     signs = options.probe_noise == "rademacher"
     make: Callable[..., th.Tensor] = partial(th.randint, 2) if signs else partial(th.randn, dtype=x.dtype)
@@ -197,9 +186,9 @@ def _mix(x: th.Tensor, factor: th.Tensor, other: th.Tensor, its_factor: th.Tenso
 
 def _moved(point: Point, length: th.Tensor, slopes: Sequence[Point], weights: Sequence[float]) -> Point:
     """The point after a step of `length` [N] along the weighted slopes."""
-    used = [(slope, weight) for slope, weight in zip(slopes, weights, strict=True) if weight]
-    x = sum((weight * slope.x for slope, weight in used[1:]), used[0][1] * used[0][0].x)
-    volume = sum((weight * slope.volume for slope, weight in used[1:]), used[0][1] * used[0][0].volume)
+    (first, start), *others = [pair for pair in zip(slopes, weights, strict=True) if pair[1]]
+    x = sum((weight * slope.x for slope, weight in others), start * first.x)
+    volume = sum((weight * slope.volume for slope, weight in others), start * first.volume)
     return Point(_mix(point.x, th.ones_like(length), x, length), point.volume + length * volume)
 
 
@@ -228,7 +217,10 @@ def _rk45(slope: Slope, point: Point, ends: th.Tensor, tolerance: float) -> tupl
             return point, evaluations
         last = theta + length >= end
         length = th.where(last, end - theta, length)
-        after, slopes = _stages(slope, point, theta, length, first)
+        slopes = [first]
+        for weights in STAGES:
+            after = _moved(point, length, slopes, weights)
+            slopes.append(slope(after, theta + sum(weights) * length))
         error = _error(point, after, _moved(Point(0 * point.x, 0 * point.volume), length, slopes, ERROR), tolerance)
         accepted = going & (error <= 1)
         evaluations = evaluations + 6 * going
@@ -236,18 +228,8 @@ def _rk45(slope: Slope, point: Point, ends: th.Tensor, tolerance: float) -> tupl
         point, first = _chosen(accepted, after, point), _chosen(accepted, slopes[-1], first)
         length = length * (SAFETY * error.clamp(min=1e-10) ** -0.2).clamp(SLOWER, FASTER)
     raise UserError(
-        f"the flow is not at its end after {MAX_STEPS} steps: give --flow_solver heun or a larger --flow_tolerance "
-        f"than {tolerance}"
+        f"the flow is not at its end after {MAX_STEPS} steps: give --flow_solver heun or a larger --flow_tolerance"
     )
-
-
-def _stages(slope: Slope, point: Point, theta: th.Tensor, length: th.Tensor, first: Point) -> tuple[Point, list[Point]]:
-    """The point after a step of order 5, and the slopes at all seven stages."""
-    slopes, after = [first], point
-    for weights in STAGES:
-        after = _moved(point, length, slopes, weights)
-        slopes.append(slope(after, theta + sum(weights) * length))
-    return after, slopes
 
 
 def _error(before: Point, after: Point, error: Point, tolerance: float) -> th.Tensor:
@@ -272,7 +254,4 @@ def _finite(point: Point) -> th.Tensor:
 
 def _check_finite(finite: bool) -> None:
     if not finite:
-        raise UserError(
-            "the flow leads to numbers that are not finite: do the diffusion flags fit those of the training? "
-            "Else give --precision fp32"
-        )
+        raise UserError("the flow leads to numbers that are not finite: look at the diffusion flags and --precision")

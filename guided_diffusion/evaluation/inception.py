@@ -16,8 +16,6 @@ from typing import NamedTuple
 import torch as th
 import torch.nn.functional as F
 
-from ..runtime.errors import UserError
-
 SIDE = 299  # pixels of the images that the layers get
 CLASSES = 1008
 SPATIAL_CHANNELS = 7  # of Mixed_6d, whose first channels are those of its 1x1 branch
@@ -228,21 +226,14 @@ def resize_tf1(images: th.Tensor, side: int = SIDE) -> th.Tensor:
 
     Pixel i of the output is interpolated at i * H / side of the input: neither corners nor centres are aligned, and an
     image is never smoothed before it shrinks.
-
-    :raises ValueError: if the shape is another.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not all(images.shape[2:]):
-        raise UserError(
-            f"images have shape {tuple(images.shape)}: Inception takes [N, 3, H, W], so repeat grey images 3 times"
-        )
     return _interpolate(_interpolate(images.float(), 3, side), 2, side)
 
 
 def _interpolate(images: th.Tensor, axis: int, side: int) -> th.Tensor:
     length = images.shape[axis]
-    position = th.arange(side, dtype=th.float32) * (
-        th.tensor(length, dtype=th.float32) / side
-    )  # float32 as in TensorFlow
+    scale = th.tensor(length, dtype=th.float32) / side  # float32 as in TensorFlow
+    position = th.arange(side, dtype=th.float32) * scale
     before = position.long().clamp(max=length - 1)
     after = (before + 1).clamp(max=length - 1)
     share = (position - before).view(-1, *[1] * (3 - axis)).to(images)

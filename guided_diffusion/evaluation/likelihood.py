@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch as th
 
 from .. import dist_util, logger
+from ..config import FlowConfig
 from ..diffusion.methods import Kwargs, Model
 from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import ImageDataset
@@ -28,9 +29,10 @@ from ..runtime.jobs import RestartableJob
 from ..runtime.npz import holds, read_npz, save_npz, write_npz
 from ..runtime.seeds import image_generator
 from ..sampling.loop import drawer
-from .flow_likelihood import FlowOptions, calc_flow_bpd
+from .flow_likelihood import calc_flow_bpd
 
-BPD_FILE, TABLE, SUMMARY = "bpd.npz", "images.csv", "bpd.json"
+# of the terms the means over the images [T], and on request those of each [N, T]
+BPD_FILE, TABLE, SUMMARY, TERMS = "bpd.npz", "images.csv", "bpd.json", "{}_terms.npz"
 Rows = npt.NDArray[np.float64]
 
 Bits = Callable[[th.Tensor, Kwargs, list[th.Generator]], Mapping[str, th.Tensor]]
@@ -64,7 +66,7 @@ def variational_bound(process: GaussianDiffusion, model: Model, *, clip_denoised
 
 
 def probability_flow(
-    process: GaussianDiffusion, model: Model, *, clip_denoised: bool = True, options: FlowOptions
+    process: GaussianDiffusion, model: Model, *, clip_denoised: bool = True, options: FlowConfig
 ) -> Measure:
     """The likelihood of the probability flow."""
 
@@ -103,11 +105,6 @@ class Survey(RestartableJob):
         measure = self.measure
         return [((len(measure.columns),), np.float64), *(((measure.steps,), np.float32) for _ in measure.terms)]
 
-    @property
-    def finished(self) -> bool:
-        """Whether the result is there: its last file is."""
-        return holds(self.file(BPD_FILE), *[((self.size,), np.float64)] * 2)
-
 
 def carry_out(survey: Survey) -> str:
     """Measure the rest of the images, write the result and log it; every rank calls this. Returns the line.
@@ -115,14 +112,15 @@ def carry_out(survey: Survey) -> str:
     :raises ValueError: if the folder holds the likelihoods of another request, or an image cannot be read.
     """
     results, request = (BPD_FILE, TABLE, SUMMARY), _request(survey)
-    if not dist_util.decide(lambda: survey.claim(request, [*results, "shards"]) and survey.finished):
+    whole = partial(holds, survey.file(BPD_FILE), *[((survey.size,), np.float64)] * 2)
+    if not dist_util.decide(lambda: survey.claim(request, [*results, "shards"]) and whole()):
         measure_batches(survey, rank=dist_util.rank(), world_size=dist_util.world_size())
         dist_util.barrier()
         dist_util.decide(lambda: merge(survey))
     sentence = dist_util.decide(lambda: _sentence(survey))
     logger.log(sentence)
     if dist_util.rank() == 0:
-        survey.tidy(*results, *map(_terms_file, survey.measure.terms))
+        survey.tidy(*results, *map(TERMS.format, survey.measure.terms))
     dist_util.barrier()
     return sentence
 
@@ -161,8 +159,7 @@ def _measured(survey: Survey, batch: int) -> list[npt.NDArray[Any]]:
     if broken:
         raise UserError(
             f"{len(broken)} of the {len(rows)} images of batch {batch} have no finite likelihood, the first is "
-            f"{quoted(survey.names[rows[broken[0]]])}, and no result is written: do the diffusion flags fit those of "
-            "the training? Else give --precision fp32 and another --log_dir"
+            f"{quoted(survey.names[rows[broken[0]]])}: look at the diffusion flags and --precision"
         )
     return [columns.numpy(), *(out[name].cpu().float().numpy() for name in measure.terms)]
 
@@ -175,31 +172,18 @@ def merge(survey: Survey) -> None:
     survey.check_complete()
     rows: Rows = np.concatenate(list(survey.column(0)))
     for array, name in enumerate(survey.measure.terms, start=1):
-        _write_terms(survey, name, array)
-    _write_table(survey, rows)
-    write_json(survey.file(SUMMARY), summary(survey, rows))
-    save_npz(survey.file(BPD_FILE), rows[:, 0].copy(), rows[:, 1].copy())
-
-
-def _terms_file(name: str) -> str:
-    return f"{name}_terms.npz"
-
-
-def _write_terms(survey: Survey, name: str, array: int) -> None:
-    """NAME_terms.npz: the means over the images [T], and on request the terms of each [N, T]."""
-    total = sum((part.sum(axis=0, dtype=np.float64) for part in survey.column(array)), np.zeros(survey.measure.steps))
-    each = [survey.merged()[array]] if survey.save_terms else []
-    write_npz(survey.file(_terms_file(name)), (total.shape, np.float64, [total / survey.size]), *each)
-
-
-def _write_table(survey: Survey, rows: Rows) -> None:
-    """images.csv: the file and the columns of each image."""
+        start = np.zeros(survey.measure.steps)
+        total = sum((part.sum(axis=0, dtype=np.float64) for part in survey.column(array)), start)
+        each = [survey.merged()[array]] if survey.save_terms else []
+        write_npz(survey.file(TERMS.format(name)), (total.shape, np.float64, [total / survey.size]), *each)
     with replacing(survey.file(TABLE)) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image", *survey.measure.columns])
         writer.writerows([name, *map(repr, row)] for name, row in zip(survey.names, rows.tolist(), strict=True))
         text.detach()
+    write_json(survey.file(SUMMARY), summary(survey, rows))
+    save_npz(survey.file(BPD_FILE), rows[:, 0].copy(), rows[:, 1].copy())
 
 
 def summary(survey: Survey, rows: Rows) -> dict[str, Any]:
@@ -222,7 +206,5 @@ def _sentence(survey: Survey) -> str:
     """The mean, as it stands in the finished files."""
     (total,) = read_npz(survey.file(BPD_FILE), "arr_0", survey.size)
     error = f" +- {np.std(total, ddof=1) / math.sqrt(len(total)):.4f}" if len(total) > 1 else ""
-    return (
-        f"{len(total)} images: {total.mean():.4f}{error} bits per dimension (mean and standard error); "
-        f"in {survey.out_dir}"
-    )
+    bits = f"{total.mean():.4f}{error} bits per dimension (mean and standard error)"
+    return f"{len(total)} images: {bits}; in {survey.out_dir}"

@@ -41,13 +41,11 @@ STYLE: dict[str, Any] = {
 
 
 def require() -> None:
-    """:raises ValueError: if matplotlib is missing, saying what to install."""
+    """Refuse to go on without matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            'pictures of evaluations need matplotlib, which is missing: run `pip install "guided-diffusion[eval]"`'
-        ) from error
+        raise UserError('pictures need matplotlib: run `pip install "guided-diffusion[eval]"`') from error
 
 
 def base(label: str) -> str:
@@ -85,11 +83,8 @@ def _draw(
     style: Any = {**matplotlib.rcParamsDefault, **STYLE}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(columns * size, rows * size * 0.85), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for axis, group in zip(axes, groups, strict=False):
-            panel(axis, *group)
-        for axis in axes[len(groups) :]:
-            axis.set_axis_off()
+        for number, group in enumerate(groups, start=1):
+            panel(figure.add_subplot(rows, columns, number), *group)
         if lines:  # the legend, below the panels
             handles = [Line2D([], [], **look) for look, _ in lines]
             figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(lines)))
@@ -105,11 +100,8 @@ def _curve(axis: Axes, rows: Sequence[Row], x: str, label: str, look: Mapping[st
     axis.errorbar([row[x] for row in rows], [row[label] for row in rows], yerr=bars, capsize=2, **look)
 
 
-def _title(label: str) -> str:
-    return f"{label} ({'higher' if base(label) in HIGHER else 'lower'} is better)"
-
-
-# ---- a metric over the training
+def _title(*labels: str) -> str:
+    return f"{' and '.join(labels)} ({'higher' if base(labels[0]) in HIGHER else 'lower'} is better)"
 
 
 def draw_progress(rows: Sequence[Row], labels: Sequence[str], path: str) -> None:
@@ -124,23 +116,17 @@ def draw_progress(rows: Sequence[Row], labels: Sequence[str], path: str) -> None
         for index, label in enumerate(group):
             look: dict[str, Any] = {"color": SERIES[index], "marker": MARKERS[index]}
             top = best(rows, label)
-            _curve(axis, rows, "step", label, {**look, "linestyle": STROKES[index], "label": _with_best(label, top)})
+            name = label if top is None else f"{label}, best {top[label]:.3g}"
+            _curve(axis, rows, "step", label, {**look, "linestyle": STROKES[index], "label": name})
             if top is not None:
                 axis.plot(top["step"], top[label], **look, markersize=12, markerfacecolor="none")
         axis.set_xlabel("training step")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=True))
         axis.ticklabel_format(useOffset=False)
-        axis.set_title(_title(" and ".join(group)) if len(group) == 1 else f"{' and '.join(group)} (higher is better)")
+        axis.set_title(_title(*group))
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(group))
 
     _draw(path, labels, 4.4, panel)
-
-
-def _with_best(label: str, row: Row | None) -> str:
-    return label if row is None else f"{label}, best {row[label]:.3g}"
-
-
-# ---- the trade-off of guidance
 
 
 def draw_sweep(rows: Sequence[Row], labels: Sequence[str], path: str, *, scale: str = "guidance scale") -> None:

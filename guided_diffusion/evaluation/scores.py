@@ -82,6 +82,11 @@ class Metric:
     function: Callable[[Any, Any, Options], tuple[float, ...]]
     compares: bool = True
 
+    def labels_for(self, network: str, published: bool) -> list[str]:
+        """The labels, which name the network unless it is the published one."""
+        renamed = {} if published else OTHER_LABELS
+        return [f"{renamed[name]} ({network})" if name in renamed else name for name in self.labels]
+
     @property
     def needs(self) -> tuple[str, ...]:
         """Fields that the reference must have."""
@@ -99,10 +104,7 @@ class Metric:
 
     @as_user_errors()
     def compute(self, reference: FeatureSet, samples: FeatureSet, options: Options) -> tuple[float, ...]:
-        """One number for each label.
-
-        :raises ValueError: with the sentence of `lacks`; or for too few images.
-        """
+        """One number for each label; an error has the sentence of `lacks`."""
         if sentence := self.lacks(reference, samples):
             raise UserError(sentence)
         return self.function(getattr(reference, self.field), getattr(samples, self.field), options)
@@ -135,10 +137,7 @@ REHEARSED = 64  # images
 
 
 def rehearse(reference: FeatureSet, metrics: Iterable[Metric], options: Options) -> None:
-    """Compare a few images of a reference with themselves, to find out early whether it can be used.
-
-    :raises ValueError: if no samples could be compared with it, as with too few images.
-    """
+    """Compare a few images of a reference with themselves, to find out early whether it can be used."""
     few = reference if reference.pool is None else replace(reference, pool=reference.pool[:REHEARSED])
     for metric in metrics:
         if not metric.lacks(few, few):

@@ -74,7 +74,6 @@ def run_sweep(
 
     :param facts: written to results.json beside the table.
     :param scale: the name of the scale in the picture.
-    :raises ValueError: if the reference cannot be used.
     """
     metrics = [METRICS[name] for name in measure.metrics]
     dist_util.decide(lambda: rehearse(measure.reference.features, metrics, measure.options))
@@ -110,9 +109,8 @@ def _request(measure: Measure) -> dict[str, Any]:
 
 def _measured(samples: str, path: str, measure: Measure, request: Row, *, warn: bool) -> dict[str, float]:
     """The metrics of samples, from a file where it keeps them for the same request, else written there."""
-    kept = dist_util.decide(lambda: _kept(path))
-    if kept.get("request") == request and isinstance(kept.get("results"), dict):
-        return dict(kept["results"])
+    if kept := dist_util.decide(lambda: _kept(path, request)):
+        return kept
     options: dict[str, Any] = {"batch_size": measure.batch_size, "cache": False, "options": measure.options}
     report = evaluate(measure.reference, samples, measure.extractor, metrics=measure.metrics, **options)
     for line in (*report.warnings, *report.omitted) if warn else ():
@@ -121,12 +119,12 @@ def _measured(samples: str, path: str, measure: Measure, request: Row, *, warn: 
     return dict(report.results)
 
 
-def _kept(path: str) -> dict[str, Any]:
+def _kept(path: str, request: Row) -> dict[str, float]:
     try:
         result = parse_json(read_file(path))
-    except (OSError, ValueError):
+        return dict(result["results"]) if result["request"] == request else {}
+    except (OSError, ValueError, TypeError, KeyError):  # it is missing, or no result
         return {}
-    return result if isinstance(result, dict) else {}
 
 
 def _write(rows: Sequence[Row], folder: str, facts: Mapping[str, Any]) -> None:

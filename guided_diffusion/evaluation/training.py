@@ -68,10 +68,11 @@ class TrainingImages(ImageSet):
 class Evaluation:
     """Called as (model, step) on all ranks, adds a row to evaluation.csv and redraws evaluation.png.
 
+    What an evaluation would fail at later is an error before the training begins.
+
     :param job: the samples to make.
     :param process: in the steps in which they are sampled.
     :param done: steps that the training has behind it; the rows of later ones are dropped.
-    :raises ValueError: before the training begins, if an evaluation would fail later.
     """
 
     def __init__(
@@ -86,23 +87,19 @@ class Evaluation:
         batch_size: int = 64,
     ) -> None:
         require()
-        self._metrics = config.eval_metrics.split(",")
+        self._names = config.eval_metrics.split(",")
+        self._metrics = [METRICS[name] for name in self._names]
         self._extractor, self._job, self._process, self._batch_size = extractor, job, process, batch_size
-        self._check_network()
+        features = extractor(np.zeros((1, *job.shape[1:], 3), np.uint8))
+        for name, metric in zip(self._names, self._metrics, strict=True):
+            if getattr(features, FIELDS[metric.field]) is None:
+                raise UserError(f"--eval_metrics {name} needs {WORDS[metric.field]}, and {extractor.name} gives none")
         self._reference = self._prepare(config, stream)
         self._table: CSVOutputFormat | None = None
         if dist_util.rank() == 0:
             self._table = CSVOutputFormat(os.path.join(logger.get_dir(), TABLE), ("step", "samples"))
             self._table.rewind(done)
         self._warned = False
-
-    def _check_network(self) -> None:
-        """:raises ValueError: if the network, which is tried once, gives no features that a metric needs."""
-        features = self._extractor(np.zeros((1, *self._job.shape[1:], 3), np.uint8))
-        for metric in self._metrics:
-            if getattr(features, FIELDS[METRICS[metric].field]) is None:
-                words = WORDS[METRICS[metric].field]
-                raise UserError(f"--eval_metrics {metric} needs {words}, and {self._extractor.name} gives none")
 
     def _prepare(self, config: TrainEvaluationConfig, stream: ImageStream) -> Side:
         """The features of the reference; those of training data are not cached, since a digest would read it all."""
@@ -111,7 +108,7 @@ class Evaluation:
         else:
             count = min(len(stream.dataset), max(REFERENCE_IMAGES, config.eval_samples))
             images = TrainingImages(stream.dataset, count)
-        needs = {field for metric in self._metrics for field in METRICS[metric].needs}
+        needs = {field for metric in self._metrics for field in metric.needs}
         options: dict[str, Any] = {"batch_size": self._batch_size, "cache": bool(config.eval_reference)}
         side = prepare(images, self._extractor, needs=needs, progress=True, **options)
         for line in side.notes:
@@ -120,18 +117,17 @@ class Evaluation:
         return side
 
     def _check_reference(self, side: Side) -> None:
-        metrics = [METRICS[metric] for metric in self._metrics]
         try:
-            for sentence in (metric.lacks(side.features, side.features) for metric in metrics if metric.compares):
-                if sentence:
+            for metric in self._metrics:
+                if metric.compares and (sentence := metric.lacks(side.features, side.features)):
                     raise UserError(f"{sentence}; give images, or leave that out of --eval_metrics")
-            rehearse(side.features, metrics, Options())
+            rehearse(side.features, self._metrics, Options())
         except ValueError as error:
             raise UserError(f"{side.images.path} cannot be the reference: {error}") from error
 
     def __call__(self, model: th.nn.Module, step: int) -> None:
         samples = FreshSamples(f"the samples of step {step}", self._process, model, self._job)
-        options: dict[str, Any] = {"metrics": self._metrics, "cache": False, "batch_size": self._batch_size}
+        options: dict[str, Any] = {"metrics": self._names, "cache": False, "batch_size": self._batch_size}
         report = evaluate(self._reference, samples, self._extractor, **options)
         dist_util.decide(lambda: self._record(step, report))
 

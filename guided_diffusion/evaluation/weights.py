@@ -9,12 +9,10 @@ import hashlib
 import http.client
 import os
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch as th
 
-from ..networks.architecture import architecture
 from ..runtime import files, paths
 from ..runtime.errors import UserError
 from ..training import checkpoints, weights
@@ -58,9 +56,6 @@ INCEPTION = Source(  # the published evaluator's graph as converted by pytorch-f
 SOURCES = {"inception": INCEPTION}
 
 
-# ---- fetching
-
-
 def fetch(source: Source, path: str = "") -> str:
     """The path of a file, which is fetched unless it is there already.
 
@@ -71,7 +66,11 @@ def fetch(source: Source, path: str = "") -> str:
     path = paths.local(path) or source.cached
     path = os.path.join(path, source.file) if os.path.isdir(path) else path
     if os.path.exists(path):
-        _check(source, path)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not digest.startswith(source.sha256):
+            raise UserError(f"{path} exists, but is not {source.file}: move it away or name another file with --out")
+        print(f"{path} is there already, sha256 as published")
         return path
     with files.explained(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -81,11 +80,10 @@ def fetch(source: Source, path: str = "") -> str:
         for url in source.urls:
             try:
                 th.hub.download_url_to_file(url, path, hash_prefix=source.sha256)
-            except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another checksum
-                failures.append(f"{url}: {files.reason(error)}")
-            else:
                 print(f"{path}: {os.path.getsize(path)} bytes, sha256 as published")
                 return path
+            except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another checksum
+                failures.append(f"{url}: {files.reason(error)}")
     finally:
         socket.setdefaulttimeout(timeout)
     raise OSError(
@@ -94,33 +92,16 @@ def fetch(source: Source, path: str = "") -> str:
     )
 
 
-def _check(source: Source, path: str) -> None:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(source.sha256):
-        raise UserError(
-            f"{path} exists, but is not {source.file}: its sha256 is {digest}, not {source.sha256}; move it away or "
-            "name another file with --out"
-        )
-    print(f"{path} is there already, sha256 as published")
-
-
-# ---- finding and reading
-
-
 def find_inception(path: str = "") -> str:
     """The file of the weights: the one given, else that of $GUIDED_DIFFUSION_INCEPTION, else the one in the cache.
 
-    :raises FileNotFoundError: if there is none, or the one that is named does not exist.
+    :raises FileNotFoundError: if it does not exist.
     """
-    for origin, named in (("--inception_weights", path), (f"${VARIABLE}", os.environ.get(VARIABLE, ""))):
-        if named and not paths.exists(named):
-            raise FileNotFoundError(f"{origin} {files.quoted(named)} does not exist: {_remedy()}")
-        if named:
-            return paths.resolve(named)
-    if not os.path.exists(INCEPTION.cached):
-        raise FileNotFoundError(f"the weights of the Inception network are missing: {_remedy()}")
-    return INCEPTION.cached
+    named = paths.resolve(path or os.environ.get(VARIABLE) or INCEPTION.cached)
+    if not paths.exists(named):
+        fault = f"{files.quoted(named)} does not exist"
+        raise FileNotFoundError(f"the weights of the Inception network are missing ({fault}): {_remedy()}")
+    return named
 
 
 def _remedy() -> str:
@@ -134,35 +115,18 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
     """The network with the weights of a file (.pth, .pt, .safetensors) with torch-fidelity's names.
 
     :param dtype: what its convolutions compute in.
-    :raises OSError, ValueError: if the file cannot be read or holds something else, which the message then names.
+    :raises OSError, ValueError: if the file cannot be read or holds something else.
     """
-    state = {name: value for name, value in _read(path).items() if not name.endswith(COUNTER)}
     network = InceptionNetwork(dtype=dtype)
     expected = {name: value for name, value in network.state_dict().items() if not name.endswith(COUNTER)}
-    if differences := "; ".join(weights.tensor_differences(state, expected)):
-        raise _refusal(path, f"{_likeness(state)}; {differences}")
+    try:
+        state = checkpoints.load(path)
+        if not isinstance(state, dict) or not all(isinstance(value, th.Tensor) for value in state.values()):
+            raise UserError("it is no state dict")
+        state = {name: value for name, value in state.items() if not name.endswith(COUNTER)}
+        if differences := "; ".join(weights.tensor_differences(state, expected)):
+            raise UserError(differences)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} does not hold the weights of the Inception network ({error}): {_remedy()}") from error
     network.load_state_dict(state)
     return network
-
-
-def _read(path: str) -> dict[str, th.Tensor]:
-    if not paths.exists(path):
-        raise FileNotFoundError(f"the Inception weights {files.quoted(path)} do not exist: {_remedy()}")
-    if not paths.is_remote(path) and (kind := files.kind_of_file(path)):
-        raise _refusal(path, kind)
-    state = checkpoints.load(path)
-    if isinstance(state, dict) and all(isinstance(value, th.Tensor) for value in state.values()):
-        return state
-    raise _refusal(path, "something else than a state dict, which is names and tensors")
-
-
-def _refusal(path: str, content: str) -> UserError:
-    return UserError(f"{path} does not hold the weights of the Inception network but {content}: {_remedy()}")
-
-
-def _likeness(state: Mapping[str, th.Tensor]) -> str:
-    if any(name.startswith("AuxLogits.") for name in state) or len(state.get("fc.weight", ())) == 1000:
-        return "those of torchvision's Inception, another one"
-    if flags := architecture(state):
-        return f"those of a {'classifier' if 'classifier_width' in flags else 'U-Net'} for diffusion"
-    return "those of another network"

@@ -35,15 +35,15 @@ SHOWN = 200  # characters of a name in a message
 _FOREIGN = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
 
 
+def quoted(text: str) -> str:
+    """A name between quotation marks: control characters and undecodable bytes escaped, a long name cut."""
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+
+
 def printable(text: str) -> str:
-    """A name as it may stand in a line: control characters and undecodable bytes escaped, a long name cut."""
+    """The same without quotation marks where nothing needs to be escaped."""
     text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
     return text if text.isprintable() else repr(text)
-
-
-def quoted(text: str) -> str:
-    """The same between quotation marks."""
-    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
 def reason(error: BaseException) -> str:
@@ -81,7 +81,7 @@ def read_file(path: AnyPath) -> bytes:
 
 
 def local_size(file: BinaryIO) -> int:
-    """Bytes of a file on the disk."""
+    """Bytes of a file on the disk, at most `MAX_BYTES`."""
     size = os.fstat(file.fileno()).st_size
     _check_size(size)
     return size
@@ -93,10 +93,7 @@ def _check_size(size: int) -> None:
 
 
 def kind_of_file(path: str) -> str:
-    """What lies at a local path, if that shows that it is no weights; '' where it may be.
-
-    :raises OSError: if there is nothing.
-    """
+    """The kind of what lies at a local path, if that shows that it is no weights; '' where it may be."""
     if os.path.exists(path) and not os.path.isfile(path):
         return "a folder" if os.path.isdir(path) else "no regular file"
     with open(path, "rb") as file:
@@ -110,11 +107,8 @@ def kind_of_file(path: str) -> str:
     if head.startswith(b"PK") and zipfile.is_zipfile(path):
         with open_archive(path) as archive:
             names = archive.namelist()
-        kinds |= {
-            "an npz, which is images or their statistics": bool(names) and all(name.endswith(".npy") for name in names),
-            "an exported program": any(name.endswith("models/model.json") for name in names),
-            "a TorchScript archive": any(name.endswith("/constants.pkl") for name in names),
-        }
+        kinds["an npz, which is images or their statistics"] = all(name.endswith(".npy") for name in names)
+        kinds["a TorchScript archive"] = any(name.endswith("/constants.pkl") for name in names)
     return next((kind for kind, is_so in kinds.items() if is_so), "")
 
 
@@ -147,18 +141,11 @@ def name_fault(name: str) -> str:
     """Why a file of this name is not taken; '' if it may be."""
     if len(name) > MAX_NAME:
         return f"a name of more than {MAX_NAME} characters"
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "a name that is no text"
-    return ""
+    return "a name that is no text" if re.search("[\ud800-\udfff]", name) else ""
 
 
 def path_fault(name: str, archive: str) -> str:
-    """Why a member of this name is not taken; '' if it may be.
-
-    :param archive: the kind of file that it is in: "zip".
-    """
+    """Why a member of this name of an archive, such as a "zip", is not taken; '' if it may be."""
     return name_fault(name) or (f"a path that leads out of the {archive}" if _FOREIGN.match(name) else "")
 
 
@@ -167,16 +154,14 @@ def member_fault(member: zipfile.ZipInfo, name: str = "") -> str:
 
     :param name: in place of the entry's own.
     """
-    fault = path_fault(name or member.filename, "zip")
-    if fault:
-        return fault
-    if member.flag_bits & 1:
-        return "encrypted"
-    if stat.S_ISLNK(member.external_attr >> 16):
-        return "a link"
     ratio = member.file_size / max(member.compress_size, 1)
     bomb = member.file_size > LARGE_MEMBER and ratio > MAX_RATIO
-    return "unpacks to too many bytes" if bomb or member.file_size > MAX_BYTES else ""
+    faults = {
+        "encrypted": member.flag_bits & 1,
+        "a link": stat.S_ISLNK(member.external_attr >> 16),
+        "unpacks to too many bytes": bomb or member.file_size > MAX_BYTES,
+    }
+    return path_fault(name or member.filename, "zip") or next((fault for fault in faults if faults[fault]), "")
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -192,28 +177,12 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
         raise UserError(reason(error)) from error
 
 
-# ---- JSON
-
-
 def parse_json(content: bytes) -> Any:
     """The value of a JSON text."""
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
-    except RecursionError as error:
-        raise UserError("nested too deeply") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"byte {error.start} is no UTF-8") from error
-    except ValueError as error:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(reason(error).partition(";")[0]) from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"the key {printable(twice)!r} is given twice")
-    return value
 
 
 # ---- arrays
@@ -236,8 +205,7 @@ def read_header(file: IO[bytes]) -> Header:
     except Exception as error:  # a header is Python source, and numpy's parser raises what Python's does
         raise UserError(f"it is no npy ({reason(error)})") from error
     if dtype.kind not in "biufc" or not all(type(side) is int and side >= 0 for side in shape):
-        kind = f"{printable(str(dtype))} and shape {printable(str(shape))}"
-        raise UserError(f"an array of type {kind}, where numbers are read")
+        raise UserError(f"an array of type {printable(f'{dtype} {shape}')}, where numbers are read")
     return Header(shape, dtype, fortran and len(shape) > 1)
 
 
@@ -287,12 +255,11 @@ class _Raw(io.FileIO):
 
     def write(self, data: Any) -> int:
         """Write some bytes, or pretend to."""
-        if self.error is None:
-            try:
-                return super().write(data)
-            except OSError as error:
-                self.error = error
-        return memoryview(data).nbytes
+        try:
+            return memoryview(data).nbytes if self.error else super().write(data)
+        except OSError as error:
+            self.error = error
+            return memoryview(data).nbytes
 
     def settle(self) -> None:
         """Have everything on the disk, or raise what went wrong."""
@@ -319,20 +286,13 @@ def replacing(path: str) -> Iterator[BinaryIO]:
                 raw.settle()
         with explained(path):
             os.replace(part, path)
-        _sync_folder(folder)
+        with contextlib.suppress(OSError):  # have the new name on the disk too, where the file system can do that
+            handle = os.open(folder, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
     finally:
         with contextlib.suppress(OSError):
             os.remove(part)
-
-
-def _sync_folder(folder: str) -> None:
-    """Have a new name on the disk too, where the file system can do that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -350,11 +310,8 @@ def explained(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[BinaryIO]:
-    """A local or remote file to write, seen under its name only once it is whole.
-
-    :raises OSError: naming path and reason, if it cannot be written.
-    """
-    if paths.is_remote(path):  # object stores show a file when it is closed, and nothing of it after an error
+    """A local or remote file to write, seen under its name only once it is whole; its errors are as in `replacing`."""
+    if is_remote(path):  # object stores show a file when it is closed, and nothing of it after an error
         with explained(path), paths.new_blob(path) as file:
             yield file
     else:

@@ -93,35 +93,31 @@ class RestartableJob:
         """
         path, request = self.file(REQUEST), json.loads(json.dumps(request))
         if os.path.exists(path):
-            self._refuse_another(self._earlier_request(path), request)
+            self._refuse_another(path, request)
             return True
         for taken in filter(os.path.exists, map(self.file, results)):
             raise UserError(f"{taken} exists and no {REQUEST} says what it is: give another --log_dir or remove it")
         write_json(path, request)
         return False
 
-    def _earlier_request(self, path: str) -> dict[str, Any]:
-        request, fault = None, "it names nothing"
+    def _refuse_another(self, path: str, request: Mapping[str, Any]) -> None:
         try:
-            request = parse_json(read_file(path))
-        except (OSError, ValueError) as error:
-            fault = reason(error)
-        if isinstance(request, dict):
-            return request
-        raise UserError(
-            f"{path} does not say whose {self.what} lie there ({fault}): give another --log_dir, or remove it"
-        )
-
-    def _refuse_another(self, earlier: Mapping[str, Any], request: Mapping[str, Any]) -> None:
-        earlier = {**{key: value for key, value in self.request_defaults.items() if key in request}, **earlier}
-        differing = [key for key in {**earlier, **request} if earlier.get(key) != request.get(key)]
-        if differing:
-            changes = [
-                f"{printable(k)} was {_shown(earlier.get(k))} and is {_shown(request.get(k))}" for k in differing
-            ]
-            more = [f"and {len(changes) - 4} more"] if len(changes) > 4 else []
+            earlier = {key: value for key, value in self.request_defaults.items() if key in request}
+            earlier = {**earlier, **parse_json(read_file(path))}
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{self.out_dir} holds the {self.what} of another request ({', '.join([*changes[:4], *more])}): give "
+                f"{path} does not say whose {self.what} lie there ({reason(error)}): give another --log_dir, or remove "
+                "it"
+            ) from error
+        changes = [
+            f"{printable(key)} was {_shown(earlier.get(key))} and is {_shown(request.get(key))}"
+            for key in {**earlier, **request}
+            if earlier.get(key) != request.get(key)
+        ]
+        if changes:
+            more = f", and {len(changes) - 4} more" if len(changes) > 4 else ""
+            raise UserError(
+                f"{self.out_dir} holds the {self.what} of another request ({', '.join(changes[:4])}{more}): give "
                 "another --log_dir"
             )
 
@@ -129,13 +125,12 @@ class RestartableJob:
         """The batches that a rank is to make: of every world_size-th one those whose shards are not there."""
         share = range(rank, self.batches, world_size)
         missing = [batch for batch in share if not self.is_whole(batch)]
-        if len(missing) < len(share):
-            there = len(share) - len(missing)
-            log(f"going on where an earlier run stopped: {there} of {len(share)} batches are there")
+        if whole := len(share) - len(missing):
+            log(f"going on where an earlier run stopped: {whole} of {len(share)} batches are there")
         return missing
 
     def check_complete(self) -> None:
-        """:raises UserError: if the shard of a batch is missing or damaged."""
+        """Refuse to go on if the shard of a batch is missing or damaged."""
         missing = [batch for batch in range(self.batches) if not self.is_whole(batch)]
         if missing:
             raise UserError(
@@ -144,10 +139,7 @@ class RestartableJob:
             )
 
     def column(self, array: int) -> Iterator[np.ndarray[Any, Any]]:
-        """One array of the shards, batch by batch.
-
-        :raises UserError: if a shard was damaged; it is removed.
-        """
+        """One array of the shards, batch by batch; a shard that was damaged is removed, and an error says so."""
         for batch in range(self.batches):
             path = self.shard(batch)
             try:
@@ -159,10 +151,7 @@ class RestartableJob:
                 ) from error
 
     def merged(self) -> list[Rows]:
-        """All rows of each array, read while they are written elsewhere.
-
-        :raises UserError: if the shard of a batch is missing or damaged.
-        """
+        """All rows of each array, read while they are written elsewhere."""
         self.check_complete()
         return [((self.size, *shape), kind, self.column(array)) for array, (shape, kind) in enumerate(self.arrays)]
 

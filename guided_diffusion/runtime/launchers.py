@@ -10,36 +10,25 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from .errors import UserError
 
-
-class Variables(NamedTuple):
-    """The environment variables in which a launcher tells each process its place."""
-
-    launcher: str
-    rank: str
-    size: str
-    local_rank: str
-
-
-# The first whose variables are set decides: torchrun may itself run under srun, and mpiexec inside a Slurm job.
+# The environment variables in which launchers tell each process its place: rank, size, local rank. The first that are
+# set decide: torchrun may itself run under srun, and mpiexec inside a Slurm job.
 LAUNCHERS = (
-    Variables("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    Variables("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    Variables("mpiexec", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    Variables("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
-    Variables("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("mpiexec", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a process among all of a job.
+    """The place of a process among all of a job: its rank over all machines, and over those on this one.
 
-    :param rank: 0 .. size - 1 over all machines.
-    :param local_rank: 0, 1, ... over the processes on this machine.
     :param launcher: "torchrun", "mpiexec", "srun", or "" for a process without one.
     :param one_machine: all ranks are known to be on this machine.
     """
@@ -53,18 +42,16 @@ class Place:
 
 def announced_rank() -> int:
     """The rank that a launcher wrote into the environment; 0 where none did."""
-    return next((int(os.environ[names.rank]) for names in LAUNCHERS if os.environ.get(names.rank)), 0)
+    return next((int(os.environ[rank]) for _, rank, _, _ in LAUNCHERS if os.environ.get(rank)), 0)
 
 
 def announced_place() -> Place:
     """The place as the environment has it, before MPI is asked."""
-    for names in LAUNCHERS:
-        rank, size = os.environ.get(names.rank), os.environ.get(names.size)
-        if rank and size and int(size) > 1:
-            local_rank = int(os.environ.get(names.local_rank) or rank)
-            return Place(int(rank), int(size), local_rank, names.launcher, one_machine=False)
+    for launcher, *names in LAUNCHERS:
+        rank, size, local_rank = (os.environ.get(name) for name in names)
         if rank and size:
-            break
+            one = Place(int(rank), int(size), int(local_rank or rank), launcher, one_machine=False)
+            return one if one.size > 1 else Place()
     return Place()
 
 
@@ -91,8 +78,8 @@ def _join_mpi(size: int) -> Place:
     world = mpi.COMM_WORLD
     if world.size != size:
         raise UserError(
-            f"mpiexec started {size} ranks, but mpi4py's MPI library sees {world.size}: they belong to different "
-            "installations of MPI; use the mpiexec that came with mpi4py's library"
+            f"mpiexec started {size} ranks, but mpi4py's MPI library sees {world.size}: use the mpiexec that came "
+            "with mpi4py's library"
         )
     machine = world.Split_type(mpi.COMM_TYPE_SHARED)
     return Place(world.rank, world.size, machine.rank, "mpiexec", one_machine=machine.size == world.size)

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from numbers import Real
 from typing import Any, TextIO
 
-import numpy as np
-
 from .errors import UserError
 from .files import explained, replacing
 
@@ -25,14 +23,11 @@ CELL_WIDTH = 30  # longest key or value in a table, in characters
 
 
 class KVWriter(ABC):
-    """Writes one row of values per dump."""
+    """Writes one row of values per dump: numbers, arrays of one element, or texts, by name."""
 
     @abstractmethod
     def writekvs(self, kvs: KeyValues) -> None:
-        """Writes one row.
-
-        :param kvs: numbers, arrays of one element, or texts, by name.
-        """
+        """Writes one row."""
 
     def rewind(self, step: int) -> None:  # noqa: B027 - most writers cannot take anything back
         """Forgets rows of later steps, and one that a killed process did not finish; where that is possible."""
@@ -68,14 +63,6 @@ class _FileWriter:
 
     def close(self) -> None:
         """Nothing to close: every row is on disk already."""
-
-
-def _is_later(value: Any, step: int) -> bool:
-    """Whether the "step" of a row, if that is what it is, comes after another one."""
-    try:
-        return float(value) > step
-    except (TypeError, ValueError):
-        return False
 
 
 class HumanOutputFormat(KVWriter, SeqWriter):
@@ -122,7 +109,7 @@ class JSONOutputFormat(_FileWriter, KVWriter):
     def rewind(self, step: int) -> None:
         def is_later(line: str) -> bool:
             try:
-                return _is_later(json.loads(line)["step"], step)
+                return bool(json.loads(line)["step"] > step)
             except (ValueError, TypeError, KeyError):
                 return False
 
@@ -142,10 +129,10 @@ class CSVOutputFormat(_FileWriter, KVWriter):
             self._add_columns(first)
 
     def writekvs(self, kvs: KeyValues) -> None:
-        new_keys = sorted(kvs.keys() - set(self.keys))
-        if new_keys:
+        if new_keys := sorted(kvs.keys() - set(self.keys)):
             self._add_columns(new_keys)
-        self._append(_csv_lines([[_csv_text(kvs.get(key)) for key in self.keys]]))
+        values: list[Any] = [kvs.get(key) for key in self.keys]
+        self._append(_csv_lines([[value.item() if hasattr(value, "detach") else value for value in values]]))
 
     def _add_columns(self, new_keys: list[str]) -> None:
         self.keys.extend(new_keys)
@@ -153,23 +140,19 @@ class CSVOutputFormat(_FileWriter, KVWriter):
         self._replace(_csv_lines([self.keys, *rows[1:]]))
 
     def rewind(self, step: int) -> None:
-        if "step" in self.keys:
-            column = self.keys.index("step")
-            rows = csv.reader(self._lines())
-            self._replace(_csv_lines(row for row in rows if not _is_later("".join(row[column : column + 1]), step)))
+        def is_later(row: list[str]) -> bool:
+            try:
+                return float(row[self.keys.index("step")]) > step
+            except (ValueError, IndexError):
+                return False
+
+        self._replace(_csv_lines(row for row in csv.reader(self._lines()) if not is_later(row)))
 
 
-def _csv_lines(rows: Iterable[Sequence[str]]) -> str:
+def _csv_lines(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _csv_text(value: Any) -> str:
-    if value is None:
-        return ""
-    is_tensor = hasattr(value, "item") and not isinstance(value, np.generic | np.ndarray)
-    return str(value.item() if is_tensor else value)
 
 
 class _CurveWriter(KVWriter):
@@ -179,10 +162,7 @@ class _CurveWriter(KVWriter):
 
     def writekvs(self, kvs: KeyValues) -> None:
         self.step = int(kvs.get("step", self.step + 1))
-        numbers = {
-            key: float(value) for key, value in kvs.items() if isinstance(value, Real) or hasattr(value, "dtype")
-        }
-        self._write(numbers)
+        self._write({k: float(value) for k, value in kvs.items() if isinstance(value, Real) or hasattr(value, "dtype")})
 
     @abstractmethod
     def _write(self, numbers: Mapping[str, float]) -> None: ...
@@ -196,14 +176,12 @@ class TensorBoardOutputFormat(_CurveWriter):
             from torch.utils.tensorboard import SummaryWriter
         self.dir = dir
         self._writer = SummaryWriter(log_dir=dir)
+        self.close = self._writer.close
 
     def _write(self, numbers: Mapping[str, float]) -> None:
         for key, value in numbers.items():
             self._writer.add_scalar(key, value, self.step)
         self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class WandbOutputFormat(_CurveWriter):
@@ -216,12 +194,10 @@ class WandbOutputFormat(_CurveWriter):
         with _needing("wandb"):
             import wandb
         self._run = wandb.init(dir=dir)
+        self.close = self._run.finish
 
     def _write(self, numbers: Mapping[str, float]) -> None:
         self._run.log(numbers, step=self.step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 @contextmanager
@@ -229,9 +205,7 @@ def _needing(package: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(
-            f"log format {package!r} needs a package that is not installed: run `pip install {package}`"
-        ) from error
+        raise UserError(f"log format {package!r} needs a package: run `pip install {package}`") from error
 
 
 FORMATS: dict[str, Callable[[str, str], KVWriter]] = {

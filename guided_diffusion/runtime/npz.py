@@ -33,31 +33,25 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
 Rows = tuple[tuple[int, ...], Any, Iterable[npt.NDArray[Any]]]  # shape, dtype, chunks along the first axis
 
 
-def write_npz(path: str, *arrays: Rows) -> None:
-    """Write arr_0, arr_1, ... chunk by chunk; the same arrays give the same bytes."""
-    write_arrays(path, {f"arr_{number}": array for number, array in enumerate(arrays)})
-
-
 def write_arrays(path: str, arrays: Mapping[str, Rows]) -> None:
     """Write arrays by name, chunk by chunk; the same arrays give the same bytes."""
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, rows in arrays.items():
-            _write_member(archive, name, rows)
+        for name, (shape, dtype, chunks) in arrays.items():
+            info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980
+            info.create_system, info.external_attr = 3, 0o600 << 16
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                member.writelines(np.ascontiguousarray(chunk, dtype).data for chunk in chunks)
 
 
-def _write_member(archive: zipfile.ZipFile, name: str, rows: Rows) -> None:
-    shape, dtype, chunks = rows
-    info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980
-    info.create_system, info.external_attr = 3, 0o600 << 16
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    with archive.open(info, "w", force_zip64=True) as member:
-        np.lib.format.write_array_header_1_0(member, header)
-        for chunk in chunks:
-            member.write(np.ascontiguousarray(chunk, dtype).data)
+def write_npz(path: str, *arrays: Rows) -> None:
+    """The same of arr_0, arr_1, ..."""
+    write_arrays(path, {f"arr_{number}": array for number, array in enumerate(arrays)})
 
 
 def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
-    """Write whole arrays as arr_0, arr_1, ...; the same arrays give the same bytes."""
+    """The same of whole arrays."""
     write_npz(path, *((array.shape, array.dtype, [array]) for array in arrays))
 
 
@@ -120,33 +114,32 @@ class Npz:
             return "arr_0"
         names = [name for name in self.names() if name not in STATISTICS and len(self.header(name).shape) > 1]
         if len(names) != 1:
-            raise UserError(
-                f"{self.path} holds {self._content()}, and it is not clear which are images: save them as arr_0"
-            )
+            unclear = "and it is not clear which are images: save them as arr_0"
+            raise UserError(f"{self.path} holds {self.content()}, {unclear}")
         return names[0]
 
     def labels(self) -> list[int] | None:
         """The class ids in arr_1, one for each image of arr_0; None where there are none."""
-        if not {"arr_0", "arr_1"} <= set(self.names()):
+        if "arr_0" not in self or "arr_1" not in self:
             return None
-        images, labels = self.header("arr_0"), self.header("arr_1")
-        ids: list[int] = []
-        if labels.shape == images.shape[:1] and labels.dtype.kind in "iu":
-            ids = self.whole("arr_1").tolist()
-        if len(ids) != images.shape[0] or max(ids, default=0) >= 2**63:
+        count, labels = self.header("arr_0").shape[0], self.header("arr_1")
+        whole = labels.shape == (count,) and labels.dtype.kind in "iu"
+        ids: list[int] = self.whole("arr_1").tolist() if whole else []
+        if len(ids) != count or max(ids, default=0) >= 2**63:
             raise UserError(
                 f"{self.path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one class id for each of the "
-                f"{images.shape[0]} images, or none"
+                f"{count} images, or none"
             )
         return ids
 
-    def _content(self) -> str:
+    def content(self) -> str:
+        """The names of the first arrays, for messages."""
         return ", ".join(map(files.printable, self.names()[:8])) or "no array"
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[tuple[IO[bytes], files.Header]]:
         if name not in self:
-            raise UserError(f"{self.path} holds no {name}, but {self._content()}: save what is wanted under that name")
+            raise UserError(f"{self.path} holds no {name}, but {self.content()}")
         with self._explained(f"{name} cannot be read, "), self._archive.open(f"{name}.npy") as member:
             header = files.read_header(member)
             if not header.shape:
@@ -166,7 +159,7 @@ def holds(path: str, *arrays: tuple[tuple[int, ...], Any]) -> bool:
     """Whether a file is there with arr_0, arr_1, ... of these shapes and types, by its directory and headers."""
     try:
         with Npz(path) as archive:
-            headers = [archive.header(f"arr_{number}") for number in range(len(arrays))]
+            headers = [archive.header(f"arr_{number}")[:2] for number in range(len(arrays))]
     except (OSError, ValueError):
         return False
-    return [(header.shape, header.dtype) for header in headers] == [(shape, np.dtype(kind)) for shape, kind in arrays]
+    return headers == [(shape, np.dtype(kind)) for shape, kind in arrays]

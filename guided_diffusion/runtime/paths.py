@@ -24,16 +24,15 @@ AnyPath = str | os.PathLike[str]
 ATTEMPTS, CONNECT_TIMEOUT, READ_TIMEOUT = 9, 5, 30
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")  # one letter alone is a drive of Windows
+_FILE = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
 _BUCKET = re.compile(r"(gs|az)://|https://[^/]+\.blob\.core\.windows\.net/")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _REMEDIES = {
-    "s3": "copy it first (pip install awscli; aws s3 cp --recursive {path} FOLDER), or mount the bucket, e.g. with "
-    "mountpoint-s3",
+    "s3": "copy it first (pip install awscli; aws s3 cp --recursive {path} FOLDER), or mount the bucket",
     "hf": "fetch it first (pip install huggingface_hub; hf download REPOSITORY --local-dir FOLDER)",
-    "https": "fetch it first (curl -LO {path}; weights of the evaluation: guided-diffusion download)",
-    "ftp": "fetch it first (curl -O {path})",
+    "file": "write file:///PATH, with three slashes",
+    **dict.fromkeys(("https", "http", "ftp"), "fetch it first (curl -LO {path})"),
 }
-_REMEDIES["http"] = _REMEDIES["https"]
 
 
 def resolve(path: AnyPath) -> str:
@@ -46,27 +45,18 @@ def resolve(path: AnyPath) -> str:
     if _WINDOWS.match(text) and os.name != "nt":
         drive = f"/mnt/{text[0].lower()}/{text[3:]}".replace("\\", "/") if text[1] == ":" else "/mnt/..."
         raise UserError(f"{text!r} is a path of Windows: under WSL write {drive}, else copy it to this machine")
+    if local_file := _FILE.fullmatch(text):
+        return urllib.parse.unquote(local_file[1])
     url = _URL.match(text)
     if url is None:
         return text
-    scheme, slashes, rest = url[1].lower(), url[2], text[url.end() :]
-    if scheme == "file":
-        return _local_of(text, rest if len(slashes) == 2 else f"/{rest}")
-    if len(slashes) < 2 and scheme not in ("gs", "az", *_REMEDIES):
+    scheme, whole = url[1].lower(), f"{url[1].lower()}://{text[url.end() :]}"  # pathlib makes one slash of two
+    if len(url[2]) < 2 and scheme not in ("gs", "az", *_REMEDIES):
         return text
-    whole = f"{scheme}://{rest}"  # pathlib makes one slash of two
     if _BUCKET.match(whole):
         return whole
     remedy = _REMEDIES.get(scheme, "give a local path, file:///PATH, or a bucket of gs:// or az://").format(path=whole)
     raise UserError(f"{text!r} cannot be read where it lies: {remedy}")
-
-
-def _local_of(url: str, path: str) -> str:
-    """The path of a file:// URL, given after its two slashes."""
-    host, slash, rest = path.partition("/")
-    if host not in ("", "localhost") or not slash:
-        raise UserError(f"{url!r} names a host, not a path: write file:///PATH, with three slashes")
-    return urllib.parse.unquote(f"/{rest}")
 
 
 def local(path: AnyPath) -> str:
@@ -110,10 +100,7 @@ def _blobfile() -> Any:
 
 
 def _ask(path: str, question: Callable[[Any], T]) -> T:
-    """The answer of blobfile about a path.
-
-    :raises OSError: in one sentence, where the bucket cannot be reached.
-    """
+    """The answer of blobfile about a path; an OSError of one sentence where the bucket cannot be reached."""
     try:
         return question(_blobfile())
     except Exception as error:
@@ -122,8 +109,7 @@ def _ask(path: str, question: Callable[[Any], T]) -> T:
         cause = re.sub(r"^message=|, request=.*", "", str(error).partition("\n")[0])
         raise OSError(
             f"{path} cannot be reached ({cause:.200}; at most {ATTEMPTS} attempts of {CONNECT_TIMEOUT} s to connect "
-            f"and {READ_TIMEOUT} s for an answer): look at the name, the network and the credentials, or copy it to "
-            "this machine"
+            f"and {READ_TIMEOUT} s for an answer): look at the name, the network and the credentials"
         ) from error
 
 

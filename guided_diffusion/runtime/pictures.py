@@ -1,4 +1,4 @@
-"""Images as bytes and as numbers in [-1, 1], PNG files of them, and labelled grids.
+"""Images as bytes and as numbers in [-1, 1], PNG files of them, labelled grids, and films of their making.
 
 Images are uint8 [H, W, C], several of them [N, H, W, C], with C = 1 (grey), 3 (RGB) or 4 (RGBA).
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import torch as th
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import UserError
+from .files import replacing
 from .npz import read_npz
 
 Pixels = npt.NDArray[np.uint8]
@@ -66,7 +68,7 @@ def range_in_words(images: th.Tensor) -> str:
     """The least and the largest number of images in [-1, 1], and what to do where they use less than half of it."""
     low, high = images.min().item(), images.max().item()
     used = f"{low:.3g} to {high:.3g} of -1 to 1"
-    if high - low > 1.1 or not (math.isfinite(low) and math.isfinite(high)):
+    if not -math.inf < high - low <= 1.1:
         return used
     return (
         f"{used}, which is little: if black and white are other numbers in the files, say which, such as --data_range "
@@ -84,9 +86,7 @@ def can_draw(shape: Sequence[int]) -> bool:
 
 def _as_picture(image: Pixels) -> Image.Image:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in DRAWN_CHANNELS:
-        raise UserError(
-            f"an image {image.shape} of {image.dtype} cannot be drawn: give uint8 [H, W, C] with C = 1, 3 or 4"
-        )
+        raise UserError(f"{image.dtype} {image.shape} cannot be drawn: give uint8 [H, W, C] with C = 1, 3 or 4")
     return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
@@ -95,18 +95,9 @@ def save_png(path: str, image: Pixels) -> None:
     _as_picture(image).save(path, format="PNG")
 
 
-def save_grid(
-    path: str,
-    images: Pixels,
-    columns: int,
-    row_names: Sequence[str] = (),
-    *,
-    titles: Sequence[str] = (),
-    gap: int = GROUP_GAP,
-    zoom: int = 0,
-) -> None:
-    """Write images [N, H, W, C], row by row, as the picture that `grid` makes."""
-    picture = grid(images, columns, row_names, titles=titles, gap=gap, zoom=zoom)
+def save_grid(path: str, images: Pixels, columns: int, row_names: Sequence[str] = (), **options: Any) -> None:
+    """Write the picture that `grid` makes."""
+    picture = grid(images, columns, row_names, **options)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     picture.save(path, format="PNG")
 
@@ -130,19 +121,16 @@ def grid(
     rows = -(-len(images) // columns) if columns > 0 else 0
     groups = max(1, len(titles))
     if rows == 0 or columns % groups or len(row_names) not in (0, rows):
-        raise UserError(
-            f"{len(images)} images in {columns} columns under {groups} titles beside {len(row_names)} row names "
-            "make no grid"
-        )
-    height = _as_picture(images[0]).height
+        raise UserError(f"{len(images)} images, {columns} columns, {groups} titles, {len(row_names)} names: no grid")
+    _as_picture(images[0])  # which refuses what cannot be drawn
     zoom = zoom or max(1, CELL // min(images.shape[1:3]))
     tiles = _tile(images.repeat(zoom, axis=1).repeat(zoom, axis=2), rows, columns, group=columns // groups, gap=gap)
     names = [_short(name) for name in row_names]
-    return _framed(tiles, names, [_short(title) for title in titles], cell=height * zoom + PAD, gap=gap)
+    return _framed(tiles, names, [_short(title) for title in titles], cell=images.shape[1] * zoom + PAD, gap=gap)
 
 
 def _tile(images: Pixels, rows: int, columns: int, *, group: int, gap: int) -> Pixels:
-    """The images [rows * cell, columns * cell, C] on white, every `group` columns set apart."""
+    """The images on white, every `group` columns set apart."""
     height, width, channels = images.shape[1:]
     sheet_width = columns * (width + PAD) - PAD + (columns // group - 1) * gap
     sheet = np.full((rows * (height + PAD) - PAD, sheet_width, channels), 255, np.uint8)
@@ -177,9 +165,6 @@ def _framed(tiles: Pixels, names: Sequence[str], titles: Sequence[str], *, cell:
     return frame
 
 
-# ---- of a file of samples
-
-
 def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> None:
     """The first images in one picture; a row for each class where they take turns.
 
@@ -201,12 +186,68 @@ def draw_each(
     folder: str, samples: str, *, labelled: bool, rank: int = 0, world_size: int = 1, names: Sequence[str] = ()
 ) -> None:
     """NNNNNN_yK.png, or as `names` say, of every world_size-th image of the npz `samples`."""
-    os.makedirs(folder, exist_ok=True)
     labels = np.concatenate(list(read_npz(samples, "arr_1", CHUNK))) if labelled else None
     images = (image for chunk in read_npz(samples, "arr_0", CHUNK) for image in chunk)
-    for index, image in enumerate(images):
-        if index % world_size == rank:
-            suffix = "" if labels is None else f"_y{labels[index]}"
-            path = os.path.join(folder, names[index] if names else f"{index:06d}{suffix}.png")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            save_png(path, image)
+    for index, image in islice(enumerate(images), rank, None, world_size):
+        suffix = "" if labels is None else f"_y{labels[index]}"
+        path = os.path.join(folder, names[index] if names else f"{index:06d}{suffix}.png")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_png(path, image)
+
+
+# ---- films
+
+FILM_IMAGES = 8
+GIF_ROW = 4  # images side by side in the animation
+SECONDS = 5.0  # of the animation, within the limits of a frame
+FASTEST, SLOWEST, LAST = 60, 400, 2500  # milliseconds of a frame, and of the last one
+
+
+class Film:
+    """The first images of a batch on their way from noise.
+
+    ``film = Film(every=5)``, a sampling loop with ``callback=film.collect``, then ``film.save("a.png", "a.gif")``.
+
+    :param every: how many steps from one frame to the next.
+    """
+
+    def __init__(self, every: int = 1, images: int = FILM_IMAGES) -> None:
+        self.every, self.images = every, images
+        self.steps = 0
+        self._frames: list[tuple[str, Pixels]] = []
+        self._sample = th.empty(0)
+
+    def collect(self, index: int, output: Mapping[str, Any]) -> None:
+        """Take in a step's output: its pred_xstart where a frame is due, and its sample, which may be the last."""
+        if self.steps % self.every == 0:
+            self._frames.append((f"step {self.steps + 1}", to_uint8(output["pred_xstart"][: self.images])))
+        self.steps += 1
+        self._sample = output["sample"][: self.images]
+
+    def frames(self) -> list[tuple[str, Pixels]]:
+        """Title and images uint8 [N, H, W, C] of every frame; the last one shows the finished images."""
+        return [*self._frames, ("image", to_uint8(self._sample))]
+
+    def save(self, strip: str, animation: str) -> None:
+        """Write a PNG with a row per image and a column per frame, and a GIF with the frames one after the other."""
+        frames = self.frames()
+        rows = np.stack([images for _, images in frames], axis=1)
+        titles = [title for title, _ in frames]
+        picture = grid(rows.reshape(-1, *rows.shape[2:]), len(frames), titles=titles, gap=0)
+        with replacing(strip) as file:
+            picture.save(file, format="PNG")
+        columns = min(GIF_ROW, len(frames[0][1]))
+        first, *others = [_paletted(grid(images, columns, titles=[title])) for title, images in frames]
+        pace = round(min(max(1000 * SECONDS / len(frames), FASTEST), SLOWEST))
+        times = [pace] * len(others) + [LAST]
+        with replacing(animation) as file:
+            first.save(file, format="GIF", save_all=True, append_images=others, duration=times, loop=0, optimize=False)
+
+
+def _paletted(picture: Image.Image) -> Image.Image:
+    """256 colours of the picture's own, undithered: dots that change from frame to frame would flicker."""
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    if picture.mode == "L":
+        return picture
+    return picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)

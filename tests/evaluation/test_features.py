@@ -172,7 +172,7 @@ def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
     folder = save_run(tmp_path / "unet", config, build_unet(config, learn_sigma=False))
     told = sentence_of(make_extractor, f"classifier:{folder}")
     assert "--features classifier" in told
-    assert "give the checkpoint of a classifier" in told
+    assert "is no classifier of grey or RGB images" in told
     assert "does not exist" in sentence_of(make_extractor, f"classifier:{tmp_path}/nowhere")
     (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04")
     assert "cannot be read as a checkpoint" in sentence_of(make_extractor, f"classifier:{tmp_path}/torn.pt")

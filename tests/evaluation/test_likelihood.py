@@ -23,8 +23,8 @@ from test_docs import run as run_snippet, snippets
 import mixture
 from guided_diffusion.commands import flags as cli, image_nll
 from guided_diffusion.commands.common import restore_unet
-from guided_diffusion.config import DiffusionConfig, UNetConfig
-from guided_diffusion.evaluation.flow_likelihood import FlowOptions, calc_flow_bpd
+from guided_diffusion.config import DiffusionConfig, FlowConfig, UNetConfig
+from guided_diffusion.evaluation.flow_likelihood import calc_flow_bpd
 from guided_diffusion.evaluation.likelihood import Survey, carry_out, measure_batches, merge
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.losses import HALF_BIN
@@ -38,8 +38,8 @@ from guided_diffusion.training import checkpoints
 SHAPE = (5, 3, 4, 4)
 SIZE = math.prod(SHAPE[1:])
 MEAN, STD = 0.1, 0.3
-PRECISE = FlowOptions(flow_tolerance=1e-6)
-HEUN = FlowOptions(flow_solver="heun")
+PRECISE = FlowConfig(flow_tolerance=1e-6)
+HEUN = FlowConfig(flow_solver="heun")
 
 
 def pixels(shape: tuple[int, ...] = SHAPE, dtype: th.dtype = th.float64) -> th.Tensor:
@@ -111,7 +111,7 @@ def bound(process: GaussianDiffusion, model: Callable[..., th.Tensor], x: th.Ten
     return process.calc_bpd_loop(model, x, False)
 
 
-def flow(options: FlowOptions) -> Callable[..., dict[str, th.Tensor]]:
+def flow(options: FlowConfig) -> Callable[..., dict[str, th.Tensor]]:
     return lambda process, model, x: calc_flow_bpd(process, model, x, False, options=options, generator=generators(3))
 
 
@@ -135,7 +135,7 @@ def test_the_flow_of_a_mixture_has_its_density() -> None:
     """Its Jacobian is not diagonal, so that the probes matter: they are right on average."""
     process, data = make_process(1000, "logsnr100"), mixture.ring()
     points, _ = data.sample(1000, th.Generator().manual_seed(0))
-    options, generator = FlowOptions(flow_solver="heun", probes=8), th.Generator().manual_seed(1)
+    options, generator = FlowConfig(flow_solver="heun", probes=8), th.Generator().manual_seed(1)
     network = mixture.Oracle(process, data)
     out = calc_flow_bpd(process, network, points, False, options=options, generator=generator)["total_bpd"]
     noise = th.rand(points.shape, dtype=th.float64, generator=generator.manual_seed(1))
@@ -166,7 +166,7 @@ def test_probes_are_right_on_average(noise: str, network: Callable[..., th.Tenso
     """Against the Jacobian of one step of Heun's method, whose divergences are those of its two ends."""
     process = make_process(1000, "list:500,520", mean="START_X")
     x, count = pixels((1, *SHAPE[1:])), 2000
-    options = FlowOptions(flow_solver="heun", probe_noise=noise, probes=count)
+    options = FlowConfig(flow_solver="heun", probe_noise=noise, probes=count)
     x_many = calc_flow_bpd(process, network, x, False, options=options, generator=generators(1))
     start = x + (2 * th.rand(x.shape[1:], generator=generators(1)[0], dtype=th.float64) - 1) * HALF_BIN
     angles = [math.acos(math.sqrt(level)) for level in process.alphas_cumprod]
@@ -188,7 +188,7 @@ def test_probes_are_right_on_average(noise: str, network: Callable[..., th.Tenso
 
 
 def test_solvers_have_their_orders(network: Callable[..., th.Tensor]) -> None:
-    def bits(grid: str, options: FlowOptions) -> th.Tensor:
+    def bits(grid: str, options: FlowConfig) -> th.Tensor:
         process = make_process(1000, grid, mean="START_X")
         return calc_flow_bpd(process, network, pixels(), False, options=options, generator=generators(5))["total_bpd"]
 
@@ -196,7 +196,7 @@ def test_solvers_have_their_orders(network: Callable[..., th.Tensor]) -> None:
     heun = [float((bits(f"logsnr{steps}", HEUN) - exact).abs().max()) for steps in (60, 240)]
     assert 1.8 < math.log2(heun[0] / heun[1]) / 2 < 2.3
     for tolerance in (1e-3, 1e-5, 1e-7):
-        off = (bits("", FlowOptions(flow_tolerance=tolerance)) / exact - 1).abs().max()
+        off = (bits("", FlowConfig(flow_tolerance=tolerance)) / exact - 1).abs().max()
         assert off < 3 * tolerance
 
 

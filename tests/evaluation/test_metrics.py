@@ -316,7 +316,7 @@ def test_distances_refuse_what_they_cannot_measure():
         (lambda: manifold_radii(x, 0), "k must be .* got 0"),
         (lambda: manifold_radii(x, dtype="float64"), "must be one of float32, float16, got 'float64'"),
         (lambda: manifold_radii(x * np.float32(1e25)), "too large for distances"),
-        (lambda: precision_recall(x, x[:, :3]), "4 features and the samples 3"),
+        (lambda: precision_recall(x, x[:, :3]), "are of two networks"),
         (lambda: precision_recall(x, x[:3]), "6 and 3 images are too few: take 4 or more of each"),
         (lambda: precision_recall(np.where(x == x[2, 1], np.nan, x), x), "row 2 of the reference's features"),
         (lambda: density_coverage(x, np.where(x == x[5, 1], np.inf, x), 2), "row 5 of the samples' features"),

@@ -212,11 +212,11 @@ def test_weights_of_another_network_are_named(tmp_path: Path, state: dict[str, t
     config = {"width": 64, "depth": 1, "channel_mult": "1", "attention_resolutions": "8"}
     classifier = build_classifier(ClassifierConfig(image_size=8, **{f"classifier_{k}": v for k, v in config.items()}))
     kinds: list[tuple[Any, str]] = [
-        ({**small, "AuxLogits.fc.bias": th.zeros(1000)}, "torchvision's Inception"),
-        (classifier.state_dict(), "those of a classifier for diffusion; missing: Conv2d_1a_3x3"),
-        ({"visual.conv1.weight": th.zeros(1)}, "those of another network; missing: Conv2d_1a_3x3"),
-        (th.optim.Adam([th.zeros(1, requires_grad=True)]).state_dict(), "something else than a state dict"),
-        ([1, 2], "something else than a state dict"),
+        ({**small, "AuxLogits.fc.bias": th.zeros(1000)}, "unknown: AuxLogits.fc.bias"),
+        (classifier.state_dict(), "Inception network (missing: Conv2d_1a_3x3"),
+        ({"visual.conv1.weight": th.zeros(1)}, "Inception network (missing: Conv2d_1a_3x3"),
+        (th.optim.Adam([th.zeros(1, requires_grad=True)]).state_dict(), "it is no state dict"),
+        ([1, 2], "it is no state dict"),
         ({**small, "fc.bias": th.zeros(7)}, "of another shape: fc.bias [7] instead of [1008]"),
     ]
     for content, message in kinds:
@@ -228,10 +228,10 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.pth", b"\n<!DOCTYPE html><html>", "a web page"),
         ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "the pointer that Git LFS leaves"),
-        ("a.pth", b"", "but an empty file"),
+        ("a.pth", b"", "it is an empty file"),
         ("a.pth", b"\x80\x02cos\nsystem\n(S'echo bad'\ntR.", "cannot be read as a checkpoint"),
         ("a.pth", b"PK\x03\x04 cut short", "cannot be read as a checkpoint"),
-        ("a.pb", b"graph", "but a TensorFlow graph: give weights-inception-2015-12-05-6726825d.pth as --inception_w"),
+        ("a.pb", b"graph", "a TensorFlow graph): give weights-inception-2015-12-05-6726825d.pth as --inception_w"),
     ):
         (tmp_path / name).write_bytes(content)
         assert message in refused(tmp_path / name)
@@ -239,6 +239,6 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path) -> None:
     assert "an npz" in refused(tmp_path / "arrays.npz")
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
         archive.writestr("script/constants.pkl", b"")
-    assert "but a TorchScript archive" in refused(tmp_path / "script.pt")
-    assert "do not exist" in sentence_of(weights.load_inception, str(tmp_path / "gone"))
-    assert "but a folder: give weights-inception" in refused(tmp_path)
+    assert "it is a TorchScript archive" in refused(tmp_path / "script.pt")
+    assert "does not exist" in sentence_of(weights.load_inception, str(tmp_path / "gone"))
+    assert "it is a folder): give weights-inception" in refused(tmp_path)

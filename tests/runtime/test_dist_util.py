@@ -63,7 +63,6 @@ COLLECTIVES = """
         layers.to(memory_format=th.channels_last)
         values = [*layers.parameters(), *layers.buffers()]
         memory = [value.data_ptr() for value in values]
-        dist_util.PIECE = 100  # several messages
         dist_util.sync_params(iter(values))
         assert [value.data_ptr() for value in values] == memory
         assert all(value.grad_fn is None for value in values)
@@ -445,12 +444,8 @@ def test_the_device_is_the_one_asked_for():
     assert dist_util.dev().type == ("cuda" if th.cuda.is_available() else "cpu")
     dist_util.setup_dist(device="cpu")
     assert dist_util.dev() == th.device("cpu")
-    for wanted, reason in {
-        "toaster": "there is no such kind",
-        "meta": "there is no such kind",
-        "cuda:99": "torch sees [0-9]+ GPUs",
-    }.items():
-        with pytest.raises(ValueError, match=f"device '{wanted}' cannot be used, {reason}.*: give cpu"):
+    for wanted in ("toaster", "meta", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device '{wanted}' cannot be used, torch sees [0-9]+ GPUs.*: give cpu"):
             dist_util.setup_dist(device=wanted)
     assert dist_util.dev() == th.device("cpu")
 

@@ -158,9 +158,7 @@ def test_files_of_unknown_origin_are_left_alone(job: Squares) -> None:
     assert os.listdir(job.out_dir) == ["squares.npz"]
 
 
-@pytest.mark.parametrize(
-    "content", [b"[]", b"3", b"{", b'{"a": 1, "a": 2}', b"[" * 100_000, b"", b"\xff"], ids=range(7)
-)
+@pytest.mark.parametrize("content", [b"[]", b"3", b"{", b"[" * 100_000, b"", b"\xff"], ids=range(6))
 def test_a_request_that_is_none_is_named(job: Squares, content: bytes) -> None:
     os.makedirs(job.out_dir)
     Path(job.file("request.json")).write_bytes(content)

@@ -137,7 +137,7 @@ def test_formats_that_are_unknown_or_not_installed_are_refused(monkeypatch, tmp_
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     for name in ("wandb", "tensorboard"):
-        with pytest.raises(ValueError, match=f"log format '{name}' needs a package.*`pip install {name}`"):
+        with pytest.raises(ValueError, match=f"log format '{name}' needs a package: run `pip install {name}`"):
             logger.configure(str(tmp_path), [name])
 
 

@@ -55,7 +55,7 @@ REFUSED = {
     "https://host/a.zip": "curl -LO https://host/a.zip",
     "http://host/a.zip": "curl -LO",
     "hf://datasets/x": "hf download",
-    "ftp://host/x": "curl -O",
+    "ftp://host/x": "curl -LO",
     "webdav://host/x": "give a local path",
     "file://data/x": "file:///PATH, with three slashes",
     "C:\\data\\cats": "/mnt/c/data/cats",
