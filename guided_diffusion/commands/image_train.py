@@ -7,10 +7,7 @@ from .flags import Flags
 
 
 def train(flags: Flags) -> None:
-    """Train as the flags say.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """Train as the flags say."""
     from ..train_util import Hook
     from . import evaluation, previews, training
 

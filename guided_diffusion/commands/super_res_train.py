@@ -7,10 +7,7 @@ from .flags import Flags
 
 
 def train(flags: Flags) -> None:
-    """Train as the flags say.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """Train as the flags say."""
     from . import previews, training
 
     training.begin(flags).run_with_previews(previews.of_enlarged)

@@ -48,7 +48,7 @@ from guided_diffusion.commands import (
     sampling,
     super_res_sample,
 )
-from guided_diffusion.commands.common import Plan, Restored, restore_unet, restore_upsampler
+from guided_diffusion.commands.common import Plan, Restored, restore
 from guided_diffusion.commands.editing import adds_noise
 from guided_diffusion.commands.sampling import labels_of
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig
@@ -608,7 +608,6 @@ def test_at_another_size_attention_stays_where_it_was(runs: Runs, sizes: dict[st
     upsampler = "large_size" in sizes
     name, command = ("upsampler", "super_res_sample") if upsampler else ("unet", "image_sample")
     flags = {"model_path": runs[name], **sizes}
-    restore = restore_upsampler if upsampler else restore_unet
     model = restore(cli.Flags(command, flags))
     assert model.flags.values["attention_resolutions"] == "8"
     own = getattr(runs, name).state_dict()

@@ -132,7 +132,7 @@ TEXTS["config.json"] = {
     "pairs": ('{"flags":["ab","cd"]}', "is no config of a run"),
     "not UTF-8": (b'{"flags":{"a":"\xff"}}', "no UTF-8"),
     "twice": ('{"flags":{"num_channels":32,"num_channels":64}}', "given twice"),
-    "not a number": ('{"flags":{"dropout":NaN}}', "dropout nan, which is not to be used"),
+    "not a number": ('{"flags":{"dropout":NaN}}', "dropout nan, which cannot be used"),
     "infinite": ('{"flags":{"min_snr_gamma":1e999}}', "not a finite number"),
     "negative": ('{"flags":{"num_channels":-5}}', "below the least value, 1"),
     "huge": ('{"flags":{"num_res_blocks":1000000000}}', "above the greatest value, 100"),

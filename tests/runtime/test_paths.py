@@ -19,7 +19,7 @@ from guided_diffusion import dist_util, logger
 from guided_diffusion.commands import flags as cli
 from guided_diffusion.commands.conditioning import kind_of
 from guided_diffusion.commands.npz_files import from_images
-from guided_diffusion.commands.sections import FromImagesConfig
+from guided_diffusion.commands.sections import FromImagesConfig, NpzToolConfig
 from guided_diffusion.data.conditioning import CondSource, Pairing
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.data.labels import load_classes, read_labels
@@ -193,9 +193,8 @@ def test_all_of_this_opens(place: Any) -> None:
     labels = read_labels(find_images(place("images:1")))
     save_classes(place("classes:1.json"), labels)
     assert load_classes(place("classes:1.json")) == ["cat", "dog"]
-    assert from_images(FromImagesConfig(source=place("images:1"), out=str(folder / "new:1.npz")))[-1].endswith(
-        "2 images 4x4x3"
-    )
+    config = NpzToolConfig(source=place("images:1"), out=str(folder / "new:1.npz"))
+    assert from_images(config, FromImagesConfig())[-1].endswith("2 images 4x4x3")
 
 
 def test_checkpoints_and_logs_open(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
