@@ -30,13 +30,10 @@ MAX_LABEL = 2**16  # without names of the classes
 def run(flags: Flags) -> None:
     """Run one of the tools, and print what it wrote."""
     config = flags.part(NpzToolConfig)
+    if not config.out or os.path.lexists(config.out):
+        raise UserError(f"{config.out!r} exists already: remove it, or give another name")
     lines = [to_png(config)] if config.tool == "to-png" else from_images(config, flags.part(FromImagesConfig))
     print(*lines, sep="\n")
-
-
-def _refuse_existing(path: str) -> None:
-    if not path or os.path.lexists(path):
-        raise UserError(f"{path!r} exists already: remove it, or give another name")
 
 
 # ---- to files
@@ -52,7 +49,6 @@ def to_png(config: NpzToolConfig) -> str:
             f"{config.source} holds no images of uint8, but of {images.dtype}: save images in [-1, 1] as "
             "((x + 1) * 127.5).clip(0, 255).astype(uint8)"
         )
-    _refuse_existing(config.out)
     with Npz(images.parts[0]) as archive:
         if images.labels is None and images.name == "arr_0" and "arr_1" in archive:
             raise UserError(f"{config.source}: arr_1 is no label for each of {images.count} images")
@@ -101,7 +97,6 @@ def _file_names(count: int, ids: NDArray[np.int64] | None, classes: Sequence[str
 
 def from_images(config: NpzToolConfig, options: FromImagesConfig) -> list[str]:
     """Write the images of a folder or zip, and their labels, as an npz; returns lines about it."""
-    _refuse_existing(config.out)
     if not config.out.endswith(".npz"):
         raise UserError(f"{config.out!r} is no name of an npz: give one that ends in .npz")
     listing, shape = _in_order(find_images(config.source))

@@ -19,6 +19,7 @@ from ..runtime.errors import UserError
 from ..runtime.options import parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, planes, save_grid, to_uint8
 from ..sample_util import preview
+from ..train_util import Hook
 from . import conditioning
 from .common import image_shape
 from .training import Training
@@ -27,6 +28,12 @@ PREVIEWED = 16  # images in a preview grid
 COMPARED = 64  # images of the data whose colours are compared with it
 
 Draw = Callable[[Any, int], None]  # (model, step)
+
+
+def hooks(run: Training, previewer: Callable[[Training], Draw]) -> list[Hook]:
+    """A preview every --sample_interval steps, none where that is 0."""
+    interval = run.flags.values["sample_interval"]
+    return [Hook(interval, previewer(run))] if interval else []
 
 
 def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, th.Tensor]]:

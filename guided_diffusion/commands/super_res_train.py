@@ -10,7 +10,8 @@ def train(flags: Flags) -> None:
     """Train as the flags say."""
     from . import previews, training
 
-    training.begin(flags).run_with_previews(previews.of_enlarged)
+    run = training.begin(flags)
+    run.run(hooks=previews.hooks(run, previews.of_enlarged))
 
 
 main = entry("super_res_train", train)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..runtime import paths
 from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
-from ..train_util import Hook, TrainLoop
+from ..train_util import TrainLoop
 from ..training import checkpoints
 from ..training.settings import Settings
 from . import conditioning, finetuning
@@ -68,14 +68,6 @@ class Training:
         keywords |= {"data": self.stream, "val_data": self.validation, "progress": True, **options}
         kind(model=self.network, diffusion=self.process, **keywords).run_loop()
         logger.log(f"training complete: everything is in {logger.get_dir()}")
-
-    def run_with_previews(self, previewer: Callable[[Training], Any], hooks: Sequence[Hook] = ()) -> None:
-        """Train to the end, with a preview every --sample_interval steps.
-
-        :param previewer: makes the function (model, step) that draws them.
-        """
-        interval = self.flags.values["sample_interval"]
-        self.run(hooks=[*([Hook(interval, previewer(self))] if interval else []), *hooks])
 
 
 def begin(flags: Flags) -> Training:
