@@ -714,7 +714,7 @@ def test_a_long_run_that_nobody_asked_for_says_how_to_ask_for_less(
     logger.configure(str(tmp_path), ["log"])
     model = Restored(runs.unet, "", flags, runs.process, [], {})
     sampling.announce(model, sampling.job_of(flags, (3, 8, 8), Plan(runs.unet)), 40)
-    hint = "these are 25000 evaluations, the bar says how long they take: for a first look give --num_samples 16 --samp"
+    hint = "these are 25000 evaluations: for a first look give --num_samples 16 --samp"
     assert (tmp_path / "log.txt").read_text().count(hint) == told
 
 
