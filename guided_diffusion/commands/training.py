@@ -245,7 +245,8 @@ def open_streams(
         save_classes(os.path.join(logger.get_dir(), checkpoints.CLASSES), stream)
     if not train.val_data_dir:
         return stream, None
-    return stream, _validation(train.val_data_dir, stream, load, options | {"cache_images": False} | (validation or {}))
+    options |= {"cache_images": False, **(validation or {})}
+    return stream, _validation(train.val_data_dir, stream, load, options)
 
 
 def _validation(path: str, train: ImageStream, load: Load, options: Mapping[str, Any]) -> ImageStream:
