@@ -114,9 +114,11 @@ def path_flags() -> list[tuple[str, str]]:
 def command_line(command: str, flag: str, value: str) -> list[str]:
     """Words that give one flag, and what the command cannot do without."""
     flags = COMMANDS[command].flags()
-    positional = [name for name, spec in flags.items() if spec.metadata["positional"]]
+    positional = {
+        name: (*spec.metadata["choices"], "x")[0] for name, spec in flags.items() if spec.metadata["positional"]
+    }
     named = [] if flag in positional else [f"--{flag}", value]
-    return [*(value if name == flag else "x" for name in positional), *named]
+    return [*(value if name == flag else word for name, word in positional.items()), *named]
 
 
 def test_every_flag_of_a_path_is_one() -> None:
@@ -138,11 +140,11 @@ def test_every_command_takes_or_refuses_paths_in_one_way(
     if COMMANDS[command].flags()[flag].metadata["convert"] is paths.local:
         refused.append(taken.pop())
     for value in taken:
-        given = cli.parse(command, command_line(command, flag, value)).given[flag]
+        given = vars(cli.parser(command).parse_args(command_line(command, flag, value)))[flag]
         assert (given[0] if isinstance(given, list) else given) == RESOLVED.get(value, value)
     for value in refused:
         with pytest.raises(SystemExit) as end:
-            cli.parse(command, command_line(command, flag, value))
+            cli.parser(command).parse_args(command_line(command, flag, value))
         assert end.value.code == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1
