@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .runtime.errors import UserError
-from .runtime.options import flag, local_flag, names_of, parse_microbatch, path_flag, range_flag, size_flag
+from .runtime.options import flag, local_flag, names_of, parse_microbatch, path_flag, range_flag, share_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 PRECISION_CHOICES = ("", *PRECISIONS, "auto")
@@ -29,6 +29,7 @@ METRIC_LIST = names_of(METRIC_NAMES, "metric")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 MISMATCHES = ("error", "reinit", "inflate")
 LORA_KINDS = ("attention", "convolutions")
+LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
 # those of sampling.samplers.SAMPLERS, for help texts, which do not import torch
 SAMPLER_NAMES = (
     "ddpm ddim ddim_reverse plms dpm++2m dpm++2m_sde dpm++2s dpm++3m_sde dpm2 dpm3 unipc deis sa heun euler "
@@ -88,7 +89,7 @@ class NetworkConfig(ImageConfig):
     num_head_channels: int = flag(-1, "channels per attention head; -1: use --num_heads")
     attention_resolutions: str = flag("16,8", "resolutions (pixels of the longer side) with attention; '' for none")
     channel_mult: str = flag("", "channels of each level over --num_channels, e.g. 1,2,3,4; '' chooses by size")
-    dropout: float = flag(0.0, "dropout probability in the residual blocks", at_least=0, at_most=1)
+    dropout: float = share_flag("dropout probability in the residual blocks")
     class_cond: bool = flag(False, "condition the network on class labels")
     null_class: bool = flag(False, "there is an embedding for 'no class', label num_classes; --class_dropout sets it")
     use_checkpoint: bool = flag(False, "recompute activations in the backward pass to save memory", runtime=True)
@@ -97,21 +98,15 @@ class NetworkConfig(ImageConfig):
     use_fp16: bool = flag(False, "alias of --precision fp16", runtime=True)
     use_new_attention_order: bool = flag(False, "channels of qkv: q, k, v first, then heads")
     use_neighborhood_attention: bool = flag(False, "attend to a window of the training size in larger images")
-    precision: str = flag(
-        "", "fp32, fp16, bf16, or auto: the fastest here; '' as --use_fp16", choices=PRECISION_CHOICES, runtime=True
-    )
+    precision: str = flag("", "fp32, fp16, bf16, auto; '': --use_fp16", choices=PRECISION_CHOICES, runtime=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(NetworkConfig, SizedConfig):
     """A diffusion U-Net."""
 
-    cond_type: str = flag(
-        "", "what the network also sees of each image: an image, a mask, or a map of classes", choices=("", *COND_TYPES)
-    )
-    cond_channels: int = flag(
-        0, "its channels, of a map its classes; 0: as the images, 1 of a mask", at_least=1, at_most=2**16
-    )
+    cond_type: str = flag("", "what the network also sees: image, mask or classes (a map)", choices=("", *COND_TYPES))
+    cond_channels: int = flag(0, "its channels or classes; 0: as the images, or 1", at_least=1, at_most=2**16)
     null_cond: bool = flag(False, "trained on zeros in its place too; --cond_dropout sets this", needs="cond_type")
 
 
@@ -121,9 +116,7 @@ class SuperResConfig(NetworkConfig):
 
     large_size: int | str = flag(256, "pixels of the output: 256, or HEIGHTxWIDTH", convert=size_flag)
     small_size: int | str = flag(64, "pixels of the input: 64, or HEIGHTxWIDTH", convert=size_flag)
-    cond_aug: float = flag(
-        0.0, "in training, noise on the input up to this level, of which it is told; 0: none", at_least=0, at_most=1
-    )
+    cond_aug: float = share_flag("in training, noise on the input up to this level, of which it is told; 0: none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +177,7 @@ class DataConfig(LabelConfig, RangeConfig):
     random_crop: bool = flag(False, "crop at random instead of the centre")
     random_flip: bool = flag(True, "mirror half of the images")
     num_workers: int = flag(2, "processes that decode images; 0: the main process does", at_least=0)
-    on_bad_image: str = flag(
-        "error", "an unreadable image: error, or skip: another takes its place", choices=BAD_IMAGE_RULES
-    )
+    on_bad_image: str = flag("error", "an unreadable image; skip: another takes its place", choices=BAD_IMAGE_RULES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +191,7 @@ class ClassifierDataConfig(DataConfig):
 class LoaderConfig:
     """Speed of reading images."""
 
-    fast_decode: bool = flag(
-        False, "decode JPEGs at a fraction of their size where it suffices; pixels differ a little"
-    )
+    fast_decode: bool = flag(False, "decode JPEGs at a fraction of their size; pixels differ a little")
     cache_images: bool = flag(False, "keep the decoded images in memory, shared by the processes of --num_workers")
 
 
@@ -220,9 +209,7 @@ class CondTrainConfig(CondDataConfig):
     """Conditioning images to train with, of the kind that --cond_type says."""
 
     val_cond_dir: str = path_flag("as --cond_dir, for --val_data_dir", needs="val_data_dir")
-    cond_dropout: float = flag(
-        0.0, "probability that a conditioning image becomes zeros, for guidance", at_least=0, at_most=1
-    )
+    cond_dropout: float = share_flag("probability that a conditioning image becomes zeros, for guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,26 +217,18 @@ class TrainConfig:
     """The training loop."""
 
     batch_size: int = flag(1, "images per step and rank", at_least=1)
-    microbatch: int | str = flag(
-        -1, "images per forward pass; -1: the whole batch; auto: as many as fit the memory", convert=parse_microbatch
-    )
+    microbatch: int | str = flag(-1, "images per pass; -1: all; auto: what fits", convert=parse_microbatch)
     lr: float = flag(1e-4, "learning rate of AdamW", at_least=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", at_least=0)
     warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", at_least=0)
     grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", at_least=0)
     schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=TIMESTEP_SAMPLERS, needs="noised")
     ema_rate: str = flag("0.9999", "rates of the moving averages of the weights, separated by commas; '' for none")
-    ema_warmup: bool = flag(
-        False, "after n steps let the averages have a rate of (1 + n) / (10 + n), or less", needs="ema_rate"
-    )
+    ema_warmup: bool = flag(False, "rates of at most (1 + n) / (10 + n) after n steps", needs="ema_rate")
     fp16_scale_growth: float = flag(1e-3, "growth of the logarithmic loss scale per step, with fp16", at_least=0)
-    resume_checkpoint: str = path_flag(
-        "a file of a checkpoint, or a run's folder, to go on from; auto: the newest in --log_dir, if any"
-    )
+    resume_checkpoint: str = path_flag("a checkpoint or run to go on from; auto: the newest in --log_dir, if any")
     val_data_dir: str = path_flag("folder or zip of validation images")
-    max_bad_steps: int = flag(
-        50, "skipped steps in a row (loss not finite) that end the training; 0: none do", at_least=0
-    )
+    max_bad_steps: int = flag(50, "skipped steps in a row (loss not finite) that end it; 0: none do", at_least=0)
     log_interval: int = flag(10, "steps between two lines of the log", at_least=1)
     save_interval: int = flag(10000, "steps between two checkpoints", at_least=1)
     keep_last: int = flag(0, "how many checkpoints to keep; 0: all", at_least=0)
@@ -260,13 +239,7 @@ class TrainConfig:
 class ImageTrainConfig(TrainConfig):
     """The training loop of a diffusion model."""
 
-    class_dropout: float = flag(
-        0.0,
-        "probability that a label becomes 'no class', for classifier-free guidance",
-        at_least=0,
-        at_most=1,
-        needs="class_cond",
-    )
+    class_dropout: float = share_flag("probability that a label becomes 'no class', for guidance", needs="class_cond")
     max_steps: int = flag(0, "updates of the whole run, resumed parts included; 0: without end", at_least=0)
     lr_anneal_steps: int = flag(0, "steps over which the learning rate falls to 0, then stop; 0: constant", at_least=0)
     val_interval: int = flag(1000, "steps between two validation losses", at_least=1, needs="val_data_dir")
@@ -291,10 +264,7 @@ class CompileConfig:
     """Compiling the networks."""
 
     compile: bool = flag(
-        False,
-        "compile the networks before their first use, which takes minutes and a C++ compiler; rounds otherwise, and "
-        "draws other masks of dropout",
-        excludes="fsdp microbatch=auto",
+        False, "compile networks first, which takes minutes; rounds otherwise", excludes="fsdp microbatch=auto"
     )
 
 
@@ -305,9 +275,7 @@ class TrainSpeedConfig(CompileConfig):
     checkpoint_resolutions: str = flag(
         "", "as --use_checkpoint, at these resolutions alone, e.g. 32,16", runtime=True, excludes="use_checkpoint"
     )
-    fsdp: bool = flag(
-        False, "spread weights, gradients, optimizer and averages over the ranks", excludes="microbatch=auto"
-    )
+    fsdp: bool = flag(False, "spread weights, optimizer and averages over the ranks", excludes="microbatch=auto")
     dry_run: bool = flag(False, "say how large the network is, what a step costs and what memory it takes, and end")
 
 
@@ -323,9 +291,7 @@ class InitConfig:
         choices=MISMATCHES,
         needs="init_from",
     )
-    freeze: str = flag(
-        "", "parameters that are not trained: patterns such as input_blocks.*,time_embed.*", excludes="lora_rank"
-    )
+    freeze: str = flag("", "untrained parameters: patterns such as input_blocks.*,time_embed.*", excludes="lora_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,11 +301,7 @@ class LoraConfig:
     NEEDS: ClassVar[str] = "lora_rank"
     lora_rank: int = flag(0, "rank of the adapters; 0: none", at_least=0, at_most=2**16, needs="init_from")
     lora_alpha: float = flag(0.0, "the adapters' output is scaled by this over the rank; 0: not scaled", at_least=0)
-    lora_on: str = flag(
-        "attention,convolutions",
-        "layers that have adapters",
-        convert=names_of(LORA_KINDS, "layer that carries adapters"),
-    )
+    lora_on: str = flag("attention,convolutions", "layers that have adapters", convert=LORA_LIST)
     lora_train: str = flag("", "parameters that are trained beside the adapters: patterns such as label_emb.*")
 
 
@@ -397,10 +359,7 @@ class TrainEvaluationConfig:
 
 
 def resolve_precision(precision: str, use_fp16: bool, name: str = "precision", alias: str = "use_fp16") -> str:
-    """fp32, fp16 or bf16 from the flag and its older alias; "auto" must have become one of them before.
-
-    :raises ValueError: if both are given and contradict each other, or the precision is unknown.
-    """
+    """fp32, fp16 or bf16 from the flag and its older alias; "auto" must have become one of them before."""
     if precision not in ("", *PRECISIONS):
         raise UserError(f"{name} {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
     if use_fp16 and precision not in ("", "fp16"):

@@ -30,17 +30,8 @@ T = TypeVar("T")
 NUM_CLASSES = 1000
 
 # channels of each level, by the longer side in pixels from which they serve
-CHANNEL_MULT = {
-    1: "1",
-    8: "1,2",
-    16: "1,2,2",
-    32: "1,2,2,2",
-    64: "1,2,3,4",
-    128: "1,1,2,3,4",
-    256: "1,1,2,2,4,4",
-    512: "0.5,1,1,2,2,4,4",
-    1024: "0.5,0.5,1,1,2,2,4,4",
-}
+CHANNEL_MULT = {1: "1", 8: "1,2", 16: "1,2,2", 32: "1,2,2,2", 64: "1,2,3,4", 128: "1,1,2,3,4", 256: "1,1,2,2,4,4"}
+CHANNEL_MULT |= {512: "0.5,1,1,2,2,4,4", 1024: "0.5,0.5,1,1,2,2,4,4"}
 UPSAMPLER_CHANNEL_MULT = CHANNEL_MULT | {512: "1,1,2,2,4,4"}
 
 
@@ -76,50 +67,39 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
 
 
 def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, str] = CHANNEL_MULT) -> tuple[float, ...]:
-    """Channels of each level over the first width, from the flag or by the size.
-
-    :raises ValueError: if the flag is no list of numbers, or a side is not a multiple of 2^(levels - 1).
-    """
+    """Channels of each level over the first width, from the flag or by the size, whose sides they must divide."""
     text = text or table[max(key for key in table if key <= max(size))]
     try:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) <= 0:
-        raise UserError(
-            f"channel_mult {text!r} is not a list of positive numbers: write for example 1,2,3,4 or 0.5,1,2"
-        )
-    rate = 2 ** (len(numbers) - 1)
+    if min(numbers, default=0) <= 0:
+        raise UserError(f"channel_mult {text!r} is not a list of positive numbers: write for example 0.5,1,2")
+    levels, rate = len(numbers), 2 ** (len(numbers) - 1)
     for side in size:
         if side % rate:
-            near = [legal for legal in (side // rate * rate, (side // rate + 1) * rate) if legal]
-            raise UserError(
-                f"image size {side} is not a multiple of {rate}, as the {len(numbers)} levels of channel_mult {text} "
-                f"need: use {' or '.join(map(str, near))}, or fewer levels"
-            )
+            near = " or ".join(str(legal) for legal in (side // rate * rate, (side // rate + 1) * rate) if legal)
+            fault = f"image size {side} is not a multiple of {rate}, as the {levels} levels of channel_mult {text} need"
+            raise UserError(f"{fault}: use {near}, or fewer levels")
     return tuple(int(number) if number.is_integer() else number for number in numbers)
 
 
 def attention_rates(
     text: str, size: tuple[int, int], levels: int, name: str = "attention_resolutions"
 ) -> tuple[int, ...]:
-    """Downsample factors at which there is attention, from resolutions in pixels of the longer side.
-
-    :raises ValueError: if none of the resolutions occurs in the network.
-    """
+    """Downsample factors at which there is attention, from resolutions in pixels of the longer side."""
     words = [word for word in text.split(",") if word.strip()]
     if not all(word.strip().isdigit() and int(word) for word in words):
         raise UserError(f"{name} {text!r} is not a list of resolutions: write for example 32,16,8, or '' for none")
     longer = max(size)
     rates = {int(word): longer // int(word) for word in words}
-    exist = {2**level: longer // 2**level for level in range(levels)}
-    lost = [resolution for resolution, rate in rates.items() if rate not in exist]
-    if not lost:
-        return tuple(rates.values())
-    message = f"{name} {', '.join(map(str, lost))} of {text!r} do not occur at size {longer}"
-    if len(lost) == len(rates):
-        raise UserError(f"{message}: its levels are {', '.join(map(str, exist.values()))}; use these, or '' for none")
-    warnings.warn(f"{message} and have no effect", stacklevel=3)
+    existing = {2**level: str(longer // 2**level) for level in range(levels)}
+    lost = [str(resolution) for resolution, rate in rates.items() if rate not in existing]
+    message = f"{name} {', '.join(lost)} of {text!r} do not occur at size {longer}"
+    if lost and len(lost) == len(rates):
+        raise UserError(f"{message}: its levels are {', '.join(existing.values())}; use these, or '' for none")
+    if lost:
+        warnings.warn(f"{message} and have no effect", stacklevel=3)
     return tuple(rates.values())
 
 
@@ -183,7 +163,7 @@ def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
 
 
 def build_network(config: UNetConfig | SuperResConfig | ClassifierConfig, learn_sigma: bool) -> Any:
-    """The network of a config, in float32; a classifier whether the process learns its variance or not."""
+    """The network of a config, in float32; `learn_sigma` changes nothing of a classifier."""
     if isinstance(config, ClassifierConfig):
         return build_classifier(config)
     if isinstance(config, SuperResConfig):
@@ -203,9 +183,8 @@ def build_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
 def _surface(order: str, *sections: type[Any], **own_defaults: Any) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Give a function of the values of flags the parameters `order`, then all other flags of `sections` by keyword.
 
-    Parameters have the defaults in `own_defaults`, else none; flags by keyword have those of their config class.
-
-    The function made raises TypeError for a keyword it does not know, naming the nearest one.
+    Parameters have the defaults in `own_defaults`, else none; flags by keyword have those of their config class. A
+    keyword that the function does not know is a TypeError that names the nearest one.
     """
     words = order.split()
     first = [Parameter(w, Parameter.POSITIONAL_OR_KEYWORD, default=own_defaults.get(w, Parameter.empty)) for w in words]
@@ -227,13 +206,10 @@ def _surface(order: str, *sections: type[Any], **own_defaults: Any) -> Callable[
     return decorate
 
 
-def _pick(section: type[T], flags: Mapping[str, Any]) -> T:
-    return section(**{name: flags[name] for name in defaults(section)})
-
-
 def _network(section: type[Any], flags: Mapping[str, Any]) -> Any:
     """A network in the precision asked for by name; "auto" is that of the device of `dist_util.dev`."""
-    model = build_network(_pick(section, flags), flags.get("learn_sigma", False))
+    config = section(**{name: flags[name] for name in defaults(section)})
+    model = build_network(config, flags.get("learn_sigma", False))
     precision = flags["classifier_precision" if section is ClassifierConfig else "precision"]
     if precision == "auto":
         precision = fastest_precision(dist_util.dev(), model.model_channels).precision
@@ -243,7 +219,8 @@ def _network(section: type[Any], flags: Mapping[str, Any]) -> Any:
 
 
 def _both(section: type[Any], flags: Mapping[str, Any]) -> tuple[Any, SpacedDiffusion]:
-    return _network(section, flags), build_diffusion(_pick(DiffusionConfig, flags))
+    process = DiffusionConfig(**{name: flags[name] for name in defaults(DiffusionConfig)})
+    return _network(section, flags), build_diffusion(process)
 
 
 _HEADS = "num_heads num_head_channels num_heads_upsample"
@@ -254,13 +231,12 @@ _CLASSIFIER = (
     "image_size classifier_use_fp16 classifier_width classifier_depth classifier_attention_resolutions "
     "classifier_use_scale_shift_norm classifier_resblock_updown classifier_pool"
 )
-# the defaults of create_model are the originals' and not those of the scripts
-_OF_CREATE_MODEL = dict.fromkeys(
+_FALSE = (
     "learn_sigma class_cond use_checkpoint use_scale_shift_norm resblock_updown use_fp16 use_new_attention_order "
-    "use_neighborhood_attention".split(),
-    False,
-) | {"channel_mult": "", "attention_resolutions": "16", "num_heads": 1, "dropout": 0}
-_OF_CREATE_MODEL |= {"num_head_channels": -1, "num_heads_upsample": -1}
+    "use_neighborhood_attention"
+)
+_DEFAULTS = {**dict.fromkeys(_FALSE.split(), False), "channel_mult": "", "attention_resolutions": "16", "dropout": 0}
+_HEAD_DEFAULTS = {"num_heads": 1, "num_head_channels": -1, "num_heads_upsample": -1}
 
 
 @_surface(
@@ -281,7 +257,8 @@ def create_model_and_diffusion(flags: dict[str, Any]) -> tuple[UNetModel, Spaced
     f"{_HEADS} use_scale_shift_norm dropout resblock_updown use_fp16 use_new_attention_order "
     "use_neighborhood_attention",
     UNetConfig,
-    **_OF_CREATE_MODEL,
+    **_DEFAULTS,
+    **_HEAD_DEFAULTS,
 )
 def create_model(flags: dict[str, Any]) -> UNetModel:
     """A U-Net from its flags; its defaults are the originals' and not those of the scripts."""
@@ -340,10 +317,7 @@ def create_gaussian_diffusion(
     loss_weight: str = "",
     min_snr_gamma: float = 5.0,
 ) -> SpacedDiffusion:
-    """A process from its flags; without `timestep_respacing` it takes all its steps.
-
-    :raises ValueError: if flags contradict each other.
-    """
+    """A process from its flags; without `timestep_respacing` it takes all its steps."""
     if predict_v and predict_xstart:
         raise UserError("predict_v and predict_xstart are both True: the network predicts one of the two")
     loss = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
@@ -378,19 +352,10 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
-    """The named values of a parsed command line; flags that the originals do not have may be missing from it.
-
-    :raises AttributeError: for any other that is missing.
-    """
+    """The named values of a parsed command line; flags that the originals do not have may be missing from it."""
     keys = list(keys)
-    missing = [key for key in keys if not hasattr(args, key)]
-    added = _added(keys) if missing else {}
-    return {key: added[key] if key in missing and key in added else getattr(args, key) for key in keys}
-
-
-def _added(keys: Sequence[str]) -> dict[str, Any]:
-    """Flags that upstream's function with most of these parameters does not have, and their defaults."""
     functions = create_model_and_diffusion, sr_create_model_and_diffusion, create_classifier_and_diffusion
     surfaces = [signature(function).parameters for function in functions]
     closest = max(surfaces, key=lambda parameters: len(parameters.keys() & set(keys)))
-    return {name: parameter.default for name, parameter in closest.items() if parameter.default is not parameter.empty}
+    added = {name: parameter.default for name, parameter in closest.items() if parameter.default is not parameter.empty}
+    return {key: added[key] if key in added and not hasattr(args, key) else getattr(args, key) for key in keys}

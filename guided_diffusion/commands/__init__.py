@@ -14,8 +14,9 @@ from .flags import COMMANDS
 def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS))
-    told = {name: command.about.partition(". ")[0].rstrip(".") for name, command in COMMANDS.items()}
-    lines = [f"  {name:<{width}}  {about}." for name, about in told.items()]
+    lines = [
+        f"  {name:<{width}}  {command.about.partition('. ')[0].rstrip('.')}." for name, command in COMMANDS.items()
+    ]
     first, last = "usage: guided-diffusion COMMAND [--FLAG VALUE ...]", "COMMAND --help lists its flags"
     return "\n".join([first, "", *lines, "", last])
 
@@ -23,14 +24,11 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first word names with the words after it."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        print(usage())
-        return
-    if name == "--version":
-        print(f"guided-diffusion {__version__}")
-        return
-    if name not in COMMANDS:
+    if name in COMMANDS:
+        import_module(f".{name}", __name__).main(rest)
+    elif name in ("-h", "--help", "--version"):
+        print(f"guided-diffusion {__version__}" if name == "--version" else usage())
+    else:
         hint = nearest(name, COMMANDS) or f": use one of {', '.join(COMMANDS)}"
         print(f"guided-diffusion: error: unknown command {name}{hint}", file=sys.stderr)
         raise SystemExit(2)
-    import_module(f".{name}", __name__).main(rest)

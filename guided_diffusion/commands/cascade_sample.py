@@ -12,13 +12,12 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-from ..config import ClassifierConfig, SuperResConfig, UNetConfig
 from ..runtime.errors import UserError
 from ..runtime.options import parse_size
 from .flags import COMMANDS, Flags, parse, parser
-from .sections import CascadeConfig, SampleConfig
+from .sections import CascadeConfig
 
 NAME = "cascade_sample"
 BASE, UPSAMPLER = "base", "up"
@@ -35,10 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def sample(shared: Flags, stages: Mapping[str, Flags]) -> None:
-    """Run the stages one after another.
-
-    :raises ValueError: naming the stage and the flag that is wrong, before anything is sampled where that can be seen.
-    """
+    """Run the stages one after another; a mistake is named before anything is sampled where that can be seen."""
     from .. import logger
     from . import common, sampling, super_res_sample
 
@@ -53,32 +49,25 @@ def sample(shared: Flags, stages: Mapping[str, Flags]) -> None:
         flags = flags.with_values(**values)
         words = [f"--{flag}={value}" for flag, value in flags.given.items()]
         logger.log(f"stage {name}, {number} of {len(stages)}: {shlex.join([f'{flags.command}.py', *words])}")
-        with _stage(name), _log_restored():
+        with _stage(name):
             path = (super_res_sample if path else sampling).sample(flags)
     logger.log(f"cascade complete: {path}")
 
 
 @contextmanager
 def _stage(name: str) -> Iterator[None]:
-    """Say of a mistake in which stage it is."""
+    """Name the stage of a mistake; afterwards the log of the cascade is current again."""
+    from ..logger import Logger
+
+    log = Logger.CURRENT
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"stage {name}: {error}") from error
-
-
-@contextmanager
-def _log_restored() -> Iterator[None]:
-    """The log of the cascade after that of a stage."""
-    from ..logger import Logger
-
-    outer = Logger.CURRENT
-    try:
-        yield
     finally:
-        if Logger.CURRENT is not outer and Logger.CURRENT is not None:
+        if Logger.CURRENT is not None and Logger.CURRENT is not log:
             Logger.CURRENT.close()
-        Logger.CURRENT = outer
+        Logger.CURRENT = log
 
 
 # ---- from one command line to the flags of each stage
@@ -98,12 +87,11 @@ def parse_stages(argv: Sequence[str] | None = None) -> tuple[Flags, dict[str, Fl
         taker.append(f"--{match[2]}" if match else word)
     shared = parse(NAME, shared_words)
     words = _words_of_file(shared.part(CascadeConfig).stages)
-    for name, more in dotted.items():
-        words[name] = words.get(name, []) + more
+    words |= {name: words.get(name, []) + more for name, more in dotted.items()}
     names = [BASE, *(f"{UPSAMPLER}{number}" for number in range(1, max(len(words), 2)))]
     for name in sorted({*words} ^ {*names}):
-        what = f"is missing: give its flags, as --{name}.model_path" if name in names else "is none of these"
-        _refuse(f"the stages are {', '.join(names)}, and {name} {what}")
+        fault = f"is missing: give its flags, as --{name}.model_path" if name in names else "is none of these"
+        _refuse(f"the stages are {', '.join(names)}, and {name} {fault}")
     return shared, {name: _flags_of(shared, number, name, words[name]) for number, name in enumerate(names)}
 
 
@@ -112,7 +100,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _words_of_file(path: str) -> dict[str, list[str]]:
-    """What the file of --stages says, as words of a command line."""
+    """The flags of each stage in the file of --stages, as words of a command line."""
     if not path:
         return {}
     import tomllib
@@ -122,15 +110,9 @@ def _words_of_file(path: str) -> dict[str, list[str]]:
     try:
         content = read_file(path)
         stages: Any = tomllib.loads(content.decode()) if path.lower().endswith(".toml") else parse_json(content)
-        return {name: [f"--{flag}={_plain(value)}" for flag, value in flags.items()] for name, flags in stages.items()}
+        return {name: [f"--{flag}={value}" for flag, value in flags.items()] for name, flags in stages.items()}
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         _refuse(f'--stages {path} cannot be used ({reason(error)}): write for example [up1] and model_path = "run"')
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, bool | int | float | str):
-        raise UserError(f"{value} is no text, number, true or false")
-    return value
 
 
 def _flags_of(shared: Flags, number: int, name: str, words: Sequence[str]) -> Flags:
@@ -144,30 +126,18 @@ def _flags_of(shared: Flags, number: int, name: str, words: Sequence[str]) -> Fl
     config, known = shared.part(CascadeConfig), COMMANDS[command].flags()
     values: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed + number * SEED_STEP}
     values |= {"classes": config.classes} if config.classes and not number else {}
-    own = {flag: value for flag, value in flags.given.items() if flag in known and flag not in FILLED_IN}
-    return Flags(command, values | own)
+    of_stage = {flag: value for flag, value in flags.given.items() if flag in known and flag not in FILLED_IN}
+    return Flags(command, values | of_stage)
 
 
 # ---- whether the stages fit, by the configs of their checkpoints
 
 
-class Made(NamedTuple):
-    """The images that come out of a stage.
-
-    :param shape: (height, width, channels).
-    :param classes: names by id, [] where they are not known.
-    """
-
-    shape: tuple[int, int, int]
-    labelled: bool
-    classes: list[str]
+Made = tuple[tuple[int, int, int], bool, list[str]]  # (height, width, channels), with labels, names of known classes
 
 
 def check(stages: Mapping[str, Flags]) -> None:
-    """Refuse a cascade in which one stage cannot follow another.
-
-    :raises ValueError: naming the stage.
-    """
+    """Refuse a cascade in which one stage cannot follow another."""
     made: Made | None = None
     for name, flags in stages.items():
         with _stage(name):
@@ -175,28 +145,28 @@ def check(stages: Mapping[str, Flags]) -> None:
 
 
 def _made(flags: Flags, before: Made | None) -> Made:
-    """What a stage makes of the images of the one before, if sampler, steps and checkpoints are possible."""
+    """The output of a stage for the images of the one before, if sampler, steps and checkpoints are possible."""
     from ..script_util import build_diffusion
     from . import common, editing, super_res_sample as upsampler
 
     sampler = common.sampler_of(flags)
-    section: Any = UNetConfig if before is None else SuperResConfig
-    checkpoint, flags = common.described(flags, "model_path", section)
+    checkpoint, flags = common.described(flags)
     flags.check()
     build_diffusion(common.schedule_of(flags))
-    config, classes, guide = flags.part(section), list(checkpoint.classes), flags.values.get("classifier_path")
-    guide = guide and common.described(flags, "classifier_path", ClassifierConfig)[0]
+    classes, guided = list(checkpoint.classes), bool(flags.values.get("classifier_path"))
+    guide = common.described(flags, "classifier_path")[0] if guided else checkpoint
+    channels, class_cond = flags.values["image_channels"], flags.values["class_cond"]
     if before is None:
         editing.check(flags, sampler)
-        names = list(guide.classes if guide else []) or classes
-        return Made((*parse_size(config.image_size), config.image_channels), config.class_cond or bool(guide), names)
+        return (*parse_size(flags.values["image_size"]), channels), class_cond or guided, list(guide.classes) or classes
+    shape, labelled, names = before
     upsampler.level_of(flags)
-    needed = (*parse_size(config.small_size), config.image_channels)
-    if before.shape != needed:
-        shown = ["{}x{} with {} channels".format(*shape) for shape in (needed, before.shape)]
+    needed = (*parse_size(flags.values["small_size"]), channels)
+    if shape != needed:
+        shown = ["{}x{} with {} channels".format(*each) for each in (needed, shape)]
         raise UserError(f"the upsampler enlarges images of {shown[0]}, and the stage before makes {shown[1]}")
-    upsampler.check_labels(flags, before.labelled)
-    if config.class_cond and before.labelled and before.classes and classes and before.classes != classes:
-        raise UserError(f"the upsampler has classes {classes}, and the stage before {before.classes}")
-    labelled = before.labelled or bool(flags.part(SampleConfig).classes)
-    return Made((*parse_size(config.large_size), config.image_channels), labelled, before.classes or classes)
+    upsampler.check_labels(flags, labelled)
+    if class_cond and labelled and names and classes and names != classes:
+        raise UserError(f"the upsampler has classes {classes}, and the stage before {names}")
+    large = (*parse_size(flags.values["large_size"]), channels)
+    return large, labelled or bool(flags.values["classes"]), names or classes

@@ -10,23 +10,15 @@ INITIAL_LOG_LOSS_SCALE = 16.0  # gradients of a cross-entropy are larger than th
 
 
 def train(flags: Flags) -> None:
-    """Train as the flags say.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """Train as the flags say."""
     from ..train_util import ClassifierTrainLoop
     from . import training
 
     run = training.begin(flags)
     loop = run.flags.part(ClassifierTrainConfig)
-    run.run(
-        ClassifierTrainLoop,
-        initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE,
-        noised=loop.noised,
-        max_steps=loop.iterations,
-        lr_anneal_steps=loop.iterations if loop.anneal_lr else 0,
-        val_interval=loop.eval_interval,
-    )
+    steps = {"max_steps": loop.iterations, "lr_anneal_steps": loop.iterations if loop.anneal_lr else 0}
+    options = {"noised": loop.noised, "val_interval": loop.eval_interval}
+    run.run(ClassifierTrainLoop, initial_lg_loss_scale=INITIAL_LOG_LOSS_SCALE, **steps, **options)
 
 
 main = entry("classifier_train", train)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from ..runtime.errors import UserError
+from ..runtime.options import nearest
 from .entry import entry
 from .flags import Flags
+from .sections import DownloadConfig
 
 
 def download(flags: Flags) -> None:
-    """Fetch the file that the flags name.
-
-    :raises ValueError: if the name is unknown.
-    """
+    """Fetch the file that the flags name."""
     from ..evaluation.weights import SOURCES, fetch
-    from ..runtime.options import nearest
-    from .sections import DownloadConfig
 
     config = flags.part(DownloadConfig)
     if config.name not in SOURCES:

@@ -26,7 +26,7 @@ STRENGTH = 0.6  # of an image without a mask, where none is given
 
 
 def check(flags: Flags, sampler: Sampler) -> None:
-    """:raises ValueError: if images are to become noise by a sampler that adds some."""
+    """Refuse to turn images to noise by a sampler that adds some."""
     config = flags.part(EditConfig)
     if (config.interpolate or config.invert) and adds_noise(sampler):
         name = "interpolate" if config.interpolate else "invert"
@@ -43,10 +43,7 @@ def adds_noise(sampler: Sampler) -> bool:
 
 
 def extend(plan: Plan, model: Restored) -> None:
-    """Let samples start from --init_image, where the flags ask for it.
-
-    :raises ValueError: if an image or a mask cannot be used.
-    """
+    """Let samples start from --init_image, where the flags ask for it."""
     config, network = model.flags.part(EditConfig), model.flags.part(UNetConfig)
     if not config.init_image:
         return
@@ -75,17 +72,11 @@ def _images(model: Restored, path: str, **options: Any) -> InitImages:
 
 
 def _noise_of(model: Restored, images: th.Tensor, labels: th.Tensor | None, strength: float = 1.0) -> th.Tensor:
-    """What the unguided sampler without randomness makes these images of, [B, C, H, W]."""
-    conditional = model.flags.part(UNetConfig).class_cond
-    return invert(
-        model.process,
-        model.network,
-        images.to(dist_util.dev()),
-        strength=strength,
-        **clipping_of(model.flags),
-        model_kwargs={"y": labels.to(dist_util.dev())} if conditional and labels is not None else {},
-        device=dist_util.dev(),
-    )
+    """The noise that the unguided sampler without randomness turns images [B, C, H, W] to."""
+    conditional, device = model.flags.part(UNetConfig).class_cond, dist_util.dev()
+    kwargs = {"y": labels.to(device)} if conditional and labels is not None else {}
+    options = {**clipping_of(model.flags), "model_kwargs": kwargs, "device": device}
+    return invert(model.process, model.network, images.to(device), strength=strength, **options)
 
 
 def _invert(plan: Plan, model: Restored, images: InitImages, strength: float) -> None:

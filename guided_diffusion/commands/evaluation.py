@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -16,12 +15,12 @@ from ..config import DiffusionConfig, ExtractorConfig, RunConfig, TrainEvaluatio
 from ..image_datasets import ImageStream
 from ..runtime.errors import UserError
 from ..runtime.jobs import Job
-from ..runtime.options import parse_size
 from ..runtime.seeds import seeded
 from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion
 from ..training import checkpoints
+from .common import image_shape, log_to_screen
 from .flags import Flags
 from .sections import PlaceConfig
 
@@ -34,26 +33,23 @@ def start(flags: Flags) -> None:
     """Join the other ranks; rank 0 logs to stdout, and to log.txt where --log_dir is given."""
     place = flags.part(PlaceConfig)
     dist_util.setup_dist(device=place.device, timeout=place.dist_timeout)
-    first = dist_util.rank() == 0
     if place.log_dir:
-        logger.configure(dir=place.log_dir, format_strs=["stdout", "log"] if first else [])
+        logger.configure(dir=place.log_dir, format_strs=["stdout", "log"] if dist_util.rank() == 0 else [])
     else:
-        console = [logger.HumanOutputFormat(sys.stdout)] if first else []
-        logger.Logger.CURRENT = logger.Logger(dir="", output_formats=console)
+        log_to_screen()
 
 
 def extractor_of(flags: Flags) -> Extractor:
     """The network that computes the features."""
     from ..evaluation.features import make_extractor
 
-    config = flags.part(ExtractorConfig)
-    return make_extractor(
-        config.features, weights=config.inception_weights, device=dist_util.dev(), precision=config.eval_precision
-    )
+    config, device = flags.part(ExtractorConfig), dist_util.dev()
+    weights, precision = config.inception_weights, config.eval_precision
+    return make_extractor(config.features, weights=weights, device=device, precision=precision)
 
 
 def check_writable(path: str) -> None:
-    """:raises ValueError: if a file cannot be written, before hours of work whose result it gets."""
+    """Refuse a file that cannot be written, before hours of work whose result it gets."""
     folder = os.path.dirname(path) or "."
     while not os.path.exists(folder):
         folder = os.path.dirname(folder) or "."
@@ -62,10 +58,7 @@ def check_writable(path: str) -> None:
 
 
 def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
-    """The evaluation of samples during a training.
-
-    :raises ValueError: if it would fail later.
-    """
+    """The evaluation of samples during a training; refused where it would fail later."""
     from ..evaluation.training import Evaluation
 
     config, schedule = flags.part(TrainEvaluationConfig), flags.part(DiffusionConfig)
@@ -74,8 +67,7 @@ def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
         raise UserError(f"--eval_sampler {config.eval_sampler} turns images to noise: give another, e.g. dpm++2m")
     if schedule.timestep_respacing:
         raise UserError("--eval_interval has steps of its own: leave out it or --timestep_respacing")
-    respacing = f"{sampler.grid}{config.eval_steps}"
-    process = build_diffusion(replace(schedule, timestep_respacing=respacing))
+    process = build_diffusion(replace(schedule, timestep_respacing=f"{sampler.grid}{config.eval_steps}"))
     job = evaluation_job(flags, sampler, stream)
     with seeded(flags.part(RunConfig).seed, 0, dist_util.dev()):  # weights are drawn at random before they are read
         extractor = extractor_of(flags)
@@ -89,11 +81,7 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
 
     These images are evenly spread over the data and in random order.
     """
-    unet, seed, count = (
-        flags.part(UNetConfig),
-        flags.part(RunConfig).seed,
-        flags.part(TrainEvaluationConfig).eval_samples,
-    )
+    unet, seed, count = flags.part(UNetConfig), flags.part(RunConfig).seed, flags.values["eval_samples"]
     if unet.image_channels not in (1, 3):
         raise UserError(f"--eval_interval compares images of 1 or 3 channels, not {unet.image_channels}: leave it out")
     dataset = stream.dataset
@@ -107,7 +95,7 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
     return Job(
         conditioning=None if dataset.partners is None else cond_images,
         sampler=sampler,
-        shape=(unet.image_channels, *parse_size(unet.image_size)),
+        shape=image_shape(unet.image_channels, unet.image_size),
         num_samples=count,
         batch_size=1,  # as asked for
         out_dir="",

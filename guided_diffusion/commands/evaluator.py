@@ -11,10 +11,7 @@ from .sections import EvaluatorConfig
 
 
 def compare(flags: Flags) -> None:
-    """Print the origin of the features, warnings, and the scores.
-
-    :raises ValueError: naming the file or flag that is wrong.
-    """
+    """Print the origin of the features, warnings, and the scores."""
     from .. import dist_util, logger
     from ..evaluation.evaluator import evaluate
     from ..evaluation.images import FileImages, open_images
@@ -22,11 +19,10 @@ def compare(flags: Flags) -> None:
     from ..runtime.files import write_json
     from . import evaluation as common
 
-    config, network = flags.part(EvaluatorConfig), flags.part(ExtractorConfig)
+    config, span = flags.part(EvaluatorConfig), parse_range(flags.part(RangeConfig).data_range)
     common.start(flags)
     if config.json:
         common.check_writable(config.json)
-    span = parse_range(flags.part(RangeConfig).data_range)
     reference, samples = (
         open_images(path, config.image_size or None, span) for path in (config.reference, config.samples)
     )
@@ -38,7 +34,7 @@ def compare(flags: Flags) -> None:
         common.extractor_of(flags),
         metrics=config.metrics.split(","),
         options=Options(dtype=config.distances, seed=config.seed),
-        batch_size=network.eval_batch_size,
+        batch_size=flags.part(ExtractorConfig).eval_batch_size,
         cache=config.cache,
         progress=True,
     )

@@ -35,15 +35,12 @@ class Command:
 
     def flags(self) -> dict[str, Field[Any]]:
         """Every flag of the command by name; one of several sections is that of the first."""
-        specs: dict[str, Field[Any]] = {}
-        for section in self.sections:
-            specs = {spec.name: spec for spec in fields(section)} | specs
-        return specs
+        return {spec.name: spec for section in reversed(self.sections) for spec in fields(section)}
 
     def words(self) -> list[str]:
-        """Everything that may stand behind the two dashes: names and aliases."""
-        flags = {name: spec for name, spec in self.flags().items() if not spec.metadata["positional"]}
-        return [word for name, spec in flags.items() for word in (name, spec.metadata["alias"]) if word]
+        """Names and aliases of all flags that are written with two dashes."""
+        specs = [spec for spec in self.flags().values() if not spec.metadata["positional"]]
+        return [word for spec in specs for word in (spec.name, spec.metadata["alias"]) if word]
 
     def needs(self, name: str) -> list[str]:
         """What a flag has no effect without, itself and as one of its section."""
@@ -101,23 +98,20 @@ COMMANDS = {
         (s.SweepConfig, c.RangeConfig, c.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
     ),
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
-    "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig,)),
+    "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig, s.FromImagesConfig)),
     "demo": Command(
         "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoConfig,)
     ),
 }
 
 
-# what the console does not list: the tools of npz_tool by their first word, to which the converters add themselves
-OTHERS = {
-    "npz_tool to-png": Command("Write the images of an npz as PNG files.", (s.ToPngConfig,)),
-    "npz_tool from-images": Command("Write a folder or zip of images as an npz.", (s.FromImagesConfig,)),
-}
+# what the console does not list: the converters of datasets/ add themselves
+OTHERS: dict[str, Command] = {}
 
 
 def command_of(name: str) -> Command:
-    """A command of the console, a tool of npz_tool, or a converter."""
-    return {**OTHERS, **COMMANDS}[name]
+    """A command of the console, or a converter."""
+    return COMMANDS.get(name) or OTHERS[name]
 
 
 @dataclass(frozen=True)
@@ -154,17 +148,13 @@ class Flags:
         return Flags(self.command, {**self.given, **values}, self.saved)
 
     def over(self, saved: Mapping[str, Any], *sections: type[Any]) -> Flags:
-        """The same command line over flags saved with a checkpoint, taken for the given config classes alone.
-
-        :raises ValueError: if a saved value has another type than its flag.
-        """
+        """The same command line over flags saved with a checkpoint, taken for the given config classes alone."""
         return Flags(self.command, self.given, {**self.saved, **saved_values(saved, *sections)})
 
     def check(self, pending: Collection[str] = ()) -> None:
         """Refuse flags of the command line that have no effect beside the others, or contradict them.
 
         :param pending: flags whose values are not known yet: they meet every need, and contradict nothing.
-        :raises ValueError: naming the flag and what it needs.
         """
         command, values = command_of(self.command), self.values
         specs, pending = command.flags(), set(pending) - self.given.keys()
@@ -181,17 +171,14 @@ class Flags:
             for need in command.needs(name):
                 ways = [way for way in need.split("|") if _names(way) <= specs.keys()]
                 if ways and not any(all(map(holds, way.split("&"))) for way in ways):
-                    raise UserError(self._idle(name, ways))
+                    text = " or ".join(f"--{way}".replace("&", " with --") for way in ways)
+                    text = text.replace("--tool=", "the tool ").replace("!=", " other than ").replace("=", " ")
+                    fixed = all(_names(way) <= self.saved.keys() for way in ways)
+                    remedy = "and the checkpoint is without: leave it out" if fixed else f"leave it out or give {text}"
+                    raise UserError(f"--{name} has no effect without {text}{', ' if fixed else ': '}{remedy}")
             for other in specs[name].metadata["excludes"].split():
                 if _names(other) <= specs.keys() - pending and holds(other):
                     raise UserError(f"--{name} and --{_names(other).pop()} exclude each other: give one")
-
-    def _idle(self, name: str, ways: Sequence[str]) -> str:
-        text = " or ".join(f"--{way}".replace("&", " with --") for way in ways)
-        text = text.replace("!=", " other than ").replace("=", " ")
-        fixed = all(_names(way) <= self.saved.keys() for way in ways)
-        end = ", and the checkpoint is without: leave it out" if fixed else f": leave it out or give {text}"
-        return f"--{name} has no effect without {text}{end}"
 
 
 def _names(way: str) -> set[str]:
@@ -229,27 +216,17 @@ def sampler_names() -> list[str]:
     return list(loaded.SAMPLERS) if loaded else c.SAMPLER_NAMES
 
 
-def add_flag(group: argparse._ActionsContainer, spec: Field[Any], *, saved: bool = False) -> None:
-    """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``).
-
-    :param saved: what a checkpoint says of it comes before its default.
-    """
+def _add_flag(group: argparse._ActionsContainer, spec: Field[Any], saved: bool) -> None:
+    """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
     about = spec.metadata["help"].replace("{samplers}", ", ".join(sampler_names())).replace("%", "%%")
     if spec.metadata["positional"]:
         group.add_argument(spec.name, type=reader_of(spec), metavar=spec.name.upper(), help=about)
         return
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
-    extra: dict[str, Any] = {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}
     shown = ("from the checkpoint, else " if saved else "default: ") + (str(spec.default) or "''")
-    group.add_argument(
-        *names,
-        dest=spec.name,
-        default=argparse.SUPPRESS,
-        type=reader_of(spec),
-        metavar=type(spec.default).__name__.upper(),
-        help=f"{about} ({shown})",
-        **extra,
-    )
+    options: dict[str, Any] = {"metavar": type(spec.default).__name__.upper(), "help": f"{about} ({shown})"}
+    options |= {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}
+    group.add_argument(*names, dest=spec.name, default=argparse.SUPPRESS, type=reader_of(spec), **options)
 
 
 def parser(name: str) -> argparse.ArgumentParser:
@@ -262,7 +239,7 @@ def parser(name: str) -> argparse.ArgumentParser:
         for spec in fields(section):
             if spec.name not in seen:
                 saved = section in SAVED and "model_path" in command.flags() and not spec.metadata["runtime"]
-                add_flag(group, spec, saved=saved)
+                _add_flag(group, spec, saved)
         seen |= set(defaults(section))
     return result
 
@@ -297,12 +274,11 @@ SYNONYMS = {
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
-    """What to write instead of an unknown flag."""
+    """The flag to write instead of an unknown one."""
     bare = word.split("=")[0].lstrip("-")
-    for name in SYNONYMS.get(bare, ()):
-        if name in known:
-            return f"; did you mean --{name}?"
-    return nearest(f"--{bare}", [f"--{name}" for name in known]) or "; --help lists the flags"
+    synonyms = [f"; did you mean --{name}?" for name in SYNONYMS.get(bare, ()) if name in known]
+    near = nearest(f"--{bare}", [f"--{name}" for name in known])
+    return synonyms[0] if synonyms else near or "; --help lists the flags"
 
 
 def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Flags:

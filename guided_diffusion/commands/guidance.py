@@ -11,52 +11,46 @@ from ..runtime.errors import UserError
 from ..runtime.options import parse_range, size_flag
 from ..sampling.guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
 from ..sampling.samplers import DDIM, PLMS, Ancestral
-from .common import Plan, Restored, restore_classifier, restore_weaker, sampler_of
+from .common import Plan, Restored, restore, sampler_of
 from .sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig
 
-SAME_IMAGES = ("image_size", "large_size", "small_size", "image_channels", "dims", "cond_type", "cond_channels")
-SAME_NOISE = ("diffusion_steps", "noise_schedule", "rescale_timesteps", "zero_terminal_snr")
-SAME_OUTPUT = ("predict_xstart", "predict_v", "learn_sigma")
+# flags that two networks must have in common
 OF_A_CLASSIFIER = ("image_size", "image_channels", "dims", "diffusion_steps", "noise_schedule", "rescale_timesteps")
+OF_A_WEAKER_MODEL = (
+    *OF_A_CLASSIFIER,
+    *("large_size", "small_size", "cond_type", "cond_channels"),
+    *("zero_terminal_snr", "predict_xstart", "predict_v", "learn_sigma"),
+)
 
 
 def restore_guide(model: Restored) -> Restored:
-    """The classifier of --classifier_path.
-
-    :raises ValueError: if it was trained for other images, classes or noise than the model.
-    """
-    classifier = restore_classifier(model.flags)
+    """The classifier of --classifier_path, trained for the same images, classes and noise as the model."""
+    classifier = restore(model.flags, "classifier_path")
     _check_agreement(model, classifier, "classifier", OF_A_CLASSIFIER)
     return classifier
 
 
-def _check_agreement(model: Restored, other: Restored, what: str, names: tuple[str, ...]) -> None:
+def _check_agreement(model: Restored, other: Restored, title: str, names: tuple[str, ...]) -> None:
     """Refuse a network that does not go together with the model.
 
     :param names: flags that have to be the same; classes are compared where both have them.
-    :raises ValueError: naming both values of the first that differs.
     """
     ours, theirs = dict(model.flags.values), dict(other.flags.values)
-    if what == "classifier" and "large_size" in ours:  # it sees the upsampler's output
+    if title == "classifier" and "large_size" in ours:  # it sees the upsampler's output
         ours["image_size"] = ours["large_size"]
     if ours["class_cond"] and theirs.get("class_cond", True):
         names += ("num_classes", "classes")
         known = model.classes and other.classes
         ours["classes"], theirs["classes"] = (model.classes, other.classes) if known else ([], [])
     for name in (name for name in names if name in ours):
-        pair = ours[name], theirs[name]
-        if name.endswith("_size"):
-            pair = size_flag(pair[0]), size_flag(pair[1])
-        if pair[0] != pair[1]:
-            both = f"the model has {name} {pair[0]} and the {what} {pair[1]}"
+        same = size_flag if name.endswith("_size") else lambda value: value
+        if same(ours[name]) != same(theirs[name]):
+            both = f"the model has {name} {ours[name]} and the {title} {theirs[name]}"
             raise UserError(f"{both}: they must be of the same images, classes and noise")
 
 
 def plan(model: Restored, classifier: Restored | None = None) -> Plan:
-    """The network that the flags ask for and the options of the loop that guide it; what has no effect is left out.
-
-    :raises ValueError: if the networks cannot be guided so.
-    """
+    """The network that the flags ask for and the options of the loop that guide it; what has no effect is left out."""
     config = model.flags.part(FreeGuidanceConfig)
     result = Plan(model.network)
     if config.cfg_scale != 1:
@@ -83,7 +77,7 @@ def plan(model: Restored, classifier: Restored | None = None) -> Plan:
 def _clipping_again(model: Restored) -> dict[str, bool]:
     """Whether the guided x_0 is clipped, as an option of the loop; {} where there is nothing to clip.
 
-    By default it is, but for what the originals offer, where their images are kept: ddim and plms on their grids.
+    By default it is, except where the originals' images are kept: in ddim and plms on the originals' grids.
     """
     config, values, kind = model.flags.part(SampleConfig), model.flags.values, type(sampler_of(model.flags))
     if kind is Ancestral or not (config.clip_denoised or config.dynamic_threshold):
@@ -108,10 +102,9 @@ def _guide_freely(plan: Plan, model: Restored, config: FreeGuidanceConfig) -> No
 
 def _guide_away_from_weaker(plan: Plan, model: Restored, config: FreeGuidanceConfig) -> None:
     """Guidance away from the model of --autoguide_path, which may be unconditional where the model has classes."""
-    weak = restore_weaker(model.flags)
+    weak = restore(model.flags, "autoguide_path")
     labelled: bool = weak.flags.values["class_cond"]
-    names = ("class_cond",) if labelled else ()
-    _check_agreement(model, weak, "weaker model", (*SAME_IMAGES, *SAME_NOISE, *SAME_OUTPUT, *names))
+    _check_agreement(model, weak, "weaker model", OF_A_WEAKER_MODEL + (("class_cond",) if labelled else ()))
     network = weak.network if labelled else without_labels(weak.network)
     plan.network = autoguidance(plan.network, network, config.autoguide_scale)
     plan.request |= {f"autoguide {name}": value for name, value in weak.identity.items()}
@@ -119,10 +112,7 @@ def _guide_away_from_weaker(plan: Plan, model: Restored, config: FreeGuidanceCon
 
 
 def _interval(model: Restored, text: str) -> tuple[float, float]:
-    """The bounds of --guidance_interval in the unit of what networks are fed.
-
-    :raises ValueError: if no step lies between them.
-    """
+    """The bounds of --guidance_interval in the unit of what networks are fed."""
     low, high = parse_range(text) or (0.0, 0.0)
     taus: Any = model.process.timestep_map
     if not any(low <= tau <= high for tau in taus):

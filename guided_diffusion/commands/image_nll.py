@@ -26,8 +26,7 @@ def measure(flags: Flags) -> None:
     if not flags.part(LikelihoodConfig).data_dir:
         raise UserError("--data_dir is missing: give a folder or a zip of images")
     common.start(flags)
-    model = common.restore_unet(flags)
-    carry_out(survey_of(model))
+    carry_out(survey_of(common.restore(flags)))
 
 
 def survey_of(model: Restored) -> Survey:
@@ -36,38 +35,29 @@ def survey_of(model: Restored) -> Survey:
     from ..evaluation.likelihood import Survey
 
     options, config = model.flags.part(LikelihoodConfig), model.flags.part(MeasureConfig)
-    dataset = images_of(model)
+    dataset = _images(model)
     available, count = len(dataset), min(options.num_samples, len(dataset))
-    if options.num_samples > available:
-        logger.log(f"{available} images are there, not {options.num_samples}: each is measured once")
-    elif count < available:
-        logger.log(
-            f"measuring {count} of {available} images, {'evenly over them' if config.spread else 'the first by name'}"
-        )
+    choice = "evenly over them" if config.spread else "the first by name"
+    if options.num_samples != available:
+        logger.log(f"measuring {count} of {available} images, each once{f', {choice}' if count < available else ''}")
     indices = [number * available // count for number in range(count)] if config.spread else range(count)
-    names = [dataset.local_images[index].removeprefix(options.data_dir).lstrip("/") for index in indices]
+    kind = {"likelihood": config.likelihood, "clip_denoised": options.clip_denoised}
+    flow = asdict(model.flags.part(FlowConfig)) if config.likelihood == "flow" else {}
     return Survey(
-        measure=measure_of(model),
+        measure=_measure(model),
         dataset=dataset,
         indices=indices,
-        names=names,
+        names=[dataset.local_images[index].removeprefix(options.data_dir).lstrip("/") for index in indices],
         batch_size=options.batch_size,
         out_dir=logger.get_dir(),
         seed=model.flags.part(RunConfig).seed,
-        request={**model.identity, **asdict(model.flags.part(DiffusionConfig)), **_settings(model.flags)},
+        request={**model.identity, **asdict(model.flags.part(DiffusionConfig)), **kind, **flow},
         request_defaults=model.flags.defaults,
         save_terms=config.save_terms,
     )
 
 
-def _settings(flags: Flags) -> dict[str, Any]:
-    """The flags that have an effect on the likelihoods."""
-    kind = flags.part(MeasureConfig).likelihood
-    flow = asdict(flags.part(FlowConfig)) if kind == "flow" else {}
-    return {"likelihood": kind, "clip_denoised": flags.part(LikelihoodConfig).clip_denoised, **flow}
-
-
-def measure_of(model: Restored) -> Measure:
+def _measure(model: Restored) -> Measure:
     """The kind of likelihood that the flags ask for."""
     from .. import logger
     from ..evaluation.likelihood import probability_flow, variational_bound
@@ -82,29 +72,20 @@ def measure_of(model: Restored) -> Measure:
     return probability_flow(model.process, network, clip_denoised=clip, options=options)
 
 
-def images_of(model: Restored) -> ImageDataset:
+def _images(model: Restored) -> ImageDataset:
     """The images of --data_dir as they are: neither mirrored nor cropped at random."""
     from ..image_datasets import load_data
     from ..training import checkpoints
     from . import conditioning
 
-    config, options = model.flags.part(UNetConfig), model.flags.part(LikelihoodConfig)
-    labels: dict[str, Any] = {"class_from": options.class_from, "label_column": options.label_column}
+    config, data = model.flags.part(UNetConfig), model.flags.part(LikelihoodConfig)
+    options: dict[str, Any] = {"batch_size": 1, "random_flip": False, "rank": 0, "world_size": 1}
+    options |= {"class_from": data.class_from, "label_column": data.label_column}
+    options |= {name: getattr(config, name) for name in ("image_size", "image_channels", "class_cond")}
     if config.class_cond:
-        labels |= {"num_classes": config.num_classes, "classes": checkpoints.classes_beside(model.path) or None}
-    return load_data(
-        data_dir=options.data_dir,
-        batch_size=1,
-        image_size=config.image_size,
-        class_cond=config.class_cond,
-        random_flip=False,
-        image_channels=config.image_channels,
-        pairing=conditioning.pairing_of(model.flags),
-        data_range=parse_range(options.data_range),
-        rank=0,
-        world_size=1,
-        **labels,
-    ).dataset
+        options |= {"num_classes": config.num_classes, "classes": checkpoints.classes_beside(model.path) or None}
+    options |= {"pairing": conditioning.pairing_of(model.flags), "data_range": parse_range(data.data_range)}
+    return load_data(data_dir=data.data_dir, **options).dataset
 
 
 main = entry("image_nll", measure)

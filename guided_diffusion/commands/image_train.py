@@ -7,17 +7,15 @@ from .flags import Flags
 
 
 def train(flags: Flags) -> None:
-    """Train as the flags say.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """Train as the flags say."""
     from ..train_util import Hook
     from . import evaluation, previews, training
 
     run = training.begin(flags)
-    interval = run.flags.values["eval_interval"]
-    hooks = [Hook(interval, evaluation.evaluation_of(run.flags, run.stream), on_all_ranks=True)] if interval else []
-    run.run_with_previews(previews.of_samples, hooks)
+    hooks, interval = previews.hooks(run, previews.of_samples), run.flags.values["eval_interval"]
+    if interval:
+        hooks.append(Hook(interval, evaluation.evaluation_of(run.flags, run.stream), on_all_ranks=True))
+    run.run(hooks=hooks)
 
 
 main = entry("image_train", train)

@@ -11,10 +11,7 @@ from .sections import ReferenceConfig
 
 
 def make(flags: Flags) -> None:
-    """Write the reference that the flags describe.
-
-    :raises ValueError: naming the file or flag that is wrong.
-    """
+    """Write the reference that the flags describe."""
     from .. import logger
     from ..evaluation.images import open_images
     from ..evaluation.references import write_reference
@@ -27,14 +24,9 @@ def make(flags: Flags) -> None:
     common.check_writable(config.out)
     source = open_images(config.data_dir, config.image_size, parse_range(flags.part(RangeConfig).data_range))
     extractor = common.extractor_of(flags) if config.statistics else None
-    for line in write_reference(
-        source,
-        config.out,
-        extractor,
-        size=config.image_size,
-        num_samples=config.num_samples,
-        batch_size=flags.part(ExtractorConfig).eval_batch_size,
-    ):
+    size, count, batch_size = config.image_size, config.num_samples, flags.part(ExtractorConfig).eval_batch_size
+    lines = write_reference(source, config.out, extractor, size=size, num_samples=count, batch_size=batch_size)
+    for line in lines:
         logger.log(line)
 
 

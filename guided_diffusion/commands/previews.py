@@ -19,6 +19,7 @@ from ..runtime.errors import UserError
 from ..runtime.options import parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, planes, save_grid, to_uint8
 from ..sample_util import preview
+from ..train_util import Hook
 from . import conditioning
 from .common import image_shape
 from .training import Training
@@ -29,31 +30,34 @@ COMPARED = 64  # images of the data whose colours are compared with it
 Draw = Callable[[Any, int], None]  # (model, step)
 
 
+def hooks(run: Training, previewer: Callable[[Training], Draw]) -> list[Hook]:
+    """A preview every --sample_interval steps, none where that is 0."""
+    interval = run.flags.values["sample_interval"]
+    return [Hook(interval, previewer(run))] if interval else []
+
+
 def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, th.Tensor]]:
-    """Images from all over the data set, and what comes beside them, without moving the stream."""
+    """Images from all over the data set and their conditioning, without moving the stream."""
     size = len(stream.dataset)
     items = [stream.dataset[0, index * size // count] for index in range(count)]
     beside = {name: th.from_numpy(np.stack([cond[name] for _, cond in items])) for name in items[0][1]}
     return th.from_numpy(np.stack([image for image, _ in items])), beside
 
 
-def folder() -> str:
-    """Where all previews go."""
-    path = os.path.join(logger.get_dir(), "previews")
-    os.makedirs(path, exist_ok=True)
-    return path
+def file(name: str) -> str:
+    """The path of a file in the folder of all previews."""
+    folder = os.path.join(logger.get_dir(), "previews")
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, name)
 
 
 def _draw(run: Training, network: Any, shape: tuple[int, ...], labels: list[int], step: int) -> Any:
-    seed, path = run.flags.part(RunConfig).seed, os.path.join(folder(), f"{step:06d}.png")
-    return preview(run.process, network, shape, labels=labels, seed=seed, path=path)
+    seed = run.flags.part(RunConfig).seed
+    return preview(run.process, network, shape, labels=labels, seed=seed, path=file(f"{step:06d}.png"))
 
 
 def of_samples(run: Training) -> Draw:
-    """The function that draws a grid of samples, the classes in turn.
-
-    :raises ValueError: if such images cannot be drawn.
-    """
+    """The function that draws a grid of samples, the classes in turn."""
     config, kind = run.flags.part(UNetConfig), conditioning.kind_of(run.flags)
     if config.dims != 2 or config.image_channels not in DRAWN_CHANNELS:
         raise UserError("--sample_interval draws images of 1, 3 or 4 channels in 2 dimensions only: leave it out")
@@ -65,20 +69,16 @@ def of_samples(run: Training) -> Draw:
         paired, cond = first_images(run.stream, PREVIEWED)
         labels = cond["y"].tolist() if labels else []
         beside = {"cond_image": cond["cond_image"].to(dist_util.dev())}
-        _draw_pairs(to_uint8(paired), conditioning.drawn(kind, cond["cond_image"]))
+        pairs = {"images.png": to_uint8(paired), "cond_images.png": conditioning.drawn(kind, cond["cond_image"])}
+        for name, pixels in pairs.items():
+            if pixels is not None and dist_util.rank() == 0:
+                save_grid(file(name), pixels, math.isqrt(PREVIEWED))
 
     def draw(model: Any, step: int) -> None:
         samples = _draw(run, partial(model, **beside) if beside else model, shape, labels, step)
         compare_colours(step, samples, images)
 
     return draw
-
-
-def _draw_pairs(images: Any, cond_images: Any) -> None:
-    """Draw the conditioning images of previews, and the images that they belong to."""
-    for name, pixels in (("images.png", images), ("cond_images.png", cond_images)):
-        if pixels is not None and dist_util.rank() == 0:
-            save_grid(os.path.join(folder(), name), pixels, math.isqrt(PREVIEWED))
 
 
 def of_enlarged(run: Training) -> Draw:
@@ -99,9 +99,8 @@ def compare_colours(step: int, samples: Any, images: th.Tensor) -> None:
 
     :param samples: uint8 [N, H, W, C]; `images` are [N, C, H, W] in [-1, 1].
     """
-    rows = {"samples": planes(samples), "data": images}
-    texts = [
-        f"{name} {' '.join(f'{float(v[:, c].mean()):+.2f}/{float(v[:, c].std()):.2f}' for c in range(v.shape[1]))}"
-        for name, v in rows.items()
-    ]
+    texts = []
+    for name, batch in (("samples", planes(samples)), ("data", images)):
+        channels = batch.transpose(0, 1).flatten(1)
+        texts.append(f"{name} {' '.join(f'{float(each.mean()):+.2f}/{float(each.std()):.2f}' for each in channels)}")
     logger.log(f"preview at step {step}, mean/deviation of the channels: {', '.join(texts)}")

@@ -15,21 +15,18 @@ from ..sample_util import generate
 from ..sampling.guidance import without_labels
 from ..sampling.loop import network_calls
 from . import conditioning, editing, guidance
-from .common import Plan, Restored, clipping_of, image_shape, restore_unet, sampler_of, schedule_of, start
+from .common import Plan, Restored, clipping_of, image_shape, restore, sampler_of, schedule_of, start
 from .flags import Flags
 from .sections import SampleConfig
 
-LONG = 10000  # evaluations of the network, from which on a run that was given no --num_samples is remarked on
+LONG = 10000  # evaluations of the network, from which on a run without --num_samples gets advice
 
 
 def sample(flags: Flags) -> str:
-    """Sample from a U-Net, guided by a classifier where the command has one; returns the path of the npz.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """Sample from a U-Net, guided by a classifier where the command has one; returns the path of the npz."""
     editing.check(flags, sampler_of(flags))
     start(flags)
-    model = restore_unet(flags)
+    model = restore(flags)
     return draw(model, guidance.restore_guide(model) if "classifier_path" in flags.values else None)[0]
 
 
@@ -88,8 +85,8 @@ def run(model: Restored, plan: Plan, shape: tuple[int, ...]) -> tuple[str, int]:
     job = job_of(model.flags, shape, plan)
     calls = network_calls(model.process, job.sampler, **plan.loop)
     if not calls:
-        taken = f"none of the {model.process.num_timesteps} steps"
-        raise UserError(f"--strength {plan.loop['strength']} takes {taken}: raise it")
+        steps = model.process.num_timesteps
+        raise UserError(f"--strength {plan.loop['strength']} takes none of the {steps} steps: raise it")
     announce(model, job, plan.calls + calls)
     options = {**plan.loop, **clipping_of(model.flags), "device": dist_util.dev(), "progress": True}
     path = generate(model.process, plan.network, job, **options)
@@ -98,7 +95,7 @@ def run(model: Restored, plan: Plan, shape: tuple[int, ...]) -> tuple[str, int]:
 
 
 def announce(model: Restored, job: Job, calls: int) -> None:
-    """A line that says what is sampled and how, so that a wrong flag is seen before the samples are.
+    """Log how samples are made, so that a wrong flag is seen before they are.
 
     :param calls: evaluations of the network per batch.
     """
@@ -113,8 +110,8 @@ def announce(model: Restored, job: Job, calls: int) -> None:
         f"steps{grid}, {calls} evaluations of the network per batch, {config.noise_schedule} schedule, the network "
         f"predicts {predicted} with {variance} variance, seed {job.seed}, {source if job.labelled else 'no classes'}"
     )
-    if "num_samples" not in model.flags.given and job.batches * calls >= LONG:
+    total = job.batches * calls
+    if "num_samples" not in model.flags.given and total >= LONG:
         logger.log(
-            f"these are {job.batches * calls} evaluations, the bar says how long they take: for a first look give "
-            "--num_samples 16 --sampler dpm++2m --steps 20"
+            f"these are {total} evaluations: for a first look give --num_samples 16 --sampler dpm++2m --steps 20"
         )

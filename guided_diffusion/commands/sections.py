@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_LIST, METRICS, PLUGIN_HELP, LabelConfig, RangeConfig, RunConfig
-from ..runtime.options import flag, local_flag, parse_counts, parse_scales, path_flag, range_flag, size_flag
+from ..runtime.options import flag, list_of, local_flag, path_flag, range_flag, share_flag, size_flag
 
 TOOLS = ("to-png", "from-images")
 
@@ -15,6 +15,8 @@ INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
 LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
 DISTANCES = "type of the distances of precision and recall: the published numbers' is float16"
 DISTANCE_TYPES = ("float16", "float32")
+COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
+SCALES = list_of(r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +35,11 @@ class SampleConfig(ModelConfig):
     batch_size: int = flag(16, "images per pass of the network", at_least=1)
     sampler: str = flag("", "one of {samplers}; '' is ddpm, or ddim with --use_ddim True")
     use_ddim: bool = flag(False, "alias of --sampler ddim", excludes="sampler!=,ddim")
-    steps: int = flag(
-        0, "steps, on the sampler's own grid; 0: as --timestep_respacing", at_least=1, excludes="timestep_respacing"
-    )
+    steps: int = flag(0, "steps on the sampler's own grid; 0: none given", at_least=1, excludes="timestep_respacing")
     eta: float = flag(-1.0, "noise of samplers that take it: 0 none, 1 ddpm's; -1: the sampler's own", at_least=0)
     order: int = flag(0, "order of samplers that have several; 0: the sampler's own", at_least=1)
     churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
-    dynamic_threshold: float = flag(
-        0.0, "clip x_0 at this percentile, e.g. 0.995, then scale; 0: off", at_least=0, at_most=1
-    )
+    dynamic_threshold: float = share_flag("clip x_0 at this percentile, e.g. 0.995, then scale; 0: off")
     classes: str = flag("", CLASSES, needs="class_cond|classifier_path")
     save_images: bool = flag(False, "write one PNG per image as well")
     save_intermediate: int = flag(0, "film.png, film.gif: the first x_0 every so many steps; 0: none", at_least=0)
@@ -52,9 +50,7 @@ class GuidanceConfig:
     """Classifier guidance."""
 
     classifier_path: str = path_flag("the classifier's checkpoint, or the folder of its run")
-    classifier_scale: float = flag(
-        1.0, "factor of the gradient of log p(y | x_t); 0: unguided", needs="classifier_path"
-    )
+    classifier_scale: float = flag(1.0, "factor of the gradient of log p(y | x_t); 0: off", needs="classifier_path")
     clip_guided: str = flag(
         "auto",
         "clip x_0 after guidance too; auto: not of ddim, plms without --steps",
@@ -67,18 +63,10 @@ class GuidanceConfig:
 class FreeGuidanceConfig:
     """Guidance without a classifier, and when guidance of any kind acts."""
 
-    cfg_scale: float = flag(
-        1.0,
-        "w in uncond + w (cond - uncond): 0 unconditional, 1 conditional, above 1 guides",
-        needs="class_cond|cond_type",
-    )
-    cfg_rescale: float = flag(
-        0.0, "share of guidance's gain in contrast to take back, 0 to 1", at_least=0, at_most=1, needs="cfg_scale!=1.0"
-    )
+    cfg_scale: float = flag(1.0, "w in uncond + w (cond - uncond); above 1 guides", needs="class_cond|cond_type")
+    cfg_rescale: float = share_flag("share of guidance's gain in contrast to take back", needs="cfg_scale!=1.0")
     autoguide_path: str = path_flag("a weaker model of the same kind to guide away from", needs="autoguide_scale!=1.0")
-    autoguide_scale: float = flag(
-        1.0, "w in weak + w (model - weak): 1 the model alone, above 1 guides", needs="autoguide_path"
-    )
+    autoguide_scale: float = flag(1.0, "w in weak + w (model - weak); above 1 guides", needs="autoguide_path")
     guidance_interval: str = flag(
         "", INTERVAL, convert=range_flag, needs="cfg_scale!=1.0|autoguide_path|classifier_path&classifier_scale"
     )
@@ -89,20 +77,12 @@ class EditConfig:
     """Starting from images."""
 
     init_image: str = path_flag("an image to start from; of a folder or zip its images in turn")
-    mask: str = path_flag(
-        "white keeps --init_image, black is painted; of a folder or zip its masks in turn", needs="init_image"
-    )
+    mask: str = path_flag("white keeps --init_image, black is painted; or a folder of masks", needs="init_image")
     mask_invert: bool = flag(False, "black keeps and white is painted", needs="mask")
-    strength: float = flag(
-        -1.0,
-        "share of the way to noise; -1: 0.6, and 1 with --mask or --invert",
-        at_least=1e-6,
-        at_most=1,
-        needs="init_image",
+    strength: float = share_flag(
+        "share of the way to noise; -1: 0.6, and 1 with --mask or --invert", -1.0, at_least=1e-6, needs="init_image"
     )
-    resample: int = flag(
-        1, "how often each stretch of steps is taken, so that what is painted fits in", at_least=1, needs="mask"
-    )
+    resample: int = flag(1, "how often each stretch of steps is taken, to fit the painted in", at_least=1, needs="mask")
     resample_jump: int = flag(10, "steps in such a stretch", at_least=1, needs="mask resample!=1")
     invert: bool = flag(False, "start from the noise that makes --init_image", needs="init_image", excludes="cond_type")
     interpolate: str = path_flag(
@@ -110,9 +90,7 @@ class EditConfig:
         needs="init_image num_samples!=1",
         excludes="invert mask strength cond_type",
     )
-    init_classes: str = flag(
-        "", "classes of the images that become noise; '' --classes", needs="invert|interpolate class_cond"
-    )
+    init_classes: str = flag("", "classes of those images; '' --classes", needs="invert|interpolate class_cond")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +105,7 @@ class AdapterConfig:
 class CondSampleConfig:
     """Conditioning images to sample for: a sample for each."""
 
-    cond_images: str = path_flag(
-        "folder, zip or npz (arr_0) of conditioning images, or a single one", needs="cond_type"
-    )
+    cond_images: str = path_flag("folder, zip or npz (arr_0) of conditioning images, or one", needs="cond_type")
     cond_class_from: str = flag(
         "", LABELS_FROM, choices=("", *CLASS_RULES), needs="cond_images class_cond|classifier_path", excludes="classes"
     )
@@ -141,9 +117,7 @@ class UpsampleConfig(LabelConfig):
     """The small images to enlarge."""
 
     base_samples: str = path_flag("npz of small images (arr_0, labels in arr_1), folder of a sampling run, or images")
-    cond_aug_level: float = flag(
-        0.0, "noise to put on the small images, of 0 to 1; 0: none", at_least=0, at_most=1, needs="cond_aug"
-    )
+    cond_aug_level: float = share_flag("noise to put on the small images, of 0 to 1; 0: none", needs="cond_aug")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,13 +145,9 @@ class LikelihoodConfig(ModelConfig, LabelConfig, RangeConfig):
 class MeasureConfig:
     """What is measured of the images."""
 
-    likelihood: str = flag(
-        "vlb", "vlb: the variational bound; flow: that of the probability flow", choices=("vlb", "flow")
-    )
+    likelihood: str = flag("vlb", "vlb: variational bound; flow: of the probability flow", choices=("vlb", "flow"))
     spread: bool = flag(False, "take --num_samples images evenly over the data, not the first ones by name")
-    save_terms: bool = flag(
-        False, "keep the terms of each image too, as arr_1 [N, T] beside their means", needs="likelihood=vlb"
-    )
+    save_terms: bool = flag(False, "keep the terms of each image, as arr_1 [N, T]", needs="likelihood=vlb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,9 +159,7 @@ class EvaluatorConfig:
     metrics: str = flag("is,fid,sfid,pr", METRICS, convert=METRIC_LIST)
     json: str = local_flag("file to write the results to, as JSON")
     distances: str = flag("float16", DISTANCES, choices=DISTANCE_TYPES)
-    image_size: int | str = flag(
-        "", "crop and scale the images of folders and zips to 64, or HEIGHTxWIDTH, as in training", convert=size_flag
-    )
+    image_size: int | str = flag("", "scale and crop folders and zips to 64, or HEIGHTxWIDTH", convert=size_flag)
     cache: bool = flag(True, "keep features by the content of what they are of, and take those that are kept")
     seed: int = flag(0, "seed of the subsets that KID is the mean of", at_least=0)
 
@@ -202,9 +170,7 @@ class ReferenceConfig:
 
     data_dir: str = path_flag("folder or zip of images, or an npz of them", positional=True)
     out: str = local_flag("npz to write", positional=True)
-    image_size: int | str = flag(
-        64, "crop and scale the images to 64, or HEIGHTxWIDTH, as in training", convert=size_flag
-    )
+    image_size: int | str = flag(64, "scale and crop to 64, or HEIGHTxWIDTH, as in training", convert=size_flag)
     num_samples: int = flag(10000, "images to keep for precision and recall, evenly over the data; 0: all", at_least=0)
     statistics: bool = flag(True, "mean and covariance of the features of all images; False: images alone")
 
@@ -213,16 +179,12 @@ class ReferenceConfig:
 class SweepConfig(ModelConfig):
     """The grid: every sampler in every number of steps at every scale."""
 
-    classifier_path: str = path_flag(
-        "the classifier's checkpoint, or the folder of its run", needs="guidance=classifier"
-    )
+    classifier_path: str = path_flag("the classifier's checkpoint, or its run's folder", needs="guidance=classifier")
     reference: str = path_flag("npz, folder or zip of real images, or an npz of their statistics")
-    guidance: str = flag(
-        "classifier", "scales of --classifier_scale, or of --cfg_scale for cfg", choices=("classifier", "cfg")
-    )
+    guidance: str = flag("classifier", "the guidance whose scales these are", choices=("classifier", "cfg"))
     samplers: str = flag("ddim,dpm++2m", "samplers, separated by commas: {samplers}")
-    steps: str = flag("25", "numbers of steps, on each sampler's own grid", convert=parse_counts)
-    scales: str = flag("0,1,2,4", "scales of guidance", convert=parse_scales)
+    steps: str = flag("25", "numbers of steps, on each sampler's own grid", convert=COUNTS)
+    scales: str = flag("0,1,2,4", "scales of guidance", convert=SCALES)
     metrics: str = flag("fid,pr", METRICS, convert=METRIC_LIST)
     num_samples: int = flag(1000, "images of each cell of the grid, always from the same noise", at_least=10)
     batch_size: int = flag(16, "images per pass of the diffusion model", at_least=1)
@@ -253,29 +215,21 @@ class DownloadConfig:
 class NpzToolConfig:
     """What to do."""
 
-    tool: str = flag("", f"one of {', '.join(TOOLS)}; TOOL --help lists its flags", choices=TOOLS, positional=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToPngConfig:
-    """From an npz to a folder."""
-
-    file: str = path_flag("npz of images (arr_0) and, if any, labels (arr_1)", positional=True)
-    out: str = local_flag("folder of PNG files that is made", positional=True)
-    classes: str = path_flag("classes.json with the names of the classes; '' calls them by their numbers")
+    tool: str = flag("", f"one of {', '.join(TOOLS)}", choices=TOOLS, positional=True)
+    source: str = path_flag("of to-png: npz of images (arr_0) and, if any, labels; else folder or zip", positional=True)
+    out: str = local_flag("folder of PNG files or npz that is made", positional=True)
+    classes: str = path_flag("classes.json; '': that in SOURCE, else their names in order, of to-png their numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FromImagesConfig(RangeConfig):
     """From images to an npz."""
 
-    source: str = path_flag("folder or zip of images", positional=True)
-    out: str = local_flag("npz that is made", positional=True)
+    NEEDS: ClassVar[str] = "tool=from-images"
     image_size: int | str = flag("", "scale and crop to 64, or HEIGHTxWIDTH; '': as they are", convert=size_flag)
     image_channels: int = flag(0, "channels: 1, 3 or 4; 0: what to-png wrote down, else 3", at_least=0, at_most=4)
     class_from: str = flag("", "where labels come from; '' is auto where that finds any", choices=("", *CLASS_RULES))
     label_column: str = flag("", LABEL_COLUMN)
-    classes: str = path_flag("classes.json with the ids of the classes; '': that in SOURCE, else by their names")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,11 @@ from .flags import Flags
 
 
 def train(flags: Flags) -> None:
-    """Train as the flags say.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """Train as the flags say."""
     from . import previews, training
 
-    training.begin(flags).run_with_previews(previews.of_enlarged)
+    run = training.begin(flags)
+    run.run(hooks=previews.hooks(run, previews.of_enlarged))
 
 
 main = entry("super_res_train", train)

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ..config import ExtractorConfig, RangeConfig, RunConfig
+from ..config import ExtractorConfig, RangeConfig
 from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
@@ -16,7 +16,6 @@ from .sections import SweepConfig
 
 if TYPE_CHECKING:
     from ..evaluation.sweep import Cell
-    from .common import Restored
 
 # the command that samples, its flag of the scale, the scale at which nothing guides, and the scale's name
 KINDS = {
@@ -34,7 +33,7 @@ def sweep(flags: Flags) -> None:
     from ..evaluation.plots import require
     from ..evaluation.scores import METRICS, Options
     from ..evaluation.sweep import Measure, run_sweep
-    from . import common
+    from . import common, guidance, sampling
     from .evaluation import extractor_of
 
     require()
@@ -47,30 +46,29 @@ def sweep(flags: Flags) -> None:
     common.start(flags)
     span = parse_range(flags.part(RangeConfig).data_range)
     images, extractor = open_images(config.reference, None, span), extractor_of(flags)
-    model, classifier = restore(base, config)
+    model = common.restore(base)
+    classifier = guidance.restore_guide(model) if config.guidance == "classifier" else None
     metrics = config.metrics.split(",")
     needs = {field for name in metrics for field in METRICS[name].needs}
     reference = prepare(images, extractor, needs=needs, progress=True, batch_size=batch_size)
     for line in (*reference.notes, *reference.warnings):
         logger.log(line)
+
+    def sample(cell: Cell, folder: str) -> tuple[str, int]:
+        return sampling.draw(model.with_flags(**values_of(cell, config)), classifier, out_dir=folder)
+
     facts = {
         "guidance": config.guidance,
-        "seed": flags.part(RunConfig).seed,
+        "seed": flags.values["seed"],
         "reference": images.path,
         "reference_images": images.count,
         "features": extractor.name,
         "model": model.path,
         "classifier": classifier.path if classifier else "",
     }
-    run_sweep(
-        cells,
-        lambda cell, folder: sample(cell, folder, model, classifier, config),
-        Measure(reference, extractor, metrics, Options(dtype=config.distances), batch_size),
-        folder=logger.get_dir(),
-        num_samples=config.num_samples,
-        facts=facts,
-        scale=KINDS[config.guidance][3],
-    )
+    measure = Measure(reference, extractor, metrics, Options(dtype=config.distances), batch_size)
+    options: dict[str, Any] = {"folder": logger.get_dir(), "num_samples": config.num_samples, "facts": facts}
+    run_sweep(cells, sample, measure, scale=KINDS[config.guidance][3], **options)
 
 
 def cells_of(config: SweepConfig) -> Iterator[Cell]:
@@ -99,28 +97,8 @@ def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
 def values_of(cell: Cell, config: SweepConfig) -> dict[str, Any]:
     """The flags of a cell."""
     _, name, neutral, _ = KINDS[config.guidance]
-    interval = "" if cell.scale == neutral else config.guidance_interval  # where nothing guides, none says when
+    interval = "" if cell.scale == neutral else config.guidance_interval  # it has no effect where nothing guides
     return {"sampler": cell.sampler, "steps": cell.steps, name: cell.scale, "guidance_interval": interval}
-
-
-def restore(base: Flags, config: SweepConfig) -> tuple[Restored, Restored | None]:
-    """The networks of --model_path and --classifier_path; no classifier where a model guides itself.
-
-    :raises ValueError: if they do not go together, or cannot be guided so.
-    """
-    from . import common, guidance
-
-    model = common.restore_unet(base)
-    return model, guidance.restore_guide(model) if config.guidance == "classifier" else None
-
-
-def sample(
-    cell: Cell, folder: str, model: Restored, classifier: Restored | None, config: SweepConfig
-) -> tuple[str, int]:
-    """The samples of a cell, and how often the network is evaluated for a batch of them."""
-    from . import sampling
-
-    return sampling.draw(model.with_flags(**values_of(cell, config)), classifier, out_dir=folder)
 
 
 main = entry("sweep", sweep)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -17,23 +17,23 @@ from ..config import DataConfig, DiffusionConfig, LoaderConfig, RunConfig, Super
 from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import ImageStream, load_data, load_superres_data, save_classes
 from ..networks.compiling import compile_network
+from ..networks.memory import recompute_at
 from ..resample import create_named_schedule_sampler
 from ..runtime import paths
 from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
-from ..train_util import Hook, TrainLoop
+from ..train_util import TrainLoop
 from ..training import checkpoints
 from ..training.settings import Settings
-from . import conditioning, finetuning, performance
-from .common import check_kind
+from . import conditioning, finetuning
+from .common import PRECISION_FLAGS, check_kind, precision_of
 from .flags import COMMANDS, Flags
 
 Load = Callable[..., ImageStream]
 
 # never taken from an earlier part of the run
 OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "plugin", "resume_checkpoint")
-PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Training:
     def run(self, kind: type[TrainLoop] = TrainLoop, **options: Any) -> None:
         """Train to the end.
 
-        :param options: keywords of the loop that the flags do not say.
+        :param options: keywords of the loop that are no flags.
         """
         values, train = self.flags.values, self.flags.part(TrainConfig)
         names = {*inspect.signature(TrainLoop.__init__).parameters, *(spec.name for spec in fields(Settings))}
         keywords = {name: values[name] for name in names & values.keys()}
-        # without a word about it, here or in a config, an optimizer file decides
+        # where neither the command line nor a config gives one, an optimizer file decides
         silent = "lr" not in {**self.flags.given, **self.flags.saved} and train.resume_checkpoint
         keywords |= {"lr": None} if silent and checkpoints.find_set(train.resume_checkpoint).opt else {}
         keywords |= {
-            "precision": performance.precision_of(self.flags),
+            "precision": precision_of(values)[0],
             "schedule_sampler": create_named_schedule_sampler(train.schedule_sampler, self.process),
             "config": {"command": self.flags.command, "version": __version__, "flags": values},
         }
@@ -69,43 +69,42 @@ class Training:
         kind(model=self.network, diffusion=self.process, **keywords).run_loop()
         logger.log(f"training complete: everything is in {logger.get_dir()}")
 
-    def run_with_previews(self, previewer: Callable[[Training], Any], hooks: Sequence[Hook] = ()) -> None:
-        """Train to the end, and draw samples on the way where --sample_interval says so.
-
-        :param previewer: makes the function (model, step) that draws them.
-        :param hooks: further looks at the model.
-        """
-        interval = self.flags.values["sample_interval"]
-        self.run(hooks=[*([Hook(interval, previewer(self))] if interval else []), *hooks])
-
 
 def begin(flags: Flags) -> Training:
-    """The network and the images of a training, ready for its loop.
-
-    :raises ValueError: naming the flag that is wrong.
-    """
+    """The network and the images of a training, ready for its loop."""
     flags = start(flags)
     schedule, config = flags.part(DiffusionConfig), flags.part(finetuning.KINDS[flags.command][1])
     network = build_network(config, schedule.learn_sigma).to(dist_util.dev())
     process = build_diffusion(schedule)
-    streams = open_streams(flags, **_stream_options(flags, config))
-    finetuning.prepare(flags, network, streams.train.classes)
-    performance.recompute(flags, network)
+    stream, validation = open_streams(flags, **_stream_options(flags, config))
+    finetuning.prepare(flags, network, stream.classes)
+    recompute(flags, network)
     if flags.part(TrainSpeedConfig).compile:
         compile_network(network, "the network in training")
-    return Training(flags, network, process, streams.train, streams.validation)
+    return Training(flags, network, process, stream, validation)
+
+
+def recompute(flags: Flags, model: Any) -> None:
+    """Let the blocks at --checkpoint_resolutions compute their activations again in the backward pass."""
+    if resolutions := flags.part(TrainSpeedConfig).checkpoint_resolutions:
+        count = recompute_at(model, resolutions)
+        logger.log(f"{count} blocks, those at {resolutions}, compute their activations again in the backward pass")
+
+
+def with_precision(flags: Flags) -> tuple[Flags, list[str]]:
+    """The flags with a precision in place of "auto", and a line about the choice where there was one; collective."""
+    precision, choices = precision_of(flags.values)
+    name = "precision" if "precision" in flags.values else "classifier_precision"
+    return (flags.with_values(**{name: precision}) if choices else flags), choices
 
 
 def start(flags: Flags) -> Flags:
-    """Join the other ranks, claim the run's folder, seed; returns the flags over those of the run that is resumed.
-
-    :raises ValueError: if flags contradict each other, or the folder holds another run.
-    """
+    """Join the other ranks, claim the run's folder, seed; returns the flags over those of the run that is resumed."""
     auto, folder = flags.values["resume_checkpoint"] == "auto", _log_folder(flags)
     flags = resolved(flags)
     run = flags.part(RunConfig)
     dist_util.setup_dist(device=run.device, timeout=run.dist_timeout)
-    flags, choices = performance.with_precision(flags)
+    flags, choices = with_precision(flags)
     files, faults = checkpoints.choose(folder if auto else flags.values["resume_checkpoint"], auto=auto)
     flags = flags.with_values(resume_checkpoint=files.model if files else "")
     if folder and dist_util.rank() == 0:
@@ -122,18 +121,12 @@ def start(flags: Flags) -> Flags:
     np.random.seed(run.seed % 2**32)
     th.manual_seed(run.seed % 2**64)
     if grid := flags.values["timestep_respacing"]:
-        logger.warn(
-            f"timestep_respacing {grid} in training: the network sees these steps alone, and samples with them alone; "
-            "leave it to sampling"
-        )
+        logger.warn(f"timestep_respacing {grid} in training: the network sees these steps alone; leave it to sampling")
     return flags
 
 
 def resolved(flags: Flags) -> Flags:
-    """The flags over those of the run that is resumed, or of the network that a run starts from.
-
-    :raises ValueError: if they contradict each other.
-    """
+    """The flags over those of the run that is resumed, or of the network that a run starts from; checked."""
     finetuning.check_beginning(flags)
     flags = finetuning.over_source(_over_resumed(flags))
     flags.check()
@@ -141,10 +134,7 @@ def resolved(flags: Flags) -> Flags:
     if not (flags.values["data_dir"] or flags.values["dry_run"]):
         raise UserError("--data_dir is missing: give a folder or a zip of images")
     if flags.values["dims"] != 2:
-        raise UserError(
-            f"--dims {flags.values['dims']} does not fit pictures, which have 2: leave it out, or give "
-            "guided_diffusion.train_util.TrainLoop data of your own"
-        )
+        raise UserError(f"--dims {flags.values['dims']} does not fit pictures: leave it out, or use TrainLoop yourself")
     if flags.values.get("cond_type"):
         conditioning.pairing_of(flags)
     return flags
@@ -164,7 +154,7 @@ def _over_resumed(flags: Flags) -> Flags:
         flags = flags.with_values(resume_checkpoint=path)
     if not path:
         return flags
-    checkpoints.find_set(path)  # that there is one comes before all else
+    checkpoints.find_set(path)  # a missing one comes before all else
     known, config = set(COMMANDS[flags.command].flags()) - set(OF_A_PROCESS), checkpoints.config_beside(path)
     given = {k: v for k, v in flags.given.items() if not (k in PRECISION_FLAGS and v == "auto" and config.get(k))}
     if any(name in given for name in PRECISION_FLAGS):
@@ -174,73 +164,39 @@ def _over_resumed(flags: Flags) -> Flags:
 
 
 def _with_null_rows(flags: Flags) -> Flags:
-    """The flags with the null class and the null conditioning image that dropping classes and images makes.
-
-    :raises ValueError: if the network that a run goes on with has no null class.
-    """
+    """The flags with the null class and the null conditioning image that dropping classes and images makes."""
     values, saved = flags.values, flags.saved
-    if values.get("cond_dropout"):
-        flags = flags.with_values(null_cond=True)
-    if not values.get("class_dropout"):
-        return flags
-    if values["resume_checkpoint"] and saved and not saved.get("null_class"):
+    if values.get("class_dropout") and values["resume_checkpoint"] and saved and not saved.get("null_class"):
         raise UserError(
             f"--class_dropout {values['class_dropout']} needs a null class, and the network of "
             f"{values['resume_checkpoint']} has none: start a new run with it, or leave it out"
         )
-    return flags.with_values(null_class=True)
+    null_rows = {"null_cond": "cond_dropout", "null_class": "class_dropout"}
+    return flags.with_values(**{name: True for name, dropout in null_rows.items() if values.get(dropout)})
 
 
 def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
-    """Leave a folder alone whose files this run would overwrite or mix with its own.
+    """Leave a folder alone whose checkpoints this run would overwrite or mix with its own.
 
     :param auto: what a killed process did not finish may be overwritten, even if there is nothing else.
-    :raises ValueError: saying what lies there and how to go on.
     """
-    resumed, fault = flags.values["resume_checkpoint"], ""
+    resumed = flags.values["resume_checkpoint"]
     complete = checkpoints.newest(folder, checksums=bool(resumed))[0]
-    newest = -1 if complete is None else complete.step or 0
-    if not (resumed or auto):
-        newest = max(checkpoints.sets_in(folder), default=-1)
+    newest, last = -1 if complete is None else complete.step or 0, -1
     if resumed:
         files = checkpoints.find_set(resumed)
-        if newest > (files.step or 0):
-            fault = (
-                f"holds checkpoints up to step {newest}, which a run resumed at step {files.step or 0} would "
-                f"overwrite: give another --log_dir, or --resume_checkpoint {folder} to go on from the last"
-            )
-        elif newest >= 0 and os.path.realpath(os.path.dirname(files.model)) != os.path.realpath(folder):
-            fault = f"holds the checkpoints of another run than {resumed}, up to step {newest}: give another --log_dir"
-    elif newest >= 0:
-        fault = (
-            f"holds the checkpoints of a run, up to step {newest}: give --resume_checkpoint {folder} to go on with it, "
-            "or another --log_dir"
+        if os.path.realpath(os.path.dirname(files.model)) == os.path.realpath(folder):
+            last = files.step or 0
+    elif not auto:
+        newest = max(checkpoints.sets_in(folder), default=-1)
+    if newest > last:
+        raise UserError(
+            f"{folder} holds the checkpoints of a run, up to step {newest}: give --resume_checkpoint {folder} to go on "
+            "with it, or another --log_dir"
         )
-    else:
-        fault = _other_flags(folder, flags.values)
-    if fault:
-        raise UserError(f"{folder} {fault}")
-
-
-def _other_flags(folder: str, values: Mapping[str, Any]) -> str:
-    """How the flags differ from those in a folder's config.json; '' if they do not."""
-    saved = checkpoints.config_beside(folder) if paths.exists(folder) else {}
-    for name, value in saved.items():
-        if name not in OF_A_PROCESS and value != values.get(name, value):
-            other = f"other flags ({name} {value}, now {values[name]})"
-            return f"is the folder of a run with {other}: give another --log_dir, or remove its config.json"
-    return ""
 
 
 # ---- data
-
-
-@dataclass(frozen=True)
-class Streams:
-    """The images to train on and, where there are any, those to measure on."""
-
-    train: ImageStream
-    validation: ImageStream | None
 
 
 def _stream_options(flags: Flags, config: Any) -> dict[str, Any]:
@@ -249,16 +205,16 @@ def _stream_options(flags: Flags, config: Any) -> dict[str, Any]:
         sizes = {name: getattr(config, name) for name in ("large_size", "small_size", "cond_aug", "class_cond")}
         return {"load": load_superres_data, **sizes}
     options = {"image_size": config.image_size, "class_cond": getattr(config, "class_cond", True)}
-    if not flags.values.get("cond_type"):
-        return options
-    validation = {"pairing": conditioning.validation_pairing(flags)}
-    return {**options, "pairing": conditioning.pairing_of(flags), "validation": validation}
+    if flags.values.get("cond_type"):
+        options["pairing"] = conditioning.pairing_of(flags)
+        options["validation"] = {"pairing": conditioning.validation_pairing(flags)}
+    return options
 
 
 def open_streams(
     flags: Flags, load: Load = load_data, *, validation: Mapping[str, Any] | None = None, **options: Any
-) -> Streams:
-    """The streams that the data flags describe; writes classes.json where the images have labels.
+) -> tuple[ImageStream, ImageStream | None]:
+    """The images to train on and those to measure on; writes classes.json where the images have labels.
 
     :param validation: keywords of `load` that are others for the validation images.
     :param options: further keywords of `load`: sizes, class_cond.
@@ -277,15 +233,9 @@ def open_streams(
         "as_bytes": True,
     }
     known = checkpoints.classes_beside(train.resume_checkpoint) if train.resume_checkpoint else ""
-    stream = load(
-        data_dir=data.data_dir,
-        class_from=data.class_from,
-        classes=known if known and options["class_cond"] else None,
-        random_crop=data.random_crop,
-        random_flip=data.random_flip,
-        num_workers=data.num_workers,
-        **options,
-    )
+    names = ("data_dir", "class_from", "random_crop", "random_flip", "num_workers")
+    of_training = {name: getattr(data, name) for name in names}
+    stream = load(**of_training, classes=known if known and options["class_cond"] else None, **options)
     if len(stream.classes) < (num_classes or 0):
         logger.warn(
             f"the data have {len(stream.classes)} classes and the network has {num_classes}: give "
@@ -294,16 +244,21 @@ def open_streams(
     if stream.classes and dist_util.rank() == 0:
         save_classes(os.path.join(logger.get_dir(), checkpoints.CLASSES), stream)
     if not train.val_data_dir:
-        return Streams(stream, None)
+        return stream, None
     options |= {"cache_images": False, **(validation or {})}
-    return Streams(stream, _validation(train.val_data_dir, stream, load, options))
+    return stream, _validation(train.val_data_dir, stream, load, options)
 
 
-def _validation(path: str, train: ImageStream, load: Load, options: dict[str, Any]) -> ImageStream:
+def _validation(path: str, train: ImageStream, load: Load, options: Mapping[str, Any]) -> ImageStream:
     """The validation images, with the ids that the classes have in training."""
-    options["log"] = lambda line: None if line.startswith(" ") else logger.log(f"validation: {line}")
     labels = {"class_from": train.class_from, "classes": train.classes} if train.classes else {}
+    fixed = {"random_crop": False, "random_flip": False, "fit": True, **labels}
+
+    def log(line: str) -> None:
+        if not line.startswith(" "):
+            logger.log(f"validation: {line}")
+
     try:
-        return load(data_dir=path, random_crop=False, random_flip=False, fit=True, **labels, **options)
+        return load(data_dir=path, log=log, **fixed, **options)
     except ValueError as error:
         raise UserError(f"--val_data_dir: {error}") from error

@@ -59,6 +59,11 @@ def local_flag(help: str, default: str = "", **options: Any) -> str:
     return flag(default, help, convert=paths.local, **options)
 
 
+def share_flag(help: str, default: float = 0.0, at_least: float = 0, **options: Any) -> float:
+    """The flag of a number from 0 to 1."""
+    return flag(default, help, at_least=at_least, at_most=1, **options)
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
@@ -66,7 +71,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def refuse(*cases: tuple[object, str]) -> None:
-    """:raises ValueError: with the sentence of the first case whose condition holds."""
+    """Raise a UserError with the sentence of the first case whose condition holds."""
     for applies, sentence in cases:
         if applies:
             raise UserError(sentence)
@@ -76,11 +81,11 @@ def str2bool(v: str | bool) -> bool:
     """The boolean that a word on the command line stands for."""
     if isinstance(v, bool):
         return v
-    known = dict.fromkeys(("yes", "true", "t", "y", "1", "on"), True)
-    known |= dict.fromkeys(("no", "false", "f", "n", "0", "off"), False)
-    if v.lower() not in known:
-        raise argparse.ArgumentTypeError(f"boolean value expected: {v!r} is neither True nor False")
-    return known[v.lower()]
+    if v.lower() in ("yes", "true", "t", "y", "1", "on"):
+        return True
+    if v.lower() in ("no", "false", "f", "n", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"boolean value expected: {v!r} is neither True nor False")
 
 
 def defaults(*sections: type[Any]) -> dict[str, Any]:
@@ -89,10 +94,7 @@ def defaults(*sections: type[Any]) -> dict[str, Any]:
 
 
 def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse keywords that `where` does not know.
-
-    :raises TypeError: naming the unknown keyword and the one most like it.
-    """
+    """Raise a TypeError for a keyword that `where` does not know, naming the one most like it."""
     for name in names:
         if name not in known:
             raise TypeError(f"{where} has no keyword {name!r}{nearest(name, known)}")
@@ -137,11 +139,9 @@ def parse_rates(text: str | float) -> list[float]:
 
 def parse_microbatch(text: str) -> int | str:
     """A number of images, or "auto"."""
-    if text == "auto":
-        return text
-    if not text.removeprefix("-").isdecimal() or int(text) < -1:
+    if not re.fullmatch("auto|-1|[0-9]+", text):
         raise UserError(f"{text!r} is no number of images: write a number, -1 for the whole batch, or auto")
-    return int(text)
+    return text if text == "auto" else int(text)
 
 
 def parse_range(text: str) -> tuple[float, float] | None:
@@ -160,21 +160,16 @@ def range_flag(text: str) -> str:
     return text
 
 
-def parse_counts(text: str) -> str:
-    """The same text, if it lists different whole numbers above 0."""
-    return _listed(text, r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
+def list_of(pattern: str, what: str) -> Callable[[str], str]:
+    """A reader of different numbers separated by commas, which returns the text that it is given."""
 
+    def read(text: str) -> str:
+        words = text.split(",")
+        if not all(re.fullmatch(pattern, word, re.ASCII) for word in words) or len({*map(float, words)}) < len(words):
+            raise UserError(f"{text!r} is no list of different {what}")
+        return text
 
-def parse_scales(text: str) -> str:
-    """The same text, if it lists different numbers."""
-    return _listed(text, r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
-
-
-def _listed(text: str, pattern: str, what: str) -> str:
-    words = text.split(",")
-    if not all(re.fullmatch(pattern, word, re.ASCII) for word in words) or len(set(map(float, words))) < len(words):
-        raise UserError(f"{text!r} is no list of different {what}")
-    return text
+    return read
 
 
 def names_of(names: Sequence[str], what: str) -> Callable[[str], str]:
@@ -197,9 +192,7 @@ def reader_of(spec: Field[Any]) -> Callable[[str], Any]:
     """text -> value of one flag, with its checks; the default always passes, such as -1 for "not given"."""
 
     def read(text: str) -> Any:
-        if text == str(spec.default):
-            return spec.default
-        value = _converted(spec, text)
+        value = spec.default if text == str(spec.default) else _converted(spec, text)
         if value != spec.default:
             _check_limits(spec, text, value)
         return value
@@ -219,17 +212,15 @@ def _converted(spec: Field[Any], text: str) -> Any:
 
 def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
     choices, low, high = (spec.metadata[name] for name in ("choices", "at_least", "at_most"))
-    fault = ""
-    if isinstance(value, float) and not math.isfinite(value):
-        fault = f"{text} is not a finite number"
-    elif choices and str(value) not in choices:
-        fault = f"{text!r} is none of {', '.join(choice or repr('') for choice in choices)}{nearest(text, choices)}"
-    elif low is not None and value < low:
-        fault = f"{text} is below the least value, {low}"
-    elif high is not None and value > high:
-        fault = f"{text} is above the greatest value, {high}"
-    if fault:
-        raise argparse.ArgumentTypeError(fault)
+    faults = [
+        (isinstance(value, float) and not math.isfinite(value), f"{text} is not a finite number"),
+        (choices and str(value) not in choices, f"{text!r} is none of {', '.join(c or repr('') for c in choices)}"),
+        (low is not None and value < low, f"{text} is below the least value, {low}"),
+        (high is not None and value > high, f"{text} is above the greatest value, {high}"),
+    ]
+    for applies, fault in faults:
+        if applies:
+            raise argparse.ArgumentTypeError(f"{fault}{nearest(text, choices)}")
 
 
 def means_not_given(spec: Field[Any], value: Any) -> bool:
@@ -246,15 +237,13 @@ def saved_values(saved: Mapping[str, Any], *sections: type[Any]) -> dict[str, An
     known = {spec.name: spec for section in sections for spec in fields(section)}
     taken = {k: v for k, v in saved.items() if k in known and not known[k].metadata["runtime"]}
     for name, value in taken.items():
-        spec, fault = known[name], ""
+        spec = known[name]
         kinds = f"{spec.type} int" if "float" in spec.type else spec.type
-        if type(value).__name__ not in kinds.replace("|", "").split():
-            fault = f"should be of type {spec.type}"
-        else:
-            try:
-                reader_of(spec)(str(value))
-            except (ValueError, argparse.ArgumentTypeError) as error:
-                fault = f"is not to be used ({error})"
-        if fault:
-            raise UserError(f"the checkpoint's config.json says {name} {f'{value!r:.200}'}, which {fault}")
+        try:
+            if type(value).__name__ not in kinds.replace("|", "").split():
+                raise UserError(f"it should be of type {spec.type}")
+            reader_of(spec)(str(value))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            says = f"the checkpoint's config.json says {name} {f'{value!r:.200}'}"
+            raise UserError(f"{says}, which cannot be used: {error}") from error
     return taken

@@ -461,7 +461,7 @@ def test_precedence_is_command_line_then_checkpoint_then_default():
 
 @pytest.mark.parametrize(("name", "value"), [("num_channels", "64"), ("class_cond", 1), ("channel_mult", None)])
 def test_saved_flags_of_another_type_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"config.json says {name} .*, which should be of type"):
+    with pytest.raises(ValueError, match=f"config.json says {name} .*, which cannot be used: it should be of type"):
         cli.parse("image_sample", []).over({name: value}, UNetConfig)
 
 

@@ -48,7 +48,7 @@ from guided_diffusion.commands import (
     sampling,
     super_res_sample,
 )
-from guided_diffusion.commands.common import Plan, Restored, restore_unet, restore_upsampler
+from guided_diffusion.commands.common import Plan, Restored, restore
 from guided_diffusion.commands.editing import adds_noise
 from guided_diffusion.commands.sampling import labels_of
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig
@@ -608,7 +608,6 @@ def test_at_another_size_attention_stays_where_it_was(runs: Runs, sizes: dict[st
     upsampler = "large_size" in sizes
     name, command = ("upsampler", "super_res_sample") if upsampler else ("unet", "image_sample")
     flags = {"model_path": runs[name], **sizes}
-    restore = restore_upsampler if upsampler else restore_unet
     model = restore(cli.Flags(command, flags))
     assert model.flags.values["attention_resolutions"] == "8"
     own = getattr(runs, name).state_dict()
@@ -715,7 +714,7 @@ def test_a_long_run_that_nobody_asked_for_says_how_to_ask_for_less(
     logger.configure(str(tmp_path), ["log"])
     model = Restored(runs.unet, "", flags, runs.process, [], {})
     sampling.announce(model, sampling.job_of(flags, (3, 8, 8), Plan(runs.unet)), 40)
-    hint = "these are 25000 evaluations, the bar says how long they take: for a first look give --num_samples 16 --samp"
+    hint = "these are 25000 evaluations: for a first look give --num_samples 16 --samp"
     assert (tmp_path / "log.txt").read_text().count(hint) == told
 
 

@@ -30,7 +30,7 @@ from runs import (
 )
 
 from guided_diffusion.commands import flags as cli, super_res_sample, super_res_train
-from guided_diffusion.commands.common import restore_upsampler
+from guided_diffusion.commands.common import restore
 from guided_diffusion.config import SuperResConfig
 from guided_diffusion.data.sources import Selection
 from guided_diffusion.data.upsampling import SAMPLING_NOISE, BaseImages, SmallVersions, picture_names, read_base
@@ -141,7 +141,7 @@ def test_an_upsampler_is_trained_on_noise_and_sampled_with_it(folder: Path, tmp_
     places = ["--data_dir", str(folder), "--log_dir", str(tmp_path / "run"), "--num_workers", "0"]
     steps = ["--batch_size", "4", "--max_steps", "4", "--sample_interval", "4", "--val_data_dir", str(folder)]
     super_res_train.main([*sizes, *network, *places, *steps, "--val_interval", "4", "--lr", "1e-2"])
-    restored = restore_upsampler(cli.parse("super_res_sample", ["--model_path", str(tmp_path / "run")])).network
+    restored = restore(cli.parse("super_res_sample", ["--model_path", str(tmp_path / "run")])).network
     assert restored.low_res_embed[2].weight.abs().sum() > 0
     base = tmp_path / "base.npz"
     np.savez(base, pixels(3, (2, 2)))

@@ -15,9 +15,8 @@ from guided_diffusion.commands import flags as cli
 from guided_diffusion.commands.common import described
 from guided_diffusion.commands.conditioning import kind_of
 from guided_diffusion.commands.npz_files import from_images
-from guided_diffusion.commands.sections import FromImagesConfig
+from guided_diffusion.commands.sections import FromImagesConfig, NpzToolConfig
 from guided_diffusion.commands.training import open_streams
-from guided_diffusion.config import UNetConfig
 from guided_diffusion.data.conditioning import CondKind, Pairing, open_cond_images
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.data.sources import Selection, UnreadableImage, find_images, read_image
@@ -87,7 +86,7 @@ def test_arrays_go_wherever_folders_go(tmp_path: Path) -> None:
     _, paired = batch(path, pairing=Pairing(path, CondKind("image", 3)))
     np.testing.assert_allclose(paired["cond_image"].movedim(1, -1), UNIT, atol=1e-6)
     np.testing.assert_array_equal(np.concatenate(list(open_images(path).batches(3))), PIXELS)
-    from_images(FromImagesConfig(source=path, out=f"{tmp_path}/y.npz"))
+    from_images(NpzToolConfig(source=path, out=f"{tmp_path}/y.npz"), FromImagesConfig())
     np.testing.assert_array_equal(np.load(f"{tmp_path}/y.npz")["arr_0"], PIXELS)
 
 
@@ -230,7 +229,9 @@ def test_data_range(tmp_path: Path, name: str, kind: str) -> None:
         np.concatenate(list(open_images(path, None, span).batches(1)))[0, ..., 0] / 127.5 - 1,
     ):
         np.testing.assert_allclose(found, expected, atol=0.008)
-    from_images(FromImagesConfig(source=path, out=f"{tmp_path}/y.npz", image_channels=1, data_range=text))
+    from_images(
+        NpzToolConfig(source=path, out=f"{tmp_path}/y.npz"), FromImagesConfig(image_channels=1, data_range=text)
+    )
     np.testing.assert_allclose(np.load(f"{tmp_path}/y.npz")["arr_0"].squeeze() / 127.5 - 1, expected, atol=0.008)
 
 
@@ -244,7 +245,7 @@ def test_no_range(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_that_reads_images_has_the_flag() -> None:
     readers = [name for name, command in cli.COMMANDS.items() if {"data_dir", "num_samples"} & set(command.flags())]
     without = {"demo", "cascade_sample"}  # one has its own images, the other passes flags on
-    for name in {*readers, "evaluator", "sweep", "npz_tool from-images"} - without:
+    for name in {*readers, "evaluator", "sweep", "npz_tool"} - without:
         assert "data_range" in cli.command_of(name).flags(), name
 
 
@@ -265,11 +266,11 @@ def test_the_flag_reaches_images_and_conditioning_images_and_is_kept_for_samplin
     kind = kind_of(flags)
     assert kind is not None
     pairing = Pairing(f"{tmp_path}/conds", kind)
-    images, cond = next(open_streams(flags, class_cond=False, image_size="5x6", pairing=pairing).train)
+    images, cond = next(open_streams(flags, class_cond=False, image_size="5x6", pairing=pairing)[0])
     np.testing.assert_allclose(images[0, 0].numpy(), RAMP * 2 - 1, atol=1e-6)
     np.testing.assert_allclose(cond["cond_image"][0, 0].numpy(), RAMP * 2 - 1, atol=1e-6)
     (tmp_path / "model000001.pt").touch()
     (tmp_path / "config.json").write_text('{"flags": {"image_size": 8, "data_range": "0,1"}}')
     for given, taken in (({}, "0,1"), ({"data_range": "0,2"}, "0,2")):
         sampling = cli.Flags("image_sample", {"model_path": str(tmp_path), **given})
-        assert described(sampling, "model_path", UNetConfig)[1].values["data_range"] == taken
+        assert described(sampling)[1].values["data_range"] == taken

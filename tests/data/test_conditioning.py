@@ -18,7 +18,7 @@ from runs import PROCESS, SAMPLING, scrambled, write_run
 from test_docs import ROOT, run as run_code, snippets
 
 from guided_diffusion.commands import classifier_sample, flags as cli, image_nll, image_sample, image_train
-from guided_diffusion.commands.common import restore_unet
+from guided_diffusion.commands.common import restore
 from guided_diffusion.commands.conditioning import drawn
 from guided_diffusion.config import ClassifierConfig, UNetConfig
 from guided_diffusion.data.conditioning import CondKind, Pairing, cond_kind
@@ -384,7 +384,7 @@ def test_from_training_to_samples(pairs: tuple[CondKind, Path, Path], tmp_path: 
     assert json.loads((tmp_path / "s" / "names.json").read_text())["names"] == listing.images
     assert (tmp_path / "s" / "images" / "b" / "cat_3.png").exists()
 
-    model = restore_unet(cli.parse("image_sample", sampling))
+    model = restore(cli.parse("image_sample", sampling))
     rows = []
     for first in (0, 4):
         indices = range(first, first + 4)
@@ -457,7 +457,7 @@ def test_another_conditioning_image_is_another_request(
 
 def test_guidance_hides_the_conditioning_image(trained: Path, tmp_path: Path) -> None:
     words = ["--model_path", str(trained / "free"), "--timestep_respacing", "3", "--batch_size", "6"]
-    model = restore_unet(cli.parse("image_sample", words))
+    model = restore(cli.parse("image_sample", words))
     x, t, cond = th.randn(2, 3, SIDE, SIDE), th.tensor([3, 30]), (th.rand(2, 1, SIDE, SIDE) > 0.5).float()
     seen, hidden = (model.network(x, t, cond_image=image) for image in (cond, th.zeros_like(cond)))
     guided = classifier_free(model.network, 3.0)(x, t, cond_image=cond)

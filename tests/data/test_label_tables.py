@@ -211,5 +211,5 @@ def test_the_table_is_said_at_the_start(tmp_path: Path) -> None:
 def test_the_flag_reaches_the_table(tmp_path: Path) -> None:
     labelled(tmp_path, {"labels.csv": SEVERAL}, label_column="breed")
     values = {"data_dir": str(tmp_path), "label_column": "colour", "num_workers": 0, "num_classes": 2}
-    streams = open_streams(flags.Flags("image_train", values), class_cond=True, image_size=4)
-    assert streams.train.classes == ["blue", "red"]
+    stream, _ = open_streams(flags.Flags("image_train", values), class_cond=True, image_size=4)
+    assert stream.classes == ["blue", "red"]

@@ -438,9 +438,9 @@ def test_largest_cover_is_what_random_crops_need_at_most() -> None:
 def test_the_flags_reach_the_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"data_dir": str(folder), "val_data_dir": str(folder), "fast_decode": True, "cache_images": True}
     flags = Flags("image_train", {**given, "batch_size": 2, "num_workers": 0}, {})
-    streams = open_streams(flags, class_cond=False, image_size=8)
-    assert streams.validation is not None
-    for stream, kept in ((streams.train, True), (streams.validation, False)):
+    train, validation = open_streams(flags, class_cond=False, image_size=8)
+    assert validation is not None
+    for stream, kept in ((train, True), (validation, False)):
         assert next(stream)[0].dtype == th.uint8
         assert stream.dataset.options.fast_decode
         assert bool(stream.dataset.cache) == kept
@@ -451,7 +451,7 @@ def test_the_flags_reach_the_images(folder: Path, monkeypatch: pytest.MonkeyPatc
         lambda path, *rest, **options: read.append(path) or read_decoded(path, *rest, **options),
     )
     for _ in range(9):
-        next(streams.train)
+        next(train)
     assert len(read) == 7  # of 9, as 2 were read before
 
 

@@ -22,7 +22,7 @@ from test_docs import run as run_snippet, snippets
 
 import mixture
 from guided_diffusion.commands import flags as cli, image_nll
-from guided_diffusion.commands.common import restore_unet
+from guided_diffusion.commands.common import restore
 from guided_diffusion.config import DiffusionConfig, FlowConfig, UNetConfig
 from guided_diffusion.evaluation.flow_likelihood import calc_flow_bpd
 from guided_diffusion.evaluation.likelihood import Survey, carry_out, measure_batches, merge
@@ -297,9 +297,7 @@ def table(out: Path) -> list[dict[str, str]]:
 
 def surveyed(run: Path, folder: Path, out: Path, *more: str) -> Survey:
     """What the command makes of its flags, in a folder."""
-    return replace(
-        image_nll.survey_of(restore_unet(cli.parse("image_nll", words(run, folder, *more)))), out_dir=str(out)
-    )
+    return replace(image_nll.survey_of(restore(cli.parse("image_nll", words(run, folder, *more)))), out_dir=str(out))
 
 
 @pytest.mark.parametrize("kind", [(), FLOW], ids=["vlb", "flow"])
@@ -338,7 +336,7 @@ def test_three_processes_measure_what_one_does(run: Path, folder: Path, tmp_path
 def test_the_files_say_what_the_process_does(run: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     image_nll.main(words(run, folder, "--log_dir", str(out), "--save_terms", "True", "--seed", "3"))
-    model = restore_unet(cli.parse("image_nll", words(run, folder)))
+    model = restore(cli.parse("image_nll", words(run, folder)))
     paths = sorted(folder.iterdir())
     x = th.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths])).movedim(-1, 1) / 127.5 - 1
     labels = th.tensor([NAMES.index(path.name.split("_")[0]) for path in paths])

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch as th
 
-from guided_diffusion.commands import flags as cli, performance, training
+from guided_diffusion.commands import flags as cli, training
+from guided_diffusion.commands.common import precision_of
 from guided_diffusion.networks import hardware
 from guided_diffusion.networks.hardware import fastest_precision
 from guided_diffusion.script_util import classifier_defaults, create_classifier, create_model
@@ -92,13 +93,13 @@ def test_nothing_is_guessed_of_other_devices() -> None:
 
 
 def test_flags_have_a_precision_in_place_of_auto(fast: bool) -> None:
-    given = {"precision": "auto", "classifier_precision": "fp16", "seed": 3}
-    flags = cli.Flags("classifier_sample", given)
-    settled, lines = performance.with_precision(flags)
+    given = {"precision": "auto", "seed": 3}
+    flags = cli.Flags("image_train", given)
+    settled, lines = training.with_precision(flags)
     expected = "bf16" if fast else "fp32"
     assert settled.given == {**given, "precision": expected}
     assert [line.partition(", because a block of ")[0] for line in lines] == [f"precision auto: {expected}"]
-    assert performance.with_precision(settled) == (settled, [])
+    assert training.with_precision(settled) == (settled, [])
 
 
 def test_a_resumed_run_keeps_the_precision_that_auto_gave_it(kept: Path, tmp_path: Path) -> None:
@@ -108,10 +109,10 @@ def test_a_resumed_run_keeps_the_precision_that_auto_gave_it(kept: Path, tmp_pat
     words = [f"--resume_checkpoint={tmp_path / 'model000001.pt'}", "--data_dir=pictures"]
     for given, expected in (([], "bf16"), (["--precision=auto"], "bf16"), (["--precision=fp16"], "fp16")):
         flags = training.resolved(cli.parse("image_train", [*words, *given]))
-        assert performance.with_precision(flags)[0].values["precision"] == expected
+        assert training.with_precision(flags)[0].values["precision"] == expected
     (tmp_path / "config.json").write_text(json.dumps({"flags": {"precision": ""}}))
     flags = training.resolved(cli.parse("image_train", [*words, "--precision=auto"]))
-    assert performance.with_precision(flags)[0].values["precision"] == "fp32"
+    assert training.with_precision(flags)[0].values["precision"] == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_gave_it(kept: Path, tmp_pat
 )
 def test_contradictions_are_refused(words: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        performance.settled("precision", cli.parse("image_train", words.split()).values)
+        precision_of(cli.parse("image_train", words.split()).values)
 
 
 def test_networks_are_built_in_the_precision_of_the_device(fast: bool) -> None:

@@ -129,7 +129,7 @@ TEXTS["config.json"] = {
     "list": ("[]", "is no config of a run"),
     "pairs": ('{"flags":["ab","cd"]}', "is no config of a run"),
     "not UTF-8": (b'{"flags":{"a":"\xff"}}', "can't decode byte"),
-    "not a number": ('{"flags":{"dropout":NaN}}', "dropout nan, which is not to be used"),
+    "not a number": ('{"flags":{"dropout":NaN}}', "dropout nan, which cannot be used"),
     "infinite": ('{"flags":{"min_snr_gamma":1e999}}', "not a finite number"),
     "negative": ('{"flags":{"num_channels":-5}}', "below the least value, 1"),
     "huge": ('{"flags":{"num_res_blocks":1000000000}}', "above the greatest value, 100"),

@@ -19,7 +19,7 @@ from guided_diffusion import dist_util, logger
 from guided_diffusion.commands import flags as cli
 from guided_diffusion.commands.conditioning import kind_of
 from guided_diffusion.commands.npz_files import from_images
-from guided_diffusion.commands.sections import FromImagesConfig
+from guided_diffusion.commands.sections import FromImagesConfig, NpzToolConfig
 from guided_diffusion.data.conditioning import Pairing, open_cond_images
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.data.labels import load_classes, read_labels
@@ -114,9 +114,11 @@ def path_flags() -> list[tuple[str, str]]:
 def command_line(command: str, flag: str, value: str) -> list[str]:
     """Words that give one flag, and what the command cannot do without."""
     flags = COMMANDS[command].flags()
-    positional = [name for name, spec in flags.items() if spec.metadata["positional"]]
+    positional = {
+        name: (*spec.metadata["choices"], "x")[0] for name, spec in flags.items() if spec.metadata["positional"]
+    }
     named = [] if flag in positional else [f"--{flag}", value]
-    return [*(value if name == flag else "x" for name in positional), *named]
+    return [*(value if name == flag else word for name, word in positional.items()), *named]
 
 
 def test_every_flag_of_a_path_is_one() -> None:
@@ -142,7 +144,7 @@ def test_every_command_takes_or_refuses_paths_in_one_way(
         assert (given[0] if isinstance(given, list) else given) == RESOLVED.get(value, value)
     for value in refused:
         with pytest.raises(SystemExit) as end:
-            cli.parse(command, command_line(command, flag, value))
+            cli.parser(command).parse_args(command_line(command, flag, value))
         assert end.value.code == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1
@@ -193,9 +195,8 @@ def test_all_of_this_opens(place: Any) -> None:
     labels = read_labels(find_images(place("images:1")))
     save_classes(place("classes:1.json"), labels)
     assert load_classes(place("classes:1.json")) == ["cat", "dog"]
-    assert from_images(FromImagesConfig(source=place("images:1"), out=str(folder / "new:1.npz")))[-1].endswith(
-        "2 images 4x4x3"
-    )
+    config = NpzToolConfig(source=place("images:1"), out=str(folder / "new:1.npz"))
+    assert from_images(config, FromImagesConfig())[-1].endswith("2 images 4x4x3")
 
 
 def test_checkpoints_and_logs_open(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
