@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_LIST, METRICS, PLUGIN_HELP, LabelConfig, RangeConfig, RunConfig
 from ..runtime.options import flag, list_of, local_flag, path_flag, range_flag, share_flag, size_flag
