@@ -176,7 +176,10 @@ class TensorBoardOutputFormat(_CurveWriter):
             from torch.utils.tensorboard import SummaryWriter
         self.dir = dir
         self._writer = SummaryWriter(log_dir=dir)
-        self.close = self._writer.close
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
 
     def _write(self, numbers: Mapping[str, float]) -> None:
         for key, value in numbers.items():
@@ -194,7 +197,10 @@ class WandbOutputFormat(_CurveWriter):
         with _needing("wandb"):
             import wandb
         self._run = wandb.init(dir=dir)
-        self.close = self._run.finish
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
 
     def _write(self, numbers: Mapping[str, float]) -> None:
         self._run.log(numbers, step=self.step)
