@@ -9,8 +9,7 @@ from conversion.config import CelebaConfig
 from conversion.folder import folder_source, listing_of
 from conversion.images import Source
 from guided_diffusion.runtime import files as untrusted
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.options import nearest
+from guided_diffusion.runtime.errors import UserError, nearest
 
 TABLE = "list_attr_celeba.txt"
 

@@ -12,9 +12,8 @@ from conversion.folder import folder_name
 from conversion.images import Item, Source, bad
 from conversion.planes import class_of
 from guided_diffusion.runtime import files as untrusted
-from guided_diffusion.runtime.errors import UserError
+from guided_diffusion.runtime.errors import UserError, nearest
 from guided_diffusion.runtime.files import printable, reason
-from guided_diffusion.runtime.options import nearest
 
 ROWS = 64  # read at a time
 LABELS = ("label", "labels", "fine_label", "class", "target")

@@ -21,8 +21,7 @@ from .config import LOSS_WEIGHTS
 from .diffusion.methods import DenoisedFn, Kwargs, Model, SamplingMethods
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .runtime.errors import UserError
-from .runtime.options import refuse
+from .runtime.errors import UserError, refuse
 from .sampling.prediction import Bounds, CondFn, MeanVariance, Prediction, apply_rule, detached, sees_denoiser
 from .sampling.schedules import (
     Array,

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset as Dataset
 from . import dist_util, logger
 from .data.crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
 from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
-from .data.labels import ClassRow, Labels, load_classes as load_classes, read_labels, save_classes as save_classes
+from .data.labels import ClassRow, Labels, read_labels, save_classes as save_classes
 from .data.sources import IMAGE_EXTENSIONS, UnreadableImage, find_images
 from .data.upsampling import SmallVersions
 from .runtime.errors import UserError
 from .runtime.files import printable, quoted
+from .runtime.labels import load_classes as load_classes
 from .runtime.options import Size, parse_size, size_flag
 from .runtime.pictures import to_unit
 

@@ -16,8 +16,7 @@ import torch as th
 import torch.distributed as dist  # noqa: F401
 
 from . import dist_util
-from .runtime.errors import UserError
-from .runtime.options import nearest
+from .runtime.errors import UserError, nearest
 from .runtime.seeds import to_device
 
 Array = npt.NDArray[np.float64]

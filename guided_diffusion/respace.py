@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from .diffusion.forward_process import Tables, table_of
 from .diffusion.methods import Model
 from .gaussian_diffusion import GaussianDiffusion, Losses
-from .runtime.errors import UserError
-from .runtime.options import refuse
+from .runtime.errors import UserError, refuse
 from .runtime.seeds import to_device
 from .sampling.prediction import CondFn, MeanVariance
 from .sampling.schedules import Array, NoiseLevels

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .. import __version__
-from ..runtime.options import nearest
+from ..runtime.errors import nearest
 from .flags import COMMANDS
 
 

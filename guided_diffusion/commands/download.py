@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ..runtime.errors import UserError
-from ..runtime.options import nearest
+from ..runtime.errors import UserError, nearest
 from .entry import entry
 from .flags import Flags
 from .sections import DownloadConfig

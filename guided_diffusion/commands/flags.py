@@ -15,9 +15,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any, NoReturn, TypeVar
 
 from .. import __version__, config as c
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, nearest
 from ..runtime.launchers import announced_rank
-from ..runtime.options import defaults, means_not_given, nearest, reader_of, saved_values
+from ..runtime.options import defaults, means_not_given, reader_of, saved_values
 from . import sections as s
 
 Section = TypeVar("Section", bound=object)

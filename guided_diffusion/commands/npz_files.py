@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import logger
-from ..data.labels import Labels, load_classes, read_labels, save_classes
+from ..data.labels import Labels, read_labels, save_classes
 from ..data.sources import ImageSource, find_images, read_bytes, read_pixels
 from ..runtime.errors import UserError
 from ..runtime.files import PART, explained, parse_json, quoted, reason, write_json
+from ..runtime.labels import load_classes
 from ..runtime.npz import Npz, write_npz
 from ..runtime.options import parse_range
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, save_png

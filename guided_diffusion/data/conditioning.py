@@ -18,10 +18,10 @@ import torch as th
 from numpy.typing import NDArray
 
 from ..config import COND_TYPES
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, nearest
 from ..runtime.files import quoted
 from ..runtime.npz import fingerprint
-from ..runtime.options import Size, nearest
+from ..runtime.options import Size
 from ..unet import UNetModel
 from .crops import Draws, Picture, center_crop_arr, channels_first, size_of
 from .decoding import Range

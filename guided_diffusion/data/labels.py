@@ -22,9 +22,9 @@ from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files, paths
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, nearest
 from ..runtime.files import parse_json, printable, quoted, reason
-from ..runtime.options import nearest
+from ..runtime.labels import read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 
 ClassRow = tuple[int, str, int]  # id, name, number of images
@@ -82,7 +82,7 @@ def read_labels(
             f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
         )
     if isinstance(classes, str):
-        classes, rule = _saved_classes(classes)
+        classes, rule = read_classes(classes)
         class_from = rule if class_from == "auto" else class_from
     known = list(classes or ())
     notes: list[str] = []
@@ -376,22 +376,3 @@ def save_classes(path: str, source: Any) -> None:
     table = {"classes": names, "class_from": source.class_from, "counts": counts}
     with files.writing(paths.resolve(path)) as file:
         file.write(json.dumps(table, indent=1).encode())
-
-
-def load_classes(path: str) -> list[str]:
-    """The names by id that `save_classes` wrote."""
-    return _saved_classes(path)[0]
-
-
-def _saved_classes(path: str) -> tuple[list[str], str]:
-    """The names by id, and the rule that they came from."""
-    try:
-        table = parse_json(files.read_file(path))
-        names, rule = table["classes"], table.get("class_from", "auto")
-        unique = isinstance(names, list) and len(set(names)) == len(names)
-        if not unique or not all(isinstance(name, str) for name in names) or rule not in (*CLASS_RULES, ARRAY):
-            raise UserError(f"classes are no list of unlike names, or class_from is none of {', '.join(CLASS_RULES)}")
-        return names, rule
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        detail = f"{type(error).__name__}: {reason(error)}"
-        raise UserError(f"{path!r} is no table of classes ({detail}); give a classes.json of a training") from error

@@ -25,9 +25,9 @@ from ..config import ClassifierConfig
 from ..data.crops import center_crop_arr
 from ..networks.architecture import architecture
 from ..runtime import files, paths
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, nearest
 from ..runtime.npz import fingerprint
-from ..runtime.options import nearest, parse_size, saved_values
+from ..runtime.options import parse_size, saved_values
 from ..runtime.pictures import to_unit
 from ..runtime.seeds import to_device
 from ..script_util import build_classifier

@@ -19,8 +19,7 @@ import torch._functorch.config as autograd_config
 from torch import nn
 
 from .. import logger
-from ..runtime.errors import UserError
-from ..runtime.options import refuse
+from ..runtime.errors import UserError, refuse
 from ..runtime.paths import cache_folder
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # the compiler's own variable

@@ -1,8 +1,9 @@
-"""The error that stands for a user's mistake, and the sentence that a command prints of an error."""
+"""The error that stands for a user's mistake, what to say instead of a wrong word, and the sentence of an error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -26,3 +27,16 @@ def as_user_errors() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def refuse(*cases: tuple[object, str]) -> None:
+    """Raise a UserError with the sentence of the first case whose condition holds."""
+    for applies, sentence in cases:
+        if applies:
+            raise UserError(sentence)

@@ -6,7 +6,6 @@ A field made by `flag` carries its help text and limits, from which command line
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from dataclasses import Field, field, fields
 from typing import Any, TypeVar
 
 from . import paths
-from .errors import UserError
+from .errors import UserError, nearest
 
 T = TypeVar("T")
 Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
@@ -62,19 +61,6 @@ def local_flag(help: str, default: str = "", **options: Any) -> str:
 def share_flag(help: str, default: float = 0.0, at_least: float = 0, **options: Any) -> float:
     """The flag of a number from 0 to 1."""
     return flag(default, help, at_least=at_least, at_most=1, **options)
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def refuse(*cases: tuple[object, str]) -> None:
-    """Raise a UserError with the sentence of the first case whose condition holds."""
-    for applies, sentence in cases:
-        if applies:
-            raise UserError(sentence)
 
 
 def str2bool(v: str | bool) -> bool:

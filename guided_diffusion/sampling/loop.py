@@ -14,9 +14,8 @@ import torch as th
 from tqdm.auto import tqdm
 
 from ..nn import traits_of
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, nearest, refuse
 from ..runtime.labels import check_labels
-from ..runtime.options import nearest, refuse
 from .samplers import DDIM, make_sampler
 from .steps import Draw, Generators, Sampler, StepOutput
 

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch as th
 from torch import Tensor
 
-from ..runtime.errors import UserError
-from ..runtime.options import nearest
+from ..runtime.errors import UserError, nearest
 from .solvers import (
     DEIS,
     DPMSolver2,

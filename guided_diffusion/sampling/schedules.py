@@ -17,14 +17,13 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
-from ..runtime.errors import UserError
-from ..runtime.options import nearest
+from ..runtime.errors import UserError, nearest
 from ..runtime.seeds import to_device
+from .steps import NO_SIGNAL
 
 Array = npt.NDArray[np.float64]
 
 MAX_BETA = 0.999
-NO_SIGNAL = -20.0  # lambda that stands for alpha_bar = 0 between timesteps: a signal of 2e-9
 
 
 # ---- betas by name

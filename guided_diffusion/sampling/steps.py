@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from .schedules import NO_SIGNAL
 
 if TYPE_CHECKING:
     from ..diffusion.methods import SamplingMethods as Process
@@ -27,6 +26,7 @@ State = tuple[Tensor, ...] | None
 Draw = Callable[[], Tensor]
 Predict = Callable[[Tensor, Tensor], "Prediction"]
 Generators = th.Generator | Sequence[th.Generator] | None
+NO_SIGNAL = -20.0  # lambda that stands for alpha_bar = 0 between timesteps: a signal of 2e-9
 
 
 class StepOutput(TypedDict):

@@ -23,6 +23,7 @@ from .. import dist_util, logger
 from ..networks.architecture import architecture
 from ..runtime import files, paths
 from ..runtime.errors import UserError
+from ..runtime.labels import load_classes
 from ..runtime.paths import exists, is_remote, isdir, join, names_in
 from . import manifest
 from .weights import State, difference, load as load, neighbours, pick, save as save, shapes
@@ -74,8 +75,6 @@ class Checkpoint:
     @cached_property
     def classes(self) -> Sequence[str]:
         """Names of its classes by id, [] where they are unknown."""
-        from ..image_datasets import load_classes
-
         names = classes_beside(self.path)
         return load_classes(names) if names else []
 

@@ -17,8 +17,8 @@ import torch.nn as nn
 
 from ..networks.architecture import CLASSIFIER_NAMES, architecture
 from ..nn import traits_of
-from ..runtime.errors import UserError
-from ..runtime.options import Size, nearest
+from ..runtime.errors import UserError, nearest
+from ..runtime.options import Size
 from .checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint, open_checkpoint
 from .weights import difference, listed, shapes
 

@@ -17,7 +17,8 @@ import guided_diffusion.commands
 from conversion.command import DATASETS
 from guided_diffusion.commands import flags as cli
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, NetworkConfig, UNetConfig, resolve_precision
-from guided_diffusion.runtime.options import check_keywords, defaults, nearest, parse_size, size_flag
+from guided_diffusion.runtime.errors import nearest
+from guided_diffusion.runtime.options import check_keywords, defaults, parse_size, size_flag
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "flags.json").read_text())
 COMMANDS = sorted(cli.COMMANDS)

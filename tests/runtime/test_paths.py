@@ -22,13 +22,14 @@ from guided_diffusion.commands.npz_files import from_images
 from guided_diffusion.commands.sections import FromImagesConfig, NpzToolConfig
 from guided_diffusion.data.conditioning import Pairing, open_cond_images
 from guided_diffusion.data.init_images import InitImages
-from guided_diffusion.data.labels import load_classes, read_labels
+from guided_diffusion.data.labels import read_labels
 from guided_diffusion.data.sources import Selection, find_images
 from guided_diffusion.data.upsampling import read_base
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.evaluation.weights import find_inception
 from guided_diffusion.image_datasets import load_data, save_classes
 from guided_diffusion.runtime import paths
+from guided_diffusion.runtime.labels import load_classes
 from guided_diffusion.runtime.npz import Npz, save_npz
 from guided_diffusion.runtime.pictures import to_uint8
 from guided_diffusion.training import checkpoints
