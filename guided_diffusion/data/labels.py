@@ -82,7 +82,9 @@ def read_labels(
             f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
         )
     if isinstance(classes, str):
-        classes, rule = read_classes(classes)
+        path, (classes, rule) = classes, read_classes(classes)
+        if rule not in (*CLASS_RULES, ARRAY):
+            raise UserError(f"{path!r} is no table of classes (class_from {rule!r} is no rule); give one of a training")
         class_from = rule if class_from == "auto" else class_from
     known = list(classes or ())
     notes: list[str] = []
