@@ -179,7 +179,11 @@ def read(path: str) -> Pack:
     config = files.read_file(paths.join(path, CONFIG)) if folder else b""
     value = load(paths.join(path, WEIGHTS) if folder else path)
     try:
-        pack = _of_peft(files.parse_json(config), value) if folder else _of_older(value)
+        if folder:
+            pack = _of_peft(files.parse_json(config), value)
+        else:
+            packs = older_packs(value)
+            pack = packs[max(packs, key=lambda key: -1.0 if key == "model" else float(key))]  # the slowest average
         whole = _is_paired(pack.weights)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError):
         whole = False
@@ -194,18 +198,20 @@ def _of_peft(config: Any, value: Mapping[str, th.Tensor]) -> Pack:
     scale = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
     origin = str(config.get("base_model_name_or_path"))
     understood = not any(config.get(name) for name in _UNKNOWN)
-    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in value.items() if understood}
+    weights = {name.removeprefix(_PREFIX): value[name] for name in sorted(value) if understood}
     return Pack(float(scale), origin.removeprefix(_BASE) if origin.startswith(_BASE) else "", weights)
 
 
-def _of_older(value: Any) -> Pack:
-    """The slowest average in a file loraNNNNNN.pt, else the adapters themselves."""
-    key = max(value["weights"], key=lambda key: -1.0 if key == "model" else float(key))
-    renamed = {
-        name.replace(".lora.down", _DOWN).replace(".lora.up", _UP): tensor
-        for name, tensor in value["weights"][key].items()
+def older_packs(value: Any) -> dict[str, Pack]:
+    """The adapters in a file loraNNNNNN.pt of older versions, by "model" or the rate of a moving average."""
+    return {
+        key: Pack(
+            float(value["scale"]),
+            str(value["base"]),
+            {name.replace(".lora.down", _DOWN).replace(".lora.up", _UP): part for name, part in parts.items()},
+        )
+        for key, parts in value["weights"].items()
     }
-    return Pack(float(value["scale"]), str(value["base"]), renamed)
 
 
 def _is_paired(weights: Mapping[str, th.Tensor]) -> bool:

@@ -48,11 +48,11 @@ def load_weights(model: th.nn.Module, files: Checkpoint, flags: Mapping[str, Any
     if not lora.adapters(model):
         model.load_state_dict(source.fitting(model, flags))
         return
-    state = load(files.state) if files.state else {}
+    state = read_state(files)
     if "lora" not in state:
         raise UserError(
-            f"{files.model} is no checkpoint of a run with adapters that can go on (those of loraNNNNNN.pt cannot): "
-            f"give --init_from {files.model} to start one, or leave out --lora_rank"
+            f"{files.model} is no checkpoint of a run with adapters: give --init_from {files.model} to start one, or "
+            "leave out --lora_rank"
         )
     if state["lora_scale"] != lora.scale_of(model):
         raise UserError(
@@ -61,6 +61,15 @@ def load_weights(model: th.nn.Module, files: Checkpoint, flags: Mapping[str, Any
     expected = {name: value for name, value in lora.plain_names(model.state_dict()).items() if not lora.is_part(name)}
     weights = {**source.fitting(expected, flags), **state["base"], **state["lora"]["model"]}
     model.load_state_dict(lora.layered(model, weights))
+
+
+def read_state(files: Checkpoint) -> dict[str, Any]:
+    """The state file of a checkpoint, {} without one, with the adapters that older runs kept in a file of their own."""
+    state: dict[str, Any] = load(files.state) if files.state else {}
+    if state and "lora" not in state and files.lora.endswith(".pt"):
+        packs = lora.older_packs(load(files.lora))
+        state |= {"lora": {key: pack.weights for key, pack in packs.items()}, "lora_scale": packs["model"].scale}
+    return state
 
 
 @dataclass
@@ -117,7 +126,7 @@ class RunState:
                 f"the step of {files.model} is unknown, as its name has no number: counting from 0, and the optimizer "
                 "and the moving averages start anew"
             )
-        self._saved = load(files.state) if files.state else {}
+        self._saved = read_state(files)
         self._report = [f"weights from {files.model or 'elsewhere'}"]
         return int(self._saved.get("step", files.step or 0))
 
