@@ -185,9 +185,9 @@ IMAGES64 = Case(
 )
 EMOJI32 = Case(
     "emoji32",
-    " ".join((*demo.IMAGES, *demo.DIFFUSION)),
+    f"{demo.IMAGES} {demo.DIFFUSION}",
     batch=demo.BATCH["image_train"],
-    classifier=" ".join((*demo.IMAGES, *demo.CLASSIFIER)),
+    classifier=f"{demo.IMAGES} {demo.CLASSIFIER} 350",
 )
 ADM256 = Case(
     "256x256",

@@ -13,10 +13,8 @@ from .entry import entry
 from .flags import parse
 from .sections import DemoConfig
 
-TRAINING = (
-    "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False "
-    "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1 --lr 1e-3"
-)
+IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False --lr 1e-3"
+TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1"
 DIFFUSION = (
     "--class_cond True --predict_xstart True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2,4 "
     "--attention_resolutions= --num_head_channels 64 --precision auto --warmup_steps 100 "
@@ -52,7 +50,7 @@ def show(config: DemoConfig) -> None:
     began, where, seed = time.time(), config.log_dir, f"--seed={config.seed}"
     for title, name, command, flags in NETWORKS:
         words = [f"--data_dir={config.data_dir}", f"--log_dir={where}/{name}", seed]
-        launch(title, command, *words, *TRAINING.split(), *flags.split())
+        launch(title, command, *words, *f"{IMAGES} {TRAINING} {flags}".split())
     for scale in SCALES:
         words = [f"--model_path={where}/diffusion", f"--classifier_path={where}/classifier", seed]
         words += [f"--log_dir={where}/samples_scale_{scale:g}", f"--classifier_scale={scale}", *SAMPLING.split()]

@@ -305,6 +305,8 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
     folder = bool(path) and paths.isdir(path)
     if folder or split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
         return (_open_run(path) if folder else None) or _open_files(path, size, data_range)
+    if not paths.exists(path):
+        raise UserError(f"{path!r} does not exist: give an npz, or a folder or zip of images")
     return _open_npz(path)
 
 
