@@ -70,6 +70,8 @@ def extend(plan: Plan, model: Restored, names: list[str]) -> None:
     sampling, all_of_them = model.flags.part(SampleConfig), "num_samples" in model.flags.changed
     selection = Selection(sampling.num_samples, all=all_of_them, label=label if config.cond_class_from else None)
     images = open_cond_images(config.cond_images, kind, network.image_size, selection)
+    if images.source.array and config.cond_class_from not in ("", "auto"):
+        raise UserError(f"--cond_class_from {config.cond_class_from} has no effect on an array of images: leave it out")
     labels: Any = images.labels if "labels" in plan.job and not sampling.classes else None
     if labels is not None:
         plan.job |= {"labels": labels, "num_classes": 0}

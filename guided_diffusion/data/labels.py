@@ -87,6 +87,8 @@ def read_labels(
             raise UserError(f"{path!r} is no table of classes (class_from {rule!r} is no rule); give one of a training")
         class_from = rule if class_from == "auto" else class_from
     known = list(classes or ())
+    if len(set(known)) < len(known):
+        raise UserError(f"classes {known} name a class twice; give each name once")
     notes: list[str] = []
     if class_from in ("auto", ARRAY):
         class_from, *notes = _choose_rule(source, label_column)

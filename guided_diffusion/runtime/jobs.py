@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,7 +32,7 @@ Start = Callable[[Sequence[int], dict[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestartableJob:
+class RestartableJob(ABC):
     """Work that is cut into batches by the index of its rows, and goes on in its folder after a kill.
 
     A subclass gives `size` and `arrays`; rank r makes the batches of `missing(r, world_size)` and saves them to
@@ -50,14 +51,14 @@ class RestartableJob:
     what: ClassVar[str] = "results"  # in messages
 
     @property
+    @abstractmethod
     def size(self) -> int:
         """Number of rows."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def arrays(self) -> list[tuple[tuple[int, ...], Any]]:
         """Shape of a row and dtype of each array of the shards."""
-        raise NotImplementedError
 
     @property
     def batches(self) -> int:

@@ -86,6 +86,8 @@ class LabelDropout:
     null_label: int | None
 
     def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1:
+            raise UserError(f"class_dropout {self.rate} is no probability: give 0 for none, or a number up to 1")
         if self.rate and self.null_label is None:
             raise UserError(
                 f"class_dropout {self.rate} needs a network that knows 'no class': build it with null_class True"

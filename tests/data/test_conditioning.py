@@ -525,6 +525,8 @@ def test_flags_of_no_effect_are_refused(trained: Path, tmp_path: Path, capsys: p
 
     save_npz(str(tmp_path / "deep.npz"), np.zeros((2, SIDE, SIDE, 4), np.uint8))
     save_npz(str(tmp_path / "line.npz"), np.zeros(SIDE, np.float32))
+    save_npz(str(tmp_path / "some.npz"), np.zeros((2, SIDE, SIDE), np.uint8))
+    by_folder = ["--cond_images", str(tmp_path / "some.npz"), "--cond_class_from", "folder"]
     model = ["--timestep_respacing", "2", "--log_dir", str(tmp_path / "s")]
     for name, words, told in (
         ("plain", [], "give --cond_images"),
@@ -549,6 +551,7 @@ def test_flags_of_no_effect_are_refused(trained: Path, tmp_path: Path, capsys: p
             "exclude each other: give one",
         ),
         ("plain", ["--cond_class_from", "folder"], "no effect without --cond_images"),
+        ("labelled", by_folder, "--cond_class_from folder has no effect on an array of images: leave it out"),
     ):
         assert told in refusal(capsys, image_sample.main, "--model_path", str(trained / name), *model, *words)
 

@@ -580,6 +580,7 @@ LABEL_ERRORS = {
         "'wolf' of 'wolf_1.png' is none of the 3 known ones .bird,",
     ),
     "misspelt": ({}, "catt_1.png", {"classes": KNOWN}, "did you mean cat"),
+    "twice": ({}, "cat_1.png", {"classes": ["cat", "cat"]}, "name a class twice"),
     "too many": (
         {},
         "a_1.png b_1.png c_1.png",

@@ -132,6 +132,12 @@ def test_labels_are_dropped_whatever_the_timestep() -> None:
     assert abs(correlation(dropped(0.5, 1, 2), t)) < 4 / math.sqrt(MANY)
 
 
+@pytest.mark.parametrize("rate", [-0.1, 1.5, math.nan])
+def test_rates_are_probabilities(rate: float) -> None:
+    with pytest.raises(ValueError, match=f"class_dropout {rate} is no probability: give 0 for none, or a number"):
+        LabelDropout(rate, 7)
+
+
 def test_there_must_be_labels_and_a_label_for_none() -> None:
     with pytest.raises(ValueError, match=r"class_dropout 0\.1 needs a network that knows 'no class'"):
         LabelDropout(0.1, None)
