@@ -214,9 +214,16 @@ def run_config(content: bytes) -> None:
     survives(use)
 
 
+class OneRow(RestartableJob):
+    """A job of one number."""
+
+    size = 1
+    arrays: Any = (((), np.uint8),)
+
+
 def request(content: bytes) -> None:
     put("request.json", content)
-    survives(lambda: RestartableJob(out_dir=str(FOLDER[0]), batch_size=1).claim({"seed": 1}, []))
+    survives(lambda: OneRow(out_dir=str(FOLDER[0]), batch_size=1).claim({"seed": 1}, []))
 
 
 def weights(case: tuple[str, bytes]) -> None:
