@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .runtime.errors import UserError
+from .runtime.errors import UserError, nearest
 from .runtime.options import flag, local_flag, names_of, parse_microbatch, path_flag, range_flag, share_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -365,3 +365,19 @@ def resolve_precision(precision: str, use_fp16: bool, name: str = "precision", a
     if use_fp16 and precision not in ("", "fp16"):
         raise UserError(f"{name} {precision} contradicts {alias} True: give one of the two")
     return precision or ("fp16" if use_fp16 else "fp32")
+
+
+def seen_channels(cond_type: str, cond_channels: int, image_channels: int) -> int:
+    """Channels of the conditioning images that flags describe, 0 without them."""
+    if not cond_type:
+        if cond_channels:
+            raise UserError(f"cond_channels {cond_channels} has no effect without cond_type: give both or none")
+        return 0
+    if cond_type not in COND_TYPES:
+        hint = nearest(cond_type, COND_TYPES)
+        raise UserError(f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{hint}")
+    if cond_type == "classes" and not cond_channels:
+        raise UserError("cond_type classes needs the number of classes in the maps: give cond_channels")
+    if cond_type == "mask" and cond_channels > 1:
+        raise UserError(f"cond_channels {cond_channels} contradicts cond_type mask, which has 1: leave it out")
+    return cond_channels or (1 if cond_type == "mask" else image_channels)

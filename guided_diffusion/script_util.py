@@ -15,10 +15,10 @@ from inspect import Parameter, Signature, signature
 from typing import Any, TypeVar
 
 import numpy as np
+import torch as th
 
 from . import dist_util, gaussian_diffusion as gd
-from .config import ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResConfig, UNetConfig
-from .data.conditioning import ConditionedModel, cond_kind
+from .config import ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResConfig, UNetConfig, seen_channels
 from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
 from .runtime.errors import UserError
@@ -63,7 +63,37 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     return defaults(SuperResConfig, DiffusionConfig)
 
 
-# ---- flags to constructor arguments
+# ---- flags to networks and processes
+
+
+class ConditionedModel(UNetModel):
+    """A U-Net that also sees a conditioning image of the size of its image.
+
+    :param in_channels: C of the images; `cond_channels` more enter the first convolution, behind them.
+    :param null_cond: it knows zeros as "no conditioning image", for classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        *args: Any,
+        cond_channels: int,
+        null_cond: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(image_size, in_channels + cond_channels, *args, **kwargs)
+        self.cond_channels, self.null_cond = cond_channels, null_cond
+
+    def forward(
+        self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, *, cond_image: th.Tensor | None = None
+    ) -> th.Tensor:
+        """Predict from noisy images and their conditioning images [N, K, ...] of the same size."""
+        shape = (len(x), self.cond_channels, *x.shape[2:])
+        if cond_image is None or cond_image.shape != shape:
+            given = "none" if cond_image is None else tuple(cond_image.shape)
+            raise UserError(f"the network needs conditioning images: cond_image must be of shape {shape}, got {given}")
+        return self._predict(th.cat([x, cond_image.to(x.dtype)], dim=1), self._embed(x, timesteps, y))
 
 
 def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, str] = CHANNEL_MULT) -> tuple[float, ...]:
@@ -128,10 +158,8 @@ def _network_arguments(
 def build_unet(config: UNetConfig, learn_sigma: bool) -> UNetModel:
     """The U-Net of a config, in float32."""
     network = _network_arguments(config, config.image_size, learn_sigma, CHANNEL_MULT)
-    kind = cond_kind(config.cond_type, config.cond_channels, config.image_channels)
-    if kind is None:
-        return UNetModel(**network)
-    return ConditionedModel(**network, cond_channels=kind.channels, null_cond=config.null_cond)
+    seen = seen_channels(config.cond_type, config.cond_channels, config.image_channels)
+    return ConditionedModel(**network, cond_channels=seen, null_cond=config.null_cond) if seen else UNetModel(**network)
 
 
 def build_upsampler(config: SuperResConfig, learn_sigma: bool) -> SuperResModel:

@@ -17,12 +17,11 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from ..config import COND_TYPES
-from ..runtime.errors import UserError, nearest
+from ..config import seen_channels
+from ..runtime.errors import UserError
 from ..runtime.files import quoted
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
-from ..unet import UNetModel
 from .crops import Draws, Picture, center_crop_arr, channels_first, size_of
 from .decoding import Range
 from .sources import (
@@ -41,39 +40,6 @@ from .sources import (
 NO_CLASS = 255  # in a map: none of the classes, zeros in all channels
 
 Array = NDArray[np.float32]
-
-
-# ---- the network
-
-
-class ConditionedModel(UNetModel):
-    """A U-Net that also sees a conditioning image of the size of its image.
-
-    :param in_channels: C of the images; `cond_channels` more enter the first convolution, behind them.
-    :param null_cond: it knows zeros as "no conditioning image", for classifier-free guidance.
-    """
-
-    def __init__(
-        self,
-        image_size: int | Sequence[int],
-        in_channels: int,
-        *args: Any,
-        cond_channels: int,
-        null_cond: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(image_size, in_channels + cond_channels, *args, **kwargs)
-        self.cond_channels, self.null_cond = cond_channels, null_cond
-
-    def forward(
-        self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, *, cond_image: th.Tensor | None = None
-    ) -> th.Tensor:
-        """Predict from noisy images and their conditioning images [N, K, ...] of the same size."""
-        shape = (len(x), self.cond_channels, *x.shape[2:])
-        if cond_image is None or cond_image.shape != shape:
-            given = "none" if cond_image is None else tuple(cond_image.shape)
-            raise UserError(f"the network needs conditioning images: cond_image must be of shape {shape}, got {given}")
-        return self._predict(th.cat([x, cond_image.to(x.dtype)], dim=1), self._embed(x, timesteps, y))
 
 
 # ---- kinds of conditioning images
@@ -129,18 +95,8 @@ def cond_kind(
     cond_type: str, cond_channels: int, image_channels: int, data_range: Range | None = None
 ) -> CondKind | None:
     """The kind that flags describe, None without conditioning images."""
-    if not cond_type:
-        if cond_channels:
-            raise UserError(f"cond_channels {cond_channels} has no effect without cond_type: give both or none")
-        return None
-    if cond_type not in COND_TYPES:
-        hint = nearest(cond_type, COND_TYPES)
-        raise UserError(f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{hint}")
-    if cond_type == "classes" and not cond_channels:
-        raise UserError("cond_type classes needs the number of classes in the maps: give cond_channels")
-    if cond_type == "mask" and cond_channels > 1:
-        raise UserError(f"cond_channels {cond_channels} contradicts cond_type mask, which has 1: leave it out")
-    return CondKind(cond_type, cond_channels or (1 if cond_type == "mask" else image_channels), data_range)
+    channels = seen_channels(cond_type, cond_channels, image_channels)
+    return CondKind(cond_type, channels, data_range) if channels else None
 
 
 # ---- pairs of files
