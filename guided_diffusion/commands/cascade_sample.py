@@ -6,21 +6,18 @@ command bit for bit, and it goes on where it was interrupted as that command doe
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 from ..runtime.errors import UserError
-from ..runtime.options import parse_size
 from .flags import COMMANDS, Flags, parse, parser
 from .sections import CascadeConfig
 
 NAME = "cascade_sample"
-BASE, UPSAMPLER = "base", "up"
 SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 FILLED_IN = ("log_dir", "device", "num_samples", "base_samples")  # flags of the stages' commands
 
@@ -31,46 +28,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     from .. import dist_util
 
     dist_util.run(sample, shared, stages)
-
-
-def sample(shared: Flags, stages: Mapping[str, Flags]) -> None:
-    """Run the stages one after another; a mistake is named before anything is sampled where that can be seen."""
-    from .. import logger
-    from . import common, sampling, super_res_sample
-
-    common.start(shared)
-    folder, config, path = logger.get_dir(), shared.part(CascadeConfig), ""
-    check(stages)
-    for number, (name, flags) in enumerate(stages.items(), start=1):
-        values: dict[str, Any] = {"num_samples": config.num_samples, "log_dir": os.path.join(folder, name)}
-        values |= {"device": config.device} if config.device else {}
-        values |= {"base_samples": path} if path else {}
-        values |= {"save_images": True} if config.save_images and number == len(stages) else {}
-        flags = flags.with_values(**values)
-        words = [f"--{flag}={value}" for flag, value in flags.given.items()]
-        logger.log(f"stage {name}, {number} of {len(stages)}: {shlex.join([f'{flags.command}.py', *words])}")
-        with _stage(name):
-            path = (super_res_sample if path else sampling).sample(flags)
-    logger.log(f"cascade complete: {path}")
-
-
-@contextmanager
-def _stage(name: str) -> Iterator[None]:
-    """Name the stage of a mistake; afterwards the log of the cascade is current again."""
-    from ..logger import Logger
-
-    log = Logger.CURRENT
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"stage {name}: {error}") from error
-    finally:
-        if Logger.CURRENT is not None and Logger.CURRENT is not log:
-            Logger.CURRENT.close()
-        Logger.CURRENT = log
-
-
-# ---- from one command line to the flags of each stage
 
 
 def parse_stages(argv: Sequence[str] | None = None) -> tuple[Flags, dict[str, Flags]]:
@@ -88,15 +45,14 @@ def parse_stages(argv: Sequence[str] | None = None) -> tuple[Flags, dict[str, Fl
     shared = parse(NAME, shared_words)
     words = _words_of_file(shared.part(CascadeConfig).stages)
     words |= {name: words.get(name, []) + more for name, more in dotted.items()}
-    names = [BASE, *(f"{UPSAMPLER}{number}" for number in range(1, max(len(words), 2)))]
+    names = ["base", *(f"up{number}" for number in range(1, max(len(words), 2)))]
     for name in sorted({*words} ^ {*names}):
         fault = f"is missing: give its flags, as --{name}.model_path" if name in names else "is none of these"
-        _refuse(f"the stages are {', '.join(names)}, and {name} {fault}")
-    return shared, {name: _flags_of(shared, number, name, words[name]) for number, name in enumerate(names)}
-
-
-def _refuse(message: str) -> NoReturn:
-    parser(NAME).error(message)
+        parser(NAME).error(f"the stages are {', '.join(names)}, and {name} {fault}")
+    stages = {name: _flags_of(shared, number, name, words[name]) for number, name in enumerate(names)}
+    if shared.values["save_images"]:
+        stages[names[-1]] = stages[names[-1]].with_values(save_images=True)
+    return shared, stages
 
 
 def _words_of_file(path: str) -> dict[str, list[str]]:
@@ -112,61 +68,55 @@ def _words_of_file(path: str) -> dict[str, list[str]]:
         stages: Any = tomllib.loads(content.decode()) if path.lower().endswith(".toml") else parse_json(content)
         return {name: [f"--{flag}={value}" for flag, value in flags.items()] for name, flags in stages.items()}
     except (OSError, ValueError, RecursionError, AttributeError) as error:
-        _refuse(f'--stages {path} cannot be used ({reason(error)}): write for example [up1] and model_path = "run"')
+        fault = f"--stages {path} cannot be used ({reason(error)})"
+        parser(NAME).error(f'{fault}: write for example [up1] and model_path = "run"')
 
 
 def _flags_of(shared: Flags, number: int, name: str, words: Sequence[str]) -> Flags:
     """The flags of a stage: its own over those that all share."""
     flags = parse("super_res_sample" if number else "classifier_sample", words, prog=f"{NAME}.py: stage {name}")
-    for flag in FILLED_IN:
-        if flag in flags.changed:
-            remedy = "each stage takes its images from the one before" if flag == "base_samples" else f"write --{flag}"
-            _refuse(f"stage {name} has no {flag} of its own: {remedy}")
+    for flag in (flag for flag in FILLED_IN if flag in flags.changed):
+        remedy = "each stage takes its images from the one before" if flag == "base_samples" else f"write --{flag}"
+        parser(NAME).error(f"stage {name} has no {flag} of its own: {remedy}")
     command = flags.command if number or flags.values["classifier_path"] else "image_sample"
     config, known = shared.part(CascadeConfig), COMMANDS[command].flags()
-    values: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed + number * SEED_STEP}
-    values |= {"classes": config.classes} if config.classes and not number else {}
     of_stage = {flag: value for flag, value in flags.given.items() if flag in known and flag not in FILLED_IN}
-    return Flags(command, values | of_stage)
+    values = {"batch_size": config.batch_size, "seed": config.seed + number * SEED_STEP}
+    optional = {"device": config.device, "classes": "" if number else config.classes}
+    values |= {flag: value for flag, value in optional.items() if value}
+    return Flags(command, {**values, **of_stage, "num_samples": config.num_samples})
 
 
-# ---- whether the stages fit, by the configs of their checkpoints
+def sample(shared: Flags, stages: Mapping[str, Flags]) -> None:
+    """Run the stages one after another; a mistake is named before anything is sampled where that can be seen."""
+    from .. import logger
+    from . import common, sampling
 
-
-Made = tuple[tuple[int, int, int], bool, list[str]]  # (height, width, channels), with labels, names of known classes
-
-
-def check(stages: Mapping[str, Flags]) -> None:
-    """Refuse a cascade in which one stage cannot follow another."""
-    made: Made | None = None
+    common.start(shared)
+    folder, path, made = logger.get_dir(), "", None
     for name, flags in stages.items():
         with _stage(name):
-            made = _made(flags, made)
+            made = sampling.made(flags, made)
+    for number, (name, flags) in enumerate(stages.items(), start=1):
+        flags = flags.with_values(log_dir=f"{folder}/{name}", **({"base_samples": path} if path else {}))
+        words = [f"--{flag}={value}" for flag, value in flags.given.items()]
+        logger.log(f"stage {name}, {number} of {len(stages)}: {shlex.join([f'{flags.command}.py', *words])}")
+        with _stage(name):
+            path = (sampling.enlarge if path else sampling.sample)(flags)
+    logger.log(f"cascade complete: {path}")
 
 
-def _made(flags: Flags, before: Made | None) -> Made:
-    """The output of a stage for the images of the one before, if sampler, steps and checkpoints are possible."""
-    from ..script_util import build_diffusion
-    from . import common, editing, super_res_sample as upsampler
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """Name the stage of a mistake; afterwards the log of the cascade is current again."""
+    from ..logger import Logger
 
-    sampler = common.sampler_of(flags)
-    checkpoint, flags = common.described(flags)
-    flags.check()
-    build_diffusion(common.schedule_of(flags))
-    classes, guided = list(checkpoint.classes), bool(flags.values.get("classifier_path"))
-    guide = common.described(flags, "classifier_path")[0] if guided else checkpoint
-    channels, class_cond = flags.values["image_channels"], flags.values["class_cond"]
-    if before is None:
-        editing.check(flags, sampler)
-        return (*parse_size(flags.values["image_size"]), channels), class_cond or guided, list(guide.classes) or classes
-    shape, labelled, names = before
-    upsampler.level_of(flags)
-    needed = (*parse_size(flags.values["small_size"]), channels)
-    if shape != needed:
-        shown = ["{}x{} with {} channels".format(*each) for each in (needed, shape)]
-        raise UserError(f"the upsampler enlarges images of {shown[0]}, and the stage before makes {shown[1]}")
-    upsampler.check_labels(flags, labelled)
-    if class_cond and labelled and names and classes and names != classes:
-        raise UserError(f"the upsampler has classes {classes}, and the stage before {names}")
-    large = (*parse_size(flags.values["large_size"]), channels)
-    return large, labelled or bool(flags.values["classes"]), names or classes
+    log = Logger.CURRENT
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"stage {name}: {error}") from error
+    finally:
+        if Logger.CURRENT is not None and Logger.CURRENT is not log:
+            Logger.CURRENT.close()
+        Logger.CURRENT = log

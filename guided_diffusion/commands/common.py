@@ -85,13 +85,6 @@ def schedule_of(flags: Flags) -> DiffusionConfig:
     return replace(schedule, timestep_respacing=f"{sampler_of(flags).grid}{flags.values['steps']}")
 
 
-def clipping_of(flags: Flags) -> dict[str, Any]:
-    """What is done to every prediction of x_0, as options of the loop."""
-    config = flags.part(SampleConfig)
-    threshold = {"denoised_fn": dynamic_thresholding(config.dynamic_threshold)} if config.dynamic_threshold else {}
-    return {"clip_denoised": config.clip_denoised, **threshold}
-
-
 def precision_of(values: Mapping[str, Any]) -> tuple[str, list[str]]:
     """fp32, fp16 or bf16 of the network with these flags, and a line about the choice where there was one.
 
@@ -126,6 +119,13 @@ class Restored:
     process: GaussianDiffusion
     classes: list[str]
     identity: dict[str, Any]
+
+    @property
+    def clipping(self) -> dict[str, Any]:
+        """What is done to every prediction of x_0, as options of the loop."""
+        config = self.flags.part(SampleConfig)
+        threshold = {"denoised_fn": dynamic_thresholding(config.dynamic_threshold)} if config.dynamic_threshold else {}
+        return {"clip_denoised": config.clip_denoised, **threshold}
 
     def with_flags(self, **values: Any) -> Restored:
         """The same network under other flags of sampling."""

@@ -1,23 +1,30 @@
-"""What the commands do about conditioning images: from flags to pairs of files, and to what samples are made for."""
+"""What a network sees beside the noise: from flags to conditioning images, and to the small images of an upsampler."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch as th
 
-from ..config import CondDataConfig, UNetConfig
+from .. import logger
+from ..config import CondDataConfig, RangeConfig, RunConfig, SuperResConfig, UNetConfig
 from ..data.conditioning import CondKind, Pairing, cond_kind, open_cond_images
 from ..data.labels import read_labels
 from ..data.sources import ImageSource, Selection
+from ..data.upsampling import BaseImages, read_base as read
 from ..runtime.errors import UserError
-from ..runtime.options import parse_range
+from ..runtime.options import parse_range, parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
-from .common import Plan, Restored
 from .flags import Flags
-from .sections import CondSampleConfig, SampleConfig
+from .sections import CondSampleConfig, GuidanceConfig, SampleConfig, UpsampleConfig
+
+if TYPE_CHECKING:
+    from .common import Plan, Restored
+
+# ---- conditioning images
 
 
 def kind_of(flags: Flags) -> CondKind | None:
@@ -52,28 +59,98 @@ def drawn(kind: CondKind, cond_image: th.Tensor) -> Pixels | None:
     return to_uint8((cond_image * (shades + 1).view(-1, 1, 1)).sum(dim=1, keepdim=True) - 1)
 
 
-def extend(plan: Plan, model: Restored, names: list[str]) -> None:
+def _label_ids(source: ImageSource, names: Sequence[str], num_classes: int, rule: str, column: str) -> list[int]:
+    return read_labels(source, rule, names or None, len(names) or num_classes, label_column=column).ids
+
+
+def extend(plan: Plan, model: Restored, names: Sequence[str]) -> None:
     """Make a sample for each of --cond_images, where the network sees conditioning images.
 
     :param names: of the classes by id, [] where they are not known.
     """
-    kind, config, network = kind_of(model.flags), model.flags.part(CondSampleConfig), model.flags.part(UNetConfig)
+    flags = model.flags
+    kind, config, network = kind_of(flags), flags.part(CondSampleConfig), flags.part(UNetConfig)
     if kind is None:
         return
     if not config.cond_images:
         raise UserError(f"{model.path} was trained with conditioning images ({kind.name}): give --cond_images")
-
-    def label(source: ImageSource) -> Sequence[int]:
-        count, column = len(names) or network.num_classes, config.label_column
-        return read_labels(source, config.cond_class_from, names or None, count, label_column=column).ids
-
-    sampling, all_of_them = model.flags.part(SampleConfig), "num_samples" in model.flags.changed
+    rules = {"rule": config.cond_class_from, "column": config.label_column}
+    label = partial(_label_ids, names=names, num_classes=network.num_classes, **rules)
+    sampling, all_of_them = flags.part(SampleConfig), "num_samples" in flags.changed
     selection = Selection(sampling.num_samples, all=all_of_them, label=label if config.cond_class_from else None)
     images = open_cond_images(config.cond_images, kind, network.image_size, selection)
     if images.source.array and config.cond_class_from not in ("", "auto"):
         raise UserError(f"--cond_class_from {config.cond_class_from} has no effect on an array of images: leave it out")
-    labels: Any = images.labels if "labels" in plan.job and not sampling.classes else None
-    if labels is not None:
-        plan.job |= {"labels": labels, "num_classes": 0}
+    if images.labels is not None and "labels" in plan.job and not sampling.classes:
+        plan.job |= {"labels": images.labels, "num_classes": 0}
     plan.job |= {"num_samples": len(images.source), "names": images.names, "conditioning": images.conditioning}
     plan.request |= images.request()
+
+
+# ---- images to enlarge
+
+
+def level_of(flags: Flags) -> float:
+    """The noise to put on the small images, at most that of the training."""
+    level, trained = flags.part(UpsampleConfig).cond_aug_level, flags.part(SuperResConfig).cond_aug
+    if level > trained:
+        raise UserError(f"--cond_aug_level {level} is above {trained}, the greatest level of the training")
+    return level
+
+
+def check_labels(flags: Flags, labelled: bool) -> None:
+    """Refuse labels that are missing or given twice.
+
+    :param labelled: the images have labels of their own.
+    """
+    text = flags.part(SampleConfig).classes
+    if text and labelled:
+        raise UserError(f"--classes {text} has no effect, as the images have labels of their own: leave it out")
+    if _wants_labels(flags) and not (labelled or text):
+        reason = "is class-conditional" if flags.part(SuperResConfig).class_cond else "is guided by a classifier"
+        raise UserError(f"the upsampler {reason} and the images have no labels (arr_1): give --classes")
+
+
+def _wants_labels(flags: Flags) -> bool:
+    guided = flags.part(GuidanceConfig)
+    return flags.part(SuperResConfig).class_cond or bool(guided.classifier_path and guided.classifier_scale)
+
+
+def read_base(flags: Flags, names: Sequence[str] = ()) -> BaseImages:
+    """The images of --base_samples, as many as are wanted, and their labels if any.
+
+    Files of a folder or zip tell their classes where the network wants labels and --classes gives none.
+
+    :param names: of the classes by id, [] where they are not known.
+    """
+    config, options, source = flags.part(SuperResConfig), flags.part(SampleConfig), flags.part(UpsampleConfig)
+
+    def label(listing: ImageSource) -> list[int]:
+        try:
+            return _label_ids(listing, names, config.num_classes, source.class_from, source.label_column)
+        except ValueError as error:
+            raise UserError(f"the images have no labels that fit ({error}); or give --classes") from error
+
+    by_files = (_wants_labels(flags) and not options.classes) or source.class_from != "auto"
+    selection = Selection(options.num_samples, all="num_samples" in flags.changed, label=label if by_files else None)
+    shape = (*parse_size(config.small_size), config.image_channels)
+    base = read(source.base_samples, shape, selection, parse_range(flags.part(RangeConfig).data_range))
+    if "num_samples" in flags.given and len(base) < options.num_samples:
+        logger.warn(f"{len(base)} images are there, not {options.num_samples}: each is enlarged once")
+    if base.left_out and not selection.all:
+        logger.warn(f"the first {len(base)} images are enlarged and {base.left_out} more are not: give --num_samples")
+    return base
+
+
+def enlarge(plan: Plan, flags: Flags, names: Sequence[str]) -> None:
+    """Make a sample for each of --base_samples, with its label if it has one.
+
+    :param names: of the classes by id, [] where they are not known.
+    """
+    level, base = level_of(flags), read_base(flags, names)
+    check_labels(flags, base.labels is not None)
+    plan.request |= {**base.request(), **({"cond_aug_level": level} if level else {})}
+    plan.job |= {"num_samples": len(base), "names": base.names}
+    plan.job["conditioning"] = partial(base.conditioning, level=level, seed=flags.part(RunConfig).seed)
+    if base.labels is not None:
+        plan.job |= {"labels": base.labels, "class_names": names}

@@ -1,9 +1,9 @@
-"""What the commands that sample share in editing: from flags to what the images of a batch start from."""
+"""What samples start from: from the flags of editing to the images or the noise of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as th
 
@@ -18,9 +18,11 @@ from ..sampling.loop import network_calls
 from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion
-from .common import Plan, Restored, clipping_of
 from .flags import Flags
 from .sections import EditConfig, SampleConfig
+
+if TYPE_CHECKING:
+    from .common import Plan, Restored
 
 STRENGTH = 0.6  # of an image without a mask, where none is given
 
@@ -53,8 +55,10 @@ def extend(plan: Plan, model: Restored) -> None:
     images = _images(model, config.init_image, masks=config.mask, swap=config.mask_invert)
     for line in images.describe_masks(count):
         logger.log(line)
+    text = config.init_classes
+    classes = parse_classes(text, len(model.classes) or network.num_classes, model.classes) if text else []
     if config.interpolate:
-        _interpolate(plan, model, images, count)
+        _interpolate(plan, model, images, classes)
         return
     strength = config.strength if config.strength > 0 else 1.0 if config.mask or config.invert else STRENGTH
     plan.loop["strength"] = strength
@@ -63,7 +67,7 @@ def extend(plan: Plan, model: Restored) -> None:
     plan.request["init_image"] = images.check(count)
     plan.job["start"] = lambda indices, _: images.rows(indices)
     if config.invert:
-        _invert(plan, model, images, strength)
+        _invert(plan, model, images, classes, strength)
 
 
 def _images(model: Restored, path: str, **options: Any) -> InitImages:
@@ -75,13 +79,12 @@ def _noise_of(model: Restored, images: th.Tensor, labels: th.Tensor | None, stre
     """The noise that the unguided sampler without randomness turns images [B, C, H, W] to."""
     conditional, device = model.flags.part(UNetConfig).class_cond, dist_util.dev()
     kwargs = {"y": labels.to(device)} if conditional and labels is not None else {}
-    options = {**clipping_of(model.flags), "model_kwargs": kwargs, "device": device}
+    options = {**model.clipping, "model_kwargs": kwargs, "device": device}
     return invert(model.process, model.network, images.to(device), strength=strength, **options)
 
 
-def _invert(plan: Plan, model: Restored, images: InitImages, strength: float) -> None:
+def _invert(plan: Plan, model: Restored, images: InitImages, classes: list[int], strength: float) -> None:
     """Start every sample from the noise of its image, under the image's class."""
-    classes = _init_classes(model)
 
     def start(indices: Sequence[int], kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
         labels = th.tensor([classes[index % len(classes)] for index in indices]) if classes else kwargs.get("y")
@@ -93,16 +96,16 @@ def _invert(plan: Plan, model: Restored, images: InitImages, strength: float) ->
     plan.calls += network_calls(model.process, make_sampler("ddim"), strength=strength)
 
 
-def _interpolate(plan: Plan, model: Restored, first: InitImages, count: int) -> None:
+def _interpolate(plan: Plan, model: Restored, first: InitImages, classes: list[int]) -> None:
     """Start samples from noise on the way from that of one image to that of another."""
-    second = _images(model, model.flags.part(EditConfig).interpolate)
+    second, count = _images(model, model.flags.part(EditConfig).interpolate), model.flags.part(SampleConfig).num_samples
     for name, images in (("init_image", first), ("interpolate", second)):
         if len(images) > 1:
             raise UserError(f"--{name} holds {len(images)} images, and --interpolate goes from one to one: give one")
     turns = list(plan.job.get("labels", ()))
     if model.flags.part(UNetConfig).class_cond and not turns:
         raise UserError("--interpolate needs the class of every sample: give --classes, one or as many as samples")
-    classes = _init_classes(model) or [turns[index % len(turns)] for index in (0, count - 1) if turns]
+    classes = classes or [turns[index % len(turns)] for index in (0, count - 1) if turns]
     ends: list[th.Tensor] = []  # made when first asked for, and for the two at once: the same on every rank
 
     def start(indices: Sequence[int], _: dict[str, Any]) -> dict[str, th.Tensor]:
@@ -114,9 +117,3 @@ def _interpolate(plan: Plan, model: Restored, first: InitImages, count: int) -> 
     plan.job["start"] = start
     plan.request |= {"init_image": first.check(1), "interpolate": second.check(1), "init_classes": classes}
     plan.calls += network_calls(model.process, make_sampler("ddim"))
-
-
-def _init_classes(model: Restored) -> list[int]:
-    """The class ids of --init_classes."""
-    text, config = model.flags.part(EditConfig).init_classes, model.flags.part(UNetConfig)
-    return parse_classes(text, len(model.classes) or config.num_classes, model.classes) if text else []

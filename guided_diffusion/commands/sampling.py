@@ -1,33 +1,47 @@
-"""What the commands that sample share: from restored networks to a job, its log and its result."""
+"""What the commands that sample share: from flags to a guided network, to a job, its log and its result."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from .. import dist_util, logger
-from ..config import ClassifierConfig, RunConfig, UNetConfig
+from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, UNetConfig
+from ..nn import traits_of
 from ..runtime.errors import UserError
 from ..runtime.jobs import Job
 from ..runtime.labels import parse_classes
+from ..runtime.options import parse_range, parse_size, size_flag
 from ..sample_util import generate
-from ..sampling.guidance import without_labels
+from ..sampling.guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
 from ..sampling.loop import network_calls
-from . import conditioning, editing, guidance
-from .common import Plan, Restored, clipping_of, image_shape, restore, sampler_of, schedule_of, start
+from ..sampling.samplers import DDIM, PLMS, Ancestral
+from ..script_util import build_diffusion
+from . import conditioning, editing
+from .common import Plan, Restored, described, image_shape, restore, sampler_of, schedule_of, start
 from .flags import Flags
-from .sections import SampleConfig
+from .sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig
 
 LONG = 10000  # evaluations of the network, from which on a run without --num_samples gets advice
+# flags that two networks must have in common
+OF_A_CLASSIFIER = "image_size image_channels dims diffusion_steps noise_schedule rescale_timesteps".split()
+OF_A_WEAKER_MODEL = (
+    *OF_A_CLASSIFIER,
+    *"large_size small_size cond_type cond_channels zero_terminal_snr predict_xstart predict_v learn_sigma".split(),
+)
+
+
+# ---- the commands
 
 
 def sample(flags: Flags) -> str:
-    """Sample from a U-Net, guided by a classifier where the command has one; returns the path of the npz."""
+    """Sample from a U-Net, guided by a classifier where the flags name one; returns the path of the npz."""
     editing.check(flags, sampler_of(flags))
     start(flags)
     model = restore(flags)
-    return draw(model, guidance.restore_guide(model) if "classifier_path" in flags.values else None)[0]
+    return draw(model, restore_guide(model) if "classifier_path" in flags.values else None)[0]
 
 
 def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tuple[str, int]:
@@ -36,7 +50,7 @@ def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tup
     :param job: fields of the `Job` in place of those from the flags.
     """
     config = model.flags.part(UNetConfig)
-    plan = guidance.plan(model, classifier)
+    plan = guided(model, classifier)
     names, count = model.classes, config.num_classes
     if classifier is not None:
         names, count = classifier.classes or names, classifier.flags.part(ClassifierConfig).num_classes
@@ -48,6 +62,156 @@ def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tup
     editing.extend(plan, model)
     plan.job |= job
     return run(model, plan, image_shape(config.image_channels, config.image_size, config.dims))
+
+
+def enlarge(flags: Flags) -> str:
+    """Enlarge images with an upsampler; returns the path of the npz."""
+    sampler_of(flags)  # refuses a wrong one before anything else
+    start(flags)
+    model = restore(flags)
+    flags, config = model.flags, model.flags.part(SuperResConfig)
+    classifier = restore_guide(model) if flags.part(GuidanceConfig).classifier_path else None
+    plan = guided(model, classifier)
+    names = (classifier.classes if classifier else []) or model.classes
+    conditioning.enlarge(plan, flags, names)
+    if "labels" not in plan.job and flags.part(SampleConfig).classes:
+        plan.job |= labels_of(flags, names, config.num_classes)
+    if not config.class_cond:
+        plan.network = without_labels(plan.network)
+    return run(model, plan, image_shape(config.image_channels, config.large_size))[0]
+
+
+Made = tuple[tuple[int, int, int], bool, list[str]]  # (height, width, channels), with labels, names of known classes
+
+
+def made(flags: Flags, before: Made | None) -> Made:
+    """What `sample` would make, or `enlarge` of the images made before; refused as far as configs tell."""
+    sampler = sampler_of(flags)
+    checkpoint, flags = described(flags)
+    flags.check()
+    build_diffusion(schedule_of(flags))
+    values, classes = flags.values, list(checkpoint.classes)
+    channels, class_cond, guided = values["image_channels"], values["class_cond"], bool(values.get("classifier_path"))
+    if before is None:
+        editing.check(flags, sampler)
+        guide = described(flags, "classifier_path")[0] if guided else checkpoint
+        return (*parse_size(values["image_size"]), channels), class_cond or guided, list(guide.classes) or classes
+    shape, labelled, names = before
+    conditioning.level_of(flags)
+    needed = (*parse_size(values["small_size"]), channels)
+    if shape != needed:
+        shown = ["{}x{} with {} channels".format(*each) for each in (needed, shape)]
+        raise UserError(f"the upsampler enlarges images of {shown[0]}, and the stage before makes {shown[1]}")
+    conditioning.check_labels(flags, labelled)
+    if class_cond and labelled and names and classes and names != classes:
+        raise UserError(f"the upsampler has classes {classes}, and the stage before {names}")
+    return (*parse_size(values["large_size"]), channels), labelled or bool(values["classes"]), names or classes
+
+
+# ---- guidance
+
+
+def restore_guide(model: Restored) -> Restored:
+    """The classifier of --classifier_path, trained for the same images, classes and noise as the model."""
+    classifier = restore(model.flags, "classifier_path")
+    _check_agreement(model, classifier, "classifier", OF_A_CLASSIFIER)
+    return classifier
+
+
+def _check_agreement(model: Restored, other: Restored, title: str, names: Sequence[str]) -> None:
+    """Refuse a network that does not go together with the model.
+
+    :param names: flags that have to be the same; classes are compared where both have them.
+    """
+    ours, theirs = dict(model.flags.values), dict(other.flags.values)
+    if title == "classifier" and "large_size" in ours:  # it sees the upsampler's output
+        ours["image_size"] = ours["large_size"]
+    if ours["class_cond"] and theirs.get("class_cond", True):
+        names = [*names, "num_classes", "classes"]
+        known = model.classes and other.classes
+        ours["classes"], theirs["classes"] = (model.classes, other.classes) if known else ([], [])
+    for name in (name for name in names if name in ours):
+        same = size_flag if name.endswith("_size") else lambda value: value
+        if same(ours[name]) != same(theirs[name]):
+            both = f"the model has {name} {ours[name]} and the {title} {theirs[name]}"
+            raise UserError(f"{both}: they must be of the same images, classes and noise")
+
+
+def guided(model: Restored, classifier: Restored | None = None) -> Plan:
+    """The network that the flags ask for and the options of the loop that guide it; what has no effect is left out."""
+    config = model.flags.part(FreeGuidanceConfig)
+    plan = Plan(model.network)
+    if config.cfg_scale != 1:
+        _guide_freely(plan, model, config)
+    if config.autoguide_path:
+        _guide_away_from_weaker(plan, model, config)
+    scale = model.flags.part(GuidanceConfig).classifier_scale if classifier else 0.0
+    # at scale 0 there is no guide, not one of zeros: from x_0 to the score and back it would round
+    guide = classifier_guidance(classifier.network, scale) if classifier and scale else None
+    if classifier:
+        plan.request |= classifier.identity | {"classifier_scale": scale}
+    if config.guidance_interval:
+        bounds = _interval(model, config.guidance_interval)
+        plan.request["guidance_interval"] = list(bounds)
+        if plan.network is not model.network:
+            plan.network = interval(plan.network, *bounds)
+        guide = guide and interval(guide, *bounds)
+    if guide is not None:
+        plan.loop |= {"cond_fn": guide, **_clipping_again(model)}
+    plan.request |= model.identity
+    return plan
+
+
+def _clipping_again(model: Restored) -> dict[str, bool]:
+    """Whether the guided x_0 is clipped, as an option of the loop; {} where there is nothing to clip.
+
+    By default it is, except where the originals' images are kept: in ddim and plms on the originals' grids.
+    """
+    config, values, kind = model.flags.part(SampleConfig), model.flags.values, type(sampler_of(model.flags))
+    if kind is Ancestral or not (config.clip_denoised or config.dynamic_threshold):
+        return {}
+    grid = re.fullmatch(r"(ddim)?[\d, ]*", values["timestep_respacing"])
+    theirs = kind in (DDIM, PLMS) and grid and not config.steps
+    return {"clip_guided": values["clip_guided"] == "True" or (values["clip_guided"] == "auto" and not theirs)}
+
+
+def _guide_freely(plan: Plan, model: Restored, config: FreeGuidanceConfig) -> None:
+    """Classifier-free guidance by the network's own null class and null conditioning image."""
+    traits = traits_of(model.network)
+    if traits.null_label is None and not traits.null_cond:
+        dropout = "--class_dropout" if model.flags.values["class_cond"] else "--cond_dropout"
+        raise UserError(
+            f"--cfg_scale {config.cfg_scale} needs a network that knows 'no class', and {model.path} was trained "
+            f"without {dropout}: train with {dropout} 0.1, or guide with a classifier"
+        )
+    plan.network = classifier_free(plan.network, config.cfg_scale, rescale=config.cfg_rescale)
+    plan.request |= {"cfg_scale": config.cfg_scale, "cfg_rescale": config.cfg_rescale}
+
+
+def _guide_away_from_weaker(plan: Plan, model: Restored, config: FreeGuidanceConfig) -> None:
+    """Guidance away from the model of --autoguide_path, which may be unconditional where the model has classes."""
+    weak = restore(model.flags, "autoguide_path")
+    labelled: bool = weak.flags.values["class_cond"]
+    _check_agreement(model, weak, "weaker model", [*OF_A_WEAKER_MODEL, *["class_cond"] * labelled])
+    network = weak.network if labelled else without_labels(weak.network)
+    plan.network = autoguidance(plan.network, network, config.autoguide_scale)
+    plan.request |= {f"autoguide {name}": value for name, value in weak.identity.items()}
+    plan.request["autoguide_scale"] = config.autoguide_scale
+
+
+def _interval(model: Restored, text: str) -> tuple[float, float]:
+    """The bounds of --guidance_interval in the unit of what networks are fed."""
+    low, high = parse_range(text) or (0.0, 0.0)
+    taus: Any = model.process.timestep_map
+    if not any(low <= tau <= high for tau in taus):
+        steps = f"{len(taus)} from {taus[0]:g} to {taus[-1]:g}"
+        raise UserError(f"--guidance_interval {text} holds none of the steps, which are {steps}: widen it")
+    schedule = model.flags.part(DiffusionConfig)
+    unit = 1000.0 / schedule.diffusion_steps if schedule.rescale_timesteps else 1.0
+    return low * unit, high * unit
+
+
+# ---- the job
 
 
 def labels_of(flags: Flags, classes: Sequence[str], num_classes: int) -> dict[str, Any]:
@@ -83,12 +247,12 @@ def run(model: Restored, plan: Plan, shape: tuple[int, ...]) -> tuple[str, int]:
     Returns the path of the npz, and the evaluations of the network per batch in the sampling itself.
     """
     job = job_of(model.flags, shape, plan)
-    calls = network_calls(model.process, job.sampler, **plan.loop)
+    calls = network_calls(model.process, sampler_of(model.flags), **plan.loop)
     if not calls:
         steps = model.process.num_timesteps
         raise UserError(f"--strength {plan.loop['strength']} takes none of the {steps} steps: raise it")
     announce(model, job, plan.calls + calls)
-    options = {**plan.loop, **clipping_of(model.flags), "device": dist_util.dev(), "progress": True}
+    options = {**plan.loop, **model.clipping, "device": dist_util.dev(), "progress": True}
     path = generate(model.process, plan.network, job, **options)
     logger.log(f"sampling complete: {path}")
     return path, calls

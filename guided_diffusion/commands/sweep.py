@@ -33,7 +33,7 @@ def sweep(flags: Flags) -> None:
     from ..evaluation.plots import require
     from ..evaluation.scores import METRICS, Options
     from ..evaluation.sweep import Measure, run_sweep
-    from . import common, guidance, sampling
+    from . import common, sampling
     from .evaluation import extractor_of
 
     require()
@@ -47,7 +47,7 @@ def sweep(flags: Flags) -> None:
     span = parse_range(flags.part(RangeConfig).data_range)
     images, extractor = open_images(config.reference, None, span), extractor_of(flags)
     model = common.restore(base)
-    classifier = guidance.restore_guide(model) if config.guidance == "classifier" else None
+    classifier = sampling.restore_guide(model) if config.guidance == "classifier" else None
     metrics = config.metrics.split(",")
     needs = {field for name in metrics for field in METRICS[name].needs}
     reference = prepare(images, extractor, needs=needs, progress=True, batch_size=batch_size)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from guided_diffusion import dist_util
 from guided_diffusion.commands import flags as cli
-from guided_diffusion.commands.super_res_sample import read_base
+from guided_diffusion.commands.conditioning import read_base
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
 from guided_diffusion.data.labels import read_labels
 from guided_diffusion.data.sources import find_images, read_image

@@ -24,7 +24,7 @@ from PIL import Image
 
 from guided_diffusion import dist_util
 from guided_diffusion.commands import flags as cli, image_sample
-from guided_diffusion.commands.super_res_sample import read_base
+from guided_diffusion.commands.conditioning import read_base
 from guided_diffusion.config import DiffusionConfig, UNetConfig
 from guided_diffusion.data import crops, decoding, sources
 from guided_diffusion.data.init_images import InitImages
