@@ -97,15 +97,11 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         "prediction": f"{process.model_mean_type.name} {process.model_var_type.name} {process.rescale_timesteps}",
         "clip_denoised": True,
     }
-    loop = {name: _plain(value) for name, value in options.items() if name not in NOT_IN_THE_RESULT}
+    loop: dict[str, Any] = {name: value for name, value in options.items() if name not in NOT_IN_THE_RESULT}
+    for name, value in loop.items():
+        if not isinstance(value, bool | int | float | str | None):
+            loop[name] = fingerprint({"": value}) if isinstance(value, th.Tensor) else "given"
     return {**job.request, **settings, **loop, "device": _device(model, options).type}
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value that stands for an option."""
-    if isinstance(value, th.Tensor):
-        return fingerprint({"": value})
-    return value if value is None or isinstance(value, bool | int | float | str) else "given"
 
 
 def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
@@ -127,44 +123,33 @@ def make_shards(
     world_size: int = 1,
     **options: Unpack[SampleOptions],
 ) -> None:
-    """Sample and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay."""
-    missing = job.missing(rank, world_size, log=logger.log)
+    """Sample and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay.
+
+    The first batch comes with its film.
+    """
+    missing, warned = job.missing(rank, world_size, log=logger.log), set[str]()
     show = options.pop("progress", False) and rank == 0
     total = len(missing) * network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
-    warned: set[str] = set()
     with logger.progress_bar(shown=show, total=total, desc="sampling", unit="step") as bar, evaluating(model):
         for batch in missing:
-            warnings = _make_shard(process, model, job, batch, bar.update, options)
-            for kind in sorted(warnings.keys() - warned):
+            film = Film(job.film, min(FILM_IMAGES, len(job.rows(0)))) if job.film and batch == 0 else None
+            outside: list[th.Tensor | None] = []
+
+            def each(output: StepOutput, film: Film | None = film, outside: list[Any] = outside) -> None:
+                bar.update()
+                outside.append(output.get("guided_outside"))
+                if film is not None:
+                    film.collect(len(outside), output)
+
+            x, labels = _sample_batch(process, model, job, batch, each, options)
+            clipped = options.get("clip_guided") is not False
+            warnings = {"plain": _plain_images(x, batch), "strayed": _strayed(outside, clipped=clipped)}
+            for kind in [kind for kind, text in warnings.items() if text and kind not in warned]:
                 logger.warn(f"{warnings[kind]} (said once per rank)")
-            warned |= warnings.keys()
-
-
-def _make_shard(
-    process: GaussianDiffusion,
-    model: Model,
-    job: Job,
-    batch: int,
-    count_step: Callable[[], object],
-    options: SampleOptions,
-) -> dict[str, str]:
-    """Sample and write one batch, the first one with its film; returns warnings by kind."""
-    film = Film(job.film, min(FILM_IMAGES, len(job.rows(0)))) if job.film and batch == 0 else None
-    outside: list[th.Tensor | None] = []
-
-    def each(output: StepOutput) -> None:
-        count_step()
-        outside.append(output.get("guided_outside"))
-        if film is not None:
-            film.collect(len(outside), output)
-
-    x, labels = _sample_batch(process, model, job, batch, each, options)
-    clipped = options.get("clip_guided") is not False
-    warnings = {"plain": _plain_images(x, batch), "strayed": _strayed(outside, clipped=clipped)}
-    if film is not None:
-        film.save(job.file("film.png"), job.file("film.gif"))
-    save_npz(job.shard(batch), to_uint8(x), *([] if labels is None else [labels.cpu().numpy()]))
-    return {kind: warning for kind, warning in warnings.items() if warning}
+                warned.add(kind)
+            if film is not None:
+                film.save(job.file("film.png"), job.file("film.gif"))
+            save_npz(job.shard(batch), to_uint8(x), *([] if labels is None else [labels.cpu().numpy()]))
 
 
 def _sample_batch(
@@ -220,7 +205,7 @@ def _strayed(outside: Sequence[th.Tensor | None], *, clipped: bool) -> str:
     :param outside: for each step the share of them in each image, None where it is not known.
     """
     known = [share.max() for share in outside if share is not None]
-    worst = th.stack(known).max().item() if known else 0.0
+    worst = th.stack(known).max().item() if known else 0.0  # one wait for the device
     what = "where they were clipped" if clipped else "and --clip_guided clips them there: give True if images are blots"
     sentence = f"guidance moved {worst:.0%} of the values of a predicted x_0 far out of [-1, 1], {what}"
     return sentence if worst > STRAYED else ""

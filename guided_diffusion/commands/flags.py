@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from importlib.util import module_from_spec, spec_from_file_location
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from .. import __version__, config as c
 from ..runtime.errors import UserError, nearest
@@ -26,8 +26,7 @@ SAVED = (c.UNetConfig, c.SuperResConfig, c.ClassifierConfig, c.DiffusionConfig) 
 SAVED_NAMES = {spec.name for section in SAVED for spec in fields(section) if not spec.metadata["runtime"]}
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A script: what it is for and the sections of its flags."""
 
     about: str
@@ -103,10 +102,7 @@ COMMANDS = {
         "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoConfig,)
     ),
 }
-
-
-# what the console does not list: the converters of datasets/ add themselves
-OTHERS: dict[str, Command] = {}
+OTHERS: dict[str, Command] = {}  # what the console does not list: the converters of datasets/ add themselves
 
 
 def command_of(name: str) -> Command:
@@ -244,39 +240,40 @@ def parser(name: str) -> argparse.ArgumentParser:
     return result
 
 
-# what other programs call our flags: the first of these that the command has
+# flags -> what other programs call them; of several flags it is the first one that the command has
 SYNONYMS = {
-    **dict.fromkeys(("learning_rate", "learning-rate"), ("lr",)),
-    **dict.fromkeys(("steps", "num_steps"), ("steps", "max_steps")),
-    **dict.fromkeys(("epochs", "max_iters", "train_steps"), ("max_steps",)),
-    **dict.fromkeys(("num_inference_steps", "ddim_steps", "sampling_steps", "n_steps"), ("steps",)),
-    **dict.fromkeys(("output", "output_dir", "out", "out_dir", "outdir", "logdir", "save_dir"), ("log_dir",)),
-    **dict.fromkeys(("data", "dataset", "data_path", "train_dir", "images"), ("data_dir",)),
-    **dict.fromkeys(("model", "checkpoint", "ckpt", "weights"), ("model_path",)),
-    **dict.fromkeys(("resume", "resume_from"), ("resume_checkpoint",)),
-    **dict.fromkeys(("resolution", "size", "img_size"), ("image_size",)),
-    **dict.fromkeys(("guidance_scale", "scale"), ("classifier_scale", "cfg_scale")),
-    **dict.fromkeys(("cfg", "cond_scale", "unconditional_guidance_scale"), ("cfg_scale",)),
-    **dict.fromkeys(("guidance_rescale", "rescale"), ("cfg_rescale",)),
-    **dict.fromkeys(("scheduler", "solver", "method"), ("sampler",)),
-    **dict.fromkeys(("init_img", "init", "source", "input_image"), ("init_image",)),
-    **dict.fromkeys(("mask_image", "mask_path"), ("mask",)),
-    **dict.fromkeys(("denoising_strength", "noise_strength"), ("strength",)),
-    **dict.fromkeys(("s_churn", "S_churn"), ("churn",)),
-    **dict.fromkeys(("jump", "jump_length"), ("resample_jump",)),
-    **dict.fromkeys(("label", "labels", "class", "prompt"), ("classes",)),
-    **dict.fromkeys(("fp16", "half"), ("use_fp16",)),
-    **dict.fromkeys(("dtype", "amp", "mixed_precision"), ("precision", "classifier_precision")),
-    **dict.fromkeys(("gradient_checkpointing", "grad_checkpoint"), ("use_checkpoint", "checkpoint_resolutions")),
-    **dict.fromkeys(("torch_compile", "compile_model"), ("compile",)),
-    **dict.fromkeys(("gpu", "cuda"), ("device",)),
+    "lr": "learning_rate learning-rate",
+    "steps max_steps": "steps num_steps",
+    "max_steps": "epochs max_iters train_steps",
+    "steps": "num_inference_steps ddim_steps sampling_steps n_steps",
+    "log_dir": "output output_dir out out_dir outdir logdir save_dir",
+    "data_dir": "data dataset data_path train_dir images",
+    "model_path": "model checkpoint ckpt weights",
+    "resume_checkpoint": "resume resume_from",
+    "image_size": "resolution size img_size",
+    "classifier_scale cfg_scale": "guidance_scale scale",
+    "cfg_scale": "cfg cond_scale unconditional_guidance_scale",
+    "cfg_rescale": "guidance_rescale rescale",
+    "sampler": "scheduler solver method",
+    "init_image": "init_img init source input_image",
+    "mask": "mask_image mask_path",
+    "strength": "denoising_strength noise_strength",
+    "churn": "s_churn S_churn",
+    "resample_jump": "jump jump_length",
+    "classes": "label labels class prompt",
+    "use_fp16": "fp16 half",
+    "precision classifier_precision": "dtype amp mixed_precision",
+    "use_checkpoint checkpoint_resolutions": "gradient_checkpointing grad_checkpoint",
+    "compile": "torch_compile compile_model",
+    "device": "gpu cuda",
 }
 
 
 def _hint(word: str, known: Sequence[str]) -> str:
     """The flag to write instead of an unknown one."""
     bare = word.split("=")[0].lstrip("-")
-    synonyms = [f"; did you mean --{name}?" for name in SYNONYMS.get(bare, ()) if name in known]
+    flags = next((flags.split() for flags, words in SYNONYMS.items() if bare in words.split()), [])
+    synonyms = [f"; did you mean --{name}?" for name in flags if name in known]
     near = nearest(f"--{bare}", [f"--{name}" for name in known])
     return synonyms[0] if synonyms else near or "; --help lists the flags"
 

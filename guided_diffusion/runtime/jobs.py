@@ -93,34 +93,26 @@ class RestartableJob(ABC):
         :raises UserError: if the folder is another job's, or holds such files of unknown origin.
         """
         path, request = self.file(REQUEST), json.loads(json.dumps(request))
-        if os.path.exists(path):
-            self._refuse_another(path, request)
-            return True
-        for taken in filter(os.path.exists, map(self.file, results)):
-            raise UserError(f"{taken} exists and no {REQUEST} says what it is: give another --log_dir or remove it")
-        write_json(path, request)
-        return False
-
-    def _refuse_another(self, path: str, request: Mapping[str, Any]) -> None:
+        if not os.path.exists(path):
+            for taken in filter(os.path.exists, map(self.file, results)):
+                raise UserError(f"{taken} exists and no {REQUEST} says what it is: give another --log_dir or remove it")
+            write_json(path, request)
+            return False
+        earlier = {key: value for key, value in self.request_defaults.items() if key in request}
         try:
-            earlier = {key: value for key, value in self.request_defaults.items() if key in request}
-            earlier = {**earlier, **parse_json(read_file(path))}
+            earlier |= parse_json(read_file(path))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{path} does not say whose {self.what} lie there ({reason(error)}): give another --log_dir, or remove "
-                "it"
-            ) from error
+            fault = f"{path} does not say whose {self.what} lie there ({reason(error)})"
+            raise UserError(f"{fault}: give another --log_dir, or remove it") from error
+        pairs = {key: (earlier.get(key), request.get(key)) for key in {**earlier, **request}}
         changes = [
-            f"{printable(key)} was {_shown(earlier.get(key))} and is {_shown(request.get(key))}"
-            for key in {**earlier, **request}
-            if earlier.get(key) != request.get(key)
+            f"{printable(k)} was {_shown(old)} and is {_shown(new)}" for k, (old, new) in pairs.items() if old != new
         ]
         if changes:
             more = f", and {len(changes) - 4} more" if len(changes) > 4 else ""
-            raise UserError(
-                f"{self.out_dir} holds the {self.what} of another request ({', '.join(changes[:4])}{more}): give "
-                "another --log_dir"
-            )
+            fault = f"{self.out_dir} holds the {self.what} of another request ({', '.join(changes[:4])}{more})"
+            raise UserError(f"{fault}: give another --log_dir")
+        return True
 
     def missing(self, rank: int, world_size: int, *, log: Callable[[str], None]) -> list[int]:
         """The batches that a rank is to make: of every world_size-th one those whose shards are not there."""
@@ -132,8 +124,7 @@ class RestartableJob(ABC):
 
     def check_complete(self) -> None:
         """Refuse to go on if the shard of a batch is missing or damaged."""
-        missing = [batch for batch in range(self.batches) if not self.is_whole(batch)]
-        if missing:
+        if missing := [batch for batch in range(self.batches) if not self.is_whole(batch)]:
             raise UserError(
                 f"{len(missing)} of {self.batches} batches are missing in {self.file('shards')}, the first is "
                 f"{missing[0]}: all ranks must write to the same folder"
@@ -141,15 +132,13 @@ class RestartableJob(ABC):
 
     def column(self, array: int) -> Iterator[np.ndarray[Any, Any]]:
         """One array of the shards, batch by batch; a shard that was damaged is removed, and an error says so."""
-        for batch in range(self.batches):
-            path = self.shard(batch)
+        for path in map(self.shard, range(self.batches)):
             try:
                 yield from read_npz(path, f"arr_{array}", self.batch_size)
             except ValueError as error:
                 os.remove(path)
-                raise UserError(
-                    f"{path} was damaged after it was written ({error}): it is removed, run the same command again"
-                ) from error
+                fault = f"{path} was damaged after it was written ({error})"
+                raise UserError(f"{fault}: it is removed, run the same command again") from error
 
     def merged(self) -> list[Rows]:
         """All rows of each array, read while they are written elsewhere."""
@@ -160,8 +149,7 @@ class RestartableJob(ABC):
         """Remove the shards, and what killed runs left half written of the result's files."""
         shutil.rmtree(self.file("shards"), ignore_errors=True)
         for name in os.listdir(self.out_dir):
-            stem, part, _ = name.partition(PART)
-            if part and stem in (REQUEST, *results):
+            if PART in name and name.partition(PART)[0] in (REQUEST, *results):
                 os.remove(self.file(name))
 
 
