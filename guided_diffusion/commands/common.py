@@ -46,6 +46,7 @@ PRECISIONS = {
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
 NOT_IN_THE_RESULT = ("use_checkpoint", *PRECISION_FLAGS)
 SAMPLER_OPTIONS = ("eta", "order", "churn")
+SIZES, OF_LEVELS = ("image_size", "large_size"), ("attention_resolutions", "channel_mult")
 
 
 def start(flags: Flags) -> None:
@@ -216,18 +217,12 @@ def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Fla
         given = {name: value for name, value in flags.given.items() if name not in SAVED_NAMES & set(saved)}
         flags = Flags(flags.command, given)
     else:
-        saved = saved | _levels_of_another_size(flags, checkpoint)
+        given, trained = ([values.get(name) for name in SIZES] for values in (flags.given, checkpoint.flags))
+        if any(new and old and parse_size(new) != parse_size(old) for new, old in zip(given, trained, strict=True)):
+            shapes = _shapes(checkpoint, flags)  # the levels of a network are the same at another size of images
+            saved = saved | {name: value for name, value in shapes.items() if name.endswith(OF_LEVELS)}
     data = [RangeConfig] if "data_range" in flags.values else []  # images to sample from are of the kind trained on
     return checkpoint, flags.over(saved, section, DiffusionConfig, *data)
-
-
-def _levels_of_another_size(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The levels of a network at another size of images than it was trained with, from its weights."""
-    sizes = [name for name in ("image_size", "large_size") if name in flags.given and name in checkpoint.flags]
-    if all(parse_size(flags.given[name]) == parse_size(checkpoint.flags[name]) for name in sizes):
-        return {}
-    ends = "attention_resolutions", "channel_mult"
-    return {name: value for name, value in _shapes(checkpoint, flags).items() if name.endswith(ends)}
 
 
 def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:
@@ -264,8 +259,10 @@ def _report_average(given: str, checkpoint: Checkpoint) -> None:
     if step is None or checkpoint.flags.get("ema_warmup"):
         return
     for rate, average in checkpoint.emas.items():
+        if not is_young(rate, step) or (average != checkpoint.path and given == checkpoint.path):
+            continue
         text = f"{average} averages over about {1 / max(1e-9, 1 - float(rate)):.0f} steps and was trained for {step}"
-        if is_young(rate, step) and average == checkpoint.path:
+        if average == checkpoint.path:
             logger.warn(f"{text}: if its samples are noise, try {checkpoint.model or 'a faster average'}")
-        elif is_young(rate, step) and given != checkpoint.path:
+        else:
             logger.log(f"{text}: it is not taken, unless it is given by its name")

@@ -67,10 +67,8 @@ def launch(title: str, command: str, *flags: str) -> None:
     import torch as th
 
     print(f"{title} ...", flush=True)
-    began, cores = (
-        time.time(),
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    began = time.time()
     ranks = 1 if th.cuda.is_available() else 1 << min(3, cores.bit_length() - 1)  # a divisor of the batches
     batch = f"--batch_size={BATCH[command] // (ranks if 'train' in command else 1)}"
     start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", __package__.rpartition(".")[0]]

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .. import logger
 from ..data.labels import Labels, read_labels, save_classes
@@ -55,7 +54,11 @@ def to_png(config: NpzToolConfig) -> str:
             raise UserError(f"{config.source}: arr_1 is no label for each of {images.count} images")
     if images.labels is None and config.classes:
         raise UserError(f"{config.source} has no labels (arr_1): leave out --classes {config.classes}")
-    names, labels = _file_names(images.count, images.labels, load_classes(config.classes) if config.classes else [])
+    ids = None if images.labels is None else images.labels.tolist()
+    classes = [] if ids is None else _classes(ids, config.classes)
+    digits = max(6, len(str(images.count - 1)))
+    starts = [""] * images.count if ids is None else [f"{classes[label]}_" for label in ids]
+    names = [f"{start}{index:0{digits}d}.png" for index, start in enumerate(starts)]
     part = f"{out}{PART}{os.getpid()}"
     pixels = (image for chunk in images.stored() for image in chunk)
     try:
@@ -66,31 +69,23 @@ def to_png(config: NpzToolConfig) -> str:
                 bar.update()
             order = {"file": os.path.basename(config.source), "shape": list(images.stored_shape), "names": names}
             write_json(os.path.join(part, ORDER), order)
-            if labels is not None:
-                save_classes(os.path.join(part, CLASSES), labels)
+            if ids is not None:
+                save_classes(os.path.join(part, CLASSES), Labels(ids, classes, "filename", []))
             os.rename(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return f"{out}: {images.count} images" + (f" of {len(labels.classes)} classes" if labels else "")
+    return f"{out}: {images.count} images" + (f" of {len(classes)} classes" if classes else "")
 
 
-def _file_names(count: int, ids: NDArray[np.int64] | None, classes: Sequence[str]) -> tuple[list[str], Labels | None]:
-    """Names that training reads the classes from, and the table of these.
-
-    :param classes: names by id; [] calls them by their numbers.
-    """
-    digits = max(6, len(str(count - 1)))
-    if ids is None:
-        return [f"{index:0{digits}d}.png" for index in range(count)], None
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high > (len(classes) - 1 if classes else MAX_LABEL):
+def _classes(ids: Sequence[int], table: str) -> list[str]:
+    """Names of classes by id, which file names can begin with; without a classes.json their numbers."""
+    low, high, names = min(ids), max(ids), load_classes(table) if table else []
+    if low < 0 or high > (len(names) - 1 if names else MAX_LABEL):
         raise UserError(f"label {min(low, 0) or high} has no name: give a classes.json that names it")
-    names = list(classes) or [f"{number:0{len(str(high))}d}" for number in range(high + 1)]
     for name in names:
         if not name or name[0] == "." or set(name) & set('_/\\:*?"<>|\0'):
             raise UserError(f"the class {quoted(name)} is no beginning of a file name: change it in classes.json")
-    files = [f"{names[label]}_{index:0{digits}d}.png" for index, label in enumerate(ids.tolist())]
-    return files, Labels(ids.tolist(), names, "filename", [])
+    return names or [f"{number:0{len(str(high))}d}" for number in range(high + 1)]
 
 
 # ---- from files
