@@ -17,7 +17,7 @@ import pytest
 from ranks import Nursery
 from runs import NAMES as CLASSES, NETWORK, PROCESS, SCRIPTS, Runs, scrambled, write_run
 
-from guided_diffusion.commands import cascade_sample, super_res_sample
+from guided_diffusion.commands import cascade_sample, sampling
 from guided_diffusion.config import ClassifierConfig, SuperResConfig, UNetConfig
 from guided_diffusion.runtime.files import write_json
 from guided_diffusion.script_util import build_unet
@@ -125,7 +125,7 @@ def test_an_interrupted_cascade_goes_on_where_it_stopped(
     runs: Runs, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = [*SHARED, *stages_of(runs), "--log_dir", str(tmp_path)]
-    whole, calls = super_res_sample.sample, []
+    whole, calls = sampling.enlarge, []
 
     def interrupted(flags: Any) -> str:
         calls.append(flags)
@@ -133,11 +133,11 @@ def test_an_interrupted_cascade_goes_on_where_it_stopped(
             raise ValueError("stopped")
         return whole(flags)
 
-    monkeypatch.setattr(super_res_sample, "sample", interrupted)
+    monkeypatch.setattr(sampling, "enlarge", interrupted)
     with pytest.raises(SystemExit):
         cascade_sample.main(argv)
     before = [os.stat(tmp_path / name).st_mtime_ns for name in FILES[:2]]
-    monkeypatch.setattr(super_res_sample, "sample", whole)
+    monkeypatch.setattr(sampling, "enlarge", whole)
     cascade_sample.main(argv)
     assert [os.stat(tmp_path / name).st_mtime_ns for name in FILES[:2]] == before
     assert contents(tmp_path) == contents(made)

@@ -733,81 +733,54 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("words", "message"),
     [
-        ([], "--model_path is missing: give a checkpoint or the folder of a run"),
-        (["--model_path", "nowhere.pt"], "--model_path 'nowhere.pt' does not exist"),
-        (
-            ["--model_path", "CONFIG"],
-            "it is damaged, cut short, or no file of weights; beside it lie ema_0.5_000100.pt",
-        ),
-        (["--model_path", "UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
-        (["--model_path", "BARE_UPSAMPLER"], "is an upsampler: give the checkpoint of a diffusion model there"),
-        (
-            ["--model_path", "UNET", "--autoguide_path", "nowhere", "--autoguide_scale", "2"],
-            "--autoguide_path 'nowhere'",
-        ),
-        (["--model_path", "UNET", "--lora_path", "nowhere"], "--lora_path 'nowhere' does not exist: give a folder"),
-        (["--model_path", "RUNS"], "holds no ema_RATE_NNNNNN.pt"),
-        (["--model_path", "UNET", "--eta", "0.5"], "the sampler ddpm has no option eta: it is an option of ddim"),
-        (["--model_path", "UNET", "--use_ddim", "True", "--order", "2"], "the sampler ddim has no option order"),
-        (["--model_path", "UNET", "--sampler", "dim"], "sampler 'dim' is unknown: use one of ddpm, ddim, "),
-        (["--model_path", "UNET", "--sampler", "ddin"], "did you mean ddim?"),
-        (["--sampler", "dpm++2m", "--eta", "0.5"], "the sampler dpm++2m has no option eta: it is an option of ddim, "),
-        (
-            ["--sampler", "dpm++2m", "--churn", "5"],
-            "the sampler dpm++2m has no option churn: it is an option of heun, euler",
-        ),
-        (["--sampler", "plms", "--order", "7"], "order 7"),
-        (["--sampler", "ddim_reverse"], "--sampler ddim_reverse turns images to noise: give --invert True"),
-        (["--model_path", "UNET", "--timestep_respacing", "karras0"], "timestep_respacing 'karras0' has no steps"),
-        (["--model_path", "UNET", "--timestep_respacing", "list:3,3,9"], "timesteps 3, 3, 9 are not in rising order"),
-        (["--model_path", "UNET", "--cfg_scale", "2"], "was trained without --class_dropout"),
-        (["--model_path", "UNCONDITIONAL", "--cfg_scale", "2"], "--cfg_scale has no effect without --class_cond"),
-        (
-            ["--model_path", "GUIDED", "--cfg_scale", "2", "--guidance_interval", "1,2"],
-            "--guidance_interval 1,2 holds none of the steps, which are 4 from 0 to 39",
-        ),
-        (
-            ["--model_path", "UNET", "--init_image", "IMAGE", "--strength", "0.1", "--timestep_respacing", "trailing4"],
-            "--strength 0.1 takes none of the 4 steps",
-        ),
-        (["--init_image", "IMAGE", "--invert"], "--invert needs a sampler that adds no noise, and Ancestral() does"),
-        (["--init_image", "IMAGE", "--interpolate", "IMAGE"], "--interpolate needs a sampler that adds no noise"),
-        (
-            ["--model_path", "UNET", "--init_image", "IMAGE", "--interpolate", "IMAGE", "--use_ddim"],
-            "--interpolate needs the class of every sample: give --classes",
-        ),
-        (["--model_path", "UNET", "--init_image", "nowhere.png"], "init_image 'nowhere.png' does not exist"),
-        (["--model_path", "UNET", "--init_image", "TORN"], "cannot read image"),
-        (
-            ["--model_path", "UNET", "--init_image", "IMAGE", "--mask", "TALL"],
-            "the mask tall.png is 12x8 and its image",
-        ),
-        (
-            ["--model_path", "UNCONDITIONAL", "--init_image", "IMAGE", "--invert", "--use_ddim", "--init_classes", "1"],
-            "--init_classes has no effect without --class_cond, and the checkpoint is without",
-        ),
-        (["--model_path", "UNET", "--classes", "7"], "class 7 does not exist: the classes are 0 .. 2"),
-        (["--model_path", "UNET", "--classes", ","], "classes ',' names no class"),
-        (["--model_path", "UNET", "--classes", "cow"], "class 'cow' is unknown: the names are cat, dog, owl"),
-        (
-            ["--model_path", "UNCONDITIONAL", "--classes", "1"],
-            "--classes has no effect without --class_cond, and the checkpoint is without: leave",
-        ),
-        (["--model_path", "UNET", "--num_channels", "64"], "the checkpoint has num_channels 32, you gave 64"),
-        (["--model_path", "UNET", "--class_cond", "False"], "the checkpoint has class_cond True, you gave False"),
-        (["--model_path", "UNET", "--precision", "bf16", "--use_fp16", "True"], "precision bf16 contradicts use_fp16"),
-        (["--model_path", "UNET", "--timestep_respacing", "50"], "cannot take 50 steps"),
-        (["--model_path", "UNET", "--image_size", "9"], "image size 9 is not a multiple of 2"),
-        (["--model_path", "UNET", "--device", "abacus"], "device 'abacus' cannot be used"),
-        (["--model_path", "UNET", "--batch_size", "0"], "0 is below the least value, 1"),
-        (["--model_path", "OPTIMIZER"], "holds optimizer state: use"),
-        (["--model_path", "TORN"], "cannot be read as a checkpoint"),
+        ("", "--model_path is missing: give a checkpoint or the folder of a run"),
+        ("--model_path nowhere.pt", "--model_path 'nowhere.pt' does not exist"),
+        ("--model_path CONFIG", "it is damaged, cut short, or no file of weights; beside it lie ema_0.5_000100.pt"),
+        ("--model_path UPSAMPLER", "is an upsampler: give the checkpoint of a diffusion model there"),
+        ("--model_path BARE_UPSAMPLER", "is an upsampler: give the checkpoint of a diffusion model there"),
+        ("--model_path UNET --autoguide_path nowhere --autoguide_scale 2", "--autoguide_path 'nowhere'"),
+        ("--model_path UNET --lora_path nowhere", "--lora_path 'nowhere' does not exist: give a folder"),
+        ("--model_path RUNS", "holds no ema_RATE_NNNNNN.pt"),
+        ("--model_path UNET --eta 0.5", "the sampler ddpm has no option eta: it is an option of ddim"),
+        ("--model_path UNET --use_ddim True --order 2", "the sampler ddim has no option order"),
+        ("--model_path UNET --sampler dim", "sampler 'dim' is unknown: use one of ddpm, ddim, "),
+        ("--model_path UNET --sampler ddin", "did you mean ddim?"),
+        ("--sampler dpm++2m --eta 0.5", "the sampler dpm++2m has no option eta: it is an option of ddim, "),
+        ("--sampler dpm++2m --churn 5", "the sampler dpm++2m has no option churn: it is an option of heun, euler"),
+        ("--sampler plms --order 7", "order 7"),
+        ("--sampler ddim_reverse", "--sampler ddim_reverse turns images to noise: give --invert True"),
+        ("--model_path UNET --timestep_respacing karras0", "timestep_respacing 'karras0' has no steps"),
+        ("--model_path UNET --timestep_respacing list:3,3,9", "timesteps 3, 3, 9 are not in rising order"),
+        ("--model_path UNET --cfg_scale 2", "was trained without --class_dropout"),
+        ("--model_path UNCONDITIONAL --cfg_scale 2", "--cfg_scale has no effect without --class_cond"),
+        ("--model_path GUIDED --cfg_scale 2 --guidance_interval 1,2", "--guidance_interval 1,2 holds none of the"),
+        ("--model_path UNET --init_image IMAGE --strength 0.1 --timestep_respacing trailing4", "--strength 0.1 takes"),
+        ("--init_image IMAGE --invert", "--invert needs a sampler that adds no noise, and Ancestral() does"),
+        ("--init_image IMAGE --interpolate IMAGE", "--interpolate needs a sampler that adds no noise"),
+        ("--model_path UNET --init_image IMAGE --interpolate IMAGE --use_ddim", "--interpolate needs the class of"),
+        ("--model_path UNET --init_image nowhere.png", "init_image 'nowhere.png' does not exist"),
+        ("--model_path UNET --init_image TORN", "cannot read image"),
+        ("--model_path UNET --init_image IMAGE --mask TALL", "the mask tall.png is 12x8 and its image"),
+        ("--model_path UNCONDITIONAL --init_image IMAGE --invert --use_ddim --init_classes 1", "--init_classes has no"),
+        ("--model_path UNET --classes 7", "class 7 does not exist: the classes are 0 .. 2"),
+        ("--model_path UNET --classes ,", "classes ',' names no class"),
+        ("--model_path UNET --classes cow", "class 'cow' is unknown: the names are cat, dog, owl"),
+        ("--model_path UNCONDITIONAL --classes 1", "--classes has no effect without --class_cond, and the checkpoint"),
+        ("--model_path UNET --num_channels 64", "the checkpoint has num_channels 32, you gave 64"),
+        ("--model_path UNET --class_cond False", "the checkpoint has class_cond True, you gave False"),
+        ("--model_path UNET --precision bf16 --use_fp16 True", "precision bf16 contradicts use_fp16"),
+        ("--model_path UNET --timestep_respacing 50", "cannot take 50 steps"),
+        ("--model_path UNET --image_size 9", "image size 9 is not a multiple of 2"),
+        ("--model_path UNET --device abacus", "device 'abacus' cannot be used"),
+        ("--model_path UNET --batch_size 0", "0 is below the least value, 1"),
+        ("--model_path OPTIMIZER", "holds optimizer state: use"),
+        ("--model_path TORN", "cannot be read as a checkpoint"),
     ],
 )
 def test_mistakes_in_sampling_get_one_sentence(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
 ) -> None:
     weights = os.path.join(runs["unet"], "ema_0.5_000100.pt")
     shutil.copy(weights, tmp_path / "model000100.pt")
@@ -822,8 +795,8 @@ def test_mistakes_in_sampling_get_one_sentence(
     places |= {name: str(tmp_path / f"{name.lower()}.png") for name in ("IMAGE", "MASK", "TALL")}
     for name, size in (("image", (8, 8)), ("mask", (8, 8)), ("tall", (8, 12))):
         Image.new("L", size).save(tmp_path / f"{name}.png")
-    words = [*SAMPLING, *(places.get(word, word) for word in argv), "--log_dir", str(tmp_path / "out")]
-    assert message in refused(image_sample.main, words, capsys)
+    argv = [*SAMPLING, *(places.get(word, word) for word in words.split()), "--log_dir", str(tmp_path / "out")]
+    assert message in refused(image_sample.main, argv, capsys)
     assert not list(tmp_path.glob("out/*.npz"))
     assert not list(tmp_path.glob("out/request.json"))
 
@@ -842,46 +815,30 @@ def test_impossible_steps_are_refused_before_weights_are_read(
         assert message in refused(image_sample.main, [*argv, *more], capsys)
 
 
-def save_small(path: Path, *arrays: np.ndarray) -> str:
-    np.savez(path, *arrays)
-    return str(path)
-
-
 def test_mistakes_in_enlarging_get_one_sentence(
     runs: Runs, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text.npz").write_text("no npz")
     Image.new("RGB", (4, 4)).save(tmp_path / "picture.png")
     small = np.zeros((2, 4, 4, 3), np.uint8)
-    cases = [
-        ([], "--base_samples '' does not exist"),
-        (["--base_samples", str(tmp_path / "text.npz")], "is no npz"),
-        (["--base_samples", str(tmp_path / "picture.png")], "the images have no labels that fit"),
-        (["--base_samples", str(base), "--num_samples", "6"], "--num_samples 6 is more than the 5 images of"),
-        (["--base_samples", str(base), "--classes", "1"], "the images have labels of their own"),
-        (
-            ["--base_samples", save_small(tmp_path / "a.npz", small)],
-            "the images have no labels (arr_1): give --classes",
-        ),
-        (["--base_samples", save_small(tmp_path / "b.npz", small[:, :3])], "are not of small_size 4x4, the first is"),
-        (
-            ["--base_samples", save_small(tmp_path / "d.npz", small, np.array([0, 3]))],
-            "class 3 does not exist: the classes are 0 .. 2",
-        ),
-        (["--base_samples", save_small(tmp_path / "e.npz", small, np.array([1]))], "labels arr_1 (1,) of int64"),
-        (["--base_samples", save_small(tmp_path / "f.npz", small, np.ones(2))], "labels arr_1 (2,) of float64"),
-    ]
-    for argv, message in cases:
-        words = [
-            "--model_path",
-            runs["upsampler"],
-            "--timestep_respacing",
-            "2",
-            *argv,
-            "--log_dir",
-            str(tmp_path / "out"),
-        ]
-        assert message in refused(super_res_sample.main, words, capsys)
+    labels = {"outside": np.array([0, 3]), "one": np.array([1]), "floats": np.ones(2)}
+    for name, arrays in {"bare": [small], "flat": [small[:, :3]], **{k: [small, v] for k, v in labels.items()}}.items():
+        np.savez(tmp_path / f"{name}.npz", *arrays)
+    argv = ["--model_path", runs["upsampler"], "--timestep_respacing", "2", "--log_dir", str(tmp_path / "out")]
+    for words, message in (
+        ("", "--base_samples '' does not exist"),
+        ("--base_samples TMP/text.npz", "is no npz"),
+        ("--base_samples TMP/picture.png", "the images have no labels that fit"),
+        (f"--base_samples {base} --num_samples 6", "--num_samples 6 is more than the 5 images of"),
+        (f"--base_samples {base} --classes 1", "the images have labels of their own"),
+        ("--base_samples TMP/bare.npz", "the images have no labels (arr_1): give --classes"),
+        ("--base_samples TMP/flat.npz", "are not of small_size 4x4, the first is"),
+        ("--base_samples TMP/outside.npz", "class 3 does not exist: the classes are 0 .. 2"),
+        ("--base_samples TMP/one.npz", "labels arr_1 (1,) of int64"),
+        ("--base_samples TMP/floats.npz", "labels arr_1 (2,) of float64"),
+    ):
+        given = [*argv, *words.replace("TMP", str(tmp_path)).split()]
+        assert message in refused(super_res_sample.main, given, capsys)
     assert not list(tmp_path.glob("out/*.npz"))
 
 

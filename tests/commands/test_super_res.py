@@ -29,7 +29,7 @@ from runs import (
     write_run,
 )
 
-from guided_diffusion.commands import flags as cli, super_res_sample, super_res_train
+from guided_diffusion.commands import flags as cli, sampling, super_res_sample, super_res_train
 from guided_diffusion.commands.common import restore
 from guided_diffusion.config import SuperResConfig
 from guided_diffusion.data.sources import Selection
@@ -182,7 +182,7 @@ def refused(words: list[str], message: str) -> None:
     """That enlarging answers so."""
     flags = cli.parse("super_res_sample", words)
     with pytest.raises(ValueError, match=re.escape(message)):
-        super_res_sample.sample(flags)
+        sampling.enlarge(flags)
 
 
 def test_every_source_gives_the_same_images(folder: Path, tmp_path: Path) -> None:
