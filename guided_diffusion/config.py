@@ -21,7 +21,6 @@ POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
 LABEL_COLUMN = "column of the labels in a table that has several; '' where it is clear"
 BAD_IMAGE_RULES = ("error", "skip")
-PLUGIN_HELP = "Python files that run first and may add samplers, grids and the like, separated by commas or by flags"
 COND_TYPES = ("image", "mask", "classes")
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
@@ -139,14 +138,20 @@ class ClassifierConfig(SizedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class ProcessConfig:
+    """What every process of a job needs to know."""
+
+    device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
+    dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
+    plugin: str = flag("", "Python files that run first and may add samplers, grids and the like, separated by commas")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(ProcessConfig):
     """Where a run happens and where its files go."""
 
     log_dir: str = local_flag("folder of everything the run writes; '' is $OPENAI_LOGDIR, else a new temporary folder")
     seed: int = flag(0, "seed of all randomness", at_least=0)
-    device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
-    dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
-    plugin: str = flag("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)

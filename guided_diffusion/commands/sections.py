@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_LIST, METRICS, PLUGIN_HELP, LabelConfig, RangeConfig, RunConfig
+from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_LIST, METRICS, LabelConfig, ProcessConfig, RangeConfig, RunConfig
 from ..runtime.options import flag, list_of, local_flag, path_flag, range_flag, share_flag, size_flag
 
 TOOLS = ("to-png", "from-images")
@@ -195,13 +195,10 @@ class SweepConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaceConfig:
+class PlaceConfig(ProcessConfig):
     """Where it happens."""
 
     log_dir: str = local_flag("folder to keep log.txt in, with all that is said; '' keeps none")
-    device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
-    dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
-    plugin: str = flag("", PLUGIN_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
