@@ -143,7 +143,9 @@ class ProcessConfig:
 
     device: str = flag("", "cpu, cuda, cuda:1, mps; '' takes a GPU where there is one")
     dist_timeout: float = flag(10.0, "minutes that ranks wait for each other before the job ends", at_least=0.01)
-    plugin: str = flag("", "Python files that run first and may add samplers, grids and the like, separated by commas")
+    plugin: str = flag(
+        "", "Python files that run first and may add samplers, grids and the like, separated by commas or by flags"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -217,9 +217,9 @@ def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Fla
         given = {name: value for name, value in flags.given.items() if name not in SAVED_NAMES & set(saved)}
         flags = Flags(flags.command, given)
     else:
-        given, trained = ([values.get(name) for name in SIZES] for values in (flags.given, checkpoint.flags))
-        if any(new and old and parse_size(new) != parse_size(old) for new, old in zip(given, trained, strict=True)):
-            shapes = _shapes(checkpoint, flags)  # the levels of a network are the same at another size of images
+        sizes = [name for name in SIZES if name in flags.given.keys() & checkpoint.flags.keys()]
+        if any(parse_size(flags.given[name]) != parse_size(checkpoint.flags[name]) for name in sizes):
+            shapes = _shapes(checkpoint, flags)  # which levels a network has does not change with the size of images
             saved = saved | {name: value for name, value in shapes.items() if name.endswith(OF_LEVELS)}
     data = [RangeConfig] if "data_range" in flags.values else []  # images to sample from are of the kind trained on
     return checkpoint, flags.over(saved, section, DiffusionConfig, *data)

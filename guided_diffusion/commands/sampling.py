@@ -91,11 +91,12 @@ def made(flags: Flags, before: Made | None) -> Made:
     flags.check()
     build_diffusion(schedule_of(flags))
     values, classes = flags.values, list(checkpoint.classes)
-    channels, class_cond, guided = values["image_channels"], values["class_cond"], bool(values.get("classifier_path"))
+    channels, class_cond = values["image_channels"], values["class_cond"]
     if before is None:
         editing.check(flags, sampler)
-        guide = described(flags, "classifier_path")[0] if guided else checkpoint
-        return (*parse_size(values["image_size"]), channels), class_cond or guided, list(guide.classes) or classes
+        guide = described(flags, "classifier_path")[0] if values.get("classifier_path") else None
+        names = list(guide.classes) if guide else []
+        return (*parse_size(values["image_size"]), channels), class_cond or guide is not None, names or classes
     shape, labelled, names = before
     conditioning.level_of(flags)
     needed = (*parse_size(values["small_size"]), channels)

@@ -158,15 +158,6 @@ def test_an_image_depends_on_its_index_and_seed_alone(model: UNetModel, tmp_path
     assert len({image.tobytes() for image in [*seven["arr_0"], *other["arr_0"]]}) == 14
 
 
-def test_samples_are_those_of_the_loop_with_the_generators_of_the_images(model: UNetModel, tmp_path: Path) -> None:
-    saved = sampled(tmp_path, model, num_classes=5, num_samples=2, batch_size=2)
-    generators = [image_generator(0, index) for index in range(2)]
-    labels = th.stack([th.randint(5, (), generator=generator) for generator in generators])
-    images = STEPS.p_sample_loop(model, (2, 3, 8, 8), model_kwargs={"y": labels}, generator=generators)
-    np.testing.assert_array_equal(saved["arr_0"], to_uint8(images))
-    np.testing.assert_array_equal(saved["arr_1"], labels)
-
-
 def test_a_guide_that_draws_from_the_global_generator_is_reproducible(tmp_path: Path) -> None:
     def jitter(x: th.Tensor, timesteps: th.Tensor, **_: Any) -> th.Tensor:
         return 0.1 * th.randn_like(x)
@@ -234,11 +225,6 @@ def test_images_start_from_what_is_theirs(tmp_path: Path) -> None:
     np.testing.assert_array_equal(saved["arr_0"][:, 4, 4, 0], to_uint8(shades.view(-1, 1))[:, 0])
     assert painter.calls == 0
     assert seen == [([0, 1, 2, 3], [0, 1, 0, 1]), ([4, 5, 6, 6], [0, 1, 0, 1])]
-
-
-def test_unlabelled_images_have_no_labels(tmp_path: Path) -> None:
-    saved = sampled(tmp_path, GaussianData(STEPS), num_samples=2)
-    assert set(saved) == {"arr_0"}
 
 
 @pytest.mark.parametrize(

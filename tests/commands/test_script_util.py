@@ -223,10 +223,6 @@ def test_str2bool_refuses_other_words():
         su.str2bool("maybe")
 
 
-def test_num_classes():
-    assert su.NUM_CLASSES == 1000
-
-
 # ---- argument lists of older scripts
 
 WITH_FLAGS = {
