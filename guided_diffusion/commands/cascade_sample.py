@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_stages(argv: Sequence[str] | None = None) -> tuple[Flags, dict[str, Flags]]:
     """The flags that all stages share, and those of each; a wrong word ends the process with code 2 and a sentence."""
-    shared_words: list[str] = []
-    dotted: dict[str, list[str]] = {}
+    shared_words, dotted = list[str](), dict[str, list[str]]()
     taker = shared_words  # a value stays with the flag before it
     for word in sys.argv[1:] if argv is None else argv:
         match = re.match(r"--(\w+)\.(.+)", word, re.DOTALL)
@@ -43,7 +42,7 @@ def parse_stages(argv: Sequence[str] | None = None) -> tuple[Flags, dict[str, Fl
             taker = shared_words
         taker.append(f"--{match[2]}" if match else word)
     shared = parse(NAME, shared_words)
-    words = _words_of_file(shared.part(CascadeConfig).stages)
+    words = _words_of_file(shared.values["stages"]) if shared.values["stages"] else {}
     words |= {name: words.get(name, []) + more for name, more in dotted.items()}
     names = ["base", *(f"up{number}" for number in range(1, max(len(words), 2)))]
     for name in sorted({*words} ^ {*names}):
@@ -57,8 +56,6 @@ def parse_stages(argv: Sequence[str] | None = None) -> tuple[Flags, dict[str, Fl
 
 def _words_of_file(path: str) -> dict[str, list[str]]:
     """The flags of each stage in the file of --stages, as words of a command line."""
-    if not path:
-        return {}
     import tomllib
 
     from ..runtime.files import parse_json, read_file, reason
