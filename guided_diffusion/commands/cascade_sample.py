@@ -78,7 +78,7 @@ def _flags_of(shared: Flags, number: int, name: str, words: Sequence[str]) -> Fl
     command = flags.command if number or flags.values["classifier_path"] else "image_sample"
     config, known = shared.part(CascadeConfig), COMMANDS[command].flags()
     of_stage = {flag: value for flag, value in flags.given.items() if flag in known and flag not in FILLED_IN}
-    values = {"batch_size": config.batch_size, "seed": config.seed + number * SEED_STEP}
+    values: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed + number * SEED_STEP}
     optional = {"device": config.device, "classes": "" if number else config.classes}
     values |= {flag: value for flag, value in optional.items() if value}
     return Flags(command, {**values, **of_stage, "num_samples": config.num_samples})

@@ -74,8 +74,10 @@ def extend(plan: Plan, model: Restored, names: Sequence[str]) -> None:
         return
     if not config.cond_images:
         raise UserError(f"{model.path} was trained with conditioning images ({kind.name}): give --cond_images")
-    rules = {"rule": config.cond_class_from, "column": config.label_column}
-    label = partial(_label_ids, names=names, num_classes=network.num_classes, **rules)
+
+    def label(source: ImageSource) -> list[int]:
+        return _label_ids(source, names, network.num_classes, config.cond_class_from, config.label_column)
+
     sampling, all_of_them = flags.part(SampleConfig), "num_samples" in flags.changed
     selection = Selection(sampling.num_samples, all=all_of_them, label=label if config.cond_class_from else None)
     images = open_cond_images(config.cond_images, kind, network.image_size, selection)

@@ -92,9 +92,9 @@ def made(flags: Flags, before: Made | None) -> Made:
     build_diffusion(schedule_of(flags))
     values, classes = flags.values, list(checkpoint.classes)
     channels, class_cond = values["image_channels"], values["class_cond"]
+    guide = described(flags, "classifier_path")[0] if values.get("classifier_path") else None
     if before is None:
         editing.check(flags, sampler)
-        guide = described(flags, "classifier_path")[0] if values.get("classifier_path") else None
         names = list(guide.classes) if guide else []
         return (*parse_size(values["image_size"]), channels), class_cond or guide is not None, names or classes
     shape, labelled, names = before
