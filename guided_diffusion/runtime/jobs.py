@@ -100,7 +100,7 @@ class RestartableJob(ABC):
             return False
         earlier = {key: value for key, value in self.request_defaults.items() if key in request}
         try:
-            earlier |= parse_json(read_file(path))
+            earlier = {**earlier, **parse_json(read_file(path))}
         except (OSError, ValueError, TypeError) as error:
             fault = f"{path} does not say whose {self.what} lie there ({reason(error)})"
             raise UserError(f"{fault}: give another --log_dir, or remove it") from error
