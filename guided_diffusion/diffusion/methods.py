@@ -146,6 +146,11 @@ class SamplingMethods(ForwardProcess):
         steps: Steps = getattr(self, f"{loop}_progressive")(model, shape, **keywords)
         return steps
 
+    def rule_at(self, sampler: Sampler, index: int) -> Sampler:
+        """What takes the step at an index: DDIM, where a sampler that divides by the signal would start without any."""
+        blind = sampler.needs_signal and index == self.num_timesteps - 1 and self.no_signal_at_the_end
+        return DDIM() if blind else sampler
+
     def take_step(
         self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, state: Any, *, last: bool = False,
         draw: Draw | None = None, cond_fn_with_grad: bool = False, clip_guided: bool | None = None, **options: Any,

@@ -238,7 +238,7 @@ class GuidedNetwork(th.nn.Module, ABC):
 class ClassifierFree(GuidedNetwork):
     """Guided by itself without the label, in one forward pass of both (Ho & Salimans 2022, eq. 6).
 
-    :param null_class: None leaves labels as they are.
+    :param null_label: None leaves labels as they are.
     :param null_cond: replace the conditioning image by zeros as well.
     """
 
@@ -246,13 +246,13 @@ class ClassifierFree(GuidedNetwork):
         self,
         model: Callable[..., th.Tensor],
         scale: Scale,
-        null_class: int | None,
+        null_label: int | None,
         rescale: float = 0.0,
         *,
         null_cond: bool = False,
     ) -> None:
         super().__init__(model, scale, rescale)
-        self.null_class, self.null_cond = null_class, null_cond
+        self.null_label, self.null_cond = null_label, null_cond
 
     def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
         """The model's output with and without the labels."""
@@ -270,7 +270,7 @@ class ClassifierFree(GuidedNetwork):
 
     def _null(self, kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
         """The null label and the null conditioning image, in place of those in kwargs."""
-        null = {"y": self.null_class, "cond_image": 0 if self.null_cond else None}
+        null = {"y": self.null_label, "cond_image": 0 if self.null_cond else None}
         used = {name: value for name, value in null.items() if value is not None}
         for name in used:
             if kwargs.get(name) is None:
@@ -280,23 +280,23 @@ class ClassifierFree(GuidedNetwork):
 
 
 def classifier_free(
-    model: Callable[..., th.Tensor], scale: Scale, *, null_class: int | None = None, rescale: float = 0.0
+    model: Callable[..., th.Tensor], scale: Scale, *, null_label: int | None = None, rescale: float = 0.0
 ) -> ClassifierFree:
     """Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is the conditional model.
 
     (Papers that write (1 + w) * conditional - w * unconditional call scale - 1 what is called w.)
 
-    :param null_class: the label that stands for no class; by default that of the network.
+    :param null_label: the label that stands for no class; by default that of the network.
     :raises ValueError: if the network has none: it was trained without --class_dropout.
     """
     traits = traits_of(model)
-    null_class = traits.null_label if null_class is None else null_class
-    if null_class is None and not traits.null_cond:
+    null_label = traits.null_label if null_label is None else null_label
+    if null_label is None and not traits.null_cond:
         raise UserError(
             "classifier-free guidance needs a network that was trained without labels too: train with class_dropout "
-            "above 0, or give the null_class that it has"
+            "above 0, or give the null_label that it has"
         )
-    return ClassifierFree(model, scale, null_class, rescale, null_cond=traits.null_cond)
+    return ClassifierFree(model, scale, null_label, rescale, null_cond=traits.null_cond)
 
 
 class Autoguided(GuidedNetwork):

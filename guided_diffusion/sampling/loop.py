@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from ..nn import traits_of
 from ..runtime.errors import UserError, nearest, refuse
 from ..runtime.labels import check_labels
-from .samplers import DDIM, make_sampler
 from .steps import Draw, Generators, Sampler, StepOutput
 
 if TYPE_CHECKING:
@@ -81,17 +80,16 @@ class SampleOptions(MoreOptions, total=False):
 
 
 def sample_loop(
-    process: Process, sampler: Sampler | str, model: Any, shape: Sequence[int], **options: Unpack[SampleOptions]
+    process: Process, sampler: Sampler, model: Any, shape: Sequence[int], **options: Unpack[SampleOptions]
 ) -> Iterator[StepOutput]:
     """Run `sampler` from x_T to x_0, lazily: one `StepOutput` per step, none taken ahead of its being asked for.
 
-    :param sampler: or its name, for its own options.
     :param shape: of the images, [N, C, H, W].
     :raises ValueError: for options that cannot take effect.
     :raises TypeError: for an option that there is not.
     """
     device = th.device(options.get("device") or next(model.parameters()).device)
-    sampler, model_kwargs, generator = make_sampler(sampler), options.get("model_kwargs"), options.get("generator")
+    model_kwargs, generator = options.get("model_kwargs"), options.get("generator")
     labels = (model_kwargs or {}).get("y")
     _check_labels(labels, model)
     _check(sampler, options)
@@ -117,7 +115,7 @@ def sample_loop(
     walk = list(_walk(indices, options.get("resample", 1), options.get("jump", JUMP)))
     for index, back in tqdm(walk) if options.get("progress") else walk:
         kwargs = model_kwargs if new_labels is None else {**(model_kwargs or {}), "y": new_labels()}
-        rule = DDIM() if _is_blind(process, sampler, index) else sampler
+        rule = process.rule_at(sampler, index)
         with th.no_grad(), process.tables_kept(tables):
             t = th.full((shape[0],), index, device=device)
             output, state = process.take_step(
@@ -133,16 +131,14 @@ def sample_loop(
             x, state = kept.noised(x, index - 1, back), None
 
 
-def network_calls(process: Process, sampler: Sampler | str, **options: Unpack[SampleOptions]) -> int:
+def network_calls(process: Process, sampler: Sampler, **options: Unpack[SampleOptions]) -> int:
     """How often a run of the loop calls the network."""
-    calls, first, sampler = 0, True, make_sampler(sampler)
+    calls, first = 0, True
     walk = _walk(_indices(process, sampler, options), options.get("resample", 1), options.get("jump", JUMP))
     for index, back in walk:
-        if index == 0 or _is_blind(process, sampler, index):
-            calls += 1
-        else:
-            calls += sampler.stages + first * sampler.starting_calls
-        first = back is not None or (first and _is_blind(process, sampler, index))
+        rule = process.rule_at(sampler, index)
+        calls += rule.stages + first * rule.starting_calls if index else 1
+        first = back is not None or (first and rule is not sampler)
     return calls
 
 
@@ -169,11 +165,6 @@ def _walk(indices: Sequence[int], resample: int, jump: int) -> Iterator[tuple[in
         stretch = indices[start : start + jump]
         for again in reversed(range(resample)):
             yield from ((index, stretch[0] if again and index == stretch[-1] else None) for index in stretch)
-
-
-def _is_blind(process: Process, sampler: Sampler, index: int) -> bool:
-    """Whether a step starts from pure noise, where solvers that divide by the signal have no step: DDIM takes it."""
-    return sampler.needs_signal and index == process.num_timesteps - 1 and process.no_signal_at_the_end
 
 
 # ---- where to start

@@ -32,6 +32,8 @@ from .solvers import (
     SASolver,
     UniPC,
     recall,
+    refuse_negative,
+    refuse_order,
     remember,
 )
 from .steps import (
@@ -44,8 +46,6 @@ from .steps import (
     mix,
     polynomial_weights,
     predict_at,
-    refuse_negative,
-    refuse_order,
     where_noisy,
 )
 

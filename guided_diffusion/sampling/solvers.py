@@ -17,6 +17,7 @@ to the image, where h is infinite, along D or eps alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch as th
 from torch import Tensor
 
+from ..runtime.errors import UserError
 from .steps import (
     Draw,
     Level,
@@ -35,8 +37,6 @@ from .steps import (
     mix,
     polynomial_weights,
     predict_at,
-    refuse_negative,
-    refuse_order,
     where_noisy,
 )
 
@@ -105,6 +105,20 @@ def recall(state: State, newest: Tensor, lam: Tensor, most: int) -> tuple[list[T
 def remember(values: Sequence[Tensor], lams: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The state that `recall` reads."""
     return tuple(part for pair in zip(values, lams, strict=True) for part in pair)
+
+
+def refuse_negative(**options: float) -> None:
+    """:raises ValueError: naming the first option that is no number from 0 on."""
+    for name, value in options.items():
+        if not 0 <= value < math.inf:
+            raise UserError(f"{name} {value} is not a number from 0 on")
+
+
+def refuse_order(sampler: str, order: int, most: int) -> None:
+    """:raises ValueError: for an order that the sampler does not have."""
+    if order not in range(1, most + 1):
+        known = ", ".join(map(str, range(1, most)))
+        raise UserError(f"{sampler} order {order} is unknown: use {known} or {most}")
 
 
 # ---- DPM-Solver++
