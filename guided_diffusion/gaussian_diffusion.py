@@ -76,7 +76,6 @@ def _extract_into_tensor(arr: Array, timesteps: th.Tensor, broadcast_shape: Sequ
     return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(tuple(broadcast_shape))
 
 
-# fmt: off
 class GaussianDiffusion(SamplingMethods):
     """A diffusion process, the meaning of its network's output, and everything computed from both.
 
@@ -90,8 +89,15 @@ class GaussianDiffusion(SamplingMethods):
     loss_weight, min_snr_gamma = "", 5.0
 
     def __init__(
-        self, *, betas: npt.ArrayLike, model_mean_type: ModelMeanType, model_var_type: ModelVarType,
-        loss_type: LossType, rescale_timesteps: bool = False, loss_weight: str = "", min_snr_gamma: float = 5.0,
+        self,
+        *,
+        betas: npt.ArrayLike,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType,
+        rescale_timesteps: bool = False,
+        loss_weight: str = "",
+        min_snr_gamma: float = 5.0,
     ) -> None:
         super().__init__(betas=betas, rescale_timesteps=rescale_timesteps)
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
@@ -100,15 +106,20 @@ class GaussianDiffusion(SamplingMethods):
 
     def _check(self) -> None:
         refuse(
-            (self.no_signal_at_the_end and self.model_mean_type is ModelMeanType.EPSILON,
-             "zero_terminal_snr leaves no signal at the last step, where eps says nothing of x_0: train a network "
-             "that predicts v (predict_v) or x_0 (predict_xstart)"),
-            (self.loss_weight not in LOSS_WEIGHTS,
-             f"loss_weight {self.loss_weight!r} is unknown: use min_snr, or '' for none"),
-            (self.loss_weight and self.loss_type.is_vb(),
-             "loss_weight weighs squared errors, and use_kl has none: give one of the two"),
-            (not self.min_snr_gamma > 0,
-             f"min_snr_gamma {self.min_snr_gamma} is not above 0: the usual value is 5"),
+            (
+                self.no_signal_at_the_end and self.model_mean_type is ModelMeanType.EPSILON,
+                "zero_terminal_snr leaves no signal at the last step, where eps says nothing of x_0: train a network "
+                "that predicts v (predict_v) or x_0 (predict_xstart)",
+            ),
+            (
+                self.loss_weight not in LOSS_WEIGHTS,
+                f"loss_weight {self.loss_weight!r} is unknown: use min_snr, or '' for none",
+            ),
+            (
+                self.loss_weight and self.loss_type.is_vb(),
+                "loss_weight weighs squared errors, and use_kl has none: give one of the two",
+            ),
+            (not self.min_snr_gamma > 0, f"min_snr_gamma {self.min_snr_gamma} is not above 0: the usual value is 5"),
         )
 
     def _mse_weight(self, t: th.Tensor, like: th.Tensor) -> th.Tensor:
@@ -126,7 +137,12 @@ class GaussianDiffusion(SamplingMethods):
     # ---- the reverse process
 
     def p_mean_variance(
-        self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
         model_kwargs: Kwargs = None,
     ) -> MeanVariance:
         """p(x_{t-1} | x_t) and the prediction of x_0 behind it.
@@ -175,8 +191,14 @@ class GaussianDiffusion(SamplingMethods):
         return self.xstart_of_mean(x, t, output)
 
     def predictor(
-        self, model: Model, *, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        cond_fn: CondFn | None = None, cond_fn_with_grad: bool = False, model_kwargs: Kwargs = None,
+        self,
+        model: Model,
+        *,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
+        cond_fn: CondFn | None = None,
+        cond_fn_with_grad: bool = False,
+        model_kwargs: Kwargs = None,
         clip_guided: bool | None = None,
     ) -> Predict:
         """The function (x, t) -> `Prediction` that the steps call; `model_kwargs` is read at every call."""
@@ -208,7 +230,12 @@ class GaussianDiffusion(SamplingMethods):
     # ---- losses and likelihood
 
     def _vb_terms_bpd(
-        self, model: Model, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor, clip_denoised: bool = True,
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        x_t: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
         model_kwargs: Kwargs = None,
     ) -> dict[str, th.Tensor]:
         """One term of the variational bound [N] in bits per dimension: a KL, and at t = 0 the decoder's likelihood."""
@@ -220,7 +247,11 @@ class GaussianDiffusion(SamplingMethods):
         return {"output": bits, "pred_xstart": out["pred_xstart"]}
 
     def training_losses(
-        self, model: Model, x_start: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None,
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        t: th.Tensor,
+        model_kwargs: Kwargs = None,
         noise: th.Tensor | None = None,
     ) -> Losses:
         """Loss terms [N] of images noised to t.
@@ -269,7 +300,12 @@ class GaussianDiffusion(SamplingMethods):
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2)
 
     def calc_bpd_loop(
-        self, model: Model, x_start: th.Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None, *,
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: Kwargs = None,
+        *,
         draw: Draw | None = None,
     ) -> dict[str, th.Tensor]:
         """The variational bound of images: total_bpd and prior_bpd [N], and vb, xstart_mse, mse [N, T].
@@ -293,4 +329,3 @@ class GaussianDiffusion(SamplingMethods):
         stacked = {name: th.stack(values, dim=1) for name, values in terms.items()}
         prior = self._prior_bpd(x_start)
         return {"total_bpd": stacked["vb"].sum(dim=1) + prior, "prior_bpd": prior, **stacked}
-# fmt: on

@@ -83,17 +83,31 @@ class UNetBackbone(nn.Module):
     null_class = False
     _dtype: th.dtype | None = None
 
-    # fmt: off
     def __init__(
-        self, image_size: int | Sequence[int], in_channels: int, model_channels: int, out_channels: int,
-        num_res_blocks: int, attention_resolutions: Sequence[int], dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
-        num_classes: int | None = None, use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1,
-        num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False, use_new_attention_order: bool = False, use_neighborhood_attention: bool = False,
-        *, null_class: bool = False,
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_neighborhood_attention: bool = False,
+        *,
+        null_class: bool = False,
     ) -> None:
-        # fmt: on
         if null_class and num_classes is None:
             raise UserError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
         super().__init__()
@@ -363,22 +377,51 @@ class EncoderUNetModel(UNetBackbone):
         of image_size; "spatial" and "spatial_v2" feed the averages of all feature maps to a two-layer network.
     """
 
-    # fmt: off
     def __init__(
-        self, image_size: int | Sequence[int], in_channels: int, model_channels: int, out_channels: int,
-        num_res_blocks: int, attention_resolutions: Sequence[int], dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
-        use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1, num_head_channels: int = -1,
-        num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
-        use_new_attention_order: bool = False, pool: str = "adaptive", use_neighborhood_attention: bool = False,
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: str = "adaptive",
+        use_neighborhood_attention: bool = False,
     ) -> None:
         super().__init__(
-            image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout,
-            channel_mult, conv_resample, dims, None, use_checkpoint, use_fp16, num_heads, num_head_channels,
-            num_heads_upsample, use_scale_shift_norm, resblock_updown, use_new_attention_order,
+            image_size,
+            in_channels,
+            model_channels,
+            out_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            dims,
+            None,
+            use_checkpoint,
+            use_fp16,
+            num_heads,
+            num_head_channels,
+            num_heads_upsample,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
             use_neighborhood_attention,
         )
-        # fmt: on
         self.pool = pool
         self.out = self._head()
 

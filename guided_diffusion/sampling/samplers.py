@@ -30,10 +30,9 @@ from .solvers import (
     DPMSolverPP2S,
     DPMSolverPP3MSDE,
     SASolver,
+    Solver,
     UniPC,
     recall,
-    refuse_negative,
-    refuse_order,
     remember,
 )
 from .steps import (
@@ -68,7 +67,7 @@ class Ancestral(Sampler):
 
 
 @dataclass(frozen=True)
-class DDIM(Sampler):
+class DDIM(Solver):
     """DDIM (Song et al. 2021, eq. 12); eta = 0 is deterministic, eta = 1 as noisy as ancestral sampling.
 
     Of order 1 in the step size for eta = 0.
@@ -77,9 +76,7 @@ class DDIM(Sampler):
     """
 
     eta: float = 0.0
-
-    def __post_init__(self) -> None:
-        refuse_negative(eta=self.eta)
+    grid: ClassVar[str] = ""
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -116,7 +113,7 @@ ADAMS_BASHFORTH = {
 
 
 @dataclass(frozen=True)
-class PLMS(Sampler):
+class PLMS(Solver):
     """Pseudo linear multistep (Liu et al. 2022): DDIM's step along a combination of the last `order` eps.
 
     The first step is a pseudo improved Euler step, so the order in the step size is 1 for `order` 1, else 2. Its state
@@ -124,16 +121,13 @@ class PLMS(Sampler):
     """
 
     order: int = 2
-    grid: ClassVar[str] = "logsnr"
+    orders: ClassVar[int] = 4
     needs_signal: ClassVar[bool] = True
 
     @property
     def starting_calls(self) -> int:
         """The first step asks the network twice, where the order is above 1."""
         return int(self.order > 1)
-
-    def __post_init__(self) -> None:
-        refuse_order("plms", self.order, len(ADAMS_BASHFORTH))
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -161,7 +155,7 @@ class PLMS(Sampler):
 
 
 @dataclass(frozen=True)
-class Euler(Sampler):
+class Euler(Solver):
     """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 up to line 8).
 
     Without churn it is DDIM with eta = 0, and of order 1. (The grid karras is for noise that ends at sigma / alpha =
@@ -176,11 +170,10 @@ class Euler(Sampler):
     churn_min: float = 0.0
     churn_max: float = math.inf
     churn_noise: float = 1.0
-    grid: ClassVar[str] = "logsnr"
     needs_signal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        refuse_negative(churn=self.churn, churn_min=self.churn_min, churn_noise=self.churn_noise)
+        super().__post_init__()
         if not self.churn_max >= self.churn_min:
             raise UserError(f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned")
 
@@ -236,18 +229,15 @@ class EulerAncestral(DDIM):
 
 
 @dataclass(frozen=True)
-class LMS(Sampler):
+class LMS(Solver):
     """Linear multistep in sigma / alpha: the polynomial through the last `order` eps (Adams-Bashforth on any grid).
 
     The first steps have fewer eps to go by, so the order in the step size is 1 for `order` 1, else 2.
     """
 
     order: int = 4
-    grid: ClassVar[str] = "logsnr"
+    orders: ClassVar[int] = 4
     needs_signal: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        refuse_order("lms", self.order, 4)
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")

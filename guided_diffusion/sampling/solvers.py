@@ -107,18 +107,19 @@ def remember(values: Sequence[Tensor], lams: Sequence[Tensor]) -> tuple[Tensor, 
     return tuple(part for pair in zip(values, lams, strict=True) for part in pair)
 
 
-def refuse_negative(**options: float) -> None:
-    """:raises ValueError: naming the first option that is no number from 0 on."""
-    for name, value in options.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"{name} {value} is not a number from 0 on")
+class Solver(Sampler):
+    """A sampler with numbers from 0 on as options, among them an `order` of 1 to `orders`."""
 
+    grid: ClassVar[str] = "logsnr"
+    orders: ClassVar[int] = 0
 
-def refuse_order(sampler: str, order: int, most: int) -> None:
-    """:raises ValueError: for an order that the sampler does not have."""
-    if order not in range(1, most + 1):
-        known = ", ".join(map(str, range(1, most)))
-        raise UserError(f"{sampler} order {order} is unknown: use {known} or {most}")
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "order" and value not in range(1, self.orders + 1):
+                known = ", ".join(map(str, range(1, self.orders)))
+                raise UserError(f"order {value} of {type(self).__name__} is unknown: use {known} or {self.orders}")
+            if not 0 <= value < math.inf and value != getattr(type(self), name):
+                raise UserError(f"{name} {value} is not a number from 0 on")
 
 
 # ---- DPM-Solver++
@@ -138,10 +139,8 @@ def data_multistep(
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2M(Sampler):
+class DPMSolverPP2M(Solver):
     """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2."""
-
-    grid: ClassVar[str] = "logsnr"
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -149,14 +148,10 @@ class DPMSolverPP2M(Sampler):
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2MSDE(Sampler):
+class DPMSolverPP2MSDE(Solver):
     """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M)."""
 
     eta: float = 1.0
-    grid: ClassVar[str] = "logsnr"
-
-    def __post_init__(self) -> None:
-        refuse_negative(eta=self.eta)
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -192,10 +187,9 @@ def through_middle(
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2S(Sampler):
+class DPMSolverPP2S(Solver):
     """DPM-Solver++(2S), singlestep (Lu et al. 2022b, algorithm 1). Of order 2."""
 
-    grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 2
     needs_signal: ClassVar[bool] = True
 
@@ -204,10 +198,9 @@ class DPMSolverPP2S(Sampler):
 
 
 @dataclass(frozen=True)
-class DPMSolver2(Sampler):
+class DPMSolver2(Solver):
     """DPM-Solver-2, singlestep (Lu et al. 2022a, algorithm 1). Of order 2."""
 
-    grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 2
     needs_signal: ClassVar[bool] = True
 
@@ -216,10 +209,9 @@ class DPMSolver2(Sampler):
 
 
 @dataclass(frozen=True)
-class DPMSolver3(Sampler):
+class DPMSolver3(Solver):
     """DPM-Solver-3, singlestep (Lu et al. 2022a, algorithm 2, with r1 = 1/3 and r2 = 2/3). Of order 3."""
 
-    grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 3
     needs_signal: ClassVar[bool] = True
 
@@ -239,7 +231,7 @@ class DPMSolver3(Sampler):
 
 
 @dataclass(frozen=True)
-class DEIS(Sampler):
+class DEIS(Solver):
     """DEIS, multistep: the polynomial through the last `order` eps, integrated exactly (Zhang & Chen 2022, eq. 15).
 
     The polynomial is in lambda = -log rho, where their tAB-DEIS has it in t. The first steps have fewer predictions to
@@ -247,11 +239,8 @@ class DEIS(Sampler):
     """
 
     order: int = 3
-    grid: ClassVar[str] = "logsnr"
     needs_signal: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        refuse_order("deis", self.order, 4)
+    orders: ClassVar[int] = 4
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -286,17 +275,14 @@ def predict_and_correct(
 
 
 @dataclass(frozen=True)
-class UniPC(Sampler):
+class UniPC(Solver):
     """UniPC with B(h) = e^h - 1: predicts a step, corrects it by the next prediction (Zhao et al. 2023, alg. 1 and 2).
 
     A correction costs no call of the network. Of order 2 for `order` 1, else 3.
     """
 
     order: int = 2
-    grid: ClassVar[str] = "logsnr"
-
-    def __post_init__(self) -> None:
-        refuse_order("unipc", self.order, 3)
+    orders: ClassVar[int] = 3
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -304,7 +290,7 @@ class UniPC(Sampler):
 
 
 @dataclass(frozen=True)
-class SASolver(Sampler):
+class SASolver(Solver):
     """SA-Solver, stochastic Adams: a step and its correction have the same noise (Xue et al. 2023, algorithm 1).
 
     With eta = 0 of order 2 for `order` 1, else 3.
@@ -314,11 +300,7 @@ class SASolver(Sampler):
 
     order: int = 2
     eta: float = 1.0
-    grid: ClassVar[str] = "logsnr"
-
-    def __post_init__(self) -> None:
-        refuse_order("sa", self.order, 3)
-        refuse_negative(eta=self.eta)
+    orders: ClassVar[int] = 3
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
