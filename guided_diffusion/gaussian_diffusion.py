@@ -102,24 +102,16 @@ class GaussianDiffusion(SamplingMethods):
         super().__init__(betas=betas, rescale_timesteps=rescale_timesteps)
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.loss_weight, self.min_snr_gamma = loss_weight, min_snr_gamma
-        self._check()
-
-    def _check(self) -> None:
+        blind = self.no_signal_at_the_end and model_mean_type is ModelMeanType.EPSILON
+        weight = f"loss_weight {loss_weight!r}"
         refuse(
+            (blind, "zero_terminal_snr leaves no signal, and eps says nothing of x_0: use predict_v or predict_xstart"),
+            (loss_weight not in LOSS_WEIGHTS, f"{weight} is unknown: use min_snr, or '' for none"),
             (
-                self.no_signal_at_the_end and self.model_mean_type is ModelMeanType.EPSILON,
-                "zero_terminal_snr leaves no signal at the last step, where eps says nothing of x_0: train a network "
-                "that predicts v (predict_v) or x_0 (predict_xstart)",
+                loss_weight and loss_type.is_vb(),
+                f"{weight} weighs squared errors, and use_kl has none: give one of two",
             ),
-            (
-                self.loss_weight not in LOSS_WEIGHTS,
-                f"loss_weight {self.loss_weight!r} is unknown: use min_snr, or '' for none",
-            ),
-            (
-                self.loss_weight and self.loss_type.is_vb(),
-                "loss_weight weighs squared errors, and use_kl has none: give one of the two",
-            ),
-            (not self.min_snr_gamma > 0, f"min_snr_gamma {self.min_snr_gamma} is not above 0: the usual value is 5"),
+            (not min_snr_gamma > 0, f"min_snr_gamma {min_snr_gamma} is not above 0: the usual value is 5"),
         )
 
     def _mse_weight(self, t: th.Tensor, like: th.Tensor) -> th.Tensor:
@@ -152,8 +144,7 @@ class GaussianDiffusion(SamplingMethods):
         """
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         output, log_variance, variance = self._variance(output, x, t)
-        xstart = self._xstart(output, x, t)
-        xstart = Bounds(clip_denoised, denoised_fn)(xstart)
+        xstart = Bounds(clip_denoised, denoised_fn)(self._xstart(output, x, t))
         previous = self.model_mean_type is ModelMeanType.PREVIOUS_X
         mean = output if previous else self.posterior_mean(xstart, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": xstart}
@@ -161,17 +152,16 @@ class GaussianDiffusion(SamplingMethods):
     def _variance(self, output: th.Tensor, x: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """The network's output without its variance channels, log-variance, variance."""
         learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
-        channels = x.shape[1] * (2 if learned else 1)
-        expected = (x.shape[0], channels, *x.shape[2:])
+        expected = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
         if output.shape != expected:
             raise UserError(
                 f"the network returned shape {tuple(output.shape)} where {expected} is expected: does learn_sigma fit?"
             )
         if not learned:
-            large = self.model_var_type is ModelVarType.FIXED_LARGE
-            names = ("large_variance", "log_large_variance")
-            small_names = ("posterior_variance", "posterior_log_variance_clipped")
-            variance, log_variance = (self._at(n, t, x).expand_as(x) for n in (names if large else small_names))
+            names = ("posterior_variance", "posterior_log_variance_clipped")
+            if self.model_var_type is ModelVarType.FIXED_LARGE:
+                names = ("large_variance", "log_large_variance")
+            variance, log_variance = (self._at(name, t, x).expand_as(x) for name in names)
             return output, log_variance, variance
         output, values = output.chunk(2, dim=1)
         if self.model_var_type is ModelVarType.LEARNED_RANGE:  # Nichol & Dhariwal 2021, eq. 15
