@@ -259,9 +259,7 @@ class ForwardProcess:
         noise = th.randn_like(x_start) if noise is None else noise
         if noise.shape != x_start.shape:
             raise UserError(f"noise of shape {tuple(noise.shape)} does not fit x_start, {tuple(x_start.shape)}")
-        signal, sigma = (
-            self._at(name, t, x_start) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        )
+        signal, sigma = (self._at(f"sqrt_{name}alphas_cumprod", t, x_start) for name in ("", "one_minus_"))
         return signal * x_start + sigma * noise
 
     def q_posterior_mean_variance(

@@ -26,7 +26,7 @@ from ..runtime.errors import UserError
 from ..sampling.loop import MoreOptions, SampleOptions, sample_loop
 from ..sampling.prediction import CondFn, MeanVariance, shift_mean, shift_score
 from ..sampling.samplers import DDIM, PLMS, Ancestral, DDIMReverse, make_sampler
-from ..sampling.steps import Draw, Predict, Sampler, State, StepOutput
+from ..sampling.steps import Draw, Predict, Sampler, StepOutput
 from .forward_process import ForwardProcess
 
 P = ParamSpec("P")
@@ -159,18 +159,10 @@ class SamplingMethods(ForwardProcess):
         return output, output if name == "plms_sample" else None
 
     def _step(
-        self,
-        sampler: Sampler,
-        model: Model,
-        x: th.Tensor,
-        t: th.Tensor,
-        *,
-        state: State = None,
-        last: bool = False,
-        draw: Draw | None = None,
-        **options: Any,
-    ) -> tuple[StepOutput, State]:
+        self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, **options: Any
+    ) -> tuple[StepOutput, Any]:
         """One step of a sampler, with the graph kept."""
+        state, last, draw = (options.pop(name, None) for name in ("state", "last", "draw"))
         step = sampler.last_step if last else sampler.step
         return step(self, self.predictor(model, **options), x, t, state, draw or (lambda: th.randn_like(x)))
 

@@ -92,10 +92,6 @@ def _has_attention(block: Block) -> bool:
     return any("qkv.weight" in layer for layer in block.values())
 
 
-def _out_channels(block: Block) -> int:
-    return block[0]["out_layers.0.weight"][0]
-
-
 def _period(encoder: list[Block], decoder: list[Block]) -> int | None:
     """Blocks per level, or None where several numbers fit."""
     plain = [index for index, block in enumerate(encoder) if index and not _is_residual(block)]
@@ -111,17 +107,12 @@ def _period(encoder: list[Block], decoder: list[Block]) -> int | None:
 
 def _fits(encoder: list[Block], period: int) -> bool:
     """Whether levels of so many blocks explain where the encoder gets wider and where it has attention."""
-    if len(encoder) % period:
-        return False
-    for index in range(1, len(encoder)):
-        inside, block = index % period, encoder[index]
-        if inside != 1 and "skip_connection.weight" in block[0]:
-            return False
-        if inside == 0 and _has_attention(block):
-            return False
-        if inside > 1 and _has_attention(block) != _has_attention(encoder[index - 1]):
-            return False
-    return True
+    first = set(range(1, len(encoder), period))  # of each level
+    wider = {index for index, block in enumerate(encoder) if "skip_connection.weight" in block[0]}
+    attentive = {index for index, block in enumerate(encoder) if _has_attention(block)}
+    levels = [set(range(start, start + period - 1)) for start in first]
+    one_kind = all(level <= attentive or not level & attentive for level in levels)
+    return len(encoder) % period == 0 and wider <= first and attentive <= set().union(*levels) and one_kind
 
 
 def _trunk(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, Any]:
@@ -140,7 +131,7 @@ def _trunk(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, An
         return flags
     starts = [encoder[index] for index in range(1, len(encoder), period)]
     flags["num_res_blocks"] = period - 1
-    flags["channel_mult"] = ",".join(f"{_out_channels(block) / channels:g}" for block in starts)
+    flags["channel_mult"] = ",".join(f"{block[0]['out_layers.0.weight'][0] / channels:g}" for block in starts)
     if len(starts) > 1:
         flags["resblock_updown"] = _is_residual(encoder[period])
     if image_size is not None:

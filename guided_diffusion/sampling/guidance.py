@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,20 +135,13 @@ def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weight
 def combine(*cond_fns: CondFn) -> CondFn:
     """The sum of several gradients, of either kind; None where no cond_fn guides."""
 
-    def total(gradients: Iterable[th.Tensor | None]) -> th.Tensor | None:
+    def total(x: th.Tensor, t: th.Tensor, *out: MeanVariance, **kwargs: Any) -> th.Tensor | None:
+        plain = (x.detach(), out[0]["timesteps"]) if out else (x, t)
+        gradients = (fn(x, t, *out, **kwargs) if sees_denoiser(fn) else fn(*plain, **kwargs) for fn in cond_fns)
         given = [gradient for gradient in gradients if gradient is not None]
         return sum(given[1:], given[0]) if given else None
 
-    def plain(x: th.Tensor, timesteps: th.Tensor, **kwargs: Any) -> th.Tensor | None:
-        return total(cond_fn(x, timesteps, **kwargs) for cond_fn in cond_fns)
-
-    def through(x: th.Tensor, t: th.Tensor, out: MeanVariance, **kwargs: Any) -> th.Tensor | None:
-        return total(
-            cond_fn(x, t, out, **kwargs) if sees_denoiser(cond_fn) else cond_fn(x.detach(), out["timesteps"], **kwargs)
-            for cond_fn in cond_fns
-        )
-
-    return ThroughDenoiser(through) if any(map(sees_denoiser, cond_fns)) else plain
+    return ThroughDenoiser(total) if any(map(sees_denoiser, cond_fns)) else total
 
 
 def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[..., Any]:
@@ -362,11 +355,7 @@ def clip_guidance(
 
 def without_labels(model: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
     """An unconditional network that may be called with labels, which only the classifier then sees."""
-
-    def unconditional(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, **kwargs: Any) -> th.Tensor:
-        return model(x, timesteps, **kwargs)
-
-    return unconditional
+    return lambda x, timesteps, y=None, **kwargs: model(x, timesteps, **kwargs)
 
 
 def dynamic_thresholding(percentile: float = 0.995) -> Callable[[th.Tensor], th.Tensor]:

@@ -61,8 +61,8 @@ class Ancestral(Sampler):
         prediction = predict(x, t)
         noise = draw()
         prediction = prediction.guided("mean")
-        deviation = th.exp(prediction.log_variance / 2)
-        sample = prediction.mean + where_noisy(t, x) * deviation * noise
+        deviation = th.exp(prediction.out["log_variance"] / 2)
+        sample = prediction.out["mean"] + where_noisy(t, x) * deviation * noise
         return prediction.output(sample), None
 
 
@@ -104,12 +104,7 @@ class DDIMReverse(Sampler):
 
 
 # Adams-Bashforth weights of eps_t, eps_{t+1}, ... (Liu et al. 2022, eq. 12, and its lower orders)
-ADAMS_BASHFORTH = {
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 @dataclass(frozen=True)
@@ -126,7 +121,6 @@ class PLMS(Solver):
 
     @property
     def starting_calls(self) -> int:
-        """The first step asks the network twice, where the order is above 1."""
         return int(self.order > 1)
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
@@ -138,7 +132,7 @@ class PLMS(Solver):
             ahead = self._move(process, x, t, prediction.pred_xstart, eps)
             eps = (eps + predict(ahead, (t - 1).clamp(min=0)).guided("score").eps) / 2
         else:
-            weights = ADAMS_BASHFORTH[len(history)]
+            weights = ADAMS_BASHFORTH[len(history) - 1]
             eps = sum((w * past for w, past in zip(weights, reversed(history), strict=True)), th.zeros_like(x))
         moved = self._move(process, x, t, process.predict_xstart(x, t, eps), eps)
         sample = th.where(where_noisy(t, x), moved, prediction.pred_xstart)
@@ -293,10 +287,7 @@ def _plain(name: str) -> str:
 
 
 def _named(name: str) -> str:
-    """The key in `SAMPLERS` of a name, which may be another library's.
-
-    :raises ValueError: if there is none.
-    """
+    """The key in `SAMPLERS` of a name, which may be another library's."""
     known = {**{_plain(key): key for key in SAMPLERS}, **ALIASES}
     word = _plain(name)
     if name in SAMPLERS or word in known:
@@ -311,14 +302,10 @@ def make_sampler(name: str | Sampler, **options: Any) -> Sampler:
     """The sampler called `name`, e.g. ``make_sampler("ddim", eta=0.5)``; a sampler itself is returned as it is.
 
     :param name: in `SAMPLERS`, or as k-diffusion, diffusers or stable-diffusion-webui have it ("dpmpp_2m", "Euler a").
-    :raises ValueError: if there is no such sampler, or it has no such option.
-    :raises TypeError: if it is neither a name nor a `Sampler`.
     """
     if not isinstance(name, str):
         if not isinstance(name, Sampler) or options:
-            raise TypeError(
-                f"a sampler must be a name, or a Sampler (of sampling.steps) with its options, got {name!r}"
-            )
+            raise TypeError(f"a sampler must be a name, or a Sampler of sampling.steps with its options, got {name!r}")
         return name
     name = _named(name)
     known = [spec.name for spec in fields(SAMPLERS[name])]

@@ -33,7 +33,6 @@ from .steps import (
     Sampler,
     State,
     Step,
-    StepOutput,
     mix,
     polynomial_weights,
     predict_at,
@@ -125,37 +124,33 @@ class Solver(Sampler):
 # ---- DPM-Solver++
 
 
-def data_multistep(
-    process: Process, prediction: Prediction, x: Tensor, t: Tensor, state: State, **options: Any
-) -> Step:
-    """A step along the last `points` predictions of x_0.
-
-    :param options: `points`, and those of `data_step`.
-    """
-    now, end = process.at(t, x), process.at(t - 1, x)
-    values, lams = recall(state, prediction.pred_xstart, now.lam, options.pop("points"))
-    sample = data_step(now, end, x, values, lams, **options)
-    return prediction.output(sample), remember(values, lams)
-
-
 @dataclass(frozen=True)
 class DPMSolverPP2M(Solver):
-    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2."""
+    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2): along the last predictions of x_0. Of order 2."""
+
+    points: ClassVar[int] = 2  # predictions that a step goes by
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
-        prediction = predict(x, t).guided("score")
-        return data_multistep(process, prediction, x, t, state, points=2, halved=True)
+        return self._along(process, predict(x, t).guided("score"), x, t, state)
+
+    def _along(
+        self, process: Process, prediction: Prediction, x: Tensor, t: Tensor, state: State, **noise: Any
+    ) -> Step:
+        now, end = process.at(t, x), process.at(t - 1, x)
+        values, lams = recall(state, prediction.pred_xstart, now.lam, self.points)
+        sample = data_step(now, end, x, values, lams, halved=self.points == 2, **noise)
+        return prediction.output(sample), remember(values, lams)
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2MSDE(Solver):
+class DPMSolverPP2MSDE(DPMSolverPP2M):
     """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M)."""
 
     eta: float = 1.0
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
-        return data_multistep(process, prediction, x, t, state, points=2, halved=True, eta=self.eta, noise=draw())
+        return self._along(process, prediction, x, t, state, eta=self.eta, noise=draw())
 
 
 @dataclass(frozen=True)
@@ -165,47 +160,37 @@ class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
     The published code halves the second difference and so falls back to order 2; here the parabola is exact.
     """
 
-    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
-        prediction = predict(x, t).guided("score")
-        return data_multistep(process, prediction, x, t, state, points=3, eta=self.eta, noise=draw())
+    points: ClassVar[int] = 3
 
 
 # ---- singlestep: by way of the middle of the step, or of its thirds
 
 
-def through_middle(
-    process: Process, predict: Predict, x: Tensor, t: Tensor, advance: Callable[..., Tensor], what: str
-) -> StepOutput:
-    """A step along the prediction in its middle, of `what` ("pred_xstart" or "eps") that `advance` goes by."""
-    prediction = predict(x, t).guided("score")
-    now, end = process.at(t, x), process.at(t - 1, x)
-    middle = Level.at_lam((now.lam + end.lam) / 2)
-    x_middle = advance(now, middle, x, [getattr(prediction, what)], [now.lam])
-    value = getattr(predict_at(process, predict, x_middle, middle), what)
-    sample = advance(now, end, x, [value], [now.lam]).where(where_noisy(t, x), prediction.pred_xstart)
-    return prediction.output(sample)
-
-
 @dataclass(frozen=True)
 class DPMSolverPP2S(Solver):
-    """DPM-Solver++(2S), singlestep (Lu et al. 2022b, algorithm 1). Of order 2."""
+    """DPM-Solver++(2S), singlestep: along the x_0 in the middle (Lu et al. 2022b, algorithm 1). Of order 2."""
 
     stages: ClassVar[int] = 2
     needs_signal: ClassVar[bool] = True
+    target: ClassVar[str] = "pred_xstart"  # what is integrated, and the step along it
+    advance: ClassVar[Callable[..., Tensor]] = staticmethod(data_step)
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
-        return through_middle(process, predict, x, t, data_step, "pred_xstart"), None
+        prediction = predict(x, t).guided("score")
+        now, end = process.at(t, x), process.at(t - 1, x)
+        middle = Level.at_lam((now.lam + end.lam) / 2)
+        x_middle = self.advance(now, middle, x, [getattr(prediction, self.target)], [now.lam])
+        value = getattr(predict_at(process, predict, x_middle, middle), self.target)
+        sample = self.advance(now, end, x, [value], [now.lam]).where(where_noisy(t, x), prediction.pred_xstart)
+        return prediction.output(sample), None
 
 
 @dataclass(frozen=True)
-class DPMSolver2(Solver):
-    """DPM-Solver-2, singlestep (Lu et al. 2022a, algorithm 1). Of order 2."""
+class DPMSolver2(DPMSolverPP2S):
+    """DPM-Solver-2, singlestep: along the eps in the middle (Lu et al. 2022a, algorithm 1). Of order 2."""
 
-    stages: ClassVar[int] = 2
-    needs_signal: ClassVar[bool] = True
-
-    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
-        return through_middle(process, predict, x, t, noise_step, "eps"), None
+    target: ClassVar[str] = "eps"
+    advance: ClassVar[Callable[..., Tensor]] = staticmethod(noise_step)
 
 
 @dataclass(frozen=True)
