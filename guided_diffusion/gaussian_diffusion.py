@@ -1,9 +1,6 @@
 """The Gaussian diffusion process: the reverse of the forward process, losses, likelihood, sampling loops.
 
-Symbols (Ho et al. 2020): alpha_bar_t = prod(1 - beta_s); x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
-Shapes: images are [N, C, H, W] (or any [N, C, ...]); t [N] is the index in this process, 0 .. T-1, where t = 0 is one
-step of noise; what the network is fed for it is `timesteps`. Where t is not an integer it is tau, a real timestep of
-the process that the network was trained with, so that a solver may look between the steps of this one.
+Symbols, shapes, and what a real t means: as in diffusion/forward_process.py.
 """
 
 from __future__ import annotations
@@ -140,7 +137,6 @@ class GaussianDiffusion(SamplingMethods):
         """p(x_{t-1} | x_t) and the prediction of x_0 behind it.
 
         :param denoised_fn: applied to the prediction of x_0, before it is clipped to [-1, 1].
-        :raises ValueError: if the network returns another number of channels than the variance type needs.
         """
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         output, log_variance, variance = self._variance(output, x, t)
@@ -195,27 +191,23 @@ class GaussianDiffusion(SamplingMethods):
         options: Any = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "model_kwargs": model_kwargs}
         if cond_fn is None:
             return lambda x, t: Prediction(self, x, t, self.p_mean_variance(model, x, t, **options))
-        rule_options: Any = {"cond_fn": cond_fn, "model_kwargs": model_kwargs}
+        graph = cond_fn_with_grad or sees_denoiser(cond_fn)
+        rule_options: Any = {"cond_fn": cond_fn, "model_kwargs": model_kwargs, "with_grad": graph}
         bounds = Bounds(clip_denoised, denoised_fn, clip_guided)
 
         def predict(x: th.Tensor, t: th.Tensor) -> Prediction:
-            out = self.p_mean_variance(model, x, t, **options)
-            guide = lambda rule: apply_rule(self, rule, out, x, t, **rule_options)  # noqa: E731
-            return Prediction(self, x, t, out, guide, bounds)
-
-        def predict_with_graph(x: th.Tensor, t: th.Tensor) -> Prediction:
-            with th.enable_grad():
-                leaf = x.detach().requires_grad_()
-                graph = self.p_mean_variance(model, leaf, t, **options)
+            leaf = x.detach().requires_grad_() if graph else x
+            with th.set_grad_enabled(graph or th.is_grad_enabled()):
+                out = self.p_mean_variance(model, leaf, t, **options)
 
             def guide(rule: str) -> MeanVariance | None:
-                with th.enable_grad():
-                    guided = apply_rule(self, rule, graph, leaf, t, with_grad=True, **rule_options)
-                return None if guided is None else detached(guided)
+                with th.set_grad_enabled(graph or th.is_grad_enabled()):
+                    guided = apply_rule(self, rule, out, leaf, t, **rule_options)
+                return detached(guided) if graph and guided is not None else guided
 
-            return Prediction(self, x.detach(), t, detached(graph), guide, bounds)
+            return Prediction(self, x.detach() if graph else x, t, detached(out) if graph else out, guide, bounds)
 
-        return predict_with_graph if cond_fn_with_grad or sees_denoiser(cond_fn) else predict
+        return predict
 
     # ---- losses and likelihood
 
@@ -279,8 +271,7 @@ class GaussianDiffusion(SamplingMethods):
         """
         mean, values = output.chunk(2, dim=1)
         frozen = th.cat([mean.detach(), values], dim=1)
-        images: Any = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False}
-        vb = self._vb_terms_bpd(model=lambda *_: frozen, **images)["output"]
+        vb = self._vb_terms_bpd(lambda *_: frozen, x_start=x_start, x_t=x_t, t=t, clip_denoised=False)["output"]
         return vb * (self.num_timesteps / 1000) if self.loss_type is LossType.RESCALED_MSE else vb
 
     def _prior_bpd(self, x_start: th.Tensor) -> th.Tensor:

@@ -191,10 +191,7 @@ class ForwardProcess:
         return Level(self._at("alphas", t + 1, precise), self._at("sigmas", t + 1, precise))
 
     def _levels(self) -> NoiseLevels:
-        """The levels of the process that the network was trained with, where this one's are among them, else its own.
-
-        (Arrays may have been assigned since.)
-        """
+        """The levels of training, where this process's (assigned since, perhaps) are among them, else its own."""
         alphas_cumprod, whole = self.alphas_cumprod, vars(self).get("original_alphas_cumprod")
         timestep_map = self.timestep_map
 

@@ -129,7 +129,7 @@ def _trunk(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, An
     period = _period(encoder, decoder)
     if period is None:
         return flags
-    starts = [encoder[index] for index in range(1, len(encoder), period)]
+    starts = encoder[1::period]
     flags["num_res_blocks"] = period - 1
     flags["channel_mult"] = ",".join(f"{block[0]['out_layers.0.weight'][0] / channels:g}" for block in starts)
     if len(starts) > 1:
@@ -146,14 +146,12 @@ def _unet(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     inputs, outputs = shapes["input_blocks.0.0.weight"][1], shapes["out.2.weight"][0]
     upsampler = inputs == 2 * outputs or inputs == outputs == 6
     channels = inputs // 2 if upsampler else inputs
-    flags: dict[str, Any] = {
-        "image_channels": channels,
-        "learn_sigma": outputs == 2 * channels,
-        "class_cond": "label_emb.weight" in shapes,
-    }
+    classes = shapes.get("label_emb.weight")
+    flags: dict[str, Any] = {"image_channels": channels, "learn_sigma": outputs == 2 * channels}
+    flags["class_cond"] = classes is not None
     if "low_res_embed.0.weight" in shapes:
         flags["cond_aug"] = 1.0  # or less: the level it was trained to leaves no trace
-    return flags | ({"num_classes": shapes["label_emb.weight"][0]} if flags["class_cond"] else {})
+    return flags if classes is None else flags | {"num_classes": classes[0]}
 
 
 def _classifier(shapes: Mapping[str, Shape]) -> dict[str, Any]:

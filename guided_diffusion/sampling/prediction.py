@@ -155,12 +155,13 @@ class Prediction:
         """The output of the step: `pred_xstart` is the network's own, the guided one comes beside it."""
         if self.unguided is None:
             return {"sample": sample, "pred_xstart": self.pred_xstart}
-        both = {"pred_xstart": self.unguided["pred_xstart"], "pred_xstart_guided": self.pred_xstart}
-        outside = {} if self.outside is None else {"guided_outside": self.outside}
-        return cast(StepOutput, {"sample": sample, **both, **outside})
+        output: StepOutput = {"sample": sample, "pred_xstart": self.unguided["pred_xstart"]}
+        output["pred_xstart_guided"] = self.pred_xstart
+        if self.outside is not None:
+            output["guided_outside"] = self.outside
+        return output
 
 
 def detached(out: MeanVariance) -> MeanVariance:
     """The same values without their graph."""
-    values = {name: value.detach() if isinstance(value, th.Tensor) else value for name, value in out.items()}
-    return cast(MeanVariance, values)
+    return cast(MeanVariance, {k: v.detach() if isinstance(v, th.Tensor) else v for k, v in out.items()})

@@ -309,10 +309,9 @@ def make_sampler(name: str | Sampler, **options: Any) -> Sampler:
         return name
     name = _named(name)
     known = [spec.name for spec in fields(SAMPLERS[name])]
-    for option in options:
-        if option not in known:
-            takers = [other for other, kind in SAMPLERS.items() if option in [spec.name for spec in fields(kind)]]
-            hint = f"it is an option of {', '.join(takers)}" if takers else f"it takes {', '.join(known) or 'none'}"
-            raise UserError(f"the sampler {name} has no option {option}: {hint}")
+    for option in sorted(set(options) - set(known)):
+        takers = [other for other, kind in SAMPLERS.items() if option in kind.__dataclass_fields__]
+        hint = f"it is an option of {', '.join(takers)}" if takers else f"it takes {', '.join(known) or 'none'}"
+        raise UserError(f"the sampler {name} has no option {option}: {hint}")
     sampler: Sampler = SAMPLERS[name](**options)
     return sampler
