@@ -613,9 +613,7 @@ def test_options_that_cannot_take_effect_are_refused(options, sentence):
 )
 def test_the_way_to_noise_needs_an_image_and_nothing_else(options):
     process = make_process(respacing="6")
-    with pytest.raises(
-        ValueError, match="ddim_reverse needs init_image, and no mask or noise"
-    ):
+    with pytest.raises(ValueError, match="ddim_reverse needs init_image, and no mask or noise"):
         process.sample_loop(DDIMReverse(), GaussianData(process), SHAPE, device="cpu", **options)
 
 
