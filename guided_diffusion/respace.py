@@ -132,7 +132,7 @@ def _by_level(last: int, count: int, levels: NoiseLevels, spaced: Callable[[floa
     return np.concatenate([[0], inner, [last]])
 
 
-GRIDS: dict[str, Callable[[int, int, Any], Array]] = {  # (T-1, number of steps, noise levels or None) -> timesteps
+GRIDS: dict[str, Callable[[int, int, Any], Any]] = {  # (T-1, number of steps, noise levels or None) -> timesteps
     # from T-1 down at a stride of T / N, so that it ends one stride above -1 (Lin et al. 2024)
     "trailing": lambda last, count, _: np.arange(1, count + 1) * ((last + 1) / count) - 1,
     # evenly from 0 to T-1

@@ -101,6 +101,8 @@ class SamplingMethods(ForwardProcess):
 
     # ---- any sampler
 
+    make_sampler = staticmethod(make_sampler)
+
     def sample_loop(
         self, sampler: Sampler | str, model: Model, shape: Shape, **options: Unpack[SampleOptions]
     ) -> th.Tensor:

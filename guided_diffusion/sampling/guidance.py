@@ -47,13 +47,13 @@ def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> float | th
 def _downhill(loss: Callable[..., th.Tensor], scale: Scale) -> CondFn:
     """-scale * the gradient of loss(x, timesteps, **model_kwargs), summed over the images, at x alone."""
 
-    def cond_fn(x: th.Tensor, timesteps: th.Tensor, **kwargs: Any) -> th.Tensor | None:
+    def cond_fn(x: th.Tensor, timesteps: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor | None:
         factor = _scale_at(scale, timesteps, x)
         if factor is None:
             return None
         with th.enable_grad():
             x = x.detach().requires_grad_()
-            slope = th.autograd.grad(loss(x, timesteps, **kwargs).sum(), x)[0]
+            slope = th.autograd.grad(loss(x, timesteps, *args, **kwargs).sum(), x)[0]
         return -factor * slope
 
     return cond_fn

@@ -86,15 +86,17 @@ class SampleOptions(MoreOptions, total=False):
 
 
 def sample_loop(
-    process: Process, sampler: Sampler, model: Any, shape: Sequence[int], **options: Unpack[SampleOptions]
+    process: Process, sampler: Sampler | str, model: Any, shape: Sequence[int], **options: Unpack[SampleOptions]
 ) -> Iterator[StepOutput]:
     """Run `sampler` from x_T to x_0, lazily: one `StepOutput` per step, none taken ahead of its being asked for.
 
+    :param sampler: or its name, for its own options.
     :param shape: of the images, [N, C, H, W].
     :raises ValueError: for options that cannot take effect.
     :raises TypeError: for an option that there is not.
     """
     device = th.device(options.get("device") or next(model.parameters()).device)
+    sampler = process.make_sampler(sampler)
     model_kwargs, generator = options.get("model_kwargs"), options.get("generator")
     labels = (model_kwargs or {}).get("y")
     _check_labels(labels, model)
@@ -130,9 +132,9 @@ def sample_loop(
             x, state = kept.noised(x, index - 1, back), None
 
 
-def network_calls(process: Process, sampler: Sampler, **options: Unpack[SampleOptions]) -> int:
+def network_calls(process: Process, sampler: Sampler | str, **options: Unpack[SampleOptions]) -> int:
     """How often a run of the loop calls the network."""
-    calls, first = 0, True
+    calls, first, sampler = 0, True, process.make_sampler(sampler)
     for index, back in _walk(_indices(process, sampler, options), options):
         rule = process.rule_at(sampler, index)
         calls += rule.stages + first * rule.starting_calls if index else 1

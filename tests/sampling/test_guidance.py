@@ -1041,7 +1041,7 @@ def test_dps_leaves_alone_what_is_explained():
     predict = process.predictor(data, clip_denoised=False, cond_fn=dps(lambda xstart: 0 * xstart))
     out = predict(noise_like(), th.tensor([3, 3])).guided("mean")
     assert th.equal(
-        out.mean, process.p_mean_variance(data, noise_like(), th.tensor([3, 3]), clip_denoised=False)["mean"]
+        out.out["mean"], process.p_mean_variance(data, noise_like(), th.tensor([3, 3]), clip_denoised=False)["mean"]
     )
 
 
