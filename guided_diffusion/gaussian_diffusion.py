@@ -1,9 +1,6 @@
 """The Gaussian diffusion process: the reverse of the forward process, losses, likelihood, sampling loops.
 
-Symbols (Ho et al. 2020): alpha_bar_t = prod(1 - beta_s); x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
-Shapes: images are [N, C, H, W] (or any [N, C, ...]); t [N] is the index in this process, 0 .. T-1, where t = 0 is one
-step of noise; what the network is fed for it is `timesteps`. Where t is not an integer it is tau, a real timestep of
-the process that the network was trained with, so that a solver may look between the steps of this one.
+Symbols, shapes, and what a real t means: as in diffusion/forward_process.py.
 """
 
 from __future__ import annotations
@@ -76,7 +73,6 @@ def _extract_into_tensor(arr: Array, timesteps: th.Tensor, broadcast_shape: Sequ
     return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(tuple(broadcast_shape))
 
 
-# fmt: off
 class GaussianDiffusion(SamplingMethods):
     """A diffusion process, the meaning of its network's output, and everything computed from both.
 
@@ -90,25 +86,29 @@ class GaussianDiffusion(SamplingMethods):
     loss_weight, min_snr_gamma = "", 5.0
 
     def __init__(
-        self, *, betas: npt.ArrayLike, model_mean_type: ModelMeanType, model_var_type: ModelVarType,
-        loss_type: LossType, rescale_timesteps: bool = False, loss_weight: str = "", min_snr_gamma: float = 5.0,
+        self,
+        *,
+        betas: npt.ArrayLike,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType,
+        rescale_timesteps: bool = False,
+        loss_weight: str = "",
+        min_snr_gamma: float = 5.0,
     ) -> None:
         super().__init__(betas=betas, rescale_timesteps=rescale_timesteps)
         self.model_mean_type, self.model_var_type, self.loss_type = model_mean_type, model_var_type, loss_type
         self.loss_weight, self.min_snr_gamma = loss_weight, min_snr_gamma
-        self._check()
-
-    def _check(self) -> None:
+        blind = self.no_signal_at_the_end and model_mean_type is ModelMeanType.EPSILON
+        weight = f"loss_weight {loss_weight!r}"
         refuse(
-            (self.no_signal_at_the_end and self.model_mean_type is ModelMeanType.EPSILON,
-             "zero_terminal_snr leaves no signal at the last step, where eps says nothing of x_0: train a network "
-             "that predicts v (predict_v) or x_0 (predict_xstart)"),
-            (self.loss_weight not in LOSS_WEIGHTS,
-             f"loss_weight {self.loss_weight!r} is unknown: use min_snr, or '' for none"),
-            (self.loss_weight and self.loss_type.is_vb(),
-             "loss_weight weighs squared errors, and use_kl has none: give one of the two"),
-            (not self.min_snr_gamma > 0,
-             f"min_snr_gamma {self.min_snr_gamma} is not above 0: the usual value is 5"),
+            (blind, "zero_terminal_snr leaves no signal, and eps says nothing of x_0: use predict_v or predict_xstart"),
+            (loss_weight not in LOSS_WEIGHTS, f"{weight} is unknown: use min_snr, or '' for none"),
+            (
+                loss_weight and loss_type.is_vb(),
+                f"{weight} weighs squared errors, and use_kl has none: give one of two",
+            ),
+            (not min_snr_gamma > 0, f"min_snr_gamma {min_snr_gamma} is not above 0: the usual value is 5"),
         )
 
     def _mse_weight(self, t: th.Tensor, like: th.Tensor) -> th.Tensor:
@@ -126,18 +126,21 @@ class GaussianDiffusion(SamplingMethods):
     # ---- the reverse process
 
     def p_mean_variance(
-        self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
         model_kwargs: Kwargs = None,
     ) -> MeanVariance:
         """p(x_{t-1} | x_t) and the prediction of x_0 behind it.
 
         :param denoised_fn: applied to the prediction of x_0, before it is clipped to [-1, 1].
-        :raises ValueError: if the network returns another number of channels than the variance type needs.
         """
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         output, log_variance, variance = self._variance(output, x, t)
-        xstart = self._xstart(output, x, t)
-        xstart = Bounds(clip_denoised, denoised_fn)(xstart)
+        xstart = Bounds(clip_denoised, denoised_fn)(self._xstart(output, x, t))
         previous = self.model_mean_type is ModelMeanType.PREVIOUS_X
         mean = output if previous else self.posterior_mean(xstart, x, t)
         return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": xstart}
@@ -145,17 +148,16 @@ class GaussianDiffusion(SamplingMethods):
     def _variance(self, output: th.Tensor, x: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """The network's output without its variance channels, log-variance, variance."""
         learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
-        channels = x.shape[1] * (2 if learned else 1)
-        expected = (x.shape[0], channels, *x.shape[2:])
+        expected = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
         if output.shape != expected:
             raise UserError(
                 f"the network returned shape {tuple(output.shape)} where {expected} is expected: does learn_sigma fit?"
             )
         if not learned:
-            large = self.model_var_type is ModelVarType.FIXED_LARGE
-            names = ("large_variance", "log_large_variance")
-            small_names = ("posterior_variance", "posterior_log_variance_clipped")
-            variance, log_variance = (self._at(n, t, x).expand_as(x) for n in (names if large else small_names))
+            names = ("posterior_variance", "posterior_log_variance_clipped")
+            if self.model_var_type is ModelVarType.FIXED_LARGE:
+                names = ("large_variance", "log_large_variance")
+            variance, log_variance = (self._at(name, t, x).expand_as(x) for name in names)
             return output, log_variance, variance
         output, values = output.chunk(2, dim=1)
         if self.model_var_type is ModelVarType.LEARNED_RANGE:  # Nichol & Dhariwal 2021, eq. 15
@@ -175,40 +177,47 @@ class GaussianDiffusion(SamplingMethods):
         return self.xstart_of_mean(x, t, output)
 
     def predictor(
-        self, model: Model, *, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        cond_fn: CondFn | None = None, cond_fn_with_grad: bool = False, model_kwargs: Kwargs = None,
+        self,
+        model: Model,
+        *,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
+        cond_fn: CondFn | None = None,
+        cond_fn_with_grad: bool = False,
+        model_kwargs: Kwargs = None,
         clip_guided: bool | None = None,
     ) -> Predict:
         """The function (x, t) -> `Prediction` that the steps call; `model_kwargs` is read at every call."""
         options: Any = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "model_kwargs": model_kwargs}
         if cond_fn is None:
             return lambda x, t: Prediction(self, x, t, self.p_mean_variance(model, x, t, **options))
-        rule_options: Any = {"cond_fn": cond_fn, "model_kwargs": model_kwargs}
+        graph = cond_fn_with_grad or sees_denoiser(cond_fn)
+        rule_options: Any = {"cond_fn": cond_fn, "model_kwargs": model_kwargs, "with_grad": graph}
         bounds = Bounds(clip_denoised, denoised_fn, clip_guided)
 
         def predict(x: th.Tensor, t: th.Tensor) -> Prediction:
-            out = self.p_mean_variance(model, x, t, **options)
-            guide = lambda rule: apply_rule(self, rule, out, x, t, **rule_options)  # noqa: E731
-            return Prediction(self, x, t, out, guide, bounds)
-
-        def predict_with_graph(x: th.Tensor, t: th.Tensor) -> Prediction:
-            with th.enable_grad():
-                leaf = x.detach().requires_grad_()
-                graph = self.p_mean_variance(model, leaf, t, **options)
+            leaf = x.detach().requires_grad_() if graph else x
+            with th.set_grad_enabled(graph or th.is_grad_enabled()):
+                out = self.p_mean_variance(model, leaf, t, **options)
 
             def guide(rule: str) -> MeanVariance | None:
-                with th.enable_grad():
-                    guided = apply_rule(self, rule, graph, leaf, t, with_grad=True, **rule_options)
-                return None if guided is None else detached(guided)
+                with th.set_grad_enabled(graph or th.is_grad_enabled()):
+                    guided = apply_rule(self, rule, out, leaf, t, **rule_options)
+                return detached(guided) if graph and guided is not None else guided
 
-            return Prediction(self, x.detach(), t, detached(graph), guide, bounds)
+            return Prediction(self, x.detach() if graph else x, t, detached(out) if graph else out, guide, bounds)
 
-        return predict_with_graph if cond_fn_with_grad or sees_denoiser(cond_fn) else predict
+        return predict
 
     # ---- losses and likelihood
 
     def _vb_terms_bpd(
-        self, model: Model, x_start: th.Tensor, x_t: th.Tensor, t: th.Tensor, clip_denoised: bool = True,
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        x_t: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
         model_kwargs: Kwargs = None,
     ) -> dict[str, th.Tensor]:
         """One term of the variational bound [N] in bits per dimension: a KL, and at t = 0 the decoder's likelihood."""
@@ -220,7 +229,11 @@ class GaussianDiffusion(SamplingMethods):
         return {"output": bits, "pred_xstart": out["pred_xstart"]}
 
     def training_losses(
-        self, model: Model, x_start: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None,
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        t: th.Tensor,
+        model_kwargs: Kwargs = None,
         noise: th.Tensor | None = None,
     ) -> Losses:
         """Loss terms [N] of images noised to t.
@@ -258,8 +271,7 @@ class GaussianDiffusion(SamplingMethods):
         """
         mean, values = output.chunk(2, dim=1)
         frozen = th.cat([mean.detach(), values], dim=1)
-        images: Any = {"x_start": x_start, "x_t": x_t, "t": t, "clip_denoised": False}
-        vb = self._vb_terms_bpd(model=lambda *_: frozen, **images)["output"]
+        vb = self._vb_terms_bpd(lambda *_: frozen, x_start=x_start, x_t=x_t, t=t, clip_denoised=False)["output"]
         return vb * (self.num_timesteps / 1000) if self.loss_type is LossType.RESCALED_MSE else vb
 
     def _prior_bpd(self, x_start: th.Tensor) -> th.Tensor:
@@ -269,7 +281,12 @@ class GaussianDiffusion(SamplingMethods):
         return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2)
 
     def calc_bpd_loop(
-        self, model: Model, x_start: th.Tensor, clip_denoised: bool = True, model_kwargs: Kwargs = None, *,
+        self,
+        model: Model,
+        x_start: th.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: Kwargs = None,
+        *,
         draw: Draw | None = None,
     ) -> dict[str, th.Tensor]:
         """The variational bound of images: total_bpd and prior_bpd [N], and vb, xstart_mse, mse [N, T].
@@ -293,4 +310,3 @@ class GaussianDiffusion(SamplingMethods):
         stacked = {name: th.stack(values, dim=1) for name, values in terms.items()}
         prior = self._prior_bpd(x_start)
         return {"total_bpd": stacked["vb"].sum(dim=1) + prior, "prior_bpd": prior, **stacked}
-# fmt: on

@@ -19,10 +19,7 @@ SMALLEST_PROBABILITY = 1e-12
 
 
 def normal_kl(mean1: Value, logvar1: Value, mean2: Value, logvar2: Value) -> th.Tensor:
-    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)), element by element, in nats.
-
-    :raises ValueError: if no argument is a tensor.
-    """
+    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)), element by element, in nats; one argument is a tensor."""
     like = next((value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, th.Tensor)), None)
     if like is None:
         raise UserError("normal_kl needs at least one tensor among its arguments, and got only numbers")

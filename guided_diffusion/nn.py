@@ -102,7 +102,6 @@ def update_ema(target_params: Iterable[th.Tensor], source_params: Iterable[th.Te
     """Move a running average in place: target = rate * target + (1 - rate) * source.
 
     :param target_params: the averages; the sources may be of another dtype.
-    :param rate: share of the old average that stays.
     """
     pairs = list(zip(target_params, source_params, strict=True))
     if pairs:

@@ -25,9 +25,7 @@ from .sampling.prediction import CondFn, MeanVariance
 from .sampling.schedules import Array, NoiseLevels
 
 Grid = str | Sequence[float]
-WRITE = (
-    "write '250', '10,15,20', 'ddim25', 'trailing25', 'linspace25', 'quad25', 'logsnr25', 'karras25' or 'list:0,5,9'"
-)
+WRITE = "write '250', '10,15,20', 'ddim25', 'list:0,5,9', or trailing, linspace, quad, logsnr or karras as in 'quad25'"
 RHO = 7.0  # Karras et al. 2022, eq. 5
 NEARLY_NOISE, FEW = -5.1, 1 / 20  # lambda just below the end of the linear schedule, and the share of steps beyond it
 MAX_STEPS = 10**6
@@ -43,8 +41,6 @@ def space_timesteps(
         name of a grid in `GRIDS` with its number of steps, "logsnr20"; or the timesteps themselves, "list:0,10.5,999"
         or a sequence with fractions. A single step in all is T-1, where sampling starts.
     :param alphas_cumprod: of the process [T], which "logsnrN" and "karrasN" need.
-    :raises ValueError: if there is no such stride, a section is shorter than its count, or timesteps are not rising or
-        outside of the process.
     """
     if not isinstance(section_counts, str):
         if any(isinstance(value, float) for value in section_counts):
@@ -109,56 +105,25 @@ def _even_stride(num_timesteps: int, count: int) -> set[int]:
 
 
 def _explicit(num_timesteps: int, steps: Sequence[float]) -> list[float]:
-    """:raises ValueError: if the steps do not rise, or leave the process."""
     words = ", ".join(f"{step:g}" for step in steps[:12]) + (", ..." if len(steps) > 12 else "")
-    rising = bool(steps) and all(earlier < later for earlier, later in pairwise(steps))
-    if not rising:
+    if not steps or not all(earlier < later for earlier, later in pairwise(steps)):
         raise UserError(f"timesteps {words} are not in rising order, each once: write them like 0,250,500.5,999")
     if not 0 <= steps[0] <= steps[-1] <= num_timesteps - 1:
         raise UserError(f"timesteps {words} are not all in 0 .. {num_timesteps - 1}, those of the training")
     return [float(step) for step in steps]
 
 
-def _trailing(last: int, count: int, _: NoiseLevels | None) -> Array:
-    """From T-1 down at a stride of T / N, so that it ends one stride above -1 (Lin et al. 2024)."""
-    return np.arange(1, count + 1, dtype=np.float64) * ((last + 1) / count) - 1
+def _in_roots(start: float, end: float, count: int) -> Array:
+    """From one lambda to another, evenly in (sigma / alpha)^(1 / 7)."""
+    lam: Array = -RHO * np.log(np.linspace(np.exp(-start / RHO), np.exp(-end / RHO), count))
+    return lam
 
 
-def _linspace(last: int, count: int, _: NoiseLevels | None) -> Array:
-    """Evenly from 0 to T-1."""
-    return np.linspace(0, last, count)
-
-
-def _quad(last: int, count: int, _: NoiseLevels | None) -> Array:
-    """Evenly in sqrt(tau) from 0 to T-1: denser near the image (Song et al. 2021, app. D.3, who end at 0.8 T)."""
-    roots = np.linspace(0.0, math.sqrt(last), count).astype(np.float64)
-    steps: Array = roots**2
-    steps[-1] = last
-    return steps
-
-
-def _logsnr(last: int, count: int, levels: NoiseLevels | None) -> Array:
-    """Evenly in the log-SNR (Lu et al. 2022, DPM-Solver, sec. 4), but for what is nearly pure noise."""
-    return _by_level(last, count, levels, np.linspace)
-
-
-def _karras(last: int, count: int, levels: NoiseLevels | None) -> Array:
-    """Evenly in (sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5), but for what is nearly pure noise."""
-
-    def spaced(start: float, end: float, count: int) -> Array:
-        roots = np.linspace(np.exp(-start / RHO), np.exp(-end / RHO), count)
-        lam: Array = -RHO * np.log(roots)
-        return lam
-
-    return _by_level(last, count, levels, spaced)
-
-
-def _by_level(last: int, count: int, levels: NoiseLevels | None, spaced: Callable[[float, float, int], Array]) -> Array:
+def _by_level(last: int, count: int, levels: NoiseLevels, spaced: Callable[[float, float, int], Array]) -> Array:
     """0 .. T-1, spaced in lambda down to NEARLY_NOISE.
 
     Some schedules go much further down, where next to nothing happens: one step in twenty goes there, evenly in lambda.
     """
-    assert levels is not None
     top = levels.lam[-1]
     few = max(1, round(count * FEW)) if top < NEARLY_NOISE and count > 2 else 0
     lam = spaced(levels.lam[0], NEARLY_NOISE if few else top, count - few)
@@ -167,12 +132,17 @@ def _by_level(last: int, count: int, levels: NoiseLevels | None, spaced: Callabl
     return np.concatenate([[0], inner, [last]])
 
 
-GRIDS: dict[str, Callable[[int, int, NoiseLevels | None], Array]] = {
-    "trailing": _trailing,
-    "linspace": _linspace,
-    "quad": _quad,
-    "logsnr": _logsnr,
-    "karras": _karras,
+GRIDS: dict[str, Callable[[int, int, Any], Any]] = {  # (T-1, number of steps, noise levels or None) -> timesteps
+    # from T-1 down at a stride of T / N, so that it ends one stride above -1 (Lin et al. 2024)
+    "trailing": lambda last, count, _: np.arange(1, count + 1) * ((last + 1) / count) - 1,
+    # evenly from 0 to T-1
+    "linspace": lambda last, count, _: np.linspace(0, last, count),
+    # evenly in sqrt(tau) from 0 to T-1: denser near the image (Song et al. 2021, app. D.3, who end at 0.8 T)
+    "quad": lambda last, count, _: np.append(np.linspace(0, math.sqrt(last), count)[:-1] ** 2, last),
+    # evenly in the log-SNR (Lu et al. 2022, DPM-Solver, sec. 4), but for what is nearly pure noise
+    "logsnr": lambda last, count, levels: _by_level(last, count, levels, np.linspace),
+    # evenly in (sigma / alpha)^(1 / 7) (Karras et al. 2022, eq. 5), but for what is nearly pure noise
+    "karras": lambda last, count, levels: _by_level(last, count, levels, _in_roots),
 }
 IN_LEVELS = ("logsnr", "karras")
 
@@ -180,12 +150,12 @@ IN_LEVELS = ("logsnr", "karras")
 def _named(num_timesteps: int, name: str, text: str, alphas_cumprod: npt.ArrayLike | None) -> list[float]:
     """The grid `name` with as many steps as `text` says; a single step is T-1."""
     count, whole = _count(text.removeprefix(name), text), f"timestep_respacing {text!r}"
-    levels = None if alphas_cumprod is None else NoiseLevels(alphas_cumprod)
     refuse(
         (count < 1, f"{whole} has no steps: write {name}1 or more"),
         (count > MAX_STEPS, f"{whole} has too many steps: write {name}{MAX_STEPS} or less"),
-        (name in IN_LEVELS and levels is None, f"{whole} depends on the noise schedule: give alphas_cumprod"),
+        (name in IN_LEVELS and alphas_cumprod is None, f"{whole} depends on the noise schedule: give alphas_cumprod"),
     )
+    levels = None if alphas_cumprod is None else NoiseLevels(alphas_cumprod)
     steps = [num_timesteps - 1.0] if count == 1 else GRIDS[name](num_timesteps - 1, count, levels).round(9).tolist()
     if not all(earlier < later for earlier, later in pairwise(steps)) or steps[0] < 0:
         raise UserError(f"{whole} does not fit {num_timesteps} steps: use {name}{num_timesteps} or less")
@@ -212,20 +182,18 @@ class SpacedDiffusion(GaussianDiffusion):
         levels = np.append(1.0, _alpha_bar(kept, alphas_cumprod))
         super().__init__(**{**kwargs, "betas": 1 - levels[1:] / levels[:-1]})
 
+    # as in `GaussianDiffusion`, for a network or cond_fn that is fed timesteps of training
+
     def p_mean_variance(self, model: Model, *args: Any, **kwargs: Any) -> MeanVariance:
-        """As in `GaussianDiffusion`, for a network that is fed timesteps of training."""
         return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
 
     def training_losses(self, model: Model, *args: Any, **kwargs: Any) -> Losses:
-        """As in `GaussianDiffusion`, for a network that is fed timesteps of training."""
         return super().training_losses(self._wrap_model(model), *args, **kwargs)
 
     def condition_mean(self, cond_fn: CondFn, *args: Any, **kwargs: Any) -> th.Tensor:
-        """As in `GaussianDiffusion`, for a cond_fn that is fed timesteps of training."""
         return super().condition_mean(self._wrap_model(cond_fn), *args, **kwargs)
 
     def condition_score(self, cond_fn: CondFn, *args: Any, **kwargs: Any) -> MeanVariance:
-        """As in `GaussianDiffusion`, for a cond_fn that is fed timesteps of training."""
         return super().condition_score(self._wrap_model(cond_fn), *args, **kwargs)
 
     def _wrap_model(self, model: Any) -> _WrappedModel:
@@ -282,21 +250,13 @@ def respaced(process: GaussianDiffusion, grid: Grid) -> SpacedDiffusion:
     :param grid: as for `space_timesteps`.
     """
     kind = type(process) if isinstance(process, SpacedDiffusion) else SpacedDiffusion
-    other = kind.__new__(kind)
+    other, alphas_cumprod = kind.__new__(kind), process.original_alphas_cumprod
     vars(other).update(
         {name: value for name, value in vars(process).items() if not callable(getattr(kind, name, None))}
     )
-    alphas_cumprod = process.original_alphas_cumprod
     levels = np.append(1.0, alphas_cumprod)
-    SpacedDiffusion.__init__(
-        other,
-        space_timesteps(len(alphas_cumprod), grid, alphas_cumprod=alphas_cumprod),
-        betas=1 - levels[1:] / levels[:-1],
-        model_mean_type=process.model_mean_type,
-        model_var_type=process.model_var_type,
-        loss_type=process.loss_type,
-        rescale_timesteps=process.rescale_timesteps,
-        loss_weight=process.loss_weight,
-        min_snr_gamma=process.min_snr_gamma,
-    )
+    steps = space_timesteps(len(alphas_cumprod), grid, alphas_cumprod=alphas_cumprod)
+    kept = "model_mean_type model_var_type loss_type rescale_timesteps loss_weight min_snr_gamma"
+    options = {name: getattr(process, name) for name in kept.split()}
+    SpacedDiffusion.__init__(other, steps, betas=1 - levels[1:] / levels[:-1], **options)
     return other

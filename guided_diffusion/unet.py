@@ -83,33 +83,45 @@ class UNetBackbone(nn.Module):
     null_class = False
     _dtype: th.dtype | None = None
 
-    # fmt: off
     def __init__(
-        self, image_size: int | Sequence[int], in_channels: int, model_channels: int, out_channels: int,
-        num_res_blocks: int, attention_resolutions: Sequence[int], dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
-        num_classes: int | None = None, use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1,
-        num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False, use_new_attention_order: bool = False, use_neighborhood_attention: bool = False,
-        *, null_class: bool = False,
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_neighborhood_attention: bool = False,
+        *,
+        null_class: bool = False,
     ) -> None:
-        # fmt: on
         if null_class and num_classes is None:
             raise UserError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.dims, self.dropout = image_size, dims, dropout
         self.in_channels, self.model_channels, self.out_channels = in_channels, model_channels, out_channels
-        self.num_res_blocks = num_res_blocks
-        self.attention_resolutions, self.channel_mult = attention_resolutions, channel_mult
-        self.dropout = dropout
+        self.num_res_blocks, self.channel_mult = num_res_blocks, channel_mult
+        self.attention_resolutions, self.num_head_channels = attention_resolutions, num_head_channels
         self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
-        self.dims = dims
         self.num_classes, self.null_class = num_classes, null_class
         self.use_checkpoint, self.use_fp16 = use_checkpoint, use_fp16
-        self.num_heads, self.num_head_channels = num_heads, num_head_channels
-        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
-        self.use_scale_shift_norm = use_scale_shift_norm
-        self.use_new_attention_order = use_new_attention_order
+        self.num_heads, self.num_heads_upsample = num_heads, num_heads_upsample
+        if num_heads_upsample == -1:
+            self.num_heads_upsample = num_heads
+        self.use_scale_shift_norm, self.use_new_attention_order = use_scale_shift_norm, use_new_attention_order
         self.use_neighborhood_attention = use_neighborhood_attention
         self._build()
 
@@ -162,30 +174,17 @@ class UNetBackbone(nn.Module):
         return cell
 
     def _residual(self, channels: int, width: int, level: int, **resampling: bool) -> ResBlock:
-        block = ResBlock(
-            channels,
-            4 * self.model_channels,
-            self.dropout,
-            out_channels=width,
-            dims=self.dims,
-            use_checkpoint=self.use_checkpoint,
-            use_scale_shift_norm=self.use_scale_shift_norm,
-            **resampling,
-        )
+        options: dict[str, Any] = {"dims": self.dims, "use_checkpoint": self.use_checkpoint, **resampling}
+        options["use_scale_shift_norm"] = self.use_scale_shift_norm
+        block = ResBlock(channels, 4 * self.model_channels, self.dropout, out_channels=width, **options)
         block.level = level
         return block
 
     def _attention(self, channels: int, level: int, heads: int) -> AttentionBlock:
         windowed = self.use_neighborhood_attention
-        block = AttentionBlock(
-            channels,
-            heads,
-            self.num_head_channels,
-            self.use_checkpoint,
-            self.use_new_attention_order,
-            spatial=self._shape(level) if windowed else None,
-            use_neighborhood_attention=windowed,
-        )
+        window: dict[str, Any] = {"use_neighborhood_attention": True, "spatial": self._shape(level)} if windowed else {}
+        options = self.num_head_channels, self.use_checkpoint, self.use_new_attention_order
+        block = AttentionBlock(channels, heads, *options, **window)
         block.level = level
         return block
 
@@ -232,11 +231,9 @@ class UNetBackbone(nn.Module):
                 cast_convolutions(child, _DTYPES[precision], channels_last=innermost)
 
     def convert_to_fp16(self) -> None:
-        """`convert_to("fp16")`."""
         self.convert_to("fp16")
 
     def convert_to_fp32(self) -> None:
-        """`convert_to("fp32")`."""
         self.convert_to("fp32")
 
     def _embed(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None) -> th.Tensor:
@@ -323,10 +320,8 @@ class SuperResModel(UNetModel):
         super().__init__(image_size, in_channels * 2, *args, **kwargs)
         self.cond_aug = cond_aug
         if cond_aug:  # the last parameters; at 0 the network is the one without them
-            size = 4 * self.model_channels
-            self.low_res_embed = nn.Sequential(
-                linear(self.model_channels, size), nn.SiLU(), zero_module(linear(size, size))
-            )
+            first, size = self.model_channels, 4 * self.model_channels
+            self.low_res_embed = nn.Sequential(linear(first, size), nn.SiLU(), zero_module(linear(size, size)))
 
     def forward(  # type: ignore[override]
         self,
@@ -363,22 +358,31 @@ class EncoderUNetModel(UNetBackbone):
         of image_size; "spatial" and "spatial_v2" feed the averages of all feature maps to a two-layer network.
     """
 
-    # fmt: off
     def __init__(
-        self, image_size: int | Sequence[int], in_channels: int, model_channels: int, out_channels: int,
-        num_res_blocks: int, attention_resolutions: Sequence[int], dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8), conv_resample: bool = True, dims: int = 2,
-        use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1, num_head_channels: int = -1,
-        num_heads_upsample: int = -1, use_scale_shift_norm: bool = False, resblock_updown: bool = False,
-        use_new_attention_order: bool = False, pool: str = "adaptive", use_neighborhood_attention: bool = False,
+        self,
+        image_size: int | Sequence[int],
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: str = "adaptive",
+        use_neighborhood_attention: bool = False,
     ) -> None:
-        super().__init__(
-            image_size, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions, dropout,
-            channel_mult, conv_resample, dims, None, use_checkpoint, use_fp16, num_heads, num_head_channels,
-            num_heads_upsample, use_scale_shift_norm, resblock_updown, use_new_attention_order,
-            use_neighborhood_attention,
-        )
-        # fmt: on
+        options = {name: value for name, value in locals().items() if name not in ("self", "pool", "__class__")}
+        super().__init__(**options)
         self.pool = pool
         self.out = self._head()
 

@@ -191,10 +191,7 @@ class ForwardProcess:
         return Level(self._at("alphas", t + 1, precise), self._at("sigmas", t + 1, precise))
 
     def _levels(self) -> NoiseLevels:
-        """The levels of the process that the network was trained with, where this one's are among them, else its own.
-
-        (Arrays may have been assigned since.)
-        """
+        """The levels of training, where this process's (assigned since, perhaps) are among them, else its own."""
         alphas_cumprod, whole = self.alphas_cumprod, vars(self).get("original_alphas_cumprod")
         timestep_map = self.timestep_map
 
@@ -259,9 +256,7 @@ class ForwardProcess:
         noise = th.randn_like(x_start) if noise is None else noise
         if noise.shape != x_start.shape:
             raise UserError(f"noise of shape {tuple(noise.shape)} does not fit x_start, {tuple(x_start.shape)}")
-        signal, sigma = (
-            self._at(name, t, x_start) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        )
+        signal, sigma = (self._at(f"sqrt_{name}alphas_cumprod", t, x_start) for name in ("", "one_minus_"))
         return signal * x_start + sigma * noise
 
     def q_posterior_mean_variance(

@@ -26,7 +26,7 @@ from ..runtime.errors import UserError
 from ..sampling.loop import MoreOptions, SampleOptions, sample_loop
 from ..sampling.prediction import CondFn, MeanVariance, shift_mean, shift_score
 from ..sampling.samplers import DDIM, PLMS, Ancestral, DDIMReverse, make_sampler
-from ..sampling.steps import Draw, Predict, Sampler, State, StepOutput
+from ..sampling.steps import Draw, Predict, Sampler, StepOutput
 from .forward_process import ForwardProcess
 
 P = ParamSpec("P")
@@ -53,28 +53,11 @@ def _last(steps: Steps) -> th.Tensor:
     return output["sample"]
 
 
-def _arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> tuple[Any, Model, Shape, dict[str, Any]]:
-    """Process, network, shape and options that a loop is called with."""
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    more = bound.arguments.pop("more")
-    options = {**bound.arguments, **more}
-    return options.pop("self"), options.pop("model"), options.pop("shape"), options
-
-
-def _progressive(sampler_of: Callable[P, Sampler]) -> Callable[P, Steps]:
-    """The loop of the sampler that a method returns; its other arguments are the options of the loop."""
-    signature = inspect.signature(sampler_of)
-
-    @wraps(sampler_of)
-    def loop(*args: P.args, **kwargs: P.kwargs) -> Steps:
-        sampler = sampler_of(*args, **kwargs)
-        process, model, shape, options = _arguments(signature, args, kwargs)
-        options = {key: value for key, value in options.items() if key not in vars(sampler)}
-        unclipped = {} if type(sampler) is Ancestral else {"clip_guided": False}
-        return sample_loop(process, sampler, model, shape, **{**unclipped, **options})
-
-    return loop
+def _given(arguments: dict[str, Any], *left_out: str) -> dict[str, Any]:
+    """The arguments of a method, from its `locals()`, but for self and those named; `more` as if written out."""
+    options = {name: value for name, value in arguments.items() if name != "self" and name not in left_out}
+    more = options.pop("more", {})
+    return {**options, **more}
 
 
 def _whole(progressive: Callable[P, Steps]) -> Callable[P, th.Tensor]:
@@ -86,9 +69,11 @@ def _whole(progressive: Callable[P, Steps]) -> Callable[P, th.Tensor]:
 
     @wraps(progressive)
     def loop(*args: P.args, **kwargs: P.kwargs) -> th.Tensor:
-        process, model, shape, options = _arguments(signature, args, kwargs)
-        used = {key: value for key, value in options.items() if key not in FORKS or value is not FORKS[key]}
-        return _last(getattr(process, name)(model, shape, **used))
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        options = _given(bound.arguments, *(key for key in FORKS if bound.arguments[key] is FORKS[key]))
+        process, model, shape = bound.arguments["self"], options.pop("model"), options.pop("shape")
+        return _last(getattr(process, name)(model, shape, **options))
 
     loop.__name__ = name.removesuffix("_progressive")
     loop.__doc__ = f"Images [N, C, H, W]: the last sample of `{name}`, with the same parameters."
@@ -107,16 +92,6 @@ def _with_grad(step: Callable[P, StepOutput]) -> Callable[P, StepOutput]:
     return with_grad
 
 
-def _routed(sampler: Sampler, options: SampleOptions) -> tuple[str, dict[str, Any]]:
-    """The method that runs a sampler, '' if none has its name, and its keywords.
-
-    Asked for by its own name, a guided x_0 is clipped again; the method itself, as in the originals, does not.
-    """
-    guided = options.get("cond_fn") is not None and type(sampler) is not Ancestral
-    return LOOPS.get(type(sampler), ""), {**({"clip_guided": None} if guided else {}), **options, **vars(sampler)}
-
-
-# fmt: off
 class SamplingMethods(ForwardProcess):
     """A forward process with sampling methods."""
 
@@ -126,105 +101,146 @@ class SamplingMethods(ForwardProcess):
 
     # ---- any sampler
 
+    make_sampler = staticmethod(make_sampler)
+
     def sample_loop(
         self, sampler: Sampler | str, model: Model, shape: Shape, **options: Unpack[SampleOptions]
     ) -> th.Tensor:
         """Images [N, C, H, W] sampled by any sampler of `samplers.SAMPLERS`, or the name of one."""
-        loop, keywords = _routed(sampler := make_sampler(sampler), options)
-        if not loop:
-            return _last(self.sample_loop_progressive(sampler, model, shape, **options))
-        images: th.Tensor = getattr(self, loop)(model, shape, **keywords)
+        images: th.Tensor = self._routed("", make_sampler(sampler), model, shape, options)
         return images
 
     def sample_loop_progressive(
         self, sampler: Sampler | str, model: Model, shape: Shape, **options: Unpack[SampleOptions]
     ) -> Steps:
         """The steps of `sample_loop`, one `StepOutput` at a time."""
-        loop, keywords = _routed(sampler := make_sampler(sampler), options)
-        if not loop:
-            return sample_loop(self, sampler, model, shape, **options)
-        steps: Steps = getattr(self, f"{loop}_progressive")(model, shape, **keywords)
+        steps: Steps = self._routed("_progressive", make_sampler(sampler), model, shape, options)
         return steps
 
+    def _routed(self, suffix: str, sampler: Sampler, model: Model, shape: Shape, options: SampleOptions) -> Any:
+        """The loop of the method that has a sampler's name, if there is one.
+
+        Asked for here, a guided x_0 is clipped again; the method itself, as in the originals, does not.
+        """
+        kind = type(sampler)
+        if kind not in LOOPS:
+            steps = sample_loop(self, sampler, model, shape, **options)
+            return steps if suffix else _last(steps)
+        guided = options.get("cond_fn") is not None and kind is not Ancestral
+        clipped: dict[str, Any] = {"clip_guided": None} if guided else {}
+        return getattr(self, LOOPS[kind] + suffix)(model, shape, **{**clipped, **options, **vars(sampler)})
+
+    def rule_at(self, sampler: Sampler, index: int) -> Sampler:
+        """What takes the step at an index: DDIM, where a sampler that divides by the signal would start without any."""
+        blind = sampler.needs_signal and index == self.num_timesteps - 1 and self.no_signal_at_the_end
+        return DDIM() if blind else sampler
+
     def take_step(
-        self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, state: Any, *, last: bool = False,
-        draw: Draw | None = None, cond_fn_with_grad: bool = False, clip_guided: bool | None = None, **options: Any,
+        self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, state: Any, **options: Any
     ) -> tuple[StepOutput, Any]:
         """The output of a step, and what the next one is to be given as `state`; None at the start.
 
-        :param last: whether t is 0 for all images.
-        :param draw: returns the noise, in place of the global generator.
+        :param options: `last`, whether t is 0 for all images; `draw`, which returns the noise in place of the global
+            generator; and those of `predictor`.
         """
         name = STEPS.get(type(sampler))
         if name is None:
-            options |= {"draw": draw, "cond_fn_with_grad": cond_fn_with_grad, "clip_guided": clip_guided}
-            return self._step(sampler, model, x, t, state=state, last=last, **options)
+            return self._step(sampler, model, x, t, state=state, **options)
+        _, draw, with_grad, clip = (options.pop(key) for key in ("last", "draw", "cond_fn_with_grad", "clip_guided"))
         options |= vars(sampler)
-        if options.get("cond_fn") is not None and clip_guided is not False and name in ("ddim_sample", "plms_sample"):
-            options |= {"clip_guided": clip_guided}
+        if options["cond_fn"] is not None and clip is not False and name in ("ddim_sample", "plms_sample"):
+            options |= {"clip_guided": clip}
         if name == "plms_sample":
-            options |= {"cond_fn_with_grad": cond_fn_with_grad, "old_out": state}
+            options |= {"cond_fn_with_grad": with_grad, "old_out": state}
         elif name == "ddim_reverse_sample":
             del options["cond_fn"]
         else:
-            name += "_with_grad" if cond_fn_with_grad else ""
+            name += "_with_grad" if with_grad else ""
             options |= {} if draw is None else {"draw": draw}
         output = getattr(self, name)(model, x, t, **options)
         return output, output if name == "plms_sample" else None
 
     def _step(
-        self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, *, state: State = None, last: bool = False,
-        draw: Draw | None = None, **options: Any,
-    ) -> tuple[StepOutput, State]:
+        self, sampler: Sampler, model: Model, x: th.Tensor, t: th.Tensor, **options: Any
+    ) -> tuple[StepOutput, Any]:
         """One step of a sampler, with the graph kept."""
+        state, last, draw = (options.pop(name, None) for name in ("state", "last", "draw"))
         step = sampler.last_step if last else sampler.step
         return step(self, self.predictor(model, **options), x, t, state, draw or (lambda: th.randn_like(x)))
 
     # ---- ancestral sampling
 
     def p_sample(
-        self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        cond_fn: Guide = None, model_kwargs: Kwargs = None, *, draw: Draw | None = None,
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
+        cond_fn: Guide = None,
+        model_kwargs: Kwargs = None,
+        *,
+        draw: Draw | None = None,
         cond_fn_with_grad: bool = False,
     ) -> StepOutput:
         """One ancestral step from x_t to x_{t-1}."""
-        return self._step(
-            Ancestral(), model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
-            model_kwargs=model_kwargs, draw=draw, cond_fn_with_grad=cond_fn_with_grad,
-        )[0]
+        return self._step(Ancestral(), **_given(locals()))[0]
 
     p_sample_with_grad = _with_grad(p_sample)
 
-    @_progressive
     def p_sample_loop_progressive(
-        self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
-        denoised_fn: DenoisedFn = None, cond_fn: Guide = None, model_kwargs: Kwargs = None, device: Device = None,
-        progress: bool = False, skip_timesteps: int = 0, init_image: Image = None, randomize_class: bool = False,
-        cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
-    ) -> Sampler:
+        self,
+        model: Model,
+        shape: Shape,
+        noise: Image = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
+        cond_fn: Guide = None,
+        model_kwargs: Kwargs = None,
+        device: Device = None,
+        progress: bool = False,
+        skip_timesteps: int = 0,
+        init_image: Image = None,
+        randomize_class: bool = False,
+        cond_fn_with_grad: bool = False,
+        **more: Unpack[MoreOptions],
+    ) -> Steps:
         """The steps of ancestral sampling, one `StepOutput` at a time."""
-        return Ancestral()
+        return sample_loop(self, Ancestral(), **_given(locals()))
 
     p_sample_loop = _whole(p_sample_loop_progressive)
 
     # ---- DDIM
 
     def ddim_sample(
-        self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        cond_fn: Guide = None, model_kwargs: Kwargs = None, eta: float = 0.0, *, draw: Draw | None = None,
-        clip_guided: bool | None = False, cond_fn_with_grad: bool = False,
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
+        cond_fn: Guide = None,
+        model_kwargs: Kwargs = None,
+        eta: float = 0.0,
+        *,
+        draw: Draw | None = None,
+        clip_guided: bool | None = False,
+        cond_fn_with_grad: bool = False,
     ) -> StepOutput:
         """One DDIM step from x_t to x_{t-1}."""
-        return self._step(
-            DDIM(eta), model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
-            model_kwargs=model_kwargs, draw=draw, clip_guided=clip_guided, cond_fn_with_grad=cond_fn_with_grad,
-        )[0]
+        return self._step(DDIM(eta), **_given(locals(), "eta"))[0]
 
     ddim_sample_with_grad = _with_grad(ddim_sample)
 
     def ddim_reverse_sample(
-        self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        model_kwargs: Kwargs = None, eta: float = 0.0,
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
+        model_kwargs: Kwargs = None,
+        eta: float = 0.0,
     ) -> StepOutput:
         """One deterministic DDIM step from x_t to x_{t+1}.
 
@@ -232,44 +248,72 @@ class SamplingMethods(ForwardProcess):
         """
         if eta != 0:
             raise UserError(f"eta is {eta}, but only the deterministic path, eta = 0, can be followed backwards")
-        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
-        return self._step(DDIMReverse(), model, x, t, model_kwargs=model_kwargs, **options)[0]
+        return self._step(DDIMReverse(), **_given(locals(), "eta"))[0]
 
-    @_progressive
     def ddim_sample_loop_progressive(
-        self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
-        denoised_fn: DenoisedFn = None, cond_fn: Guide = None, model_kwargs: Kwargs = None, device: Device = None,
-        progress: bool = False, eta: float = 0.0, skip_timesteps: int = 0, init_image: Image = None,
-        randomize_class: bool = False, cond_fn_with_grad: bool = False, **more: Unpack[MoreOptions],
-    ) -> Sampler:
+        self,
+        model: Model,
+        shape: Shape,
+        noise: Image = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
+        cond_fn: Guide = None,
+        model_kwargs: Kwargs = None,
+        device: Device = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        skip_timesteps: int = 0,
+        init_image: Image = None,
+        randomize_class: bool = False,
+        cond_fn_with_grad: bool = False,
+        **more: Unpack[MoreOptions],
+    ) -> Steps:
         """The steps of DDIM, one `StepOutput` at a time."""
-        return DDIM(eta)
+        return sample_loop(self, DDIM(eta), **{"clip_guided": False, **_given(locals(), "eta")})
 
     ddim_sample_loop = _whole(ddim_sample_loop_progressive)
 
     # ---- PLMS
 
     def plms_sample(
-        self, model: Model, x: th.Tensor, t: th.Tensor, clip_denoised: bool = True, denoised_fn: DenoisedFn = None,
-        cond_fn: Guide = None, model_kwargs: Kwargs = None, cond_fn_with_grad: bool = False, order: int = 2,
-        old_out: StepOutput | None = None, *, clip_guided: bool | None = False,
+        self,
+        model: Model,
+        x: th.Tensor,
+        t: th.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
+        cond_fn: Guide = None,
+        model_kwargs: Kwargs = None,
+        cond_fn_with_grad: bool = False,
+        order: int = 2,
+        old_out: StepOutput | None = None,
+        *,
+        clip_guided: bool | None = False,
     ) -> StepOutput:
         """One PLMS step from x_t to x_{t-1}; `old_out` is what the step before returned, and stays as it is."""
-        return self._step(
-            PLMS(order), model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
-            model_kwargs=model_kwargs, cond_fn_with_grad=cond_fn_with_grad, clip_guided=clip_guided,
-            state=None if old_out is None else tuple(old_out["old_eps"]),
-        )[0]
+        state = None if old_out is None else tuple(old_out["old_eps"])
+        return self._step(PLMS(order), **_given(locals(), "order", "old_out"))[0]
 
-    @_progressive
     def plms_sample_loop_progressive(
-        self, model: Model, shape: Shape, noise: Image = None, clip_denoised: bool = True,
-        denoised_fn: DenoisedFn = None, cond_fn: Guide = None, model_kwargs: Kwargs = None, device: Device = None,
-        progress: bool = False, skip_timesteps: int = 0, init_image: Image = None, randomize_class: bool = False,
-        cond_fn_with_grad: bool = False, order: int = 2, **more: Unpack[MoreOptions],
-    ) -> Sampler:
+        self,
+        model: Model,
+        shape: Shape,
+        noise: Image = None,
+        clip_denoised: bool = True,
+        denoised_fn: DenoisedFn = None,
+        cond_fn: Guide = None,
+        model_kwargs: Kwargs = None,
+        device: Device = None,
+        progress: bool = False,
+        skip_timesteps: int = 0,
+        init_image: Image = None,
+        randomize_class: bool = False,
+        cond_fn_with_grad: bool = False,
+        order: int = 2,
+        **more: Unpack[MoreOptions],
+    ) -> Steps:
         """The steps of PLMS, one `StepOutput` at a time."""
-        return PLMS(order)
+        return sample_loop(self, PLMS(order), **{"clip_guided": False, **_given(locals(), "order")})
 
     plms_sample_loop = _whole(plms_sample_loop_progressive)
 
@@ -306,4 +350,3 @@ class SamplingMethods(ForwardProcess):
     def _fed(self, p_mean_var: MeanVariance, x: th.Tensor, t: th.Tensor) -> MeanVariance:
         """The prediction with what the network was fed for it, which guides through the denoiser may ask for."""
         return {**p_mean_var, "timesteps": self.timesteps(t, x)}
-# fmt: on

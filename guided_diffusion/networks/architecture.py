@@ -92,10 +92,6 @@ def _has_attention(block: Block) -> bool:
     return any("qkv.weight" in layer for layer in block.values())
 
 
-def _out_channels(block: Block) -> int:
-    return block[0]["out_layers.0.weight"][0]
-
-
 def _period(encoder: list[Block], decoder: list[Block]) -> int | None:
     """Blocks per level, or None where several numbers fit."""
     plain = [index for index, block in enumerate(encoder) if index and not _is_residual(block)]
@@ -111,17 +107,12 @@ def _period(encoder: list[Block], decoder: list[Block]) -> int | None:
 
 def _fits(encoder: list[Block], period: int) -> bool:
     """Whether levels of so many blocks explain where the encoder gets wider and where it has attention."""
-    if len(encoder) % period:
-        return False
-    for index in range(1, len(encoder)):
-        inside, block = index % period, encoder[index]
-        if inside != 1 and "skip_connection.weight" in block[0]:
-            return False
-        if inside == 0 and _has_attention(block):
-            return False
-        if inside > 1 and _has_attention(block) != _has_attention(encoder[index - 1]):
-            return False
-    return True
+    first = set(range(1, len(encoder), period))  # of each level
+    wider = {index for index, block in enumerate(encoder) if "skip_connection.weight" in block[0]}
+    attentive = {index for index, block in enumerate(encoder) if _has_attention(block)}
+    levels = [set(range(start, start + period - 1)) for start in first]
+    one_kind = all(level <= attentive or not level & attentive for level in levels)
+    return len(encoder) % period == 0 and wider <= first and attentive <= set().union(*levels) and one_kind
 
 
 def _trunk(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, Any]:
@@ -138,9 +129,9 @@ def _trunk(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, An
     period = _period(encoder, decoder)
     if period is None:
         return flags
-    starts = [encoder[index] for index in range(1, len(encoder), period)]
+    starts = encoder[1::period]
     flags["num_res_blocks"] = period - 1
-    flags["channel_mult"] = ",".join(f"{_out_channels(block) / channels:g}" for block in starts)
+    flags["channel_mult"] = ",".join(f"{block[0]['out_layers.0.weight'][0] / channels:g}" for block in starts)
     if len(starts) > 1:
         flags["resblock_updown"] = _is_residual(encoder[period])
     if image_size is not None:
@@ -155,14 +146,12 @@ def _unet(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     inputs, outputs = shapes["input_blocks.0.0.weight"][1], shapes["out.2.weight"][0]
     upsampler = inputs == 2 * outputs or inputs == outputs == 6
     channels = inputs // 2 if upsampler else inputs
-    flags: dict[str, Any] = {
-        "image_channels": channels,
-        "learn_sigma": outputs == 2 * channels,
-        "class_cond": "label_emb.weight" in shapes,
-    }
+    classes = shapes.get("label_emb.weight")
+    flags: dict[str, Any] = {"image_channels": channels, "learn_sigma": outputs == 2 * channels}
+    flags["class_cond"] = classes is not None
     if "low_res_embed.0.weight" in shapes:
         flags["cond_aug"] = 1.0  # or less: the level it was trained to leaves no trace
-    return flags | ({"num_classes": shapes["label_emb.weight"][0]} if flags["class_cond"] else {})
+    return flags if classes is None else flags | {"num_classes": classes[0]}
 
 
 def _classifier(shapes: Mapping[str, Shape]) -> dict[str, Any]:

@@ -114,13 +114,19 @@ class ResBlock(TimestepBlock):
 
     level = 0  # of the network, 0 at the resolution of the images; a block that changes it belongs to the higher one
 
-    # fmt: off
     def __init__(
-        self, channels: int, emb_channels: int, dropout: float, out_channels: int | None = None,
-        use_conv: bool = False, use_scale_shift_norm: bool = False, dims: int = 2, use_checkpoint: bool = False,
-        up: bool = False, down: bool = False,
+        self,
+        channels: int,
+        emb_channels: int,
+        dropout: float,
+        out_channels: int | None = None,
+        use_conv: bool = False,
+        use_scale_shift_norm: bool = False,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        up: bool = False,
+        down: bool = False,
     ) -> None:
-        # fmt: on
         super().__init__()
         self.channels, self.emb_channels, self.out_channels = channels, emb_channels, out_channels or channels
         self.dropout, self.use_conv, self.use_checkpoint = dropout, use_conv, use_checkpoint
@@ -253,13 +259,16 @@ class AttentionBlock(nn.Module):
 
     level = 0  # as for ResBlock
 
-    # fmt: off
     def __init__(
-        self, channels: int, num_heads: int = 1, num_head_channels: int = -1, use_checkpoint: bool = False,
-        use_new_attention_order: bool = False, spatial: Sequence[int] | None = None,
+        self,
+        channels: int,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_checkpoint: bool = False,
+        use_new_attention_order: bool = False,
+        spatial: Sequence[int] | None = None,
         use_neighborhood_attention: bool = False,
     ) -> None:
-        # fmt: on
         super().__init__()
         if num_head_channels == -1:
             num_head_channels = _share(channels, num_heads, "num_heads")

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -43,40 +43,35 @@ def compile_network(
     if backend == "inductor":
         _check_compiler(device)
     th._dynamo.config.recompile_limit = max(th._dynamo.config.recompile_limit, SHAPES)
-    options: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
-    recorded = sampling and device.type == "cuda"
     if sampling:
         network.requires_grad_(False)
         # Guidance and likelihoods go back through a graph twice; its backward pass is made when it is first needed.
         autograd_config.donated_buffer = False
-    if recorded:
-        options["mode"] = "reduce-overhead"
-    constants = sampling and device.type == "cpu" and backend == "inductor"
-    compiled = _Compiled(network, name, options, owned=recorded, constants=constants)
     # The place that torch.nn.Module.compile uses: copies and files of the module leave it out.
-    network._compiled_call_impl = compiled
+    network._compiled_call_impl = compiled = _Compiled(network, name, device.type, backend, sampling)
     return compiled
 
 
 class _Compiled:
-    """The compiled call of a network, which logs when it is compiled.
+    """The compiled call of a network, which logs when it is compiled."""
 
-    :param owned: outputs lie in memory that the next call overwrites, and are copied out of it.
-    :param constants: the code may hold the parameters as constants.
-    """
-
-    def __init__(
-        self, network: nn.Module, name: str, options: Mapping[str, Any], *, owned: bool, constants: bool
-    ) -> None:
-        self.network, self.name, self.owned, self.constants = network, name, owned, constants
-        self.folder = use_cache() if options["backend"] == "inductor" else ""  # first: the compiler sets its own
-        self.call: Callable[..., Any] = th.compile(network._call_impl, **options)
+    def __init__(self, network: nn.Module, name: str, device: str, backend: str, sampling: bool) -> None:
+        self.network, self.name = network, name
+        self.folder = use_cache() if backend == "inductor" else ""  # first: the compiler sets its own
+        self.recorded = sampling and device == "cuda"  # outputs lie in memory that the next call overwrites
+        self.constants = sampling and device == "cpu" and backend == "inductor"
+        mode = "reduce-overhead" if self.recorded else None
+        self.call: Callable[..., Any] = th.compile(
+            network._call_impl, backend=backend, fullgraph=True, dynamic=False, mode=mode
+        )
         self.known: set[Key] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key = (self.network.training, th.is_grad_enabled(), *_shapes([*args, *kwargs.values()]))
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, th.Tensor)]
+        shapes = [(tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in tensors]
+        key = (self.network.training, th.is_grad_enabled(), *shapes)
         out = self.call(*args, **kwargs) if key in self.known else self._first(key, args, kwargs)
-        return out.clone() if self.owned else out
+        return out.clone() if self.recorded else out
 
     def _first(self, key: Key, args: Any, kwargs: Any) -> Any:
         kept = f", and is kept in {self.folder}" if self.folder else ""
@@ -118,12 +113,6 @@ def evaluating(network: Callable[..., Any]) -> Iterator[None]:
             module.training = mode
 
 
-def _shapes(values: list[Any]) -> list[tuple[Any, ...]]:
-    """The properties of a network's arguments that compiled code depends on."""
-    tensors = [value for value in values if isinstance(value, th.Tensor)]
-    return [(tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for tensor in tensors]
-
-
 def use_cache() -> str:
     """The folder of the compiler's cache, ours where the user has set none."""
     return os.environ.setdefault(CACHE, os.path.join(cache_folder(), "compiled"))
@@ -132,14 +121,16 @@ def use_cache() -> str:
 def _check_compiler(device: th.device) -> None:
     """:raises ValueError: if something that the compiler needs is missing."""
     program = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    without_triton = device.type == "cuda" and importlib.util.find_spec("triton") is None
+    without_compiler = shutil.which(program.split()[0]) is None
     refuse(
         (device.type not in ("cpu", "cuda"), f"--compile is for cpu and cuda, not for {device.type}: leave it out"),
         (
-            device.type == "cuda" and importlib.util.find_spec("triton") is None,
+            without_triton,
             "--compile needs the package triton on cuda, which is not installed: leave it out, or install",
         ),
         (
-            shutil.which(program.split()[0]) is None,
-            f"--compile needs a C++ compiler, and there is no {program}: install one, name it in $CXX, or leave it out",
+            without_compiler,
+            f"--compile needs a C++ compiler, and there is no {program}: name one in $CXX, or leave it out",
         ),
     )

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import time
-import zlib
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch as th
 
-from ..runtime import files
-from ..runtime.files import replacing
-from ..runtime.paths import cache_folder
 from .blocks import WIDE, ResBlock, cast_convolutions
 
-KEPT = "precision.json"  # in the cache: what was measured before
 GAIN = 1.1  # how much faster 16 bits must be: a smaller gain may be that of another process on the machine
 NARROWEST, WIDEST, PIXELS = 32, 256, 2048  # channels that are measured; channels times pixels of a side
 TURNS, SECONDS = 8, 0.4  # steps in each precision, fewer where they take longer together
+MEASURED: dict[int, dict[str, float]] = {}  # on the CPU in this process: channels -> precision -> seconds
 
 
 class Choice(NamedTuple):
@@ -33,61 +25,27 @@ class Choice(NamedTuple):
 def fastest_precision(device: th.device | str, width: int = 128) -> Choice:
     """The precision that networks train and sample in fastest on a device, without a loss of quality.
 
-    On a CPU it is measured, once per processor, version of torch and width.
+    On a CPU it is measured, once per process and width.
 
     :param width: channels of the network's first level.
     """
     device = th.device(device)
     if device.type == "cuda":
-        return _of_gpu(device)
-    if device.type == "cpu":
-        return _of_cpu(max(NARROWEST, min(width, WIDEST)) // 32 * 32)
-    return Choice("fp32", f"nothing is known of lower precisions on {device.type}")
-
-
-def _of_gpu(device: th.device) -> Choice:
-    name = th.cuda.get_device_name(device)
-    with th.cuda.device(device):
-        native = th.cuda.is_bf16_supported(including_emulation=False)
-    if native:
-        return Choice("bf16", f"{name} computes in it and it has the range of fp32")
-    return Choice("fp16", f"{name} does not compute in bf16")
-
-
-def _of_cpu(width: int) -> Choice:
-    path, key = os.path.join(cache_folder(), KEPT), f"{_processor()}, {width} channels"
-    entries = _read(path)
-    if key not in entries:
-        entries[key] = _measured(width)
-        with contextlib.suppress(OSError), replacing(path) as file:  # else it is measured again next time
-            file.write(json.dumps(entries, indent=1).encode())
-    seconds = entries[key]
-    fast = seconds["bf16"] * GAIN < seconds["fp32"]
+        name = th.cuda.get_device_name(device)
+        with th.cuda.device(device):
+            native = th.cuda.is_bf16_supported(including_emulation=False)
+        if native:
+            return Choice("bf16", f"{name} computes in it and it has the range of fp32")
+        return Choice("fp16", f"{name} does not compute in bf16")
+    if device.type != "cpu":
+        return Choice("fp32", f"nothing is known of lower precisions on {device.type}")
+    width = max(NARROWEST, min(width, WIDEST)) // 32 * 32
+    seconds = MEASURED[width] = MEASURED.get(width) or _measured(width)
     return Choice(
-        "bf16" if fast else "fp32",
+        "bf16" if seconds["bf16"] * GAIN < seconds["fp32"] else "fp32",
         f"a block of {width} channels took {1e3 * seconds['bf16']:.3g} ms in bf16 and {1e3 * seconds['fp32']:.3g} ms "
-        f"in fp32 on this CPU, forward and backward (kept in {path})",
+        "in fp32 on this CPU, forward and backward",
     )
-
-
-def _read(path: str) -> dict[str, Mapping[str, float]]:
-    """Earlier measurements: processor and width -> precision -> seconds; nothing from a damaged file."""
-    try:
-        entries = files.parse_json(files.read_file(path))
-        return {key: {name: float(entry[name]) for name in ("fp32", "bf16")} for key, entry in entries.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}
-
-
-def _processor() -> str:
-    """Name and instructions of the processor, version of torch and number of its threads."""
-    text = ""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        text = file.read()
-    fields = dict(line.split("\t: ", 1) for line in text.split("\n\n", 1)[0].splitlines() if "\t: " in line)
-    name = fields.get("model name", "")
-    instructions = fields.get("flags", fields.get("Features", "")) + th.backends.cpu.get_cpu_capability()
-    return f"{name} {zlib.crc32(instructions.encode()):08x}, torch {th.__version__}, {th.get_num_threads()} threads"
 
 
 def _measured(width: int) -> dict[str, float]:

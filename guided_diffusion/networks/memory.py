@@ -17,23 +17,20 @@ if TYPE_CHECKING:
 def recompute_at(network: UNetBackbone, resolutions: str) -> int:
     """Let the blocks at these resolutions compute their activations again; returns how many blocks those are.
 
-    Parameters and their names stay what they are.
-
     :param resolutions: pixels of the longer side, "32,16"; '' changes nothing.
     :raises ValueError: if one of them does not occur in the network.
     """
-    words = [word.strip() for word in resolutions.split(",") if word.strip()]
     longer = network.image_size if isinstance(network.image_size, int) else max(network.image_size)
     level_of = {str(longer // 2**level): level for level in range(len(network.channel_mult))}
-    unknown = [word for word in words if word not in level_of]
-    if unknown:
+    words = {word.strip() for word in resolutions.split(",")} - {""}
+    if words - set(level_of):
+        unknown = ", ".join(sorted(words - set(level_of)))
         raise UserError(
-            f"checkpoint_resolutions {', '.join(unknown)} of {resolutions!r} do not occur at size {longer}: its levels "
-            f"are {', '.join(level_of)}; use these, or '' for none"
+            f"checkpoint_resolutions {unknown} of {resolutions!r} do not occur at size {longer}: its levels are "
+            f"{', '.join(level_of)}; use these, or '' for none"
         )
-    levels = {level_of[word] for word in words}
-    blocks = [block for block in network.modules() if isinstance(block, ResBlock | AttentionBlock)]
-    chosen = [block for block in blocks if block.level in levels]
+    levels, blocks = {level_of[word] for word in words}, (ResBlock, AttentionBlock)
+    chosen = [block for block in network.modules() if isinstance(block, blocks) and block.level in levels]
     for block in chosen:
         block.use_checkpoint = True
     return len(chosen)

@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch as th
 
-from .loop import SampleOptions, sample_loop
-from .samplers import DDIMReverse
-
 if TYPE_CHECKING:
     from ..diffusion.methods import SamplingMethods as Process
+    from .loop import SampleOptions
 
 
 def invert(process: Process, model: Any, images: th.Tensor, **options: Unpack[SampleOptions]) -> th.Tensor:
@@ -22,10 +20,8 @@ def invert(process: Process, model: Any, images: th.Tensor, **options: Unpack[Sa
     :param images: [N, C, H, W] in [-1, 1].
     :param options: of the loop; with `strength` or `skip_timesteps` the way ends, and begins, that much earlier.
     """
-    x, way = images, SampleOptions(**{**options, "init_image": images})
-    for output in sample_loop(process, DDIMReverse(), model, images.shape, **way):
-        x = output["sample"]
-    return x
+    options["init_image"] = images
+    return process.sample_loop("ddim_reverse", model, images.shape, **options)
 
 
 def slerp(start: th.Tensor, end: th.Tensor, shares: th.Tensor) -> th.Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,21 @@ def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> float | th
     return value if bool(value.any()) else None
 
 
+def _downhill(loss: Callable[..., th.Tensor], scale: Scale) -> CondFn:
+    """-scale * the gradient of loss(x, timesteps, **model_kwargs), summed over the images, at x alone."""
+
+    def cond_fn(x: th.Tensor, timesteps: th.Tensor, *args: Any, **kwargs: Any) -> th.Tensor | None:
+        factor = _scale_at(scale, timesteps, x)
+        if factor is None:
+            return None
+        with th.enable_grad():
+            x = x.detach().requires_grad_()
+            slope = th.autograd.grad(loss(x, timesteps, *args, **kwargs).sum(), x)[0]
+        return -factor * slope
+
+    return cond_fn
+
+
 def classifier_guidance(classifier: Callable[[th.Tensor, th.Tensor], th.Tensor], scale: Scale) -> CondFn:
     """scale * grad log p(y | x_t) of a classifier of noisy images (Dhariwal & Nichol 2021, sec. 4.1).
 
@@ -52,24 +67,12 @@ def classifier_guidance(classifier: Callable[[th.Tensor, th.Tensor], th.Tensor],
         classifier. A function of `timesteps` may return a number or one per image.
     """
 
-    def cond_fn(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, **_: Any) -> th.Tensor | None:
+    def loss(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, **_: Any) -> th.Tensor:
         if y is None:
             raise UserError('classifier guidance needs labels: give model_kwargs={"y": labels}')
-        factor = _scale_at(scale, timesteps, x)
-        if factor is None:
-            return None
-        return -factor * _slope(
-            lambda x: F.cross_entropy(classifier(x, timesteps).float(), y.view(-1), reduction="sum"), x
-        )
+        return F.cross_entropy(classifier(x, timesteps).float(), y.view(-1), reduction="sum")
 
-    return cond_fn
-
-
-def _slope(loss: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> th.Tensor:
-    """The gradient of a loss, summed over the images, at x alone."""
-    with th.enable_grad():
-        x = x.detach().requires_grad_()
-        return th.autograd.grad(loss(x).sum(), x)[0]
+    return _downhill(loss, scale)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,16 @@ class ThroughDenoiser:
         return self.gradient(x, t, out, **kwargs)
 
 
+def _through(slope: Callable[[th.Tensor, MeanVariance], th.Tensor], scale: Scale) -> ThroughDenoiser:
+    """-scale * slope(x, out)."""
+
+    def gradient(x: th.Tensor, t: th.Tensor, out: MeanVariance, **_: Any) -> th.Tensor | None:
+        factor = _scale_at(scale, out["timesteps"], x)
+        return None if factor is None else -factor * slope(x, out)
+
+    return ThroughDenoiser(gradient)
+
+
 def loss_guidance(loss: Callable[[th.Tensor], th.Tensor], scale: Scale = 1.0) -> ThroughDenoiser:
     """-scale * grad loss(x_0 predicted from x): universal guidance (Bansal et al. 2023), e.g. for inverse problems.
 
@@ -91,15 +104,8 @@ def loss_guidance(loss: Callable[[th.Tensor], th.Tensor], scale: Scale = 1.0) ->
 
     :param loss: x_0 [N, C, H, W] in [-1, 1] -> [N], or a number that is summed over the images.
     """
-
-    def gradient(x: th.Tensor, t: th.Tensor, out: MeanVariance, **_: Any) -> th.Tensor | None:
-        factor = _scale_at(scale, out["timesteps"], x)
-        if factor is None:
-            return None
-        # the graph stays for others that are combined with this one
-        return -factor * th.autograd.grad(loss(out["pred_xstart"]).sum(), x, retain_graph=True)[0]
-
-    return ThroughDenoiser(gradient)
+    # the graph stays for others that are combined with this one
+    return _through(lambda x, out: th.autograd.grad(loss(out["pred_xstart"]).sum(), x, retain_graph=True)[0], scale)
 
 
 def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weighting: str = "norm") -> ThroughDenoiser:
@@ -111,42 +117,31 @@ def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weight
 
     :param residual: x_0 [N, C, H, W] in [-1, 1] -> measured - A(x_0), [N, ...].
     :param weighting: "norm", zeta over the norm of the residual, as in the paper's experiments, or "constant".
-    :raises ValueError: for another weighting.
     """
     if weighting not in ("norm", "constant"):
         raise UserError(f"weighting must be one of norm, constant, got {weighting!r}")
 
-    def gradient(x: th.Tensor, t: th.Tensor, out: MeanVariance, **_: Any) -> th.Tensor | None:
-        factor = _scale_at(zeta, out["timesteps"], x)
-        if factor is None:
-            return None
+    def slope(x: th.Tensor, out: MeanVariance) -> th.Tensor:
         squares = residual(out["pred_xstart"]).flatten(1).square().sum(dim=1)
-        slope = th.autograd.grad(squares.sum(), x, retain_graph=True)[0]
-        if weighting == "norm":  # where nothing is left unexplained the slope is 0
-            norm = squares.detach().sqrt().clamp(min=th.finfo(squares.dtype).tiny)
-            slope = slope / norm.view(-1, *[1] * (x.ndim - 1))
-        return -factor * slope / out["log_variance"].exp()
+        gradient = th.autograd.grad(squares.sum(), x, retain_graph=True)[0] / out["log_variance"].exp()
+        if weighting == "constant":
+            return gradient
+        norm = squares.detach().sqrt().clamp(min=th.finfo(squares.dtype).tiny)  # at 0, where the slope is 0
+        return gradient / norm.view(-1, *[1] * (x.ndim - 1))
 
-    return ThroughDenoiser(gradient)
+    return _through(slope, zeta)
 
 
 def combine(*cond_fns: CondFn) -> CondFn:
     """The sum of several gradients, of either kind; None where no cond_fn guides."""
 
-    def total(gradients: Iterable[th.Tensor | None]) -> th.Tensor | None:
+    def total(x: th.Tensor, t: th.Tensor, *out: MeanVariance, **kwargs: Any) -> th.Tensor | None:
+        plain = (x.detach(), out[0]["timesteps"]) if out else (x, t)
+        gradients = (fn(x, t, *out, **kwargs) if sees_denoiser(fn) else fn(*plain, **kwargs) for fn in cond_fns)
         given = [gradient for gradient in gradients if gradient is not None]
         return sum(given[1:], given[0]) if given else None
 
-    def plain(x: th.Tensor, timesteps: th.Tensor, **kwargs: Any) -> th.Tensor | None:
-        return total(cond_fn(x, timesteps, **kwargs) for cond_fn in cond_fns)
-
-    def through(x: th.Tensor, t: th.Tensor, out: MeanVariance, **kwargs: Any) -> th.Tensor | None:
-        return total(
-            cond_fn(x, t, out, **kwargs) if sees_denoiser(cond_fn) else cond_fn(x.detach(), out["timesteps"], **kwargs)
-            for cond_fn in cond_fns
-        )
-
-    return ThroughDenoiser(through) if any(map(sees_denoiser, cond_fns)) else plain
+    return ThroughDenoiser(total) if any(map(sees_denoiser, cond_fns)) else total
 
 
 def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[..., Any]:
@@ -154,7 +149,6 @@ def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[...
 
     :param guide: a cond_fn, or a guided network, which elsewhere calls its own unguided one.
     :param low: in what the network is fed: 0 .. T-1 of training, or 0 .. 1000 with rescale_timesteps.
-    :raises ValueError: if low is above high.
     """
     if not low <= high:
         raise UserError(f"the interval of guidance from {low} to {high} is empty: give the lower end first")
@@ -236,71 +230,58 @@ class GuidedNetwork(th.nn.Module, ABC):
 
 
 class ClassifierFree(GuidedNetwork):
-    """Guided by itself without the label, in one forward pass of both (Ho & Salimans 2022, eq. 6).
+    """Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is the conditional model.
 
-    :param null_class: None leaves labels as they are.
-    :param null_cond: replace the conditioning image by zeros as well.
+    Both come from one forward pass (Ho & Salimans 2022, eq. 6). (Papers that write (1 + w) * conditional - w *
+    unconditional call scale - 1 what is called w.) A conditioning image is replaced by zeros as well, where those mean
+    "none" to the network.
+
+    :param null_label: the label that stands for no class; by default that of the network.
+    :raises ValueError: if the network has none: it was trained without --class_dropout.
     """
 
     def __init__(
-        self,
-        model: Callable[..., th.Tensor],
-        scale: Scale,
-        null_class: int | None,
-        rescale: float = 0.0,
-        *,
-        null_cond: bool = False,
+        self, model: Callable[..., th.Tensor], scale: Scale, *, null_label: int | None = None, rescale: float = 0.0
     ) -> None:
         super().__init__(model, scale, rescale)
-        self.null_class, self.null_cond = null_class, null_cond
+        self.null_label = self.null_label if null_label is None else null_label
+        self.null_cond = traits_of(model).null_cond
+        if self.null_label is None and not self.null_cond:
+            raise UserError(
+                "classifier-free guidance needs a network that was trained without labels too: train with "
+                "class_dropout above 0, or give the null_label that it has"
+            )
 
     def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
         """The model's output with and without the labels."""
-        without = {**kwargs, **self._null(kwargs)}
-        rows = [
-            name for name, value in kwargs.items() if isinstance(value, th.Tensor) and value.shape[:1] == x.shape[:1]
-        ]
-        twice = {**kwargs, **{name: th.cat([kwargs[name], without[name]]) for name in rows}}
+        twice, count = dict(kwargs), x.shape[:1]
+        for name, value in self._without(kwargs).items():
+            if isinstance(value, th.Tensor) and kwargs[name].shape[:1] == count:
+                twice[name] = th.cat([kwargs[name], value])
         strong, weak = self.model(th.cat([x, x]), th.cat([timesteps, timesteps]), **twice).chunk(2)
         return strong, weak
 
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
         """The model's output without the labels."""
-        return self.model(x, timesteps, **{**kwargs, **self._null(kwargs)})
+        return self.model(x, timesteps, **self._without(kwargs))
 
-    def _null(self, kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
-        """The null label and the null conditioning image, in place of those in kwargs."""
-        null = {"y": self.null_class, "cond_image": 0 if self.null_cond else None}
-        used = {name: value for name, value in null.items() if value is not None}
-        for name in used:
+    def _without(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The same arguments with the null label and the null conditioning image."""
+        null = {"y": ("labels", self.null_label), "cond_image": ("conditioning images", 0 if self.null_cond else None)}
+        used = {name: pair for name, pair in null.items() if pair[1] is not None}
+        for name, (words, _) in used.items():
             if kwargs.get(name) is None:
-                words = {"y": "labels", "cond_image": "conditioning images"}[name]
                 raise UserError(f'classifier-free guidance needs {words}: give model_kwargs={{"{name}": {words}}}')
-        return {name: th.full_like(kwargs[name], value) for name, value in used.items()}
-
-
-def classifier_free(
-    model: Callable[..., th.Tensor], scale: Scale, *, null_class: int | None = None, rescale: float = 0.0
-) -> ClassifierFree:
-    """Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is the conditional model.
-
-    (Papers that write (1 + w) * conditional - w * unconditional call scale - 1 what is called w.)
-
-    :param null_class: the label that stands for no class; by default that of the network.
-    :raises ValueError: if the network has none: it was trained without --class_dropout.
-    """
-    traits = traits_of(model)
-    null_class = traits.null_label if null_class is None else null_class
-    if null_class is None and not traits.null_cond:
-        raise UserError(
-            "classifier-free guidance needs a network that was trained without labels too: train with class_dropout "
-            "above 0, or give the null_class that it has"
-        )
-    return ClassifierFree(model, scale, null_class, rescale, null_cond=traits.null_cond)
+        return {**kwargs, **{name: th.full_like(kwargs[name], value or 0) for name, (_, value) in used.items()}}
 
 
 class Autoguided(GuidedNetwork):
-    """Guided by a smaller or less trained version of itself (Karras et al. 2024, eq. 3)."""
+    """Guided by a smaller or less trained version of itself (Karras et al. 2024, eq. 3).
+
+    weaker + scale * (model - weaker): 1 is the model itself, 2 to 3 are usual.
+
+    :param weaker: a network for the same images, timesteps and labels.
+    """
 
     def __init__(self, model: Callable[..., th.Tensor], weaker: Callable[..., th.Tensor], scale: Scale) -> None:
         super().__init__(model, scale)
@@ -311,12 +292,7 @@ class Autoguided(GuidedNetwork):
         return self.weaker(x, timesteps, **kwargs)
 
 
-def autoguidance(model: Callable[..., th.Tensor], weaker: Callable[..., th.Tensor], scale: Scale) -> Autoguided:
-    """weaker + scale * (model - weaker): 1 is the model itself, 2 to 3 are usual.
-
-    :param weaker: a network for the same images, timesteps and labels.
-    """
-    return Autoguided(model, weaker, scale)
+classifier_free, autoguidance = ClassifierFree, Autoguided  # read like the other guidance
 
 
 # ---- embeddings of images
@@ -359,7 +335,6 @@ def clip_guidance(
     :param mode: "noisy" shows x_t itself to an encoder of noisy images (Nichol et al. 2021, GLIDE), "denoised" the
         prediction of x_0, with the gradient through the network.
     :param cutouts: images -> parts of them [K * N, C, S, S], such as `random_cutouts`.
-    :raises ValueError: for another mode.
     """
     if mode not in ("noisy", "denoised"):
         raise UserError(f"mode {mode!r} is unknown: use noisy or denoised")
@@ -372,11 +347,7 @@ def clip_guidance(
         chord = (embeddings[:, :, None] - targets.to(embeddings)).norm(dim=-1)
         return (2 * th.arcsin((chord / 2).clamp(max=1 - 1e-6)) ** 2).mean(dim=(0, 2))
 
-    def cond_fn(x: th.Tensor, timesteps: th.Tensor, **_: Any) -> th.Tensor | None:
-        factor = _scale_at(scale, timesteps, x)
-        return None if factor is None else -factor * _slope(loss, x)
-
-    return cond_fn if mode == "noisy" else loss_guidance(loss, scale)
+    return _downhill(lambda x, *_, **__: loss(x), scale) if mode == "noisy" else loss_guidance(loss, scale)
 
 
 # ---- on the network's output
@@ -384,19 +355,13 @@ def clip_guidance(
 
 def without_labels(model: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:
     """An unconditional network that may be called with labels, which only the classifier then sees."""
-
-    def unconditional(x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, **kwargs: Any) -> th.Tensor:
-        return model(x, timesteps, **kwargs)
-
-    return unconditional
+    return lambda x, timesteps, y=None, **kwargs: model(x, timesteps, **kwargs)
 
 
 def dynamic_thresholding(percentile: float = 0.995) -> Callable[[th.Tensor], th.Tensor]:
     """A denoised_fn: x_0 clipped to its own `percentile` of |x_0|, where that is above 1, and divided by it.
 
     (Saharia et al. 2022, sec. 2.3.) Strong guidance then loses contrast instead of saturating.
-
-    :raises ValueError: if the percentile is not in (0, 1].
     """
     if not 0 < percentile <= 1:
         raise UserError(f"the percentile {percentile} of dynamic thresholding is not in (0, 1]: usual is 0.995")

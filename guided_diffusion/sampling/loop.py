@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from ..nn import traits_of
 from ..runtime.errors import UserError, nearest, refuse
 from ..runtime.labels import check_labels
-from .samplers import DDIM, make_sampler
 from .steps import Draw, Generators, Sampler, StepOutput
 
 if TYPE_CHECKING:
@@ -24,6 +23,12 @@ if TYPE_CHECKING:
 
 Image = th.Tensor | None
 JUMP = 10  # steps in a stretch that is taken again
+# the options of single steps, and their defaults
+OF_STEPS = {
+    **dict.fromkeys(("denoised_fn", "cond_fn", "clip_guided")),
+    "clip_denoised": True,
+    "cond_fn_with_grad": False,
+}
 
 
 class MoreOptions(TypedDict, total=False):
@@ -91,7 +96,8 @@ def sample_loop(
     :raises TypeError: for an option that there is not.
     """
     device = th.device(options.get("device") or next(model.parameters()).device)
-    sampler, model_kwargs, generator = make_sampler(sampler), options.get("model_kwargs"), options.get("generator")
+    sampler = process.make_sampler(sampler)
+    model_kwargs, generator = options.get("model_kwargs"), options.get("generator")
     labels = (model_kwargs or {}).get("y")
     _check_labels(labels, model)
     _check(sampler, options)
@@ -104,25 +110,18 @@ def sample_loop(
     new_labels = None
     if options.get("randomize_class") and labels is not None:
         new_labels = _label_drawer(model, labels, device, generator)
-    step_options: dict[str, Any] = {
-        "clip_denoised": options.get("clip_denoised", True),
-        "denoised_fn": options.get("denoised_fn"),
-        "cond_fn": options.get("cond_fn"),
-        "cond_fn_with_grad": options.get("cond_fn_with_grad", False),
-        "clip_guided": options.get("clip_guided"),
-        # without generators each step draws its noise like x, whose layout decides where the numbers go
-        "draw": None if generator is None else drawer(partial(th.randn, dtype=x.dtype), shape, device, generator),
-    }
+    step_options = {name: dict(options).get(name, default) for name, default in OF_STEPS.items()}
+    # without generators each step draws its noise like x, whose layout decides where the numbers go
+    draw = None if generator is None else drawer(partial(th.randn, dtype=x.dtype), shape, device, generator)
     callback, state, tables = options.get("callback"), None, dict[object, Any]()
-    walk = list(_walk(indices, options.get("resample", 1), options.get("jump", JUMP)))
+    walk = list(_walk(indices, options))
     for index, back in tqdm(walk) if options.get("progress") else walk:
         kwargs = model_kwargs if new_labels is None else {**(model_kwargs or {}), "y": new_labels()}
-        rule = DDIM() if _is_blind(process, sampler, index) else sampler
+        step_options |= {"model_kwargs": kwargs, "last": index == 0, "draw": draw}
+        rule = process.rule_at(sampler, index)
         with th.no_grad(), process.tables_kept(tables):
             t = th.full((shape[0],), index, device=device)
-            output, state = process.take_step(
-                rule, model, x, t, state, last=index == 0, model_kwargs=kwargs, **step_options
-            )
+            output, state = process.take_step(rule, model, x, t, state, **step_options)
             if kept is not None:
                 output["sample"] = kept.paste(output["sample"], index - 1)
         if callback is not None:
@@ -135,14 +134,11 @@ def sample_loop(
 
 def network_calls(process: Process, sampler: Sampler | str, **options: Unpack[SampleOptions]) -> int:
     """How often a run of the loop calls the network."""
-    calls, first, sampler = 0, True, make_sampler(sampler)
-    walk = _walk(_indices(process, sampler, options), options.get("resample", 1), options.get("jump", JUMP))
-    for index, back in walk:
-        if index == 0 or _is_blind(process, sampler, index):
-            calls += 1
-        else:
-            calls += sampler.stages + first * sampler.starting_calls
-        first = back is not None or (first and _is_blind(process, sampler, index))
+    calls, first, sampler = 0, True, process.make_sampler(sampler)
+    for index, back in _walk(_indices(process, sampler, options), options):
+        rule = process.rule_at(sampler, index)
+        calls += rule.stages + first * rule.starting_calls if index else 1
+        first = back is not None or (first and rule is not sampler)
     return calls
 
 
@@ -163,29 +159,20 @@ def _indices(process: Process, sampler: Sampler, options: SampleOptions) -> list
     return list(reversed(range(steps - skip)))
 
 
-def _walk(indices: Sequence[int], resample: int, jump: int) -> Iterator[tuple[int, int | None]]:
+def _walk(indices: Sequence[int], options: SampleOptions) -> Iterator[tuple[int, int | None]]:
     """(t of a step, t to go back to after it or None)."""
+    jump = options.get("jump", JUMP)
     for start in range(0, len(indices), jump):
         stretch = indices[start : start + jump]
-        for again in reversed(range(resample)):
+        for again in reversed(range(options.get("resample", 1))):
             yield from ((index, stretch[0] if again and index == stretch[-1] else None) for index in stretch)
-
-
-def _is_blind(process: Process, sampler: Sampler, index: int) -> bool:
-    """Whether a step starts from pure noise, where solvers that divide by the signal have no step: DDIM takes it."""
-    return sampler.needs_signal and index == process.num_timesteps - 1 and process.no_signal_at_the_end
 
 
 # ---- where to start
 
 
 def _start(
-    process: Process,
-    sampler: Sampler,
-    shape: Sequence[int],
-    device: th.device,
-    indices: Sequence[int],
-    options: SampleOptions,
+    process: Process, sampler: Sampler, shape: Sequence[int], device: th.device, indices: list[int], options: Any
 ) -> tuple[th.Tensor, Image]:
     """x at the first step, and the image it may be made of; no steps leave the image as it is."""
     image = options.get("init_image")
@@ -248,10 +235,7 @@ class _Kept:
 
 
 def _separate(generator: Generators, x: th.Tensor, needed: Sequence[bool]) -> Generators:
-    """Generators with seeds that are drawn from those of the loop.
-
-    :param needed: for which images; where each has its own generator, that of another is not drawn from.
-    """
+    """Generators with seeds that are drawn from those of the loop; of several, from those of the images needed."""
 
     def seeded(source: th.Generator | None, drawn: bool = True) -> th.Generator:
         device = x.device if source is None else source.device
@@ -300,26 +284,23 @@ def _check(sampler: Sampler, options: SampleOptions) -> None:
     for name in sorted(set(options) - SampleOptions.__optional_keys__):
         raise TypeError(f"{name} is no option of sampling{nearest(name, SampleOptions.__optional_keys__)}")
     image, mask, noise, start = (options.get(name) is not None for name in ("init_image", "mask", "noise", "start"))
-    strength, resample, jump = options.get("strength"), options.get("resample", 1), options.get("jump", JUMP)
+    strength, resample, jump = options.get("strength", None), options.get("resample", 1), options.get("jump", JUMP)
+    placed, skips = strength is not None, options.get("skip_timesteps")
     clipped = options.get("clip_denoised", True) or options.get("denoised_fn") is not None
-    # fmt: off
+    alone = "has no effect without"
     refuse(
-        (options.get("clip_guided") and not clipped,
-         "clip_guided has no effect where no prediction is clipped: give clip_denoised or denoised_fn"),
-        (strength is not None and not 0 <= strength <= 1,
-         f"strength {strength} is not in 0 .. 1: 1 starts from noise, 0 returns the image"),
-        (strength is not None and options.get("skip_timesteps"),
-         "strength and skip_timesteps both say where to start: give one of the two"),
-        (strength is not None and not image and not start,
-         "strength has no effect without an init_image: give both or none"),
-        (mask and not image, "mask has no effect without an init_image: give both or none"),
+        (options.get("clip_guided") and not clipped, f"clip_guided {alone} clip_denoised or denoised_fn: give one"),
+        (strength is not None and not 0 <= strength <= 1, f"strength {strength} is not in 0 .. 1: 0 returns the image"),
+        (placed and skips, "strength and skip_timesteps both say where to start: give one of the two"),
+        (placed and not image and not start, f"strength {alone} an init_image: give both or none"),
+        (mask and not image, f"mask {alone} an init_image: give both or none"),
         (start and noise, "start and noise both say where x is at the first step: give one of the two"),
-        (start and image and not mask and strength is None,
-         "init_image has no effect beside start, where x is at first: leave one of the two out"),
+        (
+            start and image and not mask and not placed,
+            "init_image has no effect beside start: leave one of the two out",
+        ),
         (resample < 1 or jump < 1, f"resample {resample} and jump {jump} must be 1 or more"),
-        (resample != 1 and not mask, f"resample {resample} has no effect without a mask: leave it out"),
-        (jump != JUMP and not mask, f"jump {jump} has no effect without a mask: leave it out"),
-        (sampler.ascending and (not image or mask or noise),
-         "the sampler ddim_reverse goes from an image to noise: give init_image, and no mask or noise"),
+        (resample != 1 and not mask, f"resample {resample} {alone} a mask: leave it out"),
+        (jump != JUMP and not mask, f"jump {jump} {alone} a mask: leave it out"),
+        (sampler.ascending and (not image or mask or noise), "ddim_reverse needs init_image, and no mask or noise"),
     )
-    # fmt: on

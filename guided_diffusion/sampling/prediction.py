@@ -59,11 +59,6 @@ class Bounds:
         xstart = xstart if self.denoised_fn is None else self.denoised_fn(xstart)
         return xstart.clamp(-1, 1) if self.clip else xstart
 
-    @property
-    def any(self) -> bool:
-        """Whether anything is done."""
-        return self.clip or self.denoised_fn is not None
-
 
 UNBOUNDED = Bounds(clip=False)
 
@@ -134,16 +129,6 @@ class Prediction:
     outside: th.Tensor | None = None
 
     @property
-    def mean(self) -> th.Tensor:
-        """The mean of p(x_{t-1} | x_t)."""
-        return self.out["mean"]
-
-    @property
-    def log_variance(self) -> th.Tensor:
-        """The log-variance of p(x_{t-1} | x_t)."""
-        return self.out["log_variance"]
-
-    @property
     def pred_xstart(self) -> th.Tensor:
         """The prediction of x_0."""
         return self.out["pred_xstart"]
@@ -158,7 +143,7 @@ class Prediction:
         out, outside = None if self.guide is None else self.guide(rule), None
         if out is None:
             return self
-        if rule == "score" and self.bounds.any:
+        if rule == "score" and (self.bounds.clip or self.bounds.denoised_fn is not None):
             outside = (out["pred_xstart"].detach().abs() > FAR_OUTSIDE).flatten(1).float().mean(dim=1)
             if self.bounds.guided is not False:
                 xstart = self.bounds(out["pred_xstart"])
@@ -170,12 +155,13 @@ class Prediction:
         """The output of the step: `pred_xstart` is the network's own, the guided one comes beside it."""
         if self.unguided is None:
             return {"sample": sample, "pred_xstart": self.pred_xstart}
-        both = {"pred_xstart": self.unguided["pred_xstart"], "pred_xstart_guided": self.pred_xstart}
-        outside = {} if self.outside is None else {"guided_outside": self.outside}
-        return cast(StepOutput, {"sample": sample, **both, **outside})
+        output: StepOutput = {"sample": sample, "pred_xstart": self.unguided["pred_xstart"]}
+        output["pred_xstart_guided"] = self.pred_xstart
+        if self.outside is not None:
+            output["guided_outside"] = self.outside
+        return output
 
 
 def detached(out: MeanVariance) -> MeanVariance:
     """The same values without their graph."""
-    values = {name: value.detach() if isinstance(value, th.Tensor) else value for name, value in out.items()}
-    return cast(MeanVariance, values)
+    return cast(MeanVariance, {k: v.detach() if isinstance(v, th.Tensor) else v for k, v in out.items()})

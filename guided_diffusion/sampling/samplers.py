@@ -30,6 +30,7 @@ from .solvers import (
     DPMSolverPP2S,
     DPMSolverPP3MSDE,
     SASolver,
+    Solver,
     UniPC,
     recall,
     remember,
@@ -44,8 +45,6 @@ from .steps import (
     mix,
     polynomial_weights,
     predict_at,
-    refuse_negative,
-    refuse_order,
     where_noisy,
 )
 
@@ -62,13 +61,13 @@ class Ancestral(Sampler):
         prediction = predict(x, t)
         noise = draw()
         prediction = prediction.guided("mean")
-        deviation = th.exp(prediction.log_variance / 2)
-        sample = prediction.mean + where_noisy(t, x) * deviation * noise
+        deviation = th.exp(prediction.out["log_variance"] / 2)
+        sample = prediction.out["mean"] + where_noisy(t, x) * deviation * noise
         return prediction.output(sample), None
 
 
 @dataclass(frozen=True)
-class DDIM(Sampler):
+class DDIM(Solver):
     """DDIM (Song et al. 2021, eq. 12); eta = 0 is deterministic, eta = 1 as noisy as ancestral sampling.
 
     Of order 1 in the step size for eta = 0.
@@ -77,9 +76,7 @@ class DDIM(Sampler):
     """
 
     eta: float = 0.0
-
-    def __post_init__(self) -> None:
-        refuse_negative(eta=self.eta)
+    grid: ClassVar[str] = ""
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -107,16 +104,11 @@ class DDIMReverse(Sampler):
 
 
 # Adams-Bashforth weights of eps_t, eps_{t+1}, ... (Liu et al. 2022, eq. 12, and its lower orders)
-ADAMS_BASHFORTH = {
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 @dataclass(frozen=True)
-class PLMS(Sampler):
+class PLMS(Solver):
     """Pseudo linear multistep (Liu et al. 2022): DDIM's step along a combination of the last `order` eps.
 
     The first step is a pseudo improved Euler step, so the order in the step size is 1 for `order` 1, else 2. Its state
@@ -124,16 +116,12 @@ class PLMS(Sampler):
     """
 
     order: int = 2
-    grid: ClassVar[str] = "logsnr"
+    orders: ClassVar[int] = 4
     needs_signal: ClassVar[bool] = True
 
     @property
     def starting_calls(self) -> int:
-        """The first step asks the network twice, where the order is above 1."""
         return int(self.order > 1)
-
-    def __post_init__(self) -> None:
-        refuse_order("plms", self.order, len(ADAMS_BASHFORTH))
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -144,7 +132,7 @@ class PLMS(Sampler):
             ahead = self._move(process, x, t, prediction.pred_xstart, eps)
             eps = (eps + predict(ahead, (t - 1).clamp(min=0)).guided("score").eps) / 2
         else:
-            weights = ADAMS_BASHFORTH[len(history)]
+            weights = ADAMS_BASHFORTH[len(history) - 1]
             eps = sum((w * past for w, past in zip(weights, reversed(history), strict=True)), th.zeros_like(x))
         moved = self._move(process, x, t, process.predict_xstart(x, t, eps), eps)
         sample = th.where(where_noisy(t, x), moved, prediction.pred_xstart)
@@ -161,7 +149,7 @@ class PLMS(Sampler):
 
 
 @dataclass(frozen=True)
-class Euler(Sampler):
+class Euler(Solver):
     """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 up to line 8).
 
     Without churn it is DDIM with eta = 0, and of order 1. (The grid karras is for noise that ends at sigma / alpha =
@@ -176,11 +164,10 @@ class Euler(Sampler):
     churn_min: float = 0.0
     churn_max: float = math.inf
     churn_noise: float = 1.0
-    grid: ClassVar[str] = "logsnr"
     needs_signal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        refuse_negative(churn=self.churn, churn_min=self.churn_min, churn_noise=self.churn_noise)
+        super().__post_init__()
         if not self.churn_max >= self.churn_min:
             raise UserError(f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned")
 
@@ -236,18 +223,15 @@ class EulerAncestral(DDIM):
 
 
 @dataclass(frozen=True)
-class LMS(Sampler):
+class LMS(Solver):
     """Linear multistep in sigma / alpha: the polynomial through the last `order` eps (Adams-Bashforth on any grid).
 
     The first steps have fewer eps to go by, so the order in the step size is 1 for `order` 1, else 2.
     """
 
     order: int = 4
-    grid: ClassVar[str] = "logsnr"
+    orders: ClassVar[int] = 4
     needs_signal: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        refuse_order("lms", self.order, 4)
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -303,10 +287,7 @@ def _plain(name: str) -> str:
 
 
 def _named(name: str) -> str:
-    """The key in `SAMPLERS` of a name, which may be another library's.
-
-    :raises ValueError: if there is none.
-    """
+    """The key in `SAMPLERS` of a name, which may be another library's."""
     known = {**{_plain(key): key for key in SAMPLERS}, **ALIASES}
     word = _plain(name)
     if name in SAMPLERS or word in known:
@@ -321,21 +302,16 @@ def make_sampler(name: str | Sampler, **options: Any) -> Sampler:
     """The sampler called `name`, e.g. ``make_sampler("ddim", eta=0.5)``; a sampler itself is returned as it is.
 
     :param name: in `SAMPLERS`, or as k-diffusion, diffusers or stable-diffusion-webui have it ("dpmpp_2m", "Euler a").
-    :raises ValueError: if there is no such sampler, or it has no such option.
-    :raises TypeError: if it is neither a name nor a `Sampler`.
     """
     if not isinstance(name, str):
         if not isinstance(name, Sampler) or options:
-            raise TypeError(
-                f"a sampler must be a name, or a Sampler (of sampling.steps) with its options, got {name!r}"
-            )
+            raise TypeError(f"a sampler must be a name, or a Sampler of sampling.steps with its options, got {name!r}")
         return name
     name = _named(name)
     known = [spec.name for spec in fields(SAMPLERS[name])]
-    for option in options:
-        if option not in known:
-            takers = [other for other, kind in SAMPLERS.items() if option in [spec.name for spec in fields(kind)]]
-            hint = f"it is an option of {', '.join(takers)}" if takers else f"it takes {', '.join(known) or 'none'}"
-            raise UserError(f"the sampler {name} has no option {option}: {hint}")
+    for option in sorted(set(options) - set(known)):
+        takers = [other for other, kind in SAMPLERS.items() if option in kind.__dataclass_fields__]
+        hint = f"it is an option of {', '.join(takers)}" if takers else f"it takes {', '.join(known) or 'none'}"
+        raise UserError(f"the sampler {name} has no option {option}: {hint}")
     sampler: Sampler = SAMPLERS[name](**options)
     return sampler

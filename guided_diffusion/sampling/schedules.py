@@ -65,29 +65,18 @@ def _cosine(steps: int) -> Array:
 def _sigmoid(steps: int) -> Array:
     """Jabri et al. 2022, with start -3, end 3 and tau 1."""
 
-    def sigmoid(time: float) -> float:
-        return 1 / (1 + math.exp(3 - 6 * time))
-
-    return betas_for_alpha_bar(steps, lambda time: (sigmoid(1) - sigmoid(time)) / (sigmoid(1) - sigmoid(0)))
+    start, end = 1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3))
+    return betas_for_alpha_bar(steps, lambda time: (end - 1 / (1 + math.exp(3 - 6 * time))) / (end - start))
 
 
-SCHEDULES: dict[str, Callable[[int], Array]] = {
-    "linear": _linear,
-    "cosine": _cosine,
-    "sigmoid": _sigmoid,
-    "scaled_linear": _scaled_linear,
-}
+SCHEDULES = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid, "scaled_linear": _scaled_linear}
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> Array:
-    """Betas [T] of a schedule in `SCHEDULES`.
-
-    :raises ValueError: for another name.
-    """
+    """Betas [T] of a schedule in `SCHEDULES`."""
     if schedule_name not in SCHEDULES:
-        *names, last = SCHEDULES
-        known = f"{', '.join(names)} or {last}{nearest(schedule_name, SCHEDULES)}"
-        raise UserError(f"noise_schedule {schedule_name!r} is unknown: use {known}")
+        hint = nearest(schedule_name, SCHEDULES)
+        raise UserError(f"noise_schedule {schedule_name!r} is unknown: use one of {', '.join(SCHEDULES)}{hint}")
     return SCHEDULES[schedule_name](num_diffusion_timesteps)
 
 

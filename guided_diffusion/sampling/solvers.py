@@ -17,6 +17,7 @@ to the image, where h is infinite, along D or eps alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch as th
 from torch import Tensor
 
+from ..runtime.errors import UserError
 from .steps import (
     Draw,
     Level,
@@ -31,12 +33,9 @@ from .steps import (
     Sampler,
     State,
     Step,
-    StepOutput,
     mix,
     polynomial_weights,
     predict_at,
-    refuse_negative,
-    refuse_order,
     where_noisy,
 )
 
@@ -107,46 +106,51 @@ def remember(values: Sequence[Tensor], lams: Sequence[Tensor]) -> tuple[Tensor, 
     return tuple(part for pair in zip(values, lams, strict=True) for part in pair)
 
 
+class Solver(Sampler):
+    """A sampler with numbers from 0 on as options, among them an `order` of 1 to `orders`."""
+
+    grid: ClassVar[str] = "logsnr"
+    orders: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "order" and value not in range(1, self.orders + 1):
+                known = ", ".join(map(str, range(1, self.orders)))
+                raise UserError(f"order {value} of {type(self).__name__} is unknown: use {known} or {self.orders}")
+            if not 0 <= value < math.inf and value != getattr(type(self), name):
+                raise UserError(f"{name} {value} is not a number from 0 on")
+
+
 # ---- DPM-Solver++
 
 
-def data_multistep(
-    process: Process, prediction: Prediction, x: Tensor, t: Tensor, state: State, **options: Any
-) -> Step:
-    """A step along the last `points` predictions of x_0.
-
-    :param options: `points`, and those of `data_step`.
-    """
-    now, end = process.at(t, x), process.at(t - 1, x)
-    values, lams = recall(state, prediction.pred_xstart, now.lam, options.pop("points"))
-    sample = data_step(now, end, x, values, lams, **options)
-    return prediction.output(sample), remember(values, lams)
-
-
 @dataclass(frozen=True)
-class DPMSolverPP2M(Sampler):
-    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2). Of order 2."""
+class DPMSolverPP2M(Solver):
+    """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2): along the last predictions of x_0. Of order 2."""
 
-    grid: ClassVar[str] = "logsnr"
+    points: ClassVar[int] = 2  # predictions that a step goes by
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
-        prediction = predict(x, t).guided("score")
-        return data_multistep(process, prediction, x, t, state, points=2, halved=True)
+        return self._along(process, predict(x, t).guided("score"), x, t, state)
+
+    def _along(
+        self, process: Process, prediction: Prediction, x: Tensor, t: Tensor, state: State, **noise: Any
+    ) -> Step:
+        now, end = process.at(t, x), process.at(t - 1, x)
+        values, lams = recall(state, prediction.pred_xstart, now.lam, self.points)
+        sample = data_step(now, end, x, values, lams, halved=self.points == 2, **noise)
+        return prediction.output(sample), remember(values, lams)
 
 
 @dataclass(frozen=True)
-class DPMSolverPP2MSDE(Sampler):
+class DPMSolverPP2MSDE(DPMSolverPP2M):
     """SDE-DPM-Solver++(2M), multistep (Lu et al. 2022b, eq. 18); eta = 0 is DPM-Solver++(2M)."""
 
     eta: float = 1.0
-    grid: ClassVar[str] = "logsnr"
-
-    def __post_init__(self) -> None:
-        refuse_negative(eta=self.eta)
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
-        return data_multistep(process, prediction, x, t, state, points=2, halved=True, eta=self.eta, noise=draw())
+        return self._along(process, prediction, x, t, state, eta=self.eta, noise=draw())
 
 
 @dataclass(frozen=True)
@@ -156,56 +160,43 @@ class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
     The published code halves the second difference and so falls back to order 2; here the parabola is exact.
     """
 
-    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
-        prediction = predict(x, t).guided("score")
-        return data_multistep(process, prediction, x, t, state, points=3, eta=self.eta, noise=draw())
+    points: ClassVar[int] = 3
 
 
 # ---- singlestep: by way of the middle of the step, or of its thirds
 
 
-def through_middle(
-    process: Process, predict: Predict, x: Tensor, t: Tensor, advance: Callable[..., Tensor], what: str
-) -> StepOutput:
-    """A step along the prediction in its middle, of `what` ("pred_xstart" or "eps") that `advance` goes by."""
-    prediction = predict(x, t).guided("score")
-    now, end = process.at(t, x), process.at(t - 1, x)
-    middle = Level.at_lam((now.lam + end.lam) / 2)
-    x_middle = advance(now, middle, x, [getattr(prediction, what)], [now.lam])
-    value = getattr(predict_at(process, predict, x_middle, middle), what)
-    sample = advance(now, end, x, [value], [now.lam]).where(where_noisy(t, x), prediction.pred_xstart)
-    return prediction.output(sample)
-
-
 @dataclass(frozen=True)
-class DPMSolverPP2S(Sampler):
-    """DPM-Solver++(2S), singlestep (Lu et al. 2022b, algorithm 1). Of order 2."""
+class DPMSolverPP2S(Solver):
+    """DPM-Solver++(2S), singlestep: along the x_0 in the middle (Lu et al. 2022b, algorithm 1). Of order 2."""
 
-    grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 2
     needs_signal: ClassVar[bool] = True
+    target: ClassVar[str] = "pred_xstart"  # what is integrated, and the step along it
+    advance: ClassVar[Callable[..., Tensor]] = staticmethod(data_step)
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
-        return through_middle(process, predict, x, t, data_step, "pred_xstart"), None
+        prediction = predict(x, t).guided("score")
+        now, end = process.at(t, x), process.at(t - 1, x)
+        middle = Level.at_lam((now.lam + end.lam) / 2)
+        x_middle = self.advance(now, middle, x, [getattr(prediction, self.target)], [now.lam])
+        value = getattr(predict_at(process, predict, x_middle, middle), self.target)
+        sample = self.advance(now, end, x, [value], [now.lam]).where(where_noisy(t, x), prediction.pred_xstart)
+        return prediction.output(sample), None
 
 
 @dataclass(frozen=True)
-class DPMSolver2(Sampler):
-    """DPM-Solver-2, singlestep (Lu et al. 2022a, algorithm 1). Of order 2."""
+class DPMSolver2(DPMSolverPP2S):
+    """DPM-Solver-2, singlestep: along the eps in the middle (Lu et al. 2022a, algorithm 1). Of order 2."""
 
-    grid: ClassVar[str] = "logsnr"
-    stages: ClassVar[int] = 2
-    needs_signal: ClassVar[bool] = True
-
-    def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
-        return through_middle(process, predict, x, t, noise_step, "eps"), None
+    target: ClassVar[str] = "eps"
+    advance: ClassVar[Callable[..., Tensor]] = staticmethod(noise_step)
 
 
 @dataclass(frozen=True)
-class DPMSolver3(Sampler):
+class DPMSolver3(Solver):
     """DPM-Solver-3, singlestep (Lu et al. 2022a, algorithm 2, with r1 = 1/3 and r2 = 2/3). Of order 3."""
 
-    grid: ClassVar[str] = "logsnr"
     stages: ClassVar[int] = 3
     needs_signal: ClassVar[bool] = True
 
@@ -225,7 +216,7 @@ class DPMSolver3(Sampler):
 
 
 @dataclass(frozen=True)
-class DEIS(Sampler):
+class DEIS(Solver):
     """DEIS, multistep: the polynomial through the last `order` eps, integrated exactly (Zhang & Chen 2022, eq. 15).
 
     The polynomial is in lambda = -log rho, where their tAB-DEIS has it in t. The first steps have fewer predictions to
@@ -233,11 +224,8 @@ class DEIS(Sampler):
     """
 
     order: int = 3
-    grid: ClassVar[str] = "logsnr"
     needs_signal: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        refuse_order("deis", self.order, 4)
+    orders: ClassVar[int] = 4
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -272,17 +260,14 @@ def predict_and_correct(
 
 
 @dataclass(frozen=True)
-class UniPC(Sampler):
+class UniPC(Solver):
     """UniPC with B(h) = e^h - 1: predicts a step, corrects it by the next prediction (Zhao et al. 2023, alg. 1 and 2).
 
     A correction costs no call of the network. Of order 2 for `order` 1, else 3.
     """
 
     order: int = 2
-    grid: ClassVar[str] = "logsnr"
-
-    def __post_init__(self) -> None:
-        refuse_order("unipc", self.order, 3)
+    orders: ClassVar[int] = 3
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")
@@ -290,7 +275,7 @@ class UniPC(Sampler):
 
 
 @dataclass(frozen=True)
-class SASolver(Sampler):
+class SASolver(Solver):
     """SA-Solver, stochastic Adams: a step and its correction have the same noise (Xue et al. 2023, algorithm 1).
 
     With eta = 0 of order 2 for `order` 1, else 3.
@@ -300,11 +285,7 @@ class SASolver(Sampler):
 
     order: int = 2
     eta: float = 1.0
-    grid: ClassVar[str] = "logsnr"
-
-    def __post_init__(self) -> None:
-        refuse_order("sa", self.order, 3)
-        refuse_negative(eta=self.eta)
+    orders: ClassVar[int] = 3
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction = predict(x, t).guided("score")

@@ -7,7 +7,6 @@ training.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, NotRequired, TypedDict
@@ -15,8 +14,6 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, NotRequired, TypedDict
 import torch as th
 import torch.nn.functional as F
 from torch import Tensor
-
-from ..runtime.errors import UserError
 
 if TYPE_CHECKING:
     from ..diffusion.methods import SamplingMethods as Process
@@ -145,17 +142,3 @@ def predict_at(process: Process, predict: Predict, x: Tensor, level: Level) -> P
     """The prediction, guided by the score, at a noise level between those of the process."""
     tau = process.tau(level.log_alpha_bar).flatten()
     return predict(x, tau.to(x.dtype if x.dtype == th.float64 else th.float32)).guided("score")
-
-
-def refuse_negative(**options: float) -> None:
-    """:raises ValueError: naming the first option that is no number from 0 on."""
-    for name, value in options.items():
-        if not 0 <= value < math.inf:
-            raise UserError(f"{name} {value} is not a number from 0 on")
-
-
-def refuse_order(sampler: str, order: int, most: int) -> None:
-    """:raises ValueError: for an order that the sampler does not have."""
-    if order not in range(1, most + 1):
-        known = ", ".join(map(str, range(1, most)))
-        raise UserError(f"{sampler} order {order} is unknown: use {known} or {most}")

@@ -141,7 +141,7 @@ def test_an_image_is_inverted_as_it_is_alone():
 )
 def test_what_makes_no_sense_on_the_way_to_noise_is_refused(options):
     process = make_process(respacing="10")
-    with pytest.raises(ValueError, match=r"give init_image, and no mask or noise|strength"):
+    with pytest.raises(ValueError, match=r"needs init_image, and no mask or noise|strength"):
         invert(process, GaussianData(process), IMAGES, **options, **EXACT)
 
 

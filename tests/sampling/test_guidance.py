@@ -463,7 +463,7 @@ def guides(scale):
         "loss": lambda: loss_guidance(lambda x: x.square(), scale)(leaf, t, out),
         "clip": lambda: clip_guidance(encoder, th.ones(48), scale=scale)(leaf, t, out),
         "noisy clip": lambda: clip_guidance(encoder, th.ones(48), mode="noisy", scale=scale)(x, t),
-        "classifier-free": lambda: classifier_free(network, scale, null_class=3)(x, t, y=y),
+        "classifier-free": lambda: classifier_free(network, scale, null_label=3)(x, t, y=y),
         "autoguidance": lambda: autoguidance(network, weaker, scale)(x, t, y=y),
         "interval": lambda: interval(autoguidance(network, weaker, scale), 0, 9)(x, t, y=y),
     }
@@ -671,7 +671,7 @@ def test_variances_are_those_with_the_label():
 
     plain = process.p_mean_variance(learned, x, t, model_kwargs={"y": LABELS})
     small = weaker.eps  # a network with a fixed variance is a weaker one, too
-    networks = [classifier_free(learned, 3.0, null_class=3), classifier_free(learned, 3.0, null_class=3, rescale=1.0)]
+    networks = [classifier_free(learned, 3.0, null_label=3), classifier_free(learned, 3.0, null_label=3, rescale=1.0)]
     for network in (*networks, autoguidance(learned, small, 3.0), autoguidance(learned, learned, 3.0)):
         out = process.p_mean_variance(network, x, t, model_kwargs={"y": LABELS})
         assert th.equal(out["log_variance"], plain["log_variance"])
@@ -702,7 +702,7 @@ def test_rescaling_brings_the_deviation_back(rescale):
 def test_an_even_image_has_no_contrast_to_take_back(shape):
     x, t = noise_like(shape), th.tensor([500, 100])
     network = lambda x, timesteps, y: 0 * x + 0.1 * y.view(-1, 1, 1, 1)  # noqa: E731
-    outs = [classifier_free(network, 6.0, null_class=3, rescale=rescale)(x, t, y=LABELS) for rescale in (0.0, 0.7)]
+    outs = [classifier_free(network, 6.0, null_label=3, rescale=rescale)(x, t, y=LABELS) for rescale in (0.0, 0.7)]
     assert th.equal(*outs)
 
 
@@ -726,7 +726,7 @@ REFUSED = {
     "a network": (lambda: classifier_free(lambda x, t, y: x, 2.0), "trained without labels too: train with class_drop"),
     "no null class": (lambda: classifier_free(unlabelled(), 2.0), "trained without labels too"),
     **{
-        f"rescale {value}": (lambda v=value: classifier_free(unlabelled(), 2.0, null_class=1, rescale=v), "in 0 .. 1")
+        f"rescale {value}": (lambda v=value: classifier_free(unlabelled(), 2.0, null_label=1, rescale=v), "in 0 .. 1")
         for value in (-0.1, 1.1, math.nan)
     },
     **{
@@ -751,7 +751,7 @@ def test_arguments_without_sense_are_refused(case):
 
 def test_a_network_without_a_null_class_takes_one_that_is_given():
     model = unlabelled()
-    classifier_free(model, 2.0, null_class=1)(noise_like(), T, y=LABELS)
+    classifier_free(model, 2.0, null_label=1)(noise_like(), T, y=LABELS)
     assert model.others[-1]["y"].tolist() == [2, 0, 1, 1]
 
 
@@ -801,7 +801,7 @@ def test_a_scale_that_is_a_number_is_not_asked_of_the_device(scale):
         return x.flatten(1)[:, :3]
 
     process = make_process(respacing="10", mean="START_X")
-    networks = classifier_free(network, scale, null_class=3, rescale=0.5), autoguidance(network, network, scale)
+    networks = classifier_free(network, scale, null_label=3, rescale=0.5), autoguidance(network, network, scale)
     guides = classifier_guidance(classifier, scale), loss_guidance(lambda x: x.flatten(1).sum(1), scale)
     for model, guide in product(networks, guides):
         predict = process.predictor(model, cond_fn=guide, model_kwargs={"y": LABELS})
@@ -1041,7 +1041,7 @@ def test_dps_leaves_alone_what_is_explained():
     predict = process.predictor(data, clip_denoised=False, cond_fn=dps(lambda xstart: 0 * xstart))
     out = predict(noise_like(), th.tensor([3, 3])).guided("mean")
     assert th.equal(
-        out.mean, process.p_mean_variance(data, noise_like(), th.tensor([3, 3]), clip_denoised=False)["mean"]
+        out.out["mean"], process.p_mean_variance(data, noise_like(), th.tensor([3, 3]), clip_denoised=False)["mean"]
     )
 
 

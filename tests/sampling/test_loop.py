@@ -573,7 +573,7 @@ def test_an_option_that_there_is_not_is_refused(name):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"init_image": IMAGE, "strength": 1.5}, "strength 1.5 is not in 0 .. 1: 1 starts from noise"),
+        ({"init_image": IMAGE, "strength": 1.5}, "strength 1.5 is not in 0 .. 1: 0 returns the image"),
         ({"init_image": IMAGE, "strength": -0.1}, "strength -0.1 is not in 0 .. 1"),
         ({"init_image": IMAGE, "strength": math.nan}, "strength nan is not in 0 .. 1"),
         ({"init_image": IMAGE, "strength": 0.5, "skip_timesteps": 2}, "strength and skip_timesteps both say where"),
@@ -587,11 +587,11 @@ def test_an_option_that_there_is_not_is_refused(name):
         ({"init_image": IMAGE[..., :2], "mask": LEFT}, r"init_image of shape \(2, 3, 4, 2\) does not fit the samples"),
         ({"init_image": IMAGE, "resample": 2}, "resample 2 has no effect without a mask: leave it out"),
         ({"init_image": IMAGE, "jump": 3}, "jump 3 has no effect without a mask: leave it out"),
-        ({"clip_guided": True}, "clip_guided has no effect where no prediction is clipped: give clip_denoised or"),
+        ({"clip_guided": True}, "clip_guided has no effect without clip_denoised or denoised_fn"),
         ({"init_image": IMAGE, "mask": LEFT, "resample": 0}, "resample 0 and jump 10 must be 1 or more"),
         ({"init_image": IMAGE, "mask": LEFT, "resample": 2, "jump": 0}, "resample 2 and jump 0 must be 1 or more"),
         ({"start": IMAGE, "noise": IMAGE}, "start and noise both say where x is at the first step"),
-        ({"start": IMAGE, "init_image": IMAGE}, "init_image has no effect beside start, where x is at first"),
+        ({"start": IMAGE, "init_image": IMAGE}, "init_image has no effect beside start: leave one of"),
         ({"start": IMAGE[..., :2]}, r"start of shape \(2, 3, 4, 2\) does not fit the samples, \(2, 3, 4, 4\)"),
         ({"start": IMAGE, "mask": LEFT}, "mask has no effect without an init_image"),
         ({"generator": generators(1, 2, 3)}, "3 generators for 2 images: give one, or one per image"),
@@ -613,9 +613,7 @@ def test_options_that_cannot_take_effect_are_refused(options, sentence):
 )
 def test_the_way_to_noise_needs_an_image_and_nothing_else(options):
     process = make_process(respacing="6")
-    with pytest.raises(
-        ValueError, match="ddim_reverse goes from an image to noise: give init_image, and no mask or noise"
-    ):
+    with pytest.raises(ValueError, match="ddim_reverse needs init_image, and no mask or noise"):
         process.sample_loop(DDIMReverse(), GaussianData(process), SHAPE, device="cpu", **options)
 
 

@@ -639,7 +639,7 @@ def test_make_sampler_names_what_is_allowed():
     with pytest.raises(ValueError, match="no option eta: it is an option of ddim"):
         make_sampler("ddpm", eta=0.5)
     for name, most in (("plms", 4), ("deis", 4), ("lms", 4), ("unipc", 3), ("sa", 3)):
-        with pytest.raises(ValueError, match=f"{name} order 5 is unknown: use 1, 2.* or {most}"):
+        with pytest.raises(ValueError, match=f"order 5 of .* is unknown: use 1, 2.* or {most}"):
             make_sampler(name, order=5)
     for name, option in (("ddim", "eta"), ("dpm++2m_sde", "eta"), ("sa", "eta"), ("heun", "churn")):
         with pytest.raises(ValueError, match=f"{option} -0.5 is not a number from 0 on"):
