@@ -25,11 +25,11 @@ from ..runtime.log_writers import CSVOutputFormat
 from ..runtime.pictures import levels
 from ..sample_util import Model, sampled
 from .evaluator import Report, Side, evaluate, prepare
-from .feature_sets import FIELDS
 from .features import Extractor
 from .images import ImageSet, Pixels, open_images, to_rgb
 from .plots import base, best, draw_progress, require
-from .scores import METRICS, WORDS, Options, rehearse
+from .references import FIELDS
+from .scores import METRICS, WORDS, Options, needs_of, rehearse
 
 REFERENCE_IMAGES = 10_000  # of those trained on; more if more samples are compared with them
 TABLE, PICTURE = "evaluation.csv", "evaluation.png"
@@ -108,9 +108,8 @@ class Evaluation:
         else:
             count = min(len(stream.dataset), max(REFERENCE_IMAGES, config.eval_samples))
             images = TrainingImages(stream.dataset, count)
-        needs = {field for metric in self._metrics for field in metric.needs}
         options: dict[str, Any] = {"batch_size": self._batch_size, "cache": bool(config.eval_reference)}
-        side = prepare(images, self._extractor, needs=needs, progress=True, **options)
+        side = prepare(images, self._extractor, needs=needs_of(self._metrics), progress=True, **options)
         for line in side.notes:
             logger.log(f"evaluation: {line}")
         dist_util.decide(lambda: self._check_reference(side))
