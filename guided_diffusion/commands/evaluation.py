@@ -12,7 +12,6 @@ import torch as th
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, ExtractorConfig, RunConfig, TrainEvaluationConfig, UNetConfig
-from ..image_datasets import ImageStream
 from ..runtime.errors import UserError
 from ..runtime.jobs import Job
 from ..runtime.seeds import seeded
@@ -27,6 +26,7 @@ from .sections import PlaceConfig
 if TYPE_CHECKING:
     from ..evaluation.features import Extractor
     from ..evaluation.training import Evaluation
+    from ..image_datasets import ImageStream
 
 
 def start(flags: Flags) -> None:

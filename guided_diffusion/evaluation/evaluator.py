@@ -14,9 +14,9 @@ import numpy as np
 from .. import dist_util
 from ..runtime.errors import UserError
 from .features import Extractor
-from .images import ImageSet, Opened, open_images, request_of
+from .images import ImageSet, Opened, open_images, read_statistics, request_of
 from .metrics import Statistics
-from .references import FIELDS, feature_set, read_statistics
+from .references import FIELDS, feature_set
 from .scores import DEFAULT_METRICS, METRICS, WORDS, FeatureSet, Metric, Options, needs_of
 
 FEW = 2048  # images; a warning is given for fewer, whatever the network

@@ -38,12 +38,13 @@ from ..runtime.files import parse_json, printable, read_file
 from ..runtime.npz import Npz, read_npz
 from ..runtime.options import Size, parse_size
 from ..runtime.pictures import levels
+from .metrics import Statistics
+from .scores import RECORD, STATISTICS
 
 Pixels = NDArray[np.uint8]
 
-# arrays of a reference beside its images: means and covariances of features
-STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-RECORD = "record"  # the array that says what the statistics are of
+LARGEST_D = 2**14  # features that a stored covariance may have
+RECORDED = {"extractor": str, "identity": str, "n": int}  # in the record of a reference
 PIECE = 2**22  # bytes of an array that are read at a time
 # (kinds of type, low, high, scale, how) by which numbers in a range become 0 .. 255, before fractions are cut off
 CONVERSIONS: tuple[tuple[str, int, int, Callable[[NDArray[Any]], NDArray[Any]], str], ...] = (
@@ -331,3 +332,40 @@ def request_of(path: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return request if isinstance(request, dict) else {}
+
+
+# ---- statistics beside the images
+
+
+def read_statistics(images: ImageSet) -> tuple[dict[str, Statistics], dict[str, Any]]:
+    """The stored statistics of "pool" and "spatial" features, and the record of what they are of, or {}."""
+    if not isinstance(images, ArrayImages):
+        return {}, {}
+    with Npz(images.file) as archive:
+        record = _read_record(archive) if RECORD in archive else {}
+        pairs = {kind: pair for kind, pair in STATISTICS.items() if all(name in archive for name in pair)}
+        return {kind: _read_pair(archive, *pair, record.get("n", 0)) for kind, pair in pairs.items()}, record
+
+
+def _read_pair(archive: Npz, mu: str, sigma: str, n: int) -> Statistics:
+    shapes = archive.header(mu).shape, archive.header(sigma).shape
+    if shapes == (shapes[0][:1], shapes[0] * 2) and 0 < shapes[0][0] <= LARGEST_D:
+        mean, cov = (archive.whole(name).astype(np.float64) for name in (mu, sigma))
+        if np.isfinite(mean).all() and np.isfinite(cov).all():
+            return Statistics(n, mean, cov)
+    raise UserError(
+        f"{archive.path}: {mu} {shapes[0]} and {sigma} {shapes[1]} are no mean and covariance of finite numbers: make "
+        "the file again"
+    )
+
+
+def _read_record(archive: Npz) -> dict[str, Any]:
+    try:
+        record = parse_json(archive.whole(RECORD).tobytes())
+        if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in RECORDED.items()):
+            raise UserError(f"it does not name {', '.join(RECORDED)}")
+    except ValueError as error:
+        raise UserError(
+            f"{archive.path}: {RECORD} does not say what the statistics are of ({error}): make the file again"
+        ) from error
+    return record

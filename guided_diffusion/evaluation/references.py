@@ -14,27 +14,27 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import dist_util, logger
 from ..runtime.errors import UserError
-from ..runtime.files import parse_json, reason
+from ..runtime.files import reason
 from ..runtime.npz import Npz, Rows, write_arrays
 from ..runtime.options import Size, parse_size
 from ..runtime.paths import cache_folder
 from .features import Extractor, Features
-from .images import RECORD, STATISTICS, ArrayImages, ImageSet, Opened, open_images
 from .metrics import RunningStatistics, Statistics
-from .scores import FeatureSet
+from .scores import RECORD, STATISTICS, FeatureSet
+
+if TYPE_CHECKING:
+    from .images import ImageSet
 
 # the fields of a FeatureSet, and the field of Features that each is made of
 FIELDS = {"pool": "pool", "pool_statistics": "pool", "spatial_statistics": "spatial", "probs": "probs"}
 FORMAT = 2  # of the files that are kept: those of another number are not found
-LARGEST_D = 2**14  # features that a stored covariance may have
-RECORDED = {"extractor": str, "identity": str, "n": int}
 
 
 # ---- computing
@@ -76,12 +76,9 @@ def _collect(
     with logger.progress_bar(shown=progress and first, total=images.count, desc=name, unit="image") as bar:
         for features in _in_order(images, extractor, batch_size):
             _check_finite(features, done, images, extractor)
-            for field in needs if first else ():
-                values = getattr(features, FIELDS[field])
-                if values is not None and field.endswith("_statistics"):
-                    running[field].add(values)
-                elif values is not None:
-                    rows[field].append(values)
+            given = {field: getattr(features, FIELDS[field]) for field in (needs if first else ())}
+            for field in (field for field, values in given.items() if values is not None):
+                (running[field].add if field.endswith("_statistics") else rows[field].append)(given[field])
             done += len(features.pool)
             bar.update(len(features.pool))
     results: dict[str, Any] = {field: statistics.result() for field, statistics in running.items()}
@@ -157,7 +154,7 @@ def _kept(images: ImageSet, extractor: Extractor, needs: Collection[str]) -> dic
 
 
 def write_reference(
-    images: Opened,
+    images: ImageSet,
     out: str,
     extractor: Extractor | None,
     *,
@@ -167,12 +164,11 @@ def write_reference(
 ) -> list[str]:
     """Write mu [D], sigma [D, D], mu_s [S], sigma_s [S, S] of all images, and arr_0 [n, H, W, 3] of some; collective.
 
-    :param images: a path, or images that have been opened with the same `size`.
+    :param images: opened with the same `size`.
     :param extractor: None for no statistics.
     :param num_samples: images to keep, evenly over all; 0 for all of them.
     :return: sentences that say what was written.
     """
-    images = open_images(images, size)
     if not images.count:
         raise UserError(f"{images.path} holds statistics and no images: a reference is made of images")
     images.share_scan()
@@ -215,37 +211,3 @@ def _whole(array: NDArray[Any]) -> Rows:
 def record_bytes(record: Mapping[str, Any]) -> NDArray[np.uint8]:
     """A record as the array that is stored."""
     return np.frombuffer(json.dumps(dict(record)).encode(), np.uint8)
-
-
-def read_statistics(images: ImageSet) -> tuple[dict[str, Statistics], dict[str, Any]]:
-    """The stored statistics of "pool" and "spatial" features, and the record of what they are of, or {}."""
-    if not isinstance(images, ArrayImages):
-        return {}, {}
-    with Npz(images.file) as archive:
-        record = _read_record(archive) if RECORD in archive else {}
-        pairs = {kind: pair for kind, pair in STATISTICS.items() if all(name in archive for name in pair)}
-        return {kind: _read_pair(archive, *pair, record.get("n", 0)) for kind, pair in pairs.items()}, record
-
-
-def _read_pair(archive: Npz, mu: str, sigma: str, n: int) -> Statistics:
-    shapes = archive.header(mu).shape, archive.header(sigma).shape
-    if shapes == (shapes[0][:1], shapes[0] * 2) and 0 < shapes[0][0] <= LARGEST_D:
-        mean, cov = (archive.whole(name).astype(np.float64) for name in (mu, sigma))
-        if np.isfinite(mean).all() and np.isfinite(cov).all():
-            return Statistics(n, mean, cov)
-    raise UserError(
-        f"{archive.path}: {mu} {shapes[0]} and {sigma} {shapes[1]} are no mean and covariance of finite numbers: make "
-        "the file again"
-    )
-
-
-def _read_record(archive: Npz) -> dict[str, Any]:
-    try:
-        record = parse_json(archive.whole(RECORD).tobytes())
-        if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in RECORDED.items()):
-            raise UserError(f"it does not name {', '.join(RECORDED)}")
-    except ValueError as error:
-        raise UserError(
-            f"{archive.path}: {RECORD} does not say what the statistics are of ({error}): make the file again"
-        ) from error
-    return record

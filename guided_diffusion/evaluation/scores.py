@@ -51,6 +51,9 @@ class FeatureSet:
     kept: tuple[str, ...] = ()
 
 
+# arrays of a reference beside its images: means and covariances of features
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+RECORD = "record"  # the array that says what the statistics are of, bytes of JSON
 WORDS = {
     "pool": "features of single images",
     "pool_statistics": "mean and covariance of features",

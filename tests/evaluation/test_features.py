@@ -173,7 +173,7 @@ def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
     folder = save_run(tmp_path / "unet", config, build_unet(config, learn_sigma=False))
     told = sentence_of(extractor_named, f"classifier:{folder}")
     assert "--features classifier" in told
-    assert "is no classifier of grey or RGB images" in told
+    assert "is a diffusion model: give the checkpoint of a classifier there" in told
     assert "does not exist" in sentence_of(extractor_named, f"classifier:{tmp_path}/nowhere")
     (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04")
     assert "cannot be read as a checkpoint" in sentence_of(extractor_named, f"classifier:{tmp_path}/torn.pt")
@@ -379,7 +379,7 @@ def test_kinds_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path))
     for kind, message in (
         ("incepton", "did you mean inception?"),
-        ("xyz:file", "give inception, or classifier, dinov2, clip and :PATH"),
+        ("xyz:file", "give inception, or dinov2, clip, classifier and :PATH"),
         ("clip", "--features clip needs a path: write clip:PATH"),
         ("inception:file", "'file' does not exist"),
         ("inception", "scripts/download.py inception"),
