@@ -154,5 +154,5 @@ def _trade_off(axis: Axes, look: Mapping[str, Any], points: Sequence[Row], acros
     """One metric over another; the scale is written at both ends of the line."""
     axis.plot([row[across] for row in points], [row[up] for row in points], **look)
     for row in points[:: max(len(points) - 1, 1)]:
-        where = {"xytext": (6, 6), "textcoords": "offset points"}
+        where: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points"}
         axis.annotate(f"{float(row['scale']):g}", (row[across], row[up]), color=look["color"], **where)

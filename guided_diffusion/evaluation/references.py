@@ -194,7 +194,7 @@ def write_reference(
 def _statistics_of(images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Rows]:
     needs = ("pool_statistics", "spatial_statistics")
     features = feature_set(images, extractor, needs=needs, batch_size=batch_size, cache=False, progress=True)
-    arrays = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for kind, (mu, sigma) in STATISTICS.items():
         statistics = getattr(features, f"{kind}_statistics")
         if statistics is not None:
