@@ -25,8 +25,8 @@ import torch as th
 
 from benching import Bench
 from guided_diffusion.commands import flags, sampling
+from guided_diffusion.commands.evaluation import extractor_named
 from guided_diffusion.evaluation.evaluator import evaluate, prepare
-from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
 from ours import silent
 
@@ -77,7 +77,7 @@ class Judge:
     @classmethod
     def of(cls, classifier: str, data_dir: str, side: int, device: th.device) -> Judge:
         """The classifier of a run, and images made as large as the samples."""
-        extractor = make_extractor(f"classifier:{classifier}", device=device)
+        extractor = extractor_named(f"classifier:{classifier}")
         with silent():
             images = open_images(data_dir, None if data_dir.endswith(".npz") else side)
             real = prepare(images, extractor, needs=("pool_statistics",), cache=False)

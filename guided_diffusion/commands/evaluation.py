@@ -11,22 +11,22 @@ import numpy as np
 import torch as th
 
 from .. import dist_util, logger
-from ..config import DiffusionConfig, ExtractorConfig, RunConfig, TrainEvaluationConfig, UNetConfig
-from ..image_datasets import ImageStream
+from ..config import ClassifierConfig, DiffusionConfig, ExtractorConfig, RunConfig, TrainEvaluationConfig, UNetConfig
 from ..runtime.errors import UserError
 from ..runtime.jobs import Job
 from ..runtime.seeds import seeded
 from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion
-from ..training import checkpoints
-from .common import image_shape, log_to_screen
+from ..training.checkpoints import step_of
+from .common import image_shape, log_to_screen, restore
 from .flags import Flags
 from .sections import PlaceConfig
 
 if TYPE_CHECKING:
     from ..evaluation.features import Extractor
     from ..evaluation.training import Evaluation
+    from ..image_datasets import ImageStream
 
 
 def start(flags: Flags) -> None:
@@ -41,11 +41,30 @@ def start(flags: Flags) -> None:
 
 def extractor_of(flags: Flags) -> Extractor:
     """The network that computes the features."""
-    from ..evaluation.features import make_extractor
+    config = flags.part(ExtractorConfig)
+    return extractor_named(config.features, weights=config.inception_weights, precision=config.eval_precision)
 
-    config, device = flags.part(ExtractorConfig), dist_util.dev()
-    weights, precision = config.inception_weights, config.eval_precision
-    return make_extractor(config.features, weights=weights, device=device, precision=precision)
+
+def extractor_named(features: str, *, weights: str = "", precision: str = "fp32") -> Extractor:
+    """The network of the flags --features, --inception_weights and --eval_precision, on the device of this rank."""
+    from ..evaluation.features import EXTRACTORS, make_extractor
+
+    makers = {**EXTRACTORS, "classifier": _classifier}
+    return make_extractor(features, weights=weights, device=dist_util.dev(), precision=precision, makers=makers)
+
+
+def _classifier(path: str, device: th.device, precision: str) -> Extractor:
+    """A classifier of this project, by the flags that are saved with it."""
+    from ..evaluation.features import classifier_extractor
+
+    given = {"classifier_path": path, "classifier_precision": precision, "classifier_use_fp16": False}
+    try:
+        restored = restore(Flags("classifier_sample", given), "classifier_path")
+    except ValueError as error:
+        fault = str(error).replace("--classifier_path ", "")
+        raise UserError(f"--features classifier:{path} cannot be used: {fault}") from error
+    facts = {name.replace("classifier_path", "features classifier"): x for name, x in restored.identity.items()}
+    return classifier_extractor(restored.network, restored.flags.part(ClassifierConfig), path, device, facts)
 
 
 def check_writable(path: str) -> None:
@@ -71,7 +90,7 @@ def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
     job = evaluation_job(flags, sampler, stream)
     with seeded(flags.part(RunConfig).seed, 0, dist_util.dev()):  # weights are drawn at random before they are read
         extractor = extractor_of(flags)
-    done = checkpoints.step_of(flags.values["resume_checkpoint"]) or 0
+    done = step_of(flags.values["resume_checkpoint"]) or 0
     batch_size = flags.part(ExtractorConfig).eval_batch_size
     return Evaluation(config, extractor, stream, job=job, process=process, done=done, batch_size=batch_size)
 

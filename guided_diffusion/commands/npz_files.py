@@ -49,7 +49,7 @@ def to_png(config: NpzToolConfig) -> str:
             f"{config.source} holds no images of uint8, but of {images.dtype}: save images in [-1, 1] as "
             "((x + 1) * 127.5).clip(0, 255).astype(uint8)"
         )
-    with Npz(images.parts[0]) as archive:
+    with Npz(images.file) as archive:
         if images.labels is None and images.name == "arr_0" and "arr_1" in archive:
             raise UserError(f"{config.source}: arr_1 is no label for each of {images.count} images")
     if images.labels is None and config.classes:

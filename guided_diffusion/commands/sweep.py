@@ -31,7 +31,7 @@ def sweep(flags: Flags) -> None:
     from ..evaluation.evaluator import prepare
     from ..evaluation.images import open_images
     from ..evaluation.plots import require
-    from ..evaluation.scores import METRICS, Options
+    from ..evaluation.scores import METRICS, Options, needs_of
     from ..evaluation.sweep import Measure, run_sweep
     from . import common, sampling
     from .evaluation import extractor_of
@@ -49,7 +49,7 @@ def sweep(flags: Flags) -> None:
     model = common.restore(base)
     classifier = sampling.restore_guide(model) if config.guidance == "classifier" else None
     metrics = config.metrics.split(",")
-    needs = {field for name in metrics for field in METRICS[name].needs}
+    needs = needs_of(METRICS[name] for name in metrics)
     reference = prepare(images, extractor, needs=needs, progress=True, batch_size=batch_size)
     for line in (*reference.notes, *reference.warnings):
         logger.log(line)

@@ -13,12 +13,11 @@ import numpy as np
 
 from .. import dist_util
 from ..runtime.errors import UserError
-from .feature_sets import FIELDS, feature_set
-from .features import Extractor, make_extractor
-from .images import ImageSet, Opened, open_images, request_of
+from .features import Extractor
+from .images import ImageSet, Opened, open_images, read_statistics, request_of
 from .metrics import Statistics
-from .references import read_statistics
-from .scores import DEFAULT_METRICS, METRICS, WORDS, FeatureSet, Metric, Options
+from .references import FIELDS, feature_set
+from .scores import DEFAULT_METRICS, METRICS, WORDS, FeatureSet, Metric, Options, needs_of
 
 FEW = 2048  # images; a warning is given for fewer, whatever the network
 
@@ -61,7 +60,7 @@ class Report:
 def evaluate(
     reference: Opened | Side,
     samples: Opened,
-    extractor: str | Extractor,
+    extractor: Extractor,
     *,
     metrics: str | Sequence[str] = DEFAULT_METRICS,
     options: Options | None = None,
@@ -70,11 +69,10 @@ def evaluate(
     """The scores of samples against a reference; collective, and the same report on every rank.
 
     :param reference: a path, or the result of `prepare` where many samples are compared with one reference.
-    :param extractor: one, or its name as `make_extractor` has it, e.g. "classifier:PATH".
     :param metrics: names of `METRICS`, or one text of them with commas.
     :param making: options of `feature_set`: batch_size, cache, progress.
     """
-    extractor, samples = make_extractor(extractor, device=dist_util.dev()), open_images(samples)
+    samples = open_images(samples)
     names = metrics.split(",") if isinstance(metrics, str) else metrics
     if unknown := [name for name in names if name not in METRICS]:
         raise UserError(f"a metric must be one of {', '.join(METRICS)}, got {unknown[0]!r}")
@@ -83,15 +81,14 @@ def evaluate(
         raise UserError(f"{samples.path} holds statistics and no images, and samples must be images: give the images")
     samples.share_scan()  # errors come before the reference's features, which take their time
     if not isinstance(reference, Side):
-        reference = prepare(reference, extractor, needs={name for metric in chosen for name in metric.needs}, **making)
-    needs = {metric.field for metric in chosen}
-    other = prepare(samples, extractor, needs=needs, stored=False, **making)
+        reference = prepare(reference, extractor, needs=needs_of(chosen), **making)
+    other = prepare(samples, extractor, needs={metric.field for metric in chosen}, stored=False, **making)
     return dist_util.decide(lambda: _report(reference, other, extractor, chosen, options or Options()))
 
 
 def prepare(
     images: Opened,
-    extractor: str | Extractor,
+    extractor: Extractor,
     *,
     needs: Collection[str] = tuple(FIELDS),
     stored: bool = True,
@@ -103,7 +100,7 @@ def prepare(
     :param stored: take mean and covariance from the file if it holds them, as the original does.
     :param making: options of `feature_set`.
     """
-    images, extractor = open_images(images), make_extractor(extractor, device=dist_util.dev())
+    images = open_images(images)
     statistics, record = read_statistics(images)
     held = {f"{kind}_statistics": values for kind, values in statistics.items()}
     used: dict[str, Any] = {name: values for name, values in held.items() if stored and name in needs}
@@ -195,10 +192,11 @@ def _few(side: Side) -> Iterator[str]:
 
 def _sizes(reference: Side, samples: Side) -> Iterator[str]:
     """A warning if the images differ in height, width or channels."""
-    shapes = [reference.images.shape, samples.images.shape]
-    if None not in shapes and shapes[0] != shapes[1]:
-        first, second = ("x".join(map(str, shape or ())) for shape in shapes)
-        yield f"the images of the reference are {first} and those of the samples {second}: scaling enters the scores"
+    first, second = reference.images.shape, samples.images.shape
+    if first and second and first != second:
+        shapes = ["x".join(map(str, shape)) for shape in (first, second)]
+        both = f"the images of the reference are {shapes[0]} and those of the samples {shapes[1]}"
+        yield f"{both}: scaling enters the scores"
 
 
 def _facts(side: Side) -> dict[str, Any]:

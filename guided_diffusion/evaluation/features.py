@@ -1,7 +1,7 @@
 """Networks whose features are compared: Inception, classifiers of this project, DINOv2 and CLIP.
 
-A new kind is a function (path, device, precision) -> `NetworkExtractor` and its entry in `EXTRACTORS`. In Python, any
-callable with the attributes of `Extractor` is one.
+A new kind is a function (path, device, precision) -> `NetworkExtractor` and its entry in `EXTRACTORS`; classifiers are
+read by the commands. In Python, any callable with the attributes of `Extractor` is one.
 
 Shapes: N images, H W pixels, C channels, D features, S spatial features, K classes.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -23,15 +23,12 @@ from PIL import Image
 from .. import logger
 from ..config import ClassifierConfig
 from ..data.crops import center_crop_arr
-from ..networks.architecture import architecture
 from ..runtime import files, paths
 from ..runtime.errors import UserError, nearest
 from ..runtime.npz import fingerprint
-from ..runtime.options import parse_size, saved_values
+from ..runtime.options import parse_size
 from ..runtime.pictures import to_unit
 from ..runtime.seeds import to_device
-from ..script_util import build_classifier
-from ..training.checkpoints import open_checkpoint
 from .weights import find_inception, load_inception
 
 VERSION = 1  # of the preparation of images for the networks; features of other versions are computed again
@@ -124,22 +121,23 @@ def _inception(path: str, device: th.device, precision: str) -> NetworkExtractor
 
 # ---- classifiers of this project
 
-NOT_IN_THE_FEATURES = ("use_checkpoint", "classifier_use_fp16", "classifier_precision")  # flags of a classifier
 # the layer whose input is the feature vector [N, D], the last one in which space is gone, by classifier_pool; spatial
 # and spatial_v2 pool the means over space of all feature maps
 HEADS = {"adaptive": "out.3", "attention": "out.2.c_proj", "spatial": "out.0", "spatial_v2": "out.0"}
 
 
-def _classifier(path: str, device: th.device, precision: str) -> NetworkExtractor:
+def classifier_extractor(
+    network: Any, config: ClassifierConfig, path: str, device: th.device, facts: Mapping[str, Any]
+) -> NetworkExtractor:
     """A classifier of noisy images at t = 0: the input of its head, and its classes.
 
     Images of another size are scaled and cropped as those of its training were.
+
+    :param path: of its run or checkpoint, which gives the name.
+    :param facts: everything that the features depend on, for the identity.
     """
-    config, network = _read_classifier(path, precision)
-    facts = {name: value for name, value in asdict(config).items() if name not in NOT_IN_THE_FEATURES}
-    facts["features classifier weights"] = fingerprint(network.state_dict())
-    facts["features classifier precision"] = precision
-    network.to(device).eval().requires_grad_(False).convert_to(precision)
+    if config.image_channels not in MODES:
+        raise UserError(f"--features classifier:{path} is no classifier of grey or RGB images: give one of these")
     name = _stem(path) if _stem(path).endswith("classifier") else f"{_stem(path)} classifier"
     size, warned = parse_size(config.image_size), False
     head_inputs: list[th.Tensor] = []
@@ -160,25 +158,6 @@ def _classifier(path: str, device: th.device, precision: str) -> NetworkExtracto
         return pooled.flatten(1), None, logits
 
     return NetworkExtractor(name, f"classifier {_digest(sorted(facts.items()))} {VERSION}", run)
-
-
-def _read_classifier(path: str, precision: str) -> tuple[ClassifierConfig, Any]:
-    """A classifier and its flags, which are those saved beside its checkpoints, else read off its weights."""
-    checkpoint = open_checkpoint(path)
-    path, saved = checkpoint.path, checkpoint.flags
-    if not saved:  # images have the default size unless an attention pool tells theirs
-        saved = architecture(checkpoint.weights)
-        saved = architecture(checkpoint.weights, saved.get("image_size", ClassifierConfig().image_size)) | saved
-    if "classifier_width" not in saved or saved.get("dims", 2) != 2 or saved.get("image_channels", 3) not in MODES:
-        raise UserError(f"--features classifier:{path} is no classifier of grey or RGB images: give one of these")
-    config = ClassifierConfig(**{**saved_values(saved, ClassifierConfig), "classifier_precision": precision})
-    with th.device("meta"):  # a config may ask for any size: only what fits the weights takes memory
-        frame = build_classifier(config)
-    state_dict = checkpoint.fitting(frame, asdict(config))
-    network = build_classifier(config)
-    network.load_state_dict(state_dict)
-    logger.log(f"features classifier: {path}")
-    return config, network
 
 
 def fitted(images: Images, size: tuple[int, int], channels: int) -> Images:
@@ -255,29 +234,27 @@ def _from_folder(kind: str, folder: str) -> tuple[Any, Any]:
 
 # ---- by name
 
-
-EXTRACTORS: dict[str, Callable[[str, th.device, str], NetworkExtractor]] = {
-    "inception": _inception,
-    "classifier": _classifier,
-    **{kind: partial(_pretrained, kind) for kind in PRETRAINED},
-}
+Maker = Callable[[str, th.device, str], Extractor]  # (path, device, precision)
+EXTRACTORS: dict[str, Maker] = {"inception": _inception, **{kind: partial(_pretrained, kind) for kind in PRETRAINED}}
 
 
 def make_extractor(
-    kind: str | Extractor, *, weights: str = "", device: th.device | str = "cpu", precision: str = "fp32"
+    kind: str,
+    *,
+    weights: str = "",
+    device: th.device | str = "cpu",
+    precision: str = "fp32",
+    makers: Mapping[str, Maker] = EXTRACTORS,
 ) -> Extractor:
     """The extractor of --features.
 
-    :param kind: "inception", or the name of another entry of `EXTRACTORS` and a path, e.g. "dinov2:dinov2-base"; an
-        extractor is returned as it is.
+    :param kind: "inception", or the name of another of the `makers` and a path, e.g. "dinov2:dinov2-base".
     :param weights: the file of Inception, as `find_inception` has it.
     :param precision: fp32, fp16 or bf16 for the network's convolutions or matrices.
     """
-    if not isinstance(kind, str):
-        return kind
     name, _, path = kind.partition(":")
-    if name not in EXTRACTORS:
-        hint = nearest(name, EXTRACTORS) or f": give inception, or {', '.join(list(EXTRACTORS)[1:])} and :PATH"
+    if name not in makers:
+        hint = nearest(name, makers) or f": give inception, or {', '.join(list(makers)[1:])} and :PATH"
         raise UserError(f"--features {files.quoted(kind)} is unknown{hint}")
     if weights and kind != "inception":
         raise UserError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
@@ -285,4 +262,4 @@ def make_extractor(
         path = find_inception(path or weights)
     elif not path:
         raise UserError(f"--features {name} needs a path: write {name}:PATH")
-    return EXTRACTORS[name](paths.resolve(path), th.device(device), precision)
+    return makers[name](paths.resolve(path), th.device(device), precision)

@@ -7,7 +7,8 @@ dx / dtheta = v = (alpha x - x_0(x)) / sigma with alpha = cos theta, sigma = sin
 
 div v is measured along random directions e (Hutchinson): e . dv/dx e, whose mean is the divergence.
 
-Shapes: images are [N, C, H, W] (or any [N, C, ...]) of D numbers each; theta and volume are [N].
+Shapes: images are [N, C, H, W] (or any [N, C, ...]) of D numbers each; theta is [N], points of the flow are [N, D + 1]:
+the numbers of the images, and the integral of div v so far.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch as th
+import torch.nn.functional as F
 
 from ..config import FlowConfig
 from ..diffusion.methods import Kwargs, Model
@@ -44,15 +45,7 @@ STAGES = (
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 
-class Point(NamedTuple):
-    """Images x on their way and the integral of div v so far [N], or how both change with theta."""
-
-    x: th.Tensor
-    volume: th.Tensor
-
-
-Slope = Callable[[Point, th.Tensor], Point]
-
+Slope = Callable[[th.Tensor, th.Tensor], th.Tensor]  # (points, theta [N]) -> their derivatives by theta
 
 DEFAULTS = FlowConfig()
 
@@ -80,17 +73,19 @@ def calc_flow_bpd(
         raise UserError("one step has no flow between its ends: give --timestep_respacing 2 or more, or none")
     x, data = _dequantized(process, model, x_start, clip_denoised, model_kwargs, options=options, generator=generator)
     probes = _probes(x, options, generator)
-    slope = partial(_slope, process, model, clip_denoised=clip_denoised, kwargs=model_kwargs or {}, probes=probes)
+    slope = partial(
+        _slope, process, model, like=x, clip_denoised=clip_denoised, kwargs=model_kwargs or {}, probes=probes
+    )
     level = process.at(th.arange(process.num_timesteps, device=x.device), x)
     angles = th.atan2(level.sigma, level.alpha).flatten()  # theta of the steps, in float64 where the device has it
-    start = Point(x, th.zeros(len(x), dtype=angles.dtype, device=x.device))
+    start = F.pad(x.flatten(1).to(angles), (0, 1))
     with process.tables_kept({}):
         if options.flow_solver == "heun":
             end, evaluations = _heun(slope, start, angles)
         else:
             end, evaluations = _rk45(slope, start, angles[[0, -1]], options.flow_tolerance)
     size = math.log(2) * x[0].numel()
-    prior, volume = -_log_normal(end.x) / size, -end.volume / size
+    prior, volume = -_log_normal(end[:, :-1]) / size, -end[:, -1] / size
     return {
         "total_bpd": prior + volume + data,
         "prior_bpd": prior,
@@ -152,66 +147,57 @@ def _probes(x: th.Tensor, options: FlowConfig, generator: Generators) -> list[th
 def _slope(
     process: GaussianDiffusion,
     model: Model,
-    point: Point,
+    point: th.Tensor,
     theta: th.Tensor,
     *,
+    like: th.Tensor,
     clip_denoised: bool,
     kwargs: dict[str, th.Tensor],
     probes: Sequence[th.Tensor],
-) -> Point:
-    """v and div v at points of angle theta."""
+) -> th.Tensor:
+    """v and div v at points of angle theta, for images like `like`."""
     alpha, sigma = th.cos(theta), th.sin(theta)
     tau = process.tau(Level(alpha, sigma).log_alpha_bar)
-    tau = tau.to(th.float64 if point.x.dtype == th.float64 else th.float32)
+    tau = tau.to(th.float64 if like.dtype == th.float64 else th.float32)
     with th.enable_grad():
-        leaf = point.x.detach().requires_grad_()
+        leaf = point[:, :-1].to(like.dtype).view_as(like).detach().requires_grad_()
         xstart = process.p_mean_variance(model, leaf, tau, clip_denoised, model_kwargs=kwargs)["pred_xstart"]
         traces = []
         for probe in probes:
             (product,) = th.autograd.grad(xstart, leaf, probe, retain_graph=probe is not probes[-1])
             traces.append((product * probe).flatten(1).sum(dim=1))
     trace = th.stack(traces).mean(dim=0).to(theta)
-    velocity = _mix(leaf.detach(), alpha / sigma, xstart.detach(), -1 / sigma)
-    return Point(velocity, (alpha * leaf[0].numel() - trace) / sigma)
-
-
-def _mix(x: th.Tensor, factor: th.Tensor, other: th.Tensor, its_factor: th.Tensor) -> th.Tensor:
-    """factor * x + its_factor * other with factors [N]."""
-    rows = (-1, *[1] * (x.ndim - 1))
-    return factor.to(x.dtype).view(rows) * x + its_factor.to(x.dtype).view(rows) * other.to(x.dtype)
+    velocity = (alpha[:, None] * point[:, :-1] - xstart.detach().flatten(1).to(point)) / sigma[:, None]
+    return th.cat([velocity, ((alpha * like[0].numel() - trace) / sigma)[:, None]], dim=1)
 
 
 # ---- solvers
 
 
-def _moved(point: Point, length: th.Tensor, slopes: Sequence[Point], weights: Sequence[float]) -> Point:
-    """The point after a step of `length` [N] along the weighted slopes."""
-    (first, start), *others = [pair for pair in zip(slopes, weights, strict=True) if pair[1]]
-    x = sum((weight * slope.x for slope, weight in others), start * first.x)
-    volume = sum((weight * slope.volume for slope, weight in others), start * first.volume)
-    return Point(_mix(point.x, th.ones_like(length), x, length), point.volume + length * volume)
+def _weighted(slopes: Sequence[th.Tensor], weights: Sequence[float]) -> th.Tensor:
+    """The sum of slopes times weights."""
+    return sum((weight * slope for slope, weight in zip(slopes, weights, strict=True) if weight), 0 * slopes[0])
 
 
-def _heun(slope: Slope, point: Point, angles: th.Tensor) -> tuple[Point, th.Tensor]:
+def _heun(slope: Slope, point: th.Tensor, angles: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """The end of the way in steps from angle to angle, and how often the network was asked [N]."""
-    count = len(point.x)
+    count = len(point)
     for now, then in pairwise(angles):
-        length = (then - now).expand(count)
         first = slope(point, now.expand(count))
-        second = slope(_moved(point, length, [first], [1.0]), then.expand(count))
-        point = _moved(point, length, [first, second], [0.5, 0.5])
-    _check_finite(bool(_finite(point)))  # numbers that break on the way stay broken
-    return point, th.full((count,), 2.0 * (len(angles) - 1), device=point.x.device)
+        second = slope(point + (then - now) * first, then.expand(count))
+        point = point + (then - now) / 2 * (first + second)
+    _check_finite(bool(point.isfinite().all()))  # numbers that break on the way stay broken
+    return point, th.full((count,), 2.0 * (len(angles) - 1), device=point.device)
 
 
-def _rk45(slope: Slope, point: Point, ends: th.Tensor, tolerance: float) -> tuple[Point, th.Tensor]:
+def _rk45(slope: Slope, point: th.Tensor, ends: th.Tensor, tolerance: float) -> tuple[th.Tensor, th.Tensor]:
     """As `_heun`, in steps whose length each image chooses for itself, whatever images are beside it."""
-    theta, end = ends[0].expand(len(point.x)), ends[1]
+    theta, end = ends[0].expand(len(point)), ends[1]
     length = theta.clamp(max=float(end - ends[0]))  # of the order of the first noise level
     first, evaluations, after = slope(point, theta), th.ones_like(theta), point
     for _ in range(MAX_STEPS):
         going = theta < end
-        more, finite = th.stack([going.any(), _finite(after)]).tolist()  # the step's one wait for the device
+        more, finite = th.stack([going.any(), after.isfinite().all()]).tolist()  # the step's one wait for the device
         _check_finite(finite)
         if not more:
             return point, evaluations
@@ -219,37 +205,25 @@ def _rk45(slope: Slope, point: Point, ends: th.Tensor, tolerance: float) -> tupl
         length = th.where(last, end - theta, length)
         slopes = [first]
         for weights in STAGES:
-            after = _moved(point, length, slopes, weights)
+            after = point + length[:, None] * _weighted(slopes, weights)
             slopes.append(slope(after, theta + sum(weights) * length))
-        error = _error(point, after, _moved(Point(0 * point.x, 0 * point.volume), length, slopes, ERROR), tolerance)
+        error = _error(point, after, length[:, None] * _weighted(slopes, ERROR), tolerance)
         accepted = going & (error <= 1)
         evaluations = evaluations + 6 * going
         theta = th.where(accepted, th.where(last, end, theta + length), theta)
-        point, first = _chosen(accepted, after, point), _chosen(accepted, slopes[-1], first)
+        point = th.where(accepted[:, None], after, point)
+        first = th.where(accepted[:, None], slopes[-1], first)
         length = length * (SAFETY * error.clamp(min=1e-10) ** -0.2).clamp(SLOWER, FASTER)
     raise UserError(
         f"the flow is not at its end after {MAX_STEPS} steps: give --flow_solver heun or a larger --flow_tolerance"
     )
 
 
-def _error(before: Point, after: Point, error: Point, tolerance: float) -> th.Tensor:
+def _error(before: th.Tensor, after: th.Tensor, error: th.Tensor, tolerance: float) -> th.Tensor:
     """The error of a step [N] over the allowed one: of x the root mean square, of the volume per dimension."""
-    scale = tolerance * (1 + th.maximum(before.x.abs(), after.x.abs()))
-    ofx = mean_flat((error.x / scale) ** 2).sqrt()
-    size = before.x[0].numel()
-    allowed = tolerance * (size + th.maximum(before.volume.abs(), after.volume.abs()))
-    return th.maximum(ofx.to(error.volume), error.volume.abs() / allowed)
-
-
-def _chosen(where: th.Tensor, yes: Point, no: Point) -> Point:
-    """Image by image one of two points."""
-    rows = where.view(-1, *[1] * (yes.x.ndim - 1))
-    return Point(th.where(rows, yes.x, no.x), th.where(where, yes.volume, no.volume))
-
-
-def _finite(point: Point) -> th.Tensor:
-    """Whether all numbers are finite []."""
-    return (mean_flat(point.x).isfinite() & point.volume.isfinite()).all()
+    size, largest = before.shape[1] - 1, th.maximum(before.abs(), after.abs())
+    of_x = (error / (tolerance * (1 + largest)))[:, :-1].square().mean(dim=1).sqrt()
+    return th.maximum(of_x, error[:, -1].abs() / (tolerance * (size + largest[:, -1])))
 
 
 def _check_finite(finite: bool) -> None:

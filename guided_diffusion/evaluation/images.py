@@ -13,7 +13,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any
@@ -35,15 +35,16 @@ from ..data.sources import (
 from ..runtime import files, paths
 from ..runtime.errors import UserError
 from ..runtime.files import parse_json, printable, read_file
-from ..runtime.npz import Npz
+from ..runtime.npz import Npz, read_npz
 from ..runtime.options import Size, parse_size
 from ..runtime.pictures import levels
+from .metrics import Statistics
+from .scores import RECORD, STATISTICS
 
 Pixels = NDArray[np.uint8]
 
-# arrays of a reference beside its images: means and covariances of features
-STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-RECORD = "record"  # the array that says what the statistics are of
+LARGEST_D = 2**14  # features that a stored covariance may have
+RECORDED = {"extractor": str, "identity": str, "n": int}  # in the record of a reference
 PIECE = 2**22  # bytes of an array that are read at a time
 # (kinds of type, low, high, scale, how) by which numbers in a range become 0 .. 255, before fractions are cut off
 CONVERSIONS: tuple[tuple[str, int, int, Callable[[NDArray[Any]], NDArray[Any]], str], ...] = (
@@ -179,46 +180,36 @@ class FileImages(ImageSet):
 
 
 class ArrayImages(ImageSet):
-    """The images of one npz, or of several that follow each other.
+    """The images of an npz.
 
+    :param file: the npz, which may lie in the folder `path`.
     :param name: of the array; '' where there are statistics alone.
     """
 
-    def __init__(self, path: str, parts: Sequence[str], name: str, notes: Iterable[str] = ()) -> None:
+    def __init__(self, path: str, file: str, name: str, notes: Iterable[str] = ()) -> None:
         super().__init__(path, 0)
-        self.parts, self.name = list(parts), name
+        self.file, self.name = file, name
         self.notes += notes
         if not name:
             return
-        headers = [_header(part, name) for part in self.parts]
-        self.count, self.dtype = sum(header.shape[0] for header in headers), headers[0].dtype
-        self.stored_shape = headers[0].shape[1:]
+        with Npz(file) as archive:
+            header = _checked(archive.header(name), file, name)
+            try:
+                ids = archive.labels() if name == "arr_0" else None
+            except ValueError as error:
+                self.notes.append(f"the labels are not used: {error}")
+                ids = None
+        self.labels = None if ids is None else np.asarray(ids, np.int64)
+        self.count, self.dtype, self.stored_shape = header.shape[0], header.dtype, header.shape[1:]
         if not self.count:
-            raise UserError(f"{path} holds no images: {name} has the shape {headers[0].shape}")
-        for part, header in zip(self.parts, headers, strict=True):
-            if (header.shape[1:], header.dtype) != (self.stored_shape, self.dtype):
-                raise UserError(f"{part} holds other images than {self.parts[0]}: remove what is of another run")
+            raise UserError(f"{path} holds no images: {name} has the shape {header.shape}")
         height, width, channels = (*self.stored_shape, 1)[:3]
         self.shape = height, width, channels
-        self.labels = self._labels()
-
-    def _labels(self) -> NDArray[np.int64] | None:
-        ids: list[int] = []
-        try:
-            for part in self.parts if self.name == "arr_0" else ():
-                with Npz(part) as archive:
-                    ids += archive.labels() or ()
-        except ValueError as error:
-            self.notes.append(f"the labels are not used: {error}")
-            return None
-        return np.asarray(ids, np.int64) if len(ids) == self.count else None
 
     def stored(self, rows: int = 0) -> Iterator[NDArray[Any]]:
-        """The numbers as they are stored, at most `rows` images at a time; 0: as many as `PIECE` bytes hold."""
+        """The numbers as they are stored, `rows` images at a time; 0: as many as `PIECE` bytes hold."""
         rows = rows or max(1, PIECE // (math.prod(self.stored_shape) * self.dtype.itemsize))
-        for part in self.parts:
-            with Npz(part) as archive:
-                yield from archive.chunks(self.name, rows)
+        return read_npz(self.file, self.name, rows)
 
     def _read_through(self) -> Scan:
         assert self.shape is not None
@@ -245,7 +236,7 @@ class ArrayImages(ImageSet):
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         scale, _ = self._conversion(self.scanned)
-        for batch in islice(_rebatched(self.stored(size), size), first, None, step):
+        for batch in islice(self.stored(size), first, None, step):
             if batch.dtype != np.uint8:
                 numbers = batch.astype(np.float32) if batch.dtype == np.float16 else batch
                 batch = np.clip(scale(numbers), 0, 255).astype(np.uint8)
@@ -260,21 +251,7 @@ class ArrayImages(ImageSet):
         return [darkest] if self.scanned.high <= 1 else []
 
 
-def _rebatched(chunks: Iterable[NDArray[Any]], size: int) -> Iterator[NDArray[Any]]:
-    """Rows that come in chunks of at most `size`, as batches of exactly `size`, the last one perhaps smaller."""
-    left: NDArray[Any] | None = None
-    for chunk in chunks:
-        left = chunk if left is None or not len(left) else np.concatenate([left, chunk])
-        if len(left) >= size:
-            yield left[:size]
-            left = left[size:]
-    if left is not None and len(left):
-        yield left
-
-
-def _header(path: str, name: str) -> files.Header:
-    with Npz(path) as archive:
-        header = archive.header(name)
+def _checked(header: files.Header, path: str, name: str) -> files.Header:
     shape = header.shape
     fits = len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3, 4))
     if header.dtype.kind not in "iuf" or not fits or 0 in shape[1:]:
@@ -304,36 +281,27 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
     path = paths.resolve(path)
     folder = bool(path) and paths.isdir(path)
     if folder or split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
-        return (_open_run(path) if folder else None) or _open_files(path, size, data_range)
+        samples = _samples_of_run(path) if folder else ""
+        if samples:
+            return ArrayImages(path, f"{path.rstrip('/')}/{samples}", "arr_0", [f"{path}: the samples are {samples}"])
+        source = find_images(path)
+        if not source.images:
+            raise UserError(f"{path} holds no images, {source.skipped()}: give an npz, or a folder or a zip of images")
+        return FileImages(source, size, data_range)
     if not paths.exists(path):
         raise UserError(f"{path!r} does not exist: give an npz, or a folder or zip of images")
     return _open_npz(path)
 
 
-def _open_run(folder: str) -> ImageSet | None:
-    """The samples of a run, or those of its batches that are there; None if it is no run's folder."""
-    names, root = paths.names_in(folder), folder.rstrip("/")
+def _samples_of_run(folder: str) -> str:
+    """The name of the samples of a run; '' if it is no run's folder."""
+    names = paths.names_in(folder)
     merged = [name for name in names if re.fullmatch(r"samples_[\dx]+\.npz", name)]
     if len(merged) > 1:
         raise UserError(f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them")
-    if merged:
-        return ArrayImages(
-            folder, [f"{root}/{merged[0]}"], "arr_0", [f"{folder}: the samples are those of {merged[0]}"]
-        )
-    shards = f"{root}/shards" if "shards" in names else folder
-    parts = sorted(f"{shards}/{name}" for name in paths.names_in(shards) if re.fullmatch(r"\d{6}\.npz", name))
-    if not parts:
-        return None
-    images = ArrayImages(folder, parts, "arr_0")
-    images.notes.append(f"{folder}: the run is not finished: the {images.count} images of {len(parts)} batches")
-    return images
-
-
-def _open_files(path: str, size: Size | None, data_range: Range | None) -> ImageSet:
-    source = find_images(path)
-    if not source.images:
-        raise UserError(f"{path} holds no images, {source.skipped()}: give an npz, or a folder or a zip of images")
-    return FileImages(source, size, data_range)
+    if not merged and "shards" in names:
+        raise UserError(f"{folder}: the run is not finished: run its command again, which goes on with it")
+    return "".join(merged)
 
 
 def _open_npz(path: str) -> ImageSet:
@@ -352,7 +320,7 @@ def _open_npz(path: str) -> ImageSet:
             name = ""  # statistics alone
     if name not in ("", "arr_0"):
         notes.insert(0, f"{path}: the images are those of the array {printable(name)}")
-    return ArrayImages(path, [path], name, notes)
+    return ArrayImages(path, path, name, notes)
 
 
 def request_of(path: str) -> dict[str, Any]:
@@ -364,3 +332,40 @@ def request_of(path: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return request if isinstance(request, dict) else {}
+
+
+# ---- statistics beside the images
+
+
+def read_statistics(images: ImageSet) -> tuple[dict[str, Statistics], dict[str, Any]]:
+    """The stored statistics of "pool" and "spatial" features, and the record of what they are of, or {}."""
+    if not isinstance(images, ArrayImages):
+        return {}, {}
+    with Npz(images.file) as archive:
+        record = _read_record(archive) if RECORD in archive else {}
+        pairs = {kind: pair for kind, pair in STATISTICS.items() if all(name in archive for name in pair)}
+        return {kind: _read_pair(archive, *pair, record.get("n", 0)) for kind, pair in pairs.items()}, record
+
+
+def _read_pair(archive: Npz, mu: str, sigma: str, n: int) -> Statistics:
+    shapes = archive.header(mu).shape, archive.header(sigma).shape
+    if shapes == (shapes[0][:1], shapes[0] * 2) and 0 < shapes[0][0] <= LARGEST_D:
+        mean, cov = (archive.whole(name).astype(np.float64) for name in (mu, sigma))
+        if np.isfinite(mean).all() and np.isfinite(cov).all():
+            return Statistics(n, mean, cov)
+    raise UserError(
+        f"{archive.path}: {mu} {shapes[0]} and {sigma} {shapes[1]} are no mean and covariance of finite numbers: make "
+        "the file again"
+    )
+
+
+def _read_record(archive: Npz) -> dict[str, Any]:
+    try:
+        record = parse_json(archive.whole(RECORD).tobytes())
+        if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in RECORDED.items()):
+            raise UserError(f"it does not name {', '.join(RECORDED)}")
+    except ValueError as error:
+        raise UserError(
+            f"{archive.path}: {RECORD} does not say what the statistics are of ({error}): make the file again"
+        ) from error
+    return record

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from .. import dist_util, logger
 from ..config import FlowConfig
 from ..diffusion.methods import Kwargs, Model
 from ..gaussian_diffusion import GaussianDiffusion
-from ..image_datasets import ImageDataset
 from ..runtime.errors import UserError
 from ..runtime.files import quoted, replacing, write_json
 from ..runtime.jobs import RestartableJob
@@ -30,6 +29,9 @@ from ..runtime.npz import holds, read_npz, save_npz, write_npz
 from ..runtime.seeds import image_generator
 from ..sampling.loop import drawer
 from .flow_likelihood import calc_flow_bpd
+
+if TYPE_CHECKING:
+    from ..image_datasets import ImageDataset
 
 # of the terms the means over the images [T], and on request those of each [N, T]
 BPD_FILE, TABLE, SUMMARY, TERMS = "bpd.npz", "images.csv", "bpd.json", "{}_terms.npz"

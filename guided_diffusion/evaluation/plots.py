@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..runtime.errors import UserError
 from ..runtime.files import replacing
 
@@ -25,19 +23,11 @@ Line = tuple[dict[str, Any], list[Row]]  # how matplotlib draws it, and the rows
 SERIES = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #000000".split()  # colour-blind safe (Okabe & Ito 2008)
 MARKERS, STROKES = "o^sDvPX", ("-", "--", ":", "-.")
 HIGHER = ("Inception Score", "Classifier Score", "Precision", "Recall", "Density", "Coverage")
-PAIRS = (("Precision", "Recall"), ("Density", "Coverage"))  # which share a panel
+PAIRS = {"Precision": ("Precision", "Recall"), "Density": ("Density", "Coverage")}  # which share a panel
+SECONDS = ("Recall", "Coverage")  # of the pairs
 ACROSS = 3  # panels beside each other
 ERROR = " standard error"  # ends the label of what is drawn as the error bars of another label
-STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "legend.fontsize": 9,
-    **dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False),
-    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-    "grid.color": "#ececec",
-    "figure.dpi": 150.0,
-    "backend": "agg",
-}
+STYLE: dict[str, Any] = {"axes.grid": True, "grid.color": "#ececec", "legend.frameon": False, "backend": "agg"}
 
 
 def require() -> None:
@@ -77,12 +67,11 @@ def _draw(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    pairs = {label: pair for pair in PAIRS for label in pair}
-    groups = list(dict.fromkeys(pairs.get(label, (label,)) for label in labels if ERROR not in label))
+    groups = [PAIRS.get(label, (label,)) for label in labels if ERROR not in label and label not in SECONDS]
     columns, rows = min(len(groups), ACROSS), -(-len(groups) // ACROSS)
     style: Any = {**matplotlib.rcParamsDefault, **STYLE}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(columns * size, rows * size * 0.85), layout="constrained")
+        figure = Figure(figsize=(columns * size, rows * size * 0.85), dpi=150, layout="constrained")
         for number, group in enumerate(groups, start=1):
             panel(figure.add_subplot(rows, columns, number), *group)
         if lines:  # the legend, below the panels
@@ -111,8 +100,6 @@ def draw_progress(rows: Sequence[Row], labels: Sequence[str], path: str) -> None
     """
 
     def panel(axis: Axes, *group: str) -> None:
-        from matplotlib.ticker import MaxNLocator
-
         for index, label in enumerate(group):
             look: dict[str, Any] = {"color": SERIES[index], "marker": MARKERS[index]}
             top = best(rows, label)
@@ -121,10 +108,8 @@ def draw_progress(rows: Sequence[Row], labels: Sequence[str], path: str) -> None
             if top is not None:
                 axis.plot(top["step"], top[label], **look, markersize=12, markerfacecolor="none")
         axis.set_xlabel("training step")
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=True))
-        axis.ticklabel_format(useOffset=False)
         axis.set_title(_title(*group))
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(group))
+        axis.legend()
 
     _draw(path, labels, 4.4, panel)
 
@@ -138,22 +123,15 @@ def draw_sweep(rows: Sequence[Row], labels: Sequence[str], path: str, *, scale: 
     :param scale: its name.
     """
     lines = _lines(rows)
-    scales = sorted({float(row["scale"]) for row in rows})
 
     def panel(axis: Axes, *group: str) -> None:
-        if len(group) == 2:
-            _trade_off(axis, lines, *group)
-            axis.set_title(f"points grow with the {scale}")
-            return
         for look, points in lines:
-            _curve(axis, points, "scale", group[0], look)
-        positive = [value for value in scales if value > 0]
-        if positive and positive[-1] > 8 * positive[0]:  # linear up to the least scale, and logarithmic above
-            axis.set_xscale("symlog", linthresh=positive[0], linscale=0.6)
-        axis.set_xticks(scales, [f"{value:g}" for value in scales])
-        axis.minorticks_off()
-        axis.set_xlabel(scale)
-        axis.set_ylabel(_title(group[0]))
+            if len(group) == 2:
+                _trade_off(axis, look, _with(points, *group), *group)
+            else:
+                _curve(axis, points, "scale", group[0], look)
+        axis.set_xlabel(_title(group[0]) if len(group) == 2 else scale)
+        axis.set_ylabel(_title(group[-1]))
 
     _draw(path, labels, 4.8, panel, lines)
 
@@ -166,29 +144,15 @@ def _lines(rows: Sequence[Row]) -> list[Line]:
     lines: list[Line] = []
     for (sampler, steps), points in groupby(order, key=lambda row: (row["sampler"], row["steps"])):
         index, stroke = samplers.index(sampler), counts.index(steps)
-        look = {
-            "label": f"{sampler}, {steps} steps",
-            "color": SERIES[index % len(SERIES)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": STROKES[stroke % len(STROKES)],
-            "markerfacecolor": "white" if stroke else SERIES[index % len(SERIES)],
-        }
+        look = {"label": f"{sampler}, {steps} steps", "color": SERIES[index % len(SERIES)]}
+        look |= {"marker": MARKERS[index % len(MARKERS)], "linestyle": STROKES[stroke % len(STROKES)]}
         lines.append((look, list(points)))
     return lines
 
 
-def _trade_off(axis: Axes, lines: Sequence[Line], across: str, up: str) -> None:
-    """One metric over another; points grow with the scale, which is written at both ends of each line."""
-    for look, rows in lines:
-        points = _with(rows, across, up)
-        x, y = ([row[name] for row in points] for name in (across, up))
-        axis.plot(x, y, color=look["color"], linestyle=look["linestyle"], linewidth=1.2)
-        sizes = (16 * 1.6 ** np.arange(len(points))).clip(max=160)
-        colours = {"edgecolors": look["color"], "facecolors": look["markerfacecolor"]}
-        axis.scatter(x, y, s=sizes, zorder=3, marker=look["marker"], **colours)
-        for row in points[:: max(len(points) - 1, 1)]:
-            text = {"xytext": (6, 6), "textcoords": "offset points", "color": look["color"], "fontsize": 9}
-            axis.annotate(f"{float(row['scale']):g}", (row[across], row[up]), **text)
-    axis.margins(0.12)
-    axis.set_xlabel(_title(across))
-    axis.set_ylabel(_title(up))
+def _trade_off(axis: Axes, look: Mapping[str, Any], points: Sequence[Row], across: str, up: str) -> None:
+    """One metric over another; the scale is written at both ends of the line."""
+    axis.plot([row[across] for row in points], [row[up] for row in points], **look)
+    for row in points[:: max(len(points) - 1, 1)]:
+        where: dict[str, Any] = {"xytext": (6, 6), "textcoords": "offset points"}
+        axis.annotate(f"{float(row['scale']):g}", (row[across], row[up]), color=look["color"], **where)

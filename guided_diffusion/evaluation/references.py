@@ -1,38 +1,162 @@
-"""References: mean and covariance of the features of all images, and some of the images, in one npz.
+"""Features of sets of images, and references: statistics of all features and some of the images, in one npz.
 
-The original's files hold the same arrays without a record of what the statistics are of.
+All ranks compute features together, the same to the last bit for any number of ranks, and keep them for later runs.
+The original's references hold the same arrays without a record of what the statistics are of.
 
-Shapes: N images, H W space, D pooled features, S spatial features.
+Shapes: N images, n per batch, H W space, D pooled features, S spatial features, K classes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+import math
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..runtime.errors import UserError
-from ..runtime.files import parse_json
+from ..runtime.files import reason
 from ..runtime.npz import Npz, Rows, write_arrays
 from ..runtime.options import Size, parse_size
-from .feature_sets import collect
-from .features import Extractor, make_extractor
-from .images import RECORD, STATISTICS, ArrayImages, ImageSet, Opened, open_images
-from .metrics import Statistics
-from .scores import FeatureSet
+from ..runtime.paths import cache_folder
+from .features import Extractor, Features
+from .metrics import RunningStatistics, Statistics
+from .scores import RECORD, STATISTICS, FeatureSet
 
-LARGEST_D = 2**14  # features that a stored covariance may have
-RECORDED = {"extractor": str, "identity": str, "n": int}
+if TYPE_CHECKING:
+    from .images import ImageSet
+
+# the fields of a FeatureSet, and the field of Features that each is made of
+FIELDS = {"pool": "pool", "pool_statistics": "pool", "spatial_statistics": "spatial", "probs": "probs"}
+FORMAT = 2  # of the files that are kept: those of another number are not found
+
+
+# ---- computing
+
+
+def feature_set(
+    images: ImageSet,
+    extractor: Extractor,
+    *,
+    needs: Collection[str] = tuple(FIELDS),
+    batch_size: int = 64,
+    cache: bool = True,
+    progress: bool = False,
+) -> FeatureSet:
+    """The features of all images of a set, None for those that the extractor does not give.
+
+    Collective; on ranks other than 0 they are empty.
+
+    :param needs: the fields to compute.
+    :param cache: take them from an earlier run, and keep them for later ones.
+    """
+    images.share_scan()
+    kept = _kept(images, extractor, needs) if cache and dist_util.rank() == 0 else {}
+    missing = dist_util.broadcast_object([field for field in needs if field not in kept])
+    results = kept | (_collect(images, extractor, missing, batch_size, progress) if missing else {})
+    if cache and dist_util.rank() == 0:
+        _keep(images, extractor, {field: results.get(field) for field in missing})
+    return FeatureSet(images.count, **results, kept=tuple(kept))
+
+
+def _collect(
+    images: ImageSet, extractor: Extractor, needs: Collection[str], batch_size: int, progress: bool
+) -> dict[str, Any]:
+    """The fields that the extractor gives, on rank 0."""
+    first, done = dist_util.rank() == 0, 0
+    running: dict[str, RunningStatistics] = defaultdict(RunningStatistics)
+    rows: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    name = os.path.basename(images.path.rstrip("/"))
+    with logger.progress_bar(shown=progress and first, total=images.count, desc=name, unit="image") as bar:
+        for features in _in_order(images, extractor, batch_size):
+            _check_finite(features, done, images, extractor)
+            given = {field: getattr(features, FIELDS[field]) for field in (needs if first else ())}
+            for field in (field for field, values in given.items() if values is not None):
+                (running[field].add if field.endswith("_statistics") else rows[field].append)(given[field])
+            done += len(features.pool)
+            bar.update(len(features.pool))
+    results: dict[str, Any] = {field: statistics.result() for field, statistics in running.items()}
+    return results | {field: np.concatenate(parts) for field, parts in rows.items()}
+
+
+def _in_order(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterator[Features]:
+    """The features of batch after batch, on every rank; each rank computes every `world_size`-th of them."""
+    world_size = dist_util.world_size()
+    groups = images.groups(batch_size, first=dist_util.rank(), step=world_size)
+    for _ in range(math.ceil(images.count / (batch_size * world_size))):
+        group = next(groups, None)
+        features = None
+        if group is not None:  # one run of images of each size
+            columns: Any = zip(*map(extractor, group), strict=True)
+            joined: Any = (None if column[0] is None else np.concatenate(column) for column in columns)
+            features = Features(*joined)
+        yield from filter(None, dist_util.gather_objects(features))
+
+
+def _check_finite(features: Features, start: int, images: ImageSet, extractor: Extractor) -> None:
+    for values in features:
+        finite = True if values is None else np.isfinite(values).all(axis=1)
+        if not np.all(finite):
+            raise UserError(
+                f"{images.path}: image {start + int(np.argmin(finite))} has features by {extractor.name} that are not "
+                "finite: give other weights, or --eval_precision fp32"
+            )
+
+
+# ---- keeping
+
+
+def kept_path(images: ImageSet, extractor: Extractor, field: str) -> str:
+    """The file that keeps a field of the features of these images by this network."""
+    key = f"{FORMAT} {extractor.identity} {images.scanned.digest}"
+    return os.path.join(cache_folder(), "features", f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.{field}.npz")
+
+
+def _keep(images: ImageSet, extractor: Extractor, computed: Mapping[str, Any]) -> None:
+    try:
+        for field, values in computed.items():
+            arrays = {} if values is None else {"rows": values}  # none: the network does not give them
+            if isinstance(values, Statistics):
+                arrays = {"mean": values.mean, "cov": values.cov}
+            write_arrays(kept_path(images, extractor, field), {name: _whole(x) for name, x in arrays.items()})
+    except OSError as error:
+        logger.warn(f"the features are not kept: {error}")
+
+
+def _kept(images: ImageSet, extractor: Extractor, needs: Collection[str]) -> dict[str, Any]:
+    """The fields that an earlier run kept."""
+    kept: dict[str, Any] = {}
+    for field in needs:
+        path = kept_path(images, extractor, field)
+        if not os.path.exists(path):
+            continue
+        try:
+            with Npz(path) as file:
+                arrays = {name: file.whole(name) for name in file.names()}
+            if field.endswith("_statistics") and arrays:
+                kept[field] = Statistics(images.count, arrays["mean"], arrays["cov"])
+            elif arrays and len(arrays["rows"]) != images.count:
+                raise UserError(f"they are not those of {images.count} images")
+            else:
+                kept[field] = arrays.get("rows")
+        except (OSError, ValueError, KeyError) as error:
+            logger.warn(f"the features kept in {path} cannot be used ({reason(error)}): they are computed again")
+    return kept
+
+
+# ---- references
 
 
 def write_reference(
-    images: Opened,
+    images: ImageSet,
     out: str,
-    extractor: str | Extractor | None,
+    extractor: Extractor | None,
     *,
     size: Size,
     num_samples: int = 10_000,
@@ -40,12 +164,11 @@ def write_reference(
 ) -> list[str]:
     """Write mu [D], sigma [D, D], mu_s [S], sigma_s [S, S] of all images, and arr_0 [n, H, W, 3] of some; collective.
 
-    :param images: a path, or images that have been opened with the same `size`.
-    :param extractor: one, or its name as `make_extractor` has it; None for no statistics.
+    :param images: opened with the same `size`.
+    :param extractor: None for no statistics.
     :param num_samples: images to keep, evenly over all; 0 for all of them.
     :return: sentences that say what was written.
     """
-    images = open_images(images, size)
     if not images.count:
         raise UserError(f"{images.path} holds statistics and no images: a reference is made of images")
     images.share_scan()
@@ -55,32 +178,30 @@ def write_reference(
             f"{images.path} holds images of {height}x{width}, and those of an npz are not scaled: give --image_size "
             f"{height}x{width}, or a folder or zip of images"
         )
-    features = None
-    if extractor is not None:
-        extractor = make_extractor(extractor, device=dist_util.dev())
-        needs = ("pool_statistics", "spatial_statistics")
-        features = collect(images, extractor, needs=needs, batch_size=batch_size, progress=True)
     kept = images.count if not num_samples else min(num_samples, images.count)
-    dist_util.decide(lambda: _write(images, out, extractor, features, size=size, kept=kept))
-    about = f", mean and covariance of the features of {images.count} by {extractor.name}" if extractor else ""
-    return [*images.notes, *(f"warning: {text}" for text in images.warnings()), f"{out}: {kept} images{about}"]
-
-
-def _write(
-    images: ImageSet, out: str, extractor: Extractor | None, features: FeatureSet | None, *, size: Size, kept: int
-) -> None:
     indices = np.arange(kept) * images.count // kept
     arrays: dict[str, Rows] = {"arr_0": ((kept, *parse_size(size), 3), np.uint8, images.take(indices))}
     if images.labels is not None:
         arrays["arr_1"] = ((kept,), np.int64, [images.labels[indices]])
-    for kind, names in STATISTICS.items():
-        statistics = getattr(features, f"{kind}_statistics", None)
-        if statistics is not None:
-            arrays |= {names[0]: _whole(statistics.mean), names[1]: _whole(statistics.cov)}
+    about = ""
     if extractor is not None:
-        record = {"extractor": extractor.name, "identity": extractor.identity, "n": images.count}
-        arrays[RECORD] = _whole(record_bytes(record))
-    write_arrays(out, arrays)
+        arrays |= _statistics_of(images, extractor, batch_size)
+        about = f", mean and covariance of the features of {images.count} by {extractor.name}"
+    dist_util.decide(lambda: write_arrays(out, arrays))
+    return [*images.notes, *(f"warning: {text}" for text in images.warnings()), f"{out}: {kept} images{about}"]
+
+
+def _statistics_of(images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Rows]:
+    needs = ("pool_statistics", "spatial_statistics")
+    features = feature_set(images, extractor, needs=needs, batch_size=batch_size, cache=False, progress=True)
+    arrays: dict[str, NDArray[Any]] = {}
+    for kind, (mu, sigma) in STATISTICS.items():
+        statistics = getattr(features, f"{kind}_statistics")
+        if statistics is not None:
+            arrays |= {mu: statistics.mean, sigma: statistics.cov}
+    record = {"extractor": extractor.name, "identity": extractor.identity, "n": images.count}
+    arrays[RECORD] = record_bytes(record)
+    return {name: _whole(array) for name, array in arrays.items()}
 
 
 def _whole(array: NDArray[Any]) -> Rows:
@@ -90,37 +211,3 @@ def _whole(array: NDArray[Any]) -> Rows:
 def record_bytes(record: Mapping[str, Any]) -> NDArray[np.uint8]:
     """A record as the array that is stored."""
     return np.frombuffer(json.dumps(dict(record)).encode(), np.uint8)
-
-
-def read_statistics(images: ImageSet) -> tuple[dict[str, Statistics], dict[str, Any]]:
-    """The stored statistics of "pool" and "spatial" features, and the record of what they are of, or {}."""
-    if not isinstance(images, ArrayImages) or len(images.parts) != 1:
-        return {}, {}
-    with Npz(images.parts[0]) as archive:
-        record = _read_record(archive) if RECORD in archive else {}
-        pairs = {kind: pair for kind, pair in STATISTICS.items() if all(name in archive for name in pair)}
-        return {kind: _read_pair(archive, *pair, record.get("n", 0)) for kind, pair in pairs.items()}, record
-
-
-def _read_pair(archive: Npz, mu: str, sigma: str, n: int) -> Statistics:
-    shapes = archive.header(mu).shape, archive.header(sigma).shape
-    if shapes == (shapes[0][:1], shapes[0] * 2) and 0 < shapes[0][0] <= LARGEST_D:
-        mean, cov = (next(archive.chunks(name, shapes[0][0])).astype(np.float64) for name in (mu, sigma))
-        if np.isfinite(mean).all() and np.isfinite(cov).all():
-            return Statistics(n, mean, cov)
-    raise UserError(
-        f"{archive.path}: {mu} {shapes[0]} and {sigma} {shapes[1]} are no mean and covariance of finite numbers: make "
-        "the file again"
-    )
-
-
-def _read_record(archive: Npz) -> dict[str, Any]:
-    try:
-        record = parse_json(next(archive.chunks(RECORD, 2**16), np.empty(0)).tobytes())
-        if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in RECORDED.items()):
-            raise UserError(f"it does not name {', '.join(RECORDED)}")
-    except ValueError as error:
-        raise UserError(
-            f"{archive.path}: {RECORD} does not say what the statistics are of ({error}): make the file again"
-        ) from error
-    return record

@@ -51,6 +51,9 @@ class FeatureSet:
     kept: tuple[str, ...] = ()
 
 
+# arrays of a reference beside its images: means and covariances of features
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+RECORD = "record"  # the array that says what the statistics are of, bytes of JSON
 WORDS = {
     "pool": "features of single images",
     "pool_statistics": "mean and covariance of features",
@@ -87,15 +90,9 @@ class Metric:
         renamed = {} if published else OTHER_LABELS
         return [f"{renamed[name]} ({network})" if name in renamed else name for name in self.labels]
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Fields that the reference must have."""
-        return (self.field,) if self.compares else ()
-
     def lacks(self, reference: FeatureSet, samples: FeatureSet) -> str:
         """A sentence about features that are missing; '' if there are all."""
-        sides = (("reference", reference), ("samples", samples)) if self.compares else (("samples", samples),)
-        for side, features in sides:
+        for side, features in (("reference", reference), ("samples", samples))[not self.compares :]:
             if getattr(features, self.field) is None:
                 verb, has = "needs" if len(self.labels) == 1 else "need", "has" if side == "reference" else "have"
                 reason = "the network gives none" if features.n else "there are statistics alone"
@@ -104,9 +101,7 @@ class Metric:
 
     @as_user_errors()
     def compute(self, reference: FeatureSet, samples: FeatureSet, options: Options) -> tuple[float, ...]:
-        """One number for each label; an error has the sentence of `lacks`."""
-        if sentence := self.lacks(reference, samples):
-            raise UserError(sentence)
+        """One number for each label."""
         return self.function(getattr(reference, self.field), getattr(samples, self.field), options)
 
 
@@ -117,10 +112,9 @@ def _frechet(reference: Statistics, samples: Statistics, _: Options) -> tuple[fl
 
 
 def _kernel(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
-    fewer = min(len(reference), len(samples))
-    if fewer < 4:
-        raise UserError(f"KID needs 4 images of each, to draw subsets of 2 of them, and there are {fewer}: take more")
-    size = min(options.subset_size, fewer // 2)
+    size = min(options.subset_size, len(reference) // 2, len(samples) // 2)
+    if size < 2:
+        raise UserError("KID needs 4 images of each, to draw subsets of 2 of them: take more")
     return kernel_distance(reference, samples, subsets=options.subsets, subset_size=size, seed=options.seed)
 
 
@@ -134,6 +128,11 @@ METRICS = {  # in the order in which they are printed
 }
 DEFAULT_METRICS = ("is", "fid", "sfid", "pr")  # the published evaluator's
 REHEARSED = 64  # images
+
+
+def needs_of(metrics: Iterable[Metric]) -> set[str]:
+    """The fields that a reference must have for these metrics."""
+    return {metric.field for metric in metrics if metric.compares}
 
 
 def rehearse(reference: FeatureSet, metrics: Iterable[Metric], options: Options) -> None:

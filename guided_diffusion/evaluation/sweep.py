@@ -18,8 +18,8 @@ from ..runtime.files import parse_json, read_file, replacing, write_json
 from ..runtime.npz import fingerprint
 from .evaluator import Side, evaluate
 from .features import Extractor
+from .images import read_statistics
 from .plots import draw_sweep
-from .references import read_statistics
 from .scores import METRICS, Options, rehearse
 
 TABLE, RESULTS, PICTURE, CELL = "results.csv", "results.json", "sweep.png", "result.json"

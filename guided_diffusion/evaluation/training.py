@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -18,18 +18,20 @@ import torch as th
 from .. import dist_util, logger
 from ..config import TrainEvaluationConfig
 from ..gaussian_diffusion import GaussianDiffusion
-from ..image_datasets import ImageDataset, ImageStream
 from ..runtime.errors import UserError
 from ..runtime.jobs import Job
 from ..runtime.log_writers import CSVOutputFormat
 from ..runtime.pictures import levels
 from ..sample_util import Model, sampled
 from .evaluator import Report, Side, evaluate, prepare
-from .feature_sets import FIELDS
 from .features import Extractor
 from .images import ImageSet, Pixels, open_images, to_rgb
 from .plots import base, best, draw_progress, require
-from .scores import METRICS, WORDS, Options, rehearse
+from .references import FIELDS
+from .scores import METRICS, WORDS, Options, needs_of, rehearse
+
+if TYPE_CHECKING:
+    from ..image_datasets import ImageDataset, ImageStream
 
 REFERENCE_IMAGES = 10_000  # of those trained on; more if more samples are compared with them
 TABLE, PICTURE = "evaluation.csv", "evaluation.png"
@@ -56,7 +58,7 @@ class TrainingImages(ImageSet):
         super().__init__("the training data", count)
         paths = [dataset.local_images[index * len(dataset) // count] for index in range(count)]
         options = replace(dataset.options, cache_images=False, fast_decode=False)
-        self._dataset = ImageDataset(dataset.resolution, paths, random_flip=False, options=options)
+        self._dataset = type(dataset)(dataset.resolution, paths, random_flip=False, options=options)
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         for start in range(first * size, self.count, step * size):
@@ -108,9 +110,8 @@ class Evaluation:
         else:
             count = min(len(stream.dataset), max(REFERENCE_IMAGES, config.eval_samples))
             images = TrainingImages(stream.dataset, count)
-        needs = {field for metric in self._metrics for field in metric.needs}
         options: dict[str, Any] = {"batch_size": self._batch_size, "cache": bool(config.eval_reference)}
-        side = prepare(images, self._extractor, needs=needs, progress=True, **options)
+        side = prepare(images, self._extractor, needs=needs_of(self._metrics), progress=True, **options)
         for line in side.notes:
             logger.log(f"evaluation: {line}")
         dist_util.decide(lambda: self._check_reference(side))

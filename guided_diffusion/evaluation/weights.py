@@ -10,12 +10,12 @@ import http.client
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch as th
 
 from ..runtime import files, paths
 from ..runtime.errors import UserError
-from ..training import checkpoints, weights
 from .inception import InceptionNetwork
 
 VARIABLE = "GUIDED_DIFFUSION_INCEPTION"  # of the environment, with the path of the file
@@ -29,7 +29,6 @@ class Source:
 
     :param urls: addresses of the same bytes, in the order in which they are tried.
     :param file: its name in the cache.
-    :param sha256: in hex digits; the first of them are enough.
     :param size: in bytes.
     """
 
@@ -60,16 +59,14 @@ def fetch(source: Source, path: str = "") -> str:
     """The path of a file, which is fetched unless it is there already.
 
     :param path: a file, or a folder for it; '' for the cache.
-    :raises ValueError: if another file is in its place.
-    :raises OSError: if no address gives it, or it cannot be written.
+    :raises OSError: if no address gives it.
     """
     path = paths.local(path) or source.cached
     path = os.path.join(path, source.file) if os.path.isdir(path) else path
     if os.path.exists(path):
         with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not digest.startswith(source.sha256):
-            raise UserError(f"{path} exists, but is not {source.file}: move it away or name another file with --out")
+            if hashlib.file_digest(file, "sha256").hexdigest() != source.sha256:
+                raise UserError(f"{path} exists, but is not {source.file}: move it away or name another with --out")
         print(f"{path} is there already, sha256 as published")
         return path
     with files.explained(path):
@@ -80,7 +77,7 @@ def fetch(source: Source, path: str = "") -> str:
         for url in source.urls:
             try:
                 th.hub.download_url_to_file(url, path, hash_prefix=source.sha256)
-                print(f"{path}: {os.path.getsize(path)} bytes, sha256 as published")
+                print(f"{path}: {source.size} bytes, sha256 as published")
                 return path
             except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another checksum
                 failures.append(f"{url}: {files.reason(error)}")
@@ -93,10 +90,7 @@ def fetch(source: Source, path: str = "") -> str:
 
 
 def find_inception(path: str = "") -> str:
-    """The file of the weights: the one given, else that of $GUIDED_DIFFUSION_INCEPTION, else the one in the cache.
-
-    :raises FileNotFoundError: if it does not exist.
-    """
+    """The file of the weights: the one given, else that of $GUIDED_DIFFUSION_INCEPTION, else the one in the cache."""
     named = paths.resolve(path or os.environ.get(VARIABLE) or INCEPTION.cached)
     if not paths.exists(named):
         fault = f"{files.quoted(named)} does not exist"
@@ -115,18 +109,36 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
     """The network with the weights of a file (.pth, .pt, .safetensors) with torch-fidelity's names.
 
     :param dtype: what its convolutions compute in.
-    :raises OSError, ValueError: if the file cannot be read or holds something else.
     """
     network = InceptionNetwork(dtype=dtype)
-    expected = {name: value for name, value in network.state_dict().items() if not name.endswith(COUNTER)}
+    expected = {name: value.shape for name, value in network.state_dict().items() if not name.endswith(COUNTER)}
     try:
-        state = checkpoints.load(path)
+        state = _read(path)
         if not isinstance(state, dict) or not all(isinstance(value, th.Tensor) for value in state.values()):
             raise UserError("it is no state dict")
         state = {name: value for name, value in state.items() if not name.endswith(COUNTER)}
-        if differences := "; ".join(weights.tensor_differences(state, expected)):
-            raise UserError(differences)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not hold the weights of the Inception network ({error}): {_remedy()}") from error
+        for name in (*expected, *state):
+            if name not in state:
+                raise UserError(f"{name} is missing")
+            if state[name].shape != expected.get(name):
+                shape = f"{list(expected[name])}" if name in expected else "none"
+                raise UserError(f"{files.printable(name)} is {list(state[name].shape)} in place of {shape}")
+    except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
+        local = not paths.is_remote(path) and os.path.exists(path)
+        kind = files.kind_of_file(path) if local else ""
+        fault = f"it is {kind}" if kind else files.reason(error)
+        raise UserError(f"{path} does not hold the weights of the Inception network ({fault}): {_remedy()}") from error
     network.load_state_dict(state)
     return network
+
+
+def _read(path: str) -> Any:
+    """The tensors of a file."""
+    if not paths.is_remote(path) and os.path.isfile(path):
+        files.check_unpacked(path)
+    with files.open_file(path) as file:
+        if path.endswith(".safetensors"):
+            import safetensors.torch
+
+            return safetensors.torch.load(file.read())
+        return th.load(file, map_location="cpu", weights_only=True)

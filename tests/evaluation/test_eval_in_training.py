@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from guided_diffusion.commands import classifier_train, image_sample, image_train
+from guided_diffusion.commands.evaluation import extractor_named
 from guided_diffusion.evaluation.evaluator import evaluate
-from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.evaluation.training import TrainingImages
 from guided_diffusion.image_datasets import ImageDataset
@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_sampling_and_evaluating_by_hand(places, flags,
     said = capsys.readouterr().out
     options = {"sampler": "dpm++2m", "steps": 3, "num_samples": 10, "batch_size": 4, "log_dir": samples}
     image_sample.main(command_line(model_path=run, **options))
-    extractor = make_extractor(f"classifier:{judge}")
+    extractor = extractor_named(f"classifier:{judge}")
     report = evaluate(open_images(str(pictures), 8), str(samples), extractor, metrics=["fid", "pr"], cache=False)
     first, last = table(run)
     assert list(first) == ["step", "samples", FD, "Precision", "Recall"]
@@ -204,7 +204,7 @@ def test_a_reference_of_too_few_images_is_refused_before_the_first_step(flags, t
 def test_a_reference_of_statistics_alone_gives_distances_and_no_precision(flags, places, tmp_path, capsys):
     _, judge = places
     reference = tmp_path / "statistics.npz"
-    features = make_extractor(f"classifier:{judge}")
+    features = extractor_named(f"classifier:{judge}")
     pool = features(np.random.default_rng(0).integers(0, 256, (99, 8, 8, 3), dtype=np.uint8)).pool
     record = f'{{"extractor": "{features.name}", "identity": "{features.identity}", "n": 99}}'
     arrays = {"mu": pool.mean(axis=0), "sigma": np.cov(pool, rowvar=False)}

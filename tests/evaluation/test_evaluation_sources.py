@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from guided_diffusion.data.sources import read_image
-from guided_diffusion.evaluation.images import RECORD, open_images, request_of
-from guided_diffusion.evaluation.references import read_statistics, record_bytes
+from guided_diffusion.evaluation.images import open_images, read_statistics, request_of
+from guided_diffusion.evaluation.references import record_bytes
+from guided_diffusion.evaluation.scores import RECORD
 from guided_diffusion.image_datasets import ImageDataset
 from guided_diffusion.runtime.npz import save_npz
 
@@ -50,19 +51,15 @@ def zipped(path, folder):
 
 
 @pytest.mark.parametrize("size", [1, 7, 23, 100])
-@pytest.mark.parametrize("kind", ["npz", "compressed", "folder", "zip", "shards"])
+@pytest.mark.parametrize("kind", ["npz", "compressed", "folder", "zip"])
 def test_every_image_comes_once_and_in_order(tmp_path, kind, size):
     folder = pictures(tmp_path / "pictures")
-    (tmp_path / "run" / "shards").mkdir(parents=True)
-    for number, start in enumerate(range(0, 23, 4)):
-        save_npz(str(tmp_path / f"run/shards/{number:06d}.npz"), IMAGES[start : start + 4])
     np.savez_compressed(tmp_path / "small.npz", arr_0=IMAGES)
     path = {
         "npz": saved(tmp_path / "x.npz", arr_0=IMAGES),
         "compressed": str(tmp_path / "small.npz"),
         "folder": folder,
         "zip": zipped(tmp_path / "pictures.zip", tmp_path / "pictures"),
-        "shards": str(tmp_path / "run"),
     }[kind]
     source = open_images(path)
     batches = list(source.batches(size))
@@ -247,7 +244,7 @@ def test_the_folder_of_a_run_gives_its_samples(tmp_path):
     source = open_images(str(tmp_path))
     np.testing.assert_array_equal(joined(source), IMAGES)
     assert source.labels.tolist() == list(range(23))
-    assert "those of samples_23x6x5x3.npz" in source.notes[0]
+    assert "the samples are samples_23x6x5x3.npz" in source.notes[0]
     assert request_of(str(tmp_path)) == request_of(str(tmp_path / "samples_23x6x5x3.npz")) == {"steps": 25, "seed": 3}
     assert request_of(saved(tmp_path / "other.npz", arr_0=IMAGES)) == {}
     (tmp_path / "request.json").write_text("{")
@@ -257,17 +254,10 @@ def test_the_folder_of_a_run_gives_its_samples(tmp_path):
         open_images(str(tmp_path))
 
 
-def test_an_unfinished_run_gives_what_is_there_and_says_so(tmp_path):
+def test_an_unfinished_run_is_refused(tmp_path):
     (tmp_path / "shards").mkdir()
-    for number in (0, 2):
-        save_npz(str(tmp_path / f"shards/{number:06d}.npz"), IMAGES[number : number + 2], np.array([number, 7]))
-    source = open_images(str(tmp_path))
-    np.testing.assert_array_equal(joined(source), IMAGES[:4])
-    assert source.labels.tolist() == [0, 7, 2, 7]
-    assert "not finished: the 4 images of 2 batches" in source.notes[0]
-    np.testing.assert_array_equal(joined(open_images(str(tmp_path / "shards"))), IMAGES[:4])
-    save_npz(str(tmp_path / "shards/000003.npz"), IMAGES[:, :4])
-    with pytest.raises(ValueError, match=r"000003.npz holds other images"):
+    save_npz(str(tmp_path / "shards/000000.npz"), IMAGES[:4])
+    with pytest.raises(ValueError, match="the run is not finished: run its command again"):
         open_images(str(tmp_path))
 
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from guided_diffusion import dist_util, logger
+from guided_diffusion.commands.evaluation import extractor_named
 from guided_diffusion.config import ClassifierConfig, UNetConfig
 from guided_diffusion.data.crops import center_crop_arr
-from guided_diffusion.evaluation.features import EXTRACTORS, fitted, make_extractor
+from guided_diffusion.evaluation.features import EXTRACTORS, fitted
 from guided_diffusion.evaluation.inception import InceptionNetwork
 from guided_diffusion.runtime.files import write_json
 from guided_diffusion.script_util import build_classifier, build_unet
@@ -85,7 +86,7 @@ def encoded(network: Any, x: th.Tensor) -> list[th.Tensor]:
 @pytest.mark.parametrize("pool", ["adaptive", "attention", "spatial", "spatial_v2"])
 def test_a_classifiers_features_are_what_its_head_begins_with(tmp_path: Path, pool: str) -> None:
     folder, network = classifier_run(tmp_path / "emoji8", pool=pool)
-    extractor = make_extractor(f"classifier:{folder}")
+    extractor = extractor_named(f"classifier:{folder}")
     assert (extractor.name, extractor.published) == ("emoji8 classifier", False)
     found = extractor(IMAGES)
     assert found.spatial is None
@@ -110,11 +111,11 @@ def test_a_classifiers_features_are_what_its_head_begins_with(tmp_path: Path, po
 
 def test_a_classifier_is_named_by_its_folder_or_file_and_known_by_its_weights(tmp_path: Path) -> None:
     folder, network = classifier_run(tmp_path / "emoji8")
-    of_folder, of_file = (make_extractor(f"classifier:{path}") for path in (f"{folder}/", folder / "model000010.pt"))
+    of_folder, of_file = (extractor_named(f"classifier:{path}") for path in (f"{folder}/", folder / "model000010.pt"))
     assert of_folder.name == "emoji8 classifier"
     assert of_file.name == "model000010 classifier"
     assert of_folder.identity == of_file.identity
-    rounded = make_extractor(f"classifier:{folder}", precision="bf16")
+    rounded = extractor_named(f"classifier:{folder}", precision="bf16")
     assert rounded.identity != of_folder.identity
     difference = np.abs(rounded(IMAGES).pool - of_folder(IMAGES).pool).max()
     assert 0 < difference < 0.1
@@ -122,14 +123,14 @@ def test_a_classifier_is_named_by_its_folder_or_file_and_known_by_its_weights(tm
     (folder / "model000010.pt").unlink()
     checkpoints.save(str(folder / "model000010.pt"), network.state_dict())
     folder.rename(tmp_path / "classifier")
-    other = make_extractor(f"classifier:{tmp_path}/classifier")
+    other = extractor_named(f"classifier:{tmp_path}/classifier")
     assert other.identity != of_folder.identity
     assert other.name == "classifier"
 
 
 def test_images_of_another_size_are_cropped_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = classifier_run(tmp_path / "small")
-    extractor = make_extractor(f"classifier:{folder}")
+    extractor = extractor_named(f"classifier:{folder}")
     wide = RNG.integers(0, 256, (2, 20, 33, 3)).astype(np.uint8)
     cropped = np.stack([center_crop_arr(Image.fromarray(image), 8) for image in wide])
     logger.configure(dir=str(tmp_path / "log"), format_strs=["stdout"])
@@ -151,7 +152,7 @@ def test_colours_are_fitted_as_in_training() -> None:
 
 def test_a_grey_classifier_takes_coloured_images(tmp_path: Path) -> None:
     folder, network = classifier_run(tmp_path / "grey", image_channels=1, image_size=8)
-    found = make_extractor(f"classifier:{folder}")(IMAGES[..., :1].repeat(3, axis=-1))
+    found = extractor_named(f"classifier:{folder}")(IMAGES[..., :1].repeat(3, axis=-1))
     with th.no_grad():
         expected = network(planes(IMAGES[..., :1]), th.zeros(3)).softmax(1)
     assert found.probs is not None
@@ -164,18 +165,18 @@ def test_the_identity_of_a_classifier_stays_what_references_have_recorded(tmp_pa
     (folder / "model000010.pt").unlink()
     zeros = {name: th.zeros_like(value) for name, value in network.state_dict().items()}
     checkpoints.save(str(folder / "model000010.pt"), zeros)
-    assert make_extractor(f"classifier:{folder}").identity == "classifier 448252946f862c81 1"
+    assert extractor_named(f"classifier:{folder}").identity == "classifier 448252946f862c81 1"
 
 
 def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
     config = UNetConfig(image_size=8, num_channels=32, num_res_blocks=1, channel_mult="1", attention_resolutions="8")
     folder = save_run(tmp_path / "unet", config, build_unet(config, learn_sigma=False))
-    told = sentence_of(make_extractor, f"classifier:{folder}")
+    told = sentence_of(extractor_named, f"classifier:{folder}")
     assert "--features classifier" in told
-    assert "is no classifier of grey or RGB images" in told
-    assert "does not exist" in sentence_of(make_extractor, f"classifier:{tmp_path}/nowhere")
+    assert "is a diffusion model: give the checkpoint of a classifier there" in told
+    assert "does not exist" in sentence_of(extractor_named, f"classifier:{tmp_path}/nowhere")
     (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04")
-    assert "cannot be read as a checkpoint" in sentence_of(make_extractor, f"classifier:{tmp_path}/torn.pt")
+    assert "cannot be read as a checkpoint" in sentence_of(extractor_named, f"classifier:{tmp_path}/torn.pt")
 
 
 # ---- Inception
@@ -196,7 +197,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Inception
 
 def test_inception_gives_what_the_published_evaluator_compares(inception: tuple[Path, InceptionNetwork]) -> None:
     path, network = inception
-    extractor = make_extractor(f"inception:{path}")
+    extractor = extractor_named(f"inception:{path}")
     assert (extractor.name, extractor.published) == ("Inception", True)
     found = extractor(IMAGES[:2])
     with th.no_grad():
@@ -208,7 +209,7 @@ def test_inception_gives_what_the_published_evaluator_compares(inception: tuple[
     np.testing.assert_array_equal(found.probs, expected.logits_unbiased.softmax(1).numpy())
     assert not np.allclose(found.probs, expected.logits.softmax(1).numpy(), rtol=1e-3)
     np.testing.assert_allclose(extractor(IMAGES[1:2]).pool, found.pool[1:], rtol=1e-4, atol=1e-5)
-    rounded = make_extractor("inception", weights=str(path), precision="bf16")
+    rounded = extractor_named("inception", weights=str(path), precision="bf16")
     assert rounded.identity != extractor.identity
     grey = rounded(IMAGES[:1, ..., :1]).pool
     np.testing.assert_array_equal(grey, rounded(IMAGES[:1, ..., :1].repeat(3, axis=-1)).pool)
@@ -277,7 +278,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 def test_features_are_those_of_transformers(tmp_path: Path, kind: str, flag: str, folder: str, name: str) -> None:
     network = saved(kind, tmp_path / folder)
-    extractor = make_extractor(f"{flag}:{tmp_path / folder}")
+    extractor = extractor_named(f"{flag}:{tmp_path / folder}")
     assert (extractor.name, extractor.published) == (name, False)
     wide = RNG.integers(0, 256, (3, 40, 60, 3)).astype(np.uint8)
     found = extractor(wide)
@@ -302,8 +303,8 @@ def test_transformers_are_known_by_weights_preprocessing_and_precision(tmp_path:
     saved("dinov2", tmp_path / "a")
     saved("dinov2", tmp_path / "b")
     saved("dinov2", tmp_path / "c", image_mean=[0.4, 0.5, 0.7])
-    first, same, other = (make_extractor(f"dinov2:{tmp_path / name}") for name in "abc")
-    rounded = make_extractor(f"dinov2:{tmp_path / 'a'}", precision="bf16")
+    first, same, other = (extractor_named(f"dinov2:{tmp_path / name}") for name in "abc")
+    rounded = extractor_named(f"dinov2:{tmp_path / 'a'}", precision="bf16")
     assert first.identity == same.identity
     assert len({first.identity, other.identity, rounded.identity}) == 3
     assert 0 < np.abs(rounded(IMAGES).pool - first(IMAGES).pool).max() < 0.1
@@ -324,7 +325,7 @@ def test_folders_that_transformers_cannot_use_are_refused(tmp_path: Path, monkey
         f"clip:{empty}": "config.json",
     }
     for kind, words in told.items():
-        message = sentence_of(make_extractor, kind)
+        message = sentence_of(extractor_named, kind)
         assert message.startswith(f"--features {kind} cannot be used: ")
         assert words in message
     weights = safetensors.torch.load_file(dino / "model.safetensors")
@@ -332,12 +333,12 @@ def test_folders_that_transformers_cannot_use_are_refused(tmp_path: Path, monkey
     for changed in (fewer, {**weights, "layernorm.weight": th.zeros(3)}):
         safetensors.torch.save_file(changed, dino / "model.safetensors", {"format": "pt"})
         told_missing = "1 of its tensors are missing or of another shape, the first is layernorm.weight"
-        assert told_missing in sentence_of(make_extractor, f"dinov2:{dino}")
+        assert told_missing in sentence_of(extractor_named, f"dinov2:{dino}")
     (dino / "model.safetensors").write_bytes(b"cut short")
-    assert "cannot be used" in sentence_of(make_extractor, f"dinov2:{dino}")
+    assert "cannot be used" in sentence_of(extractor_named, f"dinov2:{dino}")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
-        message = sentence_of(make_extractor, f"clip:{clip}")
+        message = sentence_of(extractor_named, f"clip:{clip}")
     assert 'transformers is missing: run `pip install "guided-diffusion[eval]"`' in message
 
 
@@ -360,14 +361,14 @@ def test_code_in_a_folder_never_runs(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({**changed, "auto_map": code}))
         (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSING, "auto_map": code}))
         if changed is config:
-            make_extractor(f"dinov2:{tmp_path}")
+            extractor_named(f"dinov2:{tmp_path}")
         else:
-            sentence_of(make_extractor, f"dinov2:{tmp_path}")
+            sentence_of(extractor_named, f"dinov2:{tmp_path}")
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING))
     (tmp_path / "model.safetensors").unlink()
     th.save({"layernorm.weight": Attack(tmp_path / "mark")}, tmp_path / "pytorch_model.bin")
-    sentence_of(make_extractor, f"dinov2:{tmp_path}")
+    sentence_of(extractor_named, f"dinov2:{tmp_path}")
     assert not (tmp_path / "mark").exists()
 
 
@@ -378,20 +379,20 @@ def test_kinds_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path))
     for kind, message in (
         ("incepton", "did you mean inception?"),
-        ("xyz:file", "give inception, or classifier, dinov2, clip and :PATH"),
+        ("xyz:file", "give inception, or dinov2, clip, classifier and :PATH"),
         ("clip", "--features clip needs a path: write clip:PATH"),
         ("inception:file", "'file' does not exist"),
         ("inception", "scripts/download.py inception"),
     ):
-        assert message in sentence_of(make_extractor, kind)
+        assert message in sentence_of(extractor_named, kind)
     for kind in ("clip:file", "inception:file"):
-        assert "is not used by" in sentence_of(make_extractor, kind, weights="w.pth")
+        assert "is not used by" in sentence_of(extractor_named, kind, weights="w.pth")
     assert next(iter(EXTRACTORS)) == "inception"
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     folder, _ = classifier_run(tmp_path / "small")
-    extractor = make_extractor(f"classifier:{folder}")
+    extractor = extractor_named(f"classifier:{folder}")
     for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:0], IMAGES[..., :2]):
         assert "features are made of uint8 [N, H, W, C]" in sentence_of(extractor, images)
 

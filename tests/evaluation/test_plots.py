@@ -88,11 +88,7 @@ def test_a_sweep_has_a_line_for_each_sampler_and_number_of_steps_in_the_order_of
     assert [list(line.get_ydata()) for line in lines] == [[10, 11, 14], [25, 26, 29]] * 2
     assert [list(np.round(line.get_xdata(), 6)) for line in tradeoff.lines] == [[0.5, 0.6, 0.9]] * 4
     assert [text.get_text() for text in tradeoff.texts] == ["0", "4"] * 4
-    sizes = [list(points.get_sizes()) for points in tradeoff.collections]
-    assert len(sizes) == 4
-    assert all(row == sorted(set(row)) for row in sizes)
     assert distance.get_xlabel() == "classifier scale"
-    assert [text.get_text() for text in distance.get_xticklabels()] == ["0", "1", "4"]
     (legend,) = shown[0].legends
     names = [text.get_text() for text in legend.get_texts()]
     assert names == ["ddim, 10 steps", "ddim, 25 steps", "dpm++2m, 10 steps", "dpm++2m, 25 steps"]

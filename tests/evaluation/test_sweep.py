@@ -11,9 +11,9 @@ from PIL import Image
 
 from guided_diffusion import sample_util
 from guided_diffusion.commands import classifier_sample, classifier_train, image_sample, image_train, sweep
+from guided_diffusion.commands.evaluation import extractor_named
 from guided_diffusion.evaluation import sweep as sweep_module
 from guided_diffusion.evaluation.evaluator import evaluate
-from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.sweep import Cell
 from guided_diffusion.training.checkpoints import Checkpoint
 
@@ -120,7 +120,7 @@ def test_a_cell_is_what_the_commands_make_of_the_same_flags(flags, places, tmp_p
     own = tmp_path / "sweep" / "dpm++2m_3_scale_4"
     for ours, theirs in zip(images(own), images(tmp_path / "guided"), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    extractor = make_extractor(flags["features"])
+    extractor = extractor_named(flags["features"])
     report = evaluate(str(places / "pictures"), str(own), extractor, metrics=["fid", "pr"])
     assert {name: float(rows[3][name]) for name in report.results} == dict(report.results)
 
