@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np  # noqa: F401
 import torch as th
 import torch.nn as nn
 from torch.nn.utils import get_total_norm
+from torch.utils.hooks import RemovableHandle
 
 from . import logger
 from .config import resolve_precision
 from .nn import convert_module_to_f16 as convert_module_to_f16, convert_module_to_f32 as convert_module_to_f32
 from .runtime.errors import UserError
-from .training.gradients import Gradients, laid_out_as
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 
+Pairs = Sequence[tuple[th.Tensor, th.Tensor]]
 NamedParams = list[tuple[str, th.Tensor]]
 Groups = Sequence[tuple[NamedParams, Any]]  # (named parameters, shape of their flat master)
 
@@ -120,40 +123,105 @@ def state_dict_to_master_params(
     return make_master_params(get_param_groups_and_shapes(named)) if use_fp16 else [value for _, value in named]
 
 
-def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: nn.Module) -> dict[int, dict[str, Any]]:
-    """Adam's state with one entry per parameter, in parameter order and with the parameters' strides.
+def alike(one: th.Tensor, other: th.Tensor) -> bool:
+    """Whether two tensors of one shape have the same strides, along axes of more than one."""
+    return all(size == 1 or a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True))
 
-    :param state: the same, or that of the two flat masters of an older fp16 run, which is recognised by its sizes.
+
+def laid_out_as(value: th.Tensor, like: th.Tensor) -> th.Tensor:
+    """A tensor in the order of memory of another one of its shape; the tensor itself where it has it.
+
+    Kernels over many tensors at once take their fast way where weights, gradients and moments lie alike in memory;
+    torch's fused AdamW on a CPU is right only there.
     """
-    named = list(model.named_parameters())
-    groups = get_param_groups_and_shapes(named)
-    sizes = {index: entry["exp_avg"].numel() for index, entry in state.items() if "exp_avg" in entry}
-    if all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
-        result: dict[int, dict[str, Any]] = {index: dict(entry) for index, entry in state.items()}
-    elif sizes == {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
-        result = _unflattened(state, groups, [name for name, _ in named])
-    else:
-        raise UserError("the optimizer state is not that of this model: resume with the flags of the run that wrote it")
-    for index, entry in result.items():
-        param = named[index][1]
-        moments = {key: value for key, value in entry.items() if getattr(value, "shape", None) == param.shape}
-        entry.update({key: laid_out_as(value, param) for key, value in moments.items()})
-    return result
+    return value if alike(value, like) else th.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
-def _unflattened(
-    state: Mapping[int, Mapping[str, Any]], groups: Groups, names: Sequence[str]
-) -> dict[int, dict[str, Any]]:
-    """The entries of flat masters, cut into those of the parameters."""
-    result: dict[int, dict[str, Any]] = {index: {} for index in range(len(names))}
-    for which, (group, _) in enumerate(groups):
-        size = sum(param.numel() for _, param in group)
-        for key, value in state[which].items():
-            flat = isinstance(value, th.Tensor) and value.numel() == size
-            parts = unflatten_master_params(group, value) if flat else [value] * len(group)
-            for (name, _), part in zip(group, parts, strict=True):
-                result[names.index(name)][key] = part.clone() if isinstance(part, th.Tensor) else part
-    return result
+# ---- from a backward pass to the optimizer
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+class Gradients:
+    """The gradients of one process, each moved to its fp32 master and added up as soon as autograd has it.
+
+    So the model's own gradients are never held all at once.
+
+    :param pairs: (parameter, its master) of all that is trained; the same tensor twice where it is its own master.
+    """
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs, self._collects, self._last = pairs, False, False
+        self._loss: th.Tensor | None = None
+        handles = [pairs[index][0].register_post_accumulate_grad_hook(self._hook(index)) for index in self._watched()]
+        weakref.finalize(self, _remove, handles)
+
+    def _watched(self) -> list[int]:
+        return [index for index, (param, master) in enumerate(self.pairs) if param is not master]
+
+    def _hook(self, index: int) -> Callable[[th.Tensor], None]:
+        """Moves gradient `index`, as long as this object is there: a model may outlive its trainers."""
+        reference = weakref.ref(self)
+
+        def arrived(_: th.Tensor) -> None:
+            gradients = reference()
+            if gradients is not None and gradients._collects:
+                gradients._arrived(index)
+
+        return arrived
+
+    def reset(self) -> None:
+        """Forget all gradients, and the loss."""
+        self._loss = None
+        for param, master in self.pairs:
+            param.grad = master.grad = None
+
+    @contextmanager
+    def collecting(self, loss: th.Tensor, *, last: bool) -> Iterator[None]:
+        """Around a backward pass; gradients of other passes are left alone.
+
+        :param loss: [], which is added up as the gradients are.
+        :param last: no other pass follows before `finish`.
+        """
+        value = loss.detach().reshape(())
+        self._loss = value if self._loss is None else self._loss + value
+        self._collects, self._last = True, last
+        try:
+            yield
+        finally:
+            self._collects = False
+
+    def _arrived(self, index: int) -> None:
+        self._move(index)
+
+    def _move(self, index: int) -> None:
+        """Add the gradient of a parameter to its master's, and let go of it."""
+        param, master = self.pairs[index]
+        if param.grad is None or param is master:
+            return
+        if master.grad is None:
+            master.grad = laid_out_as(param.grad.to(master.dtype), master)
+        else:
+            master.grad.add_(param.grad)
+        param.grad = None
+
+    def finish(self) -> tuple[list[th.Tensor], th.Tensor]:
+        """The gradients of all masters, zeros for one that took no part, and the loss []."""
+        for index, (_, master) in enumerate(self.pairs):
+            self._move(index)  # what came without `collecting`
+            if master.grad is None:
+                master.grad = th.zeros_like(master)
+        return self._found(), self._total()
+
+    def _found(self) -> list[th.Tensor]:
+        return [master.grad for _, master in self.pairs if master.grad is not None]
+
+    def _total(self) -> th.Tensor:
+        """The loss of all passes; 0 where there was none."""
+        return self.pairs[0][1].new_zeros(()) if self._loss is None else self._loss
 
 
 # ---- the trainer
@@ -175,15 +243,11 @@ class MixedPrecisionTrainer:
 
     `master_params` are what an optimizer trains, in parameter order: the model's own parameters where these are fp32,
     an fp32 copy of each other one, with its strides. Gradients of several backward passes add up in fp32. A step in
-    which a loss, a gradient or a weight is not finite, on any rank, is skipped on all of them; `fault` then names which
-    of the three, and is '' otherwise.
-
-    The ranks average gradients of masters here and not in torch's DistributedDataParallel, which would do it in the
-    precision of the weights and would wrap the model.
+    which a loss, a gradient or a weight is not finite is skipped; `fault` then names which of the three, and
+    is '' otherwise.
 
     :param precision: fp32, fp16 or bf16; '' is what `use_fp16` says.
     :param grad_clip: the largest norm of the gradient that is not scaled down; 0: no clipping.
-    :param all_reduce: average the gradients over all ranks; then every rank must call `optimize`.
     """
 
     def __init__(
@@ -195,7 +259,6 @@ class MixedPrecisionTrainer:
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
         precision: str = "",
         grad_clip: float = 0.0,
-        all_reduce: bool = False,
     ) -> None:
         self.model = model
         self.precision = resolve_precision(precision, use_fp16)
@@ -203,7 +266,6 @@ class MixedPrecisionTrainer:
         self.fp16_scale_growth = fp16_scale_growth
         self.lg_loss_scale = initial_lg_loss_scale
         self.grad_clip = grad_clip
-        self.all_reduce = all_reduce
         self.fault, self.only_scaled = "", False
         self._loss: th.Tensor | None = None  # of the backward passes whose gradients the masters have
         self.model_params = list(model.parameters())
@@ -215,7 +277,7 @@ class MixedPrecisionTrainer:
         self.gradients = self._make_gradients()
 
     def _make_gradients(self) -> Gradients:
-        return Gradients(self._trained, averaged=self.all_reduce)
+        return Gradients(self._trained)
 
     def _make_masters(self) -> list[nn.Parameter]:
         if self.precision == "fp32":
@@ -260,7 +322,7 @@ class MixedPrecisionTrainer:
             (loss * 2.0**self.lg_loss_scale if self.use_fp16 else loss).backward()
 
     def _gradients(self) -> tuple[list[th.Tensor], th.Tensor]:
-        """The gradients of all trained masters, and the loss, of all ranks where they are several."""
+        """The gradients of all trained masters, no longer scaled, and the loss."""
         grads, loss = self.gradients.finish()
         if self.use_fp16:
             th._foreach_mul_(grads, 2.0**-self.lg_loss_scale)

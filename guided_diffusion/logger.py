@@ -19,7 +19,7 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 from tqdm.auto import tqdm
 
 from .runtime import launchers, paths
-from .runtime.files import explained
+from .runtime.errors import explained
 from .runtime.log_writers import (
     CSVOutputFormat as CSVOutputFormat,
     HumanOutputFormat as HumanOutputFormat,

@@ -34,16 +34,17 @@ from .training import batches, checkpoints
 from .training.bad_steps import BadSteps
 from .training.batches import Cond, RollingValidation, Supply, Validation
 from .training.checkpoints import Checkpoint
-from .training.gradients import AdamW
+from .training.gradients import AdamW, AveragingTrainer
 from .training.interruption import Failures, Interruption
 from .training.meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
 from .training.noise import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
-from .training.run_state import RunState, load_weights
 from .training.saving import (
+    RunState,
     Saver,
     find_ema_checkpoint,
     find_resume_checkpoint,
     get_blob_logdir,
+    load_weights,
     parse_resume_step_from_filename,
 )
 from .training.settings import Hook as Hook, Settings
@@ -105,7 +106,7 @@ class TrainLoop:
         self._set_up(files)
 
     def _make_trainer(self) -> MixedPrecisionTrainer:
-        kind: type[MixedPrecisionTrainer] = MixedPrecisionTrainer
+        kind: type[MixedPrecisionTrainer] = AveragingTrainer if dist_util.world_size() > 1 else MixedPrecisionTrainer
         if self.settings.fsdp:
             from .training.sharding import ShardedTrainer as kind
         return kind(
@@ -115,7 +116,6 @@ class TrainLoop:
             initial_lg_loss_scale=self.settings.initial_lg_loss_scale,
             precision=self.settings.precision,
             grad_clip=self.settings.grad_clip,
-            all_reduce=dist_util.world_size() > 1,
         )
 
     def _set_up(self, files: Checkpoint | None) -> None:

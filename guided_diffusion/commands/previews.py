@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
@@ -19,10 +19,12 @@ from ..runtime.errors import UserError
 from ..runtime.options import parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, planes, save_grid, to_uint8
 from ..sample_util import preview
-from ..train_util import Hook
+from ..training.settings import Hook
 from . import conditioning
 from .common import image_shape
-from .training import Training
+
+if TYPE_CHECKING:
+    from .training import Training
 
 PREVIEWED = 16  # images in a preview grid
 COMPARED = 64  # images of the data whose colours are compared with it

@@ -29,6 +29,19 @@ def as_user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+@contextmanager
+def explained(path: str) -> Iterator[None]:
+    """Turn an error of the system inside the block into a sentence about the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # a sentence already
+            raise
+        refusal = OSError(f"{path} cannot be written ({error.strerror}): make room there, or choose another folder")
+        refusal.errno = error.errno
+        raise refusal from error
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)

@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO, NamedTuple
 import numpy as np
 
 from . import paths
-from .errors import UserError
+from .errors import UserError, explained as explained
 from .paths import AnyPath, is_remote, open_blob, resolve
 
 MAX_BYTES = 2**29  # of a file, or of a member of a zip, that is read as a whole
@@ -293,19 +293,6 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             os.remove(part)
-
-
-@contextlib.contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Turn an error of the system inside the block into a sentence about the file that was to be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.strerror is None:  # a sentence already
-            raise
-        refusal = OSError(f"{path} cannot be written ({error.strerror}): make room there, or choose another folder")
-        refusal.errno = error.errno
-        raise refusal from error
 
 
 @contextlib.contextmanager

@@ -10,12 +10,11 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Real
 from typing import Any, TextIO
 
-from .errors import UserError
-from .files import explained, replacing
+from .errors import UserError, explained
 
 KeyValues = Mapping[str, Any]
 
@@ -53,8 +52,15 @@ class _FileWriter:
             file.write(text)
 
     def _replace(self, text: str) -> None:
-        with replacing(self.filename) as file:
-            file.write(text.encode())
+        part = f"{self.filename}.part-{os.getpid()}"
+        with explained(self.filename):
+            try:
+                with open(part, "w", encoding="utf-8", newline="") as file:
+                    file.write(text)
+                os.replace(part, self.filename)
+            finally:
+                with suppress(OSError):
+                    os.remove(part)
 
     def _lines(self) -> list[str]:
         """The complete lines, with their ends."""

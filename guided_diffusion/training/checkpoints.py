@@ -3,11 +3,14 @@
 A run folder holds config.json, classes.json and, for every saved step, modelNNNNNN.pt and ema_RATE_NNNNNN.pt (fp32
 weights after N updates), optNNNNNN.pt (optimizer), stateNNNNNN.pt (everything else) and, written last, the manifest
 setNNNNNN.json; runs with adapters also a folder loraNNNNNN. Older runs wrote no manifests: of checkpoints before the
-first one, the files that must be there decide, of those after it, the manifest.
+first one, the files that must be there decide, of those after it, the manifest, which reads
+{"format": 1, "step": N, "files": {NAME: {"bytes": SIZE, "sha256": HEX}}}.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import re
 import zipfile
@@ -15,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch as th
 
@@ -25,10 +28,10 @@ from ..runtime import files, paths
 from ..runtime.errors import UserError
 from ..runtime.labels import load_classes
 from ..runtime.paths import exists, is_remote, isdir, join, names_in
-from . import manifest
-from .weights import State, difference, load as load, neighbours, pick, save as save, shapes
+from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES = "config.json", "classes.json"
+MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
     r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
@@ -216,7 +219,7 @@ def _in_folder_of(path: str, name: str) -> str:
 
 
 def _damaged(entry: Checkpoint, *, checksums: bool = False) -> str:
-    return manifest.fault(entry.manifest, checksums=checksums, missing_is_fine=True) if entry.manifest else ""
+    return manifest_fault(entry.manifest, checksums=checksums, missing_is_fine=True) if entry.manifest else ""
 
 
 def fault(entry: Checkpoint, sets: Mapping[int, Checkpoint], *, checksums: bool = False) -> str:
@@ -226,7 +229,7 @@ def fault(entry: Checkpoint, sets: Mapping[int, Checkpoint], *, checksums: bool 
     :param checksums: read all that a manifest names; else only sizes are compared.
     """
     if entry.manifest:
-        return manifest.fault(entry.manifest, checksums=checksums)
+        return manifest_fault(entry.manifest, checksums=checksums)
     if any(other.manifest and step < (entry.step or 0) for step, other in sets.items()):
         return "it was not finished: it has no manifest"
     written = [kind for kind in ("state", "opt") if any(getattr(other, kind) for other in sets.values())]
@@ -294,6 +297,70 @@ def choose(path: str, *, auto: bool = False) -> tuple[Checkpoint | None, list[st
         if chosen[0] is None and not auto:
             chosen = find_set(path, checksums=True), []
     return dist_util.broadcast_object(chosen)
+
+
+# ---- manifests
+
+
+def write_manifest(folder: str, step: int, entries: Mapping[str, Entry]) -> str:
+    """Write the manifest of a step, and return its path.
+
+    :param entries: name in the folder -> what was written.
+    """
+    path = paths.join(folder, f"set{step:06d}.json")
+    files.write_json(path, {"format": MANIFEST_FORMAT, "step": step, "files": dict(entries)})
+    return path
+
+
+def _entries(path: str) -> dict[str, Entry]:
+    """The files that a manifest names; {} where it is damaged, or of another step than its name says."""
+    content = files.read_file(path)
+    try:
+        value = files.parse_json(content)
+        entries: dict[str, Entry] = value["files"]
+        whole = all(type(entry["bytes"]) is int and type(entry["sha256"]) is str for entry in entries.values())
+        whole &= not any(files.path_fault(name, "folder") for name in entries)
+        whole &= f"set{value['step']:06d}.json" == os.path.basename(path) and value["format"] == MANIFEST_FORMAT
+        whole &= any(name.startswith("model") for name in entries)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    return entries if whole else {}
+
+
+def manifest_fault(path: str, *, checksums: bool, missing_is_fine: bool = False) -> str:
+    """The first way in which the files beside a manifest are not those it names; '' if there is none.
+
+    :param checksums: read the files; else only their sizes are compared.
+    """
+    folder = os.path.dirname(path) or "."
+    try:
+        entries = _entries(path)
+        for name, entry in entries.items():
+            reason = _fault_of(paths.join(folder, name), entry, checksums, missing_is_fine)
+            if reason:
+                return f"{name} {reason}"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror or error})"
+    except UserError as error:
+        return str(error)
+    return "" if entries else f"its manifest is damaged, or not one of format {MANIFEST_FORMAT} for this step"
+
+
+def _fault_of(path: str, entry: Entry, checksums: bool, missing_is_fine: bool) -> str:
+    if not paths.exists(path):
+        return "" if missing_is_fine else "is missing"
+    stat = paths.stat(path)
+    if stat.size != entry["bytes"]:
+        return f"has {stat.size} bytes instead of {entry['bytes']}"
+    if checksums and _digest_of(path, stat.size, stat.mtime, stat.version) != entry["sha256"]:
+        return "was altered: its checksum is another one"
+    return ""
+
+
+@functools.lru_cache(maxsize=64)  # whoever changes a file changes one of these
+def _digest_of(path: str, size: int, mtime: float, version: str | None) -> str:
+    with files.open_file(path) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 # ---- to remove

@@ -1,43 +1,26 @@
-"""Gradients on their way from a backward pass to the optimizer: moved to fp32, added up, averaged over the ranks.
+"""The gradients of several ranks on their way to the optimizer, averaged in fp32; and torch's AdamW, faster on a CPU.
 
-Each is moved as soon as autograd has it, so that the model's own gradients are never held all at once. On several
-ranks those of a bucket are averaged while the backward pass goes on with the others, in the precision of the masters.
+Those of a bucket are averaged while the backward pass goes on with the others, in the precision of the masters:
+torch's DistributedDataParallel would do it in the precision of the weights, and would wrap the model.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch as th
 import torch.distributed as dist
-from torch.utils.hooks import RemovableHandle
+
+from ..fp16_util import Gradients, MixedPrecisionTrainer, Pairs, alike, laid_out_as
 
 BUCKET = 2**22  # values per all-reduce: enough to fill a link, few enough for the last one, which nothing hides
 ALIGNED = 4  # values: a gradient begins at a multiple of them, for kernels that read 16 bytes at once
 
-Pairs = Sequence[tuple[th.Tensor, th.Tensor]]
 
-
-def _alike(one: th.Tensor, other: th.Tensor) -> bool:
-    """Whether two tensors of one shape have the same strides, along axes of more than one."""
-    return all(size == 1 or a == b for size, a, b in zip(one.shape, one.stride(), other.stride(), strict=True))
-
-
-def is_dense(value: th.Tensor) -> bool:
+def _is_dense(value: th.Tensor) -> bool:
     """Whether a tensor has its numbers in memory once each and without gaps, in whatever order."""
-    return _alike(value, th.empty_like(value, device="meta"))
-
-
-def laid_out_as(value: th.Tensor, like: th.Tensor) -> th.Tensor:
-    """A tensor in the order of memory of another one of its shape; the tensor itself where it has it.
-
-    Kernels over many tensors at once take their fast way where weights, gradients and moments lie alike in memory;
-    torch's fused AdamW on a CPU is right only there.
-    """
-    return value if _alike(value, like) else th.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+    return alike(value, th.empty_like(value, device="meta"))
 
 
 class AdamW(th.optim.AdamW):
@@ -49,7 +32,7 @@ class AdamW(th.optim.AdamW):
     """
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
-        group["fused"] = group["fused"] and all(map(is_dense, group["params"]))
+        group["fused"] = group["fused"] and all(map(_is_dense, group["params"]))
         if group["fused"]:
             self._lay_out(group["params"])
         has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
@@ -79,96 +62,51 @@ def _align(params: list[th.Tensor], *others: list[th.Tensor]) -> None:
                 tensors[index] = tensors[index].as_strided((param.numel(),), (1,))
 
 
-# ---- from a backward pass to the optimizer
+# ---- the mean over the ranks
 
 
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-class Gradients:
-    """The gradients of one process, or the means of those of all ranks, the same bits on each.
+class AveragedGradients(Gradients):
+    """The means of the gradients of all ranks, the same bits on each; every rank must call `finish`.
 
     A bucket is sent when the last backward pass has all of its gradients and the buckets before it are on their way:
     in the same order on every rank, last parameters first, as a backward pass reaches them.
-
-    :param pairs: (parameter, its master) of all that is trained; the same tensor twice where it is its own master.
-    :param averaged: over the ranks; every rank must call `finish`.
     """
 
-    def __init__(self, pairs: Pairs, *, averaged: bool = False) -> None:
-        self.pairs, self._collects, self._last, self._sent = pairs, False, False, 0
-        self._loss: th.Tensor | None = None
-        groups = _grouped(pairs) if averaged else ()
-        self._buckets = [_Bucket({index: pairs[index][1] for index in group}) for group in groups]
+    def __init__(self, pairs: Pairs) -> None:
+        self._buckets = [_Bucket({index: pairs[index][1] for index in group}) for group in _grouped(pairs)]
         self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.missing}
-        handles = [pairs[index][0].register_post_accumulate_grad_hook(self._hook(index)) for index in self._watched()]
-        weakref.finalize(self, _remove, handles)
+        self._sent = 0
+        super().__init__(pairs)
 
     def _watched(self) -> list[int]:
-        """The gradients that are moved when autograd has them: of one process in fp32 none is."""
-        return [index for index, (param, master) in enumerate(self.pairs) if self._buckets or param is not master]
-
-    def _hook(self, index: int) -> Callable[[th.Tensor], None]:
-        """Moves gradient `index`, as long as this object is there: a model may outlive its trainers."""
-        reference = weakref.ref(self)
-
-        def arrived(_: th.Tensor) -> None:
-            gradients = reference()
-            if gradients is not None and gradients._collects:
-                gradients._arrived(index)
-
-        return arrived
+        return list(range(len(self.pairs)))
 
     def reset(self) -> None:
-        """Forget all gradients, and the loss."""
-        self._loss = None
-        for param, master in self.pairs:
-            param.grad = master.grad = None
+        super().reset()
         self._sent = 0
         for bucket in self._buckets:
             bucket.begin()
             bucket.vector = None
 
-    @contextmanager
-    def collecting(self, loss: th.Tensor, *, last: bool) -> Iterator[None]:
-        """Around a backward pass; gradients of other passes are left alone.
-
-        :param loss: [], which is added up and averaged as the gradients are.
-        :param last: no other pass follows before `finish`.
-        """
-        value = loss.detach().reshape(())
-        self._loss = value if self._loss is None else self._loss + value
-        self._collects, self._last = True, last
-        try:
-            yield
-        finally:
-            self._collects = False
-
     def _arrived(self, index: int) -> None:
-        bucket = self._bucket_of.get(index)
-        if bucket is not None and bucket.work is not None:
+        bucket = self._bucket_of[index]
+        if bucket.work is not None:
             raise RuntimeError(
                 "a gradient came after its bucket was sent to other ranks: only one pass can be the last"
             )
         self._move(index)
-        if bucket is not None and self._last:
+        if self._last:
             bucket.missing.discard(index)
             self._send()
 
     def _move(self, index: int) -> None:
-        """Add the gradient of a parameter to its master's, and let go of it."""
-        (param, master), bucket = self.pairs[index], self._bucket_of.get(index)
-        grad = param.grad
-        if grad is None or (bucket is None and param is master):
+        (param, master), grad = self.pairs[index], self.pairs[index][0].grad
+        if grad is None:
             return
         if param is not master and master.grad is not None:
             master.grad.add_(grad)
-        elif bucket is None:
-            master.grad = laid_out_as(grad.to(master.dtype), master)
         else:
-            part = bucket.part(index)
+            part = self._bucket_of[index].part(index)
             master.grad = part if part.data_ptr() == grad.data_ptr() else part.copy_(grad)
         if param is not master:
             param.grad = None
@@ -180,25 +118,13 @@ class Gradients:
             self._sent += 1
 
     def finish(self) -> tuple[list[th.Tensor], th.Tensor]:
-        """The gradients of all masters, zeros for one that took no part, and the loss []."""
-        for index, (_, master) in enumerate(self.pairs):
+        for index in range(len(self.pairs)):
             self._move(index)  # what came without `collecting`
-            if master.grad is None and not self._buckets:
-                master.grad = th.zeros_like(master)
-        loss = self._average() if self._buckets else self._total()
-        return [master.grad for _, master in self.pairs if master.grad is not None], loss
-
-    def _average(self) -> th.Tensor:
-        """Wait for the buckets, and divide them; returns the loss."""
         self._send(unready=True)
         vectors = [bucket.wait() for bucket in self._buckets]
         th._foreach_div_(vectors, float(dist.get_world_size()))
         self._sent = 0
-        return vectors[0][0]
-
-    def _total(self) -> th.Tensor:
-        """The loss of all passes; 0 where there was none."""
-        return self.pairs[0][1].new_zeros(()) if self._loss is None else self._loss
+        return self._found(), vectors[0][0]
 
 
 class _Bucket:
@@ -262,3 +188,10 @@ def _grouped(pairs: Pairs) -> Iterator[list[int]]:
             group = []
         group.append(index)
     yield group
+
+
+class AveragingTrainer(MixedPrecisionTrainer):
+    """A trainer whose gradients are the means over all ranks; every rank must call `optimize`, and skips the same."""
+
+    def _make_gradients(self) -> Gradients:
+        return AveragedGradients(self._trained)

@@ -1,19 +1,28 @@
-"""Writing the checkpoints of a run, at once or while training goes on."""
+"""The checkpoints of a run: all that they hold, to files and back, and writing them while training goes on."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch as th
 
 from .. import dist_util, logger
+from ..fp16_util import Groups, get_param_groups_and_shapes, laid_out_as, unflatten_master_params
 from ..runtime import paths
-from . import checkpoints, manifest
-from .run_state import RunState
+from ..runtime.errors import UserError
+from . import checkpoints, lora
+from .checkpoints import Checkpoint
+from .weights import load
+
+if TYPE_CHECKING:
+    from ..train_util import TrainLoop
 
 # ---- the originals' functions, which research code replaces in train_util
 
@@ -40,6 +49,221 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
     return next((path for text, path in averages if float(text) == float(rate)), None)
 
 
+# ---- the parts of a run that change
+
+
+def rng_state(device: th.device) -> dict[str, Any]:
+    """The states of the global generators of torch, numpy and random, and of a GPU, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    numbers = [str(name), th.from_numpy(np.asarray(keys, np.int64)), *rest]
+    gpu = {"cuda": th.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"torch": th.get_rng_state(), "numpy": numbers, "python": random.getstate(), **gpu}
+
+
+def set_rng_state(state: dict[str, Any], device: th.device) -> None:
+    """Set the global generators to a state of `rng_state`."""
+    th.set_rng_state(state["torch"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    if "cuda" in state and device.type == "cuda":
+        th.cuda.set_rng_state(state["cuda"], device)
+
+
+def load_weights(model: th.nn.Module, files: Checkpoint, flags: Mapping[str, Any]) -> None:
+    """Load the weights to go on from, those below adapters and the adapters apart.
+
+    :param flags: that the network was built from, for messages.
+    """
+    source = Checkpoint(files.step, path=files.model)
+    if not lora.adapters(model):
+        model.load_state_dict(source.fitting(model, flags))
+        return
+    state = read_state(files)
+    if "lora" not in state:
+        raise UserError(
+            f"{files.model} is no checkpoint of a run with adapters: give --init_from {files.model} to start one, or "
+            "leave out --lora_rank"
+        )
+    if state["lora_scale"] != lora.scale_of(model):
+        raise UserError(
+            f"the adapters of {files.lora} are scaled by {state['lora_scale']:g}: leave --lora_alpha as it was"
+        )
+    expected = {name: value for name, value in lora.plain_names(model.state_dict()).items() if not lora.is_part(name)}
+    weights = {**source.fitting(expected, flags), **state["base"], **state["lora"]["model"]}
+    model.load_state_dict(lora.layered(model, weights))
+
+
+def read_state(files: Checkpoint) -> dict[str, Any]:
+    """The state file of a checkpoint, {} without one, with the adapters that older runs kept in a file of their own."""
+    state: dict[str, Any] = load(files.state) if files.state else {}
+    if state and "lora" not in state and files.lora.endswith(".pt"):
+        packs = lora.older_packs(load(files.lora))
+        state |= {"lora": {key: pack.weights for key, pack in packs.items()}, "lora_scale": packs["model"].scale}
+    return state
+
+
+def unflatten_optimizer_state(state: Mapping[int, Mapping[str, Any]], model: th.nn.Module) -> dict[int, dict[str, Any]]:
+    """Adam's state with one entry per parameter, in parameter order and with the parameters' strides.
+
+    :param state: the same, or that of the two flat masters of an older fp16 run, which is recognised by its sizes.
+    """
+    named = list(model.named_parameters())
+    groups = get_param_groups_and_shapes(named)
+    sizes = {index: entry["exp_avg"].numel() for index, entry in state.items() if "exp_avg" in entry}
+    if all(index < len(named) and size == named[index][1].numel() for index, size in sizes.items()):
+        result: dict[int, dict[str, Any]] = {index: dict(entry) for index, entry in state.items()}
+    elif sizes == {i: sum(param.numel() for _, param in group) for i, (group, _) in enumerate(groups)}:
+        result = _unflattened(state, groups, [name for name, _ in named])
+    else:
+        raise UserError("the optimizer state is not that of this model: resume with the flags of the run that wrote it")
+    for index, entry in result.items():
+        param = named[index][1]
+        moments = {key: value for key, value in entry.items() if getattr(value, "shape", None) == param.shape}
+        entry.update({key: laid_out_as(value, param) for key, value in moments.items()})
+    return result
+
+
+def _unflattened(
+    state: Mapping[int, Mapping[str, Any]], groups: Groups, names: Sequence[str]
+) -> dict[int, dict[str, Any]]:
+    """The entries of flat masters, cut into those of the parameters."""
+    result: dict[int, dict[str, Any]] = {index: {} for index in range(len(names))}
+    for which, (group, _) in enumerate(groups):
+        size = sum(param.numel() for _, param in group)
+        for key, value in state[which].items():
+            flat = isinstance(value, th.Tensor) and value.numel() == size
+            parts = unflatten_master_params(group, value) if flat else [value] * len(group)
+            for (name, _), part in zip(group, parts, strict=True):
+                result[names.index(name)][key] = part.clone() if isinstance(part, th.Tensor) else part
+    return result
+
+
+@dataclass
+class RunState:
+    """The parts of a training run that change with its steps, to files and back."""
+
+    loop: TrainLoop
+    _saved: dict[str, Any] = field(default_factory=dict)  # the state file that is resumed from
+    _report: list[str] = field(default_factory=list)  # what was restored
+
+    # ---- to files
+
+    def parts(self, step: int) -> dict[str, Any]:
+        """The content of each file of a checkpoint, by the name before the step, in the order of writing.
+
+        The weights come last: without them no reader takes a checkpoint for complete. Every rank must call it, and rank
+        0, which writes, has them.
+        """
+        loop, trainer, model = self.loop, self.loop.mp_trainer, self.loop.model
+        weights, *averages = [
+            {name: value.detach() for name, value in trainer.weights_for_files(values).items()}
+            for values in (list[th.Tensor](trainer.master_params), *loop.ema_params)
+        ]
+        rest, opt = self._rest(step), trainer.state_for_files(loop.opt)
+        if dist_util.rank() > 0:
+            return {}
+        averaged = dict(zip(map(str, loop.ema_rate), averages, strict=True))
+        adapters = {}
+        if lora.adapters(model):
+            parts = {name: lora.split(model, state) for name, state in {"model": weights, **averaged}.items()}
+            rest |= {"base": lora.base(model, weights), "lora": parts, "lora_scale": lora.scale_of(model)}
+            adapters["lora"] = lora.content(model, averaged[max(averaged, key=float)] if averaged else weights)
+        emas = {f"ema_{rate}_": lora.merged(model, state) for rate, state in averaged.items()}
+        return {"state": rest, **emas, "opt": opt, **adapters, "model": lora.merged(model, weights)}
+
+    def _rest(self, step: int) -> dict[str, Any]:
+        loop = self.loop
+        return {
+            "step": step,
+            "lr": loop.lr,
+            "global_batch": loop.global_batch,
+            "precision": loop.mp_trainer.state_dict(),
+            "schedule_sampler": loop.schedule_sampler.state_dict(),
+            "data": loop.data.state_dict() if hasattr(loop.data, "state_dict") else {},
+            "rng": dist_util.gather_objects(rng_state(loop.device)),
+        }
+
+    # ---- back
+
+    def open(self, files: Checkpoint) -> int:
+        """Begin to take up a checkpoint; returns its step. `average`, `load_optimizer` and `close` follow."""
+        if files.step is None:
+            logger.warn(
+                f"the step of {files.model} is unknown, as its name has no number: counting from 0, and the optimizer "
+                "and the moving averages start anew"
+            )
+        self._saved = read_state(files)
+        self._report = [f"weights from {files.model or 'elsewhere'}"]
+        return int(self._saved.get("step", files.step or 0))
+
+    def average(self, rate: float, path: str | None) -> list[th.Tensor]:
+        """The moving average of a file, one tensor per master; without a file the weights are its start."""
+        trainer, model = self.loop.mp_trainer, self.loop.model
+        if not path:
+            self._report.append(f"EMA {rate} NOT restored, it starts from the weights")
+            return [master.detach().clone() for master in trainer.master_params]
+        weights = load(path)
+        if lora.adapters(model):
+            parts = self._saved["lora"].get(str(rate), {})
+            weights = lora.layered(model, {**weights, **self._saved["base"], **parts})
+        self._report.append(f"EMA {rate} restored")
+        return list(trainer.state_dict_to_master_params(weights))
+
+    def load_optimizer(self, path: str) -> None:
+        """Take up the optimizer's moments from a file, '' for none, and its learning rate where the loop has none."""
+        if not path:
+            self._report.append("optimizer NOT restored, it starts anew")
+            return
+        loop, saved = self.loop, load(path)
+        # Rates and decay are this run's: only the moments are taken from the file.
+        state = loop.mp_trainer.state_from_files(unflatten_optimizer_state(saved["state"], loop.model))
+        loop.opt.load_state_dict({"state": state, "param_groups": loop.opt.state_dict()["param_groups"]})
+        group = saved["param_groups"][0]
+        before = {"lr": self._saved.get("lr", group["lr"]), "weight_decay": group.get("weight_decay", 0.0)}
+        loop.lr = before["lr"] if loop.lr is None else loop.lr  # older runs kept no more than the last step's
+        now = {"lr": loop.lr, "weight_decay": loop.opt.param_groups[0]["weight_decay"]}
+        other = [f"{name} {now[name]:g} instead of its {before[name]:g}" for name in now if now[name] != before[name]]
+        self._report.append("optimizer restored" + (f" with {' and '.join(other)}" if other else ""))
+
+    def close(self, step: int) -> None:
+        """Take up everything else but the weights, and log what was restored."""
+        logger.log(f"resuming at step {step}: {'; '.join([*self._report, *self._restore_rest(self._saved)])}")
+        batch = self._saved.get("global_batch", self.loop.global_batch)
+        if batch != self.loop.global_batch:
+            logger.warn(
+                f"the global batch is {self.loop.global_batch} instead of {batch}: the images go on where they were, "
+                "with other timesteps and noise"
+            )
+
+    def _restore_rest(self, state: dict[str, Any]) -> Iterator[str]:
+        loop = self.loop
+        if state.get("precision"):
+            loop.mp_trainer.load_state_dict(state["precision"])
+            yield f"loss scale 2^{loop.mp_trainer.lg_loss_scale:.6g} restored"
+        if state.get("schedule_sampler") and loop.schedule_sampler.state_dict():
+            loop.schedule_sampler.load_state_dict(state["schedule_sampler"])
+            yield "loss history restored"
+        if state.get("data") and hasattr(loop.data, "load_state_dict"):
+            loop.data.load_state_dict(state["data"])
+            yield "data position restored"
+        else:
+            yield "data position NOT restored, the data start anew"
+        if "rng" in state:
+            saved, ranks = state["rng"], dist_util.world_size()
+            states = [saved] if isinstance(saved, dict) else list(saved)  # older runs kept those of rank 0
+            if len(states) == ranks:
+                set_rng_state(states[dist_util.rank()], loop.device)
+                yield "generators restored"
+            else:
+                yield "global generators NOT restored, as the number of ranks is another one"
+                logger.warn(
+                    f"the number of ranks is {ranks} instead of {len(states)}: with the same global batch, images, "
+                    "timesteps, noise and dropped labels stay the same and sums are rounded otherwise, but dropout "
+                    "masks differ"
+                )
+
+
 # ---- writing
 
 
@@ -58,7 +282,7 @@ def write_set(folder: str, step: int, parts: Mapping[str, Any]) -> Iterator[str]
         for file, item in files.items():
             entries[file] = checkpoints.save(paths.join(folder, file), item)
             yield paths.join(folder, file)
-    yield manifest.write(folder, step, entries)
+    yield checkpoints.write_manifest(folder, step, entries)
 
 
 def map_tensors(value: Any, change: Callable[[th.Tensor], th.Tensor]) -> Any:

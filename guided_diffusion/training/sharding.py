@@ -17,11 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..fp16_util import MixedPrecisionTrainer, convert
+from ..fp16_util import Gradients, MixedPrecisionTrainer, convert, laid_out_as
 from ..networks.blocks import TimestepBlock, TimestepEmbedSequential
 from ..runtime.errors import UserError
 from ..unet import UNetBackbone
-from .gradients import Gradients, laid_out_as
 
 OLDEST_TORCH = "2.7"
 _DTYPES = {"fp16": th.float16, "bf16": th.bfloat16}
@@ -91,7 +90,7 @@ class ShardedGradients(Gradients):
     def finish(self) -> tuple[list[th.Tensor], th.Tensor]:
         for param, master in self.pairs:
             master.grad = th.zeros_like(master) if param.grad is None else cast(DTensor, param.grad).to_local()
-        return [master.grad for _, master in self.pairs if master.grad is not None], self._total()
+        return self._found(), self._total()
 
 
 class ShardedTrainer(MixedPrecisionTrainer):

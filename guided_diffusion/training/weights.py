@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import IO, Any, cast
+from typing import IO, Any, TypedDict, cast
 
 import torch as th
 
-from .. import dist_util
 from ..networks.architecture import architecture, networks_in
 from ..runtime import files, paths
 from ..runtime.errors import UserError
 from ..runtime.files import printable
-from .manifest import Entry, Hashed
 
 SHOWN = 3
 _MAX_FOREIGN = 1000  # names of classes in a file
@@ -26,6 +26,36 @@ State = Mapping[str, th.Tensor]
 
 
 # ---- files
+
+
+class Entry(TypedDict):
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class Hashed:
+    """Passes what is written on to a file and sums it up, before the disk can alter it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._digest, self._size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        """Write bytes, or any buffer of them."""
+        self._file.write(data)
+        self._digest.update(data)
+        size = memoryview(data).nbytes
+        self._size += size
+        return size
+
+    def flush(self) -> None:
+        """Nothing is held back here."""
+
+    @property
+    def entry(self) -> Entry:
+        """Of all that was written so far."""
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
 
 def save(path: str, obj: Any) -> Entry:
@@ -81,7 +111,7 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
         names = [name.rpartition(".") for name in _foreign_names(path)] if inert else []
         stand_ins: list[Any] = [type(name, (Inert,), {"__module__": module}) for module, _, name in names]
         with th.serialization.safe_globals(stand_ins):
-            state = dist_util.load_state_dict(path, map_location=map_location)
+            state = th.load(_source(path), map_location=map_location, weights_only=True)
         _check_filled(state)
         return state
     except (MemoryError, th.cuda.OutOfMemoryError):
@@ -89,6 +119,11 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
         size = paths.stat(path).size
         raise UserError(f"{path} ({size} bytes) cannot be read as a checkpoint: {_reason(path, error)}") from error
+
+
+def _source(path: str) -> Any:
+    """What torch.load reads from: a local file itself, or the content of one in a bucket."""
+    return io.BytesIO(files.open_file(path).read()) if paths.is_remote(path) else path
 
 
 def _reason(path: str, error: Exception) -> str:

@@ -13,7 +13,8 @@ from guided_diffusion import dist_util, fp16_util, logger
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.nn import update_ema
 from guided_diffusion.training import gradients
-from guided_diffusion.training.gradients import AdamW
+from guided_diffusion.training.gradients import AdamW, AveragingTrainer
+from guided_diffusion.training.saving import unflatten_optimizer_state
 
 DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
 
@@ -306,7 +307,7 @@ def buckets(monkeypatch):
 def test_buckets_of_ranks_hold_the_gradients_of_one_process(buckets, precision, last):
     """Bit for bit, over several passes and steps; sent while the last pass goes on, or after it."""
     model, alone, _ = make(precision)
-    shared = MixedPrecisionTrainer(model=model, precision=precision, initial_lg_loss_scale=10.0, all_reduce=True)
+    shared = AveragingTrainer(model=model, precision=precision, initial_lg_loss_scale=10.0)
     for _ in range(2):
         expected = step_by_step(alone, [loss_of(model), loss_of(model) * 2])
         assert buckets == []
@@ -326,7 +327,7 @@ def test_buckets_are_sent_in_one_order_with_zeros_for_what_took_no_part(buckets)
     """The first of two buckets has the second weight and the first bias, whose gradient the last pass does not see."""
     model, _, _ = make("fp32")
     model.head.bias.requires_grad_(False)
-    trainer = MixedPrecisionTrainer(model=model, precision="fp32", all_reduce=True)
+    trainer = AveragingTrainer(model=model, precision="fp32")
     trainer.zero_grad()
     trainer.backward(model.head.weight.sum() + model.body.bias.sum())
     trainer.backward(model.head.weight.sum() + model.body.weight.sum(), last=True)
@@ -365,13 +366,13 @@ def picture_loss(model: nn.Module) -> th.Tensor:
     return ((model(th.linspace(-1, 1, 3 * 2 * 8 * 8).view(3, 2, 8, 8)) - 1) ** 2).mean()
 
 
-@pytest.mark.parametrize("all_reduce", [False, True])
+@pytest.mark.parametrize("kind", [MixedPrecisionTrainer, AveragingTrainer])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_all_that_belongs_to_a_weight_lies_in_memory_as_it_does(precision, all_reduce):
+def test_all_that_belongs_to_a_weight_lies_in_memory_as_it_does(precision, kind):
     dist_util.setup_dist(device="cpu")
     th.manual_seed(1)
     model = Picture()
-    trainer = MixedPrecisionTrainer(model=model, precision=precision, initial_lg_loss_scale=8.0, all_reduce=all_reduce)
+    trainer = kind(model=model, precision=precision, initial_lg_loss_scale=8.0)
     opt = AdamW(trainer.master_params, lr=0.1, fused=True)
     for _ in range(2):
         trainer.zero_grad()
@@ -389,7 +390,7 @@ def test_all_that_belongs_to_a_weight_lies_in_memory_as_it_does(precision, all_r
         assert gradients.laid_out_as(value, master) is value
     saved = copy.deepcopy(opt.state_dict()["state"])
     files = {i: {name: value.contiguous() for name, value in entry.items()} for i, entry in saved.items()}
-    th.testing.assert_close(fp16_util.unflatten_optimizer_state(files, model), saved, check_stride=True)
+    th.testing.assert_close(unflatten_optimizer_state(files, model), saved, check_stride=True)
 
 
 @pytest.mark.parametrize("weights", [th.contiguous_format, th.channels_last])
@@ -566,12 +567,12 @@ def test_the_flat_optimizer_state_of_older_fp16_runs_is_that_of_each_parameter()
     opt = th.optim.AdamW(trainer.master_params, lr=0.1)
     train(trainer, opt, 4)
     expected = opt.state_dict()["state"]
-    found = fp16_util.unflatten_optimizer_state(flat["state"], model)
+    found = unflatten_optimizer_state(flat["state"], model)
     assert list(found) == [0, 1, 2, 3]
     th.testing.assert_close(found, expected)
-    assert fp16_util.unflatten_optimizer_state(expected, model) == expected
+    assert unflatten_optimizer_state(expected, model) == expected
     with pytest.raises(ValueError, match="is not that of this model"):
-        fp16_util.unflatten_optimizer_state(flat["state"], nn.Linear(2, 3))
+        unflatten_optimizer_state(flat["state"], nn.Linear(2, 3))
 
 
 def test_overflow_is_whatever_is_not_finite():

@@ -19,8 +19,9 @@ from guided_diffusion.data.items import ignore_signals
 from guided_diffusion.runtime import files
 from guided_diffusion.runtime.files import replacing
 from guided_diffusion.runtime.npz import save_npz
-from guided_diffusion.training import checkpoints, interruption, manifest
+from guided_diffusion.training import checkpoints, interruption
 from guided_diffusion.training.saving import Saver, map_tensors, snapshot
+from guided_diffusion.training.weights import Hashed
 
 DAMAGED = "the checkpoint of step 6 is passed over: its manifest is damaged, or not one of format 1 for this step"
 KINDS = ("state", "ema_0.25_", "opt", "model")
@@ -434,14 +435,14 @@ def test_an_upload_that_fails_shows_nothing(monkeypatch):
     bucket, folder = Bucket(monkeypatch), "gs://bucket/run"
     logger.configure(dir="", format_strs=[])
     Saver().save(State(), folder, 1)
-    real = manifest.Hashed.write
+    real = Hashed.write
 
     def fail(self, data):
         if "opt000002.pt" in str(self._file.path):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, data)
 
-    monkeypatch.setattr(manifest.Hashed, "write", fail)
+    monkeypatch.setattr(Hashed, "write", fail)
     with pytest.raises(OSError, match=r"opt000002.pt cannot be written \(No space left on device\)"):
         Saver().save(State(), folder, 2)
     assert newest(folder, checksums=True)[0] == 1
@@ -595,4 +596,4 @@ def test_ranks_ask_each_other_by_the_clock_and_at_the_same_steps(monkeypatch):
 
 def test_a_pipe_in_place_of_a_manifest_is_a_fault_and_no_wait(tmp_path):
     os.mkfifo(tmp_path / "set000004.json")
-    assert "regular file" in manifest.fault(str(tmp_path / "set000004.json"), checksums=True)
+    assert "regular file" in checkpoints.manifest_fault(str(tmp_path / "set000004.json"), checksums=True)

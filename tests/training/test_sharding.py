@@ -14,6 +14,7 @@ from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.script_util import build_classifier, build_unet, build_upsampler
 from guided_diffusion.train_util import Hook
 from guided_diffusion.training import checkpoints, lora, sharding
+from guided_diffusion.training.gradients import AveragingTrainer
 from guided_diffusion.training.sharding import ShardedTrainer
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -96,7 +97,7 @@ def few_rows():
     models = [th.nn.Sequential(th.nn.Linear(4, 3), th.nn.Linear(3, 1, bias=False)) for _ in range(2)]
     dist_util.sync_params(models[0].parameters())
     models[1].load_state_dict(models[0].state_dict())
-    trainers = [MixedPrecisionTrainer(model=models[0], all_reduce=True), ShardedTrainer(model=models[1])]
+    trainers = [AveragingTrainer(model=models[0]), ShardedTrainer(model=models[1])]
     inputs, faults = th.linspace(-1, 1, 8).view(2, 4) + dist_util.rank(), []
     for trainer, model in zip(trainers, models, strict=True):
         opt = th.optim.AdamW(trainer.master_params, lr=0.01, fused=True)
