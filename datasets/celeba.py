@@ -9,7 +9,7 @@ from conversion.config import CelebaConfig
 from conversion.folder import folder_source, listing_of
 from conversion.images import Source
 from guided_diffusion.runtime import files as untrusted
-from guided_diffusion.runtime.errors import UserError, nearest
+from guided_diffusion.runtime.errors import UserError, nearest, printable, quoted
 
 TABLE = "list_attr_celeba.txt"
 
@@ -23,7 +23,7 @@ def read(config: CelebaConfig) -> Source:
     files = [os.path.basename(name) for name in listing.images]
     missing = next((file for file in files if file not in marks), None)
     if missing:
-        raise UserError(f"{TABLE} has no line for {untrusted.quoted(missing)}: give that of these images")
+        raise UserError(f"{TABLE} has no line for {quoted(missing)}: give that of these images")
     words = {"1": config.attribute, "-1": f"not {config.attribute}"}
     return folder_source(listing, [words[marks[file]] for file in files])
 
@@ -49,7 +49,7 @@ def _marks(path: str, attribute: str) -> dict[str, str]:
     rows = [line.split() for line in lines[2:] if line.strip()]
     wrong = next((row[0] for row in rows if len(row) != len(names) + 1 or row[column] not in ("1", "-1")), None)
     if wrong is not None:
-        raise UserError(f"the line of {untrusted.printable(wrong)} in {path} is damaged: fetch it again")
+        raise UserError(f"the line of {printable(wrong)} in {path} is damaged: fetch it again")
     return {row[0]: row[column] for row in rows}
 
 

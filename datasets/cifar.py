@@ -14,8 +14,7 @@ from conversion.images import Item, Source, bad
 from conversion.planes import row_items, with_empty_classes
 from conversion.tars import members, open_tar
 from guided_diffusion.runtime import files as untrusted
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import reason
+from guided_diffusion.runtime.errors import UserError, reason
 
 TEN = [f"data_batch_{number}" for number in range(1, 6)]
 # meta file -> batches of each split

@@ -20,7 +20,7 @@ from conversion.images import Item, Source, bad
 from guided_diffusion.data.crops import center_crop_arr
 from guided_diffusion.data.decoding import decode
 from guided_diffusion.runtime import files as untrusted
-from guided_diffusion.runtime.errors import UserError
+from guided_diffusion.runtime.errors import UserError, reason
 
 SIZE = 64
 CLASSES = {
@@ -76,7 +76,7 @@ def _table(source: str) -> list[dict[str, Any]]:
         drawn = [row for row in rows if row["has_img_google"] and row["has_img_twitter"] and row["category"] in CLASSES]
         return sorted(drawn, key=lambda row: str(row["unified"]).lower())
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no table of emoji ({untrusted.reason(error)}): fetch it again") from error
+        raise UserError(f"{path} is no table of emoji ({reason(error)}): fetch it again") from error
 
 
 def _drawings(folder: str, style: str) -> dict[Code, str]:
@@ -125,7 +125,7 @@ def _draw(path: str) -> bytes:
     try:
         picture = decode(content, "", 3).picture
     except Exception as error:  # Pillow does not say what it raises on a damaged file
-        raise UserError(untrusted.reason(error)) from error
+        raise UserError(reason(error)) from error
     assert isinstance(picture, Image.Image)
     if picture.size != (SIZE, SIZE):
         picture = Image.fromarray(center_crop_arr(picture, SIZE))

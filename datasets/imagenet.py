@@ -16,8 +16,7 @@ from conversion.folder import folder_name
 from conversion.images import EMPTY_CLASS, Item, Source, bad
 from conversion.tars import Member, members, open_tar
 from guided_diffusion.runtime import files
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import printable, quoted, reason
+from guided_diffusion.runtime.errors import UserError, printable, quoted, reason
 
 Classify = Callable[[str], str]  # file name -> class; ValueError where there is none
 LARGEST_TAR = 2**40  # bytes of a tar in the tar, which is never read as a whole

@@ -16,8 +16,8 @@ from conversion.command import converter
 from conversion.config import Imagenet64Config
 from conversion.images import Item, Source, bad
 from conversion.planes import row_items
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import check_regular, read_file, reason
+from guided_diffusion.runtime.errors import UserError, reason
+from guided_diffusion.runtime.files import check_regular, read_file
 
 ROWS = 256  # read at a time from an npz
 BATCH = re.compile(r"(train|val)_data(_batch_\d+)?(\.npz|\.pickle)?$")

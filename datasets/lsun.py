@@ -12,8 +12,8 @@ from conversion.command import converter
 from conversion.config import LsunConfig
 from conversion.folder import folder_name
 from conversion.images import EMPTY_CLASS, Item, Source, bad
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import MAX_BYTES, printable, reason
+from guided_diffusion.runtime.errors import UserError, printable, reason
+from guided_diffusion.runtime.files import MAX_BYTES
 
 
 def read(config: LsunConfig) -> Source:

@@ -18,8 +18,8 @@ from conversion.config import MnistConfig
 from conversion.images import Item, Source, bad, of_pixels
 from conversion.planes import class_of, with_empty_classes
 from guided_diffusion.runtime import files
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import MAX_BYTES, reason
+from guided_diffusion.runtime.errors import UserError, reason
+from guided_diffusion.runtime.files import MAX_BYTES
 
 STARTS = {"train": "train", "test": "t10k"}
 CLOTHES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]

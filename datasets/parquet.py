@@ -12,8 +12,7 @@ from conversion.folder import folder_name
 from conversion.images import Item, Source, bad
 from conversion.planes import class_of
 from guided_diffusion.runtime import files as untrusted
-from guided_diffusion.runtime.errors import UserError, nearest
-from guided_diffusion.runtime.files import printable, reason
+from guided_diffusion.runtime.errors import UserError, nearest, printable, reason
 
 ROWS = 64  # read at a time
 LABELS = ("label", "labels", "fine_label", "class", "target")

@@ -8,10 +8,10 @@ checkpoint are all read off these classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .runtime.errors import UserError, nearest
-from .runtime.options import flag, local_flag, names_of, parse_microbatch, path_flag, range_flag, share_flag, size_flag
+from .runtime.options import flag, names_of, parse_microbatch, range_flag, share_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 PRECISION_CHOICES = ("", *PRECISIONS, "auto")
@@ -34,6 +34,31 @@ SAMPLER_NAMES = (
     "ddpm ddim ddim_reverse plms dpm++2m dpm++2m_sde dpm++2s dpm++3m_sde dpm2 dpm3 unipc deis sa heun euler "
     "euler_ancestral lms"
 ).split()
+
+
+def resolved_path(text: str) -> str:
+    """The path as the rest of the package takes it."""
+    from .runtime.files import resolve  # which imports numpy: help texts do without
+
+    return resolve(text)
+
+
+def local_path(text: str) -> str:
+    """A path on this machine, such as all that is written to."""
+    from .runtime.files import local
+
+    return local(text)
+
+
+def path_flag(help: str, default: str = "", **options: Any) -> str:
+    """The flag of a path to read from."""
+    return flag(default, help, convert=resolved_path, **options)
+
+
+def local_flag(help: str, default: str = "", **options: Any) -> str:
+    """The flag of a path on this machine."""
+    return flag(default, help, convert=local_path, **options)
+
 
 # ---- the networks and the process: saved with a checkpoint
 

@@ -20,7 +20,7 @@ import torch as th
 import torch.distributed as dist
 
 from . import logger
-from .runtime import launchers, paths
+from .runtime import files, launchers
 from .runtime.errors import UserError, sentence as sentence_of
 from .runtime.launchers import Place
 
@@ -234,9 +234,9 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     :param kwargs: for `torch.load`.
     """
     kwargs.setdefault("weights_only", True)
-    path = paths.resolve(path)
-    if paths.is_remote(path):
-        with paths.open_blob(path) as file:
+    path = files.resolve(path)
+    if files.is_remote(path):
+        with files.open_blob(path) as file:
             return th.load(io.BytesIO(file.read()), **kwargs)
     return th.load(path, **kwargs)
 

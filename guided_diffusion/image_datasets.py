@@ -25,9 +25,8 @@ from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Sched
 from .data.labels import ClassRow, Labels, read_labels, save_classes as save_classes
 from .data.sources import IMAGE_EXTENSIONS, UnreadableImage, find_images
 from .data.upsampling import SmallVersions
-from .runtime.errors import UserError
-from .runtime.files import printable, quoted
-from .runtime.labels import load_classes as load_classes
+from .runtime.errors import UserError, printable, quoted
+from .runtime.files import load_classes as load_classes
 from .runtime.options import Size, parse_size, size_flag
 from .runtime.pictures import to_unit
 

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from tqdm.auto import tqdm
 
-from .runtime import launchers, paths
-from .runtime.errors import explained
+from .runtime import files, launchers
+from .runtime.atomic import explained
 from .runtime.log_writers import (
     CSVOutputFormat as CSVOutputFormat,
     HumanOutputFormat as HumanOutputFormat,
@@ -286,7 +286,7 @@ def configure(
     """
     rank = get_rank_without_mpi_import()
     named = dir or os.environ.get("OPENAI_LOGDIR") or _shared_dir
-    folder = paths.local(named or new_dir())
+    folder = files.local(named or new_dir())
     with explained(folder):
         os.makedirs(folder, exist_ok=True)
     suffix = log_suffix if rank == 0 else f"{log_suffix}-rank{rank:03d}"

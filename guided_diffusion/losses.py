@@ -10,8 +10,6 @@ import math
 import numpy as np  # noqa: F401
 import torch as th
 
-from .runtime.errors import UserError
-
 Value = th.Tensor | float
 
 HALF_BIN = 1 / 255  # half the distance between two of the 256 levels of [-1, 1]
@@ -22,7 +20,7 @@ def normal_kl(mean1: Value, logvar1: Value, mean2: Value, logvar2: Value) -> th.
     """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)), element by element, in nats; one argument is a tensor."""
     like = next((value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, th.Tensor)), None)
     if like is None:
-        raise UserError("normal_kl needs at least one tensor among its arguments, and got only numbers")
+        raise ValueError("normal_kl needs at least one tensor among its arguments, and got only numbers")
     logvar1, logvar2 = (
         value.to(like) if isinstance(value, th.Tensor) else th.full((), value, dtype=like.dtype, device=like.device)
         for value in (logvar1, logvar2)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import numpy as np
 import torch as th
 
 from . import dist_util, logger
 from .data.upsampling import NAMES, picture_names
-from .gaussian_diffusion import GaussianDiffusion
 from .networks.compiling import evaluating as evaluating
 from .nn import traits_of
 from .respace import respaced, space_timesteps
@@ -30,6 +29,9 @@ from .runtime.seeds import image_generator, seeded
 from .sampling.loop import SampleOptions, network_calls
 from .sampling.samplers import make_sampler
 from .sampling.steps import StepOutput
+
+if TYPE_CHECKING:
+    from .gaussian_diffusion import GaussianDiffusion
 
 Model = Callable[..., th.Tensor]
 

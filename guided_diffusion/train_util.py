@@ -24,8 +24,8 @@ from . import dist_util, logger
 from .fp16_util import INITIAL_LOG_LOSS_SCALE as INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .networks.compiling import eagerly, evaluating
 from .nn import traits_of, update_ema
-from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
-from .runtime import paths
+from .resample import LossAwareSampler, ScheduleSampler, UniformSampler as UniformSampler, create_named_schedule_sampler
+from .runtime import files
 from .runtime.errors import UserError
 from .runtime.files import write_json
 from .runtime.options import parse_rates
@@ -81,7 +81,7 @@ class TrainLoop:
         resume_checkpoint: str,
         use_fp16: bool = False,
         fp16_scale_growth: float = 1e-3,
-        schedule_sampler: ScheduleSampler | None = None,
+        schedule_sampler: ScheduleSampler | str | None = None,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
         **settings: Any,
@@ -96,7 +96,10 @@ class TrainLoop:
         self.saver = Saver(asynchronous=options.async_save, keep_last=options.keep_last)
         self.validation = self.validation_of(options.val_data, options.val_batches)
         self.val_interval, self.hooks = options.val_interval, options.hooks
-        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        drawing = schedule_sampler or "uniform"
+        self.schedule_sampler: ScheduleSampler = (
+            create_named_schedule_sampler(drawing, diffusion) if isinstance(drawing, str) else drawing
+        )
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
         self.label_dropout = LabelDropout(options.class_dropout, traits_of(model).null_label)
         self.step, self.resume_step = 0, 0
@@ -234,7 +237,7 @@ class TrainLoop:
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
         if settings.config is not None and dist_util.rank() == 0:
-            write_json(paths.join(get_blob_logdir(), checkpoints.CONFIG), settings.config)
+            write_json(files.join(get_blob_logdir(), checkpoints.CONFIG), settings.config)
 
     def _make_step(self) -> bool:
         """Make the coming update; False, and everything is as before, where a rank has failed."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_diffusion.commands.flags import Command
-from guided_diffusion.config import CLASS_RULES, LABEL_COLUMN
-from guided_diffusion.runtime.options import flag, local_flag, size_flag
+from guided_diffusion.config import CLASS_RULES, LABEL_COLUMN, local_flag
+from guided_diffusion.runtime.options import flag, size_flag
 
 FORMATS = ("", "png", "jpeg")
 CROPS = ("center", "box")

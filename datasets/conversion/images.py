@@ -20,8 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from guided_diffusion.data.crops import MAX_PIXELS, center_crop_arr
 from guided_diffusion.data.decoding import FORMATS, decode
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import reason
+from guided_diffusion.runtime.errors import UserError, reason
 from guided_diffusion.runtime.options import Size, parse_size
 
 Content = bytes | NDArray[np.uint8]  # a file of any format that is read, or [H, W] or [H, W, 3]

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from guided_diffusion.runtime import files
+from guided_diffusion.runtime.atomic import explained
 from guided_diffusion.runtime.errors import UserError
 
 DATE = (2026, 1, 1, 0, 0, 0)  # of everything in a zip
@@ -45,7 +45,7 @@ class Folder:
     def add(self, name: str, content: bytes) -> Entry:
         """Write a file; returns its entry in the journal."""
         path = os.path.join(self._part, name)
-        with files.explained(path), open(path, "wb") as file:
+        with explained(path), open(path, "wb") as file:
             file.write(content)
         return {"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -78,7 +78,7 @@ class Zip:
     """A zip without compression, since images are packed already; the same files give the same bytes."""
 
     def __init__(self, part: str) -> None:
-        with files.explained(part):
+        with explained(part):
             self._file = open(os.open(part, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115  close() closes it
         self._part, self._end, self._adopted = part, 0, list[zipfile.ZipInfo]()
         self._zip: zipfile.ZipFile | None = None
@@ -87,7 +87,7 @@ class Zip:
         """Append a member; returns its entry in the journal."""
         assert self._zip is not None, "trim() comes first"
         info = _member(name)
-        with files.explained(self._part):
+        with explained(self._part):
             self._zip.writestr(info, content)
             self._file.flush()
         digest = hashlib.sha256(content).hexdigest()
@@ -121,7 +121,7 @@ class Zip:
     def seal(self) -> str:
         """Write the directory, with which it becomes a zip; returns its checksum."""
         assert self._zip is not None
-        with files.explained(self._part):
+        with explained(self._part):
             self._zip.close()
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -159,7 +159,7 @@ class Journal:
 
     def __init__(self, out: str, request: Mapping[str, Any]) -> None:
         self.path = f"{part_of(out)}.jsonl"
-        with files.explained(self.path):
+        with explained(self.path):
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  close() closes it
         try:
@@ -229,7 +229,7 @@ class Journal:
         self._append(entry)
 
     def _append(self, entry: Entry) -> None:
-        with files.explained(self.path):
+        with explained(self.path):
             line = memoryview(json.dumps(entry).encode() + b"\n")
             while line:
                 line = line[self._file.write(line) :]

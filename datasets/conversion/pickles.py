@@ -12,8 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import printable, reason
+from guided_diffusion.runtime.errors import UserError, printable, reason
 
 _Plain = pickle._Unpickler  # the one in Python: what the one in C allocates is up to the file
 

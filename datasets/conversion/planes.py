@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import printable, reason
+from guided_diffusion.runtime.errors import UserError, printable, reason
 
 from .images import EMPTY_CLASS, Item, bad, of_pixels
 

@@ -12,8 +12,8 @@ from functools import partial
 from typing import IO
 
 from guided_diffusion.runtime import files
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import MAX_BYTES, path_fault, reason
+from guided_diffusion.runtime.errors import UserError, reason
+from guided_diffusion.runtime.files import MAX_BYTES, path_fault
 
 BLOCK = tarfile.BLOCKSIZE
 

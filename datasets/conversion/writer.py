@@ -21,8 +21,8 @@ from typing import Any
 
 from guided_diffusion import logger
 from guided_diffusion.runtime import files
-from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.runtime.files import printable, quoted, reason
+from guided_diffusion.runtime.atomic import explained, replacing
+from guided_diffusion.runtime.errors import UserError, printable, quoted, reason
 
 from .config import ConversionConfig
 from .images import Encoded, Item, Recipe, Source, encode, end_with_parent
@@ -173,13 +173,13 @@ def _finish(out: str, report: Mapping[str, Any], source: Source, journal: Journa
     whole, name = sink.seal(), os.path.basename(out)
     lines = [f"{whole}  {name}\n"] if whole else [f"{digest}  {name}/{file}\n" for digest, file in sums]
     _replace(f"{out}.sha256", "".join(lines))
-    with files.explained(out):
+    with explained(out):
         os.rename(part_of(out), out)
     journal.remove()
 
 
 def _replace(path: str, text: str) -> None:
-    with files.replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode(errors="backslashreplace"))
 
 

@@ -58,7 +58,8 @@ def _words_of_file(path: str) -> dict[str, list[str]]:
     """The flags of each stage in the file of --stages, as words of a command line."""
     import tomllib
 
-    from ..runtime.files import parse_json, read_file, reason
+    from ..runtime.errors import reason
+    from ..runtime.files import parse_json, read_file
 
     try:
         content = read_file(path)

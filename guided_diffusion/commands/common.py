@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as th
 
@@ -19,11 +19,10 @@ from ..config import (
     UNetConfig,
     resolve_precision,
 )
-from ..gaussian_diffusion import GaussianDiffusion
 from ..networks.architecture import architecture
 from ..networks.compiling import compile_network
 from ..networks.hardware import fastest_precision
-from ..runtime import paths
+from ..runtime import files
 from ..runtime.errors import UserError
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
@@ -35,6 +34,9 @@ from ..training import lora
 from ..training.checkpoints import Checkpoint, is_young, open_checkpoint
 from .flags import SAVED_NAMES, Flags
 from .sections import AdapterConfig, SampleConfig
+
+if TYPE_CHECKING:
+    from ..gaussian_diffusion import GaussianDiffusion
 
 FIRST = "input_blocks.0.0.weight"  # the first convolution
 KINDS = {ClassifierConfig: "a classifier", SuperResConfig: "an upsampler", UNetConfig: "a diffusion model"}
@@ -184,13 +186,13 @@ def restore(flags: Flags, source: str = "model_path") -> Restored:
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
     network.to(dist_util.dev()).eval().requires_grad_(False).convert_to(precision)
     if flags.values.get("compile"):
-        compile_network(network, f"the network of --{source}", sampling=True)
+        compile_network(network, f"the network of --{source}", sampling=True, log=logger.log)
         identity["compile"] = True  # it rounds otherwise
     return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity)
 
 
 def _adapted(config: AdapterConfig, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
-    if not paths.exists(config.lora_path):
+    if not files.exists(config.lora_path):
         raise UserError(
             f"--lora_path {config.lora_path!r} does not exist: give a folder loraNNNNNN, or that of its run"
         )

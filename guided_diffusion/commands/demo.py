@@ -40,9 +40,9 @@ CLASSES, SHOWN = 9, 6  # rows, and columns per scale
 
 def show(config: DemoConfig) -> None:
     """Train what is not trained yet, sample what is not sampled yet, and print how good it is."""
-    from ..runtime import paths
+    from ..runtime import files
 
-    if not paths.exists(config.data_dir):
+    if not files.exists(config.data_dir):
         bundled = "the pictures come with a checkout of the repository, not with the package: run this in one, or "
         remedy = bundled if config.data_dir == DemoConfig().data_dir else ""
         raise UserError(f"--data_dir {config.data_dir} does not exist: {remedy}give images in up to 9 classes")

@@ -14,9 +14,9 @@ import numpy as np
 from .. import logger
 from ..data.labels import Labels, read_labels, save_classes
 from ..data.sources import ImageSource, find_images, read_bytes, read_pixels
-from ..runtime.errors import UserError
-from ..runtime.files import PART, explained, parse_json, quoted, reason, write_json
-from ..runtime.labels import load_classes
+from ..runtime.atomic import PART, explained
+from ..runtime.errors import UserError, quoted, reason
+from ..runtime.files import load_classes, parse_json, write_json
 from ..runtime.npz import Npz, write_npz
 from ..runtime.options import parse_range
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, save_png

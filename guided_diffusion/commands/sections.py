@@ -5,8 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..config import CLASS_RULES, LABEL_COLUMN, METRIC_LIST, METRICS, LabelConfig, ProcessConfig, RangeConfig, RunConfig
-from ..runtime.options import flag, list_of, local_flag, path_flag, range_flag, share_flag, size_flag
+from ..config import (
+    CLASS_RULES,
+    LABEL_COLUMN,
+    METRIC_LIST,
+    METRICS,
+    LabelConfig,
+    ProcessConfig,
+    RangeConfig,
+    RunConfig,
+    local_flag,
+    path_flag,
+)
+from ..runtime.options import flag, list_of, range_flag, share_flag, size_flag
 
 TOOLS = ("to-png", "from-images")
 

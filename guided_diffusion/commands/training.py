@@ -7,19 +7,17 @@ import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 
 from .. import __version__, dist_util, logger
 from ..config import DataConfig, DiffusionConfig, LoaderConfig, RunConfig, SuperResConfig, TrainConfig, TrainSpeedConfig
-from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import ImageStream, load_data, load_superres_data, save_classes
 from ..networks.compiling import compile_network
 from ..networks.memory import recompute_at
-from ..resample import create_named_schedule_sampler
-from ..runtime import paths
+from ..runtime import files
 from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
@@ -29,6 +27,9 @@ from ..training.settings import Settings
 from . import conditioning, finetuning
 from .common import PRECISION_FLAGS, check_kind, precision_of
 from .flags import COMMANDS, Flags
+
+if TYPE_CHECKING:
+    from ..gaussian_diffusion import GaussianDiffusion
 
 Load = Callable[..., ImageStream]
 
@@ -62,7 +63,6 @@ class Training:
         keywords |= {"lr": None} if silent and checkpoints.find_set(train.resume_checkpoint).opt else {}
         keywords |= {
             "precision": precision_of(values)[0],
-            "schedule_sampler": create_named_schedule_sampler(train.schedule_sampler, self.process),
             "config": {"command": self.flags.command, "version": __version__, "flags": values},
         }
         keywords |= {"data": self.stream, "val_data": self.validation, "progress": True, **options}
@@ -80,7 +80,7 @@ def begin(flags: Flags) -> Training:
     finetuning.prepare(flags, network, stream.classes)
     recompute(flags, network)
     if flags.part(TrainSpeedConfig).compile:
-        compile_network(network, "the network in training")
+        compile_network(network, "the network in training", log=logger.log)
     return Training(flags, network, process, stream, validation)
 
 
@@ -142,7 +142,7 @@ def resolved(flags: Flags) -> Flags:
 
 def _log_folder(flags: Flags) -> str:
     """The folder that the command line or the environment names; '' for a new temporary one."""
-    return paths.local(flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", ""))
+    return files.local(flags.part(RunConfig).log_dir or os.environ.get("OPENAI_LOGDIR", ""))
 
 
 def _over_resumed(flags: Flags) -> Flags:

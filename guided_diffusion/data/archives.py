@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime import files, paths
+from ..runtime import files
 from ..runtime.errors import UserError
 from ..runtime.npz import Npz
 
@@ -33,7 +33,7 @@ class Archive:
         self._path, self._process = path, os.getpid()
         self._zip = files.open_archive(path)
         self._members = {_name(member): member for member in self._zip.infolist()}
-        by_place = self._zip.fp is not None and not paths.is_remote(path) and hasattr(os, "pread")
+        by_place = self._zip.fp is not None and not files.is_remote(path) and hasattr(os, "pread")
         self._handle = self._zip.fp.fileno() if by_place else -1  # type: ignore[union-attr]
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class Stack:
         self.shape = stacked_shape(header.shape, channels)
         if not self.shape:
             raise UserError(f"an array of shape {header.shape}, where [N, H, W] or [N, H, W, C] is read")
-        if start >= 0 and not paths.is_remote(path):
+        if start >= 0 and not files.is_remote(path):
             size, needed = os.path.getsize(path), start + math.prod(header.shape) * header.dtype.itemsize
             if size < needed:
                 raise UserError(f"it ends after {size} of {needed} bytes")

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..runtime.errors import UserError
-from ..runtime.files import quoted
+from ..runtime.errors import UserError, quoted
 from ..runtime.options import Size
 from .crops import shrunk, shrunk_size
 from .decoding import MODES, Decoded

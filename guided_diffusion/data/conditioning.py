@@ -18,8 +18,7 @@ import torch as th
 from numpy.typing import NDArray
 
 from ..config import seen_channels
-from ..runtime.errors import UserError
-from ..runtime.files import quoted
+from ..runtime.errors import UserError, quoted
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
 from .crops import Draws, Picture, center_crop_arr, channels_first, size_of

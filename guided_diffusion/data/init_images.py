@@ -14,8 +14,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from ..runtime.errors import UserError
-from ..runtime.files import printable
+from ..runtime.errors import UserError, printable
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
 from ..runtime.pictures import levels

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import CLASS_RULES
-from ..runtime import files, paths
-from ..runtime.errors import UserError, nearest
-from ..runtime.files import parse_json, printable, quoted, reason
-from ..runtime.labels import read_classes
+from ..runtime import files
+from ..runtime.errors import UserError, nearest, printable, quoted, reason
+from ..runtime.files import parse_json, read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 
 ClassRow = tuple[int, str, int]  # id, name, number of images
@@ -378,5 +377,5 @@ def save_classes(path: str, source: Any) -> None:
     rows = source.class_table()
     names, counts = [name for _, name, _ in rows], [count for _, _, count in rows]
     table = {"classes": names, "class_from": source.class_from, "counts": counts}
-    with files.writing(paths.resolve(path)) as file:
+    with files.writing(files.resolve(path)) as file:
         file.write(json.dumps(table, indent=1).encode())

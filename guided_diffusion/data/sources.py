@@ -22,15 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
-from ..runtime import files, paths
-from ..runtime.errors import UserError
-from ..runtime.files import printable, quoted, reason
+from ..runtime import files
+from ..runtime.errors import UserError, printable, quoted, reason
+from ..runtime.files import is_remote
 from ..runtime.options import Size
-from ..runtime.paths import is_remote
 from .archives import Archive, Stack, is_stack
 from .crops import Picture, as_bytes, center_crop_arr
-from .decoding import Content, Decoded, Range, decode, decode_ids, size_in
-from .masks import Mask, decode_mask
+from .decoding import Content, Decoded, Mask, Range, decode, decode_ids, decode_mask, size_in
 
 T = TypeVar("T")
 Entry = tuple[str, str]  # name of a file, and why it is not taken; '' if it is
@@ -108,19 +106,19 @@ class ImageSource:
 # ---- finding images
 
 
-def find_images(data_dir: paths.AnyPath, channels: int = 0) -> ImageSource:
+def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
     """All images below a folder, a zip or a folder in a zip, or those of an array (.npy, .npz).
 
     Zips in a folder are entered only where the folder holds no picture itself: beside pictures they are copies of them.
 
     :param channels: of the images of an .npy, where they are not 1, 3 or 4.
     """
-    root = paths.resolve(data_dir)
+    root = files.resolve(data_dir)
     root = root if len(root) < 2 else root.rstrip("/")
     inside = split_archive(root)
     if inside:
         entries = _members(*inside)
-    elif root and paths.isdir(root):
+    elif root and files.isdir(root):
         entries = _with_members(root, _files_below(root))
     elif _extension(root) in (".npy", ".npz") and _is_file(root):
         stack = _reopened(root, channels)
@@ -140,19 +138,19 @@ def find_images(data_dir: paths.AnyPath, channels: int = 0) -> ImageSource:
     return ImageSource(root, images, others, sorted(entry for entry in entries if entry[1]))
 
 
-def images_at(path: paths.AnyPath, name: str, channels: int = 0) -> ImageSource:
+def images_at(path: files.AnyPath, name: str, channels: int = 0) -> ImageSource:
     """A single image, which may lie in a zip, or all images of a folder, a zip or an array.
 
     :param name: of the argument that `path` comes from, for the error.
     :param channels: as for `find_images`.
     """
-    where = paths.resolve(path)
+    where = files.resolve(path)
     inside = split_archive(where)
-    if not inside and not (where and paths.exists(where)):
+    if not inside and not (where and files.exists(where)):
         raise UserError(
             f"{name} {where!r} does not exist: give an image, or a folder, zip or array (npy, npz) of images"
         )
-    alone = inside[1].lower().endswith(IMAGE_EXTENSIONS) if inside else not paths.isdir(where)
+    alone = inside[1].lower().endswith(IMAGE_EXTENSIONS) if inside else not files.isdir(where)
     if alone and (inside or not is_stack(where, channels)):
         return ImageSource(os.path.dirname(where) or ".", [os.path.basename(where)])
     source = find_images(where, channels)
@@ -258,7 +256,7 @@ def _files_below(root: str) -> list[Entry]:
 def _entries(folder: str, seen: set[tuple[int, int]]) -> list[Entry]:
     """(name, kind) of everything in a folder; the kind is "folder", "link", "file", or why it is not taken."""
     if is_remote(folder):
-        return [(name, "folder" if is_dir else "file") for name, is_dir in paths.folders_and_files(folder)]
+        return [(name, "folder" if is_dir else "file") for name, is_dir in files.folders_and_files(folder)]
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:
         return [("", "a link to a folder that is read already")]
@@ -280,7 +278,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def _is_file(path: str) -> bool:
-    return paths.exists(path) and not paths.isdir(path)
+    return files.exists(path) and not files.isdir(path)
 
 
 def _is_hidden(name: str) -> bool:

@@ -16,9 +16,9 @@ import torch as th
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from ..runtime import paths
-from ..runtime.errors import UserError
-from ..runtime.files import parse_json, path_fault, quoted, read_file, reason
+from ..runtime import files
+from ..runtime.errors import UserError, quoted, reason
+from ..runtime.files import parse_json, path_fault, read_file
 from ..runtime.jobs import REQUEST
 from ..runtime.npz import fingerprint
 from ..runtime.pictures import planes
@@ -115,7 +115,7 @@ def read_base(
     :param data_range: as `read_image` takes it.
     """
     try:
-        where = paths.resolve(path)
+        where = files.resolve(path)
         source = images_at(_samples_in(where) or where, "--base_samples", shape[2])
         chosen, labels = selection.of(source)
         sizes = [read_size(where) for where in chosen.paths]
@@ -135,15 +135,15 @@ def read_base(
 
 def _samples_in(folder: str) -> str:
     """The npz of a folder that sampling left, '' for any other."""
-    names = paths.names_in(folder)
+    names = files.names_in(folder)
     samples = [name for name in names if re.fullmatch(r"samples_.*\.npz", name)]
-    return paths.join(folder, samples[0]) if len(samples) == 1 and REQUEST in names else ""
+    return files.join(folder, samples[0]) if len(samples) == 1 and REQUEST in names else ""
 
 
 def _names_beside(path: str, count: int) -> list[str]:
     """The files that the images of an npz come from, as the upsampler that made it wrote them down."""
-    where = paths.join(os.path.dirname(path) or ".", NAMES)
-    if not paths.exists(where):
+    where = files.join(os.path.dirname(path) or ".", NAMES)
+    if not files.exists(where):
         return []
     try:
         record = parse_json(read_file(where))

@@ -23,8 +23,8 @@ from PIL import Image
 from .. import logger
 from ..config import ClassifierConfig
 from ..data.crops import center_crop_arr
-from ..runtime import files, paths
-from ..runtime.errors import UserError, nearest
+from ..runtime import files
+from ..runtime.errors import UserError, nearest, printable, quoted, reason
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
 from ..runtime.pictures import to_unit
@@ -101,7 +101,7 @@ def _digest(value: Any) -> str:
 def _stem(path: str) -> str:
     """The name of a folder, or of a file without its extension."""
     name = os.path.basename(os.path.normpath(path))
-    return files.printable(name if os.path.isdir(path) else os.path.splitext(name)[0])
+    return printable(name if os.path.isdir(path) else os.path.splitext(name)[0])
 
 
 # ---- Inception
@@ -186,7 +186,7 @@ def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> Ne
     try:
         network, processor = _from_folder(kind, folder)
     except Exception as error:  # transformers raises all kinds of them on a damaged folder
-        raise UserError(f"--features {kind}:{folder} cannot be used: {files.reason(error)}") from error
+        raise UserError(f"--features {kind}:{folder} cannot be used: {reason(error)}") from error
     preparation = _digest(sorted(processor.to_dict().items()))
     identity = f"{kind} {fingerprint(network.state_dict())} {preparation} {precision} {VERSION}"
     network.to(device).eval().requires_grad_(False)
@@ -215,7 +215,7 @@ def _from_folder(kind: str, folder: str) -> tuple[Any, Any]:
     reading: dict[str, Any] = {"dtype": th.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     config = library.AutoConfig.from_pretrained(folder, **options)
     if config.model_type not in model_types:
-        raise UserError(f"its config.json is of a model_type {files.quoted(config.model_type)}, not {title}")
+        raise UserError(f"its config.json is of a model_type {quoted(config.model_type)}, not {title}")
     if config.model_type == "clip":  # of images and texts together
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
@@ -255,11 +255,11 @@ def make_extractor(
     name, _, path = kind.partition(":")
     if name not in makers:
         hint = nearest(name, makers) or f": give inception, or {', '.join(list(makers)[1:])} and :PATH"
-        raise UserError(f"--features {files.quoted(kind)} is unknown{hint}")
+        raise UserError(f"--features {quoted(kind)} is unknown{hint}")
     if weights and kind != "inception":
         raise UserError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
     if name == "inception":
         path = find_inception(path or weights)
     elif not path:
         raise UserError(f"--features {name} needs a path: write {name}:PATH")
-    return makers[name](paths.resolve(path), th.device(device), precision)
+    return makers[name](files.resolve(path), th.device(device), precision)

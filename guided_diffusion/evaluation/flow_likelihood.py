@@ -17,18 +17,20 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch as th
 import torch.nn.functional as F
 
 from ..config import FlowConfig
 from ..diffusion.methods import Kwargs, Model
-from ..gaussian_diffusion import GaussianDiffusion
 from ..losses import HALF_BIN, discretized_gaussian_log_likelihood
-from ..nn import mean_flat
 from ..runtime.errors import UserError
 from ..sampling.loop import drawer
 from ..sampling.steps import Generators, Level
+
+if TYPE_CHECKING:
+    from ..gaussian_diffusion import GaussianDiffusion
 
 MAX_STEPS = 10_000
 FASTER, SLOWER, SAFETY = 5.0, 0.2, 0.9  # bounds of how a step's length changes, and how much of the allowed is used
@@ -130,7 +132,7 @@ def _dequantized(
         out = process.p_mean_variance(model, x, t, clip_denoised, model_kwargs=model_kwargs)
     back = discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=out["log_variance"] / 2)
     forth = _log_normal(noise) / noise[0].numel() - float(process.log_one_minus_alphas_cumprod[0]) / 2
-    return x, (forth - mean_flat(back)) / math.log(2)
+    return x, (forth - back.flatten(1).mean(1)) / math.log(2)
 
 
 # ---- the flow and its divergence

@@ -32,9 +32,9 @@ from ..data.sources import (
     size_of_content,
     split_archive,
 )
-from ..runtime import files, paths
-from ..runtime.errors import UserError
-from ..runtime.files import parse_json, printable, read_file
+from ..runtime import files
+from ..runtime.errors import UserError, printable
+from ..runtime.files import parse_json, read_file
 from ..runtime.npz import Npz, read_npz
 from ..runtime.options import Size, parse_size
 from ..runtime.pictures import levels
@@ -278,8 +278,8 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
     """
     if isinstance(path, ImageSet):
         return path
-    path = paths.resolve(path)
-    folder = bool(path) and paths.isdir(path)
+    path = files.resolve(path)
+    folder = bool(path) and files.isdir(path)
     if folder or split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
         samples = _samples_of_run(path) if folder else ""
         if samples:
@@ -288,14 +288,14 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
         if not source.images:
             raise UserError(f"{path} holds no images, {source.skipped()}: give an npz, or a folder or a zip of images")
         return FileImages(source, size, data_range)
-    if not paths.exists(path):
+    if not files.exists(path):
         raise UserError(f"{path!r} does not exist: give an npz, or a folder or zip of images")
     return _open_npz(path)
 
 
 def _samples_of_run(folder: str) -> str:
     """The name of the samples of a run; '' if it is no run's folder."""
-    names = paths.names_in(folder)
+    names = files.names_in(folder)
     merged = [name for name in names if re.fullmatch(r"samples_[\dx]+\.npz", name)]
     if len(merged) > 1:
         raise UserError(f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them")

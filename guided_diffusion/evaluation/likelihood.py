@@ -21,9 +21,9 @@ import torch as th
 from .. import dist_util, logger
 from ..config import FlowConfig
 from ..diffusion.methods import Kwargs, Model
-from ..gaussian_diffusion import GaussianDiffusion
-from ..runtime.errors import UserError
-from ..runtime.files import quoted, replacing, write_json
+from ..runtime.atomic import replacing
+from ..runtime.errors import UserError, quoted
+from ..runtime.files import write_json
 from ..runtime.jobs import RestartableJob
 from ..runtime.npz import holds, read_npz, save_npz, write_npz
 from ..runtime.seeds import image_generator
@@ -31,6 +31,7 @@ from ..sampling.loop import drawer
 from .flow_likelihood import calc_flow_bpd
 
 if TYPE_CHECKING:
+    from ..gaussian_diffusion import GaussianDiffusion
     from ..image_datasets import ImageDataset
 
 # of the terms the means over the images [T], and on request those of each [N, T]

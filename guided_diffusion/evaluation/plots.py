@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.atomic import replacing
 from ..runtime.errors import UserError
-from ..runtime.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import dist_util, logger
-from ..runtime.errors import UserError
-from ..runtime.files import reason
+from ..runtime.errors import UserError, reason
+from ..runtime.files import cache_folder
 from ..runtime.npz import Npz, Rows, write_arrays
 from ..runtime.options import Size, parse_size
-from ..runtime.paths import cache_folder
 from .features import Extractor, Features
 from .metrics import RunningStatistics, Statistics
 from .scores import RECORD, STATISTICS, FeatureSet

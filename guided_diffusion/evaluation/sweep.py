@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import dist_util, logger
-from ..runtime.files import parse_json, read_file, replacing, write_json
+from ..runtime.atomic import replacing
+from ..runtime.files import parse_json, read_file, write_json
 from ..runtime.npz import fingerprint
 from .evaluator import Side, evaluate
 from .features import Extractor

@@ -17,7 +17,6 @@ import torch as th
 
 from .. import dist_util, logger
 from ..config import TrainEvaluationConfig
-from ..gaussian_diffusion import GaussianDiffusion
 from ..runtime.errors import UserError
 from ..runtime.jobs import Job
 from ..runtime.log_writers import CSVOutputFormat
@@ -31,6 +30,7 @@ from .references import FIELDS
 from .scores import METRICS, WORDS, Options, needs_of, rehearse
 
 if TYPE_CHECKING:
+    from ..gaussian_diffusion import GaussianDiffusion
     from ..image_datasets import ImageDataset, ImageStream
 
 REFERENCE_IMAGES = 10_000  # of those trained on; more if more samples are compared with them

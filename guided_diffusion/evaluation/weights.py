@@ -14,8 +14,9 @@ from typing import Any
 
 import torch as th
 
-from ..runtime import files, paths
-from ..runtime.errors import UserError
+from ..runtime import files
+from ..runtime.atomic import explained
+from ..runtime.errors import UserError, printable, quoted, reason
 from .inception import InceptionNetwork
 
 VARIABLE = "GUIDED_DIFFUSION_INCEPTION"  # of the environment, with the path of the file
@@ -40,7 +41,7 @@ class Source:
     @property
     def cached(self) -> str:
         """Its path in the cache."""
-        return os.path.join(paths.cache_folder(), self.file)
+        return os.path.join(files.cache_folder(), self.file)
 
 
 INCEPTION = Source(  # the published evaluator's graph as converted by pytorch-fid
@@ -61,7 +62,7 @@ def fetch(source: Source, path: str = "") -> str:
     :param path: a file, or a folder for it; '' for the cache.
     :raises OSError: if no address gives it.
     """
-    path = paths.local(path) or source.cached
+    path = files.local(path) or source.cached
     path = os.path.join(path, source.file) if os.path.isdir(path) else path
     if os.path.exists(path):
         with open(path, "rb") as file:
@@ -69,7 +70,7 @@ def fetch(source: Source, path: str = "") -> str:
                 raise UserError(f"{path} exists, but is not {source.file}: move it away or name another with --out")
         print(f"{path} is there already, sha256 as published")
         return path
-    with files.explained(path):
+    with explained(path):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     failures, timeout = [], socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)  # torch sets none, and would wait for ever
@@ -80,7 +81,7 @@ def fetch(source: Source, path: str = "") -> str:
                 print(f"{path}: {source.size} bytes, sha256 as published")
                 return path
             except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another checksum
-                failures.append(f"{url}: {files.reason(error)}")
+                failures.append(f"{url}: {reason(error)}")
     finally:
         socket.setdefaulttimeout(timeout)
     raise OSError(
@@ -91,9 +92,9 @@ def fetch(source: Source, path: str = "") -> str:
 
 def find_inception(path: str = "") -> str:
     """The file of the weights: the one given, else that of $GUIDED_DIFFUSION_INCEPTION, else the one in the cache."""
-    named = paths.resolve(path or os.environ.get(VARIABLE) or INCEPTION.cached)
-    if not paths.exists(named):
-        fault = f"{files.quoted(named)} does not exist"
+    named = files.resolve(path or os.environ.get(VARIABLE) or INCEPTION.cached)
+    if not files.exists(named):
+        fault = f"{quoted(named)} does not exist"
         raise FileNotFoundError(f"the weights of the Inception network are missing ({fault}): {_remedy()}")
     return named
 
@@ -122,11 +123,11 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
                 raise UserError(f"{name} is missing")
             if state[name].shape != expected.get(name):
                 shape = f"{list(expected[name])}" if name in expected else "none"
-                raise UserError(f"{files.printable(name)} is {list(state[name].shape)} in place of {shape}")
+                raise UserError(f"{printable(name)} is {list(state[name].shape)} in place of {shape}")
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
-        local = not paths.is_remote(path) and os.path.exists(path)
+        local = not files.is_remote(path) and os.path.exists(path)
         kind = files.kind_of_file(path) if local else ""
-        fault = f"it is {kind}" if kind else files.reason(error)
+        fault = f"it is {kind}" if kind else reason(error)
         raise UserError(f"{path} does not hold the weights of the Inception network ({fault}): {_remedy()}") from error
     network.load_state_dict(state)
     return network
@@ -134,7 +135,7 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
 
 def _read(path: str) -> Any:
     """The tensors of a file."""
-    if not paths.is_remote(path) and os.path.isfile(path):
+    if not files.is_remote(path) and os.path.isfile(path):
         files.check_unpacked(path)
     with files.open_file(path) as file:
         if path.endswith(".safetensors"):

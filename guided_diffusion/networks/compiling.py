@@ -18,21 +18,21 @@ import torch as th
 import torch._functorch.config as autograd_config
 from torch import nn
 
-from .. import logger
 from ..runtime.errors import UserError, refuse
-from ..runtime.paths import cache_folder
+from ..runtime.files import cache_folder
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # the compiler's own variable
 SHAPES = 64  # that all networks together may be compiled for: their calls are one function to the compiler
 Key = tuple[Any, ...]
+Log = Callable[[str], object]
 
 
 def compile_network(
-    network: nn.Module, name: str, *, sampling: bool = False, backend: str = "inductor"
+    network: nn.Module, name: str, *, sampling: bool = False, backend: str = "inductor", log: Log = print
 ) -> Callable[..., Any]:
     """Compile the calls of a network in place; parameters and their names stay, and copies of it are not compiled.
 
-    :param name: of the network, for the log.
+    :param name: of the network, for the lines that `log` takes before and after its first call.
     :param sampling: freezes the parameters, for calls whose output and perhaps its gradient by the input are used. On
         a CPU they become constants of the code where no gradient is needed. On a GPU the launches of a call are
         recorded once and replayed (CUDA graphs); in training the gradients of the parameters would lie in the memory
@@ -48,15 +48,15 @@ def compile_network(
         # Guidance and likelihoods go back through a graph twice; its backward pass is made when it is first needed.
         autograd_config.donated_buffer = False
     # The place that torch.nn.Module.compile uses: copies and files of the module leave it out.
-    network._compiled_call_impl = compiled = _Compiled(network, name, device.type, backend, sampling)
+    network._compiled_call_impl = compiled = _Compiled(network, name, device.type, backend, sampling, log)
     return compiled
 
 
 class _Compiled:
     """The compiled call of a network, which logs when it is compiled."""
 
-    def __init__(self, network: nn.Module, name: str, device: str, backend: str, sampling: bool) -> None:
-        self.network, self.name = network, name
+    def __init__(self, network: nn.Module, name: str, device: str, backend: str, sampling: bool, log: Log) -> None:
+        self.network, self.name, self.log = network, name, log
         self.folder = use_cache() if backend == "inductor" else ""  # first: the compiler sets its own
         self.recorded = sampling and device == "cuda"  # outputs lie in memory that the next call overwrites
         self.constants = sampling and device == "cpu" and backend == "inductor"
@@ -77,7 +77,7 @@ class _Compiled:
         kept = f", and is kept in {self.folder}" if self.folder else ""
         twice = ", and as many for its backward pass" if th.is_grad_enabled() else ""
         sizes = "x".join(map(str, key[2][0])) if key[2:] else "no tensors"
-        logger.log(f"compiling {self.name} for {sizes}, which may take minutes{twice}{kept}")
+        self.log(f"compiling {self.name} for {sizes}, which may take minutes{twice}{kept}")
         began = time.monotonic()
         try:
             with th._inductor.config.patch(freezing=True) if self.constants else nullcontext():
@@ -85,7 +85,7 @@ class _Compiled:
         except (th._dynamo.exc.TorchDynamoException, th._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(f"{self.name} could not be compiled ({reason}): leave out --compile") from error
-        logger.log(f"compiled {self.name}: its first call took {time.monotonic() - began:.1f} s")
+        self.log(f"compiled {self.name}: its first call took {time.monotonic() - began:.1f} s")
         self.known.add(key)
         return out
 

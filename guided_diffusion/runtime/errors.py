@@ -1,10 +1,12 @@
-"""The error that stands for a user's mistake, what to say instead of a wrong word, and the sentence of an error."""
+"""The error that stands for a user's mistake, and the words of messages: names, reasons, the nearest right word."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+SHOWN = 200  # characters of a name in a message
 
 
 class UserError(ValueError):
@@ -29,19 +31,6 @@ def as_user_errors() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-@contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Turn an error of the system inside the block into a sentence about the file that was to be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.strerror is None:  # a sentence already
-            raise
-        refusal = OSError(f"{path} cannot be written ({error.strerror}): make room there, or choose another folder")
-        refusal.errno = error.errno
-        raise refusal from error
-
-
 def nearest(word: str, words: Iterable[str]) -> str:
     """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
@@ -53,3 +42,20 @@ def refuse(*cases: tuple[object, str]) -> None:
     for applies, sentence in cases:
         if applies:
             raise UserError(sentence)
+
+
+def quoted(text: str) -> str:
+    """A name between quotation marks: control characters and undecodable bytes escaped, a long name cut."""
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+
+
+def printable(text: str) -> str:
+    """The same without quotation marks where nothing needs to be escaped."""
+    text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if text.isprintable() else repr(text)
+
+
+def reason(error: BaseException) -> str:
+    """One printable line of an error that another program raised."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
+    return printable(text) or type(error).__name__

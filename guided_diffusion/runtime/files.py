@@ -1,4 +1,4 @@
-"""Files: foreign ones read within limits (bytes, zip members, JSON, array headers), and new ones written whole.
+"""Paths that a user names, in buckets (gs://, az://) too, and their files, read within limits and written whole.
 
 A foreign file may be damaged, or made to do harm. Its fault is a UserError of one sentence; the callers name the file.
 Nothing is unpickled, and no more is held in memory than the limits below, whatever a header claims.
@@ -12,16 +12,25 @@ import json
 import math
 import os
 import re
-import stat
+import stat as modes
+import sys
+import urllib.parse
 import zipfile
-from collections.abc import Iterator
-from typing import IO, Any, BinaryIO, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import SimpleNamespace
+from typing import IO, Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from . import paths
-from .errors import UserError, explained as explained
-from .paths import AnyPath, is_remote, open_blob, resolve
+from .atomic import explained, replacing
+from .errors import UserError, printable, reason
+
+T = TypeVar("T")
+AnyPath = str | os.PathLike[str]
+
+# failed requests before a bucket is given up, and the seconds that each may take
+ATTEMPTS, CONNECT_TIMEOUT, READ_TIMEOUT = 9, 5, 30
 
 MAX_BYTES = 2**29  # of a file, or of a member of a zip, that is read as a whole
 MAX_ARRAY = 2**31  # of an array that is held as a whole
@@ -30,26 +39,149 @@ MAX_RATIO = 200  # ... and to more than so many times its packed size is a bomb
 MAX_NAME = 1000  # characters
 PIECE_OF_MEMBER = 4096  # packed bytes that are unpacked at once: bzip2 makes at most some 90 MB of so many
 PIECE = 2**18  # bytes of a file of unknown size that are read at once
-SHOWN = 200  # characters of a name in a message
 
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")  # one letter alone is a drive of Windows
+_FILE = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
+_BUCKET = re.compile(r"(gs|az)://|https://[^/]+\.blob\.core\.windows\.net/")
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_REMEDIES = {
+    "s3": "copy it first (pip install awscli; aws s3 cp --recursive {path} FOLDER), or mount the bucket",
+    "hf": "fetch it first (pip install huggingface_hub; hf download REPOSITORY --local-dir FOLDER)",
+    "file": "write file:///PATH, with three slashes",
+    **dict.fromkeys(("https", "http", "ftp"), "fetch it first (curl -LO {path})"),
+}
 _FOREIGN = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
 
 
-def quoted(text: str) -> str:
-    """A name between quotation marks: control characters and undecodable bytes escaped, a long name cut."""
-    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
+# ---- paths
 
 
-def printable(text: str) -> str:
-    """The same without quotation marks where nothing needs to be escaped."""
-    text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-    return text if text.isprintable() else repr(text)
+def resolve(path: AnyPath) -> str:
+    """The path as the rest of the package takes it: a local one, or the URL of a bucket."""
+    text = os.fspath(path)
+    if os.path.lexists(text):
+        return text
+    if text.startswith("~"):
+        return os.path.expanduser(text)
+    if _WINDOWS.match(text) and os.name != "nt":
+        drive = f"/mnt/{text[0].lower()}/{text[3:]}".replace("\\", "/") if text[1] == ":" else "/mnt/..."
+        raise UserError(f"{text!r} is a path of Windows: under WSL write {drive}, else copy it to this machine")
+    if local_file := _FILE.fullmatch(text):
+        return urllib.parse.unquote(local_file[1])
+    url = _URL.match(text)
+    if url is None:
+        return text
+    scheme, whole = url[1].lower(), f"{url[1].lower()}://{text[url.end() :]}"  # pathlib makes one slash of two
+    if len(url[2]) < 2 and scheme not in ("gs", "az", *_REMEDIES):
+        return text
+    if _BUCKET.match(whole):
+        return whole
+    remedy = _REMEDIES.get(scheme, "give a local path, file:///PATH, or a bucket of gs:// or az://").format(path=whole)
+    raise UserError(f"{text!r} cannot be read where it lies: {remedy}")
 
 
-def reason(error: BaseException) -> str:
-    """One printable line of an error that another program raised."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition("\n")[0]
-    return printable(text) or type(error).__name__
+def local(path: AnyPath) -> str:
+    """`resolve` for a path that must lie on this machine, such as all that is written."""
+    text = resolve(path)
+    if is_remote(text):
+        raise UserError(f"{text!r} is in a bucket, where a local path is needed: give one, and copy to or from there")
+    return text
+
+
+def is_remote(path: str) -> bool:
+    """Whether a resolved path leads to a bucket, such as gs://bucket/run."""
+    return _BUCKET.match(path) is not None
+
+
+def cache_folder() -> str:
+    """The folder of downloads and compiled code: $GUIDED_DIFFUSION_CACHE, else ~/.cache/guided-diffusion."""
+    return local(os.environ.get("GUIDED_DIFFUSION_CACHE") or os.path.join("~", ".cache", "guided-diffusion"))
+
+
+def join(folder: AnyPath, *names: str) -> str:
+    """The path of something in a folder."""
+    text = os.fspath(folder)
+    return "/".join([text.rstrip("/"), *names]) if is_remote(text) else os.path.join(text, *names)
+
+
+# ---- in buckets and on this machine
+
+
+@cache
+def _blobfile() -> Any:
+    import blobfile
+
+    blobfile.configure(
+        retry_limit=ATTEMPTS - 1,
+        connect_timeout=CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT,
+        log_callback=lambda line: print(f"blobfile: {line:.150}", file=sys.stderr),
+    )
+    return blobfile
+
+
+def _ask(path: str, question: Callable[[Any], T]) -> T:
+    """The answer of blobfile about a path; an OSError of one sentence where the bucket cannot be reached."""
+    try:
+        return question(_blobfile())
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("blobfile", "urllib3", "azure", "google"):
+            raise
+        cause = re.sub(r"^message=|, request=.*", "", str(error).partition("\n")[0])
+        raise OSError(
+            f"{path} cannot be reached ({cause:.200}; at most {ATTEMPTS} attempts of {CONNECT_TIMEOUT} s to connect "
+            f"and {READ_TIMEOUT} s for an answer): look at the name, the network and the credentials"
+        ) from error
+
+
+def exists(path: AnyPath) -> bool:
+    """Whether there is a file or folder."""
+    where = resolve(path)
+    return _ask(where, lambda blobs: bool(blobs.exists(where))) if is_remote(where) else os.path.exists(where)
+
+
+def isdir(path: AnyPath) -> bool:
+    """Whether there is a folder."""
+    where = resolve(path)
+    return _ask(where, lambda blobs: bool(blobs.isdir(where))) if is_remote(where) else os.path.isdir(where)
+
+
+def names_in(folder: AnyPath) -> list[str]:
+    """Names of the files and folders in a folder, in their order; [] if it is not there."""
+    if not isdir(folder):
+        return []
+    where = resolve(folder)
+    names = _ask(where, lambda blobs: list(blobs.listdir(where))) if is_remote(where) else os.listdir(where)
+    return sorted(name.rstrip("/") for name in names)
+
+
+def folders_and_files(bucket: str) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder) of all in a folder of a bucket, by name."""
+    entries = _ask(bucket, lambda blobs: list(blobs.scandir(bucket)))
+    return sorted((entry.name.rstrip("/"), bool(entry.is_dir)) for entry in entries)
+
+
+def stat(path: str) -> Any:
+    """An object with the `size` of a file, its `mtime`, and its `version` where a bucket gives one."""
+    if is_remote(path):
+        return _ask(path, lambda blobs: blobs.stat(path))
+    status = os.stat(path)
+    return SimpleNamespace(size=status.st_size, mtime=status.st_mtime, version=None)
+
+
+def open_blob(path: str) -> BinaryIO:
+    """A file in a bucket to read from, piece by piece and from any place."""
+    return _ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "rb", streaming=True)))
+
+
+def new_blob(path: str) -> BinaryIO:
+    """A file in a bucket to write, which is seen when it is closed, and never after an error."""
+    return _ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "wb", partial_writes_on_exc=False)))
+
+
+def remove(path: str) -> None:
+    """Remove a file."""
+    _ask(path, lambda blobs: blobs.remove(path)) if is_remote(path) else os.remove(path)
 
 
 # ---- files
@@ -67,8 +199,8 @@ def open_file(path: AnyPath) -> BinaryIO:
 def check_regular(path: str) -> None:
     """Refuse a local path that is no file with an end: to read a pipe or a device may wait for ever."""
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        raise UserError("it is a folder" if stat.S_ISDIR(mode) else "it is no regular file")
+    if not modes.S_ISREG(mode):
+        raise UserError("it is a folder" if modes.S_ISDIR(mode) else "it is no regular file")
 
 
 def read_file(path: AnyPath) -> bytes:
@@ -158,7 +290,7 @@ def member_fault(member: zipfile.ZipInfo, name: str = "") -> str:
     bomb = member.file_size > LARGE_MEMBER and ratio > MAX_RATIO
     faults = {
         "encrypted": member.flag_bits & 1,
-        "a link": stat.S_ISLNK(member.external_attr >> 16),
+        "a link": modes.S_ISLNK(member.external_attr >> 16),
         "unpacks to too many bytes": bomb or member.file_size > MAX_BYTES,
     }
     return path_fault(name or member.filename, "zip") or next((fault for fault in faults if faults[fault]), "")
@@ -183,6 +315,26 @@ def parse_json(content: bytes) -> Any:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(reason(error).partition(";")[0]) from error
+
+
+def load_classes(path: str) -> list[str]:
+    """The class names by id in a classes.json."""
+    return read_classes(path)[0]
+
+
+def read_classes(path: str) -> tuple[list[str], str]:
+    """The class names by id in a classes.json, and the rule that they came from."""
+    try:
+        table = parse_json(read_file(path))
+        names, rule = table["classes"], table.get("class_from", "auto")
+        if not isinstance(names, list) or len({str(name) for name in names}) < len(names):
+            raise UserError("its classes are no list of different names")
+        if not all(isinstance(name, str) for name in [*names, rule]):
+            raise UserError("its classes and class_from are no texts")
+        return names, rule
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        detail = f"{type(error).__name__}: {reason(error)}"
+        raise UserError(f"{path!r} is no table of classes ({detail}); give a classes.json of a training") from error
 
 
 # ---- arrays
@@ -245,61 +397,12 @@ def _pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
 
 # ---- writing
 
-PART = ".part-"  # in the names of files that are not whole yet, before the number of the process that writes them
-
-
-class _Raw(io.FileIO):
-    """Keeps the first error of writing and then swallows the rest, as torch's writer in C++ cannot pass errors on."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write some bytes, or pretend to."""
-        try:
-            return memoryview(data).nbytes if self.error else super().write(data)
-        except OSError as error:
-            self.error = error
-            return memoryview(data).nbytes
-
-    def settle(self) -> None:
-        """Have everything on the disk, or raise what went wrong."""
-        if self.error is not None:
-            raise self.error
-        os.fsync(self.fileno())
-
-
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` once it is whole and on the disk.
-
-    :raises OSError: naming path and reason, if the disk is full or nothing may be written there; `path` is as it was.
-    """
-    part, folder = f"{path}{PART}{os.getpid()}", os.path.dirname(path) or "."
-    try:
-        with explained(path):
-            os.makedirs(folder, exist_ok=True)
-            raw = _Raw(part, "wb")
-        with io.BufferedWriter(raw) as file:
-            yield file
-            file.flush()
-            with explained(path):
-                raw.settle()
-        with explained(path):
-            os.replace(part, path)
-        with contextlib.suppress(OSError):  # have the new name on the disk too, where the file system can do that
-            handle = os.open(folder, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[BinaryIO]:
     """A local or remote file to write, seen under its name only once it is whole; its errors are as in `replacing`."""
     if is_remote(path):  # object stores show a file when it is closed, and nothing of it after an error
-        with explained(path), paths.new_blob(path) as file:
+        with explained(path), new_blob(path) as file:
             yield file
     else:
         with replacing(path) as file:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch as th
 
-from .errors import UserError
-from .files import PART, parse_json, printable, read_file, reason, write_json
+from .atomic import PART
+from .errors import UserError, printable, reason
+from .files import parse_json, read_file, write_json
 from .labels import check_labels
 from .npz import Rows, holds, read_npz
 

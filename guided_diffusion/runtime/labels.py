@@ -1,4 +1,4 @@
-"""Class labels: the check of their range, lists of them as a user writes them, and the names in classes.json."""
+"""Class labels: the check of their range, and lists of them as a user writes them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from .errors import UserError
-from .files import parse_json, printable, read_file, reason
+from .errors import UserError, printable
 
 SHOWN_NAMES = 32  # of an error message
 
@@ -52,23 +51,3 @@ def _first(words: Sequence[str], ids: Mapping[tuple[str, ...], int]) -> tuple[in
         return int(words[0]), 1
     counts = [count for count in range(1, len(words) + 1) if tuple(words[:count]) in ids]
     return (ids[tuple(words[: counts[-1]])], counts[-1]) if counts else (None, 1)
-
-
-def load_classes(path: str) -> list[str]:
-    """The class names by id in a classes.json."""
-    return read_classes(path)[0]
-
-
-def read_classes(path: str) -> tuple[list[str], str]:
-    """The class names by id in a classes.json, and the rule that they came from."""
-    try:
-        table = parse_json(read_file(path))
-        names, rule = table["classes"], table.get("class_from", "auto")
-        if not isinstance(names, list) or len({str(name) for name in names}) < len(names):
-            raise UserError("its classes are no list of different names")
-        if not all(isinstance(name, str) for name in [*names, rule]):
-            raise UserError("its classes and class_from are no texts")
-        return names, rule
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        detail = f"{type(error).__name__}: {reason(error)}"
-        raise UserError(f"{path!r} is no table of classes ({detail}); give a classes.json of a training") from error

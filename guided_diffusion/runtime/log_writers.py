@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from numbers import Real
 from typing import Any, TextIO
 
-from .errors import UserError, explained
+from .atomic import explained
+from .errors import UserError
 
 KeyValues = Mapping[str, Any]
 

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from . import files, paths
-from .errors import UserError
-from .files import replacing
+from . import files
+from .atomic import replacing
+from .errors import UserError, printable, reason
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
 
@@ -66,7 +66,7 @@ class Npz:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        if not paths.exists(path):
+        if not files.exists(path):
             raise UserError(f"{path} does not exist: give an npz")
         with self._explained():
             self._archive = files.open_archive(path)
@@ -134,7 +134,7 @@ class Npz:
 
     def content(self) -> str:
         """The names of the first arrays, for messages."""
-        return ", ".join(map(files.printable, self.names()[:8])) or "no array"
+        return ", ".join(map(printable, self.names()[:8])) or "no array"
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[tuple[IO[bytes], files.Header]]:
@@ -151,7 +151,7 @@ class Npz:
         try:
             yield
         except Exception as error:  # zipfile does not say what a damaged member leads it to
-            fault = f"{task}{files.reason(error)}"
+            fault = f"{task}{reason(error)}"
             raise UserError(f"{self.path} is no npz with rows of numbers ({fault}): make or copy it again") from error
 
 

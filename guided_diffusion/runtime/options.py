@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields
 from typing import Any, TypeVar
 
-from . import paths
 from .errors import UserError, nearest
 
 T = TypeVar("T")
@@ -46,16 +45,6 @@ def flag(
     """
     extra = {name: value for name, value in locals().items() if name != "default"}
     return field(default=default, metadata={**extra, "choices": tuple(choices)})
-
-
-def path_flag(help: str, default: str = "", **options: Any) -> str:
-    """The flag of a path to read from."""
-    return flag(default, help, convert=paths.resolve, **options)
-
-
-def local_flag(help: str, default: str = "", **options: Any) -> str:
-    """The flag of a path on this machine, such as all that is written to."""
-    return flag(default, help, convert=paths.local, **options)
 
 
 def share_flag(help: str, default: float = 0.0, at_least: float = 0, **options: Any) -> float:

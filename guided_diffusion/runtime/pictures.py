@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch as th
 from PIL import Image, ImageDraw, ImageFont
 
+from .atomic import replacing
 from .errors import UserError
-from .files import replacing
 from .npz import read_npz
 
 Pixels = npt.NDArray[np.uint8]

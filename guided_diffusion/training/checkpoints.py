@@ -24,10 +24,9 @@ import torch as th
 
 from .. import dist_util, logger
 from ..networks.architecture import architecture
-from ..runtime import files, paths
-from ..runtime.errors import UserError
-from ..runtime.labels import load_classes
-from ..runtime.paths import exists, is_remote, isdir, join, names_in
+from ..runtime import files
+from ..runtime.errors import UserError, reason
+from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES = "config.json", "classes.json"
@@ -139,7 +138,7 @@ def step_of(path: str) -> int | None:
 def sets_in(folder: str) -> dict[int, Checkpoint]:
     """step -> the checkpoint of a folder, steps ascending; a manifest alone is none."""
     sets: dict[int, Checkpoint] = {}
-    folder = paths.resolve(folder)
+    folder = files.resolve(folder)
     for match in filter(None, map(_NAME.match, names_in(folder))):
         entry = sets.setdefault(_number(match), Checkpoint(_number(match)))
         if match["rate"]:
@@ -172,7 +171,7 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
 
     :param what: the path is, in messages.
     """
-    path = paths.resolve(path)
+    path = files.resolve(path)
     if not isdir(path):
         return replace(_with_file(path, what), path=path)
     sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
@@ -198,9 +197,9 @@ def config_beside(path: str) -> dict[str, Any]:
     try:
         return {**files.parse_json(files.read_file(file_path))["flags"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = files.reason(error)
+        detail = reason(error)
         raise UserError(
-            f"{file_path} is no config of a run ({reason}): repair it, or move it away and give the flags"
+            f"{file_path} is no config of a run ({detail}): repair it, or move it away and give the flags"
         ) from error
 
 
@@ -211,7 +210,7 @@ def classes_beside(path: str) -> str:
 
 
 def _in_folder_of(path: str, name: str) -> str:
-    path = paths.resolve(path)
+    path = files.resolve(path)
     return join(path if isdir(path) else os.path.dirname(path) or ".", name)
 
 
@@ -266,7 +265,7 @@ def find_set(path: str, *, checksums: bool = False) -> Checkpoint:
 
     :param checksums: read the files, and refuse altered ones.
     """
-    path = paths.resolve(path)
+    path = files.resolve(path)
     if isdir(path):
         complete, faults = newest(path, checksums=checksums)
         if complete is None:
@@ -307,7 +306,7 @@ def write_manifest(folder: str, step: int, entries: Mapping[str, Entry]) -> str:
 
     :param entries: name in the folder -> what was written.
     """
-    path = paths.join(folder, f"set{step:06d}.json")
+    path = files.join(folder, f"set{step:06d}.json")
     files.write_json(path, {"format": MANIFEST_FORMAT, "step": step, "files": dict(entries)})
     return path
 
@@ -336,7 +335,7 @@ def manifest_fault(path: str, *, checksums: bool, missing_is_fine: bool = False)
     try:
         entries = _entries(path)
         for name, entry in entries.items():
-            reason = _fault_of(paths.join(folder, name), entry, checksums, missing_is_fine)
+            reason = _fault_of(files.join(folder, name), entry, checksums, missing_is_fine)
             if reason:
                 return f"{name} {reason}"
     except OSError as error:
@@ -347,9 +346,9 @@ def manifest_fault(path: str, *, checksums: bool, missing_is_fine: bool = False)
 
 
 def _fault_of(path: str, entry: Entry, checksums: bool, missing_is_fine: bool) -> str:
-    if not paths.exists(path):
+    if not files.exists(path):
         return "" if missing_is_fine else "is missing"
-    stat = paths.stat(path)
+    stat = files.stat(path)
     if stat.size != entry["bytes"]:
         return f"has {stat.size} bytes instead of {entry['bytes']}"
     if checksums and _digest_of(path, stat.size, stat.mtime, stat.version) != entry["sha256"]:
@@ -382,11 +381,11 @@ def remove(entry: Checkpoint) -> None:
     """Remove the files of a checkpoint, in an order that never leaves a part that passes for complete."""
     for path in entry.files:
         if not isdir(path):
-            paths.remove(path)
+            files.remove(path)
             continue
         for name in names_in(path):
             if name.startswith("adapter_"):
-                paths.remove(join(path, name))
+                files.remove(join(path, name))
         with suppress(OSError):  # files of others may lie there, and a bucket has no folders
             os.rmdir(path)
 
@@ -396,4 +395,4 @@ def sweep(folder: str) -> None:
     for name in [] if is_remote(folder) else names_in(folder):
         target, part, _ = name.partition(".part-")
         if part and (_NAME.match(target) or target in (CONFIG, CLASSES)):
-            paths.remove(join(folder, name))
+            files.remove(join(folder, name))

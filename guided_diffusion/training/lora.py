@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch as th
 import torch.nn as nn
 
-from ..config import LORA_KINDS
 from ..networks.blocks import AttentionBlock, ResBlock
-from ..runtime import files, paths
+from ..runtime import files
 from ..runtime.errors import UserError
 from ..runtime.npz import fingerprint
 from . import checkpoints
@@ -28,7 +27,7 @@ from .weights import load, shapes
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _DOWN, _UP, _WEIGHT, _PREFIX = ".lora_A.weight", ".lora_B.weight", ".weight", "base_model.model."
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_OWNERS = dict(zip(LORA_KINDS, (AttentionBlock, ResBlock), strict=True))
+KINDS = {"attention": AttentionBlock, "convolutions": ResBlock}  # the names are those of --lora_on
 _BASE = "weights "  # what goes before their fingerprint
 _UNKNOWN = ("use_dora", "alpha_pattern", "layer_replication", "use_qalora", "target_parameters")
 
@@ -36,15 +35,15 @@ Weights = dict[str, th.Tensor]
 
 
 def attach(
-    model: nn.Module, *, rank: int = 8, alpha: float = 0.0, on: Sequence[str] = LORA_KINDS, train: Sequence[str] = ()
+    model: nn.Module, *, rank: int = 8, alpha: float = 0.0, on: Sequence[str] = tuple(KINDS), train: Sequence[str] = ()
 ) -> list[str]:
     """Give convolutions adapters, and freeze everything else; returns the names of those convolutions.
 
     :param alpha: adapters are scaled by alpha / rank; 0 stands for the rank.
-    :param on: which of LORA_KINDS have adapters.
+    :param on: which of KINDS have adapters.
     :param train: names of parameters that are not frozen.
     """
-    owners = [name for name, module in model.named_modules() if isinstance(module, tuple(_OWNERS[kind] for kind in on))]
+    owners = [name for name, module in model.named_modules() if isinstance(module, tuple(KINDS[kind] for kind in on))]
     targets = [
         f"{owner}.{name}"
         for owner in owners
@@ -167,17 +166,17 @@ def content(model: nn.Module, state: Mapping[str, th.Tensor]) -> dict[str, Any]:
 
 def read(path: str) -> Pack:
     """A folder or file of adapters, or the newest of a run's folder."""
-    path = paths.resolve(path)
+    path = files.resolve(path)
     if os.path.basename(path) in (CONFIG, WEIGHTS):
         path = os.path.dirname(path) or "."
-    if paths.isdir(path) and CONFIG not in paths.names_in(path):
+    if files.isdir(path) and CONFIG not in files.names_in(path):
         adapted = [entry.lora for entry in checkpoints.sets_in(path).values() if entry.lora]
         if not adapted:
             raise UserError(f"{path} holds no loraNNNNNN: give the folder of a run with --lora_rank, or one of peft's")
         path = adapted[-1]
-    folder = paths.isdir(path)
-    config = files.read_file(paths.join(path, CONFIG)) if folder else b""
-    value = load(paths.join(path, WEIGHTS) if folder else path)
+    folder = files.isdir(path)
+    config = files.read_file(files.join(path, CONFIG)) if folder else b""
+    value = load(files.join(path, WEIGHTS) if folder else path)
     try:
         if folder:
             pack = _of_peft(files.parse_json(config), value)

@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch as th
 
 from .. import dist_util
-from ..resample import ScheduleSampler
 from ..runtime.errors import UserError
 from ..runtime.seeds import image_seed, to_device
+
+if TYPE_CHECKING:
+    from ..resample import ScheduleSampler
 
 # Added to the seed, so that training, validation and sampling never draw the same numbers.
 TRAINING, VALIDATION = 1 << 64, 2 << 64

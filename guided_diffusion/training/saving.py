@@ -15,7 +15,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..fp16_util import Groups, get_param_groups_and_shapes, laid_out_as, unflatten_master_params
-from ..runtime import paths
+from ..runtime import files
 from ..runtime.errors import UserError
 from . import checkpoints, lora
 from .checkpoints import Checkpoint
@@ -278,10 +278,11 @@ def write_set(folder: str, step: int, parts: Mapping[str, Any]) -> Iterator[str]
     entries = {}
     for part, value in parts.items():
         name = f"{part}{step:06d}"
-        files = {f"{name}/{file}": item for file, item in value.items()} if part == "lora" else {f"{name}.pt": value}
-        for file, item in files.items():
-            entries[file] = checkpoints.save(paths.join(folder, file), item)
-            yield paths.join(folder, file)
+        of_folder = part == "lora"
+        content = {f"{name}/{file}": item for file, item in value.items()} if of_folder else {f"{name}.pt": value}
+        for file, item in content.items():
+            entries[file] = checkpoints.save(files.join(folder, file), item)
+            yield files.join(folder, file)
     yield checkpoints.write_manifest(folder, step, entries)
 
 
@@ -350,7 +351,7 @@ class Saver:
     def _begin(self, parts: Mapping[str, Any], folder: str, step: int) -> None:
         """Write a checkpoint, or let the thread begin with it."""
         try:
-            if self.source == paths.join(folder, f"model{step:06d}.pt"):
+            if self.source == files.join(folder, f"model{step:06d}.pt"):
                 logger.log(f"{self.source} is what this run resumed from, and stays as it is")
             elif dist_util.rank() == 0 and self.asynchronous:
                 pool = ThreadPoolExecutor(1, thread_name_prefix="saver")

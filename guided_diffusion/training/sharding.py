@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from ..fp16_util import Gradients, MixedPrecisionTrainer, convert, laid_out_as
 from ..networks.blocks import TimestepBlock, TimestepEmbedSequential
 from ..runtime.errors import UserError
-from ..unet import UNetBackbone
 
 OLDEST_TORCH = "2.7"
 _DTYPES = {"fp16": th.float16, "bf16": th.bfloat16}
@@ -108,9 +107,10 @@ class ShardedTrainer(MixedPrecisionTrainer):
             raise UserError(f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out")
         self._names = [name for name, _ in self.model.named_parameters()]
         self._plain = _without_memory(self.model)
-        if self.precision != "fp32" and isinstance(self._plain, UNetBackbone):
-            # whose layout is that of the device where it would have values
-            self._plain.convert_to(self.precision, self.model_params[0].device)
+        convert_to: Any = getattr(self._plain, "convert_to", None)
+        if self.precision != "fp32" and convert_to:
+            # the layout of the device where the weights would have values
+            convert_to(self.precision, self.model_params[0].device)
         elif self.precision != "fp32":
             convert(self._plain, self.precision)
         shard(self.model, self._plain, self.precision)

@@ -13,9 +13,8 @@ from typing import IO, Any, TypedDict, cast
 import torch as th
 
 from ..networks.architecture import architecture, networks_in
-from ..runtime import files, paths
-from ..runtime.errors import UserError
-from ..runtime.files import printable
+from ..runtime import files
+from ..runtime.errors import UserError, printable
 
 SHOWN = 3
 _MAX_FOREIGN = 1000  # names of classes in a file
@@ -88,7 +87,7 @@ class Inert:
 def _foreign_names(path: str) -> list[str]:
     """The classes and functions that a local zip of torch.save names, and `load` does not load."""
     try:
-        if paths.is_remote(path) or not zipfile.is_zipfile(path):
+        if files.is_remote(path) or not zipfile.is_zipfile(path):
             return []
         return sorted(th.serialization.get_unsafe_globals_in_checkpoint(path))[:_MAX_FOREIGN]
     except Exception:  # as in `load`
@@ -100,11 +99,11 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
 
     :param inert: objects of any other class are replaced by objects of a class of its name that does nothing.
     """
-    path = paths.resolve(path)
-    if not paths.exists(path):
+    path = files.resolve(path)
+    if not files.exists(path):
         raise FileNotFoundError(f"{path} does not exist{neighbours(path)}")
     try:
-        if not paths.is_remote(path):
+        if not files.is_remote(path):
             files.check_unpacked(path)
         if path.endswith(".safetensors"):
             return _load_safetensors(path, map_location)
@@ -117,19 +116,19 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     except (MemoryError, th.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
-        size = paths.stat(path).size
+        size = files.stat(path).size
         raise UserError(f"{path} ({size} bytes) cannot be read as a checkpoint: {_reason(path, error)}") from error
 
 
 def _source(path: str) -> Any:
     """What torch.load reads from: a local file itself, or the content of one in a bucket."""
-    return io.BytesIO(files.open_file(path).read()) if paths.is_remote(path) else path
+    return io.BytesIO(files.open_file(path).read()) if files.is_remote(path) else path
 
 
 def _reason(path: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if not paths.is_remote(path) and (kind := files.kind_of_file(path)):
+    if not files.is_remote(path) and (kind := files.kind_of_file(path)):
         return f"it is {kind}"
     if foreign := _foreign_names(path):
         return f"it holds more than tensors and plain values: {listed(map(printable, foreign))}"
@@ -138,7 +137,7 @@ def _reason(path: str, error: Exception) -> str:
 
 def neighbours(path: str) -> str:
     """What a message adds about a file that is missing or of another kind: the weights beside it."""
-    names = [name for name in paths.names_in(os.path.dirname(path) or ".") if _WEIGHTS.fullmatch(name)]
+    names = [name for name in files.names_in(os.path.dirname(path) or ".") if _WEIGHTS.fullmatch(name)]
     return f"; beside it lie {', '.join(names[-SHOWN:])}" if names else ""
 
 

@@ -40,7 +40,7 @@ from guided_diffusion.training import checkpoints
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
 EMOJI = str(Path(__file__).parents[2] / "datasets" / "emoji64.zip")
-traced = partial(compile_network, backend="aot_eager")
+traced = partial(compile_network, backend="aot_eager", log=logger.log)
 OPTIONS: dict[str, Any] = {
     "image_size": 8,
     "in_channels": 3,
@@ -256,7 +256,7 @@ def test_machine_code_computes_the_same(sampling: bool, tmp_path: Path, monkeypa
     network = random_weights(UNetModel(**OPTIONS))
     network.convert_to("bf16")
     plain = copy.deepcopy(network)
-    compile_network(network, "the U-Net", sampling=sampling)
+    compile_network(network, "the U-Net", sampling=sampling, log=logger.log)
     for _ in range(2):
         with th.set_grad_enabled(not sampling):
             out, expected = network(X, T), plain(X, T)

@@ -28,8 +28,8 @@ from guided_diffusion.data.upsampling import read_base
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.evaluation.weights import find_inception
 from guided_diffusion.image_datasets import load_data, save_classes
-from guided_diffusion.runtime import paths
-from guided_diffusion.runtime.labels import load_classes
+from guided_diffusion.runtime import files
+from guided_diffusion.runtime.files import load_classes
 from guided_diffusion.runtime.npz import Npz, save_npz
 from guided_diffusion.runtime.pictures import to_uint8
 from guided_diffusion.training import checkpoints
@@ -67,15 +67,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("path", RESOLVED)
 def test_what_a_path_means(path: str) -> None:
-    assert paths.resolve(path) == RESOLVED[path]
-    assert paths.resolve(paths.resolve(path)) == RESOLVED[path]
-    assert paths.is_remote(RESOLVED[path]) == RESOLVED[path].startswith(("gs", "az", "https"))
+    assert files.resolve(path) == RESOLVED[path]
+    assert files.resolve(files.resolve(path)) == RESOLVED[path]
+    assert files.is_remote(RESOLVED[path]) == RESOLVED[path].startswith(("gs", "az", "https"))
 
 
 @pytest.mark.parametrize("path", REFUSED)
 def test_what_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match=re.escape(REFUSED[path])) as caught:
-        paths.resolve(path)
+        files.resolve(path)
     assert "\n" not in str(caught.value)
 
 
@@ -83,8 +83,8 @@ def test_what_is_refused(path: str) -> None:
 def test_what_is_there_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir(parents=True)
-    assert paths.resolve(name) == name
-    assert paths.isdir(name)
+    assert files.resolve(name) == name
+    assert files.isdir(name)
 
 
 # ---- commands x flags
@@ -108,7 +108,7 @@ def path_flags() -> list[tuple[str, str]]:
         (command, name)
         for command, description in COMMANDS.items()
         for name, spec in description.flags().items()
-        if spec.metadata["convert"] in (paths.resolve, paths.local)
+        if spec.metadata["convert"] in (files.resolve, files.local)
     ]
 
 
@@ -138,7 +138,7 @@ def test_every_command_takes_or_refuses_paths_in_one_way(
 ) -> None:
     refused = ["s3://bucket/x", "C:\\x"]
     taken = ["data:1", "file:///data", "gs://bucket/x"]
-    if COMMANDS[command].flags()[flag].metadata["convert"] is paths.local:
+    if COMMANDS[command].flags()[flag].metadata["convert"] is files.local:
         refused.append(taken.pop())
     for value in taken:
         given = vars(cli.parser(command).parse_args(command_line(command, flag, value)))[flag]  # whatever else it needs
@@ -176,7 +176,7 @@ def write_images(folder: Path) -> None:
 
 
 def test_all_of_this_opens(place: Any) -> None:
-    folder = Path(paths.resolve(place("")))
+    folder = Path(files.resolve(place("")))
     write_images(folder)
     options: dict[str, Any] = {"batch_size": 2, "image_size": 4, "deterministic": True, "random_flip": False}
     for name in ("images:1", "all:1.zip"):
@@ -202,7 +202,7 @@ def test_all_of_this_opens(place: Any) -> None:
 
 def test_checkpoints_and_logs_open(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     logger.configure(dir=place("run:1"))
-    folder = Path(paths.resolve(place("run:1")))
+    folder = Path(files.resolve(place("run:1")))
     assert (folder / "log.txt").exists()
     checkpoints.save(str(folder / "model000001.pt"), {"a": th.ones(1)})
     (folder / "config.json").write_text(json.dumps({"flags": {"seed": 3}}))
@@ -250,6 +250,6 @@ def test_a_bucket_out_of_reach_is_given_up(url: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("urllib3.PoolManager.request", refuse)
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(OSError, match=rf"{url} cannot be reached \(.*no answer.* attempts of 5 s to connect"):
-        paths.exists(url)
-    assert 0 < len(asked) <= 2 * paths.ATTEMPTS
-    assert {timeout.connect_timeout for timeout in asked} == {paths.CONNECT_TIMEOUT}
+        files.exists(url)
+    assert 0 < len(asked) <= 2 * files.ATTEMPTS
+    assert {timeout.connect_timeout for timeout in asked} == {files.CONNECT_TIMEOUT}

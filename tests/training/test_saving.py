@@ -17,7 +17,7 @@ import torch as th
 from guided_diffusion import logger
 from guided_diffusion.data.items import ignore_signals
 from guided_diffusion.runtime import files
-from guided_diffusion.runtime.files import replacing
+from guided_diffusion.runtime.atomic import replacing
 from guided_diffusion.runtime.npz import save_npz
 from guided_diffusion.training import checkpoints, interruption
 from guided_diffusion.training.saving import Saver, map_tensors, snapshot
