@@ -201,8 +201,6 @@ def load_data(
         labels = read_labels(source, given.class_from, *fixed, label_column=given.label_column)
     elif given.class_from != "auto" or given.classes or given.label_column:
         raise UserError("class_from, label_column and classes have no effect; set class_cond to True")
-    if given.cache_images and random_crop:
-        say(f"  reading the sizes of {len(source)} images, which say how much memory they take")
     dataset = ImageDataset(
         size_flag(image_size),
         source.paths,
@@ -211,6 +209,7 @@ def load_data(
         random_flip=random_flip,
         partners=partners,
         options=given,
+        log=say,
     )
     if dataset.cache:
         say(f"  the decoded images are kept in memory, {dataset.cache.bytes / 1e9:.3g} GB when all of them are read")

@@ -245,7 +245,7 @@ def open_streams(
         save_classes(os.path.join(logger.get_dir(), checkpoints.CLASSES), stream)
     if not train.val_data_dir:
         return stream, None
-    options |= {"cache_images": False, **(validation or {})}
+    options |= validation or {}
     return stream, _validation(train.val_data_dir, stream, load, options)
 
 

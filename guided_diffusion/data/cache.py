@@ -30,7 +30,7 @@ class ImageCache:
 
     def __init__(self, paths: Sequence[str], image_size: Size, channels: int, *, random_crop: bool) -> None:
         if channels not in MODES:
-            raise UserError(f"cache_images keeps pictures of 1, 3 or 4 channels, not of {channels}: leave it out")
+            raise UserError(f"pictures of 1, 3 or 4 channels are kept in memory, not of {channels}: leave that out")
         self._paths, self._image_size, self._random_crop = paths, image_size, random_crop
         self._channels = channels
         self._starts = np.cumsum([0, *(height * width * channels for height, width in map(self._size, paths))])
@@ -63,7 +63,7 @@ class ImageCache:
     def _keep(self, index: int, decoded: Decoded) -> Decoded:
         if not isinstance(decoded.picture, Image.Image):
             raise UserError(
-                f"cache_images keeps bytes, and image {quoted(self._paths[index])} has finer numbers: leave it out"
+                f"bytes are kept in memory, and image {quoted(self._paths[index])} has finer numbers: leave that out"
             )
         with naming(self._paths[index]):
             picture = shrunk(decoded.picture, self._image_size, random_crop=self._random_crop)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,7 +49,8 @@ class DataOptions(LoaderConfig):
     :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
     :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer; `pictures.to_unit` makes [-1, 1]
         of them, on any device.
-    :param fit: with fewer images than one global batch, batches are as small as the images allow.
+    :param fit: for images to measure on: with fewer than one global batch, batches are as small as the images allow,
+        and `cache_images` keeps none of them.
     :param rank: None, like `world_size`, asks `dist_util`.
     """
 
@@ -102,6 +103,7 @@ class ImageDataset(Dataset[Item]):
         *,
         partners: Partners | None = None,
         options: DataOptions | None = None,
+        log: Callable[[str], object] = lambda line: None,
         **given: Any,
     ) -> None:
         super().__init__()
@@ -112,8 +114,10 @@ class ImageDataset(Dataset[Item]):
         self.random_crop, self.random_flip = random_crop, random_flip
         self.partners = partners and replace(partners, paths=partners.paths[shard::num_shards])
         self.cache: ImageCache | None = None
-        if self.options.cache_images:
+        if self.options.cache_images and not self.options.fit:
             channels = self.options.image_channels
+            if random_crop:
+                log(f"  reading the sizes of {len(self)} images, which say how much memory they take")
             self.cache = ImageCache(self.local_images, resolution, channels, random_crop=random_crop)
 
     def __len__(self) -> int:

@@ -9,14 +9,14 @@ import csv
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch as th
 
 from .. import dist_util, logger
-from ..config import TrainEvaluationConfig
+from ..config import LoaderConfig, TrainEvaluationConfig
 from ..runtime.errors import UserError
 from ..runtime.jobs import Job
 from ..runtime.log_writers import CSVOutputFormat
@@ -57,7 +57,7 @@ class TrainingImages(ImageSet):
     def __init__(self, dataset: ImageDataset, count: int) -> None:
         super().__init__("the training data", count)
         paths = [dataset.local_images[index * len(dataset) // count] for index in range(count)]
-        options = replace(dataset.options, cache_images=False, fast_decode=False)
+        options = replace(dataset.options, **asdict(LoaderConfig()))
         self._dataset = type(dataset)(dataset.resolution, paths, random_flip=False, options=options)
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:

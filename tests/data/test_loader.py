@@ -337,7 +337,7 @@ def test_an_exif_tag_behind_the_pixels_is_heeded(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_kept_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="keeps pictures of 1, 3 or 4 channels, not of 2"):
+    with pytest.raises(ValueError, match="pictures of 1, 3 or 4 channels are kept in memory, not of 2"):
         opened(folder, cache_images=True, image_channels=2)
 
 
@@ -370,7 +370,7 @@ def test_that_sizes_are_read_is_said_before(folder: Path, monkeypatch: pytest.Mo
 def test_finer_numbers_than_bytes_are_not_kept(folder: Path, num_workers: int) -> None:
     np.save(folder / "a_9.npy", np.zeros((8, 8, 3)))
     kept = opened(folder, cache_images=True, batch_size=10, num_workers=num_workers)
-    with pytest.raises(ValueError, match=r"keeps bytes, and image '.*a_9.npy' has finer numbers"):
+    with pytest.raises(ValueError, match=r"bytes are kept in memory, and image '.*a_9.npy' has finer numbers"):
         next(kept)
 
 
