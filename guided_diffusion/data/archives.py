@@ -1,16 +1,10 @@
-"""Files that hold many images: zips, and arrays of images (.npy, .npz), whose images are named 000000.npy and so on.
-
-Members are read by their place in the file: zipfile moves one position for all, so that threads wait for each other
-and a forked process needs a handle of its own.
-"""
+"""Files that hold many images: zips, and arrays of images (.npy, .npz), whose images are named 000000.npy and so on."""
 
 from __future__ import annotations
 
 import math
 import os
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -21,13 +15,11 @@ from ..runtime import files
 from ..runtime.errors import UserError
 from ..runtime.npz import Npz
 
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature; bytes of the name and of the extra field
-PATCH_OR_ENCRYPTED = 0x61  # flags
 GREY_OR_COLOURS = (1, 3, 4)  # channels of an array of three axes that is one picture
 
 
 class Archive:
-    """An open zip."""
+    """An open zip, from which threads and forked processes read at once: each member by its place in the file."""
 
     def __init__(self, path: str) -> None:
         self._path, self._process = path, os.getpid()
@@ -50,49 +42,19 @@ class Archive:
     def read(self, name: str) -> bytes:
         """The content of a member."""
         member = self._members.get(name)
-        content = None if member is None or self._handle < 0 else self._content(member)
-        if content is None:  # zipfile reads the rest, and says what is wrong
-            if self._process != os.getpid():
-                self._process, self._zip = os.getpid(), files.open_archive(self._path)
-            content = files.read_member(self._zip, name if member is None else member.filename)
-        return content
-
-    def start_of(self, name: str) -> int:
-        """The place of the bytes of a member that is stored as it is; -1 for any other."""
-        member = self._members[name]
-        return self._start(member) if member.compress_type == zipfile.ZIP_STORED and self._handle >= 0 else -1
-
-    def _start(self, member: zipfile.ZipInfo) -> int:
-        header = os.pread(self._handle, LOCAL_HEADER.size, member.header_offset)
-        if member.flag_bits & PATCH_OR_ENCRYPTED or len(header) < LOCAL_HEADER.size or header[:4] != b"PK\3\4":
-            return -1
-        _, name, extra = LOCAL_HEADER.unpack(header)
-        return int(member.header_offset + LOCAL_HEADER.size + name + extra)
-
-    def _content(self, member: zipfile.ZipInfo) -> bytes | None:
-        """The content of a stored or deflated member whose length and checksum are right."""
-        if files.member_fault(member) or member.compress_size > files.MAX_BYTES:
-            return None
-        try:
-            start = self._start(member)
-            packed = os.pread(self._handle, member.compress_size, start) if start >= 0 else b""
-            content = _unpacked(packed, member)
-        except (OSError, zlib.error):
-            return None
-        return content if len(content) == member.file_size and zlib.crc32(content) == member.CRC else None
+        fault = "it is not in the zip" if member is None else files.member_fault(member)
+        if member is None or fault:
+            raise UserError(fault)
+        if self._handle >= 0:
+            return files.member_at(self._handle, member)
+        if self._process != os.getpid():  # processes that share an open file share its position
+            self._process, self._zip = os.getpid(), files.open_archive(self._path)
+        return files.read_member(self._zip, member)
 
 
 def _name(member: zipfile.ZipInfo) -> str:
     """The name of a member: some programs on Windows write backslashes between folders."""
     return member.filename.replace("\\", "/")
-
-
-def _unpacked(packed: bytes, member: zipfile.ZipInfo) -> bytes:
-    if member.compress_type == zipfile.ZIP_STORED:
-        return packed
-    if member.compress_type != zipfile.ZIP_DEFLATED:
-        return b""
-    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, member.file_size + 1)
 
 
 # ---- arrays of images
@@ -116,9 +78,6 @@ class Stack:
         if not self.shape:
             raise UserError(f"an array of shape {header.shape}, where [N, H, W] or [N, H, W, C] is read")
         if start >= 0 and not files.is_remote(path):
-            size, needed = os.path.getsize(path), start + math.prod(header.shape) * header.dtype.itemsize
-            if size < needed:
-                raise UserError(f"it ends after {size} of {needed} bytes")
             order: Literal["F", "C"] = "F" if header.fortran else "C"
             self._images = np.memmap(path, header.dtype, "r", start, header.shape, order).reshape(self.shape)
 
@@ -128,12 +87,9 @@ class Stack:
         if self._path.lower().endswith(".npz"):
             with Npz(self._path) as archive:
                 self._name = archive.name_of_images()
-                header, self.labels = archive.header(self._name), archive.labels()
-            small = math.prod(header.shape) * header.dtype.itemsize <= files.LARGE_MEMBER
-            # the checksum of a small one is worth more than the memory
-            start = -1 if small else Archive(self._path).start_of(f"{self._name}.npy")
-            if start < 0:
-                return header, start
+                header, self.labels, start = archive.header(self._name), archive.labels(), archive.place(self._name)
+            if start < 0 or math.prod(header.shape) * header.dtype.itemsize <= files.LARGE_MEMBER:
+                return header, -1  # the checksum of a small one is worth more than the memory
         with files.open_file(self._path) as file:
             if start:
                 file.seek(start)

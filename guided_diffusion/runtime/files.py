@@ -13,9 +13,11 @@ import math
 import os
 import re
 import stat as modes
+import struct
 import sys
 import urllib.parse
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import SimpleNamespace
@@ -37,7 +39,6 @@ MAX_ARRAY = 2**31  # of an array that is held as a whole
 LARGE_MEMBER = 2**26  # a member that unpacks to more than this ...
 MAX_RATIO = 200  # ... and to more than so many times its packed size is a bomb
 MAX_NAME = 1000  # characters
-PIECE_OF_MEMBER = 4096  # packed bytes that are unpacked at once: bzip2 makes at most some 90 MB of so many
 PIECE = 2**18  # bytes of a file of unknown size that are read at once
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")  # one letter alone is a drive of Windows
@@ -291,22 +292,37 @@ def member_fault(member: zipfile.ZipInfo, name: str = "") -> str:
     faults = {
         "encrypted": member.flag_bits & 1,
         "a link": modes.S_ISLNK(member.external_attr >> 16),
-        "unpacks to too many bytes": bomb or member.file_size > MAX_BYTES,
+        "neither stored nor deflated": member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+        "unpacks to too many bytes": bomb or max(member.file_size, member.compress_size) > MAX_BYTES,
     }
     return path_fault(name or member.filename, "zip") or next((fault for fault in faults if faults[fault]), "")
 
 
-def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """All of a member of a zip, no matter what size its entry claims."""
-    member = archive.NameToInfo.get(name)
-    fault = "it is not in the zip" if member is None else member_fault(member)
-    if member is None or fault:
-        raise UserError(fault)
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """All of a member of a zip, and no more than its entry claims."""
     try:
         with archive.open(member) as file:
-            return b"".join(iter(lambda: file.read(PIECE_OF_MEMBER), b""))
-    except Exception as error:  # nor does it say what a damaged member leads it to
+            return file.read(member.file_size + 1)
+    except Exception as error:  # zipfile does not say what a damaged member leads it to
         raise UserError(reason(error)) from error
+
+
+def member_at(handle: int, member: zipfile.ZipInfo) -> bytes:
+    """The same by the handle of a file on the disk, whose position is neither used nor changed; twice as fast."""
+    try:
+        content = os.pread(handle, member.compress_size, member_place(handle, member))
+        if member.compress_type == zipfile.ZIP_DEFLATED:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, member.file_size + 1)
+    except (OSError, struct.error, zlib.error) as error:
+        raise UserError(reason(error)) from error
+    if len(content) != member.file_size or zlib.crc32(content) != member.CRC:
+        raise UserError("it is damaged: its checksum is another")
+    return content
+
+
+def member_place(handle: int, member: zipfile.ZipInfo) -> int:
+    """Where the content of a member begins: behind a name and a field, whose lengths stand before them."""
+    return member.header_offset + 30 + sum(struct.unpack("<HH", os.pread(handle, 4, member.header_offset + 26)))
 
 
 def parse_json(content: bytes) -> Any:

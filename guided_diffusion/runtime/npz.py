@@ -85,6 +85,14 @@ class Npz:
         with self._opened(name) as (_, header):
             return header
 
+    def place(self, name: str) -> int:
+        """Where an array begins in the file; -1 if it is packed or in a bucket."""
+        member = self._archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED or files.is_remote(self.path):
+            return -1
+        with files.open_file(self.path) as file:
+            return files.member_place(file.fileno(), member)
+
     def names(self) -> list[str]:
         """Names of the arrays, in the order of the file."""
         return [name.removesuffix(".npy") for name in self._archive.NameToInfo if name.endswith(".npy")]

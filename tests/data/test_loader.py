@@ -36,8 +36,6 @@ from guided_diffusion.train_util import TrainLoop
 METHODS = {
     "stored": zipfile.ZIP_STORED,
     "deflate": zipfile.ZIP_DEFLATED,
-    "bzip2": zipfile.ZIP_BZIP2,
-    "lzma": zipfile.ZIP_LZMA,
 }
 
 
@@ -117,9 +115,9 @@ def test_members_are_what_zipfile_reads(tmp_path: Path, method: int) -> None:
         archive.close()
 
 
-@pytest.mark.parametrize("method", ["stored", "deflate"])
+@pytest.mark.parametrize("method", METHODS)
 def test_of_a_damaged_zip_sound_members_are_read_and_others_refused(tmp_path: Path, method: str) -> None:
-    """Wherever a bit is flipped: the content that was packed, or a sentence; never less than zipfile itself reads."""
+    """Wherever a bit is flipped: the content that was packed, or a sentence."""
     rng, path = np.random.default_rng(0), zipped(tmp_path / "a.zip", METHODS[method])
     with zipfile.ZipFile(path) as sound:
         contents = {sound.read(name) for name in sound.namelist()}
@@ -131,17 +129,14 @@ def test_of_a_damaged_zip_sound_members_are_read_and_others_refused(tmp_path: Pa
         content[min(place, len(whole) - 1)] ^= 1 << rng.integers(8)
         (tmp_path / "b.zip").write_bytes(content)
         try:
-            archive, reference = Archive(str(tmp_path / "b.zip")), files.open_archive(str(tmp_path / "b.zip"))
+            archive = Archive(str(tmp_path / "b.zip"))
         except ValueError:
             continue
-        for member in reference.infolist():
-            found = outcome(archive.read, member.filename.replace("\\", "/"))
+        for name, _, _ in archive.members():
+            found = outcome(archive.read, name)
             assert isinstance(found, str) or found in contents
-            expected = outcome(lambda name: files.read_member(reference, name), member.filename)  # noqa: B023
-            assert isinstance(found, bytes) or found == expected
             refused += isinstance(found, str)
         archive.close()
-        reference.close()
     assert refused > 30
 
 
@@ -161,27 +156,6 @@ def test_threads_read_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert found == [True] * 4
-
-
-def test_where_the_system_reads_no_places_zipfile_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = zipped(tmp_path / "a.zip")
-    archive = Archive(str(path))
-
-    def refuse(*_: int) -> bytes:
-        raise OSError("Illegal seek")
-
-    monkeypatch.setattr(os, "pread", refuse)
-    with zipfile.ZipFile(path) as reference:
-        assert all(archive.read(name) == reference.read(name) for name in reference.namelist())
-
-
-def test_a_closed_zip_reads_from_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever has the number of its handle by then."""
-    archive = Archive(str(zipped(tmp_path / "a.zip")))
-    archive.close()
-    monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("it reads"))
-    with pytest.raises(ValueError, match="closed"):
-        archive.read("a.bin")
 
 
 def test_many_zips_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,14 +179,10 @@ def test_many_zips_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         opened_zip.close()
 
 
-def test_workers_inherit_a_zip_that_zipfile_itself_must_read(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
-        for index in range(12):
-            archive.writestr(f"{index:02}.png", encoded(noise(8, 8, index)))
-    read_image(str(tmp_path / "a.zip" / "00.png"), 3)
-    with_workers = opened(tmp_path / "a.zip", class_cond=False, num_workers=2)
-    assert_same(with_workers, opened(tmp_path / "a.zip", class_cond=False))
-    with_workers.close()
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_packed_in_other_ways_are_refused(tmp_path: Path, method: int) -> None:
+    archive = Archive(str(zipped(tmp_path / "a.zip", method)))
+    assert outcome(archive.read, "a.bin") == "neither stored nor deflated"
 
 
 # ---- bytes

@@ -407,10 +407,9 @@ def test_damaged_zips(tmp_path: Path, name: str) -> None:
     sentence_of(lambda: next(stream(path)))
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-def test_bombs_are_seen_before_they_are_unpacked(tmp_path: Path, method: int) -> None:
+def test_bombs_are_seen_before_they_are_unpacked(tmp_path: Path) -> None:
     bomb, size = bytes(untrusted.LARGE_MEMBER + 1), untrusted.LARGE_MEMBER + 1
-    path = packed(tmp_path / "a.zip", {"1.png": bomb}, method)
+    path = packed(tmp_path / "a.zip", {"1.png": bomb})
     del bomb
     listing = find_images(str(path))
     assert (listing.images, listing.refused) == ([], [("1.png", "unpacks to too many bytes")])
@@ -419,8 +418,7 @@ def test_bombs_are_seen_before_they_are_unpacked(tmp_path: Path, method: int) ->
     # and where the directory lies, no more than the small size it claims is kept
     patched(path, entry=(24, struct.pack("<I", 10)))
     assert find_images(str(path)).images == ["1.png"]
-    limit = 8 * MIB if method == zipfile.ZIP_DEFLATED else 256 * MIB
-    assert peak(lambda: sentence_of(read_image, f"{path}/1.png", 3)) < limit
+    assert peak(lambda: sentence_of(read_image, f"{path}/1.png", 3)) < MIB
 
 
 def test_files_above_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
