@@ -1,8 +1,8 @@
 """The classes of images: the rules that tell them, tables of labels, and the classes.json that later runs take over.
 
-Tables are dataset.json (EDM), labels.csv, and metadata.csv or metadata.jsonl (Hugging Face). The column that names the
-images is the one whose cells do; names may lack an extension, begin with "./" or be absolute paths, as long as it is
-clear which image is meant.
+Tables are dataset.json (EDM), labels.csv, and metadata.csv or metadata.jsonl (Hugging Face). The column of the files is
+called as in `FILE_COLUMNS`, else it is the first; the names in it may lack an extension, begin with "./" or be absolute
+paths, as long as it is clear which image is meant.
 
 Shapes: N images, K classes.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -22,7 +21,7 @@ from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, printable, quoted, reason
+from ..runtime.errors import UserError, nearest, printable, reason
 from ..runtime.files import parse_json, read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 
@@ -32,8 +31,8 @@ Label = str | int
 ARRAY = "array"  # the rule of labels that lie in an npz beside the images, which is never asked for
 LARGEST_ID = 65536  # of numbers given as labels without num_classes: what is above is no class id
 LONGEST_PATH = 4096
-SAMPLED = 500  # rows that show which column names the images
-CAPTIONS_OR_NUMBERS = ("", "unnamed: 0", *"text caption captions prompt description id index idx no number".split())
+FILE_COLUMNS = ("file", "file_name", "filename", "path", "image")
+LABEL_COLUMNS = ("label", "class", "class_id", "category")
 
 
 @dataclass(frozen=True)
@@ -76,33 +75,29 @@ def read_labels(
     :param classes: names by id that were fixed before, or the path of a classes.json, whose rule "auto" then takes.
     :param label_column: of the labels in a table that has several.
     """
+    if isinstance(classes, str):
+        classes, rule = read_classes(classes)
+        class_from = rule if class_from == "auto" else class_from
     if class_from not in (*CLASS_RULES, ARRAY):
         raise UserError(
             f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
         )
-    if isinstance(classes, str):
-        path, (classes, rule) = classes, read_classes(classes)
-        if rule not in (*CLASS_RULES, ARRAY):
-            raise UserError(f"{path!r} is no table of classes (class_from {rule!r} is no rule); give one of a training")
-        class_from = rule if class_from == "auto" else class_from
-    known = list(classes or ())
-    if len(set(known)) < len(known):
-        raise UserError(f"classes {known} name a class twice; give each name once")
-    notes: list[str] = []
+    known, notes = list(classes or ()), list[str]()
     if class_from in ("auto", ARRAY):
         class_from, *notes = _choose_rule(source, label_column)
-    if label_column and class_from not in LABEL_FILES:
-        raise UserError(f"label_column {label_column!r} has no effect with class_from {class_from}: there is no table")
     tabular = class_from in LABEL_FILES
+    if label_column and not tabular:
+        raise UserError(f"label_column {label_column!r} has no effect with class_from {class_from}: there is no table")
     labels, remarks = _of_table(source, class_from, label_column) if tabular else _of_names(source, class_from)
     for name in {*known, *(label for label in labels if isinstance(label, str))}:
         if files.name_fault(name):
             raise UserError(f"the class {printable(name)} has {files.name_fault(name)}; give it another")
     ids, names = _numbered(source.images, labels, known, num_classes, by_number=class_from == "folder")
-    if not known and not tabular:
-        remarks += _remarks_on_numbers(names)
     if num_classes is not None and len(names) > num_classes:
         raise UserError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
+    numbers = [f"id {i} is class {name}" for i, name in enumerate(names) if name.isdecimal() and int(name) != i]
+    if numbers and not known and not tabular:
+        remarks.append(f"ids follow the text of the names: {numbers[0]}; a table of labels can say others")
     return Labels(ids, names, class_from, notes + remarks)
 
 
@@ -127,22 +122,13 @@ def _numbered(
             hint = nearest(str(label), names) or "; correct it, or leave out the known classes to number all anew"
             raise UserError(f"class {label!r} of {image!r} is none of the {len(names)} known ones ({shown}){hint}")
         if not 0 <= number < limit:
-            name = f"label {label}" if isinstance(label, int) else f"class {label!r} (id {number})"
+            remedy = f", or set num_classes to at least {number + 1}" * (number >= 0)
             raise UserError(
-                f"{name} of {image!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); correct it"
-                + f", or set num_classes to at least {number + 1}" * (number >= 0)
+                f"class {label!r} (id {number}) of {image!r} does not fit num_classes {limit} (ids 0 to {limit - 1}); "
+                f"correct it{remedy}"
             )
         ids.append(number)
     return ids, names or [str(number) for number in range(max(ids) + 1)]
-
-
-def _remarks_on_numbers(names: Sequence[str]) -> list[str]:
-    """A line about classes that are called by numbers."""
-    numbers = [(number, name) for number, name in enumerate(names) if name.isdecimal()]
-    for number, name in numbers:
-        if int(name) != number:
-            return [f"ids follow the text of the names: id {number} is class {name}; a table of labels can say others"]
-    return ["the names of the classes are numbers, and these are their ids"] * (0 < len(numbers) == len(names))
 
 
 # ---- rules by the names of files
@@ -161,16 +147,10 @@ def _choose_rule(source: ImageSource, label_column: str) -> tuple[str, str]:
     """(rule, a line for the user)."""
     if source.array:
         return ARRAY, f"classes from the labels in {source.root}"
-    tables = {rule: _table_of(source, rule) for rule in LABEL_FILES}
-    for rule, file in tables.items():
+    for rule in LABEL_FILES:
+        file = find_table(source, LABEL_FILES[rule])
         if file and (label_column or not os.path.basename(file).startswith("metadata") or _has_labels(source, file)):
             return rule, f"classes from {os.path.basename(file)}"
-    deeper = [n for n in source.others if os.path.basename(n) in ("dataset.json", "labels.csv", "labels.tsv")]
-    if deeper and not any(tables.values()):
-        raise UserError(
-            f"{quoted(deeper[0])} in {source.root!r} is the table of a part of the images: give that part as data_dir, "
-            "or choose another class_from"
-        )
     if len(set(map(os.path.dirname, source.images))) == 1:
         return "filename", "classes from the file names, up to the first '_': all images lie in one folder"
     if all(_prefix(name) == _class_folder(name) for name in source.images):
@@ -197,21 +177,21 @@ def _of_names(source: ImageSource, rule: str) -> tuple[list[Label], list[str]]:
         if "/" not in name:
             raise UserError(f"{name!r} lies in no folder below {source.root!r}: move it into the folder of its class")
         folders.setdefault(_class_folder(name), set()).add(printable(os.path.dirname(name)))
-    notes = [
-        f"class {printable(name)} unites {', '.join(sorted(places))}"
-        for name, places in sorted(folders.items())
-        if len(places) > 1
-    ]
+    united = sorted((name, places) for name, places in folders.items() if len(places) > 1)
+    notes = [f"class {printable(name)} unites {', '.join(sorted(places))}" for name, places in united]
     return [_class_folder(name) for name in source.images], notes
 
 
 # ---- tables
 
 
-class _Table:
-    """A table beside images, which it names as seen from its folder: rows by the names of its columns."""
+class Table:
+    """A table beside images, which it names as seen from its folder: rows by the names of its columns.
 
-    def __init__(self, source: ImageSource, file: str) -> None:
+    :param rows: where they are read already.
+    """
+
+    def __init__(self, source: ImageSource, file: str, rows: list[dict[str, Any]] | None = None) -> None:
         self.images = [name[file.rfind("/") + 1 :] for name in source.images]
         names: dict[str, str] = {}
         for name in self.images:
@@ -219,15 +199,16 @@ class _Table:
             for key in (os.path.splitext(name)[0], bare, os.path.splitext(bare)[0]):
                 names[key] = name if names.get(key, name) == name else ""  # not clear which is meant
         self._names = names | {name: name for name in self.images}
-        content = read_bytes(source.path(file))
-        self.rows = _of_json(content, file) if file.endswith((".json", ".jsonl")) else self._of_text(content)
+        self.rows = self._read(read_bytes(source.path(file)), file) if rows is None else rows
         self.columns = list(self.rows[0]) if self.rows else ["file", "label"]
-        self.path_column = max(self.columns, key=self._score, default="")
+        self.path_column = next(iter([*self.columns_called(FILE_COLUMNS), *self.columns]), "")
 
-    @property
-    def first_row(self) -> str:
-        """The first row as text."""
-        return printable(", ".join(map(str, self.rows[0].values()))) if self.rows else "nothing"
+    def _read(self, content: bytes, file: str) -> list[dict[str, Any]]:
+        return _of_json(content, file) if file.endswith((".json", ".jsonl")) else self._of_text(content)
+
+    def columns_called(self, names: Sequence[str]) -> list[str]:
+        """The columns of these names, whether they are written in capitals or not."""
+        return [column for name in names for column in self.columns if column.lower() == name.lower()]
 
     def find(self, cell: Any) -> str:
         """The image that is meant: by its path, by the end of a longer one, or by its name alone; '' for none."""
@@ -238,69 +219,53 @@ class _Table:
         ends += [f"*/{part}" for part in parts if len(parts) == 1]
         return next(filter(None, (self._names.get(end) for end in ends)), "")
 
-    def _score(self, column: str) -> int:
-        """How many cells of a column name images, those that do so exactly counting twice."""
-        cells = [row.get(column) for row in self.rows[:SAMPLED]]
-        return sum(1 + (name == cell) for name, cell in zip(map(self.find, cells), cells, strict=True) if name)
-
-    def likely_columns(self) -> list[str]:
-        """The columns that hold neither paths, nor captions, nor numbers of rows."""
-        return [name for name in self.columns if name != self.path_column and name.lower() not in CAPTIONS_OR_NUMBERS]
-
     def label_column(self, asked: str) -> str:
-        """The column of that name, or for '' the only one that may hold labels."""
+        """The column of that name; for '' the one that is called like a label, or the only one beside the files."""
         rest = [name for name in self.columns if name != self.path_column]
-        likely = [name for name in rest if name.lower() == asked.lower()] if asked else self.likely_columns()
-        likely = likely if asked or len(rest) > 1 else rest
-        listed = ", ".join(map(printable, rest))
-        if asked and not likely:
-            raise UserError(f"label_column {asked!r} is none of its columns ({listed}){nearest(asked, rest)}")
+        likely = self.columns_called([asked] if asked else LABEL_COLUMNS) or ([] if asked else rest)
         if len(likely) != 1:
+            named = f", and none of them is {asked!r}{nearest(asked, rest)}" if asked else ""
+            columns = ", ".join(map(printable, rest))
             raise UserError(
-                f"it has several columns beside the files ({listed}), as in {self.first_row!r}: give --label_column, "
-                "the one with the labels"
+                f"beside the files its columns are {columns}{named}: --label_column names that of the labels"
             )
         return likely[0]
 
     def labels(self, column: str) -> tuple[dict[str, Label], int]:
-        """The label of each image that is named, and how many files are named that are not there."""
+        """The label of each image that is named, and how many rows name none."""
         labels: dict[str, Label] = {}
-        surplus = set[str]()
+        surplus = 0
         for row in self.rows:
             path, label = row.get(self.path_column), row.get(column)
-            if not isinstance(path, str):
-                raise UserError(f"the path {printable(repr(path))} is no text")
             label = int(label) if isinstance(label, float) and label.is_integer() else label
             if isinstance(label, bool) or not isinstance(label, str | int):
-                shown = printable(repr(label))
-                raise UserError(f"the label {shown} of {printable(path)!r} is neither a class id nor a name")
+                raise UserError(f"the label {printable(repr(label))} of {path!r} is neither a class id nor a name")
             name = self.find(path)
-            if not name:
-                surplus.add(path)
-            elif labels.setdefault(name, label) != label:
-                raise UserError(f"{printable(path)!r} has two labels, {printable(str(labels[name]))} and {label!r}")
-        return labels, len(surplus)
+            if name and labels.setdefault(name, label) != label:
+                raise UserError(f"{path!r} has two labels, {printable(str(labels[name]))} and {label!r}")
+            surplus += not name
+        return labels, surplus
 
     def _of_text(self, content: bytes) -> list[dict[str, Any]]:
-        """Rows with commas, semicolons or tabs; the first line is a heading unless it names an image."""
+        """Rows with commas, semicolons or tabs; without a heading they are files and labels."""
         try:
-            text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+            text = content.decode("utf-8-sig")
             delimiter = max(",;\t", key=text.strip().partition("\n")[0].count)
             lines = io.StringIO(text, newline=None)  # line ends of any system
             cells = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
             rows = [row for row in cells if any(cell.strip() for cell in row)]
         except (ValueError, csv.Error) as error:
             raise UserError(f"it is no table of UTF-8 text ({reason(error)})") from error
-        first = rows[0] if rows and len(rows[0]) > 1 else ["file", "label"]
-        odd = next((row for row in rows if len(row) != len(first)), None)
+        if rows and self.find(rows[0][0]):
+            rows.insert(0, ["file", "label"])
+        odd = next((row for row in rows if len(row) != len(rows[0])), None)
         if odd is not None:
             raise UserError(
-                f"the line {printable(','.join(odd))!r} is not {printable(','.join(first))!r}, {len(odd)} columns in "
-                f"place of {len(first)}; put a comma between them, and quotation marks around what holds one"
+                f"the line {printable(','.join(odd))!r} is not {printable(','.join(rows[0]))!r}, {len(odd)} columns in "
+                f"place of {len(rows[0])}; put a comma between them, and quotation marks around what holds one"
             )
-        headed = not any(map(self.find, first))
-        names = [cell.strip() if headed else f"column {number}" for number, cell in enumerate(first, 1)]
-        return [dict(zip(names, row, strict=True)) for row in rows[headed:]]
+        names = [cell.strip() for cell in rows[0]] if rows else []
+        return [dict(zip(names, row, strict=True)) for row in rows[1:]]
 
 
 def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
@@ -319,41 +284,42 @@ def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
         raise UserError(f"it is not {formats} ({reason(error)})") from error
 
 
-def _table_of(source: ImageSource, rule: str) -> str:
-    """The table of a rule, at the root or in the one folder that holds all images, as in a zip of a folder; or ''."""
+def find_table(source: ImageSource, names: Sequence[str]) -> str:
+    """The first of the tables `names` at the root or in the one folder that holds all images, as in a zip; or ''."""
     folders = (name.split("/")[:-1] for name in (min(source.images), max(source.images)))
     shared = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False))]
-    places = ["/".join([*shared[:depth], file]) for file in LABEL_FILES[rule] for depth in range(len(shared) + 1)]
+    places = ["/".join([*shared[:depth], file]) for file in names for depth in range(len(shared) + 1)]
     return next((place for place in places if place in source.others), "")
 
 
 def _has_labels(source: ImageSource, file: str) -> bool:
     """Whether a table has more than captions."""
     try:
-        return bool(_Table(source, file).likely_columns())
+        return bool(Table(source, file).columns_called(LABEL_COLUMNS))
     except (ValueError, OSError):
         return True  # reading it says what is wrong
 
 
 def _of_table(source: ImageSource, rule: str, column: str) -> tuple[list[Label], list[str]]:
     """The label of every image from the table of a rule, and lines for the user."""
-    file = _table_of(source, rule)
+    file = find_table(source, LABEL_FILES[rule])
     if not file:
         raise UserError(
             f"class_from {rule} needs the file {' or '.join(LABEL_FILES[rule])} in {source.root!r}: write it, or "
             f"choose another of {', '.join(CLASS_RULES)}"
         )
     try:
-        table = _Table(source, file)
+        table = Table(source, file)
         column = table.label_column(column)
         labels, surplus = table.labels(column)
     except (ValueError, OSError) as error:
         raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
     unlabelled = [name for name in table.images if name not in labels]
     if unlabelled:
+        first_row = printable(", ".join(map(str, table.rows[0].values()))) if table.rows else "nothing"
         raise UserError(
             f"{len(unlabelled)} of {len(table.images)} images have no label in {file!r}, the first {unlabelled[0]!r}; "
-            f"add them, with paths as they are below that file, which begins with {table.first_row!r}"
+            f"add them, with paths as they are below that file, which begins with {first_row!r}"
         )
     notes = [f"{file} labels {surplus} files that are not there"] * bool(surplus)
     notes += [f"labels are the column {column!r} of {', '.join(table.columns)}"] * (len(table.columns) > 2)
@@ -376,6 +342,4 @@ def save_classes(path: str, source: Any) -> None:
     """Write the classes of an `ImageStream` or of `Labels`, which validation, sampling and resuming take over."""
     rows = source.class_table()
     names, counts = [name for _, name, _ in rows], [count for _, _, count in rows]
-    table = {"classes": names, "class_from": source.class_from, "counts": counts}
-    with files.writing(files.resolve(path)) as file:
-        file.write(json.dumps(table, indent=1).encode())
+    files.write_json(files.resolve(path), {"classes": names, "class_from": source.class_from, "counts": counts})

@@ -580,7 +580,6 @@ LABEL_ERRORS = {
         "'wolf' of 'wolf_1.png' is none of the 3 known ones .bird,",
     ),
     "misspelt": ({}, "catt_1.png", {"classes": KNOWN}, "did you mean cat"),
-    "twice": ({}, "cat_1.png", {"classes": ["cat", "cat"]}, "name a class twice"),
     "too many": (
         {},
         "a_1.png b_1.png c_1.png",
@@ -592,14 +591,19 @@ LABEL_ERRORS = {
         {"dataset.json": json_file(("a.png", 10))},
         "a.png",
         {"num_classes": 10},
-        "label 10 of 'a.png' does not fit",
+        "class 10 .id 10. of 'a.png' does not fit",
     ),
-    "absurd id": ({"dataset.json": json_file(("a.png", 10**12))}, "a.png", {}, "label 1000000000000 of 'a.png'"),
+    "absurd id": (
+        {"dataset.json": json_file(("a.png", 10**12))},
+        "a.png",
+        {},
+        "class 1000000000000 .id 1000000000000. of 'a.png'",
+    ),
     "negative": (
         {"labels.csv": csv_file("a.png,-1")},
         "a.png",
         {},
-        r"label -1 of 'a.png' .*ids 0 to 65535.; correct it",
+        r"class -1 .id -1. of 'a.png' .*ids 0 to 65535.; correct it",
     ),
     "number unknown": (
         {"labels.csv": csv_file("a.png,3")},
