@@ -25,14 +25,13 @@ from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Sched
 from .data.labels import ClassRow, Labels, read_labels, save_classes as save_classes
 from .data.sources import IMAGE_EXTENSIONS, UnreadableImage, find_images
 from .data.upsampling import SmallVersions
-from .runtime.errors import UserError, printable, quoted
+from .runtime.errors import UserError, printable
 from .runtime.files import load_classes as load_classes
 from .runtime.options import Size, parse_size, size_flag
 from .runtime.pictures import to_unit
 
 Batch = tuple[th.Tensor, dict[str, th.Tensor]]
 
-SURVEY_LIMIT = 20_000  # images that are all tried once one of them turns out to be unreadable
 TABLE_ROWS = 40
 
 
@@ -110,7 +109,8 @@ class ImageStream(Iterator[Batch]):
         batch = next(self._batches)
         if isinstance(batch, ValueError):
             self.close()
-            raise UserError(self._refusal(str(batch)) if isinstance(batch, UnreadableImage) else str(batch))
+            skippable = isinstance(batch, UnreadableImage) and self.dataset.options.on_bad_image == "error"
+            raise UserError(f"{batch}{', or set on_bad_image to skip' * skippable}")
         first = self._schedule.taken + self._schedule.offset
         images, cond = batch.images, batch.labels
         for path, reason in batch.bad:
@@ -122,15 +122,6 @@ class ImageStream(Iterator[Batch]):
             cond |= self.small_versions(to_unit(images), range(first, first + len(images)))
         self._schedule.taken += self.global_batch
         return images, cond
-
-    def _refusal(self, message: str) -> str:
-        bad = self.dataset.unreadable() if len(self.dataset) <= SURVEY_LIMIT else []
-        if len(bad) < 2:
-            return f"{message}, or set on_bad_image to skip"
-        shown = ", ".join(f"{quoted(error.path)} ({error.reason})" for error in bad[:5])
-        more = f" and {len(bad) - 5} more" * (len(bad) > 5)
-        remedy = "repair or remove them, or set on_bad_image to skip"
-        return f"{len(bad)} of {len(self.dataset)} images cannot be read: {shown}{more}; {remedy}"
 
     def names(self) -> list[str]:
         """The files of the images that this rank was given last; those in `skipped` had others in their place."""

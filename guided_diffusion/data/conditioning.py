@@ -18,7 +18,7 @@ import torch as th
 from numpy.typing import NDArray
 
 from ..config import seen_channels
-from ..runtime.errors import UserError, quoted
+from ..runtime.errors import UserError
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
 from .crops import Draws, Picture, center_crop_arr, channels_first, size_of
@@ -65,7 +65,7 @@ class CondKind:
     def read(self, path: str) -> Picture:
         """The picture in a file."""
         if self.name == "mask":
-            return read_mask(path).picture
+            return read_mask(path)
         if self.name == "image":
             return read_image(path, self.channels, self.data_range)
         ids, last = read_ids(path), self.channels - 1
@@ -159,9 +159,6 @@ class Pairing:
         say(f"{conds.root}: found {len(conds)} conditioning images, {conds.skipped()}")
         if unpaired:
             say(f"  left out: {unpaired}")
-        if self.kind.name == "mask":
-            mask = read_mask(paths[0])
-            say(f"  masks are read by what is in each; {quoted(pairs[0][1])}: {mask.values}; {mask.white} is white")
         return replace(images, images=[image for image, _ in pairs]), Partners(self.kind, paths, self.dropout)
 
 

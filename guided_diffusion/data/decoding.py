@@ -227,23 +227,23 @@ def _with_channels(planes: NDArray[np.float32], channels: int) -> NDArray[np.flo
 TOPS = (1, 255, 65535)  # white, of shades in files of numbers
 
 
-class Mask(NamedTuple):
-    """A mask, and how it was read.
-
-    :param picture: 8 bit grey: above 127 is white.
-    :param values: "2 values, 0 and 1"; `black` and `white` say which of them are.
-    """
-
-    picture: Image.Image
-    values: str
-    black: str
-    white: str
-
-
-def decode_mask(content: Content, extension: str) -> Mask:
-    """The mask in a file; an error where it is not clear what is black and what is white."""
+def decode_mask(content: Content, extension: str) -> Image.Image:
+    """The mask in a file, 8 bit grey, above 127 white; an error where it is not clear what is black and what white."""
     array = array_in(content, extension)
-    return _mask(_plane(_numbers_of(upright(content)) if array is None else array))
+    plane = _plane(_numbers_of(upright(content)) if array is None else array)
+    values = np.unique(plane)
+    low, high = (value.item() for value in values[[0, -1]])
+    if len(values) < 3:
+        return _picture(plane == high if len(values) == 2 else plane != 0)
+    top = {"u1": 255, "u2": 65535}.get(plane.dtype.str[1:]) or next((top for top in TOPS if high <= top), TOPS[-1])
+    bottom = -top if low < 0 else 0
+    middle = (bottom + top) / 2
+    if not bottom <= low <= middle < high <= top:
+        raise UserError(
+            f"{len(values)} values from {low:g} to {high:g}, all on one side of {middle:g}, the middle of "
+            f"{bottom:g} .. {top:g}: a mask has two values, or shades from black to white"
+        )
+    return Image.fromarray(plane) if plane.dtype == np.uint8 else _picture(plane > middle)
 
 
 def _numbers_of(image: Image.Image) -> NDArray[Any]:
@@ -277,25 +277,6 @@ def _plane(array: NDArray[Any]) -> NDArray[Any]:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UserError("some of its numbers are not finite")
     return array
-
-
-def _mask(plane: NDArray[Any]) -> Mask:
-    values = np.unique(plane)
-    low, high = (value.item() for value in values[[0, -1]])
-    if len(values) == 1:
-        return Mask(_picture(plane != 0), f"one value, {high:g}", "0", "what is not 0")
-    if len(values) == 2:
-        return Mask(_picture(plane == values[1]), f"2 values, {low:g} and {high:g}", f"{low:g}", f"{high:g}")
-    top = {"u1": 255, "u2": 65535}.get(plane.dtype.str[1:]) or next((top for top in TOPS if high <= top), TOPS[-1])
-    bottom = -top if low < 0 else 0
-    middle = (bottom + top) / 2
-    if not bottom <= low <= middle < high <= top:
-        raise UserError(
-            f"{len(values)} values from {low:g} to {high:g}, all on one side of {middle:g}, the middle of "
-            f"{bottom:g} .. {top:g}: a mask has two values, or shades from black to white"
-        )
-    picture = Image.fromarray(plane) if plane.dtype == np.uint8 else _picture(plane > middle)
-    return Mask(picture, f"{len(values)} values from {low:g} to {high:g}", f"up to {middle:g}", f"above {middle:g}")
 
 
 def _picture(white: NDArray[np.bool_]) -> Image.Image:

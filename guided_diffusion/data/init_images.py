@@ -20,9 +20,9 @@ from ..runtime.options import Size
 from ..runtime.pictures import levels
 from .conditioning import CondKind
 from .decoding import Range
-from .sources import by_name, images_at, read_mask, read_size
+from .sources import by_name, images_at, read_size
 
-DESCRIBED = 5  # masks of which it is said how they are read
+DESCRIBED = 5  # masks of which it is said what they keep
 
 
 class InitImages:
@@ -34,7 +34,7 @@ class InitImages:
     :param images: path of an image, or of a folder, zip or array of images.
     :param size: of the samples.
     :param channels: C of the samples.
-    :param masks: path of a mask, or of a folder, zip or array of masks: white is kept, black is not (the module `masks`
+    :param masks: path of a mask, or of a folder, zip or array of masks: white is kept, black is not (`decode_mask`
         says what is white); '' for none.
     :param swap: black is kept, white is not.
     :param data_range: of the images, as `sources.read_image` takes it.
@@ -100,18 +100,14 @@ class InitImages:
             )
 
     def describe_masks(self, count: int) -> list[str]:
-        """How the masks of the first `count` samples are read, and what of an image they keep."""
-        count = min(count, len(self.masks))
-        more = [f"and {count - DESCRIBED} masks more, each read by what is in it"] * (count > DESCRIBED)
-        return [self._described(index) for index in range(min(count, DESCRIBED))] + more
-
-    def _described(self, index: int) -> str:
-        path = self.masks[index % len(self.masks)]
-        mask, share = read_mask(path), float(self._mask(index).mean())
-        ends = {0.0: "nothing is kept, all is painted", 1.0: "all is kept, nothing is painted"}
-        kept = ends.get(share, f"{100 * share:.3g} % is kept")
-        keeper = mask.black if self.swap else mask.white
-        return f"mask {printable(os.path.basename(path))}: {mask.values}; {keeper} keeps: {kept}"
+        """What of an image the masks of the first samples keep, for the first few."""
+        lines = []
+        for index, path in enumerate(self.masks[: min(count, DESCRIBED)]):
+            share = float(self._mask(index).mean())
+            kept = {0.0: "nothing is kept, all is painted", 1.0: "all is kept, nothing is painted"}
+            name = printable(os.path.basename(path))
+            lines.append(f"mask {name}: {kept.get(share, f'{100 * share:.3g} % is kept')}")
+        return lines
 
 
 def _reversible(image: NDArray[np.float32]) -> NDArray[np.float32]:

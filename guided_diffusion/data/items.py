@@ -168,16 +168,6 @@ class ImageDataset(Dataset[Item]):
             array = center_crop_arr(picture, self.resolution, nearest=nearest)
         return array[:, ::-1] if self.random_flip and draws.random() < 0.5 else array
 
-    def unreadable(self) -> list[UnreadableImage]:
-        """Try every image: the errors of those that cannot be read."""
-        errors = []
-        for index in range(len(self)):
-            try:
-                self._crop(index, random.Random(0))
-            except UnreadableImage as error:
-                errors.append(error)
-        return errors
-
 
 class Schedule(Iterable[list[Key]]):
     """The keys of the batches of one rank, from the image `taken` on, as seen when iteration begins.

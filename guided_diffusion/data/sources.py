@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ..runtime import files
 from ..runtime.errors import UserError, printable, quoted, reason
@@ -28,7 +28,7 @@ from ..runtime.files import is_remote
 from ..runtime.options import Size
 from .archives import Archive, Stack, is_stack
 from .crops import Picture, as_bytes, center_crop_arr
-from .decoding import Content, Decoded, Mask, Range, decode, decode_ids, decode_mask, size_in
+from .decoding import Content, Decoded, Range, decode, decode_ids, decode_mask, size_in
 
 T = TypeVar("T")
 Entry = tuple[str, str]  # name of a file, and why it is not taken; '' if it is
@@ -391,8 +391,8 @@ def read_ids(path: str) -> NDArray[np.float32]:
     return read_by(path, decode_ids)
 
 
-def read_mask(path: str) -> Mask:
-    """A mask, as `masks` describes it."""
+def read_mask(path: str) -> Image.Image:
+    """A mask, 8 bit grey, as `decode_mask` reads it."""
     return read_by(path, decode_mask)
 
 

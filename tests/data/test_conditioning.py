@@ -326,11 +326,6 @@ def test_a_partner_that_cannot_be_read_counts_as_its_image(tmp_path: Path) -> No
     stream = opened(images, pairing, batch_size=6, on_bad_image="skip")
     next(stream)
     assert list(stream.skipped) == [str(conds / "a" / "dog_4.png")]
-    (conds / "b" / "dog_1.png").write_bytes(b"no picture")
-    with pytest.raises(
-        ValueError, match=r"2 of 6 images cannot be read: .*dog_4.png.*4x4.*dog_1.png.*content is no image"
-    ):
-        next(opened(images, pairing, batch_size=6))
 
 
 # ---- the commands

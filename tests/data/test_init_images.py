@@ -97,8 +97,8 @@ def test_masks_belong_to_images_by_name(folder: Path, tmp_path: Path) -> None:
     assert turns["mask"][:, 0, 0, 0].tolist() == [0, 1, 0, 0]
     assert th.equal(turns["init_image"][0], turns["init_image"][3])
     assert images.describe_masks(99)[:2] == [
-        "mask a.bmp: one value, 0; what is not 0 keeps: nothing is kept, all is painted",
-        "mask b.bmp: one value, 255; what is not 0 keeps: all is kept, nothing is painted",
+        "mask a.bmp: nothing is kept, all is painted",
+        "mask b.bmp: all is kept, nothing is painted",
     ]
 
 

@@ -278,7 +278,7 @@ def test_an_image_that_cannot_be_read_is_never_kept(folder: Path) -> None:
         assert_same(kept, plain)
         assert kept.skipped == plain.skipped
         assert len(kept.skipped) == 2
-    with pytest.raises(ValueError, match="2 of 9 images cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot read image .*(a_2.png|b_7.jpeg)"):
         [next(stream) for stream in [opened(folder, cache_images=True)] for _ in range(3)]
 
 

@@ -751,7 +751,7 @@ def test_an_error_is_the_rule_and_names_the_way_out(tmp_path: Path) -> None:
 
 def test_nothing_but_bad_images_is_an_error_even_when_skipping(tmp_path: Path) -> None:
     folder = spoiled(tmp_path / "bad", 3, {0, 1, 2})
-    assert "3 of 3 images cannot be read" in sentence_of(lambda: next(stream(folder, on_bad_image="skip")))
+    assert "cannot read image" in sentence_of(lambda: next(stream(folder, on_bad_image="skip")))
 
 
 def test_an_index_alone_is_an_error_always(tmp_path: Path) -> None:
