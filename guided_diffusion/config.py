@@ -27,6 +27,7 @@ METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
 METRIC_LIST = names_of(METRIC_NAMES, "metric")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 MISMATCHES = ("error", "reinit", "inflate")
+NULL_ROWS = {"cond_dropout": "null_cond", "class_dropout": "null_class"}  # what dropping them adds to a network
 LORA_KINDS = ("attention", "convolutions")
 LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
 # those of sampling.samplers.SAMPLERS, for help texts, which do not import torch
