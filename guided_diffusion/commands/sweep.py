@@ -82,12 +82,10 @@ def cells_of(config: SweepConfig) -> Iterator[Cell]:
 
 def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
     """The command line of the sampling command, without what differs between cells."""
+    no_classifier = config.guidance == "classifier" and not config.classifier_path
     refuse(
         (not config.reference, "--reference is missing: give an npz, folder or zip of real images"),
-        (
-            config.guidance == "classifier" and not config.classifier_path,
-            "--classifier_path is missing: give a checkpoint or the folder of a run",
-        ),
+        (no_classifier, "--classifier_path is missing: give a checkpoint or the folder of a run"),
     )
     command = KINDS[config.guidance][0]
     of_the_sweep = {spec.name for spec in fields(SweepConfig)}

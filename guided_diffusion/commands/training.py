@@ -131,15 +131,10 @@ def resolved(flags: Flags) -> Flags:
     flags = finetuning.over_source(_over_resumed(flags))
     flags.check()
     flags = _with_null_rows(flags)
+    dims, no_data = flags.values["dims"], not (flags.values["data_dir"] or flags.values["dry_run"])
     refuse(
-        (
-            not (flags.values["data_dir"] or flags.values["dry_run"]),
-            "--data_dir is missing: give a folder or a zip of images",
-        ),
-        (
-            flags.values["dims"] != 2,
-            f"--dims {flags.values['dims']} does not fit pictures: leave it out, or use TrainLoop yourself",
-        ),
+        (no_data, "--data_dir is missing: give a folder or a zip of images"),
+        (dims != 2, f"--dims {dims} does not fit pictures: leave it out, or use TrainLoop yourself"),
     )
     if flags.values.get("cond_type"):
         conditioning.pairing_of(flags)

@@ -70,15 +70,10 @@ class DataOptions(LoaderConfig):
     world_size: int | None = None
 
     def __post_init__(self) -> None:
+        unknown, negative = self.on_bad_image not in BAD_IMAGE_RULES, self.seed < 0 or self.num_workers < 0
         refuse(
-            (
-                self.on_bad_image not in BAD_IMAGE_RULES,
-                f"on_bad_image must be one of {', '.join(BAD_IMAGE_RULES)}, got {self.on_bad_image!r}",
-            ),
-            (
-                self.seed < 0 or self.num_workers < 0,
-                f"seed {self.seed} and num_workers {self.num_workers} must not be negative",
-            ),
+            (unknown, f"on_bad_image must be one of {', '.join(BAD_IMAGE_RULES)}, got {self.on_bad_image!r}"),
+            (negative, f"seed {self.seed} and num_workers {self.num_workers} must not be negative"),
         )
 
 

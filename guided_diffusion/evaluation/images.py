@@ -301,7 +301,7 @@ def _samples_of_run(folder: str) -> str:
         (len(merged) > 1, f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them"),
         (
             not merged and "shards" in names,
-            f"{folder}: the run is not finished: run its command again, which goes on with it",
+            f"{folder}: the run is not finished: run its command again to go on with it",
         ),
     )
     return "".join(merged)
