@@ -27,7 +27,7 @@ from ..image_datasets import ImageStream, load_data, load_superres_data, save_cl
 from ..networks.compiling import compile_network
 from ..networks.memory import recompute_at
 from ..runtime import files
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
 from ..train_util import TrainLoop
@@ -140,10 +140,11 @@ def resolved(flags: Flags) -> Flags:
     flags = finetuning.over_source(_over_resumed(flags))
     flags.check()
     flags = _with_null_rows(flags)
-    if not (flags.values["data_dir"] or flags.values["dry_run"]):
-        raise UserError("--data_dir is missing: give a folder or a zip of images")
-    if flags.values["dims"] != 2:
-        raise UserError(f"--dims {flags.values['dims']} does not fit pictures: leave it out, or use TrainLoop yourself")
+    dims, no_data = flags.values["dims"], not (flags.values["data_dir"] or flags.values["dry_run"])
+    refuse(
+        (no_data, "--data_dir is missing: give a folder or a zip of images"),
+        (dims != 2, f"--dims {dims} does not fit pictures: leave it out, or use TrainLoop yourself"),
+    )
     if flags.values.get("cond_type"):
         conditioning.pairing_of(flags)
     return flags

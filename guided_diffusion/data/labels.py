@@ -22,7 +22,7 @@ from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, printable, quoted, reason
+from ..runtime.errors import UserError, nearest, printable, quoted, reason, refuse
 from ..runtime.files import parse_json, read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 
@@ -76,18 +76,20 @@ def read_labels(
     :param classes: names by id that were fixed before, or the path of a classes.json, whose rule "auto" then takes.
     :param label_column: of the labels in a table that has several.
     """
-    if class_from not in (*CLASS_RULES, ARRAY):
-        raise UserError(
-            f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
-        )
     if isinstance(classes, str):
         path, (classes, rule) = classes, read_classes(classes)
         if rule not in (*CLASS_RULES, ARRAY):
             raise UserError(f"{path!r} is no table of classes (class_from {rule!r} is no rule); give one of a training")
         class_from = rule if class_from == "auto" else class_from
     known = list(classes or ())
-    if len(set(known)) < len(known):
-        raise UserError(f"classes {known} name a class twice; give each name once")
+    hint = nearest(class_from, CLASS_RULES)
+    refuse(
+        (
+            class_from not in (*CLASS_RULES, ARRAY),
+            f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{hint}",
+        ),
+        (len(set(known)) < len(known), f"classes {known} name a class twice; give each name once"),
+    )
     notes: list[str] = []
     if class_from in ("auto", ARRAY):
         class_from, *notes = _choose_rule(source, label_column)
@@ -253,13 +255,14 @@ class _Table:
         likely = [name for name in rest if name.lower() == asked.lower()] if asked else self.likely_columns()
         likely = likely if asked or len(rest) > 1 else rest
         listed = ", ".join(map(printable, rest))
-        if asked and not likely:
-            raise UserError(f"label_column {asked!r} is none of its columns ({listed}){nearest(asked, rest)}")
-        if len(likely) != 1:
-            raise UserError(
+        refuse(
+            (asked and not likely, f"label_column {asked!r} is none of its columns ({listed}){nearest(asked, rest)}"),
+            (
+                len(likely) != 1,
                 f"it has several columns beside the files ({listed}), as in {self.first_row!r}: give --label_column, "
-                "the one with the labels"
-            )
+                "the one with the labels",
+            ),
+        )
         return likely[0]
 
     def labels(self, column: str) -> tuple[dict[str, Label], int]:
