@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .runtime.errors import UserError, nearest
+from .runtime.errors import UserError, nearest, refuse
 from .runtime.options import flag, names_of, parse_microbatch, range_flag, share_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -27,6 +27,7 @@ METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
 METRIC_LIST = names_of(METRIC_NAMES, "metric")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 MISMATCHES = ("error", "reinit", "inflate")
+NULL_ROWS = {"cond_dropout": "null_cond", "class_dropout": "null_class"}  # what dropping them adds to a network
 LORA_KINDS = ("attention", "convolutions")
 LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
 # those of sampling.samplers.SAMPLERS, for help texts, which do not import torch
@@ -392,10 +393,10 @@ class TrainEvaluationConfig:
 
 def resolve_precision(precision: str, use_fp16: bool, name: str = "precision", alias: str = "use_fp16") -> str:
     """fp32, fp16 or bf16 from the flag and its older alias; "auto" must have become one of them before."""
-    if precision not in ("", *PRECISIONS):
-        raise UserError(f"{name} {precision!r} is unknown: use one of {', '.join(PRECISIONS)}")
-    if use_fp16 and precision not in ("", "fp16"):
-        raise UserError(f"{name} {precision} contradicts {alias} True: give one of the two")
+    refuse(
+        (precision not in ("", *PRECISIONS), f"{name} {precision!r} is unknown: use one of {', '.join(PRECISIONS)}"),
+        (use_fp16 and precision not in ("", "fp16"), f"{name} {precision} contradicts {alias} True: give one of them"),
+    )
     return precision or ("fp16" if use_fp16 else "fp32")
 
 
@@ -408,8 +409,9 @@ def seen_channels(cond_type: str, cond_channels: int, image_channels: int) -> in
     if cond_type not in COND_TYPES:
         hint = nearest(cond_type, COND_TYPES)
         raise UserError(f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{hint}")
-    if cond_type == "classes" and not cond_channels:
-        raise UserError("cond_type classes needs the number of classes in the maps: give cond_channels")
-    if cond_type == "mask" and cond_channels > 1:
-        raise UserError(f"cond_channels {cond_channels} contradicts cond_type mask, which has 1: leave it out")
+    uncounted, several = cond_type == "classes" and not cond_channels, cond_type == "mask" and cond_channels > 1
+    refuse(
+        (uncounted, "cond_type classes needs the number of classes in the maps: give cond_channels"),
+        (several, f"cond_channels {cond_channels} contradicts cond_type mask, which has 1: leave it out"),
+    )
     return cond_channels or (1 if cond_type == "mask" else image_channels)

@@ -106,10 +106,12 @@ def _even_stride(num_timesteps: int, count: int) -> set[int]:
 
 def _explicit(num_timesteps: int, steps: Sequence[float]) -> list[float]:
     words = ", ".join(f"{step:g}" for step in steps[:12]) + (", ..." if len(steps) > 12 else "")
-    if not steps or not all(earlier < later for earlier, later in pairwise(steps)):
-        raise UserError(f"timesteps {words} are not in rising order, each once: write them like 0,250,500.5,999")
-    if not 0 <= steps[0] <= steps[-1] <= num_timesteps - 1:
-        raise UserError(f"timesteps {words} are not all in 0 .. {num_timesteps - 1}, those of the training")
+    rising = bool(steps) and all(earlier < later for earlier, later in pairwise(steps))
+    outside = not all(0 <= step <= num_timesteps - 1 for step in steps)
+    refuse(
+        (not rising, f"timesteps {words} are not in rising order, each once: write them like 0,250,500.5,999"),
+        (outside, f"timesteps {words} are not all in 0 .. {num_timesteps - 1}, those of the training"),
+    )
     return [float(step) for step in steps]
 
 

@@ -19,7 +19,7 @@ from .data.upsampling import NAMES, picture_names
 from .networks.compiling import evaluating as evaluating
 from .nn import traits_of
 from .respace import respaced, space_timesteps
-from .runtime.errors import UserError
+from .runtime.errors import UserError, refuse
 from .runtime.files import write_json
 from .runtime.jobs import Job
 from .runtime.labels import check_labels
@@ -68,19 +68,22 @@ def generate(process: GaussianDiffusion, model: Model, job: Job, **options: Unpa
 
 
 def _check(job: Job, model: Model, options: SampleOptions) -> None:
-    for name in ("noise", "generator", "model_kwargs"):
-        if name in options:
-            raise UserError(f"generate() has no option {name}: it makes it for each batch from the job")
-    if job.film and not can_draw(job.shape):
-        raise UserError(f"no film can show images of shape {job.shape}: leave it out, or take 1, 3 or 4 channels")
     traits = traits_of(model)
     classes = traits.num_classes
+    undrawable = job.film and not can_draw(job.shape)
+    lacking = classes is not None and not job.labelled
+    surplus = classes is None and job.labelled and traits.known
+    refuse(
+        *(
+            (name in options, f"generate() has no option {name}: it makes it for each batch from the job")
+            for name in ("noise", "generator", "model_kwargs")
+        ),
+        (undrawable, f"no film can show images of shape {job.shape}: leave it out, or take 1, 3 or 4 channels"),
+        (lacking, f"the network is class-conditional: give labels or num_classes (up to {classes})"),
+        (surplus, "the network is unconditional: give no labels, or hide them by guidance.without_labels(model)"),
+    )
     if classes is not None:
-        if not job.labelled:
-            raise UserError(f"the network is class-conditional: give labels or num_classes (up to {classes})")
         check_labels([*job.labels, max(job.num_classes - 1, 0)], classes)
-    elif job.labelled and traits.known:
-        raise UserError("the network is unconditional: give no labels, or hide them by guidance.without_labels(model)")
 
 
 def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: SampleOptions) -> dict[str, Any]:

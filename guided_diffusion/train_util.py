@@ -26,7 +26,7 @@ from .networks.compiling import eagerly, evaluating
 from .nn import traits_of, update_ema
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler as UniformSampler, create_named_schedule_sampler
 from .runtime import files
-from .runtime.errors import UserError
+from .runtime.errors import UserError, refuse
 from .runtime.files import write_json
 from .runtime.options import parse_rates
 from .runtime.seeds import seeded
@@ -89,7 +89,7 @@ class TrainLoop:
         self.settings = options = Settings(**settings)
         self.model, self.diffusion, self.data = model, diffusion, data
         self.batch_size, self.global_batch = batch_size, batch_size * dist_util.world_size()
-        self.microbatch, self.auto_microbatch = batches.first_microbatch(microbatch, batch_size, fsdp=options.fsdp)
+        self.microbatch, self.auto_microbatch = batches.first_microbatch(microbatch, batch_size)
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
         self.ema_rate, self.seed = parse_rates(ema_rate), options.seed
         self.log_interval, self.save_interval = log_interval, save_interval
@@ -111,6 +111,7 @@ class TrainLoop:
     def _make_trainer(self) -> MixedPrecisionTrainer:
         kind: type[MixedPrecisionTrainer] = AveragingTrainer if dist_util.world_size() > 1 else MixedPrecisionTrainer
         if self.settings.fsdp:
+            refuse((self.auto_microbatch, "microbatch auto does not go with fsdp: give a number of images"))
             from .training.sharding import ShardedTrainer as kind
         return kind(
             model=self.model,

@@ -15,7 +15,7 @@ from ..data.conditioning import CondKind, Pairing, cond_kind, open_cond_images
 from ..data.labels import read_labels
 from ..data.sources import ImageSource, Selection
 from ..data.upsampling import BaseImages, read_base as read
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.options import parse_range, parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
 from .flags import Flags
@@ -106,11 +106,12 @@ def check_labels(flags: Flags, labelled: bool) -> None:
     :param labelled: the images have labels of their own.
     """
     text = flags.part(SampleConfig).classes
-    if text and labelled:
-        raise UserError(f"--classes {text} has no effect, as the images have labels of their own: leave it out")
-    if _wants_labels(flags) and not (labelled or text):
-        reason = "is class-conditional" if flags.part(SuperResConfig).class_cond else "is guided by a classifier"
-        raise UserError(f"the upsampler {reason} and the images have no labels (arr_1): give --classes")
+    kind = "is class-conditional" if flags.part(SuperResConfig).class_cond else "is guided by a classifier"
+    lacking = _wants_labels(flags) and not (labelled or text)
+    refuse(
+        (text and labelled, f"--classes {text} has no effect, as the images have labels of their own: leave it out"),
+        (lacking, f"the upsampler {kind} and the images have no labels (arr_1): give --classes"),
+    )
 
 
 def _wants_labels(flags: Flags) -> bool:

@@ -10,7 +10,7 @@ import torch as th
 from .. import dist_util, logger
 from ..config import DiffusionConfig, RangeConfig, UNetConfig
 from ..data.init_images import InitImages
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.labels import parse_classes
 from ..runtime.options import parse_range
 from ..sampling.editing import invert, slerp
@@ -99,12 +99,14 @@ def _invert(plan: Plan, model: Restored, images: InitImages, classes: list[int],
 def _interpolate(plan: Plan, model: Restored, first: InitImages, classes: list[int]) -> None:
     """Start samples from noise on the way from that of one image to that of another."""
     second, count = _images(model, model.flags.part(EditConfig).interpolate), model.flags.part(SampleConfig).num_samples
-    for name, images in (("init_image", first), ("interpolate", second)):
-        if len(images) > 1:
-            raise UserError(f"--{name} holds {len(images)} images, and --interpolate goes from one to one: give one")
     turns = list(plan.job.get("labels", ()))
-    if model.flags.part(UNetConfig).class_cond and not turns:
-        raise UserError("--interpolate needs the class of every sample: give --classes, one or as many as samples")
+    unlabelled = model.flags.part(UNetConfig).class_cond and not turns
+    several = "images, and --interpolate goes from one to one: give one"
+    refuse(
+        (len(first) > 1, f"--init_image holds {len(first)} {several}"),
+        (len(second) > 1, f"--interpolate holds {len(second)} {several}"),
+        (unlabelled, "--interpolate needs the class of every sample: give --classes, one or as many as samples"),
+    )
     classes = classes or [turns[index % len(turns)] for index in (0, count - 1) if turns]
     ends: list[th.Tensor] = []  # made when first asked for, and for the two at once: the same on every rank
 

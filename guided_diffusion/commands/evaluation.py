@@ -12,7 +12,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, ExtractorConfig, RunConfig, TrainEvaluationConfig, UNetConfig
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.jobs import Job
 from ..runtime.seeds import seeded
 from ..sampling.samplers import make_sampler
@@ -82,10 +82,10 @@ def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
 
     config, schedule = flags.part(TrainEvaluationConfig), flags.part(DiffusionConfig)
     sampler = make_sampler(config.eval_sampler)
-    if sampler.ascending:
-        raise UserError(f"--eval_sampler {config.eval_sampler} turns images to noise: give another, e.g. dpm++2m")
-    if schedule.timestep_respacing:
-        raise UserError("--eval_interval has steps of its own: leave out it or --timestep_respacing")
+    refuse(
+        (sampler.ascending, f"--eval_sampler {config.eval_sampler} turns images to noise: give another, e.g. dpm++2m"),
+        (schedule.timestep_respacing, "--eval_interval has steps of its own: leave out it or --timestep_respacing"),
+    )
     process = build_diffusion(replace(schedule, timestep_respacing=f"{sampler.grid}{config.eval_steps}"))
     job = evaluation_job(flags, sampler, stream)
     with seeded(flags.part(RunConfig).seed, 0, dist_util.dev()):  # weights are drawn at random before they are read

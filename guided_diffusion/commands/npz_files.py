@@ -15,7 +15,7 @@ from .. import logger
 from ..data.labels import Labels, read_labels, save_classes
 from ..data.sources import ImageSource, find_images, read_bytes, read_pixels
 from ..runtime.atomic import PART, explained
-from ..runtime.errors import UserError, quoted, reason
+from ..runtime.errors import UserError, quoted, reason, refuse
 from ..runtime.files import load_classes, parse_json, write_json
 from ..runtime.npz import Npz, write_npz
 from ..runtime.options import parse_range
@@ -93,15 +93,14 @@ def _classes(ids: Sequence[int], table: str) -> list[str]:
 
 def from_images(config: NpzToolConfig, options: FromImagesConfig) -> list[str]:
     """Write the images of a folder or zip, and their labels, as an npz; returns lines about it."""
-    if not config.out.endswith(".npz"):
-        raise UserError(f"{config.out!r} is no name of an npz: give one that ends in .npz")
     listing, shape = _in_order(find_images(config.source))
-    if not listing.images:
-        raise UserError(f"{config.source} holds no images, {listing.skipped()}: give a folder or a zip that does")
-    labels, notes = _labels(listing, config.classes, options)
     channels = options.image_channels or ([*shape, 1][2] if shape else 3)
-    if channels not in DRAWN_CHANNELS:
-        raise UserError(f"images must have 1, 3 or 4 channels, got {channels}")
+    refuse(
+        (not config.out.endswith(".npz"), f"{config.out!r} is no name of an npz: give one that ends in .npz"),
+        (not listing.images, f"{config.source} holds no images, {listing.skipped()}: give a folder or a zip that does"),
+        (channels not in DRAWN_CHANNELS, f"images must have 1, 3 or 4 channels, got {channels}"),
+    )
+    labels, notes = _labels(listing, config.classes, options)
     sides = next(_pixels(listing, channels, options)).shape[:2]
     flat = len(shape) == 2 and not options.image_channels
     count, shape = len(listing.images), sides if flat else (*sides, channels)

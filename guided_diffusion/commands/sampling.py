@@ -10,7 +10,7 @@ from typing import Any
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, UNetConfig
 from ..nn import traits_of
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.jobs import Job
 from ..runtime.labels import parse_classes
 from ..runtime.options import parse_range, parse_size, size_flag
@@ -100,12 +100,13 @@ def made(flags: Flags, before: Made | None) -> Made:
     shape, labelled, names = before
     conditioning.level_of(flags)
     needed = (*parse_size(values["small_size"]), channels)
-    if shape != needed:
-        shown = ["{}x{} with {} channels".format(*each) for each in (needed, shape)]
-        raise UserError(f"the upsampler enlarges images of {shown[0]}, and the stage before makes {shown[1]}")
+    shown = ["{}x{} with {} channels".format(*each) for each in (needed, shape)]
+    others = class_cond and labelled and names and classes and names != classes
+    refuse(
+        (shape != needed, f"the upsampler enlarges images of {shown[0]}, and the stage before makes {shown[1]}"),
+        (others, f"the upsampler has classes {classes}, and the stage before {names}"),
+    )
     conditioning.check_labels(flags, labelled)
-    if class_cond and labelled and names and classes and names != classes:
-        raise UserError(f"the upsampler has classes {classes}, and the stage before {names}")
     return (*parse_size(values["large_size"]), channels), labelled or bool(values["classes"]), names or classes
 
 

@@ -8,7 +8,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ..config import ExtractorConfig, RangeConfig
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import COMMANDS, SAVED_NAMES, Flags
@@ -82,10 +82,11 @@ def cells_of(config: SweepConfig) -> Iterator[Cell]:
 
 def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
     """The command line of the sampling command, without what differs between cells."""
-    if not config.reference:
-        raise UserError("--reference is missing: give an npz, folder or zip of real images")
-    if config.guidance == "classifier" and not config.classifier_path:
-        raise UserError("--classifier_path is missing: give a checkpoint or the folder of a run")
+    no_classifier = config.guidance == "classifier" and not config.classifier_path
+    refuse(
+        (not config.reference, "--reference is missing: give an npz, folder or zip of real images"),
+        (no_classifier, "--classifier_path is missing: give a checkpoint or the folder of a run"),
+    )
     command = KINDS[config.guidance][0]
     of_the_sweep = {spec.name for spec in fields(SweepConfig)}
     given = {name: value for name, value in flags.given.items() if name not in of_the_sweep}

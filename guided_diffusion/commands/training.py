@@ -13,12 +13,21 @@ import numpy as np
 import torch as th
 
 from .. import __version__, dist_util, logger
-from ..config import DataConfig, DiffusionConfig, LoaderConfig, RunConfig, SuperResConfig, TrainConfig, TrainSpeedConfig
+from ..config import (
+    NULL_ROWS,
+    DataConfig,
+    DiffusionConfig,
+    LoaderConfig,
+    RunConfig,
+    SuperResConfig,
+    TrainConfig,
+    TrainSpeedConfig,
+)
 from ..image_datasets import ImageStream, load_data, load_superres_data, save_classes
 from ..networks.compiling import compile_network
 from ..networks.memory import recompute_at
 from ..runtime import files
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
 from ..train_util import TrainLoop
@@ -131,10 +140,11 @@ def resolved(flags: Flags) -> Flags:
     flags = finetuning.over_source(_over_resumed(flags))
     flags.check()
     flags = _with_null_rows(flags)
-    if not (flags.values["data_dir"] or flags.values["dry_run"]):
-        raise UserError("--data_dir is missing: give a folder or a zip of images")
-    if flags.values["dims"] != 2:
-        raise UserError(f"--dims {flags.values['dims']} does not fit pictures: leave it out, or use TrainLoop yourself")
+    dims, no_data = flags.values["dims"], not (flags.values["data_dir"] or flags.values["dry_run"])
+    refuse(
+        (no_data, "--data_dir is missing: give a folder or a zip of images"),
+        (dims != 2, f"--dims {dims} does not fit pictures: leave it out, or use TrainLoop yourself"),
+    )
     if flags.values.get("cond_type"):
         conditioning.pairing_of(flags)
     return flags
@@ -166,13 +176,13 @@ def _over_resumed(flags: Flags) -> Flags:
 def _with_null_rows(flags: Flags) -> Flags:
     """The flags with the null class and the null conditioning image that dropping classes and images makes."""
     values, saved = flags.values, flags.saved
-    if values.get("class_dropout") and values["resume_checkpoint"] and saved and not saved.get("null_class"):
+    lacking = saved and not saved.get(NULL_ROWS["class_dropout"])
+    if values.get("class_dropout") and values["resume_checkpoint"] and lacking:
         raise UserError(
             f"--class_dropout {values['class_dropout']} needs a null class, and the network of "
             f"{values['resume_checkpoint']} has none: start a new run with it, or leave it out"
         )
-    null_rows = {"null_cond": "cond_dropout", "null_class": "class_dropout"}
-    return flags.with_values(**{name: True for name, dropout in null_rows.items() if values.get(dropout)})
+    return flags.with_values(**{name: True for dropout, name in NULL_ROWS.items() if values.get(dropout)})
 
 
 def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:

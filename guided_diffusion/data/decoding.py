@@ -22,7 +22,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from ..runtime import files
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from .crops import MAX_PIXELS, Picture, size_of
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
@@ -271,11 +271,11 @@ def _plane(array: NDArray[Any]) -> NDArray[Any]:
         array = array[0]
     if array.ndim == 3 and array.shape[-1] in (1, 3) and (array == array[..., :1]).all():
         array = array[..., 0]
-    if array.ndim != 2:
-        raise UserError(f"numbers of shape {array.shape}, where masks are [H, W]")
+    refuse(
+        (array.ndim != 2, f"numbers of shape {array.shape}, where masks are [H, W]"),
+        (array.dtype.kind == "f" and not np.isfinite(array).all(), "some of its numbers are not finite"),
+    )
     check_pixels(array.shape[1], array.shape[0])
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UserError("some of its numbers are not finite")
     return array
 
 

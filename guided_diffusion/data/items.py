@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import BAD_IMAGE_RULES, LoaderConfig
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..runtime.options import Size
 from ..runtime.pictures import to_unit
 from .cache import ImageCache
@@ -70,10 +70,11 @@ class DataOptions(LoaderConfig):
     world_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.on_bad_image not in BAD_IMAGE_RULES:
-            raise UserError(f"on_bad_image must be one of {', '.join(BAD_IMAGE_RULES)}, got {self.on_bad_image!r}")
-        if self.seed < 0 or self.num_workers < 0:
-            raise UserError(f"seed {self.seed} and num_workers {self.num_workers} must not be negative")
+        unknown, negative = self.on_bad_image not in BAD_IMAGE_RULES, self.seed < 0 or self.num_workers < 0
+        refuse(
+            (unknown, f"on_bad_image must be one of {', '.join(BAD_IMAGE_RULES)}, got {self.on_bad_image!r}"),
+            (negative, f"seed {self.seed} and num_workers {self.num_workers} must not be negative"),
+        )
 
 
 class ImageDataset(Dataset[Item]):

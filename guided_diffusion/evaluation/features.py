@@ -24,7 +24,7 @@ from .. import logger
 from ..config import ClassifierConfig
 from ..data.crops import center_crop_arr
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, printable, quoted, reason
+from ..runtime.errors import UserError, nearest, printable, quoted, reason, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
 from ..runtime.pictures import to_unit
@@ -253,13 +253,13 @@ def make_extractor(
     :param precision: fp32, fp16 or bf16 for the network's convolutions or matrices.
     """
     name, _, path = kind.partition(":")
-    if name not in makers:
-        hint = nearest(name, makers) or f": give inception, or {', '.join(list(makers)[1:])} and :PATH"
-        raise UserError(f"--features {quoted(kind)} is unknown{hint}")
-    if weights and kind != "inception":
-        raise UserError(f"--inception_weights {weights} is not used by --features {kind}: leave one of them out")
+    hint = nearest(name, makers) or f": give inception, or {', '.join(list(makers)[1:])} and :PATH"
+    unused = weights and kind != "inception"
+    refuse(
+        (name not in makers, f"--features {quoted(kind)} is unknown{hint}"),
+        (unused, f"--inception_weights {weights} is not used by --features {kind}: leave one of them out"),
+        (name != "inception" and not path, f"--features {name} needs a path: write {name}:PATH"),
+    )
     if name == "inception":
         path = find_inception(path or weights)
-    elif not path:
-        raise UserError(f"--features {name} needs a path: write {name}:PATH")
     return makers[name](files.resolve(path), th.device(device), precision)

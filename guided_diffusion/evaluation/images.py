@@ -33,7 +33,7 @@ from ..data.sources import (
     split_archive,
 )
 from ..runtime import files
-from ..runtime.errors import UserError, printable
+from ..runtime.errors import UserError, printable, refuse
 from ..runtime.files import parse_json, read_file
 from ..runtime.npz import Npz, read_npz
 from ..runtime.options import Size, parse_size
@@ -297,10 +297,13 @@ def _samples_of_run(folder: str) -> str:
     """The name of the samples of a run; '' if it is no run's folder."""
     names = files.names_in(folder)
     merged = [name for name in names if re.fullmatch(r"samples_[\dx]+\.npz", name)]
-    if len(merged) > 1:
-        raise UserError(f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them")
-    if not merged and "shards" in names:
-        raise UserError(f"{folder}: the run is not finished: run its command again, which goes on with it")
+    refuse(
+        (len(merged) > 1, f"{folder} holds {len(merged)} files of samples, {', '.join(merged[:4])}: give one of them"),
+        (
+            not merged and "shards" in names,
+            f"{folder}: the run is not finished: run its command again to go on with it",
+        ),
+    )
     return "".join(merged)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.errors import UserError, as_user_errors
+from ..runtime.errors import UserError, as_user_errors, refuse
 from .metrics import Statistics, density_coverage, frechet_distance, inception_score, kernel_distance, precision_recall
 
 
@@ -101,7 +101,8 @@ class Metric:
 
     @as_user_errors()
     def compute(self, reference: FeatureSet, samples: FeatureSet, options: Options) -> tuple[float, ...]:
-        """One number for each label."""
+        """One number for each label; an error has the sentence of `lacks`."""
+        refuse((lack := self.lacks(reference, samples), lack))
         return self.function(getattr(reference, self.field), getattr(samples, self.field), options)
 
 

@@ -119,11 +119,10 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
             raise UserError("it is no state dict")
         state = {name: value for name, value in state.items() if not name.endswith(COUNTER)}
         for name in (*expected, *state):
-            if name not in state:
-                raise UserError(f"{name} is missing")
-            if state[name].shape != expected.get(name):
-                shape = f"{list(expected[name])}" if name in expected else "none"
-                raise UserError(f"{printable(name)} is {list(state[name].shape)} in place of {shape}")
+            shape = list(state[name].shape) if name in state else "missing"
+            needed = list(expected[name]) if name in expected else "none"
+            if shape != needed:
+                raise UserError(f"{printable(name)} is {shape} in place of {needed}")
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
         local = not files.is_remote(path) and os.path.exists(path)
         kind = files.kind_of_file(path) if local else ""

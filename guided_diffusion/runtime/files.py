@@ -26,7 +26,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, TypeVar, cast
 import numpy as np
 
 from .atomic import explained, replacing
-from .errors import UserError, printable, reason
+from .errors import UserError, printable, reason, refuse
 
 T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
@@ -343,10 +343,13 @@ def read_classes(path: str) -> tuple[list[str], str]:
     try:
         table = parse_json(read_file(path))
         names, rule = table["classes"], table.get("class_from", "auto")
-        if not isinstance(names, list) or len({str(name) for name in names}) < len(names):
-            raise UserError("its classes are no list of different names")
-        if not all(isinstance(name, str) for name in [*names, rule]):
-            raise UserError("its classes and class_from are no texts")
+        refuse(
+            (
+                not isinstance(names, list) or len({str(name) for name in names}) < len(names),
+                "its classes are no list of different names",
+            ),
+            (not all(isinstance(name, str) for name in [*names, rule]), "its classes and class_from are no texts"),
+        )
         return names, rule
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"{type(error).__name__}: {reason(error)}"

@@ -18,7 +18,7 @@ import numpy as np
 import torch as th
 
 from .atomic import PART
-from .errors import UserError, printable, reason
+from .errors import UserError, printable, reason, refuse
 from .files import parse_json, read_file, write_json
 from .labels import check_labels
 from .npz import Rows, holds, read_npz
@@ -191,11 +191,12 @@ class Job(RestartableJob):
     what: ClassVar[str] = "samples"
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} {getattr(self, name)} is below the least value, {least}")
-        if len(self.names) not in (0, self.num_samples):
-            raise UserError(f"{len(self.names)} names are given for {self.num_samples} images: give one for each")
+        least = (("num_samples", self.num_samples, 1), ("batch_size", self.batch_size, 1), ("seed", self.seed, 0))
+        unnamed = len(self.names) not in (0, self.num_samples)
+        refuse(
+            *((value < low, f"{name} {value} is below the least value, {low}") for name, value, low in least),
+            (unnamed, f"{len(self.names)} names are given for {self.num_samples} images: give one for each"),
+        )
         check_labels(self.labels, self.num_classes or math.inf)
 
     @property

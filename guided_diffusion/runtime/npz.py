@@ -66,8 +66,6 @@ class Npz:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        if not files.exists(path):
-            raise UserError(f"{path} does not exist: give an npz")
         with self._explained():
             self._archive = files.open_archive(path)
 

@@ -126,13 +126,11 @@ def microbatches(batch: th.Tensor, cond: Cond, draw: Draw, size: int) -> Iterato
         yield to_unit(to_device(batch[part], device)), keywords, draw.cut(part)
 
 
-def first_microbatch(microbatch: int | str, batch_size: int, *, fsdp: bool) -> tuple[int, bool]:
+def first_microbatch(microbatch: int | str, batch_size: int) -> tuple[int, bool]:
     """(images that are computed at once at first, whether fewer are tried where the memory does not hold them)."""
     size = parse_microbatch(str(microbatch))
     if isinstance(size, int):
         return size if size > 0 else batch_size, False
-    if fsdp:
-        raise UserError("microbatch auto does not go with fsdp, where all ranks make a step together: give a number")
     return batch_size, True
 
 

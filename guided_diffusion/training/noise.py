@@ -91,9 +91,7 @@ class LabelDropout:
         if not 0 <= self.rate <= 1:
             raise UserError(f"class_dropout {self.rate} is no probability: give 0 for none, or a number up to 1")
         if self.rate and self.null_label is None:
-            raise UserError(
-                f"class_dropout {self.rate} needs a network that knows 'no class': build it with null_class True"
-            )
+            raise UserError(f"class_dropout {self.rate} needs a network that knows 'no class', by its null_label")
 
     def __call__(self, cond: Mapping[str, th.Tensor], seed: int, index: int) -> Mapping[str, th.Tensor]:
         """The model keywords of step `index` with labels "y" [n] of this rank dropped; rate 0 draws nothing."""

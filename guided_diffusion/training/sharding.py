@@ -107,7 +107,7 @@ class ShardedTrainer(MixedPrecisionTrainer):
             raise UserError(f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out")
         self._names = [name for name, _ in self.model.named_parameters()]
         self._plain = _without_memory(self.model)
-        convert_to: Any = getattr(self._plain, "convert_to", None)
+        convert_to: Any = hasattr(self._plain, "model_channels") and self._plain.convert_to  # of our networks
         if self.precision != "fp32" and convert_to:
             # the layout of the device where the weights would have values
             convert_to(self.precision, self.model_params[0].device)

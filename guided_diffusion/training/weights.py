@@ -220,7 +220,7 @@ def difference(theirs: State, ours: State, size: Any) -> str:
     for name in built:
         if name in read and read[name] != built[name]:
             null = name == "num_classes" and "class_cond" in built and abs(read[name] - built[name]) == 1
-            hint = " (counting the row that --null_class True adds)" if null else ""
+            hint = " (counting the row that --class_dropout adds)" if null else ""
             has, given = (str(values[name]) or "''" for values in (read, built))
             flags.append(f"the checkpoint has {name} {has}, you gave {given}{hint}")
     if set(read) - set(built) and not set(built) & set(read) - {"image_channels", "dims", "num_classes", "image_size"}:

@@ -272,7 +272,7 @@ def test_dropping_classes_leaves_a_network_that_sampling_knows_by_its_null_class
     network = restore(cli.parse("image_sample", command_line(**flags))).network
     assert (network.num_classes, network.null_label) == (3, None)
     for more, gave in (({"num_classes": 2}, 2), ({"null_class": True}, 4)):
-        message = rf"has num_classes 3, you gave {gave} \(counting the row that --null_class True adds\)"
+        message = rf"has num_classes 3, you gave {gave} \(counting the row that --class_dropout adds\)"
         with pytest.raises(ValueError, match=message):
             restore(cli.parse("image_sample", command_line(**flags, **more)))
 

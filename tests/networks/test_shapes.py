@@ -10,6 +10,8 @@ import pytest
 import torch as th
 from test_docs import run, snippets
 
+pytestmark = pytest.mark.slow  # the page trains two networks
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import urllib3
 from PIL import Image
 
 from conversion.command import DATASETS
-from guided_diffusion import dist_util, logger
+from guided_diffusion import config, dist_util, logger
 from guided_diffusion.commands import flags as cli
 from guided_diffusion.commands.conditioning import kind_of
 from guided_diffusion.commands.npz_files import from_images
@@ -108,7 +108,7 @@ def path_flags() -> list[tuple[str, str]]:
         (command, name)
         for command, description in COMMANDS.items()
         for name, spec in description.flags().items()
-        if spec.metadata["convert"] in (files.resolve, files.local)
+        if spec.metadata["convert"] in (config.resolved_path, config.local_path)
     ]
 
 
@@ -138,7 +138,7 @@ def test_every_command_takes_or_refuses_paths_in_one_way(
 ) -> None:
     refused = ["s3://bucket/x", "C:\\x"]
     taken = ["data:1", "file:///data", "gs://bucket/x"]
-    if COMMANDS[command].flags()[flag].metadata["convert"] is files.local:
+    if COMMANDS[command].flags()[flag].metadata["convert"] is config.local_path:
         refused.append(taken.pop())
     for value in taken:
         given = vars(cli.parser(command).parse_args(command_line(command, flag, value)))[flag]  # whatever else it needs

@@ -213,7 +213,7 @@ def test_a_mismatch_names_the_flags_that_differ(tmp_path):
 def test_numbers_of_classes_that_differ_by_one_recall_the_null_class(tmp_path):
     three = tiny(class_cond=True, num_classes=3)
     null = tiny(class_cond=True, num_classes=3, null_class=True)
-    hint = " (counting the row that --null_class True adds)"
+    hint = " (counting the row that --class_dropout adds)"
     assert refusal(tmp_path, three, null.state_dict()).endswith(f"has num_classes 4, you gave 3{hint}")
     assert refusal(tmp_path, null, three.state_dict()).endswith(f"has num_classes 3, you gave 4{hint}")
     five = tiny(class_cond=True, num_classes=5).state_dict()

@@ -16,7 +16,7 @@ import torch as th
 
 from guided_diffusion import logger
 from guided_diffusion.data.items import ignore_signals
-from guided_diffusion.runtime import files
+from guided_diffusion.runtime import atomic
 from guided_diffusion.runtime.atomic import replacing
 from guided_diffusion.runtime.npz import save_npz
 from guided_diffusion.training import checkpoints, interruption
@@ -290,7 +290,7 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_is_lost(run, monkeypatch
 
     with monkeypatch.context() as patch:
         if operation == "write":
-            patch.setattr(files, "_Raw", type("_Raw", (files._Raw, Full), {}))
+            patch.setattr(atomic, "_Raw", type("_Raw", (atomic._Raw, Full), {}))
         else:
             patch.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match=rf"state000008.pt cannot be written \({os.strerror(number)}\): ") as caught:

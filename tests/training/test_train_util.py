@@ -6,8 +6,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -437,13 +435,11 @@ dist_util.run(main)
 """
 
 
-def test_two_ranks_fall_and_go_on_to_the_bit_and_stop_together(tmp_path, pictures):
+def test_two_ranks_fall_and_go_on_to_the_bit_and_stop_together(tmp_path, pictures, ranks):
     """One of two ranks gets a signal: both stop after the same step, saved. One rank goes on with the work of two."""
     program = tmp_path / "program.py"
     program.write_text(ON_TWO_RANKS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    argv = [*torchrun, str(program), str(Path(__file__).parent), str(tmp_path), pictures]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    done = ranks.run([program, Path(__file__).parent, tmp_path, pictures])
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_bytes(tmp_path / "straight", tmp_path / "parts")
     assert len(checkpoints.load(str(tmp_path / "parts" / "state000006.pt"))["rng"]) == 2
