@@ -87,13 +87,12 @@ class ImageSource:
 
     def skipped(self) -> str:
         """How many files are no images, by extension, or are not taken, by reason."""
-        kinds = Counter(
-            "hidden" if _is_hidden(name) else printable(_extension(name)) or "no extension"
-            for name in self.others
-            if os.path.basename(name) not in [*LABEL_FILES["csv"], *LABEL_FILES["json"]]
-        ) + Counter(fault for _, fault in self.refused)
-        detail = ", ".join(f"{kind}: {count}" for kind, count in sorted(kinds.items()))
-        return f"skipped {kinds.total()}" + (f" ({detail})" if detail else "")
+        tables = {table for tables in LABEL_FILES.values() for table in tables}
+        others = [name for name in self.others if os.path.basename(name) not in tables]
+        kinds = ["hidden" if _is_hidden(name) else printable(_extension(name)) or "no extension" for name in others]
+        counts = Counter([*kinds, *(fault for _, fault in self.refused)])
+        detail = ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items()))
+        return f"skipped {counts.total()}" + (f" ({detail})" if detail else "")
 
     def summary(self, shown: int = 5) -> str:
         """The lines for the user: how many images there are, and what was not taken."""
@@ -121,21 +120,16 @@ def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
     elif root and files.isdir(root):
         entries = _with_members(root, _files_below(root))
     elif _extension(root) in (".npy", ".npz") and _is_file(root):
-        stack = _reopened(root, channels)
+        stack = _archive(root, channels, anew=True)
         assert isinstance(stack, Stack)
         return ImageSource(root, [f"{index:06d}.npy" for index in range(stack.shape[0])], array=True, ids=stack.labels)
     else:
-        raise UserError(
-            f"data_dir {quoted(root)} is neither a folder nor a zip, nor an array (.npy, .npz); give the path of one "
-            "that holds images"
-        )
-    fault = dict(entries).get("", "")
-    if fault:
+        raise UserError(f"data_dir {quoted(root)} is neither a folder nor a zip, nor an array (.npy, .npz) of images")
+    if fault := dict(entries).get(""):
         raise UserError(f"data_dir {quoted(root)} is {fault}; give one that can be read")
     names = sorted((name for name, fault in entries if not fault), key=lambda name: name.split("/"))
-    images = [name for name in names if _is_image(name)]
     others = [name for name in names if not _is_image(name)]
-    return ImageSource(root, images, others, sorted(entry for entry in entries if entry[1]))
+    return ImageSource(root, [*filter(_is_image, names)], others, sorted(entry for entry in entries if entry[1]))
 
 
 def images_at(path: files.AnyPath, name: str, channels: int = 0) -> ImageSource:
@@ -186,14 +180,14 @@ def by_name(images: ImageSource, partners: ImageSource, kind: str) -> tuple[list
     :param kind: of the partners, for the sentence.
     """
     image_of, partner_of = _by_stem(images), _by_stem(partners)
-    alone = [name for stem, name in image_of.items() if stem not in partner_of]
-    extra = [name for stem, name in partner_of.items() if stem not in image_of]
-    faults = [
-        f"{len(alone)} of {len(image_of)} images have no {kind} in {partners.root} ({_some(alone)})" * bool(alone),
-        f"{len(extra)} of {len(partner_of)} {kind}s have no image ({_some(extra)})" * bool(extra),
+    alone = [quoted(name) for stem, name in image_of.items() if stem not in partner_of]
+    extra = [quoted(name) for stem, name in partner_of.items() if stem not in image_of]
+    unpaired = [
+        (alone, f"{len(alone)} of {len(image_of)} images have no {kind} in {partners.root}"),
+        (extra, f"{len(extra)} of {len(partner_of)} {kind}s have no image"),
     ]
-    pairs = [(name, partner_of[stem]) for stem, name in image_of.items() if stem in partner_of]
-    return pairs, "; ".join(filter(None, faults))
+    faults = [f"{text} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})" for names, text in unpaired if names]
+    return [(name, partner_of[stem]) for stem, name in image_of.items() if stem in partner_of], "; ".join(faults)
 
 
 def _by_stem(source: ImageSource) -> dict[str, str]:
@@ -203,10 +197,6 @@ def _by_stem(source: ImageSource) -> dict[str, str]:
         if other != name:
             raise UserError(f"{quoted(other)} and {quoted(name)} in {source.root} differ in the extension alone")
     return names
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(quoted, names[:5])) + ", ..." * (len(names) > 5)
 
 
 def _with_members(root: str, entries: list[Entry]) -> list[Entry]:
@@ -222,7 +212,7 @@ def _with_members(root: str, entries: list[Entry]) -> list[Entry]:
 def _members(path: str, folder: str = "") -> list[Entry]:
     """The files of a zip below one of its folders, by names relative to it; files that are no images have no faults."""
     start, entries = folder.rstrip("/") + "/" if folder else "", list[Entry]()
-    archive = _reopened(path)
+    archive = _archive(path, anew=True)
     for name, again, fault in archive.members() if isinstance(archive, Archive) else ():
         if name.startswith(start) and not name.endswith("/"):
             twice = "of the same name as a later one" if again else ""
@@ -307,8 +297,10 @@ def split_archive(path: str) -> tuple[str, str] | None:
     return None
 
 
-def _archive(path: str, channels: int = 0) -> Archive | Stack:
-    """The open zip or array, whose handle and directory forked processes inherit."""
+def _archive(path: str, channels: int = 0, *, anew: bool = False) -> Archive | Stack:
+    """The zip or array, whose handle and directory forked processes inherit; `anew`: it may have been rewritten."""
+    if anew and path in _archives:
+        _archives.pop(path).close()
     if path not in _archives:
         if len(_archives) >= MAX_OPEN_ARCHIVES:
             _archives.pop(next(iter(_archives))).close()
@@ -321,13 +313,6 @@ def _archive(path: str, channels: int = 0) -> Archive | Stack:
             kind = "zip" if is_zip else "array of images"
             raise UserError(f"{path!r} is not a readable {kind} ({error}); make it again, or give a folder") from error
     return _archives[path]
-
-
-def _reopened(path: str, channels: int = 0) -> Archive | Stack:
-    """A zip or array that may have been rewritten since it was opened."""
-    if path in _archives:
-        _archives.pop(path).close()
-    return _archive(path, channels)
 
 
 # ---- reading

@@ -118,26 +118,27 @@ def grid(
     :param gap: how many pixels further apart than images these groups are set.
     :param zoom: how many pixels wide a pixel is drawn; 0 enlarges small images.
     """
-    rows = -(-len(images) // columns) if columns > 0 else 0
-    groups = max(1, len(titles))
+    rows, groups = -(-len(images) // columns) if columns > 0 else 0, max(1, len(titles))
     if rows == 0 or columns % groups or len(row_names) not in (0, rows):
         raise UserError(f"{len(images)} images, {columns} columns, {groups} titles, {len(row_names)} names: no grid")
-    _as_picture(images[0])  # which refuses what cannot be drawn
     zoom = zoom or max(1, CELL // min(images.shape[1:3]))
-    tiles = _tile(images.repeat(zoom, axis=1).repeat(zoom, axis=2), rows, columns, group=columns // groups, gap=gap)
-    names = [_short(name) for name in row_names]
-    return _framed(tiles, names, [_short(title) for title in titles], cell=images.shape[1] * zoom + PAD, gap=gap)
-
-
-def _tile(images: Pixels, rows: int, columns: int, *, group: int, gap: int) -> Pixels:
-    """The images on white, every `group` columns set apart."""
-    height, width, channels = images.shape[1:]
-    sheet_width = columns * (width + PAD) - PAD + (columns // group - 1) * gap
-    sheet = np.full((rows * (height + PAD) - PAD, sheet_width, channels), 255, np.uint8)
+    height, width = (side * zoom + PAD for side in images.shape[1:3])
+    font, names = ImageFont.load_default(), [_short(name) for name in row_names]
+    left = round(max((font.getlength(name) for name in names), default=-MARGIN)) + MARGIN
+    top = 2 * MARGIN + 8 if titles else 0
+    size = left + columns * width + (groups - 1) * gap + PAD, top + rows * height + PAD
+    sheet = Image.new(_as_picture(images[0]).mode, size, "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        top, left = row * (height + PAD), column * (width + PAD) + column // group * gap
-        sheet[top : top + height, left : left + width] = image
+        place = left + PAD + column * width + column * groups // columns * gap, top + PAD + row * height
+        sheet.paste(_as_picture(image.repeat(zoom, axis=0).repeat(zoom, axis=1)), place)
+    pen = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        pen.text((left - MARGIN // 2, top + PAD + row * height + height // 2), name, "black", font, anchor="rm")
+    share = (sheet.width - left - 2 * PAD + gap) / groups
+    for number, title in enumerate(titles):
+        middle = left + PAD + number * share + (share - gap) / 2
+        pen.text((middle, top // 2), _short(title), "black", font, anchor="mm")
     return sheet
 
 
@@ -146,23 +147,6 @@ def _short(text: str) -> str:
     text = " ".join(text.split())
     text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
     return text.encode("latin-1", "replace").decode("latin-1")
-
-
-def _framed(tiles: Pixels, names: Sequence[str], titles: Sequence[str], *, cell: int, gap: int) -> Image.Image:
-    """The tiles with names at the left and titles above."""
-    font, sheet = ImageFont.load_default(), _as_picture(tiles)
-    left = round(max((font.getlength(name) for name in names), default=-MARGIN)) + MARGIN
-    top = 2 * MARGIN + 8 if titles else 0
-    frame = Image.new(sheet.mode, (left + sheet.width + 2 * PAD, top + sheet.height + 2 * PAD), "white")
-    frame.paste(sheet, (left + PAD, top + PAD))
-    pen = ImageDraw.Draw(frame)
-    for row, name in enumerate(names):
-        pen.text((left - MARGIN // 2, top + PAD + row * cell + cell // 2), name, "black", font, anchor="rm")
-    for number, title in enumerate(titles):
-        share = (sheet.width + gap) / len(titles)
-        middle = left + PAD + number * share + (share - gap) / 2
-        pen.text((middle, top // 2), title, "black", font, anchor="mm")
-    return frame
 
 
 def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> None:
