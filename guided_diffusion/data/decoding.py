@@ -52,16 +52,16 @@ def decode(
     :param at_least: (height, width): a JPEG is decoded at a half, a quarter or an eighth of its size where that covers
         it. Pixels then differ a little from those of halving the whole picture.
     """
-    array = array_in(content, extension)
+    array, size = array_in(content, extension), None
     if array is not None:
         picture = _decode_array(array, channels, data_range)
-        return Decoded(picture, size_of(picture))
-    image = opened(io.BytesIO(bytes(content)))
-    if at_least and isinstance(image, JpegImageFile):
-        size = _upright_size(image)
-        return Decoded(_decode_image(_reduced(image, size, at_least), channels, data_range), size)
-    picture = _decode_image(image, channels, data_range)
-    return Decoded(picture, size_of(picture))
+    else:
+        image = opened(io.BytesIO(bytes(content)))
+        if at_least and isinstance(image, JpegImageFile):
+            size = _upright_size(image)
+            image = _reduced(image, size, at_least)
+        picture = _decode_image(image, channels, data_range)
+    return Decoded(picture, size or size_of(picture))
 
 
 def size_in(file: IO[bytes], extension: str) -> tuple[int, int]:
@@ -131,8 +131,7 @@ def _reduced(image: JpegImageFile, size: tuple[int, int], at_least: tuple[int, i
     smaller, box = (image.width // part, image.height // part), (0, 0, image.width / part, image.height / part)
     if part == 1 or image.draft(None, smaller) is None:
         return image
-    # The decoder rounds sizes up, the last pixels being parts of some, and halving stretches what is odd over the lower
-    # size: as this does, so that crops of either are of the same places.
+    # the decoder rounds sizes up, halving rounds them down and stretches what is odd: so does this, to the same places
     return image.resize(smaller, Image.Resampling.BICUBIC, box)
 
 

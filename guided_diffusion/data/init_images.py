@@ -53,15 +53,13 @@ class InitImages:
         self.channels, self.size, self.swap = channels, size, swap
         self._kind, self._mask_kind = CondKind("image", channels, data_range), CondKind("mask", 1)
         source = images_at(images, "init_image", channels)
-        self.images, self.masks = source.paths, list[str]()
-        if masks:
-            partners = images_at(masks, "mask")
-            self.masks = partners.paths
-            if min(len(source), len(partners)) > 1:
-                pairs, unpaired = by_name(source, partners, "mask")
-                if unpaired:
-                    raise UserError(f"{unpaired}: several images and masks belong together by name: add or remove some")
-                self.masks = [partners.path(mask) for _, mask in pairs]
+        partners = images_at(masks, "mask") if masks else None
+        self.images, self.masks = source.paths, partners.paths if partners else []
+        if partners and min(len(source), len(partners)) > 1:
+            pairs, unpaired = by_name(source, partners, "mask")
+            if unpaired:
+                raise UserError(f"{unpaired}: several images and masks belong together by name: add or remove some")
+            self.masks = [partners.path(mask) for _, mask in pairs]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,18 +84,15 @@ class InitImages:
         digest = hashlib.sha256()
         for index in range(min(count, math.lcm(len(self), len(self.masks) or 1))):
             if self.masks:
-                self._check_size(index)
+                image, mask = self.images[index % len(self)], self.masks[index % len(self.masks)]
+                sizes = ["x".join(map(str, read_size(path))) for path in (image, mask)]
+                if sizes[0] != sizes[1]:
+                    raise UserError(
+                        f"the mask {os.path.basename(mask)} is {sizes[1]} and its image {os.path.basename(image)} "
+                        f"{sizes[0]} (height x width): give a mask of the image's own size"
+                    )
             digest.update(fingerprint(self.rows([index])).encode())
         return digest.hexdigest()[:16]
-
-    def _check_size(self, index: int) -> None:
-        image, mask = self.images[index % len(self)], self.masks[index % len(self.masks)]
-        sizes = ["x".join(map(str, read_size(path))) for path in (image, mask)]
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"the mask {os.path.basename(mask)} is {sizes[1]} and its image {os.path.basename(image)} {sizes[0]} "
-                "(height x width): give a mask of the image's own size"
-            )
 
     def describe_masks(self, count: int) -> list[str]:
         """What of an image the masks of the first samples keep, for the first few."""

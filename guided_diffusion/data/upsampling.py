@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch as th
@@ -118,12 +117,12 @@ def read_base(
         where = files.resolve(path)
         source = images_at(_samples_in(where) or where, "--base_samples", shape[2])
         chosen, labels = selection.of(source)
-        sizes = [read_size(where) for where in chosen.paths]
-        odd = [(name, size) for name, size in zip(chosen.images, sizes, strict=True) if size != shape[:2]]
+        sizes = {name: read_size(where) for name, where in zip(chosen.images, chosen.paths, strict=True)}
+        odd = [(name, size) for name, size in sizes.items() if size != shape[:2]]
         if odd:
-            (name, (height, width)), count = odd[0], len(chosen)
+            name, (height, width) = odd[0]
             raise UserError(
-                f"{len(odd)} of {count} images are not of small_size {shape[0]}x{shape[1]}, the first is "
+                f"{len(odd)} of {len(chosen)} images are not of small_size {shape[0]}x{shape[1]}, the first is "
                 f"{quoted(name)} with {height}x{width}: scale them, or leave them out"
             )
         pixels = [read_pixels(where, shape[2], data_range=data_range) for where in chosen.paths]
@@ -147,14 +146,13 @@ def _names_beside(path: str, count: int) -> list[str]:
         return []
     try:
         record = parse_json(read_file(where))
-        if not isinstance(record, dict) or record.get("file") != os.path.basename(path):
+        if record["file"] != os.path.basename(path):
             return []
-        names: Any = record.get("names")
-        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if not texts or len(names) != count or any(path_fault(name, "folder") for name in names):
+        names: list[str] = record["names"]
+        if not isinstance(names, list) or len(names) != count or any(path_fault(name, "folder") for name in names):
             raise UserError(f"it does not name {count} files within the folder")
-        return list(names)
-    except (OSError, ValueError) as error:
+        return names
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{where} cannot be used ({reason(error)}): repair or remove it") from error
 
 

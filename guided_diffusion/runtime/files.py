@@ -45,12 +45,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")  # one letter alone is a dr
 _FILE = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
 _BUCKET = re.compile(r"(gs|az)://|https://[^/]+\.blob\.core\.windows\.net/")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
-_REMEDIES = {
-    "s3": "copy it first (pip install awscli; aws s3 cp --recursive {path} FOLDER), or mount the bucket",
-    "hf": "fetch it first (pip install huggingface_hub; hf download REPOSITORY --local-dir FOLDER)",
-    "file": "write file:///PATH, with three slashes",
-    **dict.fromkeys(("https", "http", "ftp"), "fetch it first (curl -LO {path})"),
-}
+_SCHEMES = ("s3", "hf", "file", "https", "http", "ftp")  # with one slash too, as pathlib makes one of two
 _FOREIGN = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
 
 
@@ -70,15 +65,15 @@ def resolve(path: AnyPath) -> str:
     if local_file := _FILE.fullmatch(text):
         return urllib.parse.unquote(local_file[1])
     url = _URL.match(text)
-    if url is None:
+    if url is None or (len(url[2]) < 2 and url[1].lower() not in ("gs", "az", *_SCHEMES)):
         return text
-    scheme, whole = url[1].lower(), f"{url[1].lower()}://{text[url.end() :]}"  # pathlib makes one slash of two
-    if len(url[2]) < 2 and scheme not in ("gs", "az", *_REMEDIES):
-        return text
-    if _BUCKET.match(whole):
-        return whole
-    remedy = _REMEDIES.get(scheme, "give a local path, file:///PATH, or a bucket of gs:// or az://").format(path=whole)
-    raise UserError(f"{text!r} cannot be read where it lies: {remedy}")
+    whole = f"{url[1].lower()}://{text[url.end() :]}"
+    if not _BUCKET.match(whole):
+        raise UserError(
+            f"{text!r} cannot be read where it lies: give a local path, file:///PATH with three slashes, or a bucket "
+            "of gs:// or az://; fetch others first (curl -LO URL, aws s3 cp --recursive URL FOLDER, hf download NAME)"
+        )
+    return whole
 
 
 def local(path: AnyPath) -> str:
@@ -322,7 +317,8 @@ def member_at(handle: int, member: zipfile.ZipInfo) -> bytes:
 
 def member_place(handle: int, member: zipfile.ZipInfo) -> int:
     """Where the content of a member begins: behind a name and a field, whose lengths stand before them."""
-    return member.header_offset + 30 + sum(struct.unpack("<HH", os.pread(handle, 4, member.header_offset + 26)))
+    name, extra = struct.unpack("<HH", os.pread(handle, 4, member.header_offset + 26))
+    return int(member.header_offset + 30 + name + extra)
 
 
 def parse_json(content: bytes) -> Any:

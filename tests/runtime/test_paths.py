@@ -52,13 +52,12 @@ RESOLVED = {
     "https://account.blob.core.windows.net/container/x": "https://account.blob.core.windows.net/container/x",
 }
 REFUSED = {
-    "s3://bucket/run": "aws s3 cp --recursive s3://bucket/run",
-    "https://host/a.zip": "curl -LO https://host/a.zip",
-    "http://host/a.zip": "curl -LO",
-    "hf://datasets/x": "hf download",
-    "ftp://host/x": "curl -LO",
+    **dict.fromkeys(
+        ["s3://bucket/run", "https://host/a.zip", "http://host/a.zip", "hf://datasets/x", "ftp://host/x"],
+        "fetch others first (curl -LO URL, aws s3 cp",
+    ),
     "webdav://host/x": "give a local path",
-    "file://data/x": "file:///PATH, with three slashes",
+    "file://data/x": "file:///PATH with three slashes",
     "C:\\data\\cats": "/mnt/c/data/cats",
     "d:/data": "/mnt/d/data",
     "\\\\server\\share": "path of Windows",
