@@ -206,6 +206,11 @@ class Table:
     def _read(self, content: bytes, file: str) -> list[dict[str, Any]]:
         return _of_json(content, file) if file.endswith((".json", ".jsonl")) else self._of_text(content)
 
+    @property
+    def first_row(self) -> str:
+        """The first row as text."""
+        return printable(", ".join(map(str, self.rows[0].values()))) if self.rows else "nothing"
+
     def columns_called(self, names: Sequence[str]) -> list[str]:
         """The columns of these names, whether they are written in capitals or not."""
         return [column for name in names for column in self.columns if column.lower() == name.lower()]
@@ -316,10 +321,9 @@ def _of_table(source: ImageSource, rule: str, column: str) -> tuple[list[Label],
         raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
     unlabelled = [name for name in table.images if name not in labels]
     if unlabelled:
-        first_row = printable(", ".join(map(str, table.rows[0].values()))) if table.rows else "nothing"
         raise UserError(
             f"{len(unlabelled)} of {len(table.images)} images have no label in {file!r}, the first {unlabelled[0]!r}; "
-            f"add them, with paths as they are below that file, which begins with {first_row!r}"
+            f"add them, with paths as they are below that file, which begins with {table.first_row!r}"
         )
     notes = [f"{file} labels {surplus} files that are not there"] * bool(surplus)
     notes += [f"labels are the column {column!r} of {', '.join(table.columns)}"] * (len(table.columns) > 2)
