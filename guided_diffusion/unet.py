@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from .config import POOLS, PRECISIONS
 from .networks import blocks
+from .networks.attention import SpatialTransformer
 from .networks.blocks import (
     WIDE,
     AttentionBlock,
@@ -78,6 +79,9 @@ class UNetBackbone(nn.Module):
     :param num_heads_upsample: heads in the decoder; -1 is num_heads.
     :param use_neighborhood_attention: in images larger than image_size, attend to windows of that size.
     :param null_class: label K means "no class", for classifier-free guidance (Ho and Salimans 2022).
+    :param use_spatial_transformer: attention is that of latent diffusion: `transformer_depth` transformer blocks, which
+        also attend to a context [N, L, context_dim] where there is one. `legacy` is latent-diffusion's, without effect.
+    :param encoder_channels: E of a context [N, L, E] that the attention of the U-Net attends to as well, as in GLIDE.
     """
 
     null_class = False
@@ -91,9 +95,12 @@ class UNetBackbone(nn.Module):
         num_classes: int | None = None, use_checkpoint: bool = False, use_fp16: bool = False, num_heads: int = 1,
         num_head_channels: int = -1, num_heads_upsample: int = -1, use_scale_shift_norm: bool = False,
         resblock_updown: bool = False, use_new_attention_order: bool = False, use_neighborhood_attention: bool = False,
-        *, null_class: bool = False,
+        *, null_class: bool = False, use_spatial_transformer: bool = False, transformer_depth: int = 1,
+        context_dim: int | None = None, legacy: bool = True, encoder_channels: int | None = None,
     ) -> None:
         # fmt: on
+        if context_dim is not None and not use_spatial_transformer:
+            raise UserError("context_dim needs use_spatial_transformer=True, which attends to the context")
         if null_class and num_classes is None:
             raise UserError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
         super().__init__()
@@ -111,6 +118,8 @@ class UNetBackbone(nn.Module):
         self.use_scale_shift_norm = use_scale_shift_norm
         self.use_new_attention_order = use_new_attention_order
         self.use_neighborhood_attention = use_neighborhood_attention
+        self.use_spatial_transformer, self.transformer_depth = use_spatial_transformer, transformer_depth
+        self.context_dim, self.encoder_channels, self.legacy = context_dim, encoder_channels, legacy
         self._build()
 
     def _build(self) -> None:
@@ -175,7 +184,14 @@ class UNetBackbone(nn.Module):
         block.level = level
         return block
 
-    def _attention(self, channels: int, level: int, heads: int) -> AttentionBlock:
+    def _attention(self, channels: int, level: int, heads: int) -> AttentionBlock | SpatialTransformer:
+        block: AttentionBlock | SpatialTransformer
+        if self.use_spatial_transformer:
+            size = channels // heads if self.num_head_channels == -1 else self.num_head_channels
+            shape = channels // size, size
+            block = SpatialTransformer(channels, *shape, self.transformer_depth, self.context_dim, self.use_checkpoint)
+            block.level = level
+            return block
         windowed = self.use_neighborhood_attention
         block = AttentionBlock(
             channels,
@@ -185,6 +201,7 @@ class UNetBackbone(nn.Module):
             self.use_new_attention_order,
             spatial=self._shape(level) if windowed else None,
             use_neighborhood_attention=windowed,
+            encoder_channels=self.encoder_channels,
         )
         block.level = level
         return block
@@ -251,11 +268,11 @@ class UNetBackbone(nn.Module):
         emb: th.Tensor = self.time_embed(waves.to(dtype_of(self.time_embed)))
         return emb if y is None else emb + self.label_emb(y)
 
-    def _encode(self, x: th.Tensor, emb: th.Tensor) -> Iterator[th.Tensor]:
+    def _encode(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> Iterator[th.Tensor]:
         """The output of one input block after another, then of the middle block."""
         h = x.to(self.dtype)
         for block in [*self.input_blocks, self.middle_block]:
-            h = block(h, emb)
+            h = block(h, emb, *context)
             yield h
 
 
@@ -291,21 +308,41 @@ class UNetModel(UNetBackbone):
                 f"got {'x'.join(map(str, sides))}; the nearest is {nearest}."
             )
 
-    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+    def forward(
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        y: th.Tensor | None = None,
+        *,
+        context: th.Tensor | None = None,
+        context_mask: th.Tensor | None = None,
+    ) -> th.Tensor:
         """Predict from noisy images, [N, in_channels, ...] -> [N, out_channels, ...].
 
         :param timesteps: [N], in the units of training, may be fractional.
         :param y: [N] int64 labels, if and only if num_classes was given.
+        :param context: [N, L, D] vectors to attend to, if and only if context_dim or encoder_channels, which is D, was
+            given.
+        :param context_mask: bool [N, L], False for vectors that are attended to by none.
         """
-        return self._predict(x, self._embed(x, timesteps, y))
+        self._check_context(context)
+        return self._predict(x, self._embed(x, timesteps, y), *(() if context is None else (context, context_mask)))
 
-    def _predict(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        """The output for images and the embedding [N, E] of all else."""
+    def _check_context(self, context: th.Tensor | None) -> None:
+        width = self.context_dim or self.encoder_channels
+        if (width is None) != (context is None):
+            answer = "leave context out" if width is None else f"give a context [N, L, {width}]"
+            raise UserError(f"the network attends to {'no context' if width is None else 'a context'}: {answer}")
+        if context is not None and (context.ndim != 3 or context.shape[2] != width):
+            raise UserError(f"context must be [N, L, {width}] for this network, got {list(context.shape)}")
+
+    def _predict(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> th.Tensor:
+        """The output for images and the embedding [N, E] of all else but the context and its mask."""
         self._check_size(x)
-        skips = list(self._encode(x, emb))
+        skips = list(self._encode(x, emb, *context))
         h = skips.pop()
         for block in self.output_blocks:
-            h = block(th.cat([h, skips.pop()], dim=1), emb)
+            h = block(th.cat([h, skips.pop()], dim=1), emb, *context)
         out: th.Tensor = self.out(h.to(x.dtype))
         return out.contiguous() if x.is_contiguous() else out  # noise drawn like x follows its layout
 

@@ -12,7 +12,14 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn import checkpoint, zero_module
+from ..nn import GroupNorm32, checkpoint, zero_module
+
+
+class LayerNorm32(nn.LayerNorm):
+    """Layer normalization in float32; the output has the input's dtype."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class CrossAttention(nn.Module):
@@ -77,7 +84,7 @@ class TransformerBlock(nn.Module):
         self.attn1 = CrossAttention(dim, None, heads, head_channels)
         self.ff = FeedForward(dim)
         self.attn2 = CrossAttention(dim, context_dim, heads, head_channels)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm32(dim) for _ in range(3))
 
     def forward(self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None) -> th.Tensor:
         x = x + self.attn1(self.norm1(x))
@@ -92,6 +99,8 @@ class SpatialTransformer(nn.Module):
     :param depth: blocks.
     """
 
+    level = 0  # of the network, 0 at the resolution of the images
+
     def __init__(
         self,
         channels: int,
@@ -103,7 +112,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         inner, self.use_checkpoint = heads * head_channels, use_checkpoint
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNorm32(32, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(inner, context_dim, heads, head_channels) for _ in range(depth)
@@ -116,7 +125,14 @@ class SpatialTransformer(nn.Module):
         out: th.Tensor = checkpoint(self._forward, inputs, self.parameters(), self.use_checkpoint)
         return out
 
+    def cast(self, dtype: th.dtype) -> None:
+        """Cast the layers that multiply, and leave the normalizations in float32."""
+        for layer in self.transformer_blocks.modules():
+            if isinstance(layer, nn.Linear):
+                layer.to(dtype)
+
     def _forward(self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None) -> th.Tensor:
+        context = None if context is None else context.to(x.dtype)
         tokens = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         for block in self.transformer_blocks:
             tokens = block(tokens, context, mask)

@@ -9,6 +9,7 @@ Shapes: N batch, C channels of an image, [N, C, H, W] images in [-1, 1]; D chann
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch as th
@@ -100,7 +101,7 @@ class _Level(nn.Module):
         self, widths: Sequence[int], dropout: float, *, attends: bool, resample: tuple[str, nn.Module] | None
     ) -> None:
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.block = nn.ModuleList(AutoencoderResBlock(channels, width, dropout) for channels, width in pairs)
         self.attn = nn.ModuleList(AutoencoderAttention(width) for _, width in pairs if attends)
         if resample is not None:

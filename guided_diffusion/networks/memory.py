@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import UserError
+from .attention import SpatialTransformer
 from .blocks import AttentionBlock, ResBlock
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def recompute_at(network: UNetBackbone, resolutions: str) -> int:
             f"are {', '.join(level_of)}; use these, or '' for none"
         )
     levels = {level_of[word] for word in words}
-    blocks = [block for block in network.modules() if isinstance(block, ResBlock | AttentionBlock)]
+    blocks = [block for block in network.modules() if isinstance(block, ResBlock | AttentionBlock | SpatialTransformer)]
     chosen = [block for block in blocks if block.level in levels]
     for block in chosen:
         block.use_checkpoint = True

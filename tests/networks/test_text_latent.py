@@ -12,6 +12,7 @@ import torch as th
 
 from guided_diffusion.networks import glide
 from guided_diffusion.networks.autoencoder import AutoencoderKL, VQModelInterface
+from guided_diffusion.networks.memory import recompute_at
 from guided_diffusion.networks.text import BERTEmbedder, TextTransformer
 from guided_diffusion.unet import UNetModel
 
@@ -131,3 +132,88 @@ def test_glide_computes_what_was_recorded(name):
         more["inpaint_mask"] = (tensor_for(f"{prefix}/inpaint_mask", (2, 1, 16, 16)) > 0).float()
     same(network(tensor_for(f"{prefix}/x", (2, 3, 16, 16)), th.tensor([10.0, 500.0]), **more), prefix)
     same(network.text(tokens, mask)[1].transpose(1, 2), f"{prefix}/text")
+
+
+# ---- every way to run them
+
+
+def small(name):
+    """A network with recorded weights, and inputs of its own."""
+    kwargs = SMALL[name]["kwargs"]
+    if name.startswith("glide/"):
+        network = ready(GLIDE[name.removeprefix("glide/")](**kwargs), name)
+        more = {"tokens": tokens_for("t", (2, kwargs["text_ctx"]), kwargs["n_vocab"]), "mask": th.ones(2, 10) > 0}
+    else:
+        network = ready(UNetModel(**kwargs), name)
+        more = {"context": tensor_for("c", (2, 7, kwargs["context_dim"])), "context_mask": th.ones(2, 7) > 0}
+    return network, tensor_for("x", (2, kwargs["in_channels"], 16, 16)), th.tensor([3.0, 777.0]), more
+
+
+BOTH = pytest.mark.parametrize("name", ["unet/context", "glide/base"])
+
+
+@BOTH
+def test_sixteen_bits_and_autocast_stay_close(name):
+    network, x, t, more = small(name)
+    exact = network(x, t, **more)
+    with th.autocast("cpu", th.bfloat16):
+        automatic = network(x, t, **more)
+    network.convert_to("bf16")
+    low = network(x, t, **more)
+    assert low.dtype == exact.dtype
+    for value in (automatic, low):
+        assert (value - exact).abs().max() < 0.1 * exact.abs().max()
+    network.convert_to("fp32")
+    assert {param.dtype for param in network.parameters()} == {th.float32}
+
+
+@BOTH
+def test_recomputing_and_compiling_change_nothing(name):
+    network, x, t, more = small(name)
+    network.requires_grad_(True)
+    grads = []
+    for resolutions in ("", f"{network.image_size},{network.image_size // 2}"):
+        recompute_at(network, resolutions)
+        network.zero_grad()
+        network(x, t, **more).square().sum().backward()
+        grads.append([param.grad.clone() for param in network.parameters() if param.grad is not None])
+    assert len(grads[0]) > 50
+    assert all(th.equal(*pair) for pair in zip(*grads, strict=True))
+    network = small(name)[0]
+    compiled = th.compile(network, backend="aot_eager", fullgraph=True)
+    assert th.allclose(compiled(x, t, **more), network(x, t, **more), atol=1e-5)
+
+
+@BOTH
+def test_gradients_reach_images_and_context(name):
+    network, x, t, more = small(name)
+    x.requires_grad_(True)
+    inputs = [x] + [value.requires_grad_(True) for key, value in more.items() if key == "context"]
+    for grad in th.autograd.grad(network(x, t, **more).sum(), inputs):
+        assert th.isfinite(grad).all()
+        assert grad.abs().max() > 0
+
+
+def test_what_a_mask_leaves_out_is_attended_to_by_none():
+    network, x, t, more = small("unet/context")
+    more["context_mask"][:, 4:] = False
+    out = network(x, t, **more)
+    more["context"][:, 4:] += 5
+    assert th.equal(network(x, t, **more), out)
+    cut = {"context": more["context"][:, :4], "context_mask": None}
+    assert th.allclose(network(x, t, **cut), out, atol=1e-5)
+
+
+def test_a_context_that_does_not_fit_is_refused():
+    network, x, t, _ = small("unet/context")
+    with pytest.raises(ValueError, match=r"attends to a context: give a context \[N, L, 24\]"):
+        network(x, t)
+    with pytest.raises(ValueError, match=r"context must be \[N, L, 24\] for this network, got \[2, 7, 20\]"):
+        network(x, t, context=th.zeros(2, 7, 20))
+    with pytest.raises(ValueError, match="context_dim needs use_spatial_transformer"):
+        UNetModel(16, 3, 32, 3, 1, (1,), context_dim=8)
+    plain = UNetModel(16, 3, 32, 3, 1, (), channel_mult=(1,))
+    with pytest.raises(ValueError, match="attends to no context: leave context out"):
+        plain(th.zeros(1, 3, 16, 16), th.zeros(1), context=th.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="multiple of 4 on each side"):
+        autoencoder("kl", *SMALL["ae/kl"]["arguments"]).encode(th.zeros(1, 3, 30, 32))
