@@ -36,6 +36,7 @@ from .networks.blocks import (
     count_flops_attn as count_flops_attn,
     strides,
 )
+from .networks.context import ClassEmbedder
 from .nn import (
     avg_pool_nd as avg_pool_nd,
     checkpoint as checkpoint,
@@ -81,6 +82,7 @@ class UNetBackbone(nn.Module):
     :param null_class: label K means "no class", for classifier-free guidance (Ho and Salimans 2022).
     :param use_spatial_transformer: attention is that of latent diffusion: `transformer_depth` transformer blocks, which
         also attend to a context [N, L, context_dim] where there is one. `legacy` is latent-diffusion's, without effect.
+    :param class_context: labels become a context of one vector, and are not added to the embedding of the timesteps.
     :param encoder_channels: E of a context [N, L, E] that the attention of the U-Net attends to as well, as in GLIDE.
     """
 
@@ -97,10 +99,13 @@ class UNetBackbone(nn.Module):
         resblock_updown: bool = False, use_new_attention_order: bool = False, use_neighborhood_attention: bool = False,
         *, null_class: bool = False, use_spatial_transformer: bool = False, transformer_depth: int = 1,
         context_dim: int | None = None, legacy: bool = True, encoder_channels: int | None = None,
+        class_context: bool = False,
     ) -> None:
         # fmt: on
         if context_dim is not None and not use_spatial_transformer:
             raise UserError("context_dim needs use_spatial_transformer=True, which attends to the context")
+        if class_context and (num_classes is None or context_dim is None):
+            raise UserError("class_context needs num_classes and context_dim")
         if null_class and num_classes is None:
             raise UserError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
         super().__init__()
@@ -120,13 +125,17 @@ class UNetBackbone(nn.Module):
         self.use_neighborhood_attention = use_neighborhood_attention
         self.use_spatial_transformer, self.transformer_depth = use_spatial_transformer, transformer_depth
         self.context_dim, self.encoder_channels, self.legacy = context_dim, encoder_channels, legacy
+        self.class_context = class_context
+        self.context_encoder: nn.Module | None = None  # a ScratchEncoder is put here after the network is made
         self._build()
 
     def _build(self) -> None:
         """Make the modules, in the order of the parameters."""
         size, width, last = 4 * self.model_channels, self._widths[-1], len(self._widths) - 1
         self.time_embed = nn.Sequential(linear(self.model_channels, size), nn.SiLU(), linear(size, size))
-        if self.num_classes is not None:
+        if self.num_classes is not None and self.context_dim is not None and self.class_context:
+            self.context_encoder = ClassEmbedder(self.context_dim, self.num_classes + self.null_class)
+        elif self.num_classes is not None:
             self.label_emb = nn.Embedding(self.num_classes + self.null_class, size)
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._encoder())
         self.middle_block = TimestepEmbedSequential(
@@ -266,7 +275,7 @@ class UNetBackbone(nn.Module):
             raise UserError(f"y must have one label per image, shape {tuple(x.shape[:1])}, got {tuple(y.shape)}.")
         waves = timestep_embedding(timesteps, self.model_channels)
         emb: th.Tensor = self.time_embed(waves.to(dtype_of(self.time_embed)))
-        return emb if y is None else emb + self.label_emb(y)
+        return emb if y is None or self.class_context else emb + self.label_emb(y)
 
     def _encode(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> Iterator[th.Tensor]:
         """The output of one input block after another, then of the middle block."""
@@ -316,6 +325,7 @@ class UNetModel(UNetBackbone):
         *,
         context: th.Tensor | None = None,
         context_mask: th.Tensor | None = None,
+        tokens: th.Tensor | None = None,
     ) -> th.Tensor:
         """Predict from noisy images, [N, in_channels, ...] -> [N, out_channels, ...].
 
@@ -324,9 +334,22 @@ class UNetModel(UNetBackbone):
         :param context: [N, L, D] vectors to attend to, if and only if context_dim or encoder_channels, which is D, was
             given.
         :param context_mask: bool [N, L], False for vectors that are attended to by none.
+        :param tokens: [N, L] int64, in place of a context, for networks whose `context_encoder` makes one of them.
         """
+        emb = self._embed(x, timesteps, y)
+        context = self._context(context, tokens, context_mask, y)
+        return self._predict(x, emb, *(() if context is None else (context, context_mask)))
+
+    def _context(
+        self, context: th.Tensor | None, tokens: th.Tensor | None, mask: th.Tensor | None, y: th.Tensor | None
+    ) -> th.Tensor | None:
+        """The context that is given, or that of tokens or labels."""
+        if tokens is not None and self.context_encoder is None:
+            raise UserError("tokens were given to a network without a text encoder; give their context")
+        if self.context_encoder is not None and context is None:
+            context = self.context_encoder(y) if self.class_context else self.context_encoder(tokens, mask)
         self._check_context(context)
-        return self._predict(x, self._embed(x, timesteps, y), *(() if context is None else (context, context_mask)))
+        return context
 
     def _check_context(self, context: th.Tensor | None) -> None:
         width = self.context_dim or self.encoder_channels

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,6 +240,7 @@ class ClassifierFree(GuidedNetwork):
 
     :param null_class: None leaves labels as they are.
     :param null_cond: replace the conditioning image by zeros as well.
+    :param null: keywords in place of the model's, [1, ...] or [N, ...], such as the context of an empty text.
     """
 
     def __init__(
@@ -250,12 +251,13 @@ class ClassifierFree(GuidedNetwork):
         rescale: float = 0.0,
         *,
         null_cond: bool = False,
+        null: Mapping[str, th.Tensor] | None = None,
     ) -> None:
         super().__init__(model, scale, rescale)
-        self.null_class, self.null_cond = null_class, null_cond
+        self.null_class, self.null_cond, self.null = null_class, null_cond, dict(null or {})
 
     def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
-        """The model's output with and without the labels."""
+        """The model's output with and without its condition."""
         without = {**kwargs, **self._null(kwargs)}
         rows = [
             name for name, value in kwargs.items() if isinstance(value, th.Tensor) and value.shape[:1] == x.shape[:1]
@@ -265,38 +267,46 @@ class ClassifierFree(GuidedNetwork):
         return strong, weak
 
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
-        """The model's output without the labels."""
+        """The model's output without its condition."""
         return self.model(x, timesteps, **{**kwargs, **self._null(kwargs)})
 
     def _null(self, kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
-        """The null label and the null conditioning image, in place of those in kwargs."""
+        """The null label, the null conditioning image and the keywords of `null`, in place of those in kwargs."""
         null = {"y": self.null_class, "cond_image": 0 if self.null_cond else None}
         used = {name: value for name, value in null.items() if value is not None}
-        for name in used:
+        for name in [*used, *self.null]:
             if kwargs.get(name) is None:
-                words = {"y": "labels", "cond_image": "conditioning images"}[name]
+                words = {"y": "labels", "cond_image": "conditioning images"}.get(name, name)
                 raise UserError(f'classifier-free guidance needs {words}: give model_kwargs={{"{name}": {words}}}')
-        return {name: th.full_like(kwargs[name], value) for name, value in used.items()}
+        rows = {name: value.to(kwargs[name]).expand_as(kwargs[name]) for name, value in self.null.items()}
+        return {name: th.full_like(kwargs[name], value) for name, value in used.items()} | rows
 
 
 def classifier_free(
-    model: Callable[..., th.Tensor], scale: Scale, *, null_class: int | None = None, rescale: float = 0.0
+    model: Callable[..., th.Tensor],
+    scale: Scale,
+    *,
+    null_class: int | None = None,
+    null: Mapping[str, th.Tensor] | None = None,
+    rescale: float = 0.0,
 ) -> ClassifierFree:
     """Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is the conditional model.
 
     (Papers that write (1 + w) * conditional - w * unconditional call scale - 1 what is called w.)
 
     :param null_class: the label that stands for no class; by default that of the network.
+    :param null: keywords for the unconditional network, for one image or for each: {"context": ..., "context_mask":
+        ...} of an empty text, or of a negative prompt.
     :raises ValueError: if the network has none: it was trained without --class_dropout.
     """
     traits = traits_of(model)
     null_class = traits.null_label if null_class is None else null_class
-    if null_class is None and not traits.null_cond:
+    if null_class is None and not traits.null_cond and not null:
         raise UserError(
             "classifier-free guidance needs a network that was trained without labels too: train with class_dropout "
-            "above 0, or give the null_class that it has"
+            "above 0, or give the null_class that it has, or the keywords `null` of an empty text"
         )
-    return ClassifierFree(model, scale, null_class, rescale, null_cond=traits.null_cond)
+    return ClassifierFree(model, scale, null_class, rescale, null_cond=traits.null_cond, null=null)
 
 
 class Autoguided(GuidedNetwork):
