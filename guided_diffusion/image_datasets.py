@@ -125,7 +125,7 @@ class ImageStream(Iterator[Batch]):
             cond |= self.small_versions(to_unit(images), range(first, first + len(images)))
         if self.captions is not None:
             keys = self._schedule.keys(self._schedule.taken)
-            cond |= self.captions(keys, self.dataset.local_images, self.skipped)
+            cond |= dict(self.captions(keys, self.dataset.local_images, self.skipped))
         self._schedule.taken += self.global_batch
         return images, cond
 

@@ -36,7 +36,7 @@ from .networks.blocks import (
     count_flops_attn as count_flops_attn,
     strides,
 )
-from .networks.context import ClassEmbedder
+from .networks.context import ClassEmbedder, context_for
 from .nn import (
     avg_pool_nd as avg_pool_nd,
     checkpoint as checkpoint,
@@ -126,7 +126,7 @@ class UNetBackbone(nn.Module):
         self.use_spatial_transformer, self.transformer_depth = use_spatial_transformer, transformer_depth
         self.context_dim, self.encoder_channels, self.legacy = context_dim, encoder_channels, legacy
         self.class_context = class_context
-        self.context_encoder: nn.Module | None = None  # a ScratchEncoder is put here after the network is made
+        self.context_encoder: nn.Module | None = None  # or a ScratchEncoder, put here when the network is made
         self._build()
 
     def _build(self) -> None:
@@ -336,28 +336,9 @@ class UNetModel(UNetBackbone):
         :param context_mask: bool [N, L], False for vectors that are attended to by none.
         :param tokens: [N, L] int64, in place of a context, for networks whose `context_encoder` makes one of them.
         """
-        emb = self._embed(x, timesteps, y)
-        context = self._context(context, tokens, context_mask, y)
+        emb, width = self._embed(x, timesteps, y), self.context_dim or self.encoder_channels
+        context = context_for(width, self.context_encoder, context, tokens=tokens, mask=context_mask, y=y)
         return self._predict(x, emb, *(() if context is None else (context, context_mask)))
-
-    def _context(
-        self, context: th.Tensor | None, tokens: th.Tensor | None, mask: th.Tensor | None, y: th.Tensor | None
-    ) -> th.Tensor | None:
-        """The context that is given, or that of tokens or labels."""
-        if tokens is not None and self.context_encoder is None:
-            raise UserError("tokens were given to a network without a text encoder; give their context")
-        if self.context_encoder is not None and context is None:
-            context = self.context_encoder(y) if self.class_context else self.context_encoder(tokens, mask)
-        self._check_context(context)
-        return context
-
-    def _check_context(self, context: th.Tensor | None) -> None:
-        width = self.context_dim or self.encoder_channels
-        if (width is None) != (context is None):
-            answer = "leave context out" if width is None else f"give a context [N, L, {width}]"
-            raise UserError(f"the network attends to {'no context' if width is None else 'a context'}: {answer}")
-        if context is not None and (context.ndim != 3 or context.shape[2] != width):
-            raise UserError(f"context must be [N, L, {width}] for this network, got {list(context.shape)}")
 
     def _predict(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> th.Tensor:
         """The output for images and the embedding [N, E] of all else but the context and its mask."""

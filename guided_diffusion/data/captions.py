@@ -61,6 +61,8 @@ def read_captions(source: ImageSource, column: str = "") -> CaptionTable:
         raise UserError(f"{source.root} holds no captions: give {FORMS}")
     try:
         table = Table(source, file, _rows(read_bytes(source.path(file)), file))
+        if not any(table.find(row.get(table.path_column)) for row in table.rows):
+            raise UserError(f"it names no image: it begins with {table.first_row!r}")
         columns = _caption_columns(table, column)
         texts = _texts_of(table, columns)
     except (ValueError, OSError) as error:
@@ -141,8 +143,6 @@ def _texts_of(table: Table, columns: Sequence[str]) -> dict[str, list[str]]:
             if not all(isinstance(text, str) for text in cells):
                 raise UserError(f"the {column} of {quoted(name)} is neither a text nor a list of texts")
             texts.setdefault(name, []).extend(_cleaned(cells))
-    if not texts:
-        raise UserError(f"it names no image: it begins with {table.first_row!r}")
     return {name: list(dict.fromkeys(captions)) for name, captions in texts.items()}
 
 

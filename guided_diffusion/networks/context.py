@@ -57,6 +57,32 @@ class ClassEmbedder(nn.Module):
         return context
 
 
+def context_for(
+    width: int | None,
+    encoder: nn.Module | None,
+    context: th.Tensor | None,
+    *,
+    tokens: th.Tensor | None = None,
+    mask: th.Tensor | None = None,
+    y: th.Tensor | None = None,
+) -> th.Tensor | None:
+    """The context of a network: the one that is given, or what its encoder makes of tokens or labels.
+
+    :param width: D, None for a network that attends to no context.
+    """
+    of_labels = isinstance(encoder, ClassEmbedder)
+    if tokens is not None and (encoder is None or of_labels):
+        raise UserError("tokens were given to a network without a text encoder; give their context")
+    if encoder is not None and context is None and (of_labels or tokens is not None):
+        context = encoder(y) if of_labels else encoder(tokens, mask)
+    if (width is None) != (context is None):
+        answer = "leave context out" if width is None else f"give a context [N, L, {width}]"
+        raise UserError(f"the network attends to {'no context' if width is None else 'a context'}: {answer}")
+    if context is not None and (context.ndim != 3 or context.shape[2] != width):
+        raise UserError(f"context must be [N, L, {width}] for this network, got {list(context.shape)}")
+    return context
+
+
 # ---- texts
 
 
@@ -373,8 +399,9 @@ def _from_folder(folder: str) -> tuple[Any, Any]:
     is_clip = config.model_type in ("clip", "clip_text_model")
     loader = library.CLIPTextModel if is_clip else library.AutoModelForTextEncoding
     config = config.text_config if config.model_type == "clip" else config  # else of images and texts together
-    level = library.logging.get_verbosity()
+    level, shows_bar = library.logging.get_verbosity(), library.logging.is_progress_bar_enabled()
     library.logging.set_verbosity_error()  # or every tensor of CLIP's part for images would be listed
+    library.logging.disable_progress_bar()
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(folder, **options)
         network, info = loader.from_pretrained(
@@ -382,6 +409,8 @@ def _from_folder(folder: str) -> tuple[Any, Any]:
         )
     finally:
         library.logging.set_verbosity(level)
+        if shows_bar:
+            library.logging.enable_progress_bar()
     faults = sorted(name for name in info["missing_keys"] if "pooler" not in name)
     if faults:  # which transformers draws at random
         raise UserError(f"{len(faults)} of its tensors are missing, the first is {faults[0]}")

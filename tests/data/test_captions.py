@@ -204,7 +204,7 @@ def test_a_resumed_stream_goes_on_with_the_same_captions(shades):
 def test_ranks_see_the_captions_that_one_process_sees(shades):
     whole = words_of(next(stream_of(str(shades), dropout=0.3))[1])
     ranks = [stream_of(str(shades), dropout=0.3, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
-    assert sum((words_of(next(stream)[1]) for stream in ranks), []) == whole
+    assert [word for stream in ranks for word in words_of(next(stream)[1])] == whole
 
 
 def test_an_image_in_place_of_an_unreadable_one_has_no_caption(shades):
