@@ -328,6 +328,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> str:
     tokenizer.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size,
+        min_frequency=2,
         special_tokens=[START, END],
         initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

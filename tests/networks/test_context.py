@@ -19,6 +19,7 @@ from PIL import Image
 from guided_diffusion import logger
 from guided_diffusion.config import ContextConfig
 from guided_diffusion.data.captions import Captioning
+from guided_diffusion.data.conditioning import ConditionedModel
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.networks.context import (
     ClassEmbedder,
@@ -248,6 +249,17 @@ def test_tokens_are_encoded_by_the_network():
         model(x, t)
     with pytest.raises(ValueError, match="tokens were given to a network without a text encoder"):
         unet(ContextConfig())(x, t, **encoder.keywords(texts))
+
+
+def test_a_conditioning_image_goes_with_a_context():
+    encoder = build_context_encoder(TEXT, captions=CORPUS)
+    options = {"channel_mult": (1,), "num_heads": 2, "cond_channels": 1, **context_arguments(TEXT, encoder)}
+    model = ConditionedModel(8, 1, 32, 1, 1, (1,), **options)
+    for param in model.parameters():
+        param.data += 0.02 * th.randn_like(param)
+    x, t = th.randn(2, 1, 8, 8), th.tensor([1, 2])
+    first, second = (model(x, t, cond_image=x, **encoder.conditioning([text] * 2)) for text in CORPUS[:2])
+    assert not th.allclose(first, second)
 
 
 def test_labels_become_a_context():
