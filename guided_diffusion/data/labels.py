@@ -161,7 +161,7 @@ def _choose_rule(source: ImageSource, label_column: str) -> tuple[str, str]:
     """(rule, a line for the user)."""
     if source.array:
         return ARRAY, f"classes from the labels in {source.root}"
-    tables = {rule: _table_of(source, rule) for rule in LABEL_FILES}
+    tables = {rule: find_table(source, LABEL_FILES[rule]) for rule in LABEL_FILES}
     for rule, file in tables.items():
         if file and (label_column or not os.path.basename(file).startswith("metadata") or _has_labels(source, file)):
             return rule, f"classes from {os.path.basename(file)}"
@@ -208,10 +208,13 @@ def _of_names(source: ImageSource, rule: str) -> tuple[list[Label], list[str]]:
 # ---- tables
 
 
-class _Table:
-    """A table beside images, which it names as seen from its folder: rows by the names of its columns."""
+class Table:
+    """A table beside images, which it names as seen from its folder: rows by the names of its columns.
 
-    def __init__(self, source: ImageSource, file: str) -> None:
+    :param rows: where they are read already.
+    """
+
+    def __init__(self, source: ImageSource, file: str, rows: list[dict[str, Any]] | None = None) -> None:
         self.images = [name[file.rfind("/") + 1 :] for name in source.images]
         names: dict[str, str] = {}
         for name in self.images:
@@ -219,10 +222,12 @@ class _Table:
             for key in (os.path.splitext(name)[0], bare, os.path.splitext(bare)[0]):
                 names[key] = name if names.get(key, name) == name else ""  # not clear which is meant
         self._names = names | {name: name for name in self.images}
-        content = read_bytes(source.path(file))
-        self.rows = _of_json(content, file) if file.endswith((".json", ".jsonl")) else self._of_text(content)
+        self.rows = rows if rows is not None else self._read(read_bytes(source.path(file)), file)
         self.columns = list(self.rows[0]) if self.rows else ["file", "label"]
         self.path_column = max(self.columns, key=self._score, default="")
+
+    def _read(self, content: bytes, file: str) -> list[dict[str, Any]]:
+        return _of_json(content, file) if file.endswith((".json", ".jsonl")) else self._of_text(content)
 
     @property
     def first_row(self) -> str:
@@ -319,32 +324,32 @@ def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
         raise UserError(f"it is not {formats} ({reason(error)})") from error
 
 
-def _table_of(source: ImageSource, rule: str) -> str:
-    """The table of a rule, at the root or in the one folder that holds all images, as in a zip of a folder; or ''."""
+def find_table(source: ImageSource, names: Sequence[str]) -> str:
+    """The first of the tables `names` at the root or in the one folder that holds all images, as in a zip; or ''."""
     folders = (name.split("/")[:-1] for name in (min(source.images), max(source.images)))
     shared = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False))]
-    places = ["/".join([*shared[:depth], file]) for file in LABEL_FILES[rule] for depth in range(len(shared) + 1)]
+    places = ["/".join([*shared[:depth], file]) for file in names for depth in range(len(shared) + 1)]
     return next((place for place in places if place in source.others), "")
 
 
 def _has_labels(source: ImageSource, file: str) -> bool:
     """Whether a table has more than captions."""
     try:
-        return bool(_Table(source, file).likely_columns())
+        return bool(Table(source, file).likely_columns())
     except (ValueError, OSError):
         return True  # reading it says what is wrong
 
 
 def _of_table(source: ImageSource, rule: str, column: str) -> tuple[list[Label], list[str]]:
     """The label of every image from the table of a rule, and lines for the user."""
-    file = _table_of(source, rule)
+    file = find_table(source, LABEL_FILES[rule])
     if not file:
         raise UserError(
             f"class_from {rule} needs the file {' or '.join(LABEL_FILES[rule])} in {source.root!r}: write it, or "
             f"choose another of {', '.join(CLASS_RULES)}"
         )
     try:
-        table = _Table(source, file)
+        table = Table(source, file)
         column = table.label_column(column)
         labels, surplus = table.labels(column)
     except (ValueError, OSError) as error:
