@@ -86,8 +86,10 @@ class AutoencoderLoop(TrainLoop):
             raise UserError("feature_weight and a network of features need each other")
         device, channels = next(model.parameters()).device, model.ddconfig["in_channels"]
         self.losses, self.distance = AutoencoderLoss(losses, features), distance
-        self.scale, self.adversary, self.dead_codes = Scale(), None, None
-        self.extra = {"scale": self.scale}
+        self.autoencoder, self.scale, self.extra = model, Scale(), {}
+        self.adversary: Adversary | None = None
+        self.dead_codes: DeadCodes | None = None
+        self.extra["scale"] = self.scale
         if losses.disc_weight:
             self.adversary = self.extra["discriminator"] = Adversary(losses, channels, device)
         if isinstance(model, VQModel):
@@ -98,15 +100,17 @@ class AutoencoderLoop(TrainLoop):
 
     def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False, counted: int | None = None) -> Draw:
         """Noise of the latents' shape."""
-        sides = [side // self.model.factor for side in batch.shape[2:]]
-        latents = th.empty(len(batch), self.model.embed_dim, *sides, device="meta")
+        sides = [side // self.autoencoder.factor for side in batch.shape[2:]]
+        latents = th.empty(len(batch), self.autoencoder.embed_dim, *sides, device="meta")
         return super()._draw(latents, index, validation=validation, counted=counted)
 
     def forward_backward(self, batch: th.Tensor, cond: Cond) -> None:
         """Gradients of a batch, of the discriminator's loss too."""
         self._latest = batch
-        for part in filter(None, (self.adversary, self.dead_codes)):
-            part.begin()
+        if self.adversary is not None:
+            self.adversary.begin()
+        if self.dead_codes is not None:
+            self.dead_codes.begin()
         super().forward_backward(batch, cond)
 
     def compute_losses(
@@ -124,7 +128,8 @@ class AutoencoderLoop(TrainLoop):
         if self.adversary is None or self.updates < self.adversary.start:
             return terms
         share = len(batch) / self.batch_size
-        terms |= self.adversary.autoencoder_loss(made.images, terms["reconstruction"], self.model.decoder.last_layer)
+        last_layer = self.autoencoder.decoder.last_layer
+        terms |= self.adversary.autoencoder_loss(made.images, terms["reconstruction"], last_layer)
         terms["loss"] = terms["loss"] + terms["d_weight"] * terms["g_loss"]
         return {**terms, "d_loss": self.adversary.learn(batch, made.images, share)}
 
@@ -132,8 +137,8 @@ class AutoencoderLoop(TrainLoop):
         """Follow an update of the autoencoder: the discriminator's, dead codes, and the moving averages."""
         if self.adversary is not None:
             self.adversary.step(self.opt.param_groups[0]["lr"])
-        if self.dead_codes is not None:
-            codes = self.model.quantize.embedding.weight
+        if self.dead_codes is not None and isinstance(self.autoencoder, VQModel):
+            codes = self.autoencoder.quantize.embedding.weight
             logger.logkv("reseeded_codes", self.dead_codes.reseed(codes, self.opt, self.updates + 1))
         super()._update_ema()
 
@@ -152,7 +157,7 @@ class AutoencoderLoop(TrainLoop):
         parts = self.failures.keep(self.validation.parts, self.updates)
         if self.failures.tell() or not parts:
             return
-        originals, made = [], []
+        originals, made = list[th.Tensor](), list[th.Tensor]()
         with self.evaluation_model() as model:
             for part in parts if self.distance else parts[:1]:
                 images = to_unit(to_device(part.images, self.device))

@@ -23,7 +23,6 @@ from ..config import (
     TrainConfig,
     TrainSpeedConfig,
 )
-from ..gaussian_diffusion import GaussianDiffusion
 from ..image_datasets import ImageStream, load_data, load_superres_data, save_classes
 from ..networks.compiling import compile_network
 from ..networks.memory import recompute_at
@@ -54,7 +53,7 @@ class Training:
 
     flags: Flags
     network: Any
-    process: GaussianDiffusion
+    process: Any
     stream: ImageStream
     validation: ImageStream | None
 

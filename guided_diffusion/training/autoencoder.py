@@ -50,7 +50,7 @@ def per_image(values: th.Tensor) -> th.Tensor:
 
 
 def codebook_loss(latents: th.Tensor, codes: th.Tensor, commitment: float) -> th.Tensor:
-    """Draws the codes to the latents, and the latents to their codes by `commitment` (van den Oord et al. 2017), [N]."""
+    """Draws codes to latents, and latents to their codes by `commitment` (van den Oord et al. 2017), [N]."""
     return per_image((latents.detach() - codes).square() + commitment * (latents - codes.detach()).square())
 
 
@@ -77,7 +77,8 @@ def adaptive_weight(reconstruction: th.Tensor, adversarial: th.Tensor, last_laye
         dist.all_reduce(both)
         both /= dist_util.world_size()
     wanted, given = both.flatten(1).norm(dim=1)
-    return (wanted / (given + LEAST_NORM)).clamp(0, LARGEST_WEIGHT).detach()
+    ratio: th.Tensor = wanted / (given + LEAST_NORM)
+    return ratio.clamp(0, LARGEST_WEIGHT).detach()
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class AutoencoderLoss:
         return Reconstruction(model.decode(latents), posterior.kl() / images[0].numel(), latents)
 
     def terms(self, images: th.Tensor, made: Reconstruction) -> dict[str, th.Tensor]:
-        """Each term [N] by its name, and "reconstruction" and "loss", their weighted sums without and with the penalty."""
+        """Each term [N] by its name; "reconstruction" and "loss" are weighted sums without and with the penalty."""
         config = self.config
         distance = per_image(DISTANCES[config.loss](made.images, images, reduction="none"))
         terms, total = {config.loss: distance}, distance

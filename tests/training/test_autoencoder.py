@@ -1,4 +1,4 @@
-"""Autoencoders: their losses against closed forms, the loop, which resumes to the bit, and trained ones, ours and others'."""
+"""Autoencoders: losses against closed forms, a loop that resumes to the bit, trained ones of ours and of others."""
 
 import csv
 import itertools
@@ -225,8 +225,9 @@ def test_the_discriminator_learns_and_microbatches_add_up(tmp_path, pictures):
         states.append([param.grad.clone() for param in loop.adversary.network.parameters()])
         assert all(grad.abs().max() > 0 for grad in states[-1][:-1])
         loop.adversary.step(1e-3)
-        after = loop.adversary.network.parameters()
-        assert all(not th.equal(one, other) for one, other in zip(before, after, strict=True))
+        after = list(loop.adversary.network.parameters())
+        # within the margins the scores' constant cancels out
+        assert all(not th.equal(one, other) for one, other in zip(before[:-1], after[:-1], strict=True))
     th.testing.assert_close(*states, atol=1e-6, rtol=1e-4)
 
 
@@ -239,14 +240,16 @@ def test_two_ranks_train_what_one_does(tmp_path, pictures, ranks):
     autoencoder_train.main([*words, "--batch_size", "4", "--log_dir", str(tmp_path / "one")])
     done = ranks.run([SCRIPT, *words, "--batch_size", "2", "--log_dir", tmp_path / "two"])
     assert done.returncode == 0, done.stderr
-    one, two = (checkpoints.load(str(tmp_path / folder / "model000003.pt")) for folder in ("one", "two"))
-    th.testing.assert_close(one, two, atol=2e-4, rtol=0)
+    images = next(stream(pictures, 8))[0]
+    networks = [load_autoencoder(str(tmp_path / folder / "model000003.pt"))[0] for folder in ("one", "two")]
+    one, two = (network.decode(network.encode(images).mean) for network in networks)
+    th.testing.assert_close(one, two, atol=5e-3, rtol=0)  # Adam moves biases in front of a norm by rounding alone
     one, two = (float(rows(tmp_path / folder)[-1]["val_psnr"]) for folder in ("one", "two"))
     assert one == pytest.approx(two, abs=0.02)
     network, factor = load_autoencoder(str(tmp_path / "two"))
     assert network.factor == 2
     assert not any(param.requires_grad for param in network.parameters())
-    latents = network.encode(next(stream(pictures, 8))[0])
+    latents = network.encode(images)
     expected = (latents.mean.var(correction=0) + latents.std.square().mean()).rsqrt()
     assert factor == pytest.approx(float(expected), rel=0.3)  # of the batch before, half of these images
 
