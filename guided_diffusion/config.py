@@ -160,6 +160,24 @@ class ClassifierConfig(SizedConfig):
     classifier_precision: str = flag("", "as --precision, for the classifier", choices=PRECISION_CHOICES, runtime=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """An autoencoder, on whose latents diffusion models work."""
+
+    kind: str = flag("kl", "kl: latents near N(0, 1); vq: of the vectors of a codebook", choices=("kl", "vq"))
+    image_size: int | str = flag(64, "pixels: 64, or HEIGHTxWIDTH", convert=size_flag)
+    image_channels: int = flag(3, "channels of the images: 1, 3, 4 or any N", at_least=1, at_most=2**20)
+    ch: int = flag(32, "channels of the first level, a multiple of 32", at_least=32, at_most=2**20)
+    ch_mult: str = flag("1,2,4", "channels of each level over --ch; each but the last halves the resolution")
+    num_res_blocks: int = flag(1, "residual blocks per level of the encoder", at_least=1, at_most=100)
+    attn_resolutions: str = flag("", "resolutions (pixels of the longer side) with attention; '' for the middle alone")
+    z_channels: int = flag(4, "channels between encoder and decoder", at_least=1, at_most=2**20)
+    embed_dim: int = flag(4, "channels of a latent", at_least=1, at_most=2**20)
+    n_embed: int = flag(1024, "codes of the codebook", at_least=1, at_most=2**24, needs="kind=vq")
+    dropout: float = share_flag("dropout probability in the residual blocks")
+    precision: str = flag("fp32", "fp32, fp16 or bf16; the weights stay fp32", choices=PRECISIONS, runtime=True)
+
+
 # ---- images and training
 
 
@@ -318,6 +336,32 @@ class ClassifierTrainConfig(TrainConfig):
     iterations: int = flag(150000, "steps of the whole run, resumed parts included", at_least=1, alias="max_steps")
     anneal_lr: bool = flag(False, "let the learning rate fall to 0 over the run")
     eval_interval: int = flag(5, "steps between two validation losses", at_least=1, needs="val_data_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderTrainConfig(TrainConfig):
+    """The training loop of an autoencoder."""
+
+    batch_size: int = flag(8, "images per step and rank", at_least=1)
+    lr: float = flag(4e-4, "learning rate of AdamW", at_least=0)
+    ema_rate: str = flag("0.999", "rates of the moving averages of the weights, separated by commas; '' for none")
+    schedule_sampler: str = flag("uniform", "without effect: there are no timesteps", choices=("uniform",))
+    max_steps: int = flag(0, "updates of the whole run, resumed parts included; 0: without end", at_least=0)
+    lr_anneal_steps: int = flag(0, "steps over which the learning rate falls to 0, then stop; 0: constant", at_least=0)
+    val_interval: int = flag(1000, "steps between two validations", at_least=1, needs="val_data_dir")
+    loss: str = flag("l1", "distance of the pixels, l1 or l2", choices=("l1", "l2"))
+    kl_weight: float = flag(1e-6, "weight of the KL divergence in nats per number of an image", at_least=0)
+    codebook_weight: float = flag(1.0, "weight of the codebook's loss", at_least=0, needs="kind=vq")
+    commitment: float = flag(0.25, "how much latents are drawn to their codes", at_least=0, needs="kind=vq")
+    reseed_interval: int = flag(
+        100, "steps without use after which a code becomes a latent of the batch; 0: never", at_least=0, needs="kind=vq"
+    )
+    disc_weight: float = flag(0.0, "weight of a patch discriminator over the adaptive one; 0: none", at_least=0)
+    disc_start: int = flag(5000, "updates before the discriminator begins", at_least=0, needs="disc_weight")
+    disc_channels: int = flag(64, "channels of its first layer, a multiple of 8", at_least=8, needs="disc_weight")
+    disc_layers: int = flag(3, "how often it halves the resolution", at_least=1, at_most=8, needs="disc_weight")
+    feature_weight: float = flag(0.0, "weight of the distance of the features of --features; 0: none", at_least=0)
+    val_distance: bool = flag(False, "in validation the Frechet distance of --features too", needs="val_data_dir")
 
 
 @dataclass(frozen=True, kw_only=True)

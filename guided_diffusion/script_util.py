@@ -18,7 +18,16 @@ import numpy as np
 import torch as th
 
 from . import dist_util, gaussian_diffusion as gd
-from .config import ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResConfig, UNetConfig, seen_channels
+from .config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    SuperResConfig,
+    UNetConfig,
+    seen_channels,
+)
+from .networks.autoencoder import AutoencoderKL, VQModel
 from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
 from .runtime.errors import UserError
@@ -194,6 +203,28 @@ def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
         resblock_updown=config.classifier_resblock_updown,
         pool=config.classifier_pool,
     )
+
+
+def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL | VQModel:
+    """The autoencoder of a config, in float32."""
+    size = parse_size(config.image_size)
+    multipliers = channel_multipliers(config.ch_mult, size)
+    rates = attention_rates(config.attn_resolutions, size, len(multipliers), "attn_resolutions")
+    ddconfig = {
+        "ch": config.ch,
+        "ch_mult": [int(number) for number in multipliers],
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": [max(size) // rate for rate in rates],
+        "resolution": max(size),
+        "in_channels": config.image_channels,
+        "out_ch": config.image_channels,
+        "z_channels": config.z_channels,
+        "double_z": config.kind == "kl",
+        "dropout": config.dropout,
+    }
+    if config.kind == "vq":
+        return VQModel(ddconfig, config.n_embed, config.embed_dim)
+    return AutoencoderKL(ddconfig, config.embed_dim)
 
 
 def build_network(config: UNetConfig | SuperResConfig | ClassifierConfig, learn_sigma: bool) -> Any:

@@ -36,7 +36,7 @@ def check_beginning(flags: Flags) -> None:
 
 def over_source(flags: Flags) -> Flags:
     """The command line over what the checkpoint of --init_from says of itself, where a run starts from one."""
-    path = flags.part(InitConfig).init_from
+    path = flags.values.get("init_from")
     if not path or flags.values["resume_checkpoint"]:
         return flags
     kind, section = KINDS[flags.command]

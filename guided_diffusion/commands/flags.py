@@ -73,6 +73,17 @@ COMMANDS = {
         "Sample from a diffusion model, guided by a classifier.",
         (*SAMPLING, s.GuidanceConfig, s.EditConfig, s.CondSampleConfig, c.UNetConfig, *CLASSIFIER),
     ),
+    "autoencoder_train": Command(
+        "Train an autoencoder, on whose latents a diffusion model can work.",
+        (
+            c.RunConfig,
+            c.DataConfig,
+            c.AutoencoderTrainConfig,
+            c.LoaderConfig,
+            c.ExtractorConfig,
+            c.AutoencoderConfig,
+        ),
+    ),
     "super_res_train": Command(
         "Train an upsampler.", (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *UPSAMPLER)
     ),

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 GROUPS, EPSILON = 32, 1e-6
+DISCRIMINATOR_GROUPS = 8
+DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
@@ -236,6 +238,14 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.ddconfig, self.embed_dim = dict(ddconfig), embed_dim
         self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
+        self.precision = "fp32"
+
+    def convert_to(self, precision: str) -> None:
+        """Compute in fp32, fp16 or bf16 from now on; the weights stay fp32."""
+        self.precision = precision
+
+    def _computing(self, x: th.Tensor) -> th.autocast:
+        return th.autocast(x.device.type, DTYPES[self.precision], enabled=self.precision != "fp32")
 
     @property
     def factor(self) -> int:
@@ -262,12 +272,15 @@ class AutoencoderKL(Autoencoder):
     def encode(self, x: th.Tensor) -> DiagonalGaussian:
         """The distribution of the latents of images."""
         self._check_size(x)
-        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
+        with self._computing(x):
+            parameters = self.quant_conv(self.encoder(x))
+        return DiagonalGaussian(parameters.float())
 
     def decode(self, z: th.Tensor) -> th.Tensor:
         """Images of latents."""
-        out: th.Tensor = self.decoder(self.post_quant_conv(z))
-        return out
+        with self._computing(z):
+            out: th.Tensor = self.decoder(self.post_quant_conv(z))
+        return out.float()
 
 
 class Codebook(nn.Module):
@@ -308,14 +321,45 @@ class VQModel(Autoencoder):
     def encode(self, x: th.Tensor) -> th.Tensor:
         """Latents [N, D, h, w] of images, before the codebook."""
         self._check_size(x)
-        out: th.Tensor = self.quant_conv(self.encoder(x))
-        return out
+        with self._computing(x):
+            out: th.Tensor = self.quant_conv(self.encoder(x))
+        return out.float()
 
     def decode(self, h: th.Tensor, force_not_quantize: bool = False) -> th.Tensor:
         """Images of latents, which go through the codebook first unless `force_not_quantize`."""
         codes = h if force_not_quantize else self.quantize(h)
-        out: th.Tensor = self.decoder(self.post_quant_conv(codes))
-        return out
+        with self._computing(h):
+            out: th.Tensor = self.decoder(self.post_quant_conv(codes))
+        return out.float()
 
 
 VQModelInterface = VQModel  # latent-diffusion's name for a VQModel whose encode() stops before the codebook
+
+
+class PatchDiscriminator(nn.Module):
+    """Scores of patches of images, high for real ones, [N, C, H, W] -> [N, 1, h, w] (Isola et al. 2017).
+
+    It normalises over groups of channels of one image, so that a score does not depend on the rest of the batch.
+
+    :param layers: halvings of the resolution.
+    """
+
+    def __init__(self, in_channels: int, channels: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        widths = [channels * min(2**level, 8) for level in range(layers + 1)]
+        body: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for level, (width, wider) in enumerate(pairwise(widths), 1):
+            stride = 2 if level < layers else 1
+            body += [
+                nn.Conv2d(width, wider, 4, stride, 1, bias=False),
+                nn.GroupNorm(DISCRIMINATOR_GROUPS, wider),
+                nn.LeakyReLU(0.2),
+            ]
+        self.main = nn.Sequential(*body, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        out: th.Tensor = self.main(x)
+        return out

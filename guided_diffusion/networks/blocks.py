@@ -314,18 +314,14 @@ class AttentionBlock(nn.Module):
         self.encoder_kv = encoder_channels and conv_nd(1, encoder_channels, 2 * channels, 1)
         self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
 
-    def forward(
-        self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None
-    ) -> th.Tensor:
+    def forward(self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None) -> th.Tensor:
         """Attend within [N, C, ...] and, with `encoder_channels`, to a context [N, L, E] where its mask is True."""
         given = (context, mask) if context is not None and self.encoder_kv else ()
         inputs = tuple(value for value in (x, *given) if value is not None)
         out: th.Tensor = checkpoint(self._forward, inputs, self.parameters(), self.use_checkpoint)
         return out
 
-    def _forward(
-        self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None
-    ) -> th.Tensor:
+    def _forward(self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None) -> th.Tensor:
         h = self.norm(x).flatten(2) if untouched(self.norm) else self.norm(x.flatten(2))
         spatial = (x.shape[2:],) if self.use_neighborhood_attention or context is not None else ()
         encoder = () if context is None else (self.encoder_kv(context.transpose(1, 2).to(h.dtype)), mask)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..runtime.errors import UserError
-from ..unet import UNetModel
 from .attention import LayerNorm32
+from .backbone import UNetModel
 
 
 class _Attention(nn.Module):
