@@ -27,7 +27,6 @@ METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
 METRIC_LIST = names_of(METRIC_NAMES, "metric")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
-MISMATCHES = ("error", "reinit", "inflate")
 LORA_KINDS = ("attention", "convolutions")
 LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
 # those of sampling.samplers.SAMPLERS, for help texts, which do not import torch
@@ -232,35 +231,11 @@ class DataConfig(LabelConfig, RangeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierDataConfig(DataConfig):
-    """The labelled images to train on."""
-
-    random_crop: bool = flag(True, "crop at random instead of the centre")
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """Speed of reading images."""
 
     fast_decode: bool = flag(False, "decode JPEGs at a fraction of their size; pixels differ a little")
     cache_images: bool = flag(False, "keep the decoded images in memory, shared by the processes of --num_workers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CondDataConfig:
-    """Conditioning images beside the images of --data_dir, of the kind that --cond_type says."""
-
-    NEEDS: ClassVar[str] = "cond_type"
-    cond_dir: str = path_flag("folder or zip of a conditioning image for each image, named as it but for the extension")
-    skip_unpaired: bool = flag(False, "leave out what is without its partner, of either kind; False: that is an error")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CondTrainConfig(CondDataConfig):
-    """Conditioning images to train with, of the kind that --cond_type says."""
-
-    val_cond_dir: str = path_flag("as --cond_dir, for --val_data_dir", needs="val_data_dir")
-    cond_dropout: float = share_flag("probability that a conditioning image becomes zeros, for guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,21 +360,6 @@ class TrainSpeedConfig(CompileConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitConfig:
-    """Starting from a trained network."""
-
-    init_from: str = path_flag("a checkpoint, or a run's folder (its newest EMA), whose weights a new run starts from")
-    init_mismatch: str = flag(
-        "error",
-        "parameters that do not fit it: error; reinit, they start anew; inflate, they grow so that the network still "
-        "computes what it did, and classes are found by name",
-        choices=MISMATCHES,
-        needs="init_from",
-    )
-    freeze: str = flag("", "untrained parameters: patterns such as input_blocks.*,time_embed.*", excludes="lora_rank")
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adapters (LoRA) in place of training the weights."""
 
@@ -429,23 +389,6 @@ class FlowConfig:
     flow_tolerance: float = flag(
         1e-4, "greatest error of a step, absolute and relative", at_least=1e-9, needs="flow_solver=rk45"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractorConfig:
-    """The network whose features are compared."""
-
-    NEEDS: ClassVar[str] = "eval_interval"
-    features: str = flag(
-        "inception",
-        "inception; classifier:PATH, a run of classifier_train; dinov2:FOLDER or clip:FOLDER, a local folder that "
-        "transformers reads",
-    )
-    inception_weights: str = path_flag(
-        "Inception's weights, .pth or .safetensors; '' for $GUIDED_DIFFUSION_INCEPTION, else what download fetched"
-    )
-    eval_batch_size: int = flag(64, "images per pass of the network", at_least=1)
-    eval_precision: str = flag("fp32", "precision of that network", choices=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

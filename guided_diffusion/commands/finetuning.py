@@ -10,12 +10,13 @@ from typing import Any
 import torch as th
 
 from .. import dist_util, logger
-from ..config import ClassifierConfig, DiffusionConfig, InitConfig, LoraConfig, SuperResConfig, UNetConfig
+from ..config import ClassifierConfig, DiffusionConfig, LoraConfig, SuperResConfig, UNetConfig
 from ..runtime import files
 from ..runtime.errors import UserError
 from ..training import finetuning, lora
 from ..training.checkpoints import CLASSIFIER, UNET, UPSAMPLER
 from .flags import Flags
+from .sections import InitConfig
 
 REPORT = "init.json"
 KINDS: dict[str, tuple[str, type[Any]]] = {

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -23,11 +23,13 @@ from ..runtime.errors import UserError
 from ..runtime.options import Size
 from ..runtime.pictures import to_unit
 from .cache import ImageCache
-from .captions import Captioning
 from .conditioning import Pairing, Partners
 from .crops import Draws, Picture, center_crop_arr, channels_first, largest_cover, random_crop_arr, replay
 from .decoding import Decoded, Range
 from .sources import UnreadableImage, naming, read_decoded
+
+if TYPE_CHECKING:
+    from .captions import Captioning
 
 Key = tuple[int, int]  # (epoch, index)
 Item = tuple[NDArray[np.float32], dict[str, Any]]

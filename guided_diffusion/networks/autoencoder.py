@@ -38,7 +38,7 @@ class AutoencoderResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels, width, 1)
 
     def forward(self, x: th.Tensor) -> th.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h: th.Tensor = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         shortcut: th.Tensor = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         return shortcut + h
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> th.Tensor:
         """The weight whose gradients balance the losses of reconstruction and discriminator."""
         return self.conv_out.weight
 
@@ -301,7 +301,7 @@ class Codebook(nn.Module):
 
     def forward(self, h: th.Tensor) -> th.Tensor:
         """The codes nearest to latents [N, D, h, w]; gradients pass to h as if nothing had been replaced."""
-        codes = self.embedding(self.ids(h)).view(h.movedim(1, -1).shape).movedim(-1, 1)
+        codes: th.Tensor = self.embedding(self.ids(h)).view(h.movedim(1, -1).shape).movedim(-1, 1)
         return h + (codes - h).detach()
 
 

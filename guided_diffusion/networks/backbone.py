@@ -12,7 +12,6 @@ from typing import Any
 import torch as th
 import torch.nn as nn
 
-from ..config import PRECISIONS
 from ..nn import conv_nd, dtype_of, linear, normalization, timestep_embedding, zero_module
 from ..runtime.errors import UserError
 from .attention import SpatialTransformer
@@ -28,7 +27,7 @@ from .blocks import (
 )
 from .context import ClassEmbedder, context_for
 
-_DTYPES = dict(zip(PRECISIONS, (th.float32, th.float16, th.bfloat16), strict=True))
+_DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}  # by config.PRECISIONS
 _CONVERTED = ("input_blocks", "middle_block", "output_blocks")
 
 

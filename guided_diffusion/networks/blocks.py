@@ -311,12 +311,14 @@ class AttentionBlock(nn.Module):
         self.qkv = conv_nd(1, channels, 3 * channels, 1)
         attention = QKVAttention if use_new_attention_order else QKVAttentionLegacy
         self.attention = attention(self.num_heads, spatial, use_neighborhood_attention)
-        self.encoder_kv = encoder_channels and conv_nd(1, encoder_channels, 2 * channels, 1)
+        self.encoder_kv: nn.Module | None = None
+        if encoder_channels:
+            self.encoder_kv = conv_nd(1, encoder_channels, 2 * channels, 1)
         self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
 
     def forward(self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None) -> th.Tensor:
         """Attend within [N, C, ...] and, with `encoder_channels`, to a context [N, L, E] where its mask is True."""
-        given = (context, mask) if context is not None and self.encoder_kv else ()
+        given = (context, mask) if context is not None and self.encoder_kv is not None else ()
         inputs = tuple(value for value in (x, *given) if value is not None)
         out: th.Tensor = checkpoint(self._forward, inputs, self.parameters(), self.use_checkpoint)
         return out
@@ -324,7 +326,9 @@ class AttentionBlock(nn.Module):
     def _forward(self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None) -> th.Tensor:
         h = self.norm(x).flatten(2) if untouched(self.norm) else self.norm(x.flatten(2))
         spatial = (x.shape[2:],) if self.use_neighborhood_attention or context is not None else ()
-        encoder = () if context is None else (self.encoder_kv(context.transpose(1, 2).to(h.dtype)), mask)
+        encoder: tuple[th.Tensor | None, ...] = ()
+        if context is not None and self.encoder_kv is not None:
+            encoder = self.encoder_kv(context.transpose(1, 2).to(h.dtype)), mask
         h = over_tokens(self.proj_out, _attend(self.attention, over_tokens(self.qkv, h), *spatial, *encoder))
         return x + h.reshape(x.shape)
 

@@ -17,15 +17,17 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch as th
 from torch import nn
 
-from ..config import ContextConfig
 from ..runtime import files
 from ..runtime.errors import UserError, quoted, reason
 from .text import TextTransformer
+
+if TYPE_CHECKING:
+    from ..config import ContextConfig
 
 Log = Callable[[str], object]
 

@@ -71,7 +71,8 @@ class Layers(nn.Module):
         self.layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(dim), kind(dim)]) for kind in kinds)
 
     def forward(self, x: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
-        for norm, layer in self.layers:
+        for pair in self.layers:
+            norm, layer = pair.children()
             x = x + (layer(norm(x), mask) if isinstance(layer, SelfAttention) else layer(norm(x)))
         return x
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import dist_util
-from ..config import AutoencoderTrainConfig
+from ..fp16_util import Gradients
 from ..networks.autoencoder import AutoencoderKL, DiagonalGaussian, PatchDiscriminator, VQModel
 from ..runtime.seeds import to_device
-from .gradients import AdamW, Gradients
+from .gradients import AdamW, AveragedGradients
 from .noise import TRAINING
+
+if TYPE_CHECKING:
+    from ..config import AutoencoderTrainConfig
 
 DISTANCES: dict[str, Callable[..., th.Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 RESEEDED = 3  # spawn key: another stream than those of timesteps and dropped labels
@@ -131,7 +134,8 @@ class Adversary:
         params = list(self.network.parameters())
         dist_util.sync_params(params)
         self.opt = AdamW(params, lr=0.0, betas=(0.5, 0.9), weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
-        self._gradients = Gradients([(param, param) for param in params], averaged=dist_util.world_size() > 1)
+        kind = AveragedGradients if dist_util.world_size() > 1 else Gradients
+        self._gradients = kind([(param, param) for param in params])
         self._used = False
 
     def begin(self) -> None:
