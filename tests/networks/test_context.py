@@ -19,7 +19,6 @@ from PIL import Image
 from guided_diffusion import logger
 from guided_diffusion.config import ContextConfig
 from guided_diffusion.data.captions import Captioning
-from guided_diffusion.data.conditioning import ConditionedModel
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.networks.context import (
     ClassEmbedder,
@@ -31,7 +30,7 @@ from guided_diffusion.networks.context import (
     train_tokenizer,
 )
 from guided_diffusion.sampling.guidance import classifier_free
-from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.script_util import ConditionedModel, create_gaussian_diffusion
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.unet import UNetModel
 
