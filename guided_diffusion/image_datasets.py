@@ -20,6 +20,7 @@ from PIL import Image as Image
 from torch.utils.data import DataLoader, Dataset as Dataset
 
 from . import dist_util, logger
+from .data.captions import Captions
 from .data.crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
 from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
 from .data.labels import ClassRow, Labels, read_labels, save_classes as save_classes
@@ -60,6 +61,7 @@ class ImageStream(Iterator[Batch]):
         self.world_size = dist_util.world_size() if options.world_size is None else options.world_size
         self.batch_size = min(batch_size, max(1, -(-count // self.world_size))) if options.fit else batch_size
         self.small_versions: SmallVersions | None = None
+        self.captions: Captions | None = None  # whose `keywords` are set before the first batch
         self.skipped: dict[str, str] = {}  # path of an image that could not be read -> why
         if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
             raise UserError(f"batch_size {self.batch_size} on rank {self.rank} of {self.world_size}: give 1 or more")
@@ -120,6 +122,9 @@ class ImageStream(Iterator[Batch]):
                 logger.warn(f"{UnreadableImage(path, reason)}; others take its place, as {count}")
         if self.small_versions is not None:
             cond |= self.small_versions(to_unit(images), range(first, first + len(images)))
+        if self.captions is not None:
+            keys = self._schedule.keys(self._schedule.taken)
+            cond |= dict(self.captions(keys, self.dataset.local_images, self.skipped))
         self._schedule.taken += self.global_batch
         return images, cond
 
@@ -185,6 +190,7 @@ def load_data(
         raise UserError(f"data_dir {data_dir!r} holds no images, {source.skipped()}; readable are {known}")
     source.hold()
     say(source.summary())
+    source, captions = given.captioning.match(source, say, given.seed) if given.captioning else (source, None)
     source, partners = given.pairing.match(source, say) if given.pairing else (source, None)
     labels = None
     if class_cond:
@@ -205,6 +211,7 @@ def load_data(
     if dataset.cache:
         say(f"  the decoded images are kept in memory, {dataset.cache.bytes / 1e9:.3g} GB when all of them are read")
     stream = ImageStream(dataset, batch_size, deterministic=deterministic, labels=labels)
+    stream.captions = captions
     if labels:
         rows = labels.class_table()
         lines = [f"  class {number}: {printable(name)} ({count} images)" for number, name, count in rows[:TABLE_ROWS]]

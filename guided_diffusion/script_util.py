@@ -18,7 +18,16 @@ import numpy as np
 import torch as th
 
 from . import dist_util, gaussian_diffusion as gd
-from .config import ClassifierConfig, DiffusionConfig, NetworkConfig, SuperResConfig, UNetConfig, seen_channels
+from .config import (
+    AutoencoderConfig,
+    ClassifierConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    SuperResConfig,
+    UNetConfig,
+    seen_channels,
+)
+from .networks.autoencoder import AutoencoderKL, VQModel
 from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
 from .runtime.errors import UserError
@@ -86,14 +95,20 @@ class ConditionedModel(UNetModel):
         self.cond_channels, self.null_cond = cond_channels, null_cond
 
     def forward(
-        self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None, *, cond_image: th.Tensor | None = None
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        y: th.Tensor | None = None,
+        *,
+        cond_image: th.Tensor | None = None,
+        **context: Any,
     ) -> th.Tensor:
         """Predict from noisy images and their conditioning images [N, K, ...] of the same size."""
         shape = (len(x), self.cond_channels, *x.shape[2:])
         if cond_image is None or cond_image.shape != shape:
             given = "none" if cond_image is None else tuple(cond_image.shape)
             raise UserError(f"the network needs conditioning images: cond_image must be of shape {shape}, got {given}")
-        return self._predict(th.cat([x, cond_image.to(x.dtype)], dim=1), self._embed(x, timesteps, y))
+        return super().forward(th.cat([x, cond_image.to(x.dtype)], dim=1), timesteps, y, **context)
 
 
 def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, str] = CHANNEL_MULT) -> tuple[float, ...]:
@@ -188,6 +203,28 @@ def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
         resblock_updown=config.classifier_resblock_updown,
         pool=config.classifier_pool,
     )
+
+
+def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL | VQModel:
+    """The autoencoder of a config, in float32."""
+    size = parse_size(config.image_size)
+    multipliers = channel_multipliers(config.ch_mult, size)
+    rates = attention_rates(config.attn_resolutions, size, len(multipliers), "attn_resolutions")
+    ddconfig = {
+        "ch": config.ch,
+        "ch_mult": [int(number) for number in multipliers],
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": [max(size) // rate for rate in rates],
+        "resolution": max(size),
+        "in_channels": config.image_channels,
+        "out_ch": config.image_channels,
+        "z_channels": config.z_channels,
+        "double_z": config.kind == "kl",
+        "dropout": config.dropout,
+    }
+    if config.kind == "vq":
+        return VQModel(ddconfig, config.n_embed, config.embed_dim)
+    return AutoencoderKL(ddconfig, config.embed_dim)
 
 
 def build_network(config: UNetConfig | SuperResConfig | ClassifierConfig, learn_sigma: bool) -> Any:

@@ -65,6 +65,7 @@ class TrainLoop:
     """
 
     loss_prefix, validation_of = "", Validation
+    extra: Mapping[str, Any] = {}  # what checkpoints also hold, by name: objects with (load_)state_dict()
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ The order in which modules are built is the order of the parameters, which check
 import math as math
 import sys
 from abc import abstractmethod as abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,22 +18,20 @@ import torch as th
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .config import POOLS, PRECISIONS
-from .networks import blocks
+from .config import POOLS
+from .networks import backbone, blocks
+from .networks.backbone import UNetBackbone as UNetBackbone, UNetModel as UNetModel
 from .networks.blocks import (
-    WIDE,
-    AttentionBlock,
+    AttentionBlock as AttentionBlock,
     AttentionPool2d,
-    Downsample,
+    Downsample as Downsample,
     QKVAttention as QKVAttention,
     QKVAttentionLegacy as QKVAttentionLegacy,
-    ResBlock,
+    ResBlock as ResBlock,
     TimestepBlock as TimestepBlock,
-    TimestepEmbedSequential,
-    Upsample,
-    cast_convolutions,
+    TimestepEmbedSequential as TimestepEmbedSequential,
+    Upsample as Upsample,
     count_flops_attn as count_flops_attn,
-    strides,
 )
 from .nn import (
     avg_pool_nd as avg_pool_nd,
@@ -51,260 +49,16 @@ from .runtime.errors import UserError
 
 
 class _Door(ModuleType):
-    """This module: a name that is replaced in it, such as QKVAttention or checkpoint, is replaced for `blocks` too."""
+    """This module: a name that is replaced in it, such as QKVAttention or checkpoint, is replaced in `networks` too."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name in vars(blocks) and not name.startswith("__"):
-            setattr(blocks, name, value)
+        for module in (backbone, blocks):
+            if name in vars(module) and not name.startswith("__"):
+                setattr(module, name, value)
 
 
 sys.modules[__name__].__class__ = _Door
-_DTYPES = dict(zip(PRECISIONS, (th.float32, th.float16, th.bfloat16), strict=True))
-_CONVERTED = ("input_blocks", "middle_block", "output_blocks")
-
-
-class UNetBackbone(nn.Module):
-    """The base of every network: the embedding of timestep and label, the encoder and the middle block.
-
-    :param image_size: side, or shape, of the images; only windowed attention and attention pooling depend on it.
-    :param model_channels: channels of the first level before channel_mult.
-    :param attention_resolutions: the *rates* with attention blocks: 4 is where 4 pixels became 1.
-    :param channel_mult: factor of model_channels per level, may be fractional; each level halves the resolution.
-    :param conv_resample: resample by learned convolutions, where resblock_updown does not do it.
-    :param num_classes: K for networks that take labels.
-    :param use_fp16: kept for callers of the originals; weights stay float32 until `convert_to`.
-    :param num_head_channels: fixed size of a head, which then overrides the numbers of heads.
-    :param num_heads_upsample: heads in the decoder; -1 is num_heads.
-    :param use_neighborhood_attention: in images larger than image_size, attend to windows of that size.
-    :param null_class: label K means "no class", for classifier-free guidance (Ho and Salimans 2022).
-    """
-
-    null_class = False
-    _dtype: th.dtype | None = None
-
-    def __init__(
-        self,
-        image_size: int | Sequence[int],
-        in_channels: int,
-        model_channels: int,
-        out_channels: int,
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        dropout: float = 0,
-        channel_mult: Sequence[float] = (1, 2, 4, 8),
-        conv_resample: bool = True,
-        dims: int = 2,
-        num_classes: int | None = None,
-        use_checkpoint: bool = False,
-        use_fp16: bool = False,
-        num_heads: int = 1,
-        num_head_channels: int = -1,
-        num_heads_upsample: int = -1,
-        use_scale_shift_norm: bool = False,
-        resblock_updown: bool = False,
-        use_new_attention_order: bool = False,
-        use_neighborhood_attention: bool = False,
-        *,
-        null_class: bool = False,
-    ) -> None:
-        if null_class and num_classes is None:
-            raise UserError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
-        super().__init__()
-        self.image_size, self.dims, self.dropout = image_size, dims, dropout
-        self.in_channels, self.model_channels, self.out_channels = in_channels, model_channels, out_channels
-        self.num_res_blocks, self.channel_mult = num_res_blocks, channel_mult
-        self.attention_resolutions, self.num_head_channels = attention_resolutions, num_head_channels
-        self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
-        self.num_classes, self.null_class = num_classes, null_class
-        self.use_checkpoint, self.use_fp16 = use_checkpoint, use_fp16
-        self.num_heads, self.num_heads_upsample = num_heads, num_heads_upsample
-        if num_heads_upsample == -1:
-            self.num_heads_upsample = num_heads
-        self.use_scale_shift_norm, self.use_new_attention_order = use_scale_shift_norm, use_new_attention_order
-        self.use_neighborhood_attention = use_neighborhood_attention
-        self._build()
-
-    def _build(self) -> None:
-        """Make the modules, in the order of the parameters."""
-        size, width, last = 4 * self.model_channels, self._widths[-1], len(self._widths) - 1
-        self.time_embed = nn.Sequential(linear(self.model_channels, size), nn.SiLU(), linear(size, size))
-        if self.num_classes is not None:
-            self.label_emb = nn.Embedding(self.num_classes + self.null_class, size)
-        self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._encoder())
-        self.middle_block = TimestepEmbedSequential(
-            self._residual(width, width, last),
-            self._attention(width, last, self.num_heads),
-            self._residual(width, width, last),
-        )
-        self._feature_size = sum(self._block_widths) + width  # channels of all outputs together
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that means "no class", which is K; None for networks that know no such label."""
-        return self.num_classes if self.null_class else None
-
-    @property
-    def _widths(self) -> list[int]:
-        """Channels of each level."""
-        return [int(mult * self.model_channels) for mult in self.channel_mult]
-
-    @property
-    def _block_widths(self) -> list[int]:
-        """Channels of each input block's output."""
-        repeats = [self.num_res_blocks + 1] * (len(self._widths) - 1) + [self.num_res_blocks]
-        return self._widths[:1] + [width for width, n in zip(self._widths, repeats, strict=True) for _ in range(n)]
-
-    def _encoder(self) -> Iterator[list[nn.Module]]:
-        """The layers of one input block after another."""
-        channels = self._widths[0]
-        yield [conv_nd(self.dims, self.in_channels, channels, 3, padding=1)]
-        for level, width in enumerate(self._widths):
-            if level > 0:
-                yield [self._resample(channels, level - 1, up=False)]
-            for _ in range(self.num_res_blocks):
-                yield self._cell(channels, width, level, self.num_heads)
-                channels = width
-
-    def _cell(self, channels: int, width: int, level: int, heads: int) -> list[nn.Module]:
-        """A residual block, and attention where this level has it."""
-        cell: list[nn.Module] = [self._residual(channels, width, level)]
-        if 2**level in self.attention_resolutions:
-            cell.append(self._attention(width, level, heads))
-        return cell
-
-    def _residual(self, channels: int, width: int, level: int, **resampling: bool) -> ResBlock:
-        options: dict[str, Any] = {"dims": self.dims, "use_checkpoint": self.use_checkpoint, **resampling}
-        options["use_scale_shift_norm"] = self.use_scale_shift_norm
-        block = ResBlock(channels, 4 * self.model_channels, self.dropout, out_channels=width, **options)
-        block.level = level
-        return block
-
-    def _attention(self, channels: int, level: int, heads: int) -> AttentionBlock:
-        windowed = self.use_neighborhood_attention
-        window: dict[str, Any] = {"use_neighborhood_attention": True, "spatial": self._shape(level)} if windowed else {}
-        options = self.num_head_channels, self.use_checkpoint, self.use_new_attention_order
-        block = AttentionBlock(channels, heads, *options, **window)
-        block.level = level
-        return block
-
-    def _shape(self, level: int) -> tuple[int, ...]:
-        """Shape of a level's feature map for images of image_size."""
-        sides = (self.image_size,) * self.dims if isinstance(self.image_size, int) else tuple(self.image_size)
-        if len(sides) != self.dims:
-            raise UserError(f"image_size must be an int or have {self.dims} sides (dims), got {self.image_size!r}.")
-        keeps_odd = self.conv_resample and not self.resblock_updown  # a strided convolution rounds up, averaging down
-        rates = strides(self.dims, 2**level)
-        return tuple((side + keeps_odd * (rate - 1)) // rate for side, rate in zip(sides, rates, strict=True))
-
-    def _resample(self, channels: int, level: int, *, up: bool) -> nn.Module:
-        """The layer that doubles or halves the resolution; level is that of the higher one."""
-        if self.resblock_updown:
-            return self._residual(channels, channels, level, up=up, down=not up)
-        return (Upsample if up else Downsample)(channels, self.conv_resample, self.dims)
-
-    @property
-    def dtype(self) -> th.dtype:
-        """The dtype that blocks compute in: as assigned after the last `convert_to`, else that of their weights."""
-        return self._dtype or dtype_of(self.input_blocks)
-
-    @dtype.setter
-    def dtype(self, value: th.dtype) -> None:
-        self._dtype = value
-
-    def convert_to(self, precision: str, device: th.device | None = None) -> None:
-        """Cast the convolutions of the blocks, and nothing else: embeddings, normalizations and the head stay float32.
-
-        In two dimensions the weights of 16 bits lie with their channels innermost, and so do feature maps then, as the
-        units for matrix products take them; on a CPU only in wide networks, as normalization is slower so.
-
-        :param precision: fp32, fp16 or bf16.
-        :param device: that the network will be on, where it is on the meta device, without values.
-        """
-        if precision not in _DTYPES:
-            raise UserError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}.")
-        self._dtype = None
-        on_cpu = (device or next(self.parameters()).device).type in ("cpu", "meta")
-        innermost = precision != "fp32" and (min(self._widths) >= WIDE or not on_cpu)
-        for name, child in self.named_children():
-            if name in _CONVERTED:
-                cast_convolutions(child, _DTYPES[precision], channels_last=innermost)
-
-    def convert_to_fp16(self) -> None:
-        self.convert_to("fp16")
-
-    def convert_to_fp32(self) -> None:
-        self.convert_to("fp32")
-
-    def _embed(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None) -> th.Tensor:
-        """The embedding [N, E] of timesteps and, for networks with classes, labels of the images x."""
-        if y is None and self.num_classes is not None:
-            raise UserError(f"y is missing: the network has {self.num_classes} classes, give one label per image.")
-        if y is not None and self.num_classes is None:
-            raise UserError("y was given to a network without classes (num_classes is None); leave it out.")
-        if y is not None and y.shape != x.shape[:1]:
-            raise UserError(f"y must have one label per image, shape {tuple(x.shape[:1])}, got {tuple(y.shape)}.")
-        waves = timestep_embedding(timesteps, self.model_channels)
-        emb: th.Tensor = self.time_embed(waves.to(dtype_of(self.time_embed)))
-        return emb if y is None else emb + self.label_emb(y)
-
-    def _encode(self, x: th.Tensor, emb: th.Tensor) -> Iterator[th.Tensor]:
-        """The output of one input block after another, then of the middle block."""
-        h = x.to(self.dtype)
-        for block in [*self.input_blocks, self.middle_block]:
-            h = block(h, emb)
-            yield h
-
-
-class UNetModel(UNetBackbone):
-    """The U-Net: the backbone, and a decoder that sees every output of the encoder."""
-
-    def _build(self) -> None:
-        super()._build()
-        first = self._widths[0]
-        self.output_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._decoder())
-        last = zero_module(conv_nd(self.dims, first, self.out_channels, 3, padding=1))
-        self.out = nn.Sequential(normalization(first), nn.SiLU(), last)
-        self._feature_size += (self.num_res_blocks + 1) * sum(self._widths)
-
-    def _decoder(self) -> Iterator[list[nn.Module]]:
-        """The layers of one output block after another."""
-        skips, channels = self._block_widths, self._widths[-1]
-        for level, width in reversed(list(enumerate(self._widths))):
-            for remaining in reversed(range(self.num_res_blocks + 1)):
-                layers = self._cell(channels + skips.pop(), width, level, self.num_heads_upsample)
-                channels = width
-                if level > 0 and remaining == 0:
-                    layers.append(self._resample(channels, level - 1, up=True))
-                yield layers
-
-    def _check_size(self, x: th.Tensor) -> None:
-        step = 2 ** (len(self.channel_mult) - 1)
-        sides = x.shape[2:][-2:]  # the first axis of volumes is not resampled
-        if any(side % step for side in sides):
-            nearest = "x".join(str(max(1, round(side / step)) * step) for side in sides)
-            raise UserError(
-                f"images must be a multiple of {step} on each side for {len(self.channel_mult)} levels (channel_mult), "
-                f"got {'x'.join(map(str, sides))}; the nearest is {nearest}."
-            )
-
-    def forward(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None = None) -> th.Tensor:
-        """Predict from noisy images, [N, in_channels, ...] -> [N, out_channels, ...].
-
-        :param timesteps: [N], in the units of training, may be fractional.
-        :param y: [N] int64 labels, if and only if num_classes was given.
-        """
-        return self._predict(x, self._embed(x, timesteps, y))
-
-    def _predict(self, x: th.Tensor, emb: th.Tensor) -> th.Tensor:
-        """The output for images and the embedding [N, E] of all else."""
-        self._check_size(x)
-        skips = list(self._encode(x, emb))
-        h = skips.pop()
-        for block in self.output_blocks:
-            h = block(th.cat([h, skips.pop()], dim=1), emb)
-        out: th.Tensor = self.out(h.to(x.dtype))
-        return out.contiguous() if x.is_contiguous() else out  # noise drawn like x follows its layout
 
 
 class SuperResModel(UNetModel):

@@ -11,6 +11,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..config import (
+    AutoencoderConfig,
     ClassifierConfig,
     DiffusionConfig,
     RangeConfig,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 FIRST = "input_blocks.0.0.weight"  # the first convolution
 KINDS = {ClassifierConfig: "a classifier", SuperResConfig: "an upsampler", UNetConfig: "a diffusion model"}
+KINDS |= {AutoencoderConfig: "an autoencoder"}
 # flag -> its older alias, and the width of its network
 PRECISIONS = {
     "precision": ("use_fp16", "num_channels"),
@@ -96,7 +98,7 @@ def precision_of(values: Mapping[str, Any]) -> tuple[str, list[str]]:
     name = "precision" if "precision" in values else "classifier_precision"
     precision, (alias, width) = values[name], PRECISIONS[name]
     if precision != "auto":
-        return resolve_precision(precision, values[alias], name, alias), []
+        return resolve_precision(precision, values.get(alias, False), name, alias), []
     if values[alias]:
         raise UserError(f"{name} auto contradicts {alias} True: give one of the two")
     choice = dist_util.decide(lambda: fastest_precision(dist_util.dev(), values[width]))
@@ -232,6 +234,7 @@ def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None
     kind: type[Any] | None = ClassifierConfig if "classifier_width" in saved else None
     if kind is None and saved.keys() & {"image_size", "large_size", "learn_sigma"}:
         kind = SuperResConfig if "large_size" in saved else UNetConfig
+    kind = AutoencoderConfig if "z_channels" in saved else kind
     if kind not in (None, section):
         raise UserError(f"{where} is {KINDS[kind]}: give the checkpoint of {KINDS[section]} there")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch as th
 
 from .. import logger
-from ..config import CondDataConfig, RangeConfig, RunConfig, SuperResConfig, UNetConfig
+from ..config import RangeConfig, RunConfig, SuperResConfig, UNetConfig
 from ..data.conditioning import CondKind, Pairing, cond_kind, open_cond_images
 from ..data.labels import read_labels
 from ..data.sources import ImageSource, Selection
@@ -19,7 +19,7 @@ from ..runtime.errors import UserError, refuse
 from ..runtime.options import parse_range, parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
 from .flags import Flags
-from .sections import CondSampleConfig, GuidanceConfig, SampleConfig, UpsampleConfig
+from .sections import CondDataConfig, CondSampleConfig, GuidanceConfig, SampleConfig, UpsampleConfig
 
 if TYPE_CHECKING:
     from .common import Plan, Restored

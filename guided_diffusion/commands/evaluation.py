@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 
 from .. import dist_util, logger
-from ..config import ClassifierConfig, DiffusionConfig, ExtractorConfig, RunConfig, TrainEvaluationConfig, UNetConfig
+from ..config import ClassifierConfig, DiffusionConfig, RunConfig, TrainEvaluationConfig, UNetConfig
 from ..runtime.errors import UserError, refuse
 from ..runtime.jobs import Job
 from ..runtime.seeds import seeded
@@ -21,7 +21,7 @@ from ..script_util import build_diffusion
 from ..training.checkpoints import step_of
 from .common import image_shape, log_to_screen, restore
 from .flags import Flags
-from .sections import PlaceConfig
+from .sections import ExtractorConfig, PlaceConfig
 
 if TYPE_CHECKING:
     from ..evaluation.features import Extractor

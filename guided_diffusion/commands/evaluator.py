@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..config import ExtractorConfig, RangeConfig
+from ..config import RangeConfig
 from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
-from .sections import EvaluatorConfig
+from .sections import EvaluatorConfig, ExtractorConfig
 
 
 def compare(flags: Flags) -> None:

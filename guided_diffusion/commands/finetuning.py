@@ -10,12 +10,13 @@ from typing import Any
 import torch as th
 
 from .. import dist_util, logger
-from ..config import ClassifierConfig, DiffusionConfig, InitConfig, LoraConfig, SuperResConfig, UNetConfig
+from ..config import ClassifierConfig, DiffusionConfig, LoraConfig, SuperResConfig, UNetConfig
 from ..runtime import files
 from ..runtime.errors import UserError
 from ..training import finetuning, lora
 from ..training.checkpoints import CLASSIFIER, UNET, UPSAMPLER
 from .flags import Flags
+from .sections import InitConfig
 
 REPORT = "init.json"
 KINDS: dict[str, tuple[str, type[Any]]] = {
@@ -36,7 +37,7 @@ def check_beginning(flags: Flags) -> None:
 
 def over_source(flags: Flags) -> Flags:
     """The command line over what the checkpoint of --init_from says of itself, where a run starts from one."""
-    path = flags.part(InitConfig).init_from
+    path = flags.values.get("init_from")
     if not path or flags.values["resume_checkpoint"]:
         return flags
     kind, section = KINDS[flags.command]

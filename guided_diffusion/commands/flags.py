@@ -50,15 +50,15 @@ class Command(NamedTuple):
 UNET = (c.UNetConfig, c.DiffusionConfig)
 UPSAMPLER = (c.SuperResConfig, c.DiffusionConfig)
 CLASSIFIER = (c.ClassifierConfig, c.DiffusionConfig)
-TRAINING = (c.LoaderConfig, c.TrainSpeedConfig, c.InitConfig, c.LoraConfig)
-EVALUATION = (c.TrainEvaluationConfig, c.ExtractorConfig)
+TRAINING = (c.LoaderConfig, c.TrainSpeedConfig, s.InitConfig, c.LoraConfig)
+EVALUATION = (c.TrainEvaluationConfig, s.ExtractorConfig)
 SAMPLING = (c.RunConfig, s.SampleConfig, s.AdapterConfig, s.FreeGuidanceConfig, c.RangeConfig, c.CompileConfig)
-MEASURING = (s.LikelihoodConfig, s.MeasureConfig, c.FlowConfig, c.CondDataConfig)
+MEASURING = (s.LikelihoodConfig, s.MeasureConfig, c.FlowConfig, s.CondDataConfig)
 
 COMMANDS = {
     "image_train": Command(
         "Train a diffusion model.",
-        (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *EVALUATION, c.CondTrainConfig, *UNET),
+        (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *EVALUATION, s.CondTrainConfig, *UNET),
     ),
     "image_sample": Command("Sample from a diffusion model.", (*SAMPLING, s.EditConfig, s.CondSampleConfig, *UNET)),
     "image_nll": Command(
@@ -67,11 +67,22 @@ COMMANDS = {
     ),
     "classifier_train": Command(
         "Train a classifier of noisy images.",
-        (c.RunConfig, c.ClassifierDataConfig, c.ClassifierTrainConfig, *TRAINING, *CLASSIFIER),
+        (c.RunConfig, s.ClassifierDataConfig, c.ClassifierTrainConfig, *TRAINING, *CLASSIFIER),
     ),
     "classifier_sample": Command(
         "Sample from a diffusion model, guided by a classifier.",
         (*SAMPLING, s.GuidanceConfig, s.EditConfig, s.CondSampleConfig, c.UNetConfig, *CLASSIFIER),
+    ),
+    "autoencoder_train": Command(
+        "Train an autoencoder, on whose latents a diffusion model can work.",
+        (
+            c.RunConfig,
+            c.DataConfig,
+            c.AutoencoderTrainConfig,
+            c.LoaderConfig,
+            s.ExtractorConfig,
+            c.AutoencoderConfig,
+        ),
     ),
     "super_res_train": Command(
         "Train an upsampler.", (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *UPSAMPLER)
@@ -86,15 +97,15 @@ COMMANDS = {
     ),
     "evaluator": Command(
         "Compare samples with real images: Inception Score, FID, sFID, precision, recall.",
-        (s.EvaluatorConfig, c.RangeConfig, c.ExtractorConfig, s.PlaceConfig),
+        (s.EvaluatorConfig, c.RangeConfig, s.ExtractorConfig, s.PlaceConfig),
     ),
     "make_reference": Command(
         "Write the reference that samples are compared with.",
-        (s.ReferenceConfig, c.RangeConfig, c.ExtractorConfig, s.PlaceConfig),
+        (s.ReferenceConfig, c.RangeConfig, s.ExtractorConfig, s.PlaceConfig),
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
-        (s.SweepConfig, c.RangeConfig, c.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
+        (s.SweepConfig, c.RangeConfig, s.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
     ),
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
     "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig, s.FromImagesConfig)),

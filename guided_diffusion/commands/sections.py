@@ -10,6 +10,8 @@ from ..config import (
     LABEL_COLUMN,
     METRIC_LIST,
     METRICS,
+    PRECISIONS,
+    DataConfig,
     LabelConfig,
     ProcessConfig,
     RangeConfig,
@@ -20,6 +22,7 @@ from ..config import (
 from ..runtime.options import flag, list_of, range_flag, share_flag, size_flag
 
 TOOLS = ("to-png", "from-images")
+MISMATCHES = ("error", "reinit", "inflate")
 
 # flags of several sections
 CLASSES = "labels in turn: 207,360 or names of classes.json; '' draws at random"
@@ -29,6 +32,62 @@ DISTANCES = "type of the distances of precision and recall: the published number
 DISTANCE_TYPES = ("float16", "float32")
 COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
 SCALES = list_of(r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierDataConfig(DataConfig):
+    """The labelled images to train on."""
+
+    random_crop: bool = flag(True, "crop at random instead of the centre")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondDataConfig:
+    """Conditioning images beside the images of --data_dir, of the kind that --cond_type says."""
+
+    NEEDS: ClassVar[str] = "cond_type"
+    cond_dir: str = path_flag("folder or zip of a conditioning image for each image, named as it but for the extension")
+    skip_unpaired: bool = flag(False, "leave out what is without its partner, of either kind; False: that is an error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondTrainConfig(CondDataConfig):
+    """Conditioning images to train with, of the kind that --cond_type says."""
+
+    val_cond_dir: str = path_flag("as --cond_dir, for --val_data_dir", needs="val_data_dir")
+    cond_dropout: float = share_flag("probability that a conditioning image becomes zeros, for guidance")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Starting from a trained network."""
+
+    init_from: str = path_flag("a checkpoint, or a run's folder (its newest EMA), whose weights a new run starts from")
+    init_mismatch: str = flag(
+        "error",
+        "parameters that do not fit it: error; reinit, they start anew; inflate, they grow so that the network still "
+        "computes what it did, and classes are found by name",
+        choices=MISMATCHES,
+        needs="init_from",
+    )
+    freeze: str = flag("", "untrained parameters: patterns such as input_blocks.*,time_embed.*", excludes="lora_rank")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorConfig:
+    """The network whose features are compared."""
+
+    NEEDS: ClassVar[str] = "eval_interval"
+    features: str = flag(
+        "inception",
+        "inception; classifier:PATH, a run of classifier_train; dinov2:FOLDER or clip:FOLDER, a local folder that "
+        "transformers reads",
+    )
+    inception_weights: str = path_flag(
+        "Inception's weights, .pth or .safetensors; '' for $GUIDED_DIFFUSION_INCEPTION, else what download fetched"
+    )
+    eval_batch_size: int = flag(64, "images per pass of the network", at_least=1)
+    eval_precision: str = flag("fp32", "precision of that network", choices=PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,12 @@ from dataclasses import asdict, fields
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ..config import ExtractorConfig, RangeConfig
+from ..config import RangeConfig
 from ..runtime.errors import refuse
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import COMMANDS, SAVED_NAMES, Flags
-from .sections import SweepConfig
+from .sections import ExtractorConfig, SweepConfig
 
 if TYPE_CHECKING:
     from ..evaluation.sweep import Cell

@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -15,6 +15,7 @@ import torch as th
 from .. import __version__, dist_util, logger
 from ..config import (
     NULL_ROWS,
+    AutoencoderConfig,
     DataConfig,
     DiffusionConfig,
     LoaderConfig,
@@ -37,9 +38,6 @@ from . import conditioning, finetuning
 from .common import PRECISION_FLAGS, check_kind, precision_of
 from .flags import COMMANDS, Flags
 
-if TYPE_CHECKING:
-    from ..gaussian_diffusion import GaussianDiffusion
-
 Load = Callable[..., ImageStream]
 
 # never taken from an earlier part of the run
@@ -55,7 +53,7 @@ class Training:
 
     flags: Flags
     network: Any
-    process: GaussianDiffusion
+    process: Any
     stream: ImageStream
     validation: ImageStream | None
 
@@ -91,6 +89,11 @@ def begin(flags: Flags) -> Training:
     if flags.part(TrainSpeedConfig).compile:
         compile_network(network, "the network in training", log=logger.log)
     return Training(flags, network, process, stream, validation)
+
+
+def trained_kind(flags: Flags) -> type[Any]:
+    """The config class of the network that a command trains."""
+    return AutoencoderConfig if flags.command == "autoencoder_train" else finetuning.KINDS[flags.command][1]
 
 
 def recompute(flags: Flags, model: Any) -> None:
@@ -129,7 +132,7 @@ def start(flags: Flags) -> Flags:
     random.seed(run.seed)
     np.random.seed(run.seed % 2**32)
     th.manual_seed(run.seed % 2**64)
-    if grid := flags.values["timestep_respacing"]:
+    if grid := flags.values.get("timestep_respacing"):
         logger.warn(f"timestep_respacing {grid} in training: the network sees these steps alone; leave it to sampling")
     return flags
 
@@ -140,7 +143,7 @@ def resolved(flags: Flags) -> Flags:
     flags = finetuning.over_source(_over_resumed(flags))
     flags.check()
     flags = _with_null_rows(flags)
-    dims, no_data = flags.values["dims"], not (flags.values["data_dir"] or flags.values["dry_run"])
+    dims, no_data = flags.values.get("dims", 2), not (flags.values["data_dir"] or flags.values.get("dry_run"))
     refuse(
         (no_data, "--data_dir is missing: give a folder or a zip of images"),
         (dims != 2, f"--dims {dims} does not fit pictures: leave it out, or use TrainLoop yourself"),
@@ -169,7 +172,7 @@ def _over_resumed(flags: Flags) -> Flags:
     given = {k: v for k, v in flags.given.items() if not (k in PRECISION_FLAGS and v == "auto" and config.get(k))}
     if any(name in given for name in PRECISION_FLAGS):
         known -= set(PRECISION_FLAGS)
-    check_kind(config, finetuning.KINDS[flags.command][1], f"--resume_checkpoint {path}")
+    check_kind(config, trained_kind(flags), f"--resume_checkpoint {path}")
     return Flags(flags.command, given, {name: value for name, value in config.items() if name in known})
 
 

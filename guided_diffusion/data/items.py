@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -27,6 +27,9 @@ from .conditioning import Pairing, Partners
 from .crops import Draws, Picture, center_crop_arr, channels_first, largest_cover, random_crop_arr, replay
 from .decoding import Decoded, Range
 from .sources import UnreadableImage, naming, read_decoded
+
+if TYPE_CHECKING:
+    from .captions import Captioning
 
 Key = tuple[int, int]  # (epoch, index)
 Item = tuple[NDArray[np.float32], dict[str, Any]]
@@ -46,6 +49,7 @@ class DataOptions(LoaderConfig):
         the same on every run, and says so.
     :param seed: of the order, of crops and of flips.
     :param pairing: where the images have conditioning images.
+    :param captioning: how their captions are read, if at all.
     :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
     :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer; `pictures.to_unit` makes [-1, 1]
         of them, on any device.
@@ -63,6 +67,7 @@ class DataOptions(LoaderConfig):
     on_bad_image: str = "error"
     seed: int = 0
     pairing: Pairing | None = None
+    captioning: Captioning | None = None
     num_workers: int = 0
     as_bytes: bool = False
     fit: bool = False

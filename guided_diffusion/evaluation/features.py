@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch as th
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -27,7 +28,7 @@ from ..runtime import files
 from ..runtime.errors import UserError, nearest, printable, quoted, reason, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
-from ..runtime.pictures import to_unit
+from ..runtime.pictures import levels, to_unit
 from ..runtime.seeds import to_device
 from .weights import find_inception, load_inception
 
@@ -69,6 +70,7 @@ class NetworkExtractor:
     identity: str
     run: Callable[[Images], Outputs]
     published: bool = False
+    differentiable: Callable[[th.Tensor], th.Tensor] | None = None  # pool [N, D] of images [N, C, H, W] in [-1, 1]
 
     def __call__(self, images: Images) -> Features:
         """Features of images, which must be uint8 [N, H, W, C], grey or RGB."""
@@ -116,7 +118,13 @@ def _inception(path: str, device: th.device, precision: str) -> NetworkExtractor
         return out.pool, out.spatial, out.logits_unbiased
 
     identity = f"inception {fingerprint(network.state_dict())} {precision} {VERSION}"
-    return NetworkExtractor("Inception", identity, run, published=True)
+
+    def differentiable(images: th.Tensor) -> th.Tensor:
+        pool: th.Tensor = network(levels(images).expand(-1, 3, -1, -1)).pool
+        return pool
+
+    network.eval().requires_grad_(False)
+    return NetworkExtractor("Inception", identity, run, published=True, differentiable=differentiable)
 
 
 # ---- classifiers of this project
@@ -150,14 +158,22 @@ def classifier_extractor(
             given, needed = ("x".join(map(str, sides)) for sides in (images.shape[1:3], size))
             logger.warn(f"images of {given} are scaled and cropped to {needed}, as in the training of the {name}")
             warned = True
-        head_inputs.clear()
         x = to_unit(_planes(fitted(images, size, config.image_channels), device))
+        pooled, logits = outputs(x)
+        return pooled, None, logits
+
+    def outputs(x: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        head_inputs.clear()
         logits = network(x, th.zeros(len(x), device=device))
         pooled = head_inputs.pop()
         pooled = pooled[:, :, 0] if pooled.ndim == 3 else pooled  # of an attention pool, whose first token is the mean
-        return pooled.flatten(1), None, logits
+        return pooled.flatten(1), logits
 
-    return NetworkExtractor(name, f"classifier {_digest(sorted(facts.items()))} {VERSION}", run)
+    def differentiable(images: th.Tensor) -> th.Tensor:
+        return outputs(F.interpolate(images, size, mode="bilinear", antialias=True))[0]
+
+    identity = f"classifier {_digest(sorted(facts.items()))} {VERSION}"
+    return NetworkExtractor(name, identity, run, differentiable=differentiable)
 
 
 def fitted(images: Images, size: tuple[int, int], channels: int) -> Images:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..nn import avg_pool_nd, checkpoint, conv_nd, linear, make_neighborhood_mask, normalization, zero_module
 from ..runtime.errors import UserError
+from .attention import SpatialTransformer
 from .ops import attention, over_tokens, skippable, through, untouched
 
 
@@ -34,14 +35,16 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence whose children receive what they can use of embedding and context."""
 
     def forward(  # type: ignore[override]
-        self, x: th.Tensor, emb: th.Tensor, context: th.Tensor | None = None
+        self, x: th.Tensor, emb: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None
     ) -> th.Tensor:
         extra = () if context is None else (context,)  # so that blocks written without a context go on working
         for layer in self:
             if isinstance(layer, TimestepBlock):
                 x = layer(x, emb, *extra)
+            elif isinstance(layer, AttentionBlock | SpatialTransformer):
+                x = layer(x, *extra) if mask is None else layer(x, context, mask)
             else:
-                x = layer(x, *extra) if isinstance(layer, AttentionBlock) else layer(x)
+                x = layer(x)
         return x
 
 
@@ -101,6 +104,8 @@ def cast_convolutions(module: nn.Module, dtype: th.dtype, *, channels_last: bool
             layer.to(dtype)
         if isinstance(layer, nn.Conv2d):
             layer.to(memory_format=layout)  # type: ignore[call-overload]
+        if isinstance(layer, SpatialTransformer):
+            layer.cast(dtype)
 
 
 class ResBlock(TimestepBlock):
@@ -180,6 +185,18 @@ def count_flops_attn(model: Any, _x: Any, y: Any) -> None:
     model.total_ops += 2 * n * channels * th.Size(spatial).numel() ** 2
 
 
+def _joint_mask(
+    mask: th.Tensor | None, encoder_mask: th.Tensor | None, q: th.Tensor, keys: th.Tensor
+) -> th.Tensor | None:
+    """Which queries attend to which keys, those of a context first; None where all attend to all."""
+    if mask is None and encoder_mask is None:
+        return None
+    n, _, length, _ = q.shape
+    own = q.new_ones(length, length, dtype=th.bool) if mask is None else mask
+    others = q.new_ones(n, keys.shape[2], dtype=th.bool) if encoder_mask is None else encoder_mask
+    return th.cat([others[:, None, None].expand(-1, 1, length, -1), own.expand(n, 1, -1, -1)], dim=3)
+
+
 class _QKVAttention(nn.Module):
     """Scaled dot-product attention.
 
@@ -204,39 +221,52 @@ class _QKVAttention(nn.Module):
             return None
         return make_neighborhood_mask(spatial or (), self.window, device)
 
-    def forward(self, qkv: th.Tensor, spatial: Sequence[int] | None = None) -> th.Tensor:
+    def forward(
+        self,
+        qkv: th.Tensor,
+        spatial: Sequence[int] | None = None,
+        encoder_kv: th.Tensor | None = None,
+        encoder_mask: th.Tensor | None = None,
+    ) -> th.Tensor:
         """Attend, [N, 3 * H * D, T] -> [N, H * D, T].
 
         :param spatial: shape of the feature map whose positions, row by row, are the T tokens.
+        :param encoder_kv: keys and values of a context, [N, 2 * H * D, L], which are attended to as well.
+        :param encoder_mask: bool [N, L], False for those of them that are attended to by none.
         """
-        q, k, v = self._heads(qkv.transpose(1, 2).contiguous()).unbind()
-        out = attention(q, k, v, self.get_neighborhood_mask(spatial, qkv.device))
+        q, k, v = self._heads(qkv.transpose(1, 2).contiguous(), 3).unbind()
+        mask = self.get_neighborhood_mask(spatial, qkv.device)
+        if encoder_kv is not None:
+            keys, values = self._heads(encoder_kv.transpose(1, 2).contiguous(), 2).unbind()
+            k, v = th.cat([keys, k], dim=2), th.cat([values, v], dim=2)
+            mask = _joint_mask(mask, encoder_mask, q, keys)
+        out = attention(q, k, v, mask)
         return out.transpose(1, 2).flatten(2).transpose(1, 2)
 
     @abstractmethod
-    def _heads(self, tokens: th.Tensor) -> th.Tensor:
-        """[N, T, 3 * H * D] -> [3, N, H, T, D], a view with D contiguous, which the fused kernels insist on."""
+    def _heads(self, tokens: th.Tensor, parts: int) -> th.Tensor:
+        """[N, T, parts * H * D] -> [parts, N, H, T, D], a view with D contiguous, as the fused kernels insist on."""
 
 
 @skippable
 class QKVAttention(_QKVAttention):
     """Attention whose input has the channels of q for all heads, then those of k, then those of v."""
 
-    def _heads(self, tokens: th.Tensor) -> th.Tensor:
-        return tokens.view(*tokens.shape[:2], 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+    def _heads(self, tokens: th.Tensor, parts: int) -> th.Tensor:
+        return tokens.view(*tokens.shape[:2], parts, self.n_heads, -1).permute(2, 0, 3, 1, 4)
 
 
 @skippable
 class QKVAttentionLegacy(_QKVAttention):
     """The same attention for the older order of channels: q, k, v of the first head, then of the next."""
 
-    def _heads(self, tokens: th.Tensor) -> th.Tensor:
-        return tokens.view(*tokens.shape[:2], self.n_heads, 3, -1).permute(3, 0, 2, 1, 4)
+    def _heads(self, tokens: th.Tensor, parts: int) -> th.Tensor:
+        return tokens.view(*tokens.shape[:2], self.n_heads, parts, -1).permute(3, 0, 2, 1, 4)
 
 
-def _attend(attention: nn.Module, qkv: th.Tensor, *spatial: Sequence[int]) -> th.Tensor:
+def _attend(attention: nn.Module, qkv: th.Tensor, *more: Any) -> th.Tensor:
     """The output of an attention module; one that is not ours gets contiguous memory, as the originals' do."""
-    out: th.Tensor = attention(qkv if untouched(attention) else qkv.contiguous(), *spatial)
+    out: th.Tensor = attention(qkv if untouched(attention) else qkv.contiguous(), *more)
     return out
 
 
@@ -255,6 +285,7 @@ class AttentionBlock(nn.Module):
     :param num_head_channels: channels of a head; -1 shares the channels among num_heads instead.
     :param use_new_attention_order: the weights are laid out for QKVAttention, not for QKVAttentionLegacy.
     :param spatial: shape of the feature map in training, for use_neighborhood_attention.
+    :param encoder_channels: E of a context [N, L, E] that is attended to as well (Nichol et al. 2021, GLIDE).
     """
 
     level = 0  # as for ResBlock
@@ -268,6 +299,8 @@ class AttentionBlock(nn.Module):
         use_new_attention_order: bool = False,
         spatial: Sequence[int] | None = None,
         use_neighborhood_attention: bool = False,
+        *,
+        encoder_channels: int | None = None,
     ) -> None:
         super().__init__()
         if num_head_channels == -1:
@@ -278,17 +311,25 @@ class AttentionBlock(nn.Module):
         self.qkv = conv_nd(1, channels, 3 * channels, 1)
         attention = QKVAttention if use_new_attention_order else QKVAttentionLegacy
         self.attention = attention(self.num_heads, spatial, use_neighborhood_attention)
+        self.encoder_kv: nn.Module | None = None
+        if encoder_channels:
+            self.encoder_kv = conv_nd(1, encoder_channels, 2 * channels, 1)
         self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
 
-    def forward(self, x: th.Tensor, context: th.Tensor | None = None) -> th.Tensor:
-        """Attend within [N, C, ...]; the context is for other blocks."""
-        out: th.Tensor = checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
+    def forward(self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None) -> th.Tensor:
+        """Attend within [N, C, ...] and, with `encoder_channels`, to a context [N, L, E] where its mask is True."""
+        given = (context, mask) if context is not None and self.encoder_kv is not None else ()
+        inputs = tuple(value for value in (x, *given) if value is not None)
+        out: th.Tensor = checkpoint(self._forward, inputs, self.parameters(), self.use_checkpoint)
         return out
 
-    def _forward(self, x: th.Tensor) -> th.Tensor:
+    def _forward(self, x: th.Tensor, context: th.Tensor | None = None, mask: th.Tensor | None = None) -> th.Tensor:
         h = self.norm(x).flatten(2) if untouched(self.norm) else self.norm(x.flatten(2))
-        spatial = (x.shape[2:],) if self.use_neighborhood_attention else ()
-        h = over_tokens(self.proj_out, _attend(self.attention, over_tokens(self.qkv, h), *spatial))
+        spatial = (x.shape[2:],) if self.use_neighborhood_attention or context is not None else ()
+        encoder: tuple[th.Tensor | None, ...] = ()
+        if context is not None and self.encoder_kv is not None:
+            encoder = self.encoder_kv(context.transpose(1, 2).to(h.dtype)), mask
+        h = over_tokens(self.proj_out, _attend(self.attention, over_tokens(self.qkv, h), *spatial, *encoder))
         return x + h.reshape(x.shape)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import UserError
+from .attention import SpatialTransformer
 from .blocks import AttentionBlock, ResBlock
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def recompute_at(network: UNetBackbone, resolutions: str) -> int:
             f"checkpoint_resolutions {unknown} of {resolutions!r} do not occur at size {longer}: its levels are "
             f"{', '.join(level_of)}; use these, or '' for none"
         )
-    levels, blocks = {level_of[word] for word in words}, (ResBlock, AttentionBlock)
+    levels, blocks = {level_of[word] for word in words}, (ResBlock, AttentionBlock, SpatialTransformer)
     chosen = [block for block in network.modules() if isinstance(block, blocks) and block.level in levels]
     for block in chosen:
         block.use_checkpoint = True

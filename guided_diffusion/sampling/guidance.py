@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,23 +237,31 @@ class ClassifierFree(GuidedNetwork):
     "none" to the network.
 
     :param null_label: the label that stands for no class; by default that of the network.
-    :raises ValueError: if the network has none: it was trained without --class_dropout.
+    :param null: keywords for the unconditional network, [1, ...] or [N, ...]: {"context": ..., "context_mask": ...} of
+        an empty text, or of a negative prompt.
+    :raises ValueError: if the network has no unconditional output: it was trained without --class_dropout.
     """
 
     def __init__(
-        self, model: Callable[..., th.Tensor], scale: Scale, *, null_label: int | None = None, rescale: float = 0.0
+        self,
+        model: Callable[..., th.Tensor],
+        scale: Scale,
+        *,
+        null_label: int | None = None,
+        null: Mapping[str, th.Tensor] | None = None,
+        rescale: float = 0.0,
     ) -> None:
         super().__init__(model, scale, rescale)
         self.null_label = self.null_label if null_label is None else null_label
-        self.null_cond = traits_of(model).null_cond
-        if self.null_label is None and not self.null_cond:
+        self.null_cond, self.null = traits_of(model).null_cond, dict(null or {})
+        if self.null_label is None and not self.null_cond and not self.null:
             raise UserError(
                 "classifier-free guidance needs a network that was trained without labels too: train with "
-                "class_dropout above 0, or give the null_label that it has"
+                "class_dropout above 0, or give the null_label that it has, or the keywords `null` of an empty text"
             )
 
     def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
-        """The model's output with and without the labels."""
+        """The model's output with and without its condition."""
         twice, count = dict(kwargs), x.shape[:1]
         for name, value in self._without(kwargs).items():
             if isinstance(value, th.Tensor) and kwargs[name].shape[:1] == count:
@@ -262,17 +270,19 @@ class ClassifierFree(GuidedNetwork):
         return strong, weak
 
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
-        """The model's output without the labels."""
+        """The model's output without its condition."""
         return self.model(x, timesteps, **self._without(kwargs))
 
     def _without(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The same arguments with the null label and the null conditioning image."""
-        null = {"y": ("labels", self.null_label), "cond_image": ("conditioning images", 0 if self.null_cond else None)}
-        used = {name: pair for name, pair in null.items() if pair[1] is not None}
-        for name, (words, _) in used.items():
+        """The same arguments with the null label, the null conditioning image and the keywords of `null`."""
+        null = {"y": self.null_label, "cond_image": 0 if self.null_cond else None}
+        used = {name: value for name, value in null.items() if value is not None}
+        for name in [*used, *self.null]:
             if kwargs.get(name) is None:
+                words = {"y": "labels", "cond_image": "conditioning images"}.get(name, name)
                 raise UserError(f'classifier-free guidance needs {words}: give model_kwargs={{"{name}": {words}}}')
-        return {**kwargs, **{name: th.full_like(kwargs[name], value or 0) for name, (_, value) in used.items()}}
+        given = {name: value.to(kwargs[name]).expand_as(kwargs[name]) for name, value in self.null.items()}
+        return kwargs | {name: th.full_like(kwargs[name], value) for name, value in used.items()} | given
 
 
 class Autoguided(GuidedNetwork):

@@ -117,5 +117,5 @@ def log_loss_dict(diffusion: Any, ts: th.Tensor, losses: Mapping[str, th.Tensor]
     quarters = (columns[0].long() * 4 // diffusion.num_timesteps).tolist()
     for name, values in zip(losses, columns[1:].tolist(), strict=True):
         logger.logkv_mean(name, float(np.mean(values)))
-        for quarter, value in sorted(zip(quarters, values, strict=True)):
+        for quarter, value in sorted(zip(quarters, values, strict=True)) if diffusion.num_timesteps > 1 else ():
             logger.logkv_mean(f"{name}_q{quarter}", value)

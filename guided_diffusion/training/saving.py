@@ -182,6 +182,7 @@ class RunState:
             "schedule_sampler": loop.schedule_sampler.state_dict(),
             "data": loop.data.state_dict() if hasattr(loop.data, "state_dict") else {},
             "rng": dist_util.gather_objects(rng_state(loop.device)),
+            **({"extra": {name: part.state_dict() for name, part in loop.extra.items()}} if loop.extra else {}),
         }
 
     # ---- back
@@ -249,6 +250,10 @@ class RunState:
             yield "data position restored"
         else:
             yield "data position NOT restored, the data start anew"
+        for name, part in loop.extra.items():
+            if name in state.get("extra", {}):
+                part.load_state_dict(state["extra"][name])
+                yield f"{name} restored"
         if "rng" in state:
             saved, ranks = state["rng"], dist_util.world_size()
             states = [saved] if isinstance(saved, dict) else list(saved)  # older runs kept those of rank 0

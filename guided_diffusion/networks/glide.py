@@ -1,0 +1,222 @@
+"""The text-conditional networks of GLIDE (Nichol et al. 2021), by the names of openai/glide-text2im.
+
+Shapes: N batch, L tokens of a text (`text_ctx`), V tokens of the vocabulary, D channels of the text transformer
+(`xf_width`), [N, C, H, W] images.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+from ..runtime.errors import UserError
+from .attention import LayerNorm32
+from .backbone import UNetModel
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_qkv, self.c_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        q, k, v = self.c_qkv(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).chunk(3, dim=-1)
+        out: th.Tensor = self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        out: th.Tensor = self.c_proj(F.gelu(self.c_fc(x)))
+        return out
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn, self.ln_1 = _Attention(width, heads), LayerNorm32(width)
+        self.mlp, self.ln_2 = _FeedForward(width), LayerNorm32(width)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        out: th.Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class _Transformer(nn.Module):
+    """Residual blocks of attention and feed-forward layers over [N, L, D]."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class Text2ImUNet(UNetModel):
+    """A U-Net that attends to a text, whose last token also joins the embedding of the timestep.
+
+    :param text_ctx: L.
+    :param xf_width: D; 0 for a network without text.
+    :param xf_final_ln: normalise the output of the transformer.
+    :param xf_padding: learned vectors take the place of tokens that the mask leaves out.
+    :param n_vocab: V.
+    """
+
+    def __init__(
+        self,
+        text_ctx: int,
+        xf_width: int,
+        xf_layers: int,
+        xf_heads: int,
+        xf_final_ln: bool,
+        *args: Any,
+        xf_padding: bool = False,
+        n_vocab: int = 50257,
+        **kwargs: Any,
+    ) -> None:
+        self.text_ctx, self.xf_width, self.xf_padding = text_ctx, xf_width, xf_padding
+        self._text = xf_layers, xf_heads, xf_final_ln, n_vocab
+        kwargs.setdefault("image_size", 64)
+        super().__init__(*args, encoder_channels=xf_width or None, **kwargs)
+
+    def _build(self) -> None:
+        super()._build()
+        if not self.xf_width:
+            return
+        layers, heads, final_ln, n_vocab = self._text
+        self.transformer = _Transformer(self.xf_width, layers, heads)
+        self.final_ln = LayerNorm32(self.xf_width) if final_ln else None
+        self.token_embedding = nn.Embedding(n_vocab, self.xf_width)
+        self.positional_embedding = nn.Parameter(th.empty(self.text_ctx, self.xf_width).normal_(std=0.01))
+        self.transformer_proj = nn.Linear(self.xf_width, 4 * self.model_channels)
+        if self.xf_padding:
+            self.padding_embedding = nn.Parameter(th.empty(self.text_ctx, self.xf_width).normal_(std=0.01))
+
+    def text(self, tokens: th.Tensor, mask: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
+        """What the network takes of texts: a vector [N, 4 * model_channels] for the embedding, and context [N, L, D].
+
+        :param tokens: [N, L] int64.
+        :param mask: bool [N, L], False where a text has ended.
+        """
+        if tokens.shape[1] != self.text_ctx:
+            raise UserError(f"tokens must be [N, {self.text_ctx}], got {list(tokens.shape)}: pad or cut the texts")
+        vectors = self.token_embedding(tokens.long()) + self.positional_embedding
+        if self.xf_padding:
+            if mask is None:
+                raise UserError(
+                    "mask is missing: the network has vectors of its own for tokens after the end of a text"
+                )
+            vectors = th.where(mask[..., None], vectors, self.padding_embedding)
+        out = self.transformer(vectors)
+        out = out if self.final_ln is None else self.final_ln(out)
+        return self.transformer_proj(out[:, -1]), out
+
+    def forward(  # type: ignore[override]
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        tokens: th.Tensor | None = None,
+        mask: th.Tensor | None = None,
+    ) -> th.Tensor:
+        """Predict from noisy images and the tokens of their texts."""
+        emb = self._embed(x[:, : self.in_channels], timesteps, None)
+        if not self.xf_width:
+            return self._predict(x, emb)
+        if tokens is None:
+            raise UserError(f"tokens are missing: give the tokens of the texts, [N, {self.text_ctx}]")
+        vector, context = self.text(tokens, mask)
+        return self._predict(x, emb + vector.to(emb), context, None)
+
+
+class _WithImages(Text2ImUNet):
+    """A network that sees further images, joined to x along the channels."""
+
+    def __init__(self, *args: Any, in_channels: int = 3, **kwargs: Any) -> None:
+        super().__init__(*args, in_channels=self.channels_of(in_channels), **kwargs)
+
+    @staticmethod
+    def channels_of(channels: int) -> int:
+        """Channels of all that the network sees, for images of `channels` channels."""
+        raise NotImplementedError
+
+
+def _enlarged(low_res: th.Tensor, x: th.Tensor) -> th.Tensor:
+    return F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _known(x: th.Tensor, image: th.Tensor | None, mask: th.Tensor | None) -> th.Tensor:
+    """[N, C + 1, H, W]: what is kept of an image, and the mask that says so (1 keeps); zeros where none is given."""
+    if image is None or mask is None:
+        return x.new_zeros(len(x), x.shape[1] + 1, *x.shape[2:])
+    return th.cat([image * mask, mask], dim=1)
+
+
+class SuperResText2ImUNet(_WithImages):
+    """The upsampler: it also sees small images [N, C, h, w]."""
+
+    @staticmethod
+    def channels_of(channels: int) -> int:
+        """x and the enlarged small image."""
+        return 2 * channels
+
+    def forward(  # type: ignore[override]
+        self, x: th.Tensor, timesteps: th.Tensor, low_res: th.Tensor, **kwargs: Any
+    ) -> th.Tensor:
+        """Predict from noisy images, their small versions, and texts."""
+        return super().forward(th.cat([x, _enlarged(low_res, x)], dim=1), timesteps, **kwargs)
+
+
+class InpaintText2ImUNet(_WithImages):
+    """The network that paints: it also sees what is kept of an image, and the mask."""
+
+    @staticmethod
+    def channels_of(channels: int) -> int:
+        """x, the image and the mask."""
+        return 2 * channels + 1
+
+    def forward(  # type: ignore[override]
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        inpaint_image: th.Tensor | None = None,
+        inpaint_mask: th.Tensor | None = None,
+        **kwargs: Any,
+    ) -> th.Tensor:
+        """Predict from noisy images, images [N, C, H, W] that a mask [N, 1, H, W] of ones keeps, and texts."""
+        return super().forward(th.cat([x, _known(x, inpaint_image, inpaint_mask)], dim=1), timesteps, **kwargs)
+
+
+class SuperResInpaintText2ImUnet(_WithImages):
+    """The upsampler that paints: it sees small images, what is kept of the large ones, and the mask."""
+
+    @staticmethod
+    def channels_of(channels: int) -> int:
+        """x, the image, the mask and the enlarged small image."""
+        return 3 * channels + 1
+
+    def forward(  # type: ignore[override]
+        self,
+        x: th.Tensor,
+        timesteps: th.Tensor,
+        inpaint_image: th.Tensor | None = None,
+        inpaint_mask: th.Tensor | None = None,
+        low_res: th.Tensor | None = None,
+        **kwargs: Any,
+    ) -> th.Tensor:
+        """Predict from noisy images, kept parts of images, small versions, and texts."""
+        if low_res is None:
+            raise UserError("low_res is missing: give the small images, [N, C, h, w]")
+        parts = [x, _known(x, inpaint_image, inpaint_mask), _enlarged(low_res, x)]
+        return super().forward(th.cat(parts, dim=1), timesteps, **kwargs)
