@@ -236,6 +236,7 @@ WORDS = "--image_size 16 --ch_mult 1,1 --z_channels 3 --embed_dim 3 --ema_rate 0
 WORDS += " --max_steps 3 --disc_weight 0.5 --disc_start 1 --disc_channels 8 --disc_layers 1 --lr 1e-3"
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_does(tmp_path, pictures, ranks):
     words = [*WORDS.split(), "--data_dir", pictures, "--val_data_dir", pictures, "--val_interval", "3"]
     autoencoder_train.main([*words, "--batch_size", "4", "--log_dir", str(tmp_path / "one")])
