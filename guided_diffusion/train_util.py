@@ -97,10 +97,8 @@ class TrainLoop:
         self.saver = Saver(asynchronous=options.async_save, keep_last=options.keep_last)
         self.validation = self.validation_of(options.val_data, options.val_batches)
         self.val_interval, self.hooks = options.val_interval, options.hooks
-        drawing = schedule_sampler or "uniform"
-        self.schedule_sampler: ScheduleSampler = (
-            create_named_schedule_sampler(drawing, diffusion) if isinstance(drawing, str) else drawing
-        )
+        chosen: Any = schedule_sampler or "uniform"
+        self.schedule_sampler = create_named_schedule_sampler(chosen, diffusion) if isinstance(chosen, str) else chosen
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
         self.label_dropout = LabelDropout(options.class_dropout, traits_of(model).null_label)
         self.step, self.resume_step = 0, 0

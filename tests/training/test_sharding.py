@@ -8,9 +8,10 @@ import pytest
 import test_train_util as training
 import torch as th
 
-from guided_diffusion import dist_util, unet
+from guided_diffusion import dist_util
 from guided_diffusion.config import ClassifierConfig, SuperResConfig, UNetConfig
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
+from guided_diffusion.networks.blocks import WIDE
 from guided_diffusion.script_util import build_classifier, build_unet, build_upsampler
 from guided_diffusion.train_util import Hook
 from guided_diffusion.training import checkpoints, lora, sharding
@@ -248,7 +249,7 @@ def test_a_split_network_computes_to_the_bit_what_it_did(kind):
     assert distance(*gradients, dict.fromkeys(gradients[0], 0)) < 0.02
 
 
-@pytest.mark.parametrize("width", [32, unet.WIDE])
+@pytest.mark.parametrize("width", [32, WIDE])
 def test_the_copy_without_values_lies_as_a_network_with_values_would(width):
     dist_util.setup_dist(device="cpu")
     model = build_unet(
@@ -260,7 +261,7 @@ def test_the_copy_without_values_lies_as_a_network_with_values_would(width):
     trainer = ShardedTrainer(model=model, precision="bf16")
     layout = [(param.dtype, param.stride()) for param in real.parameters()]
     assert [(param.dtype, param.stride()) for param in trainer._plain.parameters()] == layout
-    assert all(param.is_contiguous() for param in real.parameters()) == (width < unet.WIDE)
+    assert all(param.is_contiguous() for param in real.parameters()) == (width < WIDE)
 
 
 # ---- what cannot be split
