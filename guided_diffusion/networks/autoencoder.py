@@ -283,6 +283,11 @@ class AutoencoderKL(Autoencoder):
         return out.float()
 
 
+def straight_through(latents: th.Tensor, codes: th.Tensor) -> th.Tensor:
+    """The codes, whose gradients pass to the latents unchanged."""
+    return latents + (codes - latents).detach()
+
+
 class Codebook(nn.Module):
     """K vectors, the nearest of which takes the place of each vector of a latent.
 
@@ -299,10 +304,14 @@ class Codebook(nn.Module):
         vectors, codes = h.movedim(1, -1).flatten(0, -2), self.embedding.weight
         return (codes.pow(2).sum(1) - 2 * vectors @ codes.T).argmin(1)  # |v - c|^2 but for |v|^2
 
+    def codes(self, h: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """The codes nearest to latents [N, D, h, w], in their place, and their ids."""
+        ids = self.ids(h)
+        return self.embedding(ids).view(h.movedim(1, -1).shape).movedim(-1, 1), ids
+
     def forward(self, h: th.Tensor) -> th.Tensor:
         """The codes nearest to latents [N, D, h, w]; gradients pass to h as if nothing had been replaced."""
-        codes: th.Tensor = self.embedding(self.ids(h)).view(h.movedim(1, -1).shape).movedim(-1, 1)
-        return h + (codes - h).detach()
+        return straight_through(h, self.codes(h)[0])
 
 
 class VQModel(Autoencoder):

@@ -141,15 +141,12 @@ class Text2ImUNet(UNetModel):
 
 
 class _WithImages(Text2ImUNet):
-    """A network that sees further images, joined to x along the channels."""
+    """A network that sees further images and masks, joined to x along the channels: so many of each, x among them."""
+
+    images, masks = 1, 0
 
     def __init__(self, *args: Any, in_channels: int = 3, **kwargs: Any) -> None:
-        super().__init__(*args, in_channels=self.channels_of(in_channels), **kwargs)
-
-    @staticmethod
-    def channels_of(channels: int) -> int:
-        """Channels of all that the network sees, for images of `channels` channels."""
-        raise NotImplementedError
+        super().__init__(*args, in_channels=in_channels * self.images + self.masks, **kwargs)
 
 
 def _enlarged(low_res: th.Tensor, x: th.Tensor) -> th.Tensor:
@@ -166,10 +163,7 @@ def _known(x: th.Tensor, image: th.Tensor | None, mask: th.Tensor | None) -> th.
 class SuperResText2ImUNet(_WithImages):
     """The upsampler: it also sees small images [N, C, h, w]."""
 
-    @staticmethod
-    def channels_of(channels: int) -> int:
-        """x and the enlarged small image."""
-        return 2 * channels
+    images = 2
 
     def forward(  # type: ignore[override]
         self, x: th.Tensor, timesteps: th.Tensor, low_res: th.Tensor, **kwargs: Any
@@ -181,10 +175,7 @@ class SuperResText2ImUNet(_WithImages):
 class InpaintText2ImUNet(_WithImages):
     """The network that paints: it also sees what is kept of an image, and the mask."""
 
-    @staticmethod
-    def channels_of(channels: int) -> int:
-        """x, the image and the mask."""
-        return 2 * channels + 1
+    images, masks = 2, 1
 
     def forward(  # type: ignore[override]
         self,
@@ -201,10 +192,7 @@ class InpaintText2ImUNet(_WithImages):
 class SuperResInpaintText2ImUnet(_WithImages):
     """The upsampler that paints: it sees small images, what is kept of the large ones, and the mask."""
 
-    @staticmethod
-    def channels_of(channels: int) -> int:
-        """x, the image, the mask and the enlarged small image."""
-        return 3 * channels + 1
+    images, masks = 3, 1
 
     def forward(  # type: ignore[override]
         self,

@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import dist_util
 from ..fp16_util import Gradients
-from ..networks.autoencoder import AutoencoderKL, DiagonalGaussian, PatchDiscriminator, VQModel
+from ..networks.autoencoder import AutoencoderKL, DiagonalGaussian, PatchDiscriminator, VQModel, straight_through
 from ..runtime.seeds import to_device
 from .gradients import AdamW, AveragedGradients
 from .noise import TRAINING
@@ -57,11 +57,6 @@ def codebook_loss(latents: th.Tensor, codes: th.Tensor, commitment: float) -> th
     return per_image((latents.detach() - codes).square() + commitment * (latents - codes.detach()).square())
 
 
-def straight_through(latents: th.Tensor, codes: th.Tensor) -> th.Tensor:
-    """The codes, whose gradients pass to the latents unchanged."""
-    return latents + (codes - latents).detach()
-
-
 def hinge_loss(real: th.Tensor, fake: th.Tensor) -> th.Tensor:
     """The discriminator's loss from its scores of images and of reconstructions, [N]."""
     return 0.5 * (per_image(F.relu(1 - real)) + per_image(F.relu(1 + fake)))
@@ -97,13 +92,10 @@ class AutoencoderLoss:
     def reconstruct(self, model: Any, images: th.Tensor, noise: th.Tensor | None) -> Reconstruction:
         """The reconstructions from latents drawn with noise [N, D, h, w]; None takes the most probable latents."""
         if isinstance(model, VQModel):
-            latents, codebook = model.encode(images), model.quantize
-            ids = codebook.ids(latents)
-            codes = codebook.embedding(ids).view(latents.movedim(1, -1).shape).movedim(-1, 1)
-            penalty = codebook_loss(latents, codes, self.config.commitment)
-            return Reconstruction(
-                model.decode(straight_through(latents, codes), force_not_quantize=True), penalty, latents, ids
-            )
+            latents = model.encode(images)
+            codes, ids = model.quantize.codes(latents)
+            made = model.decode(straight_through(latents, codes), force_not_quantize=True)
+            return Reconstruction(made, codebook_loss(latents, codes, self.config.commitment), latents, ids)
         posterior: DiagonalGaussian = model.encode(images)
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         return Reconstruction(model.decode(latents), posterior.kl() / images[0].numel(), latents)

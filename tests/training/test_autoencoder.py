@@ -15,7 +15,7 @@ from guided_diffusion.commands import autoencoder_train
 from guided_diffusion.commands.autoencoder_loop import AutoencoderLoop
 from guided_diffusion.config import AutoencoderConfig, AutoencoderTrainConfig
 from guided_diffusion.image_datasets import load_data
-from guided_diffusion.networks.autoencoder import AutoencoderKL, PatchDiscriminator
+from guided_diffusion.networks.autoencoder import AutoencoderKL, PatchDiscriminator, straight_through
 from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.script_util import build_autoencoder
 from guided_diffusion.training import checkpoints
@@ -25,7 +25,6 @@ from guided_diffusion.training.autoencoder import (
     adaptive_weight,
     codebook_loss,
     hinge_loss,
-    straight_through,
 )
 from guided_diffusion.training.first_stage import load_autoencoder
 from guided_diffusion.training.similarity import psnr, ssim
