@@ -280,7 +280,7 @@ def _report(error: BaseException) -> None:
     code, sentence = exit_of(error)
     if ranks > 1 and code != 0:
         message = sentence or "".join(["failed\n", *traceback.format_exception(error)])
-        print(f"rank {place.rank} of {ranks}: {message}", file=sys.stderr)
+        sys.stderr.write(f"rank {place.rank} of {ranks}: {message}\n")  # at once: other ranks write there too
         launchers.end_job(code)
     if code == 2 and ranks == 1:
         logger.discard()

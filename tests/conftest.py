@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
+os.environ.pop("PYTHONUNBUFFERED", None)  # with it a line of one rank may stand within that of another
 
 import random
 import sys
