@@ -110,8 +110,9 @@ COMMANDS = {
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
     "convert": Command("Weights of a run or a checkpoint to one file, .safetensors or .pt.", (s.ConvertConfig,)),
     "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig, s.FromImagesConfig)),
-    "demo": Command(
-        "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoConfig,)
+    "demo": Command("Sample from the bundled model, with and without guidance, and draw a page.", (s.DemoConfig,)),
+    "demo_train": Command(
+        "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoTrainConfig,)
     ),
 }
 OTHERS: dict[str, Command] = {}  # what the console does not list: the converters of datasets/ add themselves

@@ -313,6 +313,14 @@ class FromImagesConfig(RangeConfig):
 class DemoConfig:
     """The demonstration."""
 
-    log_dir: str = local_flag("folder of the trained networks, the samples and the picture", "demo-output")
+    log_dir: str = local_flag("folder of the pictures, the numbers and the page", "demo-output")
+    seed: int = flag(0, "seed of the samples", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoTrainConfig:
+    """A small training from its beginning."""
+
+    log_dir: str = local_flag("folder of the trained networks, the samples and the picture", "demo-train-output")
     data_dir: str = path_flag("folder or zip of the images", "datasets/emoji64.zip")
     seed: int = flag(0, "seed of all randomness", at_least=0)

@@ -29,7 +29,7 @@ from ..runtime.errors import UserError, reason
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
-CONFIG, CLASSES = "config.json", "classes.json"
+CONFIG, CLASSES, SINGLE = "config.json", "classes.json", "model.safetensors"
 MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
@@ -166,14 +166,17 @@ def _with_file(path: str, what: str) -> Checkpoint:
 def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     """The checkpoint of a file, or of a run folder that with the newest moving average, else with the newest model.
 
-    Checkpoints with files of other sizes than their manifests name come last. Averages that are longer than the run
-    count only if they were warmed up (--ema_warmup), or if there is nothing else.
+    In a folder with a model.safetensors it is that file. Checkpoints with files of other sizes than their manifests
+    name come last. Averages that are longer than the run count only if they were warmed up (--ema_warmup), or if there
+    is nothing else.
 
     :param what: the path is, in messages.
     """
     path = files.resolve(path)
     if not isdir(path):
         return replace(_with_file(path, what), path=path)
+    if exists(single := join(path, SINGLE)):
+        return Checkpoint(None, path=single)
     sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not sets or not sets[-1].best:
         raise UserError(
