@@ -6,6 +6,7 @@ and are kept as uint8 [N, H, W, C] (any number of space dimensions between batch
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from .runtime.errors import UserError, refuse
 from .runtime.files import write_json
 from .runtime.jobs import Job
 from .runtime.labels import check_labels
-from .runtime.npz import fingerprint, save_npz, write_npz
+from .runtime.npz import PROMPTS, fingerprint, save_npz, write_arrays
 from .runtime.pictures import FILM_IMAGES, LEVEL, Film, Pixels, can_draw, draw_each, draw_grid, save_grid, to_uint8
 from .runtime.seeds import image_generator, seeded
 from .sampling.loop import SampleOptions, network_calls
@@ -96,6 +97,11 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         "seed": job.seed,
         "labels": labels if len(labels) <= LISTED else fingerprint({"labels": np.asarray(labels)}),
         "random_classes": 0 if labels else job.num_classes,
+        **(
+            {"prompts": list(job.prompts) if len(job.prompts) <= LISTED else _digest(job.prompts)}
+            if job.prompts
+            else {}
+        ),
         "sampler": repr(make_sampler(job.sampler)),
         "steps": process.num_timesteps,
         "schedule": fingerprint({"betas": process.betas, "timesteps": np.asarray(process.timestep_map)}),
@@ -107,6 +113,10 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         if not isinstance(value, bool | int | float | str | None):
             loop[name] = fingerprint({"": value}) if isinstance(value, th.Tensor) else "given"
     return {**job.request, **settings, **loop, "device": _device(model, options).type}
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
@@ -217,8 +227,12 @@ def _strayed(outside: Sequence[th.Tensor | None], *, clipped: bool) -> str:
 
 
 def merge(job: Job) -> None:
-    """Put the shards together, batch by batch."""
-    write_npz(job.path, *job.merged())
+    """Put the shards together, batch by batch, and the prompts beside them."""
+    arrays = {f"arr_{number}": rows for number, rows in enumerate(job.merged())}
+    if job.prompts:
+        texts = np.asarray([job.prompt(index) for index in range(job.size)])
+        arrays[PROMPTS] = (texts.shape, texts.dtype, [texts])
+    write_arrays(job.path, arrays)
 
 
 def _draw_pictures(job: Job, rank: int, world_size: int) -> None:
@@ -229,10 +243,11 @@ def _draw_pictures(job: Job, rank: int, world_size: int) -> None:
         logger.log(f"no pictures: images of shape {job.shape} cannot be drawn, with 1, 3 or 4 channels they can")
         return
     if rank == 0:
-        draw_grid(job.file("samples.png"), job.path, job.labels, job.class_names)
+        rows = (range(len(job.prompts)), job.prompts) if job.prompts else (job.labels, job.class_names)
+        draw_grid(job.file("samples.png"), job.path, *rows)
     if job.save_images:
         names, share = picture_names(job.names), {"rank": rank, "world_size": world_size}
-        draw_each(job.file("images"), job.path, labelled=job.labelled, names=names, **share)
+        draw_each(job.file("images"), job.path, labelled=job.labelled, names=names, prompts=job.prompts, **share)
 
 
 def sampled(

@@ -21,6 +21,7 @@ from . import dist_util, gaussian_diffusion as gd
 from .config import (
     AutoencoderConfig,
     ClassifierConfig,
+    ContextConfig,
     DiffusionConfig,
     NetworkConfig,
     SuperResConfig,
@@ -28,6 +29,7 @@ from .config import (
     seen_channels,
 )
 from .networks.autoencoder import AutoencoderKL, VQModel
+from .networks.context import context_arguments
 from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
 from .runtime.errors import UserError
@@ -158,7 +160,8 @@ def _network_arguments(
     """Arguments of `UNetModel` and `SuperResModel`: the flags of the same names, and what others become."""
     sides = parse_size(size)
     multipliers = channel_multipliers(config.channel_mult, sides, table)
-    same = {name: value for name, value in asdict(config).items() if name in signature(UNetModel).parameters}
+    names = signature(UNetModel).parameters.keys() - defaults(ContextConfig).keys()
+    same = {name: value for name, value in asdict(config).items() if name in names}
     return same | {
         "image_size": _side(sides),
         "in_channels": config.image_channels,
@@ -167,6 +170,7 @@ def _network_arguments(
         "attention_resolutions": attention_rates(config.attention_resolutions, sides, len(multipliers)),
         "channel_mult": multipliers,
         "num_classes": config.num_classes if config.class_cond else None,
+        **context_arguments(config, class_cond=config.class_cond),
     }
 
 
@@ -228,7 +232,7 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL | VQModel:
 
 
 def build_network(config: UNetConfig | SuperResConfig | ClassifierConfig, learn_sigma: bool) -> Any:
-    """The network of a config, in float32; `learn_sigma` changes nothing of a classifier."""
+    """The network of a config, in float32, without a text encoder; `learn_sigma` changes nothing of a classifier."""
     if isinstance(config, ClassifierConfig):
         return build_classifier(config)
     if isinstance(config, SuperResConfig):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch as th
@@ -13,6 +14,7 @@ from .. import dist_util, logger
 from ..config import (
     AutoencoderConfig,
     ClassifierConfig,
+    ContextConfig,
     DiffusionConfig,
     RangeConfig,
     RunConfig,
@@ -22,17 +24,18 @@ from ..config import (
 )
 from ..networks.architecture import architecture
 from ..networks.compiling import compile_network
+from ..networks.context import ContextEncoder, ScratchEncoder, build_context_encoder
 from ..networks.hardware import fastest_precision
 from ..runtime import files
 from ..runtime.errors import UserError
 from ..runtime.npz import fingerprint
-from ..runtime.options import parse_size
+from ..runtime.options import defaults, parse_size
 from ..sampling.guidance import dynamic_thresholding
 from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion, build_network
 from ..training import lora
-from ..training.checkpoints import Checkpoint, is_young, open_checkpoint
+from ..training.checkpoints import Checkpoint, is_young, open_checkpoint, tokenizer_beside
 from .flags import SAVED_NAMES, Flags
 from .sections import AdapterConfig, SampleConfig
 
@@ -48,7 +51,8 @@ PRECISIONS = {
     "classifier_precision": ("classifier_use_fp16", "classifier_width"),
 }
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
-NOT_IN_THE_RESULT = ("use_checkpoint", *PRECISION_FLAGS)
+NOT_IN_THE_RESULT = ("use_checkpoint", "text_encoder", *PRECISION_FLAGS)  # of an encoder its fingerprint is
+OLDER = defaults(ContextConfig)  # what the config.json of an older run does not say
 SAMPLER_OPTIONS = ("eta", "order", "churn")
 SIZES, OF_LEVELS = ("image_size", "large_size"), ("attention_resolutions", "channel_mult")
 
@@ -116,6 +120,7 @@ class Restored:
     :param flags: the command line over what the checkpoint says.
     :param classes: class names by id, [] where none are known.
     :param identity: what the result depends on, for `Job.request`.
+    :param encoder: of prompts, where the network attends to text.
     """
 
     network: Any
@@ -124,6 +129,7 @@ class Restored:
     process: GaussianDiffusion
     classes: list[str]
     identity: dict[str, Any]
+    encoder: ContextEncoder | None = None
 
     @property
     def clipping(self) -> dict[str, Any]:
@@ -171,12 +177,13 @@ def restore(flags: Flags, source: str = "model_path") -> Restored:
         flags.check()
     process = build_diffusion(schedule_of(flags))  # refuses an impossible grid before anything large is read
     config, learn_sigma = flags.part(section), flags.part(DiffusionConfig).learn_sigma
+    build = partial(network_of, config, learn_sigma, checkpoint.path)
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
-        frame = build_network(config, learn_sigma)
+        frame = build()
     weights = checkpoint.fitting(frame, asdict(config))
     if source == "model_path" and flags.values.get("lora_path"):
         weights = _adapted(flags.part(AdapterConfig), weights)
-    network: Any = build_network(config, learn_sigma)
+    network: Any = build()
     network.load_state_dict(weights)
     logger.log(f"{source}: {checkpoint.path}")
     _warn_of_defaults(checkpoint.path, flags, section)
@@ -187,10 +194,31 @@ def restore(flags: Flags, source: str = "model_path") -> Restored:
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
     network.to(dist_util.dev()).eval().requires_grad_(False).convert_to(precision)
+    encoder = encoder_beside(network, config) if source == "model_path" else None
     if flags.values.get("compile"):
         compile_network(network, f"the network of --{source}", sampling=True, log=logger.log)
         identity["compile"] = True  # it rounds otherwise
-    return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity)
+    return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity, encoder)
+
+
+def network_of(config: Any, learn_sigma: bool, path: str) -> Any:
+    """The network of a config, with its text encoder where that was trained along.
+
+    :param path: of its checkpoint, beside which the tokenizer lies.
+    """
+    network = build_network(config, learn_sigma)
+    if getattr(config, "context", "") == "text" and config.text_encoder == "scratch":
+        network.context_encoder = build_context_encoder(config, tokenizer=tokenizer_beside(path), log=logger.warn)
+    return network
+
+
+def encoder_beside(network: Any, config: Any) -> ContextEncoder | None:
+    """The encoder of the texts that a restored network is sampled for: its own, or the frozen one of its flags."""
+    if getattr(config, "context", "") != "text":
+        return None
+    if isinstance(network.context_encoder, ScratchEncoder):
+        return network.context_encoder
+    return build_context_encoder(config, device=dist_util.dev(), log=logger.warn)
 
 
 def _adapted(config: AdapterConfig, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
@@ -215,7 +243,7 @@ def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Fla
     if not flags.values[source]:
         raise UserError(f"--{source} is missing: give a checkpoint or the folder of a run")
     checkpoint, section = open_checkpoint(flags.values[source], f"--{source}"), section_of(flags, source)
-    saved = checkpoint.flags or _shapes(checkpoint, flags)
+    saved = {**OLDER, **(checkpoint.flags or _shapes(checkpoint, flags))}
     check_kind(saved, section, f"--{source} {checkpoint.path}")
     if source == "autoguide_path":
         given = {name: value for name, value in flags.given.items() if name not in SAVED_NAMES & set(saved)}

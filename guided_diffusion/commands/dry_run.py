@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, TrainConfig
+from ..networks.context import SCRATCH_DIM
 from ..runtime.options import parse_rates, parse_size
 from ..script_util import build_diffusion, build_network
 from . import conditioning, finetuning, training
@@ -67,6 +68,8 @@ def rehearse(flags: Flags) -> None:
     network.convert_to(precision_of(flags.values)[0], META)
     with META:
         cost = count(network, loss_of(flags, config), flags.part(TrainConfig).batch_size)
+    if flags.values.get("context") == "text":
+        logger.log(f"without its text encoder, whose vectors have {config.context_dim or SCRATCH_DIM} numbers")
     report(flags.part(TrainConfig), cost)
 
 
@@ -82,6 +85,8 @@ def loss_of(flags: Flags, config: Any) -> Loss:
         if isinstance(config, ClassifierConfig):
             return F.cross_entropy(network(x, t.float()), t)
         beside = {"y": t} if config.class_cond else {}
+        if config.context == "text":
+            beside["context"] = th.randn(n, config.max_tokens, config.context_dim or SCRATCH_DIM)
         beside |= {"cond_image": th.randn(n, kind.channels, *shape[1:])} if kind else {}
         if upsampler:
             beside["low_res"] = th.randn(n, config.image_channels, *parse_size(config.small_size))

@@ -19,6 +19,7 @@ from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion
 from ..training.checkpoints import step_of
+from . import prompts
 from .common import image_shape, log_to_screen, restore
 from .flags import Flags
 from .sections import ExtractorConfig, PlaceConfig
@@ -96,7 +97,7 @@ def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
 
 
 def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
-    """The samples of an evaluation: each has the label and the conditioning image of an image of the data.
+    """The samples of an evaluation: each has label, caption and conditioning image of an image of the data.
 
     These images are evenly spread over the data and in random order.
     """
@@ -107,12 +108,16 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
     chosen = (np.arange(count) * len(dataset) // count)[np.random.default_rng(seed).permutation(count)]
     classes = dataset.local_classes if unet.class_cond else None
 
-    def cond_images(indices: Sequence[int]) -> dict[str, th.Tensor]:
-        rows = [dataset[0, int(chosen[index])][1]["cond_image"] for index in indices]
-        return {"cond_image": th.from_numpy(np.stack(rows))}
+    def beside(indices: Sequence[int]) -> dict[str, th.Tensor]:
+        images = [int(chosen[index]) for index in indices]
+        keywords = prompts.first_captions(stream, images)
+        if dataset.partners is not None:
+            rows = [dataset[0, image][1]["cond_image"] for image in images]
+            keywords["cond_image"] = th.from_numpy(np.stack(rows))
+        return keywords
 
     return Job(
-        conditioning=None if dataset.partners is None else cond_images,
+        conditioning=beside if dataset.partners is not None or stream.captions is not None else None,
         sampler=sampler,
         shape=image_shape(unet.image_channels, unet.image_size),
         num_samples=count,

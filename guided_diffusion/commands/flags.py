@@ -52,13 +52,31 @@ UPSAMPLER = (c.SuperResConfig, c.DiffusionConfig)
 CLASSIFIER = (c.ClassifierConfig, c.DiffusionConfig)
 TRAINING = (c.LoaderConfig, c.TrainSpeedConfig, s.InitConfig, c.LoraConfig)
 EVALUATION = (c.TrainEvaluationConfig, s.ExtractorConfig)
-SAMPLING = (c.RunConfig, s.SampleConfig, s.AdapterConfig, s.FreeGuidanceConfig, c.RangeConfig, c.CompileConfig)
+PROMPTED = (s.PromptConfig, s.ClipConfig)
+SAMPLING = (
+    c.RunConfig,
+    s.SampleConfig,
+    *PROMPTED,
+    s.AdapterConfig,
+    s.FreeGuidanceConfig,
+    c.RangeConfig,
+    c.CompileConfig,
+)
 MEASURING = (s.LikelihoodConfig, s.MeasureConfig, c.FlowConfig, s.CondDataConfig)
 
 COMMANDS = {
     "image_train": Command(
         "Train a diffusion model.",
-        (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *EVALUATION, s.CondTrainConfig, *UNET),
+        (
+            c.RunConfig,
+            c.DataConfig,
+            c.CaptionConfig,
+            c.ImageTrainConfig,
+            *TRAINING,
+            *EVALUATION,
+            s.CondTrainConfig,
+            *UNET,
+        ),
     ),
     "image_sample": Command("Sample from a diffusion model.", (*SAMPLING, s.EditConfig, s.CondSampleConfig, *UNET)),
     "image_nll": Command(
@@ -85,7 +103,7 @@ COMMANDS = {
         ),
     ),
     "super_res_train": Command(
-        "Train an upsampler.", (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *UPSAMPLER)
+        "Train an upsampler.", (c.RunConfig, c.DataConfig, c.CaptionConfig, c.ImageTrainConfig, *TRAINING, *UPSAMPLER)
     ),
     "super_res_sample": Command(
         "Enlarge images.", (*SAMPLING, s.UpsampleConfig, s.GuidanceConfig, c.SuperResConfig, *CLASSIFIER)
@@ -105,7 +123,7 @@ COMMANDS = {
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
-        (s.SweepConfig, c.RangeConfig, s.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
+        (s.SweepConfig, s.PromptConfig, c.RangeConfig, s.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
     ),
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
     "convert": Command("Weights of a run or a checkpoint to one file, .safetensors or .pt.", (s.ConvertConfig,)),
@@ -273,7 +291,9 @@ SYNONYMS = {
     "strength": "denoising_strength noise_strength",
     "churn": "s_churn S_churn",
     "resample_jump": "jump jump_length",
-    "classes": "label labels class prompt",
+    "classes": "label labels class",
+    "prompt": "text caption",
+    "prompts": "prompt_file prompts_file from_file",
     "use_fp16": "fp16 half",
     "precision classifier_precision": "dtype amp mixed_precision",
     "use_checkpoint checkpoint_resolutions": "gradient_checkpointing grad_checkpoint",

@@ -376,15 +376,18 @@ class Header(NamedTuple):
     fortran: bool
 
 
-def read_header(file: IO[bytes]) -> Header:
-    """The header of an npy, leaving the file at its first number."""
+def read_header(file: IO[bytes], kinds: str = "biufc") -> Header:
+    """The header of an npy, leaving the file at its first number.
+
+    :param kinds: of numpy's types that it may be of.
+    """
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
     except Exception as error:  # a header is Python source, and numpy's parser raises what Python's does
         raise UserError(f"it is no npy ({reason(error)})") from error
-    if dtype.kind not in "biufc" or not all(type(side) is int and side >= 0 for side in shape):
+    if dtype.kind not in kinds or not all(type(side) is int and side >= 0 for side in shape):
         raise UserError(f"an array of type {printable(f'{dtype} {shape}')}, where numbers are read")
     return Header(shape, dtype, fortran and len(shape) > 1)
 

@@ -173,6 +173,7 @@ class Job(RestartableJob):
     :param save_images: write one PNG per image too.
     :param names: the file that each image comes from, where they come from files: kept in names.json, and their PNG
         files are called like them.
+    :param prompts: the texts that the images are made for, taken in turn: kept in the npz and in the PNG files.
     :param film: show the first images on their way, in film.png and film.gif, every so many steps; 0: do not.
     """
 
@@ -186,6 +187,7 @@ class Job(RestartableJob):
     start: Start | None = None
     save_images: bool = False
     names: Sequence[str] = ()
+    prompts: Sequence[str] = ()
     film: int = 0
 
     what: ClassVar[str] = "samples"
@@ -220,6 +222,10 @@ class Job(RestartableJob):
         """The file of the merged result."""
         sides = (self.num_samples, *self.shape[1:], self.shape[0])
         return self.file(f"samples_{'x'.join(map(str, sides))}.npz")
+
+    def prompt(self, index: int) -> str:
+        """The prompt of an image, '' where there are none."""
+        return self.prompts[index % len(self.prompts)] if self.prompts else ""
 
     def draw_labels(self, indices: Sequence[int], generators: Sequence[th.Generator]) -> th.Tensor | None:
         """Labels [B] of the images with these indices, or None; random ones are the first draw of each generator."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from .atomic import replacing
 from .errors import UserError
@@ -32,6 +34,7 @@ PAD = 2
 GROUP_GAP = 12
 MARGIN = 6
 LONGEST_NAME = 24
+LONGEST_STEM = 40  # characters of a prompt in the name of a file
 GRID_IMAGES = 100
 CHUNK = 64  # images in memory at a time
 
@@ -90,9 +93,12 @@ def _as_picture(image: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
-def save_png(path: str, image: Pixels) -> None:
-    """Write one image [H, W, C]."""
-    _as_picture(image).save(path, format="PNG")
+def save_png(path: str, image: Pixels, **texts: str) -> None:
+    """Write one image [H, W, C], with texts by their keywords in the file."""
+    info = PngInfo()
+    for keyword, text in texts.items():
+        info.add_text(keyword, text)
+    _as_picture(image).save(path, format="PNG", pnginfo=info)
 
 
 def save_grid(path: str, images: Pixels, columns: int, row_names: Sequence[str] = (), **options: Any) -> None:
@@ -167,16 +173,33 @@ def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: S
 
 
 def draw_each(
-    folder: str, samples: str, *, labelled: bool, rank: int = 0, world_size: int = 1, names: Sequence[str] = ()
+    folder: str,
+    samples: str,
+    *,
+    labelled: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    names: Sequence[str] = (),
+    prompts: Sequence[str] = (),
 ) -> None:
-    """NNNNNN_yK.png, or as `names` say, of every world_size-th image of the npz `samples`."""
+    """NNNNNN_yK_a-red-apple.png, or as `names` say, of every world_size-th image of the npz `samples`.
+
+    :param prompts: for the images in turn; they stand in the files as the text "prompt".
+    """
     labels = np.concatenate(list(read_npz(samples, "arr_1", CHUNK))) if labelled else None
     images = (image for chunk in read_npz(samples, "arr_0", CHUNK) for image in chunk)
     for index, image in islice(enumerate(images), rank, None, world_size):
+        texts = {"prompt": prompts[index % len(prompts)]} if prompts else {}
         suffix = "" if labels is None else f"_y{labels[index]}"
+        suffix += "".join(f"_{words}" for words in map(_file_name, texts.values()) if words)
         path = os.path.join(folder, names[index] if names else f"{index:06d}{suffix}.png")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_png(path, image)
+        save_png(path, image, **texts)
+
+
+def _file_name(text: str) -> str:
+    """The beginning of a text in lower-case letters, digits and dashes, which every file system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:LONGEST_STEM].strip("-")
 
 
 # ---- films

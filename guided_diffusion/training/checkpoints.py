@@ -29,7 +29,8 @@ from ..runtime.errors import UserError, reason
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
-CONFIG, CLASSES, SINGLE = "config.json", "classes.json", "model.safetensors"
+CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
+SINGLE = "model.safetensors"
 MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
@@ -215,6 +216,16 @@ def classes_beside(path: str) -> str:
         return path
     file_path = _in_folder_of(path, CLASSES)
     return file_path if exists(file_path) else ""
+
+
+def tokenizer_beside(path: str) -> str:
+    """The path of the tokenizer.json beside the checkpoint of a network whose text encoder was trained along."""
+    file_path = _in_folder_of(path, TOKENIZER)
+    if not exists(file_path):
+        raise UserError(
+            f"{file_path} is missing, without which the network reads no text: copy it from the run's folder"
+        )
+    return file_path
 
 
 def _in_folder_of(path: str, name: str) -> str:
