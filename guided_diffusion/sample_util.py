@@ -106,7 +106,7 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         "steps": process.num_timesteps,
         "schedule": fingerprint({"betas": process.betas, "timesteps": np.asarray(process.timestep_map)}),
         "prediction": f"{process.model_mean_type.name} {process.model_var_type.name} {process.rescale_timesteps}",
-        "clip_denoised": True,
+        "clip_denoised": job.decode is None,
     }
     loop: dict[str, Any] = {name: value for name, value in options.items() if name not in NOT_IN_THE_RESULT}
     for name, value in loop.items():
@@ -147,7 +147,7 @@ def make_shards(
     total = len(missing) * network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
     with logger.progress_bar(shown=show, total=total, desc="sampling", unit="step") as bar, evaluating(model):
         for batch in missing:
-            film = Film(job.film, min(FILM_IMAGES, len(job.rows(0)))) if job.film and batch == 0 else None
+            film = _film(job) if job.film and batch == 0 else None
             outside: list[th.Tensor | None] = []
 
             def each(output: StepOutput, film: Film | None = film, outside: list[Any] = outside) -> None:
@@ -165,6 +165,12 @@ def make_shards(
             if film is not None:
                 film.save(job.file("film.png"), job.file("film.gif"))
             save_npz(job.shard(batch), to_uint8(x), *([] if labels is None else [labels.cpu().numpy()]))
+
+
+def _film(job: Job) -> Film:
+    """A film of the first images of a job."""
+    count, decode = min(FILM_IMAGES, len(job.rows(0))), job.decode
+    return Film(job.film, count) if decode is None else Film(job.film, count, lambda x: decode(x, range(len(x))))
 
 
 def _sample_batch(
@@ -186,11 +192,16 @@ def _sample_batch(
         if job.conditioning is not None:
             kwargs |= {name: value.to(device) for name, value in job.conditioning(rows).items()}
         loop: SampleOptions = {**options, "model_kwargs": kwargs, "generator": generators, "device": device}
+        shape = job.shape
+        if job.decode is not None:
+            shape, loop = job.latent_shape, {"clip_denoised": False, **loop}
         if job.start is not None:
             loop = cast(SampleOptions, {**loop, **job.start(rows, kwargs)})
-        for output in process.sample_loop_progressive(job.sampler, model, (len(rows), *job.shape), **loop):
+        for output in process.sample_loop_progressive(job.sampler, model, (len(rows), *shape), **loop):
             each(output)
-    return output["sample"][:count], None if labels is None else labels[:count]
+        with th.no_grad():
+            x = output["sample"] if job.decode is None else job.decode(output["sample"], rows)
+    return x[:count], None if labels is None else labels[:count]
 
 
 def _device(model: Model, options: SampleOptions) -> th.device:
@@ -266,18 +277,26 @@ def sampled(
 
 
 def preview(
-    process: GaussianDiffusion, model: Model, shape: Sequence[int], *, labels: Sequence[int], seed: int, path: str
+    process: GaussianDiffusion,
+    model: Model,
+    shape: Sequence[int],
+    *,
+    labels: Sequence[int],
+    seed: int,
+    path: str,
+    **fields: Any,
 ) -> Pixels:
     """Write a grid of few-step DDIM samples and return them; no generator but its own is touched.
 
     :param shape: of all images, [N, C, H, W].
     :param labels: taken in turn; empty for an unconditional network.
+    :param fields: further ones of the `Job`.
     """
     kept = space_timesteps(process.num_timesteps, [min(PREVIEW_STEPS, process.num_timesteps)])
     few_steps = respaced(process, [float(process.timestep_map[int(t)]) for t in sorted(kept)])
     count, *image_shape = shape
     sizes: dict[str, Any] = {"shape": tuple(image_shape), "num_samples": count, "batch_size": count}
-    job = Job(sampler="ddim", out_dir="", seed=seed, labels=labels, **sizes)
+    job = Job(sampler="ddim", out_dir="", seed=seed, labels=labels, **sizes, **fields)
     [(_, images)] = sampled(few_steps, model, job)
     save_grid(path, images, math.ceil(math.sqrt(count)))
     return images

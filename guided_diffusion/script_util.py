@@ -10,7 +10,7 @@ import functools
 import inspect as inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from inspect import Parameter, Signature, signature
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from .config import (
     ContextConfig,
     DiffusionConfig,
     NetworkConfig,
+    SizedConfig,
     SuperResConfig,
     UNetConfig,
     seen_channels,
@@ -33,7 +34,7 @@ from .networks.context import context_arguments
 from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
 from .runtime.errors import UserError
-from .runtime.options import Size, check_keywords, defaults, parse_size, str2bool as str2bool
+from .runtime.options import Size, check_keywords, defaults, parse_size, size_flag, str2bool as str2bool
 from .sampling.schedules import rescale_zero_terminal_snr
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
@@ -125,10 +126,14 @@ def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, st
     levels, rate = len(numbers), 2 ** (len(numbers) - 1)
     for side in size:
         if side % rate:
-            near = " or ".join(str(legal) for legal in (side // rate * rate, (side // rate + 1) * rate) if legal)
             fault = f"image size {side} is not a multiple of {rate}, as the {levels} levels of channel_mult {text} need"
-            raise UserError(f"{fault}: use {near}, or fewer levels")
+            raise UserError(f"{fault}: use {_multiples(side, rate)}, or fewer levels")
     return tuple(int(number) if number.is_integer() else number for number in numbers)
+
+
+def _multiples(side: int, rate: int) -> str:
+    """Those of a rate below and above a side."""
+    return " or ".join(str(legal) for legal in (side // rate * rate, (side // rate + 1) * rate) if legal)
 
 
 def attention_rates(
@@ -174,8 +179,22 @@ def _network_arguments(
     }
 
 
+def in_its_space(config: T) -> T:
+    """The config of a network with the size and the channels of what it works on: latents, where it does."""
+    if not isinstance(config, SizedConfig) or not config.latent_channels:
+        return config
+    (height, width), factor = parse_size(config.image_size), config.latent_factor
+    for side in (height, width):
+        if side % factor:
+            fault = f"image size {side} is not a multiple of {factor}, as the autoencoder needs"
+            raise UserError(f"{fault}: use {_multiples(side, factor)}")
+    latents = {"image_size": size_flag((height // factor, width // factor)), "image_channels": config.latent_channels}
+    return replace(config, **latents, latent_factor=1, latent_channels=0)
+
+
 def build_unet(config: UNetConfig, learn_sigma: bool) -> UNetModel:
     """The U-Net of a config, in float32."""
+    config = in_its_space(config)
     network = _network_arguments(config, config.image_size, learn_sigma, CHANNEL_MULT)
     seen = seen_channels(config.cond_type, config.cond_channels, config.image_channels)
     return ConditionedModel(**network, cond_channels=seen, null_cond=config.null_cond) if seen else UNetModel(**network)
@@ -189,6 +208,7 @@ def build_upsampler(config: SuperResConfig, learn_sigma: bool) -> SuperResModel:
 
 def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
     """The classifier of a config, in float32."""
+    config = in_its_space(config)
     size = parse_size(config.image_size)
     multipliers = channel_multipliers(config.classifier_channel_mult, size)
     resolutions = config.classifier_attention_resolutions

@@ -1,7 +1,7 @@
 """Cut a zip of emoji in two: ``python split.py SOURCE TRAIN HELD_OUT``. All drawings of one emoji lie on one side.
 
-A tenth of the emoji is held out, by the SHA-256 of their code points, which follow the first "-" of the file names. Use:
-samples of a model of TRAIN are compared with HELD_OUT, which it has never seen in any style of drawing.
+A tenth of the emoji is held out, by the SHA-256 of their code points, which follow the first "-" of the file names.
+Samples of a model of TRAIN are compared with HELD_OUT, which it has never seen in any style of drawing.
 """
 
 import hashlib

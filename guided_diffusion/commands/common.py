@@ -36,11 +36,13 @@ from ..sampling.steps import Sampler
 from ..script_util import build_diffusion, build_network
 from ..training import lora
 from ..training.checkpoints import Checkpoint, is_young, open_checkpoint, tokenizer_beside
+from . import latents
 from .flags import SAVED_NAMES, Flags
-from .sections import AdapterConfig, SampleConfig
+from .sections import AdapterConfig, LatentConfig, SampleConfig
 
 if TYPE_CHECKING:
     from ..gaussian_diffusion import GaussianDiffusion
+    from ..networks.first_stage import FirstStage
 
 FIRST = "input_blocks.0.0.weight"  # the first convolution
 KINDS = {ClassifierConfig: "a classifier", SuperResConfig: "an upsampler", UNetConfig: "a diffusion model"}
@@ -121,6 +123,7 @@ class Restored:
     :param classes: class names by id, [] where none are known.
     :param identity: what the result depends on, for `Job.request`.
     :param encoder: of prompts, where the network attends to text.
+    :param first_stage: the autoencoder on whose latents it works, None for pixels.
     """
 
     network: Any
@@ -130,13 +133,14 @@ class Restored:
     classes: list[str]
     identity: dict[str, Any]
     encoder: ContextEncoder | None = None
+    first_stage: FirstStage | None = None
 
     @property
     def clipping(self) -> dict[str, Any]:
         """What is done to every prediction of x_0, as options of the loop."""
         config = self.flags.part(SampleConfig)
         threshold = {"denoised_fn": dynamic_thresholding(config.dynamic_threshold)} if config.dynamic_threshold else {}
-        return {"clip_denoised": config.clip_denoised, **threshold}
+        return {"clip_denoised": config.clip_denoised and self.first_stage is None, **threshold}
 
     def with_flags(self, **values: Any) -> Restored:
         """The same network under other flags of sampling."""
@@ -173,8 +177,10 @@ def section_of(flags: Flags, source: str) -> type[Any]:
 def restore(flags: Flags, source: str = "model_path") -> Restored:
     """The network whose checkpoint the flag `source` names, by its own flags, as `described` has them."""
     section, (checkpoint, flags) = section_of(flags, source), described(flags, source)
+    first_stage = None
     if source == "model_path":
         flags.check()
+        flags, first_stage = latents.of_sampling(flags, checkpoint)
     process = build_diffusion(schedule_of(flags))  # refuses an impossible grid before anything large is read
     config, learn_sigma = flags.part(section), flags.part(DiffusionConfig).learn_sigma
     build = partial(network_of, config, learn_sigma, checkpoint.path)
@@ -193,12 +199,14 @@ def restore(flags: Flags, source: str = "model_path") -> Restored:
         logger.log(line)
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
+    if first_stage is not None:
+        identity |= {"autoencoder_id": first_stage.fingerprint, "scale_factor": first_stage.scale_factor}
     network.to(dist_util.dev()).eval().requires_grad_(False).convert_to(precision)
     encoder = encoder_beside(network, config) if source == "model_path" else None
     if flags.values.get("compile"):
         compile_network(network, f"the network of --{source}", sampling=True, log=logger.log)
         identity["compile"] = True  # it rounds otherwise
-    return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity, encoder)
+    return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity, encoder, first_stage)
 
 
 def network_of(config: Any, learn_sigma: bool, path: str) -> Any:
@@ -243,7 +251,7 @@ def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Fla
     if not flags.values[source]:
         raise UserError(f"--{source} is missing: give a checkpoint or the folder of a run")
     checkpoint, section = open_checkpoint(flags.values[source], f"--{source}"), section_of(flags, source)
-    saved = {**OLDER, **(checkpoint.flags or _shapes(checkpoint, flags))}
+    saved = OLDER | latents.ON_PIXELS | (checkpoint.flags or _shapes(checkpoint, flags))
     check_kind(saved, section, f"--{source} {checkpoint.path}")
     if source == "autoguide_path":
         given = {name: value for name, value in flags.given.items() if name not in SAVED_NAMES & set(saved)}
@@ -254,7 +262,7 @@ def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Fla
             shapes = _shapes(checkpoint, flags)  # which levels a network has does not change with the size of images
             saved = saved | {name: value for name, value in shapes.items() if name.endswith(OF_LEVELS)}
     data = [RangeConfig] if "data_range" in flags.values else []  # images to sample from are of the kind trained on
-    return checkpoint, flags.over(saved, section, DiffusionConfig, *data)
+    return checkpoint, flags.over(saved, section, DiffusionConfig, LatentConfig, *data)
 
 
 def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:
@@ -271,6 +279,8 @@ def _shapes(checkpoint: Checkpoint, flags: Flags) -> dict[str, Any]:
     """The flags that the weights themselves show."""
     state = checkpoint.weights
     size = flags.values.get("large_size", flags.values.get("image_size"))
+    if (factor := checkpoint.flags.get("latent_factor", flags.values.get("latent_factor", 1))) > 1:
+        size = "x".join(str(side // factor) for side in parse_size(size))
     shapes = architecture(state)  # an attention pool knows its size
     if shapes and not flags.values.get("cond_type") and state[FIRST].shape[1] == 2 * shapes.get("image_channels", 0):
         shapes["large_size"] = flags.values.get("large_size", 0)  # it is an upsampler

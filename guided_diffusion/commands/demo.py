@@ -1,4 +1,4 @@
-"""Samples of the bundled model in a minute: without and with guidance, a film of one batch, how good they are, a page."""
+"""Sample from the bundled model in a minute: without and with guidance, a film of one batch, numbers, a page."""
 
 from __future__ import annotations
 

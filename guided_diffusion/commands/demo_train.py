@@ -24,7 +24,10 @@ CLASSIFIER = (
     "--classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,2,4 --classifier_attention_resolutions 8 "
     "--classifier_precision auto --weight_decay 0.05 --anneal_lr True --iterations"
 )
-SAMPLING = "--sampler dpm++2m --steps 20 --num_samples 144 --precision auto --classifier_precision auto --classes 0,1,2,3,4,5,6,7,8"
+SAMPLING = (
+    "--sampler dpm++2m --steps 20 --num_samples 144 --precision auto --classifier_precision auto "
+    "--classes 0,1,2,3,4,5,6,7,8"
+)
 # title, name of the folder, command, flags
 NETWORKS = (
     ("1. Training a diffusion model on 32x32 emoji", "diffusion", "image_train", DIFFUSION),

@@ -15,8 +15,8 @@ from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, TrainConfig
 from ..networks.context import SCRATCH_DIM
 from ..runtime.options import parse_rates, parse_size
-from ..script_util import build_diffusion, build_network
-from . import conditioning, finetuning, training
+from ..script_util import build_diffusion, build_network, in_its_space
+from . import conditioning, finetuning, latents, training
 from .common import image_shape, log_to_screen, precision_of
 from .flags import Flags
 
@@ -53,13 +53,14 @@ def count(network: nn.Module, loss: Loss, n: int) -> Cost:
 
 
 def rehearse(flags: Flags) -> None:
-    """Print what the training of these flags would take; nothing is read but the config that it goes on from."""
+    """Print what the training of these flags would take; nothing is read but the config and the autoencoder of it."""
     flags = training.resolved(flags)
     dist_util.setup_dist(device=flags.part(RunConfig).device)
     log_to_screen()
     flags, choices = training.with_precision(flags)
     for line in choices:
         logger.log(line)
+    flags, _ = latents.opened(flags, flags.values["resume_checkpoint"] or flags.values["init_from"])
     config = flags.part(finetuning.KINDS[flags.command][1])
     with META:
         network = build_network(config, flags.part(DiffusionConfig).learn_sigma)
@@ -75,7 +76,7 @@ def rehearse(flags: Flags) -> None:
 
 def loss_of(flags: Flags, config: Any) -> Loss:
     """The loss of a network on images of its size."""
-    upsampler = isinstance(config, SuperResConfig)
+    upsampler, config = isinstance(config, SuperResConfig), in_its_space(config)
     shape = image_shape(config.image_channels, config.large_size if upsampler else config.image_size, config.dims)
     process = build_diffusion(flags.part(DiffusionConfig))
     kind = conditioning.kind_of(flags) if flags.values.get("cond_type") else None

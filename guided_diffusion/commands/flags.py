@@ -22,7 +22,8 @@ from . import sections as s
 
 Section = TypeVar("Section", bound=object)
 
-SAVED = (c.UNetConfig, c.SuperResConfig, c.ClassifierConfig, c.DiffusionConfig)  # what a checkpoint's config.json says
+# what a checkpoint's config.json says
+SAVED = (c.UNetConfig, c.SuperResConfig, c.ClassifierConfig, c.DiffusionConfig, s.LatentConfig)
 SAVED_NAMES = {spec.name for section in SAVED for spec in fields(section) if not spec.metadata["runtime"]}
 
 
@@ -75,21 +76,24 @@ COMMANDS = {
             *TRAINING,
             *EVALUATION,
             s.CondTrainConfig,
+            s.LatentTrainConfig,
             *UNET,
         ),
     ),
-    "image_sample": Command("Sample from a diffusion model.", (*SAMPLING, s.EditConfig, s.CondSampleConfig, *UNET)),
+    "image_sample": Command(
+        "Sample from a diffusion model.", (*SAMPLING, s.EditConfig, s.CondSampleConfig, s.LatentConfig, *UNET)
+    ),
     "image_nll": Command(
         "Bits per dimension of images under a diffusion model.",
         (c.RunConfig, *MEASURING, s.AdapterConfig, c.CompileConfig, *UNET),
     ),
     "classifier_train": Command(
         "Train a classifier of noisy images.",
-        (c.RunConfig, s.ClassifierDataConfig, c.ClassifierTrainConfig, *TRAINING, *CLASSIFIER),
+        (c.RunConfig, s.ClassifierDataConfig, c.ClassifierTrainConfig, *TRAINING, s.LatentTrainConfig, *CLASSIFIER),
     ),
     "classifier_sample": Command(
         "Sample from a diffusion model, guided by a classifier.",
-        (*SAMPLING, s.GuidanceConfig, s.EditConfig, s.CondSampleConfig, c.UNetConfig, *CLASSIFIER),
+        (*SAMPLING, s.GuidanceConfig, s.EditConfig, s.CondSampleConfig, s.LatentConfig, c.UNetConfig, *CLASSIFIER),
     ),
     "autoencoder_train": Command(
         "Train an autoencoder, on whose latents a diffusion model can work.",
@@ -123,7 +127,16 @@ COMMANDS = {
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
-        (s.SweepConfig, s.PromptConfig, c.RangeConfig, s.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
+        (
+            s.SweepConfig,
+            s.PromptConfig,
+            c.RangeConfig,
+            s.ExtractorConfig,
+            c.RunConfig,
+            s.LatentConfig,
+            c.UNetConfig,
+            *CLASSIFIER,
+        ),
     ),
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
     "convert": Command("Weights of a run or a checkpoint to one file, .safetensors or .pt.", (s.ConvertConfig,)),

@@ -18,14 +18,17 @@ from ..sampling.guidance import autoguidance, classifier_free, classifier_guidan
 from ..sampling.loop import network_calls
 from ..sampling.samplers import DDIM, PLMS, Ancestral
 from ..script_util import build_diffusion
-from . import conditioning, editing, prompts
+from . import conditioning, editing, latents, prompts
 from .common import Plan, Restored, described, image_shape, restore, sampler_of, schedule_of, start
 from .flags import Flags
 from .sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig
 
 LONG = 10000  # evaluations of the network, from which on a run without --num_samples gets advice
 # flags that two networks must have in common
-OF_A_CLASSIFIER = "image_size image_channels dims diffusion_steps noise_schedule rescale_timesteps".split()
+OF_A_CLASSIFIER = (
+    "image_size image_channels dims diffusion_steps noise_schedule rescale_timesteps latent_channels autoencoder_id "
+    "scale_factor"
+).split()
 OF_A_WEAKER_MODEL = (
     *OF_A_CLASSIFIER,
     *"large_size small_size cond_type cond_channels zero_terminal_snr predict_xstart predict_v learn_sigma".split(),
@@ -60,9 +63,11 @@ def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tup
         plan.network = without_labels(plan.network)
     conditioning.extend(plan, model, names)
     prompts.extend(plan, model)
+    shape = image_shape(config.image_channels, config.image_size, config.dims)
+    plan.job |= latents.decoded(model.first_stage, shape)
     editing.extend(plan, model)
     plan.job |= job
-    return run(model, plan, image_shape(config.image_channels, config.image_size, config.dims))
+    return run(model, plan, shape)
 
 
 def enlarge(flags: Flags) -> str:
@@ -176,7 +181,7 @@ def _clipping_again(model: Restored) -> dict[str, bool]:
     By default it is, except where the originals' images are kept: in ddim and plms on the originals' grids.
     """
     config, values, kind = model.flags.part(SampleConfig), model.flags.values, type(sampler_of(model.flags))
-    if kind is Ancestral or not (config.clip_denoised or config.dynamic_threshold):
+    if kind is Ancestral or model.first_stage or not (config.clip_denoised or config.dynamic_threshold):
         return {}
     grid = re.fullmatch(r"(ddim)?[\d, ]*", values["timestep_respacing"])
     theirs, again = kind in (DDIM, PLMS) and grid and not config.steps, values.get("clip_guided", "auto")

@@ -43,6 +43,31 @@ class ClassifierDataConfig(DataConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """An autoencoder, in whose space the diffusion happens."""
+
+    autoencoder_path: str = path_flag(
+        "a run of autoencoder_train, or a file of latent-diffusion, on whose latents the network works; '': on pixels",
+        excludes="cond_type",
+    )
+    autoencoder_id: str = flag("", "fingerprint of its weights; the training sets it", needs="autoencoder_path")
+    scale_factor: float = flag(
+        0.0, "what latents are multiplied by; 0: the autoencoder's own", at_least=1e-6, needs="autoencoder_path"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentTrainConfig(LatentConfig):
+    """An autoencoder, in whose space the diffusion happens."""
+
+    NEEDS: ClassVar[str] = "autoencoder_path|init_from|resume_checkpoint"
+    cache_latents: bool = flag(
+        False, "encode every image once, to files in the run's folder", excludes="random_crop cache_images"
+    )
+    copy_autoencoder: bool = flag(False, "keep a copy of the autoencoder in the run's folder, which can then be moved")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CondDataConfig:
     """Conditioning images beside the images of --data_dir, of the kind that --cond_type says."""
 

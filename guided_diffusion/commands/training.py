@@ -27,6 +27,7 @@ from ..config import (
 from ..image_datasets import ImageStream, load_data, load_superres_data, save_classes
 from ..networks.compiling import compile_network
 from ..networks.context import ScratchEncoder
+from ..networks.first_stage import FirstStage
 from ..networks.memory import recompute_at
 from ..runtime import files
 from ..runtime.errors import UserError, refuse
@@ -35,7 +36,7 @@ from ..script_util import build_diffusion, build_network
 from ..train_util import TrainLoop
 from ..training import checkpoints
 from ..training.settings import Settings
-from . import conditioning, finetuning, prompts
+from . import conditioning, finetuning, latents, prompts
 from .common import PRECISION_FLAGS, check_kind, precision_of
 from .flags import COMMANDS, Flags
 
@@ -57,6 +58,7 @@ class Training:
     process: Any
     stream: ImageStream
     validation: ImageStream | None
+    first_stage: FirstStage | None = None
 
     def run(self, kind: type[TrainLoop] = TrainLoop, **options: Any) -> None:
         """Train to the end.
@@ -80,10 +82,11 @@ class Training:
 
 def begin(flags: Flags) -> Training:
     """The network and the images of a training, ready for its loop."""
-    flags = start(flags)
+    flags, first_stage = latents.of_training(start(flags))
     schedule, config = flags.part(DiffusionConfig), flags.part(finetuning.KINDS[flags.command][1])
     process = build_diffusion(schedule)
     stream, validation = open_streams(flags, **_stream_options(flags, config))
+    latents.attach(first_stage, flags, stream, validation)
     flags, encoder = prompts.encoder_of_training(flags, stream, validation)
     config = flags.part(type(config))
     network = build_network(config, schedule.learn_sigma)
@@ -94,7 +97,7 @@ def begin(flags: Flags) -> Training:
     recompute(flags, network)
     if flags.part(TrainSpeedConfig).compile:
         compile_network(network, "the network in training", log=logger.log)
-    return Training(flags, network, process, stream, validation)
+    return Training(flags, network, process, stream, validation, first_stage)
 
 
 def trained_kind(flags: Flags) -> type[Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 REQUEST = "request.json"
 
 Conditioning = Callable[[Sequence[int]], Mapping[str, th.Tensor]]
+Decode = Callable[[th.Tensor, Sequence[int]], th.Tensor]
 Start = Callable[[Sequence[int], dict[str, Any]], Mapping[str, Any]]
 
 
@@ -174,6 +175,8 @@ class Job(RestartableJob):
     :param names: the file that each image comes from, where they come from files: kept in names.json, and their PNG
         files are called like them.
     :param prompts: the texts that the images are made for, taken in turn: kept in the npz and in the PNG files.
+    :param latent_shape: of what the loop makes in place of an image, where `decode` makes images [B, C, H, W] of that,
+        called with it and the indices.
     :param film: show the first images on their way, in film.png and film.gif, every so many steps; 0: do not.
     """
 
@@ -189,6 +192,8 @@ class Job(RestartableJob):
     names: Sequence[str] = ()
     prompts: Sequence[str] = ()
     film: int = 0
+    latent_shape: tuple[int, ...] = ()
+    decode: Decode | None = None
 
     what: ClassVar[str] = "samples"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -216,10 +216,16 @@ class Film:
     ``film = Film(every=5)``, a sampling loop with ``callback=film.collect``, then ``film.save("a.png", "a.gif")``.
 
     :param every: how many steps from one frame to the next.
+    :param decode: makes images of what the loop makes.
     """
 
-    def __init__(self, every: int = 1, images: int = FILM_IMAGES) -> None:
-        self.every, self.images = every, images
+    def __init__(
+        self,
+        every: int = 1,
+        images: int = FILM_IMAGES,
+        decode: Callable[[th.Tensor], th.Tensor] = lambda images: images,
+    ) -> None:
+        self.every, self.images, self._decode = every, images, decode
         self.steps = 0
         self._frames: list[tuple[str, Pixels]] = []
         self._sample = th.empty(0)
@@ -227,13 +233,16 @@ class Film:
     def collect(self, index: int, output: Mapping[str, Any]) -> None:
         """Take in a step's output: its pred_xstart where a frame is due, and its sample, which may be the last."""
         if self.steps % self.every == 0:
-            self._frames.append((f"step {self.steps + 1}", to_uint8(output["pred_xstart"][: self.images])))
+            self._frames.append((f"step {self.steps + 1}", self._shown(output["pred_xstart"])))
         self.steps += 1
-        self._sample = output["sample"][: self.images]
+        self._sample = output["sample"]
+
+    def _shown(self, x: th.Tensor) -> Pixels:
+        return to_uint8(self._decode(x[: self.images]))
 
     def frames(self) -> list[tuple[str, Pixels]]:
         """Title and images uint8 [N, H, W, C] of every frame; the last one shows the finished images."""
-        return [*self._frames, ("image", to_uint8(self._sample))]
+        return [*self._frames, ("image", self._shown(self._sample))]
 
     def save(self, strip: str, animation: str) -> None:
         """Write a PNG with a row per image and a column per frame, and a GIF with the frames one after the other."""
