@@ -39,7 +39,9 @@ def pictures(path: str) -> tuple[Pixels, NDArray[np.int64]]:
     """All pictures of a zip, uint8 [N, H, W, C], and their classes [N]."""
     options = {"batch_size": 1, "image_size": SIZE, "class_cond": True, "random_flip": False, "as_bytes": True}
     data = load_data(data_dir=path, classes=str(HERE / "classes.json"), rank=0, world_size=1, **options).dataset
-    images, labels = zip(*[(image, extra["y"]) for image, extra in (data[index] for index in range(len(data)))])
+    images, labels = zip(
+        *[(image, extra["y"]) for image, extra in (data[index] for index in range(len(data)))], strict=True
+    )
     return np.stack(images).transpose(0, 2, 3, 1), np.asarray(labels)
 
 
