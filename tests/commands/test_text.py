@@ -34,6 +34,7 @@ from guided_diffusion.commands import (
 from guided_diffusion.commands.common import restore
 from guided_diffusion.commands.sections import SweepConfig
 from guided_diffusion.evaluation.features import make_extractor
+from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.networks.context import clip_embedding, train_tokenizer
 from guided_diffusion.sampling.guidance import autoguidance, classifier_free
 from guided_diffusion.sampling.samplers import make_sampler
@@ -259,6 +260,7 @@ def test_prompts_are_kept_with_the_images(made: Path) -> None:
         assert saved["prompts"].dtype.kind == "U"
         assert saved.files == ["arr_0", "prompts"]
         pixels = saved["arr_0"]
+    assert open_images(str(made)).count == 5
     assert sorted(path.name for path in (made / "images").iterdir())[:2] == [
         "000000_a-red-cat.png",
         "000001_two-blue-dogs.png",
@@ -343,6 +345,18 @@ def test_a_text_that_is_too_long_is_cut_with_a_line(run: str, tmp_path: Path) ->
     assert re.search(r"has \d+ tokens, and max_tokens is 16: it is cut behind '.*a red cat", said)
 
 
+def test_editing_takes_prompts(run: str, pictures: str, tmp_path: Path) -> None:
+    """An image that is inverted under its prompt comes back, better than under another one."""
+    flags = {**SAMPLING, "num_samples": 2, "model_path": run, "init_image": f"{pictures}/a_0.png", "use_ddim": True}
+    flags |= {"invert": True, "timestep_respacing": 40, "prompt": "a red cat"}
+    original = np.asarray(Image.open(f"{pictures}/a_0.png")).astype(float)
+    back = saved_by(image_sample.main, tmp_path / "a", *words(**flags))["arr_0"]
+    plain = saved_by(image_sample.main, tmp_path / "b", *words(**{**flags, "invert": False, "strength": 1}))["arr_0"]
+    assert np.abs(back - original).mean() < np.abs(plain - original).mean() / 2
+    between = {**flags, "invert": False, "interpolate": f"{pictures}/b_1.png"}
+    assert saved_by(image_sample.main, tmp_path / "c", *words(**between))["arr_0"].shape == (2, 8, 8, 3)
+
+
 # ---- cascades
 
 
@@ -416,7 +430,7 @@ def test_mistakes_of_training_are_a_sentence(
     ]
     for given, sentence in cases:
         assert sentence in refused(capsys, image_train.main, **given)
-    image_train.main(words(**{**flags, "data_dir": tmp_path / "some"}, skip_uncaptioned=True, batch_size=7))
+    image_train.main(words(**{**flags, "data_dir": tmp_path / "some", "batch_size": 7}, skip_uncaptioned=True))
 
 
 def test_mistakes_of_sampling_are_a_sentence(
