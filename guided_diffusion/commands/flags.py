@@ -126,6 +126,7 @@ COMMANDS = {
         (s.SweepConfig, s.PromptConfig, c.RangeConfig, s.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
     ),
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
+    "convert": Command("Weights of a run or a checkpoint to one file, .safetensors or .pt.", (s.ConvertConfig,)),
     "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig, s.FromImagesConfig)),
     "demo": Command(
         "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoConfig,)

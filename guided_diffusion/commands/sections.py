@@ -308,6 +308,15 @@ class DownloadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to write."""
+
+    source: str = path_flag("a checkpoint, or a run's folder (its newest EMA)", positional=True)
+    out: str = local_flag("file to write, .safetensors or .pt", positional=True)
+    precision: str = flag("fp32", "type of the numbers in it: fp32, fp16 or bf16", choices=PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class NpzToolConfig:
     """What to do."""
 

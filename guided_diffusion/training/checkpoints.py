@@ -190,12 +190,15 @@ def load_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | No
 
 
 def config_beside(path: str) -> dict[str, Any]:
-    """The flags that the run of a checkpoint (or run folder) was made with; {} where no config.json lies there."""
-    file_path = _in_folder_of(path, CONFIG)
-    if not exists(file_path):
+    """The flags that the run of a checkpoint (or run folder) was made with, from its header or the config.json there.
+
+    {} where there is neither.
+    """
+    text, file_path = files.safetensors_header(files.resolve(path)).get(CONFIG), _in_folder_of(path, CONFIG)
+    if not text and not exists(file_path):
         return {}
     try:
-        return {**files.parse_json(files.read_file(file_path))["flags"]}
+        return {**files.parse_json(text or files.read_file(file_path))["flags"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         detail = reason(error)
         raise UserError(
@@ -204,7 +207,9 @@ def config_beside(path: str) -> dict[str, Any]:
 
 
 def classes_beside(path: str) -> str:
-    """The path of the classes.json beside a checkpoint or in a run folder; '' if there is none."""
+    """What `load_classes` reads: a checkpoint itself, or the classes.json beside it; '' if there is none."""
+    if CLASSES in files.safetensors_header(path := files.resolve(path)):
+        return path
     file_path = _in_folder_of(path, CLASSES)
     return file_path if exists(file_path) else ""
 
