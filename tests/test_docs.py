@@ -35,6 +35,12 @@ def test_the_guidance_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "film.gif").stat().st_size > 0
 
 
+def test_the_page_about_text_runs_from_top_to_bottom() -> None:
+    names = run("\n".join(snippets("docs/text.md")))
+    assert names["images"].shape == (2, 3, 16, 16)
+    assert th.isfinite(names["images"]).all()
+
+
 def test_the_sampler_to_begin_with_is_a_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dataclass of under 20 lines and one entry: loop, guidance, masks and command line have it."""
     monkeypatch.setattr("guided_diffusion.sampling.samplers.SAMPLERS", dict(SAMPLERS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch as th
@@ -78,10 +78,20 @@ def _images(model: Restored, path: str, **options: Any) -> InitImages | latents.
     return latents.starting(model, images)
 
 
-def _noise_of(model: Restored, images: th.Tensor, labels: th.Tensor | None, strength: float = 1.0) -> th.Tensor:
-    """The noise that the unguided sampler without randomness turns images [B, C, H, W] to."""
+def _noise_of(
+    model: Restored,
+    images: th.Tensor,
+    labels: th.Tensor | None,
+    beside: Mapping[str, th.Tensor],
+    strength: float = 1.0,
+) -> th.Tensor:
+    """The noise that the unguided sampler without randomness turns images [B, C, H, W] to.
+
+    :param beside: the keywords of their prompts.
+    """
     conditional, device = model.flags.part(UNetConfig).class_cond, dist_util.dev()
-    kwargs = {"y": labels.to(device)} if conditional and labels is not None else {}
+    kwargs = {name: value.to(device) for name, value in beside.items()}
+    kwargs |= {"y": labels.to(device)} if conditional and labels is not None else {}
     options = {**model.clipping, "model_kwargs": kwargs, "device": device}
     return invert(model.process, model.network, images.to(device), strength=strength, **options)
 
@@ -94,7 +104,8 @@ def _invert(
     def start(indices: Sequence[int], kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
         labels = th.tensor([classes[index % len(classes)] for index in indices]) if classes else kwargs.get("y")
         rows = images.rows(indices)
-        return {**rows, "start": _noise_of(model, rows["init_image"], labels, strength)}
+        beside = {name: value for name, value in kwargs.items() if name != "y"}
+        return {**rows, "start": _noise_of(model, rows["init_image"], labels, beside, strength)}
 
     plan.job["start"] = start
     plan.request |= {"invert": True, "init_classes": classes}
@@ -113,12 +124,14 @@ def _interpolate(plan: Plan, model: Restored, first: InitImages | latents.InitLa
         (unlabelled, "--interpolate needs the class of every sample: give --classes, one or as many as samples"),
     )
     classes = classes or [turns[index % len(turns)] for index in (0, count - 1) if turns]
+    conditioning = plan.job.get("conditioning")  # by prompts
     ends: list[th.Tensor] = []  # made when first asked for, and for the two at once: the same on every rank
 
     def start(indices: Sequence[int], _: dict[str, Any]) -> dict[str, th.Tensor]:
         if not ends:
             both = th.cat([images.rows([0])["init_image"] for images in (first, second)])
-            ends.extend(_noise_of(model, both, th.tensor([classes[0], classes[-1]]) if classes else None))
+            labels = th.tensor([classes[0], classes[-1]]) if classes else None
+            ends.extend(_noise_of(model, both, labels, conditioning([0, count - 1]) if conditioning else {}))
         return {"start": slerp(ends[0], ends[1], th.tensor([index / (count - 1) for index in indices]))}
 
     plan.job["start"] = start
