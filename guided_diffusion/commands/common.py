@@ -250,7 +250,7 @@ def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None
 def _shapes(checkpoint: Checkpoint, flags: Flags) -> dict[str, Any]:
     """The flags that the weights themselves show."""
     state = checkpoint.weights
-    size = flags.values.get("large_size", flags.values.get("image_size"))
+    size: int | str = flags.values.get("large_size", flags.values.get("image_size", 0))
     if (factor := checkpoint.flags.get("latent_factor", flags.values.get("latent_factor", 1))) > 1:
         size = "x".join(str(side // factor) for side in parse_size(size))
     shapes = architecture(state)  # an attention pool knows its size

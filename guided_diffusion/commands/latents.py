@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch as th
 
 from .. import dist_util, logger
 from ..config import RunConfig
 from ..data.init_images import InitImages
-from ..data.latents import Encoder, cached_images
+from ..data.latents import AT_ONCE, MOMENTS, CachedImages, Encoder, Encoding, manifest
 from ..image_datasets import ImageStream
 from ..networks.first_stage import FirstStage
 from ..runtime import files
 from ..runtime.errors import UserError, refuse
-from ..runtime.npz import fingerprint
+from ..runtime.npz import fingerprint, save_npz
 from ..runtime.options import defaults
 from ..training import checkpoints
 from ..training.checkpoints import Checkpoint
@@ -81,6 +84,7 @@ def _place(flags: Flags, beside: str) -> str:
         return path
     folder = beside if files.isdir(beside) else os.path.dirname(beside)
     place = path if files.is_remote(path) else files.join(folder, path)
+    place = place if files.is_remote(place) else os.path.normpath(place)
     if not files.exists(place):
         raise UserError(
             f"the autoencoder of {beside} is not at {place}, where it was in training: give its place by "
@@ -150,6 +154,32 @@ def attach(stage: FirstStage | None, flags: Flags, *streams: ImageStream | None)
             stream.source = cached_images(stream, stage, data_dir, folder, log=logger.log)
             stream.num_workers = 0
         stream.encoder = Encoder(stage, flags.part(RunConfig).seed, dist_util.dev(), cached=cached)
+
+
+def cached_images(
+    stream: ImageStream, stage: FirstStage, data_dir: str, folder: str, *, log: Callable[[str], None]
+) -> CachedImages:
+    """The data set of moments of a stream's images, which are encoded where a folder does not hold them yet.
+
+    Every rank calls it, and sees the same folder.
+    """
+    images = stream.dataset
+    request = {"autoencoder": stage.fingerprint, "images": manifest(stream, data_dir)}
+    name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
+    job = Encoding(out_dir=os.path.join(folder, name), batch_size=AT_ONCE, request=request, images=images, stage=stage)
+    path, device = job.file(MOMENTS), next(stage.network.parameters()).device
+    finished = dist_util.decide(lambda: job.claim(request, [MOMENTS, "shards"]) and os.path.exists(path))
+    if not finished:
+        log(f"encoding {len(images)} images{' and their mirror images' * images.random_flip} once, to {path}")
+        missing = job.missing(dist_util.rank(), dist_util.world_size(), log=log)
+        for batch, rows in zip(missing, job.encode(missing, stream.num_workers, device), strict=True):
+            save_npz(job.shard(batch), rows)
+        dist_util.barrier()
+        dist_util.decide(job.merge)
+    if dist_util.rank() == 0:
+        job.tidy(MOMENTS)
+    log(f"  the latents are those in {path}")
+    return CachedImages(images, np.load(path, mmap_mode="r"))
 
 
 # ---- sampling

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,14 +16,11 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from .. import dist_util
 from ..config import LoaderConfig
-from ..networks.first_stage import FirstStage
 from ..runtime import files
 from ..runtime.atomic import replacing
 from ..runtime.errors import UserError
 from ..runtime.jobs import RestartableJob
-from ..runtime.npz import save_npz
 from ..runtime.options import parse_size
 from ..runtime.pictures import to_unit
 from ..runtime.seeds import image_seed, to_device
@@ -34,6 +30,7 @@ from .sources import UnreadableImage, split_archive
 
 if TYPE_CHECKING:
     from ..image_datasets import ImageStream
+    from ..networks.first_stage import FirstStage
 
 ENCODING = 3 << 64  # added to the seed: other numbers than those of training, validation and sampling
 MOMENTS = "moments.npy"
@@ -177,29 +174,3 @@ def manifest(stream: ImageStream, data_dir: str) -> str:
     settings = [parse_size(images.resolution), images.random_flip, options.data_range, options.fast_decode]
     digest.update(json.dumps(settings).encode())
     return digest.hexdigest()
-
-
-def cached_images(
-    stream: ImageStream, stage: FirstStage, data_dir: str, folder: str, *, log: Callable[[str], None]
-) -> CachedImages:
-    """The data set of moments of a stream's images, which are encoded where a folder does not hold them yet.
-
-    Every rank calls it, and sees the same folder.
-    """
-    images = stream.dataset
-    request = {"autoencoder": stage.fingerprint, "images": manifest(stream, data_dir)}
-    name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
-    job = Encoding(out_dir=os.path.join(folder, name), batch_size=AT_ONCE, request=request, images=images, stage=stage)
-    path, device = job.file(MOMENTS), next(stage.network.parameters()).device
-    finished = dist_util.decide(lambda: job.claim(request, [MOMENTS, "shards"]) and os.path.exists(path))
-    if not finished:
-        log(f"encoding {len(images)} images{' and their mirror images' * images.random_flip} once, to {path}")
-        missing = job.missing(dist_util.rank(), dist_util.world_size(), log=log)
-        for batch, rows in zip(missing, job.encode(missing, stream.num_workers, device), strict=True):
-            save_npz(job.shard(batch), rows)
-        dist_util.barrier()
-        dist_util.decide(job.merge)
-    if dist_util.rank() == 0:
-        job.tidy(MOMENTS)
-    log(f"  the latents are those in {path}")
-    return CachedImages(images, np.load(path, mmap_mode="r"))
