@@ -24,10 +24,9 @@ from guided_diffusion.commands import (
     image_sample,
     image_train,
 )
-from guided_diffusion.commands.latents import cached_images
+from guided_diffusion.commands.latents import Encoder, cached_images
 from guided_diffusion.config import AutoencoderConfig
 from guided_diffusion.data.init_images import InitImages
-from guided_diffusion.data.latents import Encoder
 from guided_diffusion.image_datasets import ImageStream, load_data
 from guided_diffusion.networks.first_stage import FirstStage
 from guided_diffusion.runtime.npz import fingerprint
