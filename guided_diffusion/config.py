@@ -105,7 +105,7 @@ class SizedConfig(ImageConfig):
     latent_factor: int = flag(
         1, "pixels along the side of a number of a latent; --autoencoder_path says it", at_least=1
     )
-    latent_channels: int = flag(0, "channels of latents, 0: it works on pixels; from --autoencoder_path", at_least=1)
+    latent_channels: int = flag(0, "channels of latents, 0: it works on pixels; from --autoencoder_path", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -188,8 +188,8 @@ def in_its_space(config: T) -> T:
         if side % factor:
             fault = f"image size {side} is not a multiple of {factor}, as the autoencoder needs"
             raise UserError(f"{fault}: use {_multiples(side, factor)}")
-    latents = {"image_size": size_flag((height // factor, width // factor)), "image_channels": config.latent_channels}
-    return replace(config, **latents, latent_factor=1, latent_channels=0)
+    size, channels = size_flag((height // factor, width // factor)), config.latent_channels
+    return replace(config, image_size=size, image_channels=channels, latent_factor=1, latent_channels=0)
 
 
 def build_unet(config: UNetConfig, learn_sigma: bool) -> UNetModel:

@@ -36,7 +36,7 @@ from ..sampling.steps import Sampler
 from ..script_util import build_diffusion, build_network
 from ..training import lora
 from ..training.checkpoints import Checkpoint, is_young, open_checkpoint, tokenizer_beside
-from . import latents
+from . import latent_space
 from .flags import SAVED_NAMES, Flags
 from .sections import AdapterConfig, LatentConfig, SampleConfig
 
@@ -180,7 +180,7 @@ def restore(flags: Flags, source: str = "model_path") -> Restored:
     first_stage = None
     if source == "model_path":
         flags.check()
-        flags, first_stage = latents.of_sampling(flags, checkpoint)
+        flags, first_stage = latent_space.of_sampling(flags, checkpoint)
     process = build_diffusion(schedule_of(flags))  # refuses an impossible grid before anything large is read
     config, learn_sigma = flags.part(section), flags.part(DiffusionConfig).learn_sigma
     build = partial(network_of, config, learn_sigma, checkpoint.path)
@@ -251,7 +251,7 @@ def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Fla
     if not flags.values[source]:
         raise UserError(f"--{source} is missing: give a checkpoint or the folder of a run")
     checkpoint, section = open_checkpoint(flags.values[source], f"--{source}"), section_of(flags, source)
-    saved = OLDER | latents.ON_PIXELS | (checkpoint.flags or _shapes(checkpoint, flags))
+    saved = OLDER | latent_space.ON_PIXELS | (checkpoint.flags or _shapes(checkpoint, flags))
     check_kind(saved, section, f"--{source} {checkpoint.path}")
     if source == "autoguide_path":
         given = {name: value for name, value in flags.given.items() if name not in SAVED_NAMES & set(saved)}
@@ -278,9 +278,7 @@ def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None
 def _shapes(checkpoint: Checkpoint, flags: Flags) -> dict[str, Any]:
     """The flags that the weights themselves show."""
     state = checkpoint.weights
-    size = flags.values.get("large_size", flags.values.get("image_size"))
-    if (factor := checkpoint.flags.get("latent_factor", flags.values.get("latent_factor", 1))) > 1:
-        size = "x".join(str(side // factor) for side in parse_size(size))
+    size = checkpoint.size_of_inputs(flags.values.get("large_size", flags.values.get("image_size", 0)), flags.values)
     shapes = architecture(state)  # an attention pool knows its size
     if shapes and not flags.values.get("cond_type") and state[FIRST].shape[1] == 2 * shapes.get("image_channels", 0):
         shapes["large_size"] = flags.values.get("large_size", 0)  # it is an upsampler

@@ -16,7 +16,7 @@ from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfi
 from ..networks.context import SCRATCH_DIM
 from ..runtime.options import parse_rates, parse_size
 from ..script_util import build_diffusion, build_network, in_its_space
-from . import conditioning, finetuning, latents, training
+from . import conditioning, finetuning, latent_space, training
 from .common import image_shape, log_to_screen, precision_of
 from .flags import Flags
 
@@ -60,7 +60,7 @@ def rehearse(flags: Flags) -> None:
     flags, choices = training.with_precision(flags)
     for line in choices:
         logger.log(line)
-    flags, _ = latents.opened(flags, flags.values["resume_checkpoint"] or flags.values["init_from"])
+    flags, _ = latent_space.opened(flags, flags.values["resume_checkpoint"] or flags.values["init_from"])
     config = flags.part(finetuning.KINDS[flags.command][1])
     with META:
         network = build_network(config, flags.part(DiffusionConfig).learn_sigma)

@@ -18,7 +18,7 @@ from ..sampling.loop import network_calls
 from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion
-from . import latents
+from . import latent_space
 from .flags import Flags
 from .sections import EditConfig, SampleConfig
 
@@ -67,15 +67,15 @@ def extend(plan: Plan, model: Restored) -> None:
         plan.loop |= {"resample": config.resample, "jump": config.resample_jump}
     plan.request["init_image"] = images.check(count)
     plan.job["start"] = lambda indices, _: images.rows(indices)
-    latents.paste(plan, images)
+    latent_space.paste(plan, images)
     if config.invert:
         _invert(plan, model, images, classes, strength)
 
 
-def _images(model: Restored, path: str, **options: Any) -> InitImages | latents.InitLatents:
+def _images(model: Restored, path: str, **options: Any) -> InitImages | latent_space.InitLatents:
     config, span = model.flags.part(UNetConfig), parse_range(model.flags.part(RangeConfig).data_range)
     images = InitImages(path, config.image_size, config.image_channels, data_range=span, **options)
-    return latents.starting(model, images)
+    return latent_space.starting(model, images)
 
 
 def _noise_of(
@@ -97,7 +97,7 @@ def _noise_of(
 
 
 def _invert(
-    plan: Plan, model: Restored, images: InitImages | latents.InitLatents, classes: list[int], strength: float
+    plan: Plan, model: Restored, images: InitImages | latent_space.InitLatents, classes: list[int], strength: float
 ) -> None:
     """Start every sample from the noise of its image, under the image's class."""
 
@@ -112,7 +112,7 @@ def _invert(
     plan.calls += network_calls(model.process, make_sampler("ddim"), strength=strength)
 
 
-def _interpolate(plan: Plan, model: Restored, first: InitImages | latents.InitLatents, classes: list[int]) -> None:
+def _interpolate(plan: Plan, model: Restored, first: InitImages | latent_space.InitLatents, classes: list[int]) -> None:
     """Start samples from noise on the way from that of one image to that of another."""
     second, count = _images(model, model.flags.part(EditConfig).interpolate), model.flags.part(SampleConfig).num_samples
     turns = list(plan.job.get("labels", ()))

@@ -19,7 +19,7 @@ from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion
 from ..training.checkpoints import step_of
-from . import latents, prompts
+from . import latent_space, prompts
 from .common import image_shape, log_to_screen, restore
 from .flags import Flags
 from .sections import ExtractorConfig, PlaceConfig
@@ -92,7 +92,7 @@ def evaluation_of(flags: Flags, stream: ImageStream, first_stage: FirstStage | N
     )
     process = build_diffusion(replace(schedule, timestep_respacing=f"{sampler.grid}{config.eval_steps}"))
     job = evaluation_job(flags, sampler, stream)
-    job = replace(job, **latents.decoded(first_stage, job.shape))
+    job = replace(job, **latent_space.decoded(first_stage, job.shape))
     with seeded(flags.part(RunConfig).seed, 0, dist_util.dev()):  # weights are drawn at random before they are read
         extractor = extractor_of(flags)
     done = step_of(flags.values["resume_checkpoint"]) or 0

@@ -1,141 +1,185 @@
-"""Diffusion in the space of an autoencoder: from flags to it, to streams of latents and to jobs that decode."""
+"""Latents in place of images in a stream: encoded batch by batch, or once for all and kept in a file.
+
+Shapes: N batch, [N, C, H, W] images, latents and moments as in `networks.first_stage`.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch as th
+from numpy.typing import NDArray
 
 from .. import dist_util, logger
-from ..config import RunConfig
-from ..data.init_images import InitImages
-from ..data.latents import Encoder, cached_images
-from ..image_datasets import ImageStream
-from ..networks.first_stage import FirstStage
+from ..config import LoaderConfig, RunConfig
+from ..data.crops import Draws
+from ..data.items import Crop, ImageDataset, batches
+from ..data.sources import UnreadableImage, split_archive
 from ..runtime import files
-from ..runtime.errors import UserError, refuse
-from ..runtime.npz import fingerprint
-from ..runtime.options import defaults
-from ..training import checkpoints
-from ..training.checkpoints import Checkpoint
-from ..training.first_stage import load_autoencoder
-from .flags import COMMANDS, Flags
-from .sections import LatentConfig, LatentTrainConfig
+from ..runtime.atomic import replacing
+from ..runtime.errors import UserError
+from ..runtime.jobs import RestartableJob
+from ..runtime.npz import save_npz
+from ..runtime.options import parse_size
+from ..runtime.pictures import to_unit
+from ..runtime.seeds import image_seed, to_device
+from .flags import Flags
+from .sections import LatentTrainConfig
 
 if TYPE_CHECKING:
-    from .common import Plan, Restored
+    from ..image_datasets import ImageStream
+    from ..networks.first_stage import FirstStage
 
-ON_PIXELS = {**defaults(LatentConfig), "latent_factor": 1, "latent_channels": 0}  # what older configs do not say
-COPY, CACHE = "autoencoder.pt", "latents"  # in a run's folder
+CACHE = "latents"  # in a run's folder
+ENCODING = 3 << 64  # added to the seed: other numbers than those of training, validation and sampling
+MOMENTS = "moments.npy"
+AT_ONCE = 64  # images in a shard
 
 
-# ---- the autoencoder
+@dataclass(frozen=True)
+class Encoder:
+    """Makes latents of the batches of a stream.
 
-
-def opened(flags: Flags, beside: str = "") -> tuple[Flags, FirstStage | None]:
-    """The flags with what the autoencoder that they name says of latents, and the autoencoder.
-
-    :param beside: the checkpoint, or the folder, that the flags were saved with.
+    :param cached: batches are moments already.
     """
-    values, path = flags.values, _place(flags, beside)
-    if not path:
-        if values.get("latent_channels"):
-            raise UserError("the network works on latents, and no autoencoder is named: give --autoencoder_path")
-        return flags, None
-    stage = _open(path, flags)
-    known = values["autoencoder_id"]
-    unlike = (
-        f"{path} is of images with {stage.image_channels} channels, and --image_channels {values['image_channels']}"
-    )
-    refuse(
-        (
-            known and known != stage.fingerprint,
-            f"{path} is another autoencoder (fingerprint {stage.fingerprint}) than that of the training ({known}): "
-            "give its place by --autoencoder_path",
-        ),
-        (stage.image_channels != values["image_channels"], f"{unlike}: give another, or the channels"),
-    )
-    logger.log(
-        f"autoencoder: {path}, {stage.channels} channels, {stage.factor} pixels along the side of a number, latents "
-        f"times {stage.scale_factor:.6g}"
-    )
-    facts = {
-        "autoencoder_id": stage.fingerprint,
-        "scale_factor": stage.scale_factor,
-        "latent_factor": stage.factor,
-        "latent_channels": stage.channels,
-    }
-    for name, value in facts.items():
-        if flags.given.get(name, value) != value:
-            raise UserError(f"--{name} {flags.given[name]} is not the autoencoder's, {value}: leave it out")
-    return Flags(flags.command, flags.given, {**flags.saved, **facts}), stage
+
+    stage: FirstStage
+    seed: int
+    device: th.device
+    cached: bool = False
+
+    @th.no_grad()
+    def __call__(self, images: th.Tensor, numbers: Sequence[int]) -> th.Tensor:
+        """Latents drawn by (seed, number), one number for each image [N, C, H, W] in bytes or in [-1, 1]."""
+        images = to_device(images, self.device)
+        moments = images if self.cached else self.stage.moments(to_unit(images))
+        return self.stage.latents(moments, self._noise(moments, numbers) if self.stage.draws else None)
+
+    def _noise(self, moments: th.Tensor, numbers: Sequence[int]) -> th.Tensor:
+        shape, generator = (self.stage.channels, *moments.shape[2:]), th.Generator(self.device)
+        seeds = [image_seed(self.seed + ENCODING, number) for number in numbers]
+        return th.stack([th.randn(shape, generator=generator.manual_seed(seed), device=self.device) for seed in seeds])
 
 
-def _place(flags: Flags, beside: str) -> str:
-    """The path of the autoencoder, '' where none is named; a saved one is relative to the folder of its run."""
-    path: str = flags.values.get("autoencoder_path", "")
-    if not path or "autoencoder_path" in flags.given:
-        return path
-    folder = beside if files.isdir(beside) else os.path.dirname(beside)
-    place = path if files.is_remote(path) else files.join(folder, path)
-    if not files.exists(place):
-        raise UserError(
-            f"the autoencoder of {beside} is not at {place}, where it was in training: give its place by "
-            "--autoencoder_path"
+class CachedImages(ImageDataset):
+    """A data set whose items are moments instead of images.
+
+    :param moments: [N, M, ...], M = 2 where the images are mirrored too; NaN for what could not be read.
+    """
+
+    def __init__(self, images: ImageDataset, moments: NDArray[np.float32]) -> None:
+        classes, flips = images.local_classes, images.random_flip
+        super().__init__(
+            images.resolution, images.local_images, classes, random_flip=flips, options=plain_options(images)
         )
-    return place
+        self.options, self.moments = images.options, moments
+
+    def _crop(self, index: int, draws: Draws) -> Crop:
+        mirrored = self.random_flip and draws.random() < 0.5  # the one draw that a crop in the middle takes
+        moments = np.array(self.moments[index, int(mirrored)])
+        if np.isnan(moments).any():
+            raise UnreadableImage(self.local_images[index], "it could not be read when it was to be encoded")
+        known = self.local_classes is not None
+        return moments, {"y": np.array(self.local_classes[index], dtype=np.int64)} if known else {}  # type: ignore[index]
+
+    def stacked(self, arrays: Sequence[NDArray[Any]]) -> th.Tensor:
+        """Moments as they are."""
+        return th.from_numpy(np.stack(arrays))
 
 
-def _open(path: str, flags: Flags) -> FirstStage:
-    path = checkpoints.open_checkpoint(path, "--autoencoder_path").path  # of a run that may go on: this very file
-    network, scale = load_autoencoder(path)
-    mark = fingerprint(network.state_dict())
-    return FirstStage(network.to(dist_util.dev()), flags.values["scale_factor"] or scale, mark, path)
+def plain_options(images: ImageDataset) -> Any:
+    """The options of a data set without a cache of images, for which one that cannot be read is an error."""
+    fast = images.options.fast_decode
+    loading = asdict(LoaderConfig(fast_decode=fast))
+    return replace(images.options, on_bad_image="error", pairing=None, captioning=None, **loading)
 
 
-def of_sampling(flags: Flags, checkpoint: Checkpoint) -> tuple[Flags, FirstStage | None]:
-    """`opened` for a network that is sampled from."""
-    config, given = checkpoint.flags, "autoencoder_path" in flags.given
-    if "autoencoder_path" not in COMMANDS[flags.command].flags():
-        on_pixels = f"and {flags.command} measures and makes pixels alone"
-        if flags.values.get("latent_channels"):
-            raise UserError(
-                f"{checkpoint.path} works on the latents of an autoencoder, {on_pixels}: give another model"
+@dataclass(frozen=True, kw_only=True)
+class Encoding(RestartableJob):
+    """Encodes every image of a data set once, and its mirror image where these are trained on."""
+
+    images: ImageDataset
+    stage: FirstStage
+
+    what: ClassVar[str] = "latents"
+
+    @property
+    def size(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    @property
+    def arrays(self) -> list[tuple[tuple[int, ...], Any]]:
+        """Moments of an image, and of its mirror image."""
+        shape = self.stage.moments_shape((self.stage.image_channels, *parse_size(self.images.resolution)))
+        return [((1 + self.images.random_flip, *shape), np.float32)]
+
+    def encode(self, missing: Sequence[int], num_workers: int, device: th.device) -> Iterator[NDArray[np.float32]]:
+        """The rows of the batches of these numbers."""
+        paths, options = self.images.local_images, plain_options(self.images)
+        plain = ImageDataset(self.images.resolution, paths, random_flip=False, options=options)
+        keys = [[(0, index) for index in self.rows(batch)] for batch in missing]
+        for indices, batch in zip(keys, batches(plain, keys, num_workers), strict=True):
+            yield (
+                self._moments(batch.images, device)
+                if not isinstance(batch, ValueError)
+                else self._one_by_one(plain, indices, device, batch)
             )
-        return flags, None
-    if given and config and not config.get("latent_channels"):
-        raise UserError(f"{checkpoint.path} works on pixels, and --autoencoder_path has no effect: leave it out")
-    if given and not config:  # the weights show the channels of the latents as those of images
-        saved = {name: value for name, value in flags.saved.items() if name != "image_channels"}
-        flags = Flags(flags.command, flags.given, saved)
-    flags, stage = opened(flags, checkpoint.path)
-    if stage is not None:
-        refuse_clipping(flags)
-    return flags, stage
+
+    @th.no_grad()
+    def _moments(self, images: th.Tensor, device: th.device) -> NDArray[np.float32]:
+        images = to_unit(to_device(images, device))
+        sides = [images, images.flip(3)] if self.images.random_flip else [images]
+        rows: NDArray[np.float32] = th.stack([self.stage.moments(side) for side in sides], dim=1).cpu().numpy()
+        return rows
+
+    def _one_by_one(
+        self, plain: ImageDataset, keys: Iterable[tuple[int, int]], device: th.device, error: ValueError
+    ) -> NDArray[np.float32]:
+        """The rows of a batch in which there are images that cannot be read."""
+        if self.images.options.on_bad_image != "skip" or not isinstance(error, UnreadableImage):
+            raise UserError(str(error))
+        shape, kind = self.arrays[0]
+        rows = []
+        for key in keys:
+            try:
+                rows.append(self._moments(th.from_numpy(plain[key][0])[None], device)[0])
+            except UnreadableImage:
+                rows.append(np.full(shape, np.nan, kind))
+        return np.stack(rows)
+
+    def merge(self) -> None:
+        """Write the moments of all images into one file, which can be read in any order."""
+        [(shape, kind, chunks)] = self.merged()
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(kind)), "fortran_order": False, "shape": shape}
+        with replacing(self.file(MOMENTS)) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.writelines(np.ascontiguousarray(chunk, kind).data for chunk in chunks)
 
 
-# ---- training
+def manifest(stream: ImageStream, data_dir: str) -> str:
+    """64 hex digits that stand for names, sizes and dates of the files of a stream's images, and for its settings."""
+    images, digest = stream.dataset, hashlib.sha256()
 
+    @cache
+    def stat(path: str) -> tuple[int, float]:
+        status = files.stat(path)
+        return status.size, status.mtime
 
-def of_training(flags: Flags) -> tuple[Flags, FirstStage | None]:
-    """`opened` for a run that begins, goes on, or starts from another network; its path is that from the run's folder.
-
-    Where --copy_autoencoder asks for it, that is where a copy of it is written.
-    """
-    source = flags.values["resume_checkpoint"] or flags.values["init_from"]
-    flags, stage = opened(flags, source)
-    if stage is None:
-        return flags, None
-    folder, path = logger.get_dir(), stage.path
-    if flags.part(LatentTrainConfig).copy_autoencoder:
-        path = files.join(folder, COPY)
-        if dist_util.rank() == 0 and os.path.realpath(path) != os.path.realpath(stage.path):
-            checkpoints.save(path, stage.network.state_dict())
-    path = path if files.is_remote(path) else os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
-    return flags.with_values(autoencoder_path=path), stage
+    for path in images.local_images:
+        archive = split_archive(path)
+        digest.update(f"{path.removeprefix(data_dir)} {stat(archive[0] if archive else path)}\n".encode())
+    options = images.options
+    settings = [parse_size(images.resolution), images.random_flip, options.data_range, options.fast_decode]
+    digest.update(json.dumps(settings).encode())
+    return digest.hexdigest()
 
 
 def attach(stage: FirstStage | None, flags: Flags, *streams: ImageStream | None) -> None:
@@ -152,60 +196,27 @@ def attach(stage: FirstStage | None, flags: Flags, *streams: ImageStream | None)
         stream.encoder = Encoder(stage, flags.part(RunConfig).seed, dist_util.dev(), cached=cached)
 
 
-# ---- sampling
+def cached_images(
+    stream: ImageStream, stage: FirstStage, data_dir: str, folder: str, *, log: Callable[[str], None]
+) -> CachedImages:
+    """The data set of moments of a stream's images, which are encoded where a folder does not hold them yet.
 
-
-def decoded(stage: FirstStage | None, shape: Sequence[int]) -> dict[str, Any]:
-    """Fields of a `Job` whose loop makes latents of images of a shape (C, H, W)."""
-    if stage is None:
-        return {}
-    return {"latent_shape": stage.latent_shape(shape), "decode": lambda latents, _: stage.decode(latents)}
-
-
-def refuse_clipping(flags: Flags) -> None:
-    """Refuse what has no meaning for latents, which are in no range."""
-    for name in ("clip_denoised", "dynamic_threshold", "clip_guided"):
-        if flags.given.get(name) not in (None, False, 0.0, "False"):
-            raise UserError(f"--{name} has no effect on latents, which do not end at -1 and 1: leave it out")
-
-
-@dataclass(frozen=True)
-class InitLatents:
-    """Images to start from, as latents; a number of a latent is kept as far as all of its pixels are."""
-
-    images: InitImages
-    stage: FirstStage
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def rows(self, indices: Sequence[int]) -> dict[str, th.Tensor]:
-        """`InitImages.rows`, with latents and their mask."""
-        rows = self.images.rows(indices)
-        latents = {"init_image": self.stage.encode(rows["init_image"].to(dist_util.dev()))}
-        return latents | {"mask": self.stage.kept(rows["mask"])} if "mask" in rows else latents
-
-    def check(self, count: int) -> str:
-        """`InitImages.check`."""
-        return self.images.check(count)
-
-    def describe_masks(self, count: int) -> list[str]:
-        """`InitImages.describe_masks`."""
-        return self.images.describe_masks(count)
-
-    def decode(self, latents: th.Tensor, indices: Sequence[int]) -> th.Tensor:
-        """Images of latents, in which the pixels that a mask keeps are those of the images."""
-        made = self.stage.decode(latents)
-        rows = {name: value.to(made.device) for name, value in self.images.rows(indices[: len(made)]).items()}
-        return th.lerp(made, rows["init_image"], rows["mask"].to(made)) if self.images.masks else made
-
-
-def starting(model: Restored, images: InitImages) -> InitImages | InitLatents:
-    """The images that samples of a network start from, as what it works on."""
-    return images if model.first_stage is None else InitLatents(images, model.first_stage)
-
-
-def paste(plan: Plan, images: InitImages | InitLatents) -> None:
-    """Let the pixels that a mask keeps come back exactly at the end."""
-    if isinstance(images, InitLatents):
-        plan.job["decode"] = images.decode
+    Every rank calls it, and sees the same folder.
+    """
+    images = stream.dataset
+    request = {"autoencoder": stage.fingerprint, "images": manifest(stream, data_dir)}
+    name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
+    job = Encoding(out_dir=os.path.join(folder, name), batch_size=AT_ONCE, request=request, images=images, stage=stage)
+    path, device = job.file(MOMENTS), next(stage.network.parameters()).device
+    finished = dist_util.decide(lambda: job.claim(request, [MOMENTS, "shards"]) and os.path.exists(path))
+    if not finished:
+        log(f"encoding {len(images)} images{' and their mirror images' * images.random_flip} once, to {path}")
+        missing = job.missing(dist_util.rank(), dist_util.world_size(), log=log)
+        for batch, rows in zip(missing, job.encode(missing, stream.num_workers, device), strict=True):
+            save_npz(job.shard(batch), rows)
+        dist_util.barrier()
+        dist_util.decide(job.merge)
+    if dist_util.rank() == 0:
+        job.tidy(MOMENTS)
+    log(f"  the latents are those in {path}")
+    return CachedImages(images, np.load(path, mmap_mode="r"))

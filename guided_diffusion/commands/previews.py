@@ -20,7 +20,7 @@ from ..runtime.options import parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, planes, save_grid, to_uint8
 from ..sample_util import preview
 from ..training.settings import Hook
-from . import conditioning, latents, prompts
+from . import conditioning, latent_space, prompts
 from .common import image_shape
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def file(name: str) -> str:
 
 def _draw(run: Training, network: Any, shape: tuple[int, ...], labels: list[int], step: int) -> Any:
     seed = run.flags.part(RunConfig).seed
-    decoded = latents.decoded(run.first_stage, shape[1:])
+    decoded = latent_space.decoded(run.first_stage, shape[1:])
     return preview(run.process, network, shape, labels=labels, seed=seed, path=file(f"{step:06d}.png"), **decoded)
 
 

@@ -18,7 +18,7 @@ from ..sampling.guidance import autoguidance, classifier_free, classifier_guidan
 from ..sampling.loop import network_calls
 from ..sampling.samplers import DDIM, PLMS, Ancestral
 from ..script_util import build_diffusion
-from . import conditioning, editing, latents, prompts
+from . import conditioning, editing, latent_space, prompts
 from .common import Plan, Restored, described, image_shape, restore, sampler_of, schedule_of, start
 from .flags import Flags
 from .sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig
@@ -64,7 +64,7 @@ def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tup
     conditioning.extend(plan, model, names)
     prompts.extend(plan, model)
     shape = image_shape(config.image_channels, config.image_size, config.dims)
-    plan.job |= latents.decoded(model.first_stage, shape)
+    plan.job |= latent_space.decoded(model.first_stage, shape)
     editing.extend(plan, model)
     plan.job |= job
     return run(model, plan, shape)

@@ -52,7 +52,7 @@ class LatentConfig:
     )
     autoencoder_id: str = flag("", "fingerprint of its weights; the training sets it", needs="autoencoder_path")
     scale_factor: float = flag(
-        0.0, "what latents are multiplied by; 0: the autoencoder's own", at_least=1e-6, needs="autoencoder_path"
+        0.0, "what latents are multiplied by; 0: the autoencoder's own", at_least=0, needs="autoencoder_path"
     )
 
 

@@ -36,7 +36,7 @@ from ..script_util import build_diffusion, build_network
 from ..train_util import TrainLoop
 from ..training import checkpoints
 from ..training.settings import Settings
-from . import conditioning, finetuning, latents, prompts
+from . import conditioning, finetuning, latent_space, latents, prompts
 from .common import PRECISION_FLAGS, check_kind, precision_of
 from .flags import COMMANDS, Flags
 
@@ -82,7 +82,7 @@ class Training:
 
 def begin(flags: Flags) -> Training:
     """The network and the images of a training, ready for its loop."""
-    flags, first_stage = latents.of_training(start(flags))
+    flags, first_stage = latent_space.of_training(start(flags))
     schedule, config = flags.part(DiffusionConfig), flags.part(finetuning.KINDS[flags.command][1])
     process = build_diffusion(schedule)
     stream, validation = open_streams(flags, **_stream_options(flags, config))

@@ -27,6 +27,7 @@ from ..networks.architecture import architecture
 from ..runtime import files
 from ..runtime.errors import UserError, reason
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
+from ..runtime.options import Size, parse_size
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
@@ -104,6 +105,11 @@ class Checkpoint:
             size = flags.get("large_size", flags.get("image_size"))
             raise UserError(f"{self.path} does not fit the flags: {difference(weights, expected, size)}")
         return weights
+
+    def size_of_inputs(self, size: Size, flags: Mapping[str, Any]) -> Size:
+        """The size of what its network works on for images of a size: latents, as its own flags say or else these."""
+        factor = int(self.flags.get("latent_factor", flags.get("latent_factor", 1)))
+        return size if factor == 1 else tuple(side // factor for side in parse_size(size))
 
     @property
     def kind(self) -> str:

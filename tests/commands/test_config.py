@@ -40,20 +40,21 @@ VALUES_BEYOND = [
         "inception_weights precision classifier_precision loss_weight classifier_channel_mult sampler classes "
         "autoguide_path guidance_interval init_image mask interpolate init_classes init_from freeze lora_train "
         "lora_path cond_type cond_dir val_cond_dir cond_images cond_class_from classifier_path ema_rate "
-        "channel_mult",
+        "channel_mult autoencoder_path autoencoder_id",
     ),
     (
         False,
         "compile fsdp dry_run fast_decode cache_images random_crop use_neighborhood_attention predict_v "
         "zero_terminal_snr null_class save_images spread save_terms mask_invert invert null_cond skip_unpaired "
-        "ema_warmup use_new_attention_order",
+        "ema_warmup use_new_attention_order cache_latents copy_autoencoder",
     ),
     (
         0,
         "seed warmup_steps keep_last max_steps sample_interval eval_interval steps order save_intermediate "
-        "lora_rank cond_channels",
+        "lora_rank cond_channels latent_channels",
     ),
     (0.0, "grad_clip cond_aug cond_aug_level class_dropout dynamic_threshold cfg_rescale lora_alpha cond_dropout"),
+    (0.0, "scale_factor"),
     (1.0, "cfg_scale autoguide_scale lora_scale classifier_scale"),
     (10.0, "dist_timeout"),
     ("auto", "class_from clip_guided"),
@@ -73,7 +74,7 @@ VALUES_BEYOND = [
     (-1.0, "eta churn strength"),
     ("vlb", "likelihood"),
     ("uniform", "dequantize"),
-    (1, "probes resample"),
+    (1, "probes resample latent_factor"),
     ("rademacher", "probe_noise"),
     ("rk45", "flow_solver"),
     (0.0001, "flow_tolerance"),
