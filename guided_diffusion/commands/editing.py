@@ -52,7 +52,7 @@ def extend(plan: Plan, model: Restored) -> None:
     if network.dims != 2:
         raise UserError(f"--init_image has no effect with --dims {network.dims}: pictures have 2")
     count = model.flags.part(SampleConfig).num_samples
-    images = _images(model, config.init_image, masks=config.mask, swap=config.mask_invert)
+    images = images_of(model, config.init_image, masks=config.mask, swap=config.mask_invert)
     for line in images.describe_masks(count):
         logger.log(line)
     text = config.init_classes
@@ -70,12 +70,13 @@ def extend(plan: Plan, model: Restored) -> None:
         _invert(plan, model, images, classes, strength)
 
 
-def _images(model: Restored, path: str, **options: Any) -> InitImages:
+def images_of(model: Restored, path: str, **options: Any) -> InitImages:
+    """The images at a path, of the size and the channels of the model's."""
     config, span = model.flags.part(UNetConfig), parse_range(model.flags.part(RangeConfig).data_range)
     return InitImages(path, config.image_size, config.image_channels, data_range=span, **options)
 
 
-def _noise_of(model: Restored, images: th.Tensor, labels: th.Tensor | None, strength: float = 1.0) -> th.Tensor:
+def noise_of(model: Restored, images: th.Tensor, labels: th.Tensor | None, strength: float = 1.0) -> th.Tensor:
     """The noise that the unguided sampler without randomness turns images [B, C, H, W] to."""
     conditional, device = model.flags.part(UNetConfig).class_cond, dist_util.dev()
     kwargs = {"y": labels.to(device)} if conditional and labels is not None else {}
@@ -89,7 +90,7 @@ def _invert(plan: Plan, model: Restored, images: InitImages, classes: list[int],
     def start(indices: Sequence[int], kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
         labels = th.tensor([classes[index % len(classes)] for index in indices]) if classes else kwargs.get("y")
         rows = images.rows(indices)
-        return {**rows, "start": _noise_of(model, rows["init_image"], labels, strength)}
+        return {**rows, "start": noise_of(model, rows["init_image"], labels, strength)}
 
     plan.job["start"] = start
     plan.request |= {"invert": True, "init_classes": classes}
@@ -98,7 +99,10 @@ def _invert(plan: Plan, model: Restored, images: InitImages, classes: list[int],
 
 def _interpolate(plan: Plan, model: Restored, first: InitImages, classes: list[int]) -> None:
     """Start samples from noise on the way from that of one image to that of another."""
-    second, count = _images(model, model.flags.part(EditConfig).interpolate), model.flags.part(SampleConfig).num_samples
+    second, count = (
+        images_of(model, model.flags.part(EditConfig).interpolate),
+        model.flags.part(SampleConfig).num_samples,
+    )
     turns = list(plan.job.get("labels", ()))
     unlabelled = model.flags.part(UNetConfig).class_cond and not turns
     several = "images, and --interpolate goes from one to one: give one"
@@ -113,7 +117,7 @@ def _interpolate(plan: Plan, model: Restored, first: InitImages, classes: list[i
     def start(indices: Sequence[int], _: dict[str, Any]) -> dict[str, th.Tensor]:
         if not ends:
             both = th.cat([images.rows([0])["init_image"] for images in (first, second)])
-            ends.extend(_noise_of(model, both, th.tensor([classes[0], classes[-1]]) if classes else None))
+            ends.extend(noise_of(model, both, th.tensor([classes[0], classes[-1]]) if classes else None))
         return {"start": slerp(ends[0], ends[1], th.tensor([index / (count - 1) for index in indices]))}
 
     plan.job["start"] = start
