@@ -158,7 +158,7 @@ def make_shards(
 
             x, labels = _sample_batch(process, model, job, batch, each, options)
             clipped = options.get("clip_guided") is not False
-            warnings = {"plain": _plain_images(x, batch), "strayed": _strayed(outside, clipped=clipped)}
+            warnings = {"plain": plain_images(x, batch), "strayed": _strayed(outside, clipped=clipped)}
             for kind in [kind for kind, text in warnings.items() if text and kind not in warned]:
                 logger.warn(f"{warnings[kind]} (said once per rank)")
                 warned.add(kind)
@@ -211,7 +211,7 @@ def _device(model: Model, options: SampleOptions) -> th.device:
     return th.device(given) if given is not None else dist_util.dev() if parameter is None else parameter.device
 
 
-def _plain_images(x: th.Tensor, batch: int) -> str:
+def plain_images(x: th.Tensor, batch: int) -> str:
     """A warning of images that are of one colour; '' where there are none. Those that are not finite are refused."""
     pixels = x.flatten(1)
     if broken := int((~pixels.isfinite().all(dim=1)).sum()):
@@ -269,11 +269,12 @@ def sampled(
     rank: int = 0,
     world_size: int = 1,
     **options: Unpack[SampleOptions],
-) -> Iterator[tuple[int, Pixels]]:
-    """The batches of one rank as `make_shards` would write them, in memory: (batch, uint8 [n, H, W, C])."""
+) -> Iterator[tuple[th.Tensor, th.Tensor | None]]:
+    """The batches of one rank that `make_shards` would write, in memory: images [n, C, H, W], and labels [n] if any."""
+    _check(job, model, options)
     with evaluating(model):
         for batch in range(rank, job.batches, world_size):
-            yield batch, to_uint8(_sample_batch(process, model, job, batch, lambda _: None, options)[0])
+            yield _sample_batch(process, model, job, batch, lambda _: None, options)
 
 
 def preview(
@@ -297,6 +298,7 @@ def preview(
     count, *image_shape = shape
     sizes: dict[str, Any] = {"shape": tuple(image_shape), "num_samples": count, "batch_size": count}
     job = Job(sampler="ddim", out_dir="", seed=seed, labels=labels, **sizes, **fields)
-    [(_, images)] = sampled(few_steps, model, job)
+    [(x, _)] = sampled(few_steps, model, job)
+    images = to_uint8(x)
     save_grid(path, images, math.ceil(math.sqrt(count)))
     return images

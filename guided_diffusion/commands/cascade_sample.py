@@ -15,10 +15,9 @@ from typing import Any
 
 from ..runtime.errors import UserError
 from .flags import COMMANDS, Flags, parse, parser
-from .sections import CascadeConfig
+from .sections import SEED_STEP, CascadeConfig
 
 NAME = "cascade_sample"
-SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 FILLED_IN = ("log_dir", "device", "num_samples", "base_samples")  # flags of the stages' commands
 
 

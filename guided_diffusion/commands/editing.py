@@ -53,7 +53,7 @@ def extend(plan: Plan, model: Restored) -> None:
     if network.dims != 2:
         raise UserError(f"--init_image has no effect with --dims {network.dims}: pictures have 2")
     count = model.flags.part(SampleConfig).num_samples
-    images = _images(model, config.init_image, masks=config.mask, swap=config.mask_invert)
+    images = images_of(model, config.init_image, masks=config.mask, swap=config.mask_invert)
     for line in images.describe_masks(count):
         logger.log(line)
     text = config.init_classes
@@ -72,13 +72,14 @@ def extend(plan: Plan, model: Restored) -> None:
         _invert(plan, model, images, classes, strength)
 
 
-def _images(model: Restored, path: str, **options: Any) -> InitImages | latent_space.InitLatents:
+def images_of(model: Restored, path: str, **options: Any) -> InitImages | latent_space.InitLatents:
+    """The images at a path, of the size and the channels of the model's."""
     config, span = model.flags.part(UNetConfig), parse_range(model.flags.part(RangeConfig).data_range)
     images = InitImages(path, config.image_size, config.image_channels, data_range=span, **options)
     return latent_space.starting(model, images)
 
 
-def _noise_of(
+def noise_of(
     model: Restored,
     images: th.Tensor,
     labels: th.Tensor | None,
@@ -105,7 +106,7 @@ def _invert(
         labels = th.tensor([classes[index % len(classes)] for index in indices]) if classes else kwargs.get("y")
         rows = images.rows(indices)
         beside = {name: value for name, value in kwargs.items() if name != "y"}
-        return {**rows, "start": _noise_of(model, rows["init_image"], labels, beside, strength)}
+        return {**rows, "start": noise_of(model, rows["init_image"], labels, beside, strength)}
 
     plan.job["start"] = start
     plan.request |= {"invert": True, "init_classes": classes}
@@ -114,7 +115,10 @@ def _invert(
 
 def _interpolate(plan: Plan, model: Restored, first: InitImages | latent_space.InitLatents, classes: list[int]) -> None:
     """Start samples from noise on the way from that of one image to that of another."""
-    second, count = _images(model, model.flags.part(EditConfig).interpolate), model.flags.part(SampleConfig).num_samples
+    second, count = (
+        images_of(model, model.flags.part(EditConfig).interpolate),
+        model.flags.part(SampleConfig).num_samples,
+    )
     turns = list(plan.job.get("labels", ()))
     unlabelled = model.flags.part(UNetConfig).class_cond and not turns
     several = "images, and --interpolate goes from one to one: give one"
@@ -131,7 +135,7 @@ def _interpolate(plan: Plan, model: Restored, first: InitImages | latent_space.I
         if not ends:
             both = th.cat([images.rows([0])["init_image"] for images in (first, second)])
             labels = th.tensor([classes[0], classes[-1]]) if classes else None
-            ends.extend(_noise_of(model, both, labels, conditioning([0, count - 1]) if conditioning else {}))
+            ends.extend(noise_of(model, both, labels, conditioning([0, count - 1]) if conditioning else {}))
         return {"start": slerp(ends[0], ends[1], th.tensor([index / (count - 1) for index in indices]))}
 
     plan.job["start"] = start

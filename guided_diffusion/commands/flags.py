@@ -315,13 +315,13 @@ SYNONYMS = {
 }
 
 
-def _hint(word: str, known: Sequence[str]) -> str:
+def _hint(word: str, known: Sequence[str], otherwise: str = "; --help lists the flags") -> str:
     """The flag to write instead of an unknown one."""
     bare = word.split("=")[0].lstrip("-")
     flags = next((flags.split() for flags, words in SYNONYMS.items() if bare in words.split()), [])
     synonyms = [f"; did you mean --{name}?" for name in flags if name in known]
     near = nearest(f"--{bare}", [f"--{name}" for name in known])
-    return synonyms[0] if synonyms else near or "; --help lists the flags"
+    return synonyms[0] if synonyms else near or otherwise
 
 
 def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Flags:
@@ -346,3 +346,25 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
     except ValueError as error:
         command_line.error(str(error))
     return flags
+
+
+def from_keywords(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Flags:
+    """The flags of a command from values of Python, each read as its text on a command line is; None is not given.
+
+    :param values: a list stands for its items with commas between them.
+    :param others: further words to mean by a misspelt one.
+    :raises UserError: for a name that is no flag of the command, or a value out of the flag's limits.
+    """
+    command = command_of(name)
+    specs, given = command.flags(), dict[str, Any]()
+    for word, value in values.items():
+        if word not in specs:
+            hint = _hint(word, [*command.words(), *others], f"; those of {name}.py --help are")
+            raise UserError(f"{word!r} is no option{hint.replace('mean --', 'mean ')}")
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            try:
+                given[word] = reader_of(specs[word])(text)
+            except (argparse.ArgumentTypeError, UserError) as error:
+                raise UserError(f"{word}: {error}") from error
+    return Flags(name, {word: value for word, value in given.items() if not means_not_given(specs[word], value)})

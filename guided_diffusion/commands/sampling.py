@@ -52,6 +52,13 @@ def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tup
 
     :param job: fields of the `Job` in place of those from the flags.
     """
+    plan = drawing(model, classifier)
+    plan.job |= job
+    return run(model, plan)
+
+
+def drawing(model: Restored, classifier: Restored | None = None) -> Plan:
+    """What `draw` samples."""
     config = model.flags.part(UNetConfig)
     plan = guided(model, classifier)
     names, count = model.classes, config.num_classes
@@ -66,8 +73,8 @@ def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tup
     shape = image_shape(config.image_channels, config.image_size, config.dims)
     plan.job |= latent_space.decoded(model.first_stage, shape)
     editing.extend(plan, model)
-    plan.job |= job
-    return run(model, plan, shape)
+    plan.job["shape"] = shape
+    return plan
 
 
 def enlarge(flags: Flags) -> str:
@@ -75,8 +82,13 @@ def enlarge(flags: Flags) -> str:
     sampler_of(flags)  # refuses a wrong one before anything else
     start(flags)
     model = restore(flags)
+    guide = restore_guide(model) if model.flags.part(GuidanceConfig).classifier_path else None
+    return run(model, enlarging(model, guide))[0]
+
+
+def enlarging(model: Restored, classifier: Restored | None = None) -> Plan:
+    """What `enlarge` samples."""
     flags, config = model.flags, model.flags.part(SuperResConfig)
-    classifier = restore_guide(model) if flags.part(GuidanceConfig).classifier_path else None
     plan = guided(model, classifier)
     names = (classifier.classes if classifier else []) or model.classes
     prompts.extend(plan, model, conditioning.enlarge(plan, flags, names))
@@ -84,7 +96,8 @@ def enlarge(flags: Flags) -> str:
         plan.job |= labels_of(flags, names, config.num_classes)
     if not config.class_cond:
         plan.network = without_labels(plan.network)
-    return run(model, plan, image_shape(config.image_channels, config.large_size))[0]
+    plan.job["shape"] = image_shape(config.image_channels, config.large_size)
+    return plan
 
 
 # (height, width, channels), with labels, names of known classes, with prompts
@@ -234,8 +247,8 @@ def labels_of(flags: Flags, classes: Sequence[str], num_classes: int) -> dict[st
     return {"labels": labels, "num_classes": num_classes, "class_names": classes}
 
 
-def job_of(flags: Flags, shape: tuple[int, ...], plan: Plan) -> Job:
-    """The job that the sampling flags describe, for images of a shape (C, H, W)."""
+def job_of(flags: Flags, plan: Plan) -> Job:
+    """The job that the sampling flags describe."""
     config = flags.part(SampleConfig)
     threshold = {"dynamic_threshold": config.dynamic_threshold} if config.dynamic_threshold else {}
     values = {
@@ -248,22 +261,27 @@ def job_of(flags: Flags, shape: tuple[int, ...], plan: Plan) -> Job:
         "request_defaults": flags.defaults,
         "request": {**asdict(schedule_of(flags)), **threshold, **plan.request},
     }
-    return Job(sampler=sampler_of(flags), shape=shape, **{**values, **plan.job})
+    return Job(sampler=sampler_of(flags), **{**values, **plan.job})
 
 
-def run(model: Restored, plan: Plan, shape: tuple[int, ...]) -> tuple[str, int]:
-    """Announce, run and report a job for images of a shape (C, H, W).
-
-    Returns the path of the npz, and the evaluations of the network per batch in the sampling itself.
-    """
-    job = job_of(model.flags, shape, plan)
+def prepare(model: Restored, plan: Plan) -> tuple[Job, dict[str, Any], int]:
+    """Announce a job: itself, the options of its loop, and the evaluations of the network per batch of the loop."""
+    job = job_of(model.flags, plan)
     calls = network_calls(model.process, sampler_of(model.flags), **plan.loop)
     if not calls:
         steps = model.process.num_timesteps
         raise UserError(f"--strength {plan.loop['strength']} takes none of the {steps} steps: raise it")
     announce(model, job, plan.calls + calls)
-    options = {**plan.loop, **model.clipping, "device": dist_util.dev(), "progress": True}
-    path = generate(model.process, plan.network, job, **options)
+    return job, {**plan.loop, **model.clipping, "device": dist_util.dev()}, calls
+
+
+def run(model: Restored, plan: Plan) -> tuple[str, int]:
+    """Run and report a job.
+
+    Returns the path of the npz, and the evaluations of the network per batch in the sampling itself.
+    """
+    job, options, calls = prepare(model, plan)
+    path = generate(model.process, plan.network, job, **options, progress=True)
     logger.log(f"sampling complete: {path}")
     return path, calls
 

@@ -22,6 +22,7 @@ from ..config import (
 from ..runtime.options import flag, list_of, range_flag, share_flag, size_flag
 
 TOOLS = ("to-png", "from-images")
+SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 MISMATCHES = ("error", "reinit", "inflate")
 
 # flags of several sections

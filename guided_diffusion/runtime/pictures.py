@@ -156,20 +156,25 @@ def _short(text: str) -> str:
 
 
 def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> None:
+    """Write the picture that `grid_of_classes` makes of the first images of an npz."""
+    images = next(read_npz(samples, "arr_0", GRID_IMAGES))
+    with replacing(path) as file:
+        grid_of_classes(images, turns, class_names).save(file, format="PNG")
+
+
+def grid_of_classes(images: Pixels, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> Image.Image:
     """The first images in one picture; a row for each class where they take turns.
 
-    :param samples: the npz.
     :param turns: image i has the label turns[i % len(turns)]; empty where labels are random, or there are none.
     :param class_names: names by class id.
     """
-    images = next(read_npz(samples, "arr_0", GRID_IMAGES))
+    images = images[:GRID_IMAGES]
     columns = len(images) // len(turns) if len(turns) > 1 else 0
     if columns < 2:
-        save_grid(path, images, math.ceil(math.sqrt(len(images))))
-        return
+        return grid(images, math.ceil(math.sqrt(len(images))))
     rows = np.arange(columns * len(turns)).reshape(columns, len(turns)).T
     names = dict(enumerate(class_names))
-    save_grid(path, images[rows.ravel()], columns, [names.get(label, f"class {label}") for label in turns])
+    return grid(images[rows.ravel()], columns, [names.get(label, f"class {label}") for label in turns])
 
 
 def draw_each(
