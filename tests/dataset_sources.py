@@ -131,11 +131,11 @@ def mnist(folder, images=None, labels=None):
     return source, [], {str(digit): 1 + (digit < 2) for digit in range(10)}
 
 
-def write_images(folder, names):
+def write_images(folder, names, **size):
     for seed, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(packed(seed, "PNG" if name.endswith("png") else "JPEG"))
+        path.write_bytes(packed(seed, "PNG" if name.endswith("png") else "JPEG", **size))
     return folder
 
 
@@ -179,8 +179,8 @@ def emoji(folder):
     for code, category in (("1F355", "Food & Drink"), ("0023-FE0F-20E3", "Symbols"), ("2764-FE0F", "Symbols")):
         row = {"name": f"NAME {code}", "unified": code, "short_name": "a_b-c", "category": category}
         table.append({**row, "subcategory": "s", "has_img_google": True, "has_img_twitter": True})
-    write_images(noto / "png/128", ["emoji_u1f355.png", "emoji_u0023_20e3.png", "emoji_u2764.png"])
-    write_images(twemoji / "assets/72x72", ["1f355.png", "23-20e3.png", "2764.png"])
+    write_images(noto / "png/128", ["emoji_u1f355.png", "emoji_u0023_20e3.png", "emoji_u2764.png"], height=72, width=70)
+    write_images(twemoji / "assets/72x72", ["1f355.png", "23-20e3.png", "2764.png"], height=72, width=72)
     source.mkdir()
     (source / "emoji.json").write_text(json.dumps(table))
     return source, ["--google", noto, "--twitter", twemoji], {"food": 2, "symbols": 4}

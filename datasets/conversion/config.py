@@ -122,6 +122,16 @@ class FolderConfig(OneClassConfig):
 class EmojiConfig(ConversionConfig):
     """The source and the output."""
 
+    size: int | str = flag(0, "pixels; 0: 64", convert=optional_size, alias="image-size")
+    styles: str = flag(
+        "google,twitter",
+        "drawings to take: google, twitter (64 pixels as npm has them), noto, twemoji, fluent",
+    )
+    split: str = flag(
+        "all",
+        "which emoji: train, test (a tenth, by the code points, so in all styles the same) or all",
+        choices=("all", "train", "test"),
+    )
     google: str = local_flag("Noto Emoji: a checkout, or emoji-datasource-google unpacked; '' is SOURCE")
     twitter: str = local_flag("Twemoji: a checkout, or emoji-datasource-twitter unpacked; '' is SOURCE")
 
@@ -137,5 +147,5 @@ DATASETS = {
     "celeba": Command("CelebA from its folder of aligned faces.", (CelebaConfig,)),
     "parquet": Command("A data set of the Hugging Face Hub from its parquet files.", (ParquetConfig,)),
     "folder": Command("Any folder or zip of images.", (FolderConfig,)),
-    "emoji": Command("emoji64.zip from the drawings of Noto Emoji and Twemoji.", (EmojiConfig,)),
+    "emoji": Command("Emoji from the drawings of Noto Emoji, Twemoji and Fluent Emoji.", (EmojiConfig,)),
 }

@@ -276,6 +276,103 @@ def test_the_emoji_zip_has_names_captions_and_the_licence(made):
         assert (mine.date_time, mine.external_attr) == (theirs.date_time, theirs.external_attr)
 
 
+def npm_packages(source, size=40):
+    """A folder node_modules with the tables and tiny drawings of one emoji in three styles."""
+    data, icons, fluent = (source / name for name in ("emojibase-data/en", "@iconify-json/noto", "@lobehub"))
+    for folder in (data, icons, fluent / "fluent-emoji-3d/assets"):
+        folder.mkdir(parents=True)
+    (data / "data.json").write_text(json.dumps([{"label": "pizza", "hexcode": "1F355", "tags": ["cheese", "slice"]}]))
+    red = {"body": '<path fill="#f00" d="M0 0h20v10H0z"/>', "height": 10}
+    (icons / "icons.json").write_text(
+        json.dumps({"width": 20, "height": 20, "icons": {"pizza": red}, "aliases": {"slice": {"parent": "pizza"}}})
+    )
+    (icons / "chars.json").write_text(json.dumps({"1f355": "slice"}))
+    picture = Image.new("RGBA", (size, size), (0, 0, 255, 0))
+    picture.paste((0, 255, 0, 255), (0, 0, size, size // 2))
+    picture.save(fluent / "fluent-emoji-3d/assets/1f355.webp", lossless=True)
+    return source
+
+
+def test_larger_emoji_have_several_captions_and_their_licences(made):
+    source, _, _, folder = made("emoji")
+    npm_packages(source)
+    flags = ["--size", 32, "--styles", "fluent,google", "--google", source.parent / "noto-emoji", "--workers", 0]
+    run("emoji", source, folder / "emoji.zip", *flags, "--skip_bad", "True")
+    files = pictures(folder / "emoji.zip")
+    drawing = decoded(files["food_fluent-1f355.png"])
+    assert drawing.shape == (32, 32, 3)
+    assert drawing[4, 4].tolist() == [0, 255, 0]
+    assert drawing[28, 4].tolist() == [255, 255, 255]
+    captions = json.loads(files["captions.json"])
+    assert captions["food_fluent-1f355.png"]["captions"] == ["pizza", "pizza, Fluent Emoji 3D", "cheese, slice"]
+    assert captions["food_google-1f355.png"]["captions"] == ["pizza", "pizza, Noto Emoji", "cheese, slice"]
+    assert captions["symbols_google-2764-fe0f.png"]["captions"] == ["a b c", "a b c, Noto Emoji"]
+    licence = files["LICENSE.txt"].decode()
+    assert licence.startswith("Pictures in this archive, 32x32")
+    for words in ("*_fluent-*.png", "(c) Microsoft, MIT", "*_google-*.png", "Apache License 2.0", "Unicode License"):
+        assert words in licence
+    assert "twemoji" not in licence
+    assert {entry["reason"] for entry in report_of(folder / "emoji.zip")["skipped"]} == {
+        "@lobehub/fluent-emoji-3d has no drawing of it"
+    }
+
+
+def test_emoji_in_svg_are_drawn_at_the_size(made):
+    pytest.importorskip("resvg_py")
+    source, _, _, folder = made("emoji")
+    flags = ["--size", 100, "--styles", "noto", "--workers", 0, "--skip_bad", "True"]
+    run("emoji", npm_packages(source), folder / "out", *flags)
+    drawing = decoded((folder / "out/food_noto-1f355.png").read_bytes())
+    # 20 wide and 10 high, in the middle of a square
+    red = (drawing == [255, 0, 0]).all(2)
+    assert red[25:75].all()
+    assert (drawing[~red] == 255).all()
+    assert red.sum() == 50 * 100
+
+
+def test_the_two_parts_of_the_emoji_share_none_and_are_all(made):
+    source, flags, _, folder = made("emoji")
+    row, *_ = json.loads((source / "emoji.json").read_text())
+    codes = [f"{0x1F400 + number:x}" for number in range(30)]
+    (source / "emoji.json").write_text(json.dumps([{**row, "unified": code.upper()} for code in codes]))
+    sources.write_images(source.parent / "noto-emoji/png/128", [f"emoji_u{code}.png" for code in codes], height=64)
+    sources.write_images(source.parent / "twemoji/assets/72x72", [f"{code}.png" for code in codes], height=64)
+    names = {}
+    for part in ("all", "train", "test"):
+        run("emoji", source, folder / part, *flags, "--workers", 0, "--size", 8, "--split", part)
+        names[part] = {name.split("-")[1] for name in pictures(folder / part) if name.endswith(".png")}
+        assert len(pictures(folder / part)) == 2 * len(names[part]) + 2, "both drawings of each"
+    assert names["all"] == {f"{code}.png" for code in codes}
+    assert names["train"] | names["test"] == names["all"]
+    assert not names["train"] & names["test"]
+    assert 0 < len(names["test"]) < 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--styles", "google,twemji"], "got 'twemji'; did you mean twemoji?"),
+        (["--styles", "twemoji"], "run `npm install @iconify-json/twemoji`"),
+        (["--styles", "noto"], "run `pip install resvg-py`"),
+        (["--styles", "fluent", "--size", "48"], "has 40 x 40 pixels: give a --size of at most that"),
+        (["--size", "32x64"], "emoji are square"),
+        (["--format", "jpeg"], "emoji are drawn to PNG"),
+    ],
+)
+def test_emoji_that_cannot_be_drawn_are_refused(flags, told, made, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    source, _, _, folder = made("emoji")
+    (source / "emoji.json").write_text(json.dumps(json.loads((source / "emoji.json").read_text())[:1]))
+    assert told in refused(capfd, "emoji", npm_packages(source), folder / "out", *flags, "--workers", 0)
+
+
+def test_captions_of_larger_emoji_need_their_words(made, capfd):
+    source, _, _, folder = made("emoji")
+    (npm_packages(source) / "emojibase-data/en/data.json").unlink()
+    told = refused(capfd, "emoji", source, folder / "out", "--styles", "fluent", "--workers", 0)
+    assert "`npm install emojibase-data`" in told
+
+
 @pytest.mark.parametrize(
     ("flags", "classes"), [([], {"apple": 1, "aquarium-fish": 3, "baby": 1}), (["--coarse"], {"x": 2, "y": 3})]
 )
