@@ -46,10 +46,10 @@ def test_without_the_bundled_pictures_a_sentence_says_where_they_are(tmp_path, m
 def test_the_demo_ends_with_a_command_that_fails(tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         demo.launch(
-            "Training", "image_train", "--data_dir", str(tmp_path / "absent"), "--log_dir", str(tmp_path / "run")
+            "Training", "image_train", "--data_dir", "absent", "--batch_size", "none", "--log_dir", str(tmp_path)
         )
     assert ended.value.code == 2
-    assert any("error: " in line and "absent" in line for line in capfd.readouterr().err.splitlines())
+    assert any("error: " in line and "--batch_size" in line for line in capfd.readouterr().err.splitlines())
 
 
 @pytest.mark.slow
