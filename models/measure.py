@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from guided_diffusion import load
 from guided_diffusion.commands.evaluation import extractor_named
-from guided_diffusion.evaluation.evaluator import evaluate
 from guided_diffusion.evaluation.features import Extractor
-from guided_diffusion.evaluation.images import open_images
+from guided_diffusion.evaluation.metrics import frechet_distance, precision_recall, statistics
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.pictures import save_grid
@@ -47,10 +46,11 @@ def pictures(path: str) -> tuple[Pixels, NDArray[np.int64]]:
 
 def scores(judge: Extractor, reference: Pixels, images: Pixels, labels: NDArray[np.int64]) -> dict[str, float]:
     """Accuracy, FD to the reference, precision and recall."""
-    probabilities = judge(images).probs
-    found = evaluate(open_images(reference), images, judge, metrics="fid,pr", cache=False).results
-    distance, precision, recall = found.values()
-    accuracy = float(np.mean(probabilities.argmax(axis=1) == labels))
+    real, made = judge(reference), judge(images)
+    sides = [statistics(features.pool) for features in (real, made)]
+    distance = frechet_distance(*[value for side in sides for value in (side.mean, side.cov)])
+    precision, recall = precision_recall(real.pool, made.pool)
+    accuracy = float(np.mean(made.probs.argmax(axis=1) == labels))
     return {"n": len(images), "accuracy": accuracy, "fd": distance, "precision": precision, "recall": recall}
 
 
@@ -63,8 +63,8 @@ def nearest(images: Pixels, training: Pixels) -> tuple[NDArray[np.int64], NDArra
 
 def measure(train: str, held_out: str) -> None:
     """Write results.json, samples.png and neighbours.png."""
-    model = load(str(HERE), classifier=str(HERE / "classifier.safetensors"))
-    judge = extractor_named(f"classifier:{HERE / 'judge.safetensors'}")
+    model = load(str(HERE), classifier=str(HERE / "classifier"))
+    judge = extractor_named(f"classifier:{HERE / 'judge'}")
     (known, known_labels), (unseen, unseen_labels) = pictures(train), pictures(held_out)
     order, count = np.random.default_rng(SEED).permutation(len(known)), EACH * len(model.classes)
     halves = known[order[::2]], known[order[1::2]]

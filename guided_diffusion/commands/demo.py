@@ -44,28 +44,29 @@ def show(flags: Flags) -> None:
     """Sample under every setting, print how good the samples are, and write pictures, results.json and index.html."""
     import numpy as np
 
-    from ..evaluation.evaluator import evaluate, prepare
+    from .. import load
+    from ..evaluation.images import open_images, read_statistics
+    from ..evaluation.metrics import frechet_distance, statistics
     from ..runtime.files import write_json
     from ..runtime.pictures import Film, save_grid
-    from ..runtime.presets import bundled
-    from . import evaluation
-    from .pipeline import load
+    from . import evaluation, presets
 
-    config, where = flags.part(DemoConfig), bundled(MODEL)
+    config, where = flags.part(DemoConfig), presets.BUNDLED / MODEL
     os.makedirs(config.log_dir, exist_ok=True)
     model, film = load(MODEL), Film(FILM_STEPS)
-    judge = evaluation.extractor_named(f"classifier:{where}/judge.safetensors")
-    reference = prepare(f"{where}/reference.npz", judge, needs=["pool_statistics"])
+    judge = evaluation.extractor_named(f"classifier:{where}/judge")
+    real = read_statistics(open_images(where / "held-out.npz"))[0]["pool"]
     classes, results, columns = model.classes, dict[str, Any](), []
     print(f"{'samples of ' + MODEL:28} accuracy     FD  seconds")
     for title, options in SETTINGS.items():
         began, count = time.perf_counter(), len(classes) * SHOWN
         options = {**SAMPLING, "callback": film.collect, **options} if not options else {**SAMPLING, **options}
         samples = model.sample(classes=classes, num_samples=count, batch_size=count, seed=config.seed, **options)
-        seconds, probabilities = time.perf_counter() - began, judge(samples.images).probs
-        distance = evaluate(reference, samples.images, judge, metrics="fid", cache=False).results
-        accuracy = float(np.mean(probabilities.argmax(axis=1) == samples.labels))
-        results[title] = {"accuracy": accuracy, "fd": next(iter(distance.values())), "seconds": round(seconds, 1)}
+        seconds, features = time.perf_counter() - began, judge(samples.images)
+        made, guesses = statistics(features.pool), np.argmax(features.probs, axis=1)
+        distance = frechet_distance(real.mean, real.cov, made.mean, made.cov)
+        accuracy = float(np.mean(guesses == samples.labels))
+        results[title] = {"accuracy": accuracy, "fd": distance, "seconds": round(seconds, 1)}
         print("{:28} {accuracy:8.1%} {fd:6.2f} {seconds:8.1f}".format(title, **results[title]), flush=True)
         columns.append(np.stack([samples.images[samples.labels == label] for label in range(len(classes))]))
     grid = np.concatenate(columns, axis=1)
