@@ -20,6 +20,7 @@ from text_encoders import save_clip, save_encoder
 
 from guided_diffusion.commands import (
     cascade_sample,
+    convert,
     evaluation,
     flags as cli,
     image_nll,
@@ -336,6 +337,16 @@ def test_a_frozen_encoder_may_have_moved(frozen_run: str, frozen: str, tmp_path:
     shutil.copytree(frozen, tmp_path / "moved")
     image_sample.main(words(**flags, text_encoder=tmp_path / "moved"))  # the same request, which is finished
     assert "nothing to sample" in (tmp_path / "out" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_a_single_file_of_weights_reads_text(ending: str, run: str, made: Path, prompts: str, tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    file = tmp_path / "file" / f"text.{ending}"
+    convert.main([run, str(file)])
+    assert (tmp_path / "file" / "tokenizer.json").exists() == (ending == "pt")
+    flags = {**SAMPLING, "model_path": file, "prompts": prompts, "cfg_scale": 2}
+    assert (saved_by(image_sample.main, tmp_path / "out", *words(**flags))["arr_0"] == images(made)).all()
 
 
 def test_a_text_that_is_too_long_is_cut_with_a_line(run: str, tmp_path: Path) -> None:
