@@ -215,7 +215,7 @@ def classes_beside(path: str) -> str:
 
 
 def tokenizer_beside(path: str) -> str:
-    """The tokenizer of a network whose text encoder was trained along, as JSON: from its header or the file beside it."""
+    """The tokenizer, as JSON, of a text encoder that was trained along: from the header of the weights, or beside them."""
     text, file_path = files.safetensors_header(files.resolve(path)).get(TOKENIZER), _in_folder_of(path, TOKENIZER)
     if not text and not exists(file_path):
         raise UserError(

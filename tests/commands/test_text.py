@@ -36,6 +36,7 @@ from guided_diffusion.commands.common import restore
 from guided_diffusion.commands.sections import SweepConfig
 from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
+from guided_diffusion.networks.architecture import architecture
 from guided_diffusion.networks.context import clip_embedding, train_tokenizer
 from guided_diffusion.sampling.guidance import autoguidance, classifier_free
 from guided_diffusion.sampling.samplers import make_sampler
@@ -366,6 +367,14 @@ def test_editing_takes_prompts(run: str, pictures: str, tmp_path: Path) -> None:
     assert np.abs(back - original).mean() < np.abs(plain - original).mean() / 2
     between = {**flags, "invert": False, "interpolate": f"{pictures}/b_1.png"}
     assert saved_by(image_sample.main, tmp_path / "c", *words(**between))["arr_0"].shape == (2, 8, 8, 3)
+
+
+def test_weights_show_that_they_attend(run: str, tmp_path: Path) -> None:
+    read, flags = architecture(weights(Path(run), "model000003.pt"), 8), config_beside(run)
+    names = ("context", "context_dim", "transformer_depth", "attention_resolutions", "num_res_blocks", "class_cond")
+    assert {name: str(read[name]) for name in names} == {name: str(flags[name]) for name in names}
+    argv = words(**SAMPLING, model_path=run, image_size=16, prompt="a cat")  # the levels stay where they are
+    assert saved_by(image_sample.main, tmp_path, *argv)["arr_0"].shape == (5, 16, 16, 3)
 
 
 # ---- cascades
