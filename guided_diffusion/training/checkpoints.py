@@ -215,7 +215,7 @@ def classes_beside(path: str) -> str:
 
 
 def tokenizer_beside(path: str) -> str:
-    """The tokenizer, as JSON, of a text encoder that was trained along: from the header of the weights, or beside them."""
+    """The tokenizer, as JSON, of a text encoder that was trained along, from the header of weights or beside them."""
     text, file_path = files.safetensors_header(files.resolve(path)).get(TOKENIZER), _in_folder_of(path, TOKENIZER)
     if not text and not exists(file_path):
         raise UserError(
