@@ -28,8 +28,8 @@ def convert(flags: Flags) -> None:
     import torch as th
 
     from .. import dist_util, logger
-    from ..runtime.files import json_bytes, write_json
-    from ..training.checkpoints import CLASSES, CONFIG, open_checkpoint
+    from ..runtime.files import json_bytes, parse_json, write_json
+    from ..training.checkpoints import CLASSES, CONFIG, TOKENIZER, open_checkpoint, tokenizer_beside
     from ..training.weights import save
     from . import common
 
@@ -47,6 +47,8 @@ def convert(flags: Flags) -> None:
     known = {name: value for name, value in checkpoint.flags.items() if name not in PLACES}
     texts: dict[str, dict[str, Any]] = {CONFIG: {"flags": known}} if known else {}
     texts |= {CLASSES: {"classes": list(checkpoint.classes)}} if checkpoint.classes else {}
+    if (known.get("context"), known.get("text_encoder")) == ("text", "scratch"):
+        texts |= {TOKENIZER: parse_json(tokenizer_beside(checkpoint.path))}
     if config.out.endswith(".pt"):
         entry = save(config.out, weights)
         for name, value in texts.items():

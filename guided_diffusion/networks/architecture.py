@@ -22,6 +22,7 @@ Layer = dict[str, Shape]  # name within the layer -> shape
 Block = dict[int, Layer]  # position within the block -> layer
 
 _FIRST = re.compile(r"(|.*\.)time_embed\.0\.weight")  # all networks of this package begin with it
+_ATTENDS = re.compile(r".*\.transformer_blocks\.(\d{1,4})\.attn2\.to_k\.weight")
 MAX_EMPTY = 1000  # blocks without weights: a network of ours has fewer
 CLASSIFIER_NAMES = {
     "num_channels": "classifier_width",
@@ -89,7 +90,11 @@ def _is_residual(block: Block) -> bool:
 
 
 def _has_attention(block: Block) -> bool:
-    return any("qkv.weight" in layer for layer in block.values())
+    return any(map(_is_attention, block.values()))
+
+
+def _is_attention(layer: Layer) -> bool:
+    return "qkv.weight" in layer or "proj_in.weight" in layer
 
 
 def _period(encoder: list[Block], decoder: list[Block]) -> int | None:
@@ -99,7 +104,7 @@ def _period(encoder: list[Block], decoder: list[Block]) -> int | None:
         return plain[0]
     if decoder:
         last = (block[max(block)] if len(block) > 1 else {} for block in decoder)
-        ups = (index for index, layer in enumerate(last) if layer and "qkv.weight" not in layer)
+        ups = (index for index, layer in enumerate(last) if layer and not _is_attention(layer))
         return next(ups, len(decoder) - 1) + 1
     fitting = [period for period in range(2, len(encoder) + 1) if _fits(encoder, period)]
     return fitting[0] if len(fitting) == 1 else None
@@ -151,7 +156,18 @@ def _unet(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     flags["class_cond"] = classes is not None
     if "low_res_embed.0.weight" in shapes:
         flags["cond_aug"] = 1.0  # or less: the level it was trained to leaves no trace
-    return flags if classes is None else flags | {"num_classes": classes[0]}
+    return flags | _context(shapes) if classes is None else flags | {"num_classes": classes[0]} | _context(shapes)
+
+
+def _context(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The flags of what the attention of a U-Net looks at beside the image."""
+    places = {match[1]: name for name in shapes if (match := _ATTENDS.fullmatch(name))}
+    if not places:
+        return {}
+    classes = shapes.get("context_encoder.embedding.weight")
+    of_classes = {"class_cond": True, "num_classes": classes[0]} if classes else {}
+    width, depth = shapes[next(iter(places.values()))][1], 1 + max(map(int, places))
+    return {"context": "classes" if classes else "text", "context_dim": width, "transformer_depth": depth, **of_classes}
 
 
 def _classifier(shapes: Mapping[str, Shape]) -> dict[str, Any]:

@@ -282,7 +282,7 @@ def build_context_encoder(
 ) -> FolderEncoder | ScratchEncoder | None:
     """The encoder of texts that flags describe, with the fingerprint that they have, if any; None without texts.
 
-    :param captions: that `scratch` makes a tokenizer of, where there is no `tokenizer`, the path of a tokenizer.json.
+    :param captions: that `scratch` makes a tokenizer of, where there is no `tokenizer`, the JSON of one.
     :param device: of a frozen encoder.
     :param log: is told of the first text that is cut.
     """
@@ -290,7 +290,7 @@ def build_context_encoder(
     if config.context != "text":
         return None
     if config.text_encoder == "scratch":
-        content = _read_tokenizer(tokenizer) if tokenizer else train_tokenizer(captions, config.vocab_size)
+        content = _checked(tokenizer) if tokenizer else train_tokenizer(captions, config.vocab_size)
         dim = config.context_dim or SCRATCH_DIM
         encoder = ScratchEncoder(content, dim, config.text_depth, config.max_tokens, log=log)
     else:
@@ -348,15 +348,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> str:
     return text
 
 
-def _read_tokenizer(path: str) -> str:
+def _checked(tokenizer: str) -> str:
     try:
-        content = files.read_file(path).decode()
-        _tokenizers().Tokenizer.from_str(content)
+        _tokenizers().Tokenizer.from_str(tokenizer)
     except Exception as error:  # the library raises bare ones
         raise UserError(
-            f"{path!r} is no tokenizer ({reason(error)}); give the tokenizer.json of the training"
+            f"the tokenizer.json is no tokenizer ({reason(error)}): take that of the folder of the training"
         ) from error
-    return content
+    return tokenizer
 
 
 def _tokenizers() -> Any:

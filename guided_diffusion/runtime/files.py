@@ -377,10 +377,7 @@ class Header(NamedTuple):
 
 
 def read_header(file: IO[bytes], kinds: str = "biufc") -> Header:
-    """The header of an npy, leaving the file at its first number.
-
-    :param kinds: of numpy's types that it may be of.
-    """
+    """The header of an npy with numbers of these `kinds` of numpy's types, leaving the file at the first of them."""
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

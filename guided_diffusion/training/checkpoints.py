@@ -225,13 +225,13 @@ def classes_beside(path: str) -> str:
 
 
 def tokenizer_beside(path: str) -> str:
-    """The path of the tokenizer.json beside the checkpoint of a network whose text encoder was trained along."""
-    file_path = _in_folder_of(path, TOKENIZER)
-    if not exists(file_path):
+    """The tokenizer, as JSON, of a text encoder that was trained along, from the header of weights or beside them."""
+    text, file_path = files.safetensors_header(files.resolve(path)).get(TOKENIZER), _in_folder_of(path, TOKENIZER)
+    if not text and not exists(file_path):
         raise UserError(
             f"{file_path} is missing, without which the network reads no text: copy it from the run's folder"
         )
-    return file_path
+    return str(text or files.read_file(file_path).decode(errors="replace"))
 
 
 def _in_folder_of(path: str, name: str) -> str:

@@ -20,6 +20,7 @@ from text_encoders import save_clip, save_encoder
 
 from guided_diffusion.commands import (
     cascade_sample,
+    convert,
     evaluation,
     flags as cli,
     image_nll,
@@ -35,6 +36,7 @@ from guided_diffusion.commands.common import restore
 from guided_diffusion.commands.sections import SweepConfig
 from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
+from guided_diffusion.networks.architecture import architecture
 from guided_diffusion.networks.context import clip_embedding, train_tokenizer
 from guided_diffusion.sampling.guidance import autoguidance, classifier_free
 from guided_diffusion.sampling.samplers import make_sampler
@@ -338,6 +340,16 @@ def test_a_frozen_encoder_may_have_moved(frozen_run: str, frozen: str, tmp_path:
     assert "nothing to sample" in (tmp_path / "out" / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_a_single_file_of_weights_reads_text(ending: str, run: str, made: Path, prompts: str, tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    file = tmp_path / "file" / f"text.{ending}"
+    convert.main([run, str(file)])
+    assert (tmp_path / "file" / "tokenizer.json").exists() == (ending == "pt")
+    flags = {**SAMPLING, "model_path": file, "prompts": prompts, "cfg_scale": 2}
+    assert (saved_by(image_sample.main, tmp_path / "out", *words(**flags))["arr_0"] == images(made)).all()
+
+
 def test_a_text_that_is_too_long_is_cut_with_a_line(run: str, tmp_path: Path) -> None:
     flags = {**SAMPLING, "num_samples": 1, "model_path": run, "log_dir": tmp_path}
     image_sample.main(words(**flags, prompt="a red cat and two blue dogs in the rain"))
@@ -355,6 +367,14 @@ def test_editing_takes_prompts(run: str, pictures: str, tmp_path: Path) -> None:
     assert np.abs(back - original).mean() < np.abs(plain - original).mean() / 2
     between = {**flags, "invert": False, "interpolate": f"{pictures}/b_1.png"}
     assert saved_by(image_sample.main, tmp_path / "c", *words(**between))["arr_0"].shape == (2, 8, 8, 3)
+
+
+def test_weights_show_that_they_attend(run: str, tmp_path: Path) -> None:
+    read, flags = architecture(weights(Path(run), "model000003.pt"), 8), config_beside(run)
+    names = ("context", "context_dim", "transformer_depth", "attention_resolutions", "num_res_blocks", "class_cond")
+    assert {name: str(read[name]) for name in names} == {name: str(flags[name]) for name in names}
+    argv = words(**SAMPLING, model_path=run, image_size=16, prompt="a cat")  # the levels stay where they are
+    assert saved_by(image_sample.main, tmp_path, *argv)["arr_0"].shape == (5, 16, 16, 3)
 
 
 # ---- cascades
