@@ -340,7 +340,7 @@ def test_a_loss_of_images_guides_through_the_decoder(runs: Path) -> None:
 
 
 def test_an_upsampler_enlarges_what_was_decoded(runs: Path, tmp_path: Path) -> None:
-    config = replace(UPSAMPLER, small_size=16, large_size=32)
+    config = replace(UPSAMPLER, small_size=16, large_size=32, attention_resolutions="")
     write_run(tmp_path / "up", "super_res_train", scrambled(build_network(config, True)), config, PROCESS)
     stages = [f"--base.model_path={runs / 'unet'}", f"--up1.model_path={tmp_path / 'up'}", "--up1.steps=2"]
     argv = [*stages, "--base.steps=2", "--num_samples=2", "--batch_size=2", f"--log_dir={tmp_path / 'out'}"]
@@ -403,7 +403,10 @@ def test_a_run_with_a_copy_can_be_moved_and_an_autoencoder_can_be_elsewhere(runs
 def test_mistakes_get_one_sentence(
     runs: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], main: Main, argv: str, sentence: str
 ) -> None:
-    pixels, judge = replace(UNET, image_size=16), replace(CLASSIFIER, image_size=16)
+    pixels, judge = (
+        replace(UNET, image_size=16, attention_resolutions=""),
+        replace(CLASSIFIER, image_size=16, classifier_attention_resolutions="8"),
+    )
     for name, config, command in (("pixels", pixels, "image_train"), ("pixel_classifier", judge, "classifier_train")):
         if name in argv:
             write_run(runs / name, command, scrambled(build_network(config, True)), config, PROCESS)
