@@ -18,12 +18,19 @@ from simulated_gpu import SimulatedGPU
 
 from guided_diffusion import dist_util
 from guided_diffusion.commands import demo_train as demo
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
+from guided_diffusion.commands.sections import LatentConfig
+from guided_diffusion.config import AutoencoderConfig, ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
 from guided_diffusion.runtime.pictures import planes
 from guided_diffusion.runtime.seeds import to_device
 from guided_diffusion.sampling.guidance import loss_guidance
 from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
-from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
+from guided_diffusion.script_util import (
+    build_autoencoder,
+    build_classifier,
+    build_diffusion,
+    build_unet,
+    build_upsampler,
+)
 
 STEPS = 4
 # Waits that come back in all but one of the steps, or more often, and why they may.
@@ -54,6 +61,7 @@ NETWORK: dict[str, Any] = {
     "num_heads": 2,
     "num_classes": 3,
 }
+LATENTS: dict[str, Any] = {"attention_resolutions": "4", "latent_factor": 2, "latent_channels": 2}
 CLASSIFIER: dict[str, Any] = {
     "image_size": 8,
     "num_classes": 3,
@@ -77,6 +85,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "base": replace(unet, image_size=4, attention_resolutions=""),
     }.items():
         write_run(root / name, "image_train", scrambled(build_unet(config, True)), config, PROCESS)
+    first = AutoencoderConfig(image_size=8, ch_mult="1,1", z_channels=2, embed_dim=2)
+    write_run(root / "first", "autoencoder_train", build_autoencoder(first), first)
+    latent, of_first = replace(unet, **LATENTS), LatentConfig(autoencoder_path="../first", scale_factor=1.0)
+    write_run(root / "latent", "image_train", scrambled(build_unet(latent, True)), latent, PROCESS, of_first)
     upsampler = SuperResConfig(large_size=8, small_size=4, class_cond=True, **NETWORK)
     write_run(root / "upsampler", "super_res_train", scrambled(build_upsampler(upsampler, True)), upsampler, PROCESS)
     classifier = ClassifierConfig(**CLASSIFIER)
@@ -107,6 +119,8 @@ COMMANDS = {
     "train in bf16": f"{PLAIN} --precision bf16 --use_checkpoint True --async_save False",
     "train variances": f"{PLAIN} --learn_sigma True --loss_weight min_snr --schedule_sampler loss-second-moment",
     "train on images": f"{PLAIN} --cond_type image --cond_dir pictures --cond_dropout 0.5",
+    "train on latents": f"{PLAIN} --autoencoder_path first --attention_resolutions 4 --sample_interval 4",
+    "train on kept latents": f"{PLAIN} --autoencoder_path first --attention_resolutions 4 --cache_latents True",
     "train adapters": f"image_train {TRAIN} 40 --init_from unet --lora_rank 2",
     "train a classifier": f"classifier_train {TRAIN} 40 {words(CLASSIFIER)} --val_data_dir pictures --eval_interval 4",
     "train an upsampler": f"super_res_train {TRAIN} 40 {words(NETWORK)} --large_size 8 --small_size 4 --cond_aug 0.5",
@@ -120,6 +134,8 @@ COMMANDS = {
     "--classifier_scale 2 --guidance_interval 0,30 --classifier_precision bf16 --precision bf16 --sampler heun",
     "paint": f"image_sample --model_path unconditional {SAMPLE} --init_image pictures --mask mask.png --resample 2 "
     "--resample_jump 2",
+    "paint latents": f"image_sample --model_path latent {SAMPLE} --init_image pictures --mask mask.png --classes cat "
+    "--save_intermediate 4",
     "vary": f"{UNET} --init_image pictures --strength 0.99 --steps 8 --sampler lms",
     "invert": f"{UNET} --init_image pictures --invert True --sampler ddim --init_classes cat",
     "interpolate": f"{UNET} --init_image mask.png --interpolate mask.png --sampler ddim --classes cat",

@@ -15,7 +15,7 @@ from ..runtime import files
 from ..runtime.errors import UserError
 from ..training import finetuning, lora
 from ..training.checkpoints import CLASSIFIER, UNET, UPSAMPLER
-from .flags import Flags
+from .flags import COMMANDS, Flags
 from .sections import InitConfig, LatentConfig
 
 REPORT = "init.json"
@@ -43,7 +43,8 @@ def over_source(flags: Flags) -> Flags:
     kind, section = KINDS[flags.command]
     size = finetuning.SIZE_FLAGS[kind]
     saved = finetuning.flags_for(finetuning.open_source(path), kind, flags.given.get(size), flags.values[size])
-    return flags.over(saved, section, DiffusionConfig, LatentConfig)
+    latents = [LatentConfig] if "autoencoder_path" in COMMANDS[flags.command].flags() else []
+    return flags.over(saved, section, DiffusionConfig, *latents)
 
 
 def prepare(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> None:

@@ -86,8 +86,8 @@ class CachedImages(ImageDataset):
         moments = np.array(self.moments[index, int(mirrored)])
         if np.isnan(moments).any():
             raise UnreadableImage(self.local_images[index], "it could not be read when it was to be encoded")
-        known = self.local_classes is not None
-        return moments, {"y": np.array(self.local_classes[index], dtype=np.int64)} if known else {}  # type: ignore[index]
+        classes = self.local_classes
+        return moments, {} if classes is None else {"y": np.array(classes[index], dtype=np.int64)}
 
     def stacked(self, arrays: Sequence[NDArray[Any]]) -> th.Tensor:
         """Moments as they are."""
@@ -137,7 +137,10 @@ class Encoding(RestartableJob):
     def _moments(self, images: th.Tensor, device: th.device) -> NDArray[np.float32]:
         images = to_unit(to_device(images, device))
         sides = [images, images.flip(3)] if self.images.random_flip else [images]
-        rows: NDArray[np.float32] = th.stack([self.stage.moments(side) for side in sides], dim=1).cpu().numpy()
+        moments = th.stack([self.stage.moments(side) for side in sides], dim=1)
+        if not bool(moments.isfinite().all()):
+            raise UserError(f"the latents of images are not finite: {self.stage.path} is damaged, or of other images")
+        rows: NDArray[np.float32] = moments.cpu().numpy()
         return rows
 
     def _one_by_one(
@@ -212,8 +215,11 @@ def cached_images(
     if not finished:
         log(f"encoding {len(images)} images{' and their mirror images' * images.random_flip} once, to {path}")
         missing = job.missing(dist_util.rank(), dist_util.world_size(), log=log)
-        for batch, rows in zip(missing, job.encode(missing, stream.num_workers, device), strict=True):
-            save_npz(job.shard(batch), rows)
+        shown, total = dist_util.rank() == 0, len(missing)
+        with logger.progress_bar(shown=shown, total=total, desc="encoding", unit="batch") as bar:
+            for batch, rows in zip(missing, job.encode(missing, stream.num_workers, device), strict=True):
+                save_npz(job.shard(batch), rows)
+                bar.update()
         dist_util.barrier()
         dist_util.decide(job.merge)
     if dist_util.rank() == 0:

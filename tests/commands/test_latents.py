@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
-from runs import CLASSIFIER, PROCESS, UNET, UPSAMPLER, Main, saved_by, scrambled, write_run
+from ranks import Nursery
+from runs import CLASSIFIER, PROCESS, SCRIPTS, UNET, UPSAMPLER, Main, saved_by, scrambled, write_run
 
 from guided_diffusion import logger
 from guided_diffusion.commands import (
@@ -29,7 +30,7 @@ from guided_diffusion.config import AutoencoderConfig
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.image_datasets import ImageStream, load_data
 from guided_diffusion.networks.first_stage import FirstStage
-from guided_diffusion.runtime.npz import fingerprint
+from guided_diffusion.runtime.npz import fingerprint, save_npz
 from guided_diffusion.runtime.pictures import to_uint8, to_unit
 from guided_diffusion.runtime.seeds import image_generator
 from guided_diffusion.sampling.editing import invert
@@ -182,6 +183,22 @@ def test_cached_latents_are_those_of_the_batches(config: AutoencoderConfig, pict
     assert len(list((tmp_path / "latents").iterdir())) == 3
 
 
+def test_encoding_goes_on_where_it_was_interrupted(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger.configure(dir=str(tmp_path))
+    monkeypatch.setattr("guided_diffusion.commands.latents.AT_ONCE", 2)
+    stage, stream = FirstStage(network_of(AUTOENCODER), 1.0, "mark"), stream_of(pictures)
+    whole = np.array(cached_images(stream, stage, str(pictures), str(tmp_path / "1"), log=lambda line: None).moments)
+    (folder,) = (tmp_path / "1").iterdir()
+    (folder / "moments.npy").unlink()
+    save_npz(str(folder / "shards" / "000001.npz"), np.zeros_like(whole[2:4]))  # as if made before the interruption
+    resumed = cached_images(stream, stage, str(pictures), str(tmp_path / "1"), log=lambda line: None).moments
+    np.testing.assert_array_equal(resumed[[0, 1, 4, 5]], whole[[0, 1, 4, 5]])
+    assert not resumed[2:4].any()
+    assert not (folder / "shards").exists()
+
+
 def test_every_epoch_draws_other_latents_and_the_batch_does_not_matter(pictures: Path) -> None:
     stage = FirstStage(network_of(AUTOENCODER), 1.0)
     streams = [stream_of(pictures, batch_size=size, random_flip=False, deterministic=True) for size in (6, 3)]
@@ -235,6 +252,17 @@ def test_a_resumed_training_is_the_uninterrupted_one(cached: bool, runs: Path, p
     assert tuple(saved[name] for name in names) == known
     lines = (tmp_path / "whole" / "log.txt").read_text()
     assert "latents of the first batch, mean" in lines
+
+
+@pytest.mark.slow
+def test_two_ranks_encode_and_train_as_one(runs: Path, pictures: Path, tmp_path: Path, ranks: Nursery) -> None:
+    flags = {**TRAINING, "data_dir": pictures, "cache_latents": True, "max_steps": 2, "autoencoder_path": runs / "kl"}
+    image_train.main(command_line(**flags, log_dir=tmp_path / "one"))
+    halves = command_line(**flags | {"batch_size": 2}, device="cpu", log_dir=tmp_path / "two")
+    result = ranks.run([SCRIPTS / "image_train.py", *halves])
+    assert result.returncode == 0, result.stderr
+    for name, value in weights(tmp_path / "one", 2).items():
+        th.testing.assert_close(weights(tmp_path / "two", 2)[name], value, atol=1e-5, rtol=1e-4)
 
 
 def test_a_whole_chain_of_commands(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +368,7 @@ def test_a_loss_of_images_guides_through_the_decoder(runs: Path) -> None:
 
 
 def test_an_upsampler_enlarges_what_was_decoded(runs: Path, tmp_path: Path) -> None:
-    config = replace(UPSAMPLER, small_size=16, large_size=32)
+    config = replace(UPSAMPLER, small_size=16, large_size=32, attention_resolutions="")
     write_run(tmp_path / "up", "super_res_train", scrambled(build_network(config, True)), config, PROCESS)
     stages = [f"--base.model_path={runs / 'unet'}", f"--up1.model_path={tmp_path / 'up'}", "--up1.steps=2"]
     argv = [*stages, "--base.steps=2", "--num_samples=2", "--batch_size=2", f"--log_dir={tmp_path / 'out'}"]
@@ -403,7 +431,10 @@ def test_a_run_with_a_copy_can_be_moved_and_an_autoencoder_can_be_elsewhere(runs
 def test_mistakes_get_one_sentence(
     runs: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], main: Main, argv: str, sentence: str
 ) -> None:
-    pixels, judge = replace(UNET, image_size=16), replace(CLASSIFIER, image_size=16)
+    pixels, judge = (
+        replace(UNET, image_size=16, attention_resolutions=""),
+        replace(CLASSIFIER, image_size=16, classifier_attention_resolutions="8"),
+    )
     for name, config, command in (("pixels", pixels, "image_train"), ("pixel_classifier", judge, "classifier_train")):
         if name in argv:
             write_run(runs / name, command, scrambled(build_network(config, True)), config, PROCESS)

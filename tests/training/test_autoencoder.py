@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from runs import write_run
 from safetensors.torch import save_file
 
 from guided_diffusion import logger
 from guided_diffusion.commands import autoencoder_train
 from guided_diffusion.commands.autoencoder_loop import AutoencoderLoop
-from guided_diffusion.config import AutoencoderConfig, AutoencoderTrainConfig
+from guided_diffusion.config import AutoencoderConfig, AutoencoderTrainConfig, ClassifierConfig
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.networks.autoencoder import AutoencoderKL, PatchDiscriminator, straight_through
 from guided_diffusion.runtime.errors import UserError
-from guided_diffusion.script_util import build_autoencoder
+from guided_diffusion.script_util import build_autoencoder, build_classifier
 from guided_diffusion.training import checkpoints
 from guided_diffusion.training.autoencoder import (
     AutoencoderLoss,
@@ -301,3 +302,34 @@ def test_precision_is_of_the_computation_alone():
     assert rounded.dtype == th.float32
     assert {param.dtype for param in network.parameters()} == {th.float32}
     assert 0 < float((exact - rounded).abs().max().detach()) < 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16", "feature_weight": 0.5, "val_distance": True, "kind": "vq", "n_embed": 16},
+        {"precision": "fp16", **DISC, "disc_start": 0, "feature_weight": 0.5},
+    ],
+    ids=["bf16", "fp16"],
+)
+def test_a_command_with_features_in_16_bits(options, pictures, tmp_path):
+    """Of a classifier, whose features are compared in training, and whose distance is measured in validation."""
+    config = ClassifierConfig(
+        image_size=16,
+        classifier_width=64,
+        classifier_depth=1,
+        classifier_attention_resolutions="8",
+        num_classes=2,
+    )
+    write_run(tmp_path / "judge", "classifier_train", build_classifier(config), config)
+    flags = {**TINY, "data_dir": pictures, "val_data_dir": pictures, "val_interval": 1, "num_workers": 0}
+    flags |= {"batch_size": 4, "max_steps": 2, "log_interval": 1, "ema_rate": 0.5, "log_dir": tmp_path / "run"}
+    flags["features"] = f"classifier:{tmp_path / 'judge'}"
+    autoencoder_train.main([f"--{name}={value}" for name, value in {**flags, **options}.items()])
+    last = rows(tmp_path / "run")[-1]
+    assert float(last["feature"]) > 0
+    assert float(last["val_feature"]) > 0
+    assert ("val_fd" in last) == bool(options.get("val_distance"))
+    weights = checkpoints.load(str(tmp_path / "run" / "model000002.pt"))
+    assert {value.dtype for value in weights.values()} == {th.float32}
+    assert all(value.isfinite().all() for value in weights.values())
