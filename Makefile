@@ -10,11 +10,12 @@ PARALLEL = -n 2 --dist loadfile
 
 test test-slow coverage: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-slow coverage lint bench clean
+.PHONY: help setup demo demo-train test test-slow coverage lint bench clean
 
 help:
 	@echo 'make setup      make .venv, and nothing else'
-	@echo 'make demo       train a small model on the bundled pictures and sample from it (minutes)'
+	@echo 'make demo       sample from the bundled model, with and without guidance (a minute)'
+	@echo 'make demo-train train a small model on the bundled pictures and sample from it (minutes)'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-slow  lint, then every test'
 	@echo 'make coverage   the tests, and which lines they miss'
@@ -26,6 +27,9 @@ setup: $(READY)
 
 demo: $(READY)
 	.venv/bin/python scripts/demo.py
+
+demo-train: $(READY)
+	.venv/bin/python scripts/demo_train.py
 
 test: lint
 	.venv/bin/python -m pytest $(PARALLEL)

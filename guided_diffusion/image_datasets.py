@@ -62,6 +62,8 @@ class ImageStream(Iterator[Batch]):
         self.batch_size = min(batch_size, max(1, -(-count // self.world_size))) if options.fit else batch_size
         self.small_versions: SmallVersions | None = None
         self.captions: Captions | None = None  # whose `keywords` are set before the first batch
+        self.source = dataset  # of what batches are made of; another one where latents are read instead of images
+        self.encoder: Callable[[th.Tensor, list[int]], th.Tensor] | None = None  # (batch, number of each) -> latents
         self.skipped: dict[str, str] = {}  # path of an image that could not be read -> why
         if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
             raise UserError(f"batch_size {self.batch_size} on rank {self.rank} of {self.world_size}: give 1 or more")
@@ -105,7 +107,7 @@ class ImageStream(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._batches is None:
             if self._loader is None:
-                self._loader = batches(self.dataset, self._schedule, self.num_workers)
+                self._loader = batches(self.source, self._schedule, self.num_workers)
             with _without_alarm():
                 self._batches = iter(self._loader)
         batch = next(self._batches)
@@ -122,8 +124,10 @@ class ImageStream(Iterator[Batch]):
                 logger.warn(f"{UnreadableImage(path, reason)}; others take its place, as {count}")
         if self.small_versions is not None:
             cond |= self.small_versions(to_unit(images), range(first, first + len(images)))
+        keys = self._schedule.keys(self._schedule.taken) if self.captions or self.encoder else []
+        if self.encoder is not None:
+            images = self.encoder(images, [epoch * len(self.dataset) + index for epoch, index in keys])
         if self.captions is not None:
-            keys = self._schedule.keys(self._schedule.taken)
             cond |= dict(self.captions(keys, self.dataset.local_images, self.skipped))
         self._schedule.taken += self.global_batch
         return images, cond

@@ -6,6 +6,7 @@ and are kept as uint8 [N, H, W, C] (any number of space dimensions between batch
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from .runtime.errors import UserError, refuse
 from .runtime.files import write_json
 from .runtime.jobs import Job
 from .runtime.labels import check_labels
-from .runtime.npz import fingerprint, save_npz, write_npz
+from .runtime.npz import PROMPTS, fingerprint, save_npz, write_arrays
 from .runtime.pictures import FILM_IMAGES, LEVEL, Film, Pixels, can_draw, draw_each, draw_grid, save_grid, to_uint8
 from .runtime.seeds import image_generator, seeded
 from .sampling.loop import SampleOptions, network_calls
@@ -96,17 +97,26 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         "seed": job.seed,
         "labels": labels if len(labels) <= LISTED else fingerprint({"labels": np.asarray(labels)}),
         "random_classes": 0 if labels else job.num_classes,
+        **(
+            {"prompts": list(job.prompts) if len(job.prompts) <= LISTED else _digest(job.prompts)}
+            if job.prompts
+            else {}
+        ),
         "sampler": repr(make_sampler(job.sampler)),
         "steps": process.num_timesteps,
         "schedule": fingerprint({"betas": process.betas, "timesteps": np.asarray(process.timestep_map)}),
         "prediction": f"{process.model_mean_type.name} {process.model_var_type.name} {process.rescale_timesteps}",
-        "clip_denoised": True,
+        "clip_denoised": job.decode is None,
     }
     loop: dict[str, Any] = {name: value for name, value in options.items() if name not in NOT_IN_THE_RESULT}
     for name, value in loop.items():
         if not isinstance(value, bool | int | float | str | None):
             loop[name] = fingerprint({"": value}) if isinstance(value, th.Tensor) else "given"
     return {**job.request, **settings, **loop, "device": _device(model, options).type}
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
@@ -137,7 +147,7 @@ def make_shards(
     total = len(missing) * network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
     with logger.progress_bar(shown=show, total=total, desc="sampling", unit="step") as bar, evaluating(model):
         for batch in missing:
-            film = Film(job.film, min(FILM_IMAGES, len(job.rows(0)))) if job.film and batch == 0 else None
+            film = _film(job) if job.film and batch == 0 else None
             outside: list[th.Tensor | None] = []
 
             def each(output: StepOutput, film: Film | None = film, outside: list[Any] = outside) -> None:
@@ -148,13 +158,19 @@ def make_shards(
 
             x, labels = _sample_batch(process, model, job, batch, each, options)
             clipped = options.get("clip_guided") is not False
-            warnings = {"plain": _plain_images(x, batch), "strayed": _strayed(outside, clipped=clipped)}
+            warnings = {"plain": plain_images(x, batch), "strayed": _strayed(outside, clipped=clipped)}
             for kind in [kind for kind, text in warnings.items() if text and kind not in warned]:
                 logger.warn(f"{warnings[kind]} (said once per rank)")
                 warned.add(kind)
             if film is not None:
                 film.save(job.file("film.png"), job.file("film.gif"))
             save_npz(job.shard(batch), to_uint8(x), *([] if labels is None else [labels.cpu().numpy()]))
+
+
+def _film(job: Job) -> Film:
+    """A film of the first images of a job."""
+    count, decode = min(FILM_IMAGES, len(job.rows(0))), job.decode
+    return Film(job.film, count) if decode is None else Film(job.film, count, lambda x: decode(x, range(len(x))))
 
 
 def _sample_batch(
@@ -176,11 +192,16 @@ def _sample_batch(
         if job.conditioning is not None:
             kwargs |= {name: value.to(device) for name, value in job.conditioning(rows).items()}
         loop: SampleOptions = {**options, "model_kwargs": kwargs, "generator": generators, "device": device}
+        shape = job.shape
+        if job.decode is not None:
+            shape, loop = job.latent_shape, {"clip_denoised": False, **loop}
         if job.start is not None:
             loop = cast(SampleOptions, {**loop, **job.start(rows, kwargs)})
-        for output in process.sample_loop_progressive(job.sampler, model, (len(rows), *job.shape), **loop):
+        for output in process.sample_loop_progressive(job.sampler, model, (len(rows), *shape), **loop):
             each(output)
-    return output["sample"][:count], None if labels is None else labels[:count]
+        with th.no_grad():
+            x = output["sample"] if job.decode is None else job.decode(output["sample"], rows)
+    return x[:count], None if labels is None else labels[:count]
 
 
 def _device(model: Model, options: SampleOptions) -> th.device:
@@ -190,7 +211,7 @@ def _device(model: Model, options: SampleOptions) -> th.device:
     return th.device(given) if given is not None else dist_util.dev() if parameter is None else parameter.device
 
 
-def _plain_images(x: th.Tensor, batch: int) -> str:
+def plain_images(x: th.Tensor, batch: int) -> str:
     """A warning of images that are of one colour; '' where there are none. Those that are not finite are refused."""
     pixels = x.flatten(1)
     if broken := int((~pixels.isfinite().all(dim=1)).sum()):
@@ -217,8 +238,12 @@ def _strayed(outside: Sequence[th.Tensor | None], *, clipped: bool) -> str:
 
 
 def merge(job: Job) -> None:
-    """Put the shards together, batch by batch."""
-    write_npz(job.path, *job.merged())
+    """Put the shards together, batch by batch, and the prompts beside them."""
+    arrays = {f"arr_{number}": rows for number, rows in enumerate(job.merged())}
+    if job.prompts:
+        texts = np.asarray([job.prompt(index) for index in range(job.size)])
+        arrays[PROMPTS] = (texts.shape, texts.dtype, [texts])
+    write_arrays(job.path, arrays)
 
 
 def _draw_pictures(job: Job, rank: int, world_size: int) -> None:
@@ -229,10 +254,11 @@ def _draw_pictures(job: Job, rank: int, world_size: int) -> None:
         logger.log(f"no pictures: images of shape {job.shape} cannot be drawn, with 1, 3 or 4 channels they can")
         return
     if rank == 0:
-        draw_grid(job.file("samples.png"), job.path, job.labels, job.class_names)
+        rows = (range(len(job.prompts)), job.prompts) if job.prompts else (job.labels, job.class_names)
+        draw_grid(job.file("samples.png"), job.path, *rows)
     if job.save_images:
         names, share = picture_names(job.names), {"rank": rank, "world_size": world_size}
-        draw_each(job.file("images"), job.path, labelled=job.labelled, names=names, **share)
+        draw_each(job.file("images"), job.path, labelled=job.labelled, names=names, prompts=job.prompts, **share)
 
 
 def sampled(
@@ -243,26 +269,36 @@ def sampled(
     rank: int = 0,
     world_size: int = 1,
     **options: Unpack[SampleOptions],
-) -> Iterator[tuple[int, Pixels]]:
-    """The batches of one rank as `make_shards` would write them, in memory: (batch, uint8 [n, H, W, C])."""
+) -> Iterator[tuple[th.Tensor, th.Tensor | None]]:
+    """The batches of one rank that `make_shards` would write, in memory: images [n, C, H, W], and labels [n] if any."""
+    _check(job, model, options)
     with evaluating(model):
         for batch in range(rank, job.batches, world_size):
-            yield batch, to_uint8(_sample_batch(process, model, job, batch, lambda _: None, options)[0])
+            yield _sample_batch(process, model, job, batch, lambda _: None, options)
 
 
 def preview(
-    process: GaussianDiffusion, model: Model, shape: Sequence[int], *, labels: Sequence[int], seed: int, path: str
+    process: GaussianDiffusion,
+    model: Model,
+    shape: Sequence[int],
+    *,
+    labels: Sequence[int],
+    seed: int,
+    path: str,
+    **fields: Any,
 ) -> Pixels:
     """Write a grid of few-step DDIM samples and return them; no generator but its own is touched.
 
     :param shape: of all images, [N, C, H, W].
     :param labels: taken in turn; empty for an unconditional network.
+    :param fields: further ones of the `Job`.
     """
     kept = space_timesteps(process.num_timesteps, [min(PREVIEW_STEPS, process.num_timesteps)])
     few_steps = respaced(process, [float(process.timestep_map[int(t)]) for t in sorted(kept)])
     count, *image_shape = shape
     sizes: dict[str, Any] = {"shape": tuple(image_shape), "num_samples": count, "batch_size": count}
-    job = Job(sampler="ddim", out_dir="", seed=seed, labels=labels, **sizes)
-    [(_, images)] = sampled(few_steps, model, job)
+    job = Job(sampler="ddim", out_dir="", seed=seed, labels=labels, **sizes, **fields)
+    [(x, _)] = sampled(few_steps, model, job)
+    images = to_uint8(x)
     save_grid(path, images, math.ceil(math.sqrt(count)))
     return images

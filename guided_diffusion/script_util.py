@@ -10,7 +10,7 @@ import functools
 import inspect as inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from inspect import Parameter, Signature, signature
 from typing import Any, TypeVar
 
@@ -21,17 +21,20 @@ from . import dist_util, gaussian_diffusion as gd
 from .config import (
     AutoencoderConfig,
     ClassifierConfig,
+    ContextConfig,
     DiffusionConfig,
     NetworkConfig,
+    SizedConfig,
     SuperResConfig,
     UNetConfig,
     seen_channels,
 )
 from .networks.autoencoder import AutoencoderKL, VQModel
+from .networks.context import context_arguments
 from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
 from .runtime.errors import UserError
-from .runtime.options import Size, check_keywords, defaults, parse_size, str2bool as str2bool
+from .runtime.options import Size, check_keywords, defaults, parse_size, size_flag, str2bool as str2bool
 from .sampling.schedules import rescale_zero_terminal_snr
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
@@ -123,10 +126,14 @@ def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, st
     levels, rate = len(numbers), 2 ** (len(numbers) - 1)
     for side in size:
         if side % rate:
-            near = " or ".join(str(legal) for legal in (side // rate * rate, (side // rate + 1) * rate) if legal)
             fault = f"image size {side} is not a multiple of {rate}, as the {levels} levels of channel_mult {text} need"
-            raise UserError(f"{fault}: use {near}, or fewer levels")
+            raise UserError(f"{fault}: use {_multiples(side, rate)}, or fewer levels")
     return tuple(int(number) if number.is_integer() else number for number in numbers)
+
+
+def _multiples(side: int, rate: int) -> str:
+    """Those of a rate below and above a side."""
+    return " or ".join(str(legal) for legal in (side // rate * rate, (side // rate + 1) * rate) if legal)
 
 
 def attention_rates(
@@ -158,7 +165,8 @@ def _network_arguments(
     """Arguments of `UNetModel` and `SuperResModel`: the flags of the same names, and what others become."""
     sides = parse_size(size)
     multipliers = channel_multipliers(config.channel_mult, sides, table)
-    same = {name: value for name, value in asdict(config).items() if name in signature(UNetModel).parameters}
+    names = signature(UNetModel).parameters.keys() - defaults(ContextConfig).keys()
+    same = {name: value for name, value in asdict(config).items() if name in names}
     return same | {
         "image_size": _side(sides),
         "in_channels": config.image_channels,
@@ -167,11 +175,26 @@ def _network_arguments(
         "attention_resolutions": attention_rates(config.attention_resolutions, sides, len(multipliers)),
         "channel_mult": multipliers,
         "num_classes": config.num_classes if config.class_cond else None,
+        **context_arguments(config, class_cond=config.class_cond),
     }
+
+
+def in_its_space(config: T) -> T:
+    """The config of a network with the size and the channels of what it works on: latents, where it does."""
+    if not isinstance(config, SizedConfig) or not config.latent_channels:
+        return config
+    (height, width), factor = parse_size(config.image_size), config.latent_factor
+    for side in (height, width):
+        if side % factor:
+            fault = f"image size {side} is not a multiple of {factor}, as the autoencoder needs"
+            raise UserError(f"{fault}: use {_multiples(side, factor)}")
+    size, channels = size_flag((height // factor, width // factor)), config.latent_channels
+    return replace(config, image_size=size, image_channels=channels, latent_factor=1, latent_channels=0)
 
 
 def build_unet(config: UNetConfig, learn_sigma: bool) -> UNetModel:
     """The U-Net of a config, in float32."""
+    config = in_its_space(config)
     network = _network_arguments(config, config.image_size, learn_sigma, CHANNEL_MULT)
     seen = seen_channels(config.cond_type, config.cond_channels, config.image_channels)
     return ConditionedModel(**network, cond_channels=seen, null_cond=config.null_cond) if seen else UNetModel(**network)
@@ -185,6 +208,7 @@ def build_upsampler(config: SuperResConfig, learn_sigma: bool) -> SuperResModel:
 
 def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
     """The classifier of a config, in float32."""
+    config = in_its_space(config)
     size = parse_size(config.image_size)
     multipliers = channel_multipliers(config.classifier_channel_mult, size)
     resolutions = config.classifier_attention_resolutions
@@ -228,7 +252,7 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL | VQModel:
 
 
 def build_network(config: UNetConfig | SuperResConfig | ClassifierConfig, learn_sigma: bool) -> Any:
-    """The network of a config, in float32; `learn_sigma` changes nothing of a classifier."""
+    """The network of a config, in float32, without a text encoder; `learn_sigma` changes nothing of a classifier."""
     if isinstance(config, ClassifierConfig):
         return build_classifier(config)
     if isinstance(config, SuperResConfig):

@@ -2,7 +2,7 @@
 
 They are processes of their own with the variables that srun gives, and meet over sockets; importing torch would take
 them longer than their work. mpiexec and torchrun start theirs anew in runtime/test_dist_util.py,
-commands/test_sample_commands.py, evaluation/test_evaluator.py and faults/.
+evaluation/test_evaluator.py and faults/.
 """
 
 from __future__ import annotations

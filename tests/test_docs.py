@@ -35,10 +35,16 @@ def test_the_guidance_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "film.gif").stat().st_size > 0
 
 
-def test_the_readmes_sampler_is_a_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_about_text_runs_from_top_to_bottom() -> None:
+    names = run("\n".join(snippets("docs/text.md")))
+    assert names["images"].shape == (2, 3, 16, 16)
+    assert th.isfinite(names["images"]).all()
+
+
+def test_the_sampler_to_begin_with_is_a_sampler(monkeypatch: pytest.MonkeyPatch) -> None:
     """A dataclass of under 20 lines and one entry: loop, guidance, masks and command line have it."""
     monkeypatch.setattr("guided_diffusion.sampling.samplers.SAMPLERS", dict(SAMPLERS))
-    (code,) = [code for code in snippets("README.md") if "SAMPLERS[" in code]
+    (code,) = [code for code in snippets("CONTRIBUTING.md") if "SAMPLERS[" in code]
     body = code[code.index("@dataclass") :]
     assert len([line for line in body.splitlines() if line.strip()]) < 20
     run(code)
@@ -80,3 +86,28 @@ def test_the_page_of_the_architecture_names_files_that_are_there() -> None:
     modules = {path.stem for path in (ROOT / "guided_diffusion").glob("[a-z]*.py")}
     assert [name for name in rooms if f"{name}/" not in picture] == []
     assert [name for name in modules if name not in picture] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "models").rglob("*.md"),
+    ROOT / "datasets/README.md",
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
+    text = re.sub(r"^(```.*?^```|    .*?$)", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link

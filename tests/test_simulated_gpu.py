@@ -17,7 +17,7 @@ from runs import NAMES, PROCESS, scrambled, write_run
 from simulated_gpu import SimulatedGPU
 
 from guided_diffusion import dist_util
-from guided_diffusion.commands import demo
+from guided_diffusion.commands import demo_train as demo
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
 from guided_diffusion.runtime.pictures import planes
 from guided_diffusion.runtime.seeds import to_device

@@ -15,10 +15,9 @@ from typing import Any
 
 from ..runtime.errors import UserError
 from .flags import COMMANDS, Flags, parse, parser
-from .sections import CascadeConfig
+from .sections import SEED_STEP, CascadeConfig
 
 NAME = "cascade_sample"
-SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 FILLED_IN = ("log_dir", "device", "num_samples", "base_samples")  # flags of the stages' commands
 
 
@@ -80,7 +79,9 @@ def _flags_of(shared: Flags, number: int, name: str, words: Sequence[str]) -> Fl
     config, known = shared.part(CascadeConfig), COMMANDS[command].flags()
     of_stage = {flag: value for flag, value in flags.given.items() if flag in known and flag not in FILLED_IN}
     values: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed + number * SEED_STEP}
-    optional = {"device": config.device, "classes": "" if number else config.classes}
+    optional = {"device": config.device}
+    if not number:  # upsamplers take them from the images
+        optional |= {"classes": config.classes, "prompt": config.prompt, "prompts": config.prompts}
     values |= {flag: value for flag, value in optional.items() if value}
     return Flags(command, {**values, **of_stage, "num_samples": config.num_samples})
 

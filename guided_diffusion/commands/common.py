@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch as th
@@ -13,6 +14,7 @@ from .. import dist_util, logger
 from ..config import (
     AutoencoderConfig,
     ClassifierConfig,
+    ContextConfig,
     DiffusionConfig,
     RangeConfig,
     RunConfig,
@@ -22,22 +24,25 @@ from ..config import (
 )
 from ..networks.architecture import architecture
 from ..networks.compiling import compile_network
+from ..networks.context import ContextEncoder, ScratchEncoder, build_context_encoder
 from ..networks.hardware import fastest_precision
 from ..runtime import files
 from ..runtime.errors import UserError
 from ..runtime.npz import fingerprint
-from ..runtime.options import parse_size
+from ..runtime.options import defaults, parse_size
 from ..sampling.guidance import dynamic_thresholding
 from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion, build_network
 from ..training import lora
-from ..training.checkpoints import Checkpoint, is_young, open_checkpoint
+from ..training.checkpoints import Checkpoint, is_young, open_checkpoint, tokenizer_beside
+from . import latent_space
 from .flags import SAVED_NAMES, Flags
-from .sections import AdapterConfig, SampleConfig
+from .sections import AdapterConfig, LatentConfig, SampleConfig
 
 if TYPE_CHECKING:
     from ..gaussian_diffusion import GaussianDiffusion
+    from ..networks.first_stage import FirstStage
 
 FIRST = "input_blocks.0.0.weight"  # the first convolution
 KINDS = {ClassifierConfig: "a classifier", SuperResConfig: "an upsampler", UNetConfig: "a diffusion model"}
@@ -48,7 +53,8 @@ PRECISIONS = {
     "classifier_precision": ("classifier_use_fp16", "classifier_width"),
 }
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
-NOT_IN_THE_RESULT = ("use_checkpoint", *PRECISION_FLAGS)
+NOT_IN_THE_RESULT = ("use_checkpoint", "text_encoder", *PRECISION_FLAGS)  # of an encoder its fingerprint is
+OLDER = defaults(ContextConfig)  # what the config.json of an older run does not say
 SAMPLER_OPTIONS = ("eta", "order", "churn")
 SIZES, OF_LEVELS = ("image_size", "large_size"), ("attention_resolutions", "channel_mult")
 
@@ -116,6 +122,8 @@ class Restored:
     :param flags: the command line over what the checkpoint says.
     :param classes: class names by id, [] where none are known.
     :param identity: what the result depends on, for `Job.request`.
+    :param encoder: of prompts, where the network attends to text.
+    :param first_stage: the autoencoder on whose latents it works, None for pixels.
     """
 
     network: Any
@@ -124,13 +132,15 @@ class Restored:
     process: GaussianDiffusion
     classes: list[str]
     identity: dict[str, Any]
+    encoder: ContextEncoder | None = None
+    first_stage: FirstStage | None = None
 
     @property
     def clipping(self) -> dict[str, Any]:
         """What is done to every prediction of x_0, as options of the loop."""
         config = self.flags.part(SampleConfig)
         threshold = {"denoised_fn": dynamic_thresholding(config.dynamic_threshold)} if config.dynamic_threshold else {}
-        return {"clip_denoised": config.clip_denoised, **threshold}
+        return {"clip_denoised": config.clip_denoised and self.first_stage is None, **threshold}
 
     def with_flags(self, **values: Any) -> Restored:
         """The same network under other flags of sampling."""
@@ -167,16 +177,19 @@ def section_of(flags: Flags, source: str) -> type[Any]:
 def restore(flags: Flags, source: str = "model_path") -> Restored:
     """The network whose checkpoint the flag `source` names, by its own flags, as `described` has them."""
     section, (checkpoint, flags) = section_of(flags, source), described(flags, source)
+    first_stage = None
     if source == "model_path":
         flags.check()
+        flags, first_stage = latent_space.of_sampling(flags, checkpoint)
     process = build_diffusion(schedule_of(flags))  # refuses an impossible grid before anything large is read
     config, learn_sigma = flags.part(section), flags.part(DiffusionConfig).learn_sigma
+    build = partial(network_of, config, learn_sigma, checkpoint.path)
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
-        frame = build_network(config, learn_sigma)
+        frame = build()
     weights = checkpoint.fitting(frame, asdict(config))
     if source == "model_path" and flags.values.get("lora_path"):
         weights = _adapted(flags.part(AdapterConfig), weights)
-    network: Any = build_network(config, learn_sigma)
+    network: Any = build()
     network.load_state_dict(weights)
     logger.log(f"{source}: {checkpoint.path}")
     _warn_of_defaults(checkpoint.path, flags, section)
@@ -186,11 +199,34 @@ def restore(flags: Flags, source: str = "model_path") -> Restored:
         logger.log(line)
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
+    if first_stage is not None:
+        identity |= {"autoencoder_id": first_stage.fingerprint, "scale_factor": first_stage.scale_factor}
     network.to(dist_util.dev()).eval().requires_grad_(False).convert_to(precision)
+    encoder = encoder_beside(network, config) if source == "model_path" else None
     if flags.values.get("compile"):
         compile_network(network, f"the network of --{source}", sampling=True, log=logger.log)
         identity["compile"] = True  # it rounds otherwise
-    return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity)
+    return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity, encoder, first_stage)
+
+
+def network_of(config: Any, learn_sigma: bool, path: str) -> Any:
+    """The network of a config, with its text encoder where that was trained along.
+
+    :param path: of its checkpoint, beside which the tokenizer lies.
+    """
+    network = build_network(config, learn_sigma)
+    if getattr(config, "context", "") == "text" and config.text_encoder == "scratch":
+        network.context_encoder = build_context_encoder(config, tokenizer=tokenizer_beside(path), log=logger.warn)
+    return network
+
+
+def encoder_beside(network: Any, config: Any) -> ContextEncoder | None:
+    """The encoder of the texts that a restored network is sampled for: its own, or the frozen one of its flags."""
+    if getattr(config, "context", "") != "text":
+        return None
+    if isinstance(network.context_encoder, ScratchEncoder):
+        return network.context_encoder
+    return build_context_encoder(config, device=dist_util.dev(), log=logger.warn)
 
 
 def _adapted(config: AdapterConfig, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
@@ -215,7 +251,7 @@ def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Fla
     if not flags.values[source]:
         raise UserError(f"--{source} is missing: give a checkpoint or the folder of a run")
     checkpoint, section = open_checkpoint(flags.values[source], f"--{source}"), section_of(flags, source)
-    saved = checkpoint.flags or _shapes(checkpoint, flags)
+    saved = OLDER | latent_space.ON_PIXELS | (checkpoint.flags or _shapes(checkpoint, flags))
     check_kind(saved, section, f"--{source} {checkpoint.path}")
     if source == "autoguide_path":
         given = {name: value for name, value in flags.given.items() if name not in SAVED_NAMES & set(saved)}
@@ -226,7 +262,7 @@ def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Fla
             shapes = _shapes(checkpoint, flags)  # which levels a network has does not change with the size of images
             saved = saved | {name: value for name, value in shapes.items() if name.endswith(OF_LEVELS)}
     data = [RangeConfig] if "data_range" in flags.values else []  # images to sample from are of the kind trained on
-    return checkpoint, flags.over(saved, section, DiffusionConfig, *data)
+    return checkpoint, flags.over(saved, section, DiffusionConfig, LatentConfig, *data)
 
 
 def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None:
@@ -242,7 +278,7 @@ def check_kind(saved: Mapping[str, Any], section: type[Any], where: str) -> None
 def _shapes(checkpoint: Checkpoint, flags: Flags) -> dict[str, Any]:
     """The flags that the weights themselves show."""
     state = checkpoint.weights
-    size = flags.values.get("large_size", flags.values.get("image_size"))
+    size = checkpoint.size_of_inputs(flags.values.get("large_size", flags.values.get("image_size", 0)), flags.values)
     shapes = architecture(state)  # an attention pool knows its size
     if shapes and not flags.values.get("cond_type") and state[FIRST].shape[1] == 2 * shapes.get("image_channels", 0):
         shapes["large_size"] = flags.values.get("large_size", 0)  # it is an upsampler

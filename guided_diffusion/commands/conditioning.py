@@ -145,8 +145,8 @@ def read_base(flags: Flags, names: Sequence[str] = ()) -> BaseImages:
     return base
 
 
-def enlarge(plan: Plan, flags: Flags, names: Sequence[str]) -> None:
-    """Make a sample for each of --base_samples, with its label if it has one.
+def enlarge(plan: Plan, flags: Flags, names: Sequence[str]) -> list[str]:
+    """Make a sample for each of --base_samples, with its label if it has one; returns their prompts, [] without.
 
     :param names: of the classes by id, [] where they are not known.
     """
@@ -157,3 +157,4 @@ def enlarge(plan: Plan, flags: Flags, names: Sequence[str]) -> None:
     plan.job["conditioning"] = partial(base.conditioning, level=level, seed=flags.part(RunConfig).seed)
     if base.labels is not None:
         plan.job |= {"labels": base.labels, "class_names": names}
+    return base.prompts

@@ -1,119 +1,92 @@
-"""From nothing to a picture in minutes: train three networks, sample with and without guidance, judge, draw."""
+"""Sample from the bundled model in a minute: without and with guidance, a film of one batch, numbers, a page."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from typing import Any
 
-from ..runtime.errors import UserError
 from .entry import entry
-from .flags import parse
+from .flags import Flags
 from .sections import DemoConfig
 
-IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False --lr 1e-3"
-TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1"
-DIFFUSION = (
-    "--class_cond True --predict_xstart True --num_channels 32 --num_res_blocks 1 --channel_mult 1,2,4 "
-    "--attention_resolutions= --num_head_channels 64 --precision auto --warmup_steps 100 "
-    "--ema_rate 0.99 --lr_anneal_steps 1200 --sample_interval 600"
-)
-CLASSIFIER = (
-    "--classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,2,4 --classifier_attention_resolutions 8 "
-    "--classifier_precision auto --weight_decay 0.05 --anneal_lr True --iterations"
-)
-SAMPLING = (
-    "--timestep_respacing 50 --num_samples 144 --precision auto --classifier_precision auto --classes 0,1,2,3,4,5,6,7,8"
-)
-# title, name of the folder, command, flags
-NETWORKS = (
-    ("1. Training a diffusion model on 32x32 emoji (about 5 minutes)", "diffusion", "image_train", DIFFUSION),
-    ("2. Training a classifier to guide it (about a minute)", "classifier", "classifier_train", f"{CLASSIFIER} 350"),
-    ("3. Training a judge (about a minute)", "judge", "classifier_train", f"{CLASSIFIER} 300 --noised False"),
-)
-BATCH = {"image_train": 32, "classifier_train": 64, "classifier_sample": 36}  # of all processes; in sampling, of each
-SCALES = (0.0, 3.0, 10.0)
-CLASSES, SHOWN = 9, 6  # rows, and columns per scale
+MODEL, SHOWN = "emoji32", 6  # columns for each setting
+SAMPLING = {"sampler": "dpm++2m", "steps": 20, "clip_guided": "True"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "unguided": {},
+    "classifier, scale 1": {"classifier_scale": 1.0},
+    "classifier, scale 3": {"classifier_scale": 3.0},
+    "classifier-free, scale 2": {"cfg_scale": 2.0},
+}
+FILM_STEPS = 2  # from one frame to the next
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>guided-diffusion: {model}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+img {{ max-width: 100%; image-rendering: pixelated }}
+td, th {{ padding: .2rem 1rem .2rem 0; text-align: right }} td:first-child, th:first-child {{ text-align: left }}
+</style>
+<h1>{model}: {count} samples in {seconds:.0f} seconds</h1>
+<p>{sampler}, {steps} steps, seed {seed}. A row is a class; a column has the same noise in all parts.</p>
+<img src="demo.png" alt="samples of each class, without guidance and with it">
+<table><tr><th>samples<th>accuracy<th>FD<th>seconds</tr>
+{rows}</table>
+<p>Accuracy: how often a classifier of clean pictures, which guides none, sees the class that was asked for. FD: Frechet
+distance of its features to those of held-out pictures, which is larger the fewer samples there are.</p>
+<h2>From noise to pictures</h2>
+<img src="film.png" alt="the predicted pictures after every second step">
+</html>
+"""
 
 
-def show(config: DemoConfig) -> None:
-    """Train what is not trained yet, sample what is not sampled yet, and print how good it is."""
-    from ..runtime import files
-
-    if not files.exists(config.data_dir):
-        bundled = "the pictures come with a checkout of the repository, not with the package: run this in one, or "
-        remedy = bundled if config.data_dir == DemoConfig().data_dir else ""
-        raise UserError(f"--data_dir {config.data_dir} does not exist: {remedy}give images in up to 9 classes")
-    print(f"Everything goes to {os.path.abspath(config.log_dir)}; a second run goes on where the first one ended.")
-    began, where, seed = time.time(), config.log_dir, f"--seed={config.seed}"
-    for title, name, command, flags in NETWORKS:
-        words = [f"--data_dir={config.data_dir}", f"--log_dir={where}/{name}", seed]
-        launch(title, command, *words, *f"{IMAGES} {TRAINING} {flags}".split())
-    for scale in SCALES:
-        words = [f"--model_path={where}/diffusion", f"--classifier_path={where}/classifier", seed]
-        words += [f"--log_dir={where}/samples_scale_{scale:g}", f"--classifier_scale={scale}", *SAMPLING.split()]
-        launch(f"4. Sampling 144 images at guidance scale {scale:g}", "classifier_sample", *words)
-    judge_and_draw(config)
-    print(f"All of it took {(time.time() - began) / 60:.1f} minutes.")
-
-
-def launch(title: str, command: str, *flags: str) -> None:
-    """Run a command on as many processes as there are cores (at most 8), with one thread each.
-
-    On a CPU that is faster than one process of many threads, which wait for each other in every layer.
-    """
-    import torch as th
-
-    print(f"{title} ...", flush=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    began = time.time()
-    ranks = 1 if th.cuda.is_available() else 1 << min(3, cores.bit_length() - 1)  # a divisor of the batches
-    batch = f"--batch_size={BATCH[command] // (ranks if 'train' in command else 1)}"
-    start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", __package__.rpartition(".")[0]]
-    # tables go to files, not to the screen
-    environment = {**os.environ, "OPENAI_LOG_FORMAT": "log,csv", "OPENAI_LOG_FORMAT_MPI": "log", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *start, command, batch, *flags], env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(2)  # the command has told why
-    print(f"    {time.time() - began:.0f} s", flush=True)
-
-
-def judge_and_draw(config: DemoConfig) -> None:
-    """Print how often the judge sees the class that was asked for, and draw the rows."""
+def show(flags: Flags) -> None:
+    """Sample under every setting, print how good the samples are, and write pictures, results.json and index.html."""
     import numpy as np
 
-    from .. import logger
-    from ..runtime.pictures import planes, save_grid
-    from . import common
+    from .. import load
+    from ..evaluation.images import open_images, read_statistics
+    from ..evaluation.metrics import frechet_distance, statistics
+    from ..runtime.files import write_json
+    from ..runtime.pictures import Film, save_grid
+    from . import evaluation, presets
 
-    logger.configure(dir=config.log_dir, format_strs=[])
-    words = [f"--classifier_path={config.log_dir}/judge"]
-    judge = common.restore(parse("classifier_sample", words), "classifier_path")
-    columns, titles = [], []
-    print("\nHow often the separately trained classifier of clean images sees the class that was asked for:")
-    for scale in SCALES:
-        with np.load(f"{config.log_dir}/samples_scale_{scale:g}/samples_144x32x32x3.npz") as file:
-            images, labels = file["arr_0"], file["arr_1"]
-        titles.append(f"guided, scale {scale:g}" if scale else "unguided")
-        print(f"    {titles[-1]:24s} {accuracy(judge.network, planes(images), labels):6.1%}")
-        columns.append(np.stack([images[labels == label][:SHOWN] for label in range(CLASSES)]))
-    picture, grid = f"{config.log_dir}/demo.png", np.concatenate(columns, axis=1)
-    save_grid(picture, grid.reshape(-1, *grid.shape[2:]), grid.shape[1], judge.classes, titles=titles)
-    print(f"\nThe picture, a row per class: {os.path.abspath(picture)}")
+    config, where = flags.part(DemoConfig), presets.BUNDLED / MODEL
+    os.makedirs(config.log_dir, exist_ok=True)
+    model, film = load(MODEL), Film(FILM_STEPS)
+    judge = evaluation.extractor_named(f"classifier:{where}/judge")
+    real = read_statistics(open_images(where / "held-out.npz"))[0]["pool"]
+    classes, results, columns = model.classes, dict[str, Any](), []
+    print(f"{'samples of ' + MODEL:28} accuracy     FD  seconds")
+    for title, options in SETTINGS.items():
+        began, count = time.perf_counter(), len(classes) * SHOWN
+        options = {**SAMPLING, "callback": film.collect, **options} if not options else {**SAMPLING, **options}
+        samples = model.sample(classes=classes, num_samples=count, batch_size=count, seed=config.seed, **options)
+        seconds, features = time.perf_counter() - began, judge(samples.images)
+        made, guesses = statistics(features.pool), np.argmax(features.probs, axis=1)
+        distance = frechet_distance(real.mean, real.cov, made.mean, made.cov)
+        accuracy = float(np.mean(guesses == samples.labels))
+        results[title] = {"accuracy": accuracy, "fd": distance, "seconds": round(seconds, 1)}
+        print("{:28} {accuracy:8.1%} {fd:6.2f} {seconds:8.1f}".format(title, **results[title]), flush=True)
+        columns.append(np.stack([samples.images[samples.labels == label] for label in range(len(classes))]))
+    grid = np.concatenate(columns, axis=1)
+    save_grid(
+        f"{config.log_dir}/demo.png", grid.reshape(-1, *grid.shape[2:]), grid.shape[1], classes, titles=[*SETTINGS]
+    )
+    film.save(f"{config.log_dir}/film.png", f"{config.log_dir}/film.gif")
+    write_json(f"{config.log_dir}/results.json", {"seed": config.seed, **SAMPLING, "samples": results})
+    write_page(config, results, len(grid) * grid.shape[1])
+    print(f"\nLook at {os.path.abspath(config.log_dir)}/index.html, or at demo.png and film.gif there.")
 
 
-def accuracy(classifier: Any, images: Any, labels: Any) -> float:
-    """The share of images [N, C, H, W] in [-1, 1] that a classifier on this process's device gives their label."""
-    import torch as th
-
-    from .. import dist_util
-
-    images = images.to(dist_util.dev())
-    with th.no_grad():
-        guesses = classifier(images, th.zeros(len(images), device=images.device)).argmax(dim=1)
-    return float((guesses.cpu() == th.from_numpy(labels)).float().mean())
+def write_page(config: DemoConfig, results: dict[str, Any], count: int) -> None:
+    """index.html beside the pictures."""
+    row = "<tr><td>{}<td>{accuracy:.1%}<td>{fd:.2f}<td>{seconds:.1f}</tr>\n"
+    facts = {**SAMPLING, "model": MODEL, "seed": config.seed, "count": count}
+    facts |= {"rows": "".join(row.format(title, **values) for title, values in results.items())}
+    facts |= {"seconds": sum(values["seconds"] for values in results.values())}
+    with open(os.path.join(config.log_dir, "index.html"), "w", encoding="utf-8") as file:
+        file.write(PAGE.format(**facts))
 
 
-main = entry("demo", lambda flags: show(flags.part(DemoConfig)))
+main = entry("demo", show)

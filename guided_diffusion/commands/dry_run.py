@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, TrainConfig
+from ..networks.context import SCRATCH_DIM
 from ..runtime.options import parse_rates, parse_size
-from ..script_util import build_diffusion, build_network
-from . import conditioning, finetuning, training
+from ..script_util import build_diffusion, build_network, in_its_space
+from . import conditioning, finetuning, latent_space, training
 from .common import image_shape, log_to_screen, precision_of
 from .flags import Flags
 
@@ -52,13 +53,14 @@ def count(network: nn.Module, loss: Loss, n: int) -> Cost:
 
 
 def rehearse(flags: Flags) -> None:
-    """Print what the training of these flags would take; nothing is read but the config that it goes on from."""
+    """Print what the training of these flags would take; nothing is read but the config and the autoencoder of it."""
     flags = training.resolved(flags)
     dist_util.setup_dist(device=flags.part(RunConfig).device)
     log_to_screen()
     flags, choices = training.with_precision(flags)
     for line in choices:
         logger.log(line)
+    flags, _ = latent_space.opened(flags, flags.values["resume_checkpoint"] or flags.values["init_from"])
     config = flags.part(finetuning.KINDS[flags.command][1])
     with META:
         network = build_network(config, flags.part(DiffusionConfig).learn_sigma)
@@ -67,12 +69,14 @@ def rehearse(flags: Flags) -> None:
     network.convert_to(precision_of(flags.values)[0], META)
     with META:
         cost = count(network, loss_of(flags, config), flags.part(TrainConfig).batch_size)
+    if flags.values.get("context") == "text":
+        logger.log(f"without its text encoder, whose vectors have {config.context_dim or SCRATCH_DIM} numbers")
     report(flags.part(TrainConfig), cost)
 
 
 def loss_of(flags: Flags, config: Any) -> Loss:
     """The loss of a network on images of its size."""
-    upsampler = isinstance(config, SuperResConfig)
+    upsampler, config = isinstance(config, SuperResConfig), in_its_space(config)
     shape = image_shape(config.image_channels, config.large_size if upsampler else config.image_size, config.dims)
     process = build_diffusion(flags.part(DiffusionConfig))
     kind = conditioning.kind_of(flags) if flags.values.get("cond_type") else None
@@ -82,6 +86,8 @@ def loss_of(flags: Flags, config: Any) -> Loss:
         if isinstance(config, ClassifierConfig):
             return F.cross_entropy(network(x, t.float()), t)
         beside = {"y": t} if config.class_cond else {}
+        if config.context == "text":
+            beside["context"] = th.randn(n, config.max_tokens, config.context_dim or SCRATCH_DIM)
         beside |= {"cond_image": th.randn(n, kind.channels, *shape[1:])} if kind else {}
         if upsampler:
             beside["low_res"] = th.randn(n, config.image_channels, *parse_size(config.small_size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch as th
@@ -18,6 +18,7 @@ from ..sampling.loop import network_calls
 from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion
+from . import latent_space
 from .flags import Flags
 from .sections import EditConfig, SampleConfig
 
@@ -52,7 +53,7 @@ def extend(plan: Plan, model: Restored) -> None:
     if network.dims != 2:
         raise UserError(f"--init_image has no effect with --dims {network.dims}: pictures have 2")
     count = model.flags.part(SampleConfig).num_samples
-    images = _images(model, config.init_image, masks=config.mask, swap=config.mask_invert)
+    images = images_of(model, config.init_image, masks=config.mask, swap=config.mask_invert)
     for line in images.describe_masks(count):
         logger.log(line)
     text = config.init_classes
@@ -66,39 +67,58 @@ def extend(plan: Plan, model: Restored) -> None:
         plan.loop |= {"resample": config.resample, "jump": config.resample_jump}
     plan.request["init_image"] = images.check(count)
     plan.job["start"] = lambda indices, _: images.rows(indices)
+    latent_space.paste(plan, images)
     if config.invert:
         _invert(plan, model, images, classes, strength)
 
 
-def _images(model: Restored, path: str, **options: Any) -> InitImages:
+def images_of(model: Restored, path: str, **options: Any) -> InitImages | latent_space.InitLatents:
+    """The images at a path, of the size and the channels of the model's."""
     config, span = model.flags.part(UNetConfig), parse_range(model.flags.part(RangeConfig).data_range)
-    return InitImages(path, config.image_size, config.image_channels, data_range=span, **options)
+    images = InitImages(path, config.image_size, config.image_channels, data_range=span, **options)
+    return latent_space.starting(model, images)
 
 
-def _noise_of(model: Restored, images: th.Tensor, labels: th.Tensor | None, strength: float = 1.0) -> th.Tensor:
-    """The noise that the unguided sampler without randomness turns images [B, C, H, W] to."""
+def noise_of(
+    model: Restored,
+    images: th.Tensor,
+    labels: th.Tensor | None,
+    beside: Mapping[str, th.Tensor],
+    strength: float = 1.0,
+) -> th.Tensor:
+    """The noise that the unguided sampler without randomness turns images [B, C, H, W] to.
+
+    :param beside: the keywords of their prompts.
+    """
     conditional, device = model.flags.part(UNetConfig).class_cond, dist_util.dev()
-    kwargs = {"y": labels.to(device)} if conditional and labels is not None else {}
+    kwargs = {name: value.to(device) for name, value in beside.items()}
+    kwargs |= {"y": labels.to(device)} if conditional and labels is not None else {}
     options = {**model.clipping, "model_kwargs": kwargs, "device": device}
     return invert(model.process, model.network, images.to(device), strength=strength, **options)
 
 
-def _invert(plan: Plan, model: Restored, images: InitImages, classes: list[int], strength: float) -> None:
+def _invert(
+    plan: Plan, model: Restored, images: InitImages | latent_space.InitLatents, classes: list[int], strength: float
+) -> None:
     """Start every sample from the noise of its image, under the image's class."""
 
     def start(indices: Sequence[int], kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
         labels = th.tensor([classes[index % len(classes)] for index in indices]) if classes else kwargs.get("y")
         rows = images.rows(indices)
-        return {**rows, "start": _noise_of(model, rows["init_image"], labels, strength)}
+        beside = {name: value for name, value in kwargs.items() if name != "y"}
+        return {**rows, "start": noise_of(model, rows["init_image"], labels, beside, strength)}
 
     plan.job["start"] = start
     plan.request |= {"invert": True, "init_classes": classes}
     plan.calls += network_calls(model.process, make_sampler("ddim"), strength=strength)
 
 
-def _interpolate(plan: Plan, model: Restored, first: InitImages, classes: list[int]) -> None:
+def _interpolate(plan: Plan, model: Restored, first: InitImages | latent_space.InitLatents, classes: list[int]) -> None:
     """Start samples from noise on the way from that of one image to that of another."""
-    second, count = _images(model, model.flags.part(EditConfig).interpolate), model.flags.part(SampleConfig).num_samples
+    second, count = (
+        images_of(model, model.flags.part(EditConfig).interpolate),
+        model.flags.part(SampleConfig).num_samples,
+    )
     turns = list(plan.job.get("labels", ()))
     unlabelled = model.flags.part(UNetConfig).class_cond and not turns
     several = "images, and --interpolate goes from one to one: give one"
@@ -108,12 +128,14 @@ def _interpolate(plan: Plan, model: Restored, first: InitImages, classes: list[i
         (unlabelled, "--interpolate needs the class of every sample: give --classes, one or as many as samples"),
     )
     classes = classes or [turns[index % len(turns)] for index in (0, count - 1) if turns]
+    conditioning = plan.job.get("conditioning")  # by prompts
     ends: list[th.Tensor] = []  # made when first asked for, and for the two at once: the same on every rank
 
     def start(indices: Sequence[int], _: dict[str, Any]) -> dict[str, th.Tensor]:
         if not ends:
             both = th.cat([images.rows([0])["init_image"] for images in (first, second)])
-            ends.extend(_noise_of(model, both, th.tensor([classes[0], classes[-1]]) if classes else None))
+            labels = th.tensor([classes[0], classes[-1]]) if classes else None
+            ends.extend(noise_of(model, both, labels, conditioning([0, count - 1]) if conditioning else {}))
         return {"start": slerp(ends[0], ends[1], th.tensor([index / (count - 1) for index in indices]))}
 
     plan.job["start"] = start

@@ -19,6 +19,7 @@ from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion
 from ..training.checkpoints import step_of
+from . import latent_space, prompts
 from .common import image_shape, log_to_screen, restore
 from .flags import Flags
 from .sections import ExtractorConfig, PlaceConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ..evaluation.features import Extractor
     from ..evaluation.training import Evaluation
     from ..image_datasets import ImageStream
+    from ..networks.first_stage import FirstStage
 
 
 def start(flags: Flags) -> None:
@@ -60,6 +62,8 @@ def _classifier(path: str, device: th.device, precision: str) -> Extractor:
     given = {"classifier_path": path, "classifier_precision": precision, "classifier_use_fp16": False}
     try:
         restored = restore(Flags("classifier_sample", given), "classifier_path")
+        if restored.flags.values["latent_channels"]:
+            raise UserError(f"{path} sees the latents of an autoencoder and not images: give another")
     except ValueError as error:
         fault = str(error).replace("--classifier_path ", "")
         raise UserError(f"--features classifier:{path} cannot be used: {fault}") from error
@@ -76,7 +80,7 @@ def check_writable(path: str) -> None:
         raise UserError(f"{path} cannot be written: give a file in a folder that may be written to")
 
 
-def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
+def evaluation_of(flags: Flags, stream: ImageStream, first_stage: FirstStage | None = None) -> Evaluation:
     """The evaluation of samples during a training; refused where it would fail later."""
     from ..evaluation.training import Evaluation
 
@@ -88,6 +92,7 @@ def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
     )
     process = build_diffusion(replace(schedule, timestep_respacing=f"{sampler.grid}{config.eval_steps}"))
     job = evaluation_job(flags, sampler, stream)
+    job = replace(job, **latent_space.decoded(first_stage, job.shape))
     with seeded(flags.part(RunConfig).seed, 0, dist_util.dev()):  # weights are drawn at random before they are read
         extractor = extractor_of(flags)
     done = step_of(flags.values["resume_checkpoint"]) or 0
@@ -96,7 +101,7 @@ def evaluation_of(flags: Flags, stream: ImageStream) -> Evaluation:
 
 
 def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
-    """The samples of an evaluation: each has the label and the conditioning image of an image of the data.
+    """The samples of an evaluation: each has label, caption and conditioning image of an image of the data.
 
     These images are evenly spread over the data and in random order.
     """
@@ -107,12 +112,16 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
     chosen = (np.arange(count) * len(dataset) // count)[np.random.default_rng(seed).permutation(count)]
     classes = dataset.local_classes if unet.class_cond else None
 
-    def cond_images(indices: Sequence[int]) -> dict[str, th.Tensor]:
-        rows = [dataset[0, int(chosen[index])][1]["cond_image"] for index in indices]
-        return {"cond_image": th.from_numpy(np.stack(rows))}
+    def beside(indices: Sequence[int]) -> dict[str, th.Tensor]:
+        images = [int(chosen[index]) for index in indices]
+        keywords = prompts.first_captions(stream, images)
+        if dataset.partners is not None:
+            rows = [dataset[0, image][1]["cond_image"] for image in images]
+            keywords["cond_image"] = th.from_numpy(np.stack(rows))
+        return keywords
 
     return Job(
-        conditioning=None if dataset.partners is None else cond_images,
+        conditioning=beside if dataset.partners is not None or stream.captions is not None else None,
         sampler=sampler,
         shape=image_shape(unet.image_channels, unet.image_size),
         num_samples=count,

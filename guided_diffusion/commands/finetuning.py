@@ -16,7 +16,7 @@ from ..runtime.errors import UserError
 from ..training import finetuning, lora
 from ..training.checkpoints import CLASSIFIER, UNET, UPSAMPLER
 from .flags import Flags
-from .sections import InitConfig
+from .sections import InitConfig, LatentConfig
 
 REPORT = "init.json"
 KINDS: dict[str, tuple[str, type[Any]]] = {
@@ -43,7 +43,7 @@ def over_source(flags: Flags) -> Flags:
     kind, section = KINDS[flags.command]
     size = finetuning.SIZE_FLAGS[kind]
     saved = finetuning.flags_for(finetuning.open_source(path), kind, flags.given.get(size), flags.values[size])
-    return flags.over(saved, section, DiffusionConfig)
+    return flags.over(saved, section, DiffusionConfig, LatentConfig)
 
 
 def prepare(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> None:

@@ -22,7 +22,8 @@ from . import sections as s
 
 Section = TypeVar("Section", bound=object)
 
-SAVED = (c.UNetConfig, c.SuperResConfig, c.ClassifierConfig, c.DiffusionConfig)  # what a checkpoint's config.json says
+# what a checkpoint's config.json says
+SAVED = (c.UNetConfig, c.SuperResConfig, c.ClassifierConfig, c.DiffusionConfig, s.LatentConfig)
 SAVED_NAMES = {spec.name for section in SAVED for spec in fields(section) if not spec.metadata["runtime"]}
 
 
@@ -52,26 +53,47 @@ UPSAMPLER = (c.SuperResConfig, c.DiffusionConfig)
 CLASSIFIER = (c.ClassifierConfig, c.DiffusionConfig)
 TRAINING = (c.LoaderConfig, c.TrainSpeedConfig, s.InitConfig, c.LoraConfig)
 EVALUATION = (c.TrainEvaluationConfig, s.ExtractorConfig)
-SAMPLING = (c.RunConfig, s.SampleConfig, s.AdapterConfig, s.FreeGuidanceConfig, c.RangeConfig, c.CompileConfig)
+PROMPTED = (s.PromptConfig, s.ClipConfig)
+SAMPLING = (
+    c.RunConfig,
+    s.SampleConfig,
+    *PROMPTED,
+    s.AdapterConfig,
+    s.FreeGuidanceConfig,
+    c.RangeConfig,
+    c.CompileConfig,
+)
 MEASURING = (s.LikelihoodConfig, s.MeasureConfig, c.FlowConfig, s.CondDataConfig)
 
 COMMANDS = {
     "image_train": Command(
         "Train a diffusion model.",
-        (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *EVALUATION, s.CondTrainConfig, *UNET),
+        (
+            c.RunConfig,
+            c.DataConfig,
+            c.CaptionConfig,
+            c.ImageTrainConfig,
+            *TRAINING,
+            *EVALUATION,
+            s.CondTrainConfig,
+            s.LatentTrainConfig,
+            *UNET,
+        ),
     ),
-    "image_sample": Command("Sample from a diffusion model.", (*SAMPLING, s.EditConfig, s.CondSampleConfig, *UNET)),
+    "image_sample": Command(
+        "Sample from a diffusion model.", (*SAMPLING, s.EditConfig, s.CondSampleConfig, s.LatentConfig, *UNET)
+    ),
     "image_nll": Command(
         "Bits per dimension of images under a diffusion model.",
         (c.RunConfig, *MEASURING, s.AdapterConfig, c.CompileConfig, *UNET),
     ),
     "classifier_train": Command(
         "Train a classifier of noisy images.",
-        (c.RunConfig, s.ClassifierDataConfig, c.ClassifierTrainConfig, *TRAINING, *CLASSIFIER),
+        (c.RunConfig, s.ClassifierDataConfig, c.ClassifierTrainConfig, *TRAINING, s.LatentTrainConfig, *CLASSIFIER),
     ),
     "classifier_sample": Command(
         "Sample from a diffusion model, guided by a classifier.",
-        (*SAMPLING, s.GuidanceConfig, s.EditConfig, s.CondSampleConfig, c.UNetConfig, *CLASSIFIER),
+        (*SAMPLING, s.GuidanceConfig, s.EditConfig, s.CondSampleConfig, s.LatentConfig, c.UNetConfig, *CLASSIFIER),
     ),
     "autoencoder_train": Command(
         "Train an autoencoder, on whose latents a diffusion model can work.",
@@ -85,7 +107,7 @@ COMMANDS = {
         ),
     ),
     "super_res_train": Command(
-        "Train an upsampler.", (c.RunConfig, c.DataConfig, c.ImageTrainConfig, *TRAINING, *UPSAMPLER)
+        "Train an upsampler.", (c.RunConfig, c.DataConfig, c.CaptionConfig, c.ImageTrainConfig, *TRAINING, *UPSAMPLER)
     ),
     "super_res_sample": Command(
         "Enlarge images.", (*SAMPLING, s.UpsampleConfig, s.GuidanceConfig, c.SuperResConfig, *CLASSIFIER)
@@ -105,12 +127,23 @@ COMMANDS = {
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
-        (s.SweepConfig, c.RangeConfig, s.ExtractorConfig, c.RunConfig, c.UNetConfig, *CLASSIFIER),
+        (
+            s.SweepConfig,
+            s.PromptConfig,
+            c.RangeConfig,
+            s.ExtractorConfig,
+            c.RunConfig,
+            s.LatentConfig,
+            c.UNetConfig,
+            *CLASSIFIER,
+        ),
     ),
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
+    "convert": Command("Weights of a run or a checkpoint to one file, .safetensors or .pt.", (s.ConvertConfig,)),
     "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig, s.FromImagesConfig)),
-    "demo": Command(
-        "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoConfig,)
+    "demo": Command("Sample from the bundled model, with and without guidance, and draw a page.", (s.DemoConfig,)),
+    "demo_train": Command(
+        "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoTrainConfig,)
     ),
 }
 OTHERS: dict[str, Command] = {}  # what the console does not list: the converters of datasets/ add themselves
@@ -271,7 +304,9 @@ SYNONYMS = {
     "strength": "denoising_strength noise_strength",
     "churn": "s_churn S_churn",
     "resample_jump": "jump jump_length",
-    "classes": "label labels class prompt",
+    "classes": "label labels class",
+    "prompt": "text caption",
+    "prompts": "prompt_file prompts_file from_file",
     "use_fp16": "fp16 half",
     "precision classifier_precision": "dtype amp mixed_precision",
     "use_checkpoint checkpoint_resolutions": "gradient_checkpointing grad_checkpoint",
@@ -280,13 +315,13 @@ SYNONYMS = {
 }
 
 
-def _hint(word: str, known: Sequence[str]) -> str:
+def _hint(word: str, known: Sequence[str], otherwise: str = "; --help lists the flags") -> str:
     """The flag to write instead of an unknown one."""
     bare = word.split("=")[0].lstrip("-")
     flags = next((flags.split() for flags, words in SYNONYMS.items() if bare in words.split()), [])
     synonyms = [f"; did you mean --{name}?" for name in flags if name in known]
     near = nearest(f"--{bare}", [f"--{name}" for name in known])
-    return synonyms[0] if synonyms else near or "; --help lists the flags"
+    return synonyms[0] if synonyms else near or otherwise
 
 
 def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Flags:
@@ -311,3 +346,25 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
     except ValueError as error:
         command_line.error(str(error))
     return flags
+
+
+def from_keywords(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Flags:
+    """The flags of a command from values of Python, each read as its text on a command line is; None is not given.
+
+    :param values: a list stands for its items with commas between them.
+    :param others: further words to mean by a misspelt one.
+    :raises UserError: for a name that is no flag of the command, or a value out of the flag's limits.
+    """
+    command = command_of(name)
+    specs, given = command.flags(), dict[str, Any]()
+    for word, value in values.items():
+        if word not in specs:
+            hint = _hint(word, [*command.words(), *others], f"; those of {name}.py --help are")
+            raise UserError(f"{word!r} is no option{hint.replace('mean --', 'mean ')}")
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            try:
+                given[word] = reader_of(specs[word])(text)
+            except (argparse.ArgumentTypeError, UserError) as error:
+                raise UserError(f"{word}: {error}") from error
+    return Flags(name, {word: value for word, value in given.items() if not means_not_given(specs[word], value)})

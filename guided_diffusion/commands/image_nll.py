@@ -26,7 +26,10 @@ def measure(flags: Flags) -> None:
     if not flags.part(LikelihoodConfig).data_dir:
         raise UserError("--data_dir is missing: give a folder or a zip of images")
     common.start(flags)
-    carry_out(survey_of(common.restore(flags)))
+    model = common.restore(flags)
+    if model.encoder is not None:
+        raise UserError(f"{model.path} attends to captions, of which bits per dimension are not measured: give another")
+    carry_out(survey_of(model))
 
 
 def survey_of(model: Restored) -> Survey:

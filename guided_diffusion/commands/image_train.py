@@ -14,7 +14,9 @@ def train(flags: Flags) -> None:
     run = training.begin(flags)
     hooks, interval = previews.hooks(run, previews.of_samples), run.flags.values["eval_interval"]
     if interval:
-        hooks.append(Hook(interval, evaluation.evaluation_of(run.flags, run.stream), on_all_ranks=True))
+        hooks.append(
+            Hook(interval, evaluation.evaluation_of(run.flags, run.stream, run.first_stage), on_all_ranks=True)
+        )
     run.run(hooks=hooks)
 
 

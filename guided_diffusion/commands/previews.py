@@ -17,10 +17,10 @@ from ..config import RunConfig, SuperResConfig, UNetConfig
 from ..image_datasets import ImageStream
 from ..runtime.errors import UserError
 from ..runtime.options import parse_size
-from ..runtime.pictures import DRAWN_CHANNELS, planes, save_grid, to_uint8
+from ..runtime.pictures import DRAWN_CHANNELS, Pixels, planes, save_grid, to_uint8
 from ..sample_util import preview
 from ..training.settings import Hook
-from . import conditioning
+from . import conditioning, latent_space, prompts
 from .common import image_shape
 
 if TYPE_CHECKING:
@@ -41,9 +41,10 @@ def hooks(run: Training, previewer: Callable[[Training], Draw]) -> list[Hook]:
 def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, th.Tensor]]:
     """Images from all over the data set and their conditioning, without moving the stream."""
     size = len(stream.dataset)
-    items = [stream.dataset[0, index * size // count] for index in range(count)]
+    indices = [index * size // count for index in range(count)]
+    items = [stream.dataset[0, index] for index in indices]
     beside = {name: th.from_numpy(np.stack([cond[name] for _, cond in items])) for name in items[0][1]}
-    return th.from_numpy(np.stack([image for image, _ in items])), beside
+    return th.from_numpy(np.stack([image for image, _ in items])), beside | prompts.first_captions(stream, indices)
 
 
 def file(name: str) -> str:
@@ -55,7 +56,8 @@ def file(name: str) -> str:
 
 def _draw(run: Training, network: Any, shape: tuple[int, ...], labels: list[int], step: int) -> Any:
     seed = run.flags.part(RunConfig).seed
-    return preview(run.process, network, shape, labels=labels, seed=seed, path=file(f"{step:06d}.png"))
+    decoded = latent_space.decoded(run.first_stage, shape[1:])
+    return preview(run.process, network, shape, labels=labels, seed=seed, path=file(f"{step:06d}.png"), **decoded)
 
 
 def of_samples(run: Training) -> Draw:
@@ -67,11 +69,14 @@ def of_samples(run: Training) -> Draw:
     labels = list(range(min(PREVIEWED, len(run.stream.classes)))) if config.class_cond else []
     images, _ = first_images(run.stream, min(COMPARED, len(run.stream.dataset)))
     beside: dict[str, th.Tensor] = {}
-    if kind is not None:
-        paired, cond = first_images(run.stream, PREVIEWED)
+    source = run.stream if kind is not None or run.validation is None else run.validation
+    if kind is not None or source.captions is not None:
+        paired, cond = first_images(source, PREVIEWED)
         labels = cond["y"].tolist() if labels else []
-        beside = {"cond_image": cond["cond_image"].to(dist_util.dev())}
-        pairs = {"images.png": to_uint8(paired), "cond_images.png": conditioning.drawn(kind, cond["cond_image"])}
+        beside = {name: value.to(dist_util.dev()) for name, value in cond.items() if name != "y"}
+        pairs: dict[str, Pixels | None] = {"images.png": to_uint8(paired)}
+        if kind is not None:
+            pairs["cond_images.png"] = conditioning.drawn(kind, cond["cond_image"])
         for name, pixels in pairs.items():
             if pixels is not None and dist_util.rank() == 0:
                 save_grid(file(name), pixels, math.isqrt(PREVIEWED))
@@ -85,13 +90,14 @@ def of_samples(run: Training) -> Draw:
 
 def of_enlarged(run: Training) -> Draw:
     """The function that enlarges the same images of the data set every time."""
-    images, labels = first_images(run.stream, PREVIEWED)
+    images, cond = first_images(run.stream, PREVIEWED)
     small_size = parse_size(run.flags.part(SuperResConfig).small_size)
-    low_res = F.interpolate(images, small_size, mode="area").to(dist_util.dev())
-    classes = labels["y"].tolist() if labels else []
+    classes = cond.pop("y").tolist() if "y" in cond else []
+    cond["low_res"] = F.interpolate(images, small_size, mode="area")
+    beside = {name: value.to(dist_util.dev()) for name, value in cond.items()}
 
     def draw(model: Any, step: int) -> None:
-        _draw(run, partial(model, low_res=low_res), tuple(images.shape), classes, step)
+        _draw(run, partial(model, **beside), tuple(images.shape), classes, step)
 
     return draw
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, UNetConfig
-from ..nn import traits_of
 from ..runtime.errors import UserError, refuse
 from ..runtime.jobs import Job
 from ..runtime.labels import parse_classes
@@ -19,17 +18,21 @@ from ..sampling.guidance import autoguidance, classifier_free, classifier_guidan
 from ..sampling.loop import network_calls
 from ..sampling.samplers import DDIM, PLMS, Ancestral
 from ..script_util import build_diffusion
-from . import conditioning, editing
+from . import conditioning, editing, latent_space, prompts
 from .common import Plan, Restored, described, image_shape, restore, sampler_of, schedule_of, start
 from .flags import Flags
 from .sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig
 
 LONG = 10000  # evaluations of the network, from which on a run without --num_samples gets advice
 # flags that two networks must have in common
-OF_A_CLASSIFIER = "image_size image_channels dims diffusion_steps noise_schedule rescale_timesteps".split()
+OF_A_CLASSIFIER = (
+    "image_size image_channels dims diffusion_steps noise_schedule rescale_timesteps latent_channels autoencoder_id "
+    "scale_factor"
+).split()
 OF_A_WEAKER_MODEL = (
     *OF_A_CLASSIFIER,
     *"large_size small_size cond_type cond_channels zero_terminal_snr predict_xstart predict_v learn_sigma".split(),
+    *"context text_fingerprint max_tokens".split(),
 )
 
 
@@ -49,6 +52,13 @@ def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tup
 
     :param job: fields of the `Job` in place of those from the flags.
     """
+    plan = drawing(model, classifier)
+    plan.job |= job
+    return run(model, plan)
+
+
+def drawing(model: Restored, classifier: Restored | None = None) -> Plan:
+    """What `draw` samples."""
     config = model.flags.part(UNetConfig)
     plan = guided(model, classifier)
     names, count = model.classes, config.num_classes
@@ -59,9 +69,12 @@ def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tup
     if not config.class_cond and classifier is not None:
         plan.network = without_labels(plan.network)
     conditioning.extend(plan, model, names)
+    prompts.extend(plan, model)
+    shape = image_shape(config.image_channels, config.image_size, config.dims)
+    plan.job |= latent_space.decoded(model.first_stage, shape)
     editing.extend(plan, model)
-    plan.job |= job
-    return run(model, plan, image_shape(config.image_channels, config.image_size, config.dims))
+    plan.job["shape"] = shape
+    return plan
 
 
 def enlarge(flags: Flags) -> str:
@@ -69,19 +82,26 @@ def enlarge(flags: Flags) -> str:
     sampler_of(flags)  # refuses a wrong one before anything else
     start(flags)
     model = restore(flags)
+    guide = restore_guide(model) if model.flags.part(GuidanceConfig).classifier_path else None
+    return run(model, enlarging(model, guide))[0]
+
+
+def enlarging(model: Restored, classifier: Restored | None = None) -> Plan:
+    """What `enlarge` samples."""
     flags, config = model.flags, model.flags.part(SuperResConfig)
-    classifier = restore_guide(model) if flags.part(GuidanceConfig).classifier_path else None
     plan = guided(model, classifier)
     names = (classifier.classes if classifier else []) or model.classes
-    conditioning.enlarge(plan, flags, names)
+    prompts.extend(plan, model, conditioning.enlarge(plan, flags, names))
     if "labels" not in plan.job and flags.part(SampleConfig).classes:
         plan.job |= labels_of(flags, names, config.num_classes)
     if not config.class_cond:
         plan.network = without_labels(plan.network)
-    return run(model, plan, image_shape(config.image_channels, config.large_size))[0]
+    plan.job["shape"] = image_shape(config.image_channels, config.large_size)
+    return plan
 
 
-Made = tuple[tuple[int, int, int], bool, list[str]]  # (height, width, channels), with labels, names of known classes
+# (height, width, channels), with labels, names of known classes, with prompts
+Made = tuple[tuple[int, int, int], bool, list[str], bool]
 
 
 def made(flags: Flags, before: Made | None) -> Made:
@@ -96,8 +116,10 @@ def made(flags: Flags, before: Made | None) -> Made:
     if before is None:
         editing.check(flags, sampler)
         names = list(guide.classes) if guide else []
-        return (*parse_size(values["image_size"]), channels), class_cond or guide is not None, names or classes
-    shape, labelled, names = before
+        size = (*parse_size(values["image_size"]), channels)
+        return size, class_cond or guide is not None, names or classes, prompts.check_prompts(flags)
+    shape, labelled, names, prompted = before
+    prompted = prompts.check_prompts(flags, prompted=prompted)
     conditioning.level_of(flags)
     needed = (*parse_size(values["small_size"]), channels)
     shown = ["{}x{} with {} channels".format(*each) for each in (needed, shape)]
@@ -107,7 +129,8 @@ def made(flags: Flags, before: Made | None) -> Made:
         (others, f"the upsampler has classes {classes}, and the stage before {names}"),
     )
     conditioning.check_labels(flags, labelled)
-    return (*parse_size(values["large_size"]), channels), labelled or bool(values["classes"]), names or classes
+    size = (*parse_size(values["large_size"]), channels)
+    return size, labelled or bool(values["classes"]), names or classes, prompted
 
 
 # ---- guidance
@@ -150,6 +173,7 @@ def guided(model: Restored, classifier: Restored | None = None) -> Plan:
     scale = model.flags.part(GuidanceConfig).classifier_scale if classifier else 0.0
     # at scale 0 there is no guide, not one of zeros: from x_0 to the score and back it would round
     guide = classifier_guidance(classifier.network, scale) if classifier and scale else None
+    guide = prompts.with_clip(plan, model, guide)
     if classifier:
         plan.request |= classifier.identity | {"classifier_scale": scale}
     if config.guidance_interval:
@@ -170,24 +194,21 @@ def _clipping_again(model: Restored) -> dict[str, bool]:
     By default it is, except where the originals' images are kept: in ddim and plms on the originals' grids.
     """
     config, values, kind = model.flags.part(SampleConfig), model.flags.values, type(sampler_of(model.flags))
-    if kind is Ancestral or not (config.clip_denoised or config.dynamic_threshold):
+    if kind is Ancestral or model.first_stage or not (config.clip_denoised or config.dynamic_threshold):
         return {}
     grid = re.fullmatch(r"(ddim)?[\d, ]*", values["timestep_respacing"])
-    theirs = kind in (DDIM, PLMS) and grid and not config.steps
-    return {"clip_guided": values["clip_guided"] == "True" or (values["clip_guided"] == "auto" and not theirs)}
+    theirs, again = kind in (DDIM, PLMS) and grid and not config.steps, values.get("clip_guided", "auto")
+    return {"clip_guided": again == "True" or (again == "auto" and not theirs)}
 
 
 def _guide_freely(plan: Plan, model: Restored, config: FreeGuidanceConfig) -> None:
-    """Classifier-free guidance by the network's own null class and null conditioning image."""
-    traits = traits_of(model.network)
-    if traits.null_label is None and not traits.null_cond:
-        dropout = "--class_dropout" if model.flags.values["class_cond"] else "--cond_dropout"
-        raise UserError(
-            f"--cfg_scale {config.cfg_scale} needs a network that knows 'no class', and {model.path} was trained "
-            f"without {dropout}: train with {dropout} 0.1, or guide with a classifier"
-        )
-    plan.network = classifier_free(plan.network, config.cfg_scale, rescale=config.cfg_rescale)
+    """Classifier-free guidance by the network's own null class, null conditioning image and empty or negative text."""
+    null = prompts.null_keywords(model)
+    prompts.refuse_unguidable(model, config.cfg_scale, null)
+    plan.network = classifier_free(plan.network, config.cfg_scale, rescale=config.cfg_rescale, null=null)
     plan.request |= {"cfg_scale": config.cfg_scale, "cfg_rescale": config.cfg_rescale}
+    if negative := model.flags.values["negative_prompt"]:
+        plan.request["negative_prompt"] = negative
 
 
 def _guide_away_from_weaker(plan: Plan, model: Restored, config: FreeGuidanceConfig) -> None:
@@ -226,8 +247,8 @@ def labels_of(flags: Flags, classes: Sequence[str], num_classes: int) -> dict[st
     return {"labels": labels, "num_classes": num_classes, "class_names": classes}
 
 
-def job_of(flags: Flags, shape: tuple[int, ...], plan: Plan) -> Job:
-    """The job that the sampling flags describe, for images of a shape (C, H, W)."""
+def job_of(flags: Flags, plan: Plan) -> Job:
+    """The job that the sampling flags describe."""
     config = flags.part(SampleConfig)
     threshold = {"dynamic_threshold": config.dynamic_threshold} if config.dynamic_threshold else {}
     values = {
@@ -240,22 +261,27 @@ def job_of(flags: Flags, shape: tuple[int, ...], plan: Plan) -> Job:
         "request_defaults": flags.defaults,
         "request": {**asdict(schedule_of(flags)), **threshold, **plan.request},
     }
-    return Job(sampler=sampler_of(flags), shape=shape, **{**values, **plan.job})
+    return Job(sampler=sampler_of(flags), **{**values, **plan.job})
 
 
-def run(model: Restored, plan: Plan, shape: tuple[int, ...]) -> tuple[str, int]:
-    """Announce, run and report a job for images of a shape (C, H, W).
-
-    Returns the path of the npz, and the evaluations of the network per batch in the sampling itself.
-    """
-    job = job_of(model.flags, shape, plan)
+def prepare(model: Restored, plan: Plan) -> tuple[Job, dict[str, Any], int]:
+    """Announce a job: itself, the options of its loop, and the evaluations of the network per batch of the loop."""
+    job = job_of(model.flags, plan)
     calls = network_calls(model.process, sampler_of(model.flags), **plan.loop)
     if not calls:
         steps = model.process.num_timesteps
         raise UserError(f"--strength {plan.loop['strength']} takes none of the {steps} steps: raise it")
     announce(model, job, plan.calls + calls)
-    options = {**plan.loop, **model.clipping, "device": dist_util.dev(), "progress": True}
-    path = generate(model.process, plan.network, job, **options)
+    return job, {**plan.loop, **model.clipping, "device": dist_util.dev()}, calls
+
+
+def run(model: Restored, plan: Plan) -> tuple[str, int]:
+    """Run and report a job.
+
+    Returns the path of the npz, and the evaluations of the network per batch in the sampling itself.
+    """
+    job, options, calls = prepare(model, plan)
+    path = generate(model.process, plan.network, job, **options, progress=True)
     logger.log(f"sampling complete: {path}")
     return path, calls
 

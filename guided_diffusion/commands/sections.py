@@ -22,12 +22,14 @@ from ..config import (
 from ..runtime.options import flag, list_of, range_flag, share_flag, size_flag
 
 TOOLS = ("to-png", "from-images")
+SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 MISMATCHES = ("error", "reinit", "inflate")
 
 # flags of several sections
 CLASSES = "labels in turn: 207,360 or names of classes.json; '' draws at random"
 INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
 LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
+COND_FN = "classifier_path&classifier_scale|clip_path&clip_scale"  # where the gradient of something guides
 DISTANCES = "type of the distances of precision and recall: the published numbers' is float16"
 DISTANCE_TYPES = ("float16", "float32")
 COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
@@ -39,6 +41,31 @@ class ClassifierDataConfig(DataConfig):
     """The labelled images to train on."""
 
     random_crop: bool = flag(True, "crop at random instead of the centre")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """An autoencoder, in whose space the diffusion happens."""
+
+    autoencoder_path: str = path_flag(
+        "a run of autoencoder_train, or a file of latent-diffusion, on whose latents the network works; '': on pixels",
+        excludes="cond_type",
+    )
+    autoencoder_id: str = flag("", "fingerprint of its weights; the training sets it", needs="autoencoder_path")
+    scale_factor: float = flag(
+        0.0, "what latents are multiplied by; 0: the autoencoder's own", at_least=0, needs="autoencoder_path"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentTrainConfig(LatentConfig):
+    """An autoencoder, in whose space the diffusion happens."""
+
+    NEEDS: ClassVar[str] = "autoencoder_path|init_from|resume_checkpoint"
+    cache_latents: bool = flag(
+        False, "encode every image once, to files in the run's folder", excludes="random_crop cache_images"
+    )
+    copy_autoencoder: bool = flag(False, "keep a copy of the autoencoder in the run's folder, which can then be moved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +153,7 @@ class GuidanceConfig:
         "auto",
         "clip x_0 after guidance too; auto: not of ddim, plms without --steps",
         choices=("auto", "True", "False"),
-        needs="classifier_path classifier_scale clip_denoised|dynamic_threshold sampler|use_ddim sampler!=ddpm",
+        needs=f"{COND_FN} clip_denoised|dynamic_threshold sampler|use_ddim sampler!=ddpm",
     )
 
 
@@ -134,12 +161,37 @@ class GuidanceConfig:
 class FreeGuidanceConfig:
     """Guidance without a classifier, and when guidance of any kind acts."""
 
-    cfg_scale: float = flag(1.0, "w in uncond + w (cond - uncond); above 1 guides", needs="class_cond|cond_type")
+    cfg_scale: float = flag(
+        1.0, "w in uncond + w (cond - uncond); above 1 guides", needs="class_cond|cond_type|context=text"
+    )
     cfg_rescale: float = share_flag("share of guidance's gain in contrast to take back", needs="cfg_scale!=1.0")
     autoguide_path: str = path_flag("a weaker model of the same kind to guide away from", needs="autoguide_scale!=1.0")
     autoguide_scale: float = flag(1.0, "w in weak + w (model - weak); above 1 guides", needs="autoguide_path")
-    guidance_interval: str = flag(
-        "", INTERVAL, convert=range_flag, needs="cfg_scale!=1.0|autoguide_path|classifier_path&classifier_scale"
+    guidance_interval: str = flag("", INTERVAL, convert=range_flag, needs=f"cfg_scale!=1.0|autoguide_path|{COND_FN}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Texts to sample for."""
+
+    NEEDS: ClassVar[str] = "context=text"
+    prompt: str = flag("", "what the images show, such as 'a red apple'", excludes="prompts")
+    prompts: str = path_flag("file of prompts, one on each line, for the images in turn")
+    negative_prompt: str = flag(
+        "", "what --cfg_scale leads away from, in place of the empty text", needs="cfg_scale!=1.0"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Guidance to a text by CLIP, for any network."""
+
+    NEEDS: ClassVar[str] = "clip_path"
+    clip_path: str = path_flag("local folder of a CLIP that transformers reads")
+    clip_scale: float = flag(100.0, "factor of the gradient of half the squared angle to the text; 0: off")
+    clip_prompt: str = flag("", "the text; '' is --prompt")
+    clip_on: str = flag(
+        "x_0", "what CLIP sees: x_0, the prediction, through the network; x_t, the noisy image", choices=("x_0", "x_t")
     )
 
 
@@ -199,6 +251,8 @@ class CascadeConfig(RunConfig):
     num_samples: int = flag(10000, "images to make", at_least=1)
     batch_size: int = flag(16, "images per pass of a network; --up1.batch_size is that of a stage", at_least=1)
     classes: str = flag("", CLASSES)
+    prompt: str = flag("", "what the images show, for all stages that attend to text", excludes="prompts")
+    prompts: str = path_flag("file of prompts, one on each line, for the images in turn")
     save_images: bool = flag(False, "write one PNG per image of the last stage as well")
     stages: str = local_flag("JSON or TOML file of the stages' flags, by stage; the command line has the last word")
 
@@ -280,6 +334,15 @@ class DownloadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to write."""
+
+    source: str = path_flag("a checkpoint, or a run's folder (its newest EMA)", positional=True)
+    out: str = local_flag("file to write, .safetensors or .pt", positional=True)
+    precision: str = flag("fp32", "type of the numbers in it: fp32, fp16 or bf16", choices=PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class NpzToolConfig:
     """What to do."""
 
@@ -304,6 +367,14 @@ class FromImagesConfig(RangeConfig):
 class DemoConfig:
     """The demonstration."""
 
-    log_dir: str = local_flag("folder of the trained networks, the samples and the picture", "demo-output")
+    log_dir: str = local_flag("folder of the pictures, the numbers and the page", "demo-output")
+    seed: int = flag(0, "seed of the samples", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoTrainConfig:
+    """A small training from its beginning."""
+
+    log_dir: str = local_flag("folder of the trained networks, the samples and the picture", "demo-train-output")
     data_dir: str = path_flag("folder or zip of the images", "datasets/emoji64.zip")
     seed: int = flag(0, "seed of all randomness", at_least=0)

@@ -98,8 +98,9 @@ def sampling_flags(flags: Flags, config: SweepConfig) -> Flags:
 def values_of(cell: Cell, config: SweepConfig) -> dict[str, Any]:
     """The flags of a cell."""
     _, name, neutral, _ = KINDS[config.guidance]
-    interval = "" if cell.scale == neutral else config.guidance_interval  # it has no effect where nothing guides
-    return {"sampler": cell.sampler, "steps": cell.steps, name: cell.scale, "guidance_interval": interval}
+    silent = {"guidance_interval": "", "negative_prompt": ""}  # they have no effect where nothing guides
+    more = silent if cell.scale == neutral else {"guidance_interval": config.guidance_interval}
+    return {"sampler": cell.sampler, "steps": cell.steps, name: cell.scale, **more}
 
 
 main = entry("sweep", sweep)

@@ -26,6 +26,8 @@ from ..config import (
 )
 from ..image_datasets import ImageStream, load_data, load_superres_data, save_classes
 from ..networks.compiling import compile_network
+from ..networks.context import ScratchEncoder
+from ..networks.first_stage import FirstStage
 from ..networks.memory import recompute_at
 from ..runtime import files
 from ..runtime.errors import UserError, refuse
@@ -34,7 +36,7 @@ from ..script_util import build_diffusion, build_network
 from ..train_util import TrainLoop
 from ..training import checkpoints
 from ..training.settings import Settings
-from . import conditioning, finetuning
+from . import conditioning, finetuning, latent_space, latents, prompts
 from .common import PRECISION_FLAGS, check_kind, precision_of
 from .flags import COMMANDS, Flags
 
@@ -56,6 +58,7 @@ class Training:
     process: Any
     stream: ImageStream
     validation: ImageStream | None
+    first_stage: FirstStage | None = None
 
     def run(self, kind: type[TrainLoop] = TrainLoop, **options: Any) -> None:
         """Train to the end.
@@ -79,16 +82,22 @@ class Training:
 
 def begin(flags: Flags) -> Training:
     """The network and the images of a training, ready for its loop."""
-    flags = start(flags)
+    flags, first_stage = latent_space.of_training(start(flags))
     schedule, config = flags.part(DiffusionConfig), flags.part(finetuning.KINDS[flags.command][1])
-    network = build_network(config, schedule.learn_sigma).to(dist_util.dev())
     process = build_diffusion(schedule)
     stream, validation = open_streams(flags, **_stream_options(flags, config))
+    latents.attach(first_stage, flags, stream, validation)
+    flags, encoder = prompts.encoder_of_training(flags, stream, validation)
+    config = flags.part(type(config))
+    network = build_network(config, schedule.learn_sigma)
+    if isinstance(encoder, ScratchEncoder):
+        network.context_encoder = encoder
+    network.to(dist_util.dev())
     finetuning.prepare(flags, network, stream.classes)
     recompute(flags, network)
     if flags.part(TrainSpeedConfig).compile:
         compile_network(network, "the network in training", log=logger.log)
-    return Training(flags, network, process, stream, validation)
+    return Training(flags, network, process, stream, validation, first_stage)
 
 
 def trained_kind(flags: Flags) -> type[Any]:
@@ -214,13 +223,15 @@ def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
 
 def _stream_options(flags: Flags, config: Any) -> dict[str, Any]:
     """Keywords of `open_streams` for the images of a network."""
+    captions = prompts.captioning_of(flags)
+    options: dict[str, Any] = {**captions, "validation": prompts.of_validation(captions)}
     if isinstance(config, SuperResConfig):
         sizes = {name: getattr(config, name) for name in ("large_size", "small_size", "cond_aug", "class_cond")}
-        return {"load": load_superres_data, **sizes}
-    options = {"image_size": config.image_size, "class_cond": getattr(config, "class_cond", True)}
+        return {**options, "load": load_superres_data, **sizes}
+    options |= {"image_size": config.image_size, "class_cond": getattr(config, "class_cond", True)}
     if flags.values.get("cond_type"):
         options["pairing"] = conditioning.pairing_of(flags)
-        options["validation"] = {"pairing": conditioning.validation_pairing(flags)}
+        options["validation"]["pairing"] = conditioning.validation_pairing(flags)
     return options
 
 

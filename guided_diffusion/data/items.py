@@ -161,6 +161,16 @@ class ImageDataset(Dataset[Item]):
             label |= self.partners.item(index, decoded.size, partial(self._place, draws=again), again)
         return array, label
 
+    def stacked(self, arrays: Sequence[NDArray[Any]]) -> th.Tensor:
+        """[N, C, H, W] of what `take_crop` gives: bytes or [-1, 1]."""
+        if any(array.dtype != np.uint8 for array in arrays):
+            return th.from_numpy(np.stack([channels_first(array) for array in arrays]))
+        height, width, channels = (*arrays[0].shape, 1)[:3]
+        images = np.empty((len(arrays), channels, height, width), np.uint8)
+        for image, array in zip(images, arrays, strict=True):
+            image[...] = array.reshape(height, width, channels).transpose(2, 0, 1)  # once, mirrored or not
+        return th.from_numpy(images) if self.options.as_bytes else to_unit(th.from_numpy(images))
+
     def _read(self, path: str) -> Decoded:
         options = self.options
         enough = largest_cover(self.resolution, random_crop=self.random_crop) if options.fast_decode else None
@@ -226,17 +236,7 @@ class BatchDataset(Dataset[Loaded | ValueError]):
         arrays, labels = zip(*crops, strict=True)
         stacked = {name: th.from_numpy(np.stack([label[name] for label in labels])) for name in labels[0]}
         reasons = [(error.path, error.reason) for errors in bad for error in errors]
-        return Loaded(self._stacked(arrays), stacked, reasons)
-
-    def _stacked(self, arrays: Sequence[NDArray[Any]]) -> th.Tensor:
-        """[N, C, H, W]."""
-        if any(array.dtype != np.uint8 for array in arrays):
-            return th.from_numpy(np.stack([channels_first(array) for array in arrays]))
-        height, width, channels = (*arrays[0].shape, 1)[:3]
-        images = np.empty((len(arrays), channels, height, width), np.uint8)
-        for image, array in zip(images, arrays, strict=True):
-            image[...] = array.reshape(height, width, channels).transpose(2, 0, 1)  # once, mirrored or not
-        return th.from_numpy(images) if self.images.options.as_bytes else to_unit(th.from_numpy(images))
+        return Loaded(self.images.stacked(arrays), stacked, reasons)
 
 
 def batches(images: ImageDataset, order: Iterable[list[Key]], num_workers: int) -> DataLoader[Loaded | ValueError]:

@@ -72,12 +72,13 @@ def read_labels(
     :param class_from: "auto" is a table where there is one (dataset.json, labels.csv, or metadata.csv or .jsonl with
         labels); else the file name up to its first "_" where all images lie in one folder, or every such prefix is the
         folder's name; else the folder.
-    :param classes: names by id that were fixed before, or the path of a classes.json, whose rule "auto" then takes.
+    :param classes: names by id that were fixed before, or the path of a classes.json, whose rule "auto" then takes
+        where the images are in no array.
     :param label_column: of the labels in a table that has several.
     """
     if isinstance(classes, str):
         classes, rule = read_classes(classes)
-        class_from = rule if class_from == "auto" else class_from
+        class_from = rule if class_from == "auto" and not source.array else class_from
     if class_from not in (*CLASS_RULES, ARRAY):
         raise UserError(
             f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"

@@ -19,7 +19,7 @@ from ..runtime import files
 from ..runtime.errors import UserError, quoted, reason
 from ..runtime.files import parse_json, path_fault, read_file
 from ..runtime.jobs import REQUEST
-from ..runtime.npz import fingerprint
+from ..runtime.npz import PROMPTS, Npz, fingerprint
 from ..runtime.pictures import planes
 from ..runtime.seeds import image_generator
 from .decoding import Range
@@ -79,12 +79,14 @@ class BaseImages:
     :param labels: class ids, None where they have none.
     :param names: the files that they come from, [] where they come from none.
     :param left_out: how many more there are.
+    :param prompts: the texts that they were made for, [] where they were made for none.
     """
 
     pixels: Pixels
     labels: list[int] | None = None
     names: list[str] = field(default_factory=list)
     left_out: int = 0
+    prompts: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -127,7 +129,9 @@ def read_base(
             )
         pixels = [read_pixels(where, shape[2], data_range=data_range) for where in chosen.paths]
         names = _names_beside(source.root, len(source)) if source.array else list(source.images)
-        return BaseImages(np.stack(pixels), labels, names[: len(chosen)], len(source) - len(chosen))
+        prompts = _prompts_in(source.root, len(source)) if source.array else []
+        left_out = len(source) - len(chosen)
+        return BaseImages(np.stack(pixels), labels, names[: len(chosen)], left_out, prompts[: len(chosen)])
     except ValueError as error:
         raise error if str(error).startswith("--") else UserError(f"--base_samples: {error}") from error
 
@@ -137,6 +141,17 @@ def _samples_in(folder: str) -> str:
     names = files.names_in(folder)
     samples = [name for name in names if re.fullmatch(r"samples_.*\.npz", name)]
     return files.join(folder, samples[0]) if len(samples) == 1 and REQUEST in names else ""
+
+
+def _prompts_in(path: str, count: int) -> list[str]:
+    """The prompts in an npz of samples."""
+    if not path.endswith(".npz"):
+        return []
+    with Npz(path) as archive:
+        prompts = archive.texts(PROMPTS) if PROMPTS in archive else []
+    if len(prompts) not in (0, count):
+        raise UserError(f"{path} holds {len(prompts)} {PROMPTS} for {count} images: give one for each, or none")
+    return prompts
 
 
 def _names_beside(path: str, count: int) -> list[str]:

@@ -29,6 +29,7 @@ from ..runtime.errors import UserError, nearest, printable, quoted, reason, refu
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
 from ..runtime.pictures import levels, to_unit
+from ..runtime.pretrained import OPTIONS, open_folder, read_network
 from ..runtime.seeds import to_device
 from .weights import find_inception, load_inception
 
@@ -202,50 +203,60 @@ def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> Ne
     try:
         network, processor = _from_folder(kind, folder)
     except Exception as error:  # transformers raises all kinds of them on a damaged folder
-        raise UserError(f"--features {kind}:{folder} cannot be used: {reason(error)}") from error
-    preparation = _digest(sorted(processor.to_dict().items()))
-    identity = f"{kind} {fingerprint(network.state_dict())} {preparation} {precision} {VERSION}"
-    network.to(device).eval().requires_grad_(False)
+        raise UserError(
+            f"--features {kind}:{folder} cannot be used: {reason(error)}; give a folder with config.json, "
+            "preprocessor_config.json and model.safetensors"
+        ) from error
+    settings = processor.to_dict()
+    identity = f"{kind} {fingerprint(network.state_dict())} {_digest(sorted(settings.items()))} {precision} {VERSION}"
+    network.to(device)
 
     def run(images: Images) -> Outputs:
         x = processor(list(_rgb(images)), return_tensors="pt")["pixel_values"].to(device)
         with th.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
             return getattr(network(x), output), None, None
 
+    def differentiable(images: th.Tensor) -> th.Tensor:
+        pool: th.Tensor = getattr(network(_prepared(images, settings)), output)
+        return pool
+
     name = _stem(folder)
-    return NetworkExtractor(name if kind in name.lower() else f"{title} {name}", identity, run)
+    return NetworkExtractor(
+        name if kind in name.lower() else f"{title} {name}", identity, run, differentiable=differentiable
+    )
 
 
 def _from_folder(kind: str, folder: str) -> tuple[Any, Any]:
-    """The network and its image processor, read without the internet and without running code of the folder."""
+    """The network and its image processor."""
     title, model_types, loader, _ = PRETRAINED[kind]
-    if not os.path.isdir(folder):
-        raise UserError("give a folder with config.json, preprocessor_config.json and model.safetensors")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError('transformers is missing: run `pip install "guided-diffusion[eval]"`') from error
-    library: Any = transformers
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    reading: dict[str, Any] = {"dtype": th.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    config = library.AutoConfig.from_pretrained(folder, **options)
+    library, config = open_folder(folder, "eval")
     if config.model_type not in model_types:
         raise UserError(f"its config.json is of a model_type {quoted(config.model_type)}, not {title}")
     if config.model_type == "clip":  # of images and texts together
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
-    processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
-    level = library.logging.get_verbosity()
-    library.logging.set_verbosity_error()  # or every tensor of CLIP's part for texts would be listed
-    try:
-        network, info = getattr(library, loader).from_pretrained(folder, config=config, **reading, **options)
-    finally:
-        library.logging.set_verbosity(level)
-    faults = [*sorted(info["missing_keys"]), *(name for name, *_ in info["mismatched_keys"])]
-    if faults:  # which transformers draws at random
-        raise UserError(f"{len(faults)} of its tensors are missing or of another shape, the first is {faults[0]}")
-    return network, processor
+    processor = library.AutoImageProcessor.from_pretrained(folder, backend="pil", **OPTIONS)
+    return read_network(library, loader, folder, config), processor
+
+
+def _prepared(images: th.Tensor, settings: Mapping[str, Any]) -> th.Tensor:
+    """Images [N, C, H, W] in [-1, 1] as an image processor makes them, differentiable; grey ones become RGB.
+
+    :param settings: of the processor.
+    """
+    size, crop = settings["size"], settings.get("crop_size") if settings.get("do_center_crop") else None
+    height, width = images.shape[2:]
+    if "shortest_edge" in size:
+        scale = size["shortest_edge"] / min(height, width)
+        sides = max(1, round(height * scale)), max(1, round(width * scale))
+    else:
+        sides = size["height"], size["width"]
+    x = F.interpolate(images.expand(-1, 3, -1, -1), sides, mode="bicubic", antialias=True)
+    if crop:
+        top, left = (sides[0] - crop["height"]) // 2, (sides[1] - crop["width"]) // 2
+        x = x[:, :, top : top + crop["height"], left : left + crop["width"]]
+    mean, deviation = (x.new_tensor(settings[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
+    return ((x + 1) / 2 - mean) / deviation
 
 
 # ---- by name

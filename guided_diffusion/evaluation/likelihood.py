@@ -146,10 +146,10 @@ def measure_batches(survey: Survey, *, rank: int = 0, world_size: int = 1) -> No
     """Measure and write the batches of one rank: batch b is rank b % world_size's. Those that are there stay."""
     missing = survey.missing(rank, world_size, log=logger.log)
     for batch in logger.progress_bar(shown=rank == 0, iterable=missing, desc="measuring", unit="batch"):
-        save_npz(survey.shard(batch), *_measured(survey, batch))
+        save_npz(survey.shard(batch), *measured(survey, batch))
 
 
-def _measured(survey: Survey, batch: int) -> list[npt.NDArray[Any]]:
+def measured(survey: Survey, batch: int) -> list[npt.NDArray[Any]]:
     """The columns [B, K] and the terms [B, T] of one batch."""
     rows, device, measure = survey.rows(batch), dist_util.dev(), survey.measure
     indices = [survey.indices[row] for row in rows]

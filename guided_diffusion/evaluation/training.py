@@ -20,7 +20,7 @@ from ..config import LoaderConfig, TrainEvaluationConfig
 from ..runtime.errors import UserError
 from ..runtime.jobs import Job
 from ..runtime.log_writers import CSVOutputFormat
-from ..runtime.pictures import levels
+from ..runtime.pictures import levels, to_uint8
 from ..sample_util import Model, sampled
 from .evaluator import Report, Side, evaluate, prepare
 from .features import Extractor
@@ -47,8 +47,8 @@ class FreshSamples(ImageSet):
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         job, device = replace(self._job, batch_size=size), dist_util.dev()
-        for _, images in sampled(self._process, self._model, job, rank=first, world_size=step, device=device):
-            yield [to_rgb(images)]
+        for x, _ in sampled(self._process, self._model, job, rank=first, world_size=step, device=device):
+            yield [to_rgb(to_uint8(x))]
 
 
 class TrainingImages(ImageSet):

@@ -24,6 +24,7 @@ from torch import nn
 
 from ..runtime import files
 from ..runtime.errors import UserError, quoted, reason
+from ..runtime.pretrained import OPTIONS, open_folder, read_network
 from .text import TextTransformer
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class FolderEncoder(ContextEncoder):
         limit = getattr(self.network.config, "max_position_embeddings", max_tokens)
         if not 2 <= max_tokens <= limit:
             raise UserError(f"max_tokens {max_tokens} is not in 2 .. {limit}, what the text encoder {folder} takes")
-        self.network.to(device).eval().requires_grad_(False)
+        self.network.to(device)
         self.device = th.device(device)
         self._cache: dict[str, th.Tensor] = {}
         self._bytes = 0
@@ -279,39 +280,47 @@ def build_context_encoder(
     device: th.device | str = "cpu",
     log: Log = warnings.warn,
 ) -> FolderEncoder | ScratchEncoder | None:
-    """The encoder of texts that flags describe; None without texts.
+    """The encoder of texts that flags describe, with the fingerprint that they have, if any; None without texts.
 
     :param captions: that `scratch` makes a tokenizer of, where there is no `tokenizer`, the path of a tokenizer.json.
     :param device: of a frozen encoder.
     :param log: is told of the first text that is cut.
     """
+    encoder: FolderEncoder | ScratchEncoder
     if config.context != "text":
         return None
     if config.text_encoder == "scratch":
         content = _read_tokenizer(tokenizer) if tokenizer else train_tokenizer(captions, config.vocab_size)
         dim = config.context_dim or SCRATCH_DIM
-        return ScratchEncoder(content, dim, config.text_depth, config.max_tokens, log=log)
-    folder = minilm_folder() if config.text_encoder == "minilm" else config.text_encoder
-    encoder = FolderEncoder(folder, config.max_tokens, device=device, log=log)
+        encoder = ScratchEncoder(content, dim, config.text_depth, config.max_tokens, log=log)
+    else:
+        folder = minilm_folder() if config.text_encoder == "minilm" else config.text_encoder
+        encoder = FolderEncoder(folder, config.max_tokens, device=device, log=log)
     if config.context_dim not in (0, encoder.context_dim):
         raise UserError(
             f"text_encoder {config.text_encoder!r} gives vectors of {encoder.context_dim} numbers, and context_dim is "
             f"{config.context_dim}: give the text encoder that the network was trained with, or leave context_dim out"
         )
+    if config.text_fingerprint:
+        encoder.check({"fingerprint": config.text_fingerprint}, config.text_encoder)
     return encoder
 
 
-def context_arguments(config: ContextConfig, encoder: ContextEncoder | None) -> dict[str, Any]:
-    """The arguments of `UNetModel` that flags and their encoder stand for.
+def context_arguments(config: ContextConfig, *, class_cond: bool = True) -> dict[str, Any]:
+    """The arguments of `UNetModel` that flags stand for, with the context_dim of their encoder.
 
     A `ScratchEncoder` is then made a part of the network: model.context_encoder = encoder.
+
+    :param class_cond: the network has labels.
     """
     if config.context == "none":
         return {}
+    if config.context == "classes" and not class_cond:
+        raise UserError("context classes needs labels: set class_cond to True, or take context text")
     return {
         "use_spatial_transformer": True,
         "transformer_depth": config.transformer_depth,
-        "context_dim": encoder.context_dim if encoder else config.context_dim or SCRATCH_DIM,
+        "context_dim": config.context_dim or SCRATCH_DIM,
         "class_context": config.context == "classes",
     }
 
@@ -386,34 +395,27 @@ def folder_fingerprint(folder: str) -> str:
 
 
 def _from_folder(folder: str) -> tuple[Any, Any]:
-    """The tokenizer and the network, read without the internet and without running code of the folder."""
-    if not os.path.isdir(folder):
-        raise UserError("there is no such folder")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(f"the library transformers is missing: {INSTALL}") from error
-    library: Any = transformers
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    config = library.AutoConfig.from_pretrained(folder, **options)
+    """The tokenizer and the network of a folder."""
+    library, config = open_folder(folder, "text")
     is_clip = config.model_type in ("clip", "clip_text_model")
-    loader = library.CLIPTextModel if is_clip else library.AutoModelForTextEncoding
     config = config.text_config if config.model_type == "clip" else config  # else of images and texts together
-    level, shows_bar = library.logging.get_verbosity(), library.logging.is_progress_bar_enabled()
-    library.logging.set_verbosity_error()  # or every tensor of CLIP's part for images would be listed
-    library.logging.disable_progress_bar()
-    try:
-        tokenizer = library.AutoTokenizer.from_pretrained(folder, **options)
-        network, info = loader.from_pretrained(
-            folder, config=config, dtype=th.float32, output_loading_info=True, **options
+    loader = "CLIPTextModel" if is_clip else "AutoModelForTextEncoding"
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, **OPTIONS)
+    return tokenizer, read_network(library, loader, folder, config, spare="pooler")
+
+
+@th.no_grad()
+def clip_embedding(folder: str, text: str) -> th.Tensor:
+    """The embedding [E] of a text by the CLIP in a folder, to compare images with."""
+    library, config = open_folder(folder, "text")
+    if config.model_type != "clip":
+        raise UserError(
+            f"its config.json is of a model_type {quoted(config.model_type)}, not of a CLIP with both parts"
         )
-    finally:
-        library.logging.set_verbosity(level)
-        if shows_bar:
-            library.logging.enable_progress_bar()
-    faults = sorted(name for name in info["missing_keys"] if "pooler" not in name)
-    if faults:  # which transformers draws at random
-        raise UserError(f"{len(faults)} of its tensors are missing, the first is {faults[0]}")
-    return tokenizer, network
+    config.text_config.projection_dim = config.projection_dim
+    tokenizer = library.AutoTokenizer.from_pretrained(folder, **OPTIONS)
+    network = read_network(library, "CLIPTextModelWithProjection", folder, config.text_config)
+    limit = config.text_config.max_position_embeddings
+    batch = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
+    embedding: th.Tensor = network(batch["input_ids"], batch["attention_mask"]).text_embeds[0]
+    return embedding

@@ -39,6 +39,7 @@ MAX_ARRAY = 2**31  # of an array that is held as a whole
 LARGE_MEMBER = 2**26  # a member that unpacks to more than this ...
 MAX_RATIO = 200  # ... and to more than so many times its packed size is a bomb
 MAX_NAME = 1000  # characters
+MAX_HEADER = 2**24  # bytes of that of a safetensors file
 PIECE = 2**18  # bytes of a file of unknown size that are read at once
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")  # one letter alone is a drive of Windows
@@ -321,10 +322,10 @@ def member_place(handle: int, member: zipfile.ZipInfo) -> int:
     return int(member.header_offset + 30 + name + extra)
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes | str) -> Any:
     """The value of a JSON text."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content if isinstance(content, str) else content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(reason(error).partition(";")[0]) from error
 
@@ -335,9 +336,9 @@ def load_classes(path: str) -> list[str]:
 
 
 def read_classes(path: str) -> tuple[list[str], str]:
-    """The class names by id in a classes.json, and the rule that they came from."""
+    """The class names by id in a classes.json, or in the header of weights, and the rule that they came from."""
     try:
-        table = parse_json(read_file(path))
+        table = parse_json(safetensors_header(path).get("classes.json") or read_file(path))
         names, rule = table["classes"], table.get("class_from", "auto")
         refuse(
             (
@@ -352,6 +353,18 @@ def read_classes(path: str) -> tuple[list[str], str]:
         raise UserError(f"{path!r} is no table of classes ({detail}); give a classes.json of a training") from error
 
 
+def safetensors_header(path: str) -> dict[str, Any]:
+    """The texts in the header of a safetensors file, by name; {} of any other file."""
+    if not path.endswith(".safetensors") or not exists(path):
+        return {}
+    with open_file(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(min(size, MAX_HEADER))
+    with contextlib.suppress(ValueError, AttributeError):  # a damaged file: reading the weights tells of it
+        return dict(parse_json(text).get("__metadata__", {}))
+    return {}
+
+
 # ---- arrays
 
 
@@ -363,15 +376,18 @@ class Header(NamedTuple):
     fortran: bool
 
 
-def read_header(file: IO[bytes]) -> Header:
-    """The header of an npy, leaving the file at its first number."""
+def read_header(file: IO[bytes], kinds: str = "biufc") -> Header:
+    """The header of an npy, leaving the file at its first number.
+
+    :param kinds: of numpy's types that it may be of.
+    """
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
     except Exception as error:  # a header is Python source, and numpy's parser raises what Python's does
         raise UserError(f"it is no npy ({reason(error)})") from error
-    if dtype.kind not in "biufc" or not all(type(side) is int and side >= 0 for side in shape):
+    if dtype.kind not in kinds or not all(type(side) is int and side >= 0 for side in shape):
         raise UserError(f"an array of type {printable(f'{dtype} {shape}')}, where numbers are read")
     return Header(shape, dtype, fortran and len(shape) > 1)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 REQUEST = "request.json"
 
 Conditioning = Callable[[Sequence[int]], Mapping[str, th.Tensor]]
+Decode = Callable[[th.Tensor, Sequence[int]], th.Tensor]
 Start = Callable[[Sequence[int], dict[str, Any]], Mapping[str, Any]]
 
 
@@ -173,6 +174,9 @@ class Job(RestartableJob):
     :param save_images: write one PNG per image too.
     :param names: the file that each image comes from, where they come from files: kept in names.json, and their PNG
         files are called like them.
+    :param prompts: the texts that the images are made for, taken in turn: kept in the npz and in the PNG files.
+    :param latent_shape: of what the loop makes in place of an image, where `decode` makes images [B, C, H, W] of that,
+        called with it and the indices.
     :param film: show the first images on their way, in film.png and film.gif, every so many steps; 0: do not.
     """
 
@@ -186,7 +190,10 @@ class Job(RestartableJob):
     start: Start | None = None
     save_images: bool = False
     names: Sequence[str] = ()
+    prompts: Sequence[str] = ()
     film: int = 0
+    latent_shape: tuple[int, ...] = ()
+    decode: Decode | None = None
 
     what: ClassVar[str] = "samples"
 
@@ -220,6 +227,10 @@ class Job(RestartableJob):
         """The file of the merged result."""
         sides = (self.num_samples, *self.shape[1:], self.shape[0])
         return self.file(f"samples_{'x'.join(map(str, sides))}.npz")
+
+    def prompt(self, index: int) -> str:
+        """The prompt of an image, '' where there are none."""
+        return self.prompts[index % len(self.prompts)] if self.prompts else ""
 
     def draw_labels(self, indices: Sequence[int], generators: Sequence[th.Generator]) -> th.Tensor | None:
         """Labels [B] of the images with these indices, or None; random ones are the first draw of each generator."""

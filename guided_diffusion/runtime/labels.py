@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from .errors import UserError, printable
+from .errors import UserError, nearest, printable
 
 SHOWN_NAMES = 32  # of an error message
 
@@ -38,7 +38,9 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> lis
         if label is None:
             shown = ", ".join(map(printable, names[:SHOWN_NAMES]))
             known = f"the names are {shown}" if names else "there is no classes.json with names: give ids"
-            raise UserError(f"class {printable(words[start])!r} is unknown: {known}")
+            raise UserError(
+                f"class {printable(words[start])!r} is unknown{nearest(words[start], names) or f': {known}'}"
+            )
         labels.append(label)
         start += count
     check_labels(labels, num_classes)

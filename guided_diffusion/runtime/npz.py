@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
@@ -16,6 +17,7 @@ from . import files
 from .atomic import replacing
 from .errors import UserError, printable, reason
 
+PROMPTS = "prompts"  # the array of texts that images were made for
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
 
 
@@ -113,6 +115,17 @@ class Npz:
             if member.read(1):
                 raise UserError("there is more behind its numbers")
             return array
+
+    def texts(self, name: str) -> list[str]:
+        """An array of texts, as numpy keeps them without pickling."""
+        with self._explained(f"{name} cannot be read, "):
+            member = self._archive.getinfo(f"{name}.npy")
+            if fault := files.member_fault(member):
+                raise UserError(fault)
+            content = io.BytesIO(files.read_member(self._archive, member))
+            header = files.read_header(content, kinds="U")
+            texts: list[str] = np.frombuffer(content.read(), header.dtype).reshape(header.shape).tolist()
+            return texts
 
     def name_of_images(self) -> str:
         """The name of the array of images: arr_0, or the only one with two axes or more that is no statistic."""

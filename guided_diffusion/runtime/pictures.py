@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from .atomic import replacing
 from .errors import UserError
@@ -32,6 +34,7 @@ PAD = 2
 GROUP_GAP = 12
 MARGIN = 6
 LONGEST_NAME = 24
+LONGEST_STEM = 40  # characters of a prompt in the name of a file
 GRID_IMAGES = 100
 CHUNK = 64  # images in memory at a time
 
@@ -90,9 +93,12 @@ def _as_picture(image: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
-def save_png(path: str, image: Pixels) -> None:
-    """Write one image [H, W, C]."""
-    _as_picture(image).save(path, format="PNG")
+def save_png(path: str, image: Pixels, **texts: str) -> None:
+    """Write one image [H, W, C], with texts by their keywords in the file."""
+    info = PngInfo()
+    for keyword, text in texts.items():
+        info.add_text(keyword, text)
+    _as_picture(image).save(path, format="PNG", pnginfo=info)
 
 
 def save_grid(path: str, images: Pixels, columns: int, row_names: Sequence[str] = (), **options: Any) -> None:
@@ -150,33 +156,55 @@ def _short(text: str) -> str:
 
 
 def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> None:
+    """Write the picture that `grid_of_classes` makes of the first images of an npz."""
+    images = next(read_npz(samples, "arr_0", GRID_IMAGES))
+    with replacing(path) as file:
+        grid_of_classes(images, turns, class_names).save(file, format="PNG")
+
+
+def grid_of_classes(images: Pixels, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> Image.Image:
     """The first images in one picture; a row for each class where they take turns.
 
-    :param samples: the npz.
     :param turns: image i has the label turns[i % len(turns)]; empty where labels are random, or there are none.
     :param class_names: names by class id.
     """
-    images = next(read_npz(samples, "arr_0", GRID_IMAGES))
+    images = images[:GRID_IMAGES]
     columns = len(images) // len(turns) if len(turns) > 1 else 0
     if columns < 2:
-        save_grid(path, images, math.ceil(math.sqrt(len(images))))
-        return
+        return grid(images, math.ceil(math.sqrt(len(images))))
     rows = np.arange(columns * len(turns)).reshape(columns, len(turns)).T
     names = dict(enumerate(class_names))
-    save_grid(path, images[rows.ravel()], columns, [names.get(label, f"class {label}") for label in turns])
+    return grid(images[rows.ravel()], columns, [names.get(label, f"class {label}") for label in turns])
 
 
 def draw_each(
-    folder: str, samples: str, *, labelled: bool, rank: int = 0, world_size: int = 1, names: Sequence[str] = ()
+    folder: str,
+    samples: str,
+    *,
+    labelled: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    names: Sequence[str] = (),
+    prompts: Sequence[str] = (),
 ) -> None:
-    """NNNNNN_yK.png, or as `names` say, of every world_size-th image of the npz `samples`."""
+    """NNNNNN_yK_a-red-apple.png, or as `names` say, of every world_size-th image of the npz `samples`.
+
+    :param prompts: for the images in turn; they stand in the files as the text "prompt".
+    """
     labels = np.concatenate(list(read_npz(samples, "arr_1", CHUNK))) if labelled else None
     images = (image for chunk in read_npz(samples, "arr_0", CHUNK) for image in chunk)
     for index, image in islice(enumerate(images), rank, None, world_size):
+        texts = {"prompt": prompts[index % len(prompts)]} if prompts else {}
         suffix = "" if labels is None else f"_y{labels[index]}"
+        suffix += "".join(f"_{words}" for words in map(_file_name, texts.values()) if words)
         path = os.path.join(folder, names[index] if names else f"{index:06d}{suffix}.png")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_png(path, image)
+        save_png(path, image, **texts)
+
+
+def _file_name(text: str) -> str:
+    """The beginning of a text in lower-case letters, digits and dashes, which every file system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:LONGEST_STEM].strip("-")
 
 
 # ---- films
@@ -193,10 +221,16 @@ class Film:
     ``film = Film(every=5)``, a sampling loop with ``callback=film.collect``, then ``film.save("a.png", "a.gif")``.
 
     :param every: how many steps from one frame to the next.
+    :param decode: makes images of what the loop makes.
     """
 
-    def __init__(self, every: int = 1, images: int = FILM_IMAGES) -> None:
-        self.every, self.images = every, images
+    def __init__(
+        self,
+        every: int = 1,
+        images: int = FILM_IMAGES,
+        decode: Callable[[th.Tensor], th.Tensor] = lambda images: images,
+    ) -> None:
+        self.every, self.images, self._decode = every, images, decode
         self.steps = 0
         self._frames: list[tuple[str, Pixels]] = []
         self._sample = th.empty(0)
@@ -204,13 +238,16 @@ class Film:
     def collect(self, index: int, output: Mapping[str, Any]) -> None:
         """Take in a step's output: its pred_xstart where a frame is due, and its sample, which may be the last."""
         if self.steps % self.every == 0:
-            self._frames.append((f"step {self.steps + 1}", to_uint8(output["pred_xstart"][: self.images])))
+            self._frames.append((f"step {self.steps + 1}", self._shown(output["pred_xstart"])))
         self.steps += 1
-        self._sample = output["sample"][: self.images]
+        self._sample = output["sample"]
+
+    def _shown(self, x: th.Tensor) -> Pixels:
+        return to_uint8(self._decode(x[: self.images]))
 
     def frames(self) -> list[tuple[str, Pixels]]:
         """Title and images uint8 [N, H, W, C] of every frame; the last one shows the finished images."""
-        return [*self._frames, ("image", to_uint8(self._sample))]
+        return [*self._frames, ("image", self._shown(self._sample))]
 
     def save(self, strip: str, animation: str) -> None:
         """Write a PNG with a row per image and a column per frame, and a GIF with the frames one after the other."""

@@ -52,9 +52,15 @@ class Supply:
                     f"the data ended after {updates} updates: give an endless iterator, or max_steps {updates}"
                 ) from error
         if not self.begun:
-            logger.log(f"images of the first batch, {range_in_words(to_unit(batch))}")
+            logger.log(self._first(batch))
         self._last = batch, cond
         return self._last
+
+    def _first(self, batch: th.Tensor) -> str:
+        """What the numbers of the first batch are like."""
+        if getattr(self._data, "encoder", None) is None:
+            return f"images of the first batch, {range_in_words(to_unit(batch))}"
+        return f"latents of the first batch, mean {batch.mean():.3g} and deviation {batch.std():.3g}, which should be 1"
 
     def give_back(self) -> None:
         """Let a resumed run begin with the batch that was taken last, where the data can."""

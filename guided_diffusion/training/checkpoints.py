@@ -27,9 +27,11 @@ from ..networks.architecture import architecture
 from ..runtime import files
 from ..runtime.errors import UserError, reason
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
+from ..runtime.options import Size, parse_size
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
-CONFIG, CLASSES = "config.json", "classes.json"
+CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
+SINGLE = "model.safetensors"
 MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
@@ -104,6 +106,11 @@ class Checkpoint:
             raise UserError(f"{self.path} does not fit the flags: {difference(weights, expected, size)}")
         return weights
 
+    def size_of_inputs(self, size: Size, flags: Mapping[str, Any]) -> Size:
+        """The size of what its network works on for images of a size: latents, as its own flags say or else these."""
+        factor = int(self.flags.get("latent_factor", flags.get("latent_factor", 1)))
+        return size if factor == 1 else tuple(side // factor for side in parse_size(size))
+
     @property
     def kind(self) -> str:
         """UNET, UPSAMPLER or CLASSIFIER; '' for other networks."""
@@ -166,14 +173,17 @@ def _with_file(path: str, what: str) -> Checkpoint:
 def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     """The checkpoint of a file, or of a run folder that with the newest moving average, else with the newest model.
 
-    Checkpoints with files of other sizes than their manifests name come last. Averages that are longer than the run
-    count only if they were warmed up (--ema_warmup), or if there is nothing else.
+    In a folder with a model.safetensors it is that file. Checkpoints with files of other sizes than their manifests
+    name come last. Averages that are longer than the run count only if they were warmed up (--ema_warmup), or if there
+    is nothing else.
 
     :param what: the path is, in messages.
     """
     path = files.resolve(path)
     if not isdir(path):
         return replace(_with_file(path, what), path=path)
+    if exists(single := join(path, SINGLE)):
+        return Checkpoint(None, path=single)
     sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not sets or not sets[-1].best:
         raise UserError(
@@ -190,12 +200,15 @@ def load_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | No
 
 
 def config_beside(path: str) -> dict[str, Any]:
-    """The flags that the run of a checkpoint (or run folder) was made with; {} where no config.json lies there."""
-    file_path = _in_folder_of(path, CONFIG)
-    if not exists(file_path):
+    """The flags that the run of a checkpoint (or run folder) was made with, from its header or the config.json there.
+
+    {} where there is neither.
+    """
+    text, file_path = files.safetensors_header(files.resolve(path)).get(CONFIG), _in_folder_of(path, CONFIG)
+    if not text and not exists(file_path):
         return {}
     try:
-        return {**files.parse_json(files.read_file(file_path))["flags"]}
+        return {**files.parse_json(text or files.read_file(file_path))["flags"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         detail = reason(error)
         raise UserError(
@@ -204,9 +217,21 @@ def config_beside(path: str) -> dict[str, Any]:
 
 
 def classes_beside(path: str) -> str:
-    """The path of the classes.json beside a checkpoint or in a run folder; '' if there is none."""
+    """What `load_classes` reads: a checkpoint itself, or the classes.json beside it; '' if there is none."""
+    if CLASSES in files.safetensors_header(path := files.resolve(path)):
+        return path
     file_path = _in_folder_of(path, CLASSES)
     return file_path if exists(file_path) else ""
+
+
+def tokenizer_beside(path: str) -> str:
+    """The path of the tokenizer.json beside the checkpoint of a network whose text encoder was trained along."""
+    file_path = _in_folder_of(path, TOKENIZER)
+    if not exists(file_path):
+        raise UserError(
+            f"{file_path} is missing, without which the network reads no text: copy it from the run's folder"
+        )
+    return file_path
 
 
 def _in_folder_of(path: str, name: str) -> str:

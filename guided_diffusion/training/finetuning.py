@@ -54,7 +54,7 @@ def flags_for(source: Checkpoint, kind: str, size: Size | None, default: Size) -
     name = SIZE_FLAGS[source.kind]
     known = source.flags.get(name, architecture(source.weights).get(name)) if name == SIZE_FLAGS[kind] else None
     size = next(side for side in (size, known, default) if side is not None)
-    read = architecture(source.weights, size)
+    read = architecture(source.weights, source.size_of_inputs(size, {}))
     flags = {**read, **source.flags}
     if source.kind != kind or size != known:
         names = [CLASSIFIER_NAMES[n] if source.kind == CLASSIFIER else n for n in _DEPENDING_ON_SIZE]

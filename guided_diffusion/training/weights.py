@@ -57,9 +57,10 @@ class Hashed:
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
 
-def save(path: str, obj: Any) -> Entry:
+def save(path: str, obj: Any, texts: Mapping[str, str] | None = None) -> Entry:
     """Write tensors and plain values, as the ending says (.pt, .safetensors, .json); returns size and checksum.
 
+    :param texts: for the header of a safetensors file.
     :raises OSError: naming path and reason, if that is impossible; readers never see a half of it.
     """
     with files.writing(path) as file:
@@ -69,7 +70,7 @@ def save(path: str, obj: Any) -> Entry:
         elif path.endswith(".safetensors"):
             import safetensors.torch
 
-            hashed.write(safetensors.torch.save(obj))
+            hashed.write(safetensors.torch.save(obj, dict(texts) if texts else None))
         else:
             th.save(obj, cast(IO[bytes], hashed))
     return hashed.entry

@@ -14,7 +14,16 @@ import pytest
 import guided_diffusion.commands
 from conversion.command import DATASETS
 from guided_diffusion.commands import flags as cli
-from guided_diffusion.config import ClassifierConfig, DiffusionConfig, NetworkConfig, UNetConfig, resolve_precision
+from guided_diffusion.commands.sections import ClipConfig, PromptConfig
+from guided_diffusion.config import (
+    CaptionConfig,
+    ClassifierConfig,
+    ContextConfig,
+    DiffusionConfig,
+    NetworkConfig,
+    UNetConfig,
+    resolve_precision,
+)
 from guided_diffusion.runtime.errors import nearest
 from guided_diffusion.runtime.options import check_keywords, defaults, parse_size, size_flag
 
@@ -31,20 +40,21 @@ VALUES_BEYOND = [
         "inception_weights precision classifier_precision loss_weight classifier_channel_mult sampler classes "
         "autoguide_path guidance_interval init_image mask interpolate init_classes init_from freeze lora_train "
         "lora_path cond_type cond_dir val_cond_dir cond_images cond_class_from classifier_path ema_rate "
-        "channel_mult",
+        "channel_mult autoencoder_path autoencoder_id",
     ),
     (
         False,
         "compile fsdp dry_run fast_decode cache_images random_crop use_neighborhood_attention predict_v "
         "zero_terminal_snr null_class save_images spread save_terms mask_invert invert null_cond skip_unpaired "
-        "ema_warmup use_new_attention_order",
+        "ema_warmup use_new_attention_order cache_latents copy_autoencoder",
     ),
     (
         0,
         "seed warmup_steps keep_last max_steps sample_interval eval_interval steps order save_intermediate "
-        "lora_rank cond_channels",
+        "lora_rank cond_channels latent_channels",
     ),
     (0.0, "grad_clip cond_aug cond_aug_level class_dropout dynamic_threshold cfg_rescale lora_alpha cond_dropout"),
+    (0.0, "scale_factor"),
     (1.0, "cfg_scale autoguide_scale lora_scale classifier_scale"),
     (10.0, "dist_timeout"),
     ("auto", "class_from clip_guided"),
@@ -64,7 +74,7 @@ VALUES_BEYOND = [
     (-1.0, "eta churn strength"),
     ("vlb", "likelihood"),
     ("uniform", "dequantize"),
-    (1, "probes resample"),
+    (1, "probes resample latent_factor"),
     ("rademacher", "probe_noise"),
     ("rk45", "flow_solver"),
     (0.0001, "flow_tolerance"),
@@ -73,6 +83,7 @@ VALUES_BEYOND = [
     (0.001, "fp16_scale_growth"),
 ]
 BEYOND = {name: value for value, names in VALUES_BEYOND for name in names.split()} | defaults(ClassifierConfig)
+BEYOND |= defaults(ContextConfig, CaptionConfig, PromptConfig, ClipConfig)
 # classifier_train cropped at random; image_train has kept averages all along
 DIFFERENT = {("classifier_train", "random_crop"): True}
 
@@ -309,7 +320,7 @@ def test_conditions_name_flags():
         (
             "image_sample",
             "--guidance_interval 5,20",
-            "--guidance_interval has no effect without --cfg_scale other than 1.0 or --autoguide_path: leave it out",
+            "has no effect without --cfg_scale other than 1.0 or --autoguide_path or --clip_path with --clip_scale",
         ),
         ("image_sample", "--lora_scale 2", "--lora_scale has no effect without --lora_path"),
         ("image_sample", "--cond_class_from auto", "--cond_class_from has no effect without --cond_images"),
@@ -325,7 +336,7 @@ def test_conditions_name_flags():
         ),
         ("super_res_sample", "--classifier_scale 2", "--classifier_scale has no effect without --classifier_path"),
         ("super_res_sample", "--image_size 8", "--image_size has no effect without --classifier_path"),
-        ("super_res_sample", "--guidance_interval 5,20", "or --classifier_path with --classifier_scale: leave it out"),
+        ("super_res_sample", "--guidance_interval 5,20", "or --clip_path with --clip_scale it out"),
         ("image_nll", "--probes 3", "--probes has no effect without --likelihood flow: leave it out or give"),
         ("image_nll", "--save_terms --likelihood flow", "--save_terms has no effect without --likelihood vlb"),
         ("image_nll", "--likelihood flow --flow_solver heun --flow_tolerance 1", "without --flow_solver rk45"),
@@ -341,6 +352,12 @@ def test_conditions_name_flags():
         ("image_train", "--init_mismatch reinit", "--init_mismatch has no effect without --init_from"),
         ("image_train", "--eval_samples 20", "--eval_samples has no effect without --eval_interval"),
         ("image_train", "--cond_dropout 0.1", "--cond_dropout has no effect without --cond_type"),
+        ("image_train", "--caption_dropout 0.1", "--caption_dropout has no effect without --context text"),
+        ("image_train", "--context text --text_encoder x --text_depth 2", "without --text_encoder scratch"),
+        ("image_train", "--context text --use_neighborhood_attention", "exclude each other"),
+        ("image_sample", "--prompt a --prompts b", "--prompt and --prompts exclude each other"),
+        ("image_sample", "--prompt a --negative_prompt b", "no effect without --cfg_scale other than 1.0"),
+        ("image_sample", "--clip_prompt a", "--clip_prompt has no effect without --clip_path"),
         ("image_train", "--resume_checkpoint auto --cond_dropout 0.1", ""),  # that of the run that goes on
         ("classifier_train", "--eval_interval 3", "--eval_interval has no effect without --val_data_dir"),
         ("classifier_train", "--noised False --schedule_sampler loss-second-moment", "without --noised: leave it out"),
@@ -364,9 +381,10 @@ def test_flags_without_effect_or_contrary_are_answered_by_a_sentence(command, li
 def test_what_the_checkpoint_says_is_known_when_it_is_read():
     flags = cli.parse("image_sample", ["--cfg_scale", "2", "--classes", "1"])
     with pytest.raises(
-        ValueError, match="--cfg_scale has no effect without --class_cond or --cond_type, and the check"
+        ValueError,
+        match="--cfg_scale has no effect without --class_cond or --cond_type or --context text, and the check",
     ):
-        flags.over({"class_cond": False, "cond_type": ""}, UNetConfig).check()
+        flags.over({"class_cond": False, "cond_type": "", "context": "none"}, UNetConfig).check()
     flags.over({"class_cond": True, "cond_type": ""}, UNetConfig).check()
 
 

@@ -294,6 +294,10 @@ def test_features_are_those_of_transformers(tmp_path: Path, kind: str, flag: str
         else:
             expected = network(x.movedim(-1, 1)).image_embeds
     np.testing.assert_allclose(found.pool, expected.numpy(), rtol=1e-4, atol=1e-4)
+    x = th.from_numpy(wide).movedim(-1, 1) / 127.5 - 1
+    near = extractor.differentiable(x.requires_grad_())
+    assert np.abs(near.detach().numpy() - found.pool).max() < 0.05 * np.abs(found.pool).max()  # pixels are not rounded
+    assert th.autograd.grad(near.sum(), x)[0].isfinite().all()
     check_batches(extractor, wide)
     grey = extractor(wide[..., :1])
     np.testing.assert_array_equal(grey.pool, extractor(wide[..., :1].repeat(3, axis=-1)).pool)

@@ -215,7 +215,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_cut_one(
     assert training_differences(runs / "whole", half, 8) == []
 
 
-@pytest.mark.parametrize("tenth", range(10))
+@pytest.mark.parametrize("tenth", [0, 1, 5, 9])
 def test_weights_cut_anywhere_are_not_sampled_from(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tenth: int
 ) -> None:

@@ -65,7 +65,7 @@ networks = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(networks, st.booleans())
 def test_a_network_tells_the_flags_that_built_it(flags, learn_sigma):
     with th.device("meta"):

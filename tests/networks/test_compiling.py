@@ -74,6 +74,18 @@ def said(folder: Path) -> list[str]:
     return [re.sub(r"took [\d.]+ s", "took 0 s", line) for line in lines if line.startswith("compil")]
 
 
+class Small(th.nn.Module):
+    """Enough of a network for what does not depend on it, and compiled in a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = th.nn.Conv2d(3, 8, 3, padding=1), th.nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: th.Tensor, timesteps: th.Tensor) -> th.Tensor:
+        out: th.Tensor = self.last(th.nn.functional.silu(self.first(x)) + timesteps[:, None, None, None] / 40)
+        return out
+
+
 def test_a_network_is_compiled_in_place(tmp_path: Path) -> None:
     logger.configure(str(tmp_path), ["log"])
     network = random_weights(UNetModel(**OPTIONS))
@@ -99,6 +111,7 @@ def test_a_network_is_compiled_in_place(tmp_path: Path) -> None:
     assert len(compiled.known) == 2
 
 
+@pytest.mark.slow
 def test_guidance_by_a_compiled_classifier_has_the_same_gradient() -> None:
     options = {**OPTIONS, "out_channels": 5, "pool": "attention", "num_head_channels": 32}
     classifier, y = random_weights(EncoderUNetModel(**options)), th.tensor([4, 0])
@@ -114,9 +127,9 @@ def test_guidance_by_a_compiled_classifier_has_the_same_gradient() -> None:
 
 @autograd_config.patch(donated_buffer=True)  # as it is in a new process
 def test_a_compiled_network_is_gone_back_through_twice() -> None:
-    network = random_weights(UNetModel(**OPTIONS))
+    network = random_weights(Small())
     plain = copy.deepcopy(network)
-    traced(network, "the U-Net", sampling=True)
+    traced(network, "the network", sampling=True)
     found = []
     for model in (network, plain):
         x = X.clone().requires_grad_()
@@ -132,10 +145,10 @@ def test_more_shapes_than_the_compiler_takes_are_refused(tmp_path: Path, monkeyp
     logger.configure(str(tmp_path), ["log"])
     monkeypatch.setattr(compiling, "SHAPES", 2)
     with th._dynamo.config.patch(recompile_limit=1), th.no_grad():
-        network = random_weights(UNetModel(**OPTIONS))
-        traced(network, "the U-Net")
+        network = random_weights(Small())
+        traced(network, "the network")
         network(X, T), network(X[:1], T[:1])
-        with pytest.raises(ValueError, match=r"^the U-Net could not be compiled \(.+\): leave out --compile$"):
+        with pytest.raises(ValueError, match=r"^the network could not be compiled \(.+\): leave out --compile$"):
             network(th.cat([X, X[:1]]), th.zeros(3))
 
 
@@ -167,8 +180,8 @@ def test_flags_that_contradict_each_other_are_refused_before_a_run_and_in_a_dry_
 
 def test_weights_that_change_are_those_that_compiled_code_uses() -> None:
     """In training, where an optimizer and a conversion change them in place."""
-    network, plain = (random_weights(UNetModel(**OPTIONS)) for _ in range(2))
-    traced(network, "the U-Net")
+    network, plain = (random_weights(Small()) for _ in range(2))
+    traced(network, "the network")
     network(X, T)
     network.load_state_dict(plain.state_dict())
     th.testing.assert_close(network(X, T), plain(X, T))

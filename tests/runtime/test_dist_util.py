@@ -132,14 +132,15 @@ def written(tmp_path: Path, code: str) -> Path:
     return script
 
 
-def launch(tmp_path: Path, launcher: Nursery | list[str], code: str, *args: object, **environment: str):
+def launch(tmp_path: Path, launcher: Nursery | list[str], code: str, *args: object, ranks: int = 2, **environment: str):
     """Runs `code` as a script in an empty folder, and waits for its end; a nursery stands for srun."""
     script = written(tmp_path, code)
     temporary = tmp_path / "temporary"
     temporary.mkdir(exist_ok=True)
     environment = {"TMPDIR": str(temporary), **environment}
     if isinstance(launcher, Nursery):
-        return launcher.run([script, *args], cwd=tmp_path, timeout=SECONDS, OPENAI_LOGDIR="", **environment)
+        options = {"ranks": ranks, "cwd": tmp_path, "timeout": SECONDS, "OPENAI_LOGDIR": ""}
+        return launcher.run([script, *args], **options, **environment)
     variables = {**os.environ, **environment}
     del variables["OPENAI_LOGDIR"]
     return subprocess.run(
@@ -153,14 +154,10 @@ def launch(tmp_path: Path, launcher: Nursery | list[str], code: str, *args: obje
 
 
 @contextlib.contextmanager
-def started(tmp_path: Path, launcher: Nursery | list[str], code: str, *args: object):
+def started(tmp_path: Path, launcher: Nursery, code: str, *args: object, **environment: str):
     """The same job while it runs; at the end of the block all of it is killed."""
     argv = [str(written(tmp_path, code)), *map(str, args)]
-    if isinstance(launcher, Nursery):
-        job = launcher.start(argv, cwd=tmp_path)
-    else:
-        nowhere = subprocess.DEVNULL
-        job = subprocess.Popen([*launcher, *argv], cwd=tmp_path, stdout=nowhere, stderr=nowhere, start_new_session=True)
+    job = launcher.start(argv, cwd=tmp_path, **environment)
     try:
         yield job
     finally:
@@ -224,8 +221,8 @@ def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher, ranks):
         ("srun", "exit", 3, "rank 1 of 2: exit: 3"),
         ("srun", "quiet exit", 1, "rank 0 of 2: error: a collective failed"),
         ("mpiexec", "exit", 3, "rank 1 of 2: exit: 3"),
-        ("mpiexec", "early", 1, "rank 1 of 2: failed"),
-        ("torchrun", "exit", 1, "rank 1 of 2: exit: 3"),
+        pytest.param("mpiexec", "early", 1, "rank 1 of 2: failed", marks=pytest.mark.slow),
+        pytest.param("torchrun", "exit", 1, "rank 1 of 2: exit: 3", marks=pytest.mark.slow),
     ],
 )
 def test_one_rank_that_ends_badly_ends_the_job(tmp_path, ranks, launcher, how, code, message):
@@ -234,10 +231,8 @@ def test_one_rank_that_ends_badly_ends_the_job(tmp_path, ranks, launcher, how, c
     assert job.returncode == code
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    ["mpiexec", pytest.param("torchrun", marks=pytest.mark.slow)],  # the restarts below show it of torchrun
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
 def test_a_rank_that_is_killed_ends_the_job(tmp_path, launcher):
     """Which of the launcher and the other rank notices first, and so what is printed, is open."""
     assert launch(tmp_path, LAUNCHERS[launcher], FAILURES, "kill").returncode != 0
@@ -251,13 +246,22 @@ def test_a_rank_that_is_killed_ends_the_others_where_the_launcher_does_not_notic
     assert "Traceback" not in job.stderr
 
 
+def test_a_rank_waits_for_one_that_stops_until_the_time_out_of_a_collective(tmp_path, ranks):
+    with started(tmp_path, ranks, FAILURES, "stop", TIMEOUT="0.05") as job:
+        running = survivors(tmp_path)
+        end = time.monotonic() + SECONDS
+        while running():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        said = job.errors.read_text()
+    assert "rank 0 of 2: error: a collective failed (" in said
+    assert "--dist_timeout" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "lost"),
-    [
-        ("mpiexec", 1),
-        pytest.param("mpiexec", 0, marks=pytest.mark.slow),
-        pytest.param("torchrun", 1, marks=pytest.mark.slow),  # which itself waits 30 s before it kills what is stopped
-    ],
+    [("mpiexec", 1), ("mpiexec", 0), ("torchrun", 1)],  # torchrun itself waits 30 s before it kills what is stopped
 )
 def test_a_rank_that_stops_ends_the_job_after_the_time_out_of_a_collective(tmp_path, launcher, lost):
     job = launch(tmp_path, LAUNCHERS[launcher], FAILURES, "stop", LOST=str(lost), TIMEOUT="0.05")
@@ -268,9 +272,9 @@ def test_a_rank_that_stops_ends_the_job_after_the_time_out_of_a_collective(tmp_p
     assert_gone(tmp_path)
 
 
-def test_mpiexec_without_mpi4py_is_refused_with_the_command_that_helps(tmp_path):
-    code = "import sys; sys.modules['mpi4py'] = None\n" + textwrap.dedent(FAILURES)
-    job = launch(tmp_path, [sys.executable], code, "raise", PMI_RANK="0", PMI_SIZE="2")
+def test_mpiexec_without_mpi4py_is_refused_with_the_command_that_helps(tmp_path, ranks):
+    code = "import os, sys; sys.modules['mpi4py'] = None; del os.environ['SLURM_NTASKS']\n" + textwrap.dedent(FAILURES)
+    job = launch(tmp_path, ranks, code, "raise", ranks=1, PMI_RANK="0", PMI_SIZE="2")
     assert job.returncode == 2
     assert job.stderr.startswith("rank 0 of 2: error: mpiexec started 2 ranks, but mpi4py does not work here")
     assert "`pip install mpi4py mpich`" in job.stderr
@@ -333,6 +337,7 @@ TINY = "--image_size=8 --num_channels=32 --num_res_blocks=1 --channel_mult=1 --a
 STEPS = "--diffusion_steps=40 --num_workers=0 --batch_size=2 --max_steps=6 --save_interval=3 --log_interval=1 --lr=1e-3"
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run_again_and_it_ends_as_if_nothing_had_been(tmp_path, ranks):
     emoji = Path(__file__).parents[2] / "datasets" / "emoji64.zip"
     torchrun = [*LAUNCHERS["torchrun"], "--max-restarts", "1"]

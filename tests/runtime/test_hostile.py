@@ -808,7 +808,7 @@ def test_the_search_finds_what_it_looks_for() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_shell_no_eval_no_pickle(path: Path) -> None:
     tree = ast.parse(path.read_text())
-    allowed = {"guided_diffusion/commands/demo.py": ["np.load"]}
+    allowed = {"guided_diffusion/commands/demo_train.py": ["np.load"]}
     assert [name for name in used(tree) if name not in allowed.get(str(path.relative_to(ROOT)), [])] == []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("subprocess."):

@@ -139,12 +139,13 @@ def test_every_command_takes_or_refuses_paths_in_one_way(
     taken = ["data:1", "file:///data", "gs://bucket/x"]
     if COMMANDS[command].flags()[flag].metadata["convert"] is config.local_path:
         refused.append(taken.pop())
+    parser = cli.parser(command)
     for value in taken:
-        given = vars(cli.parser(command).parse_args(command_line(command, flag, value)))[flag]  # whatever else it needs
+        given = vars(parser.parse_args(command_line(command, flag, value)))[flag]  # whatever else it needs
         assert (given[0] if isinstance(given, list) else given) == RESOLVED.get(value, value)
     for value in refused:
         with pytest.raises(SystemExit) as end:
-            cli.parser(command).parse_args(command_line(command, flag, value))
+            parser.parse_args(command_line(command, flag, value))
         assert end.value.code == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1

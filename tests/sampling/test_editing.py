@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -41,14 +42,20 @@ def test_inversion_follows_the_flow(schedule, mean):
     assert errors[1] < 0.06
 
 
+@functools.cache
+def inverted(steps):
+    """A process of so many steps, its best network, and the noise of the images."""
+    process = make_process(1000, f"logsnr{steps}")
+    data = GaussianData(process)
+    return process, data, invert(process, data, IMAGES, **EXACT)
+
+
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_there_and_back_again(name):
     """By any sampler without randomness; the error falls with the number of steps."""
     errors = []
     for steps in (25, 100):
-        process = make_process(1000, f"logsnr{steps}")
-        data = GaussianData(process)
-        noise = invert(process, data, IMAGES, **EXACT)
+        process, data, noise = inverted(steps)
         back = process.sample_loop(make_sampler(name), data, SHAPE, start=noise, **EXACT)
         errors.append(float((back - IMAGES).abs().max()))
     assert errors[1] < max(errors[0] / 2, 0.02)
@@ -199,9 +206,7 @@ def test_parallel_noises_are_joined_by_a_line(factor, dtype):
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++2m", "unipc"])
 def test_the_way_between_two_images_ends_at_both(name):
-    process = make_process(1000, "logsnr100")
-    data = GaussianData(process)
-    noise = invert(process, data, IMAGES, **EXACT)
+    process, data, noise = inverted(100)
     between = slerp(noise[0], noise[1], th.linspace(0, 1, 5))
     images = process.sample_loop(make_sampler(name), data, between.shape, start=between, **EXACT)
     assert (images[[0, 4]] - IMAGES).abs().max() < 0.15

@@ -9,8 +9,8 @@ import pytest
 import torch as th
 from PIL import Image
 
-from guided_diffusion.commands import demo
-from guided_diffusion.commands.sections import DemoConfig
+from guided_diffusion.commands import demo_train as demo
+from guided_diffusion.commands.sections import DemoTrainConfig
 from guided_diffusion.runtime.pictures import planes
 
 ROOT = Path(__file__).parents[2]
@@ -46,10 +46,10 @@ def test_without_the_bundled_pictures_a_sentence_says_where_they_are(tmp_path, m
 def test_the_demo_ends_with_a_command_that_fails(tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         demo.launch(
-            "Training", "image_train", "--data_dir", str(tmp_path / "absent"), "--log_dir", str(tmp_path / "run")
+            "Training", "image_train", "--data_dir", "absent", "--batch_size", "none", "--log_dir", str(tmp_path)
         )
     assert ended.value.code == 2
-    assert any("error: " in line and "absent" in line for line in capfd.readouterr().err.splitlines())
+    assert any("error: " in line and "--batch_size" in line for line in capfd.readouterr().err.splitlines())
 
 
 @pytest.mark.slow
@@ -58,16 +58,20 @@ def test_the_demo_trains_samples_judges_draws_and_does_it_once(tmp_path, monkeyp
     real = demo.launch
 
     def launch(title, command, *flags):
-        real(title, command, *[{"1200": "3", "350": "2", "300": "2", "50": "3"}.get(word, word) for word in flags])
+        real(
+            title,
+            command,
+            *[{"600": "3", "300": "2", "250": "2", "200": "2", "20": "3"}.get(word, word) for word in flags],
+        )
 
     monkeypatch.setattr(demo, "launch", launch)
-    demo.show(DemoConfig(log_dir=str(tmp_path / "demo")))
+    demo.show(DemoTrainConfig(log_dir=str(tmp_path / "demo")))
     said = capfd.readouterr().out
     assert said.count("%") == len(demo.SCALES)
     with Image.open(tmp_path / "demo" / "demo.png") as picture:
         assert min(picture.size) > 9 * 32
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*.npz")}
     assert len(before) == len(demo.SCALES)
-    demo.show(DemoConfig(log_dir=str(tmp_path / "demo")))
+    demo.show(DemoTrainConfig(log_dir=str(tmp_path / "demo")))
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*.npz")}
     assert (tmp_path / "demo" / "diffusion" / "model000003.pt").exists()

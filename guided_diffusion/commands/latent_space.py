@@ -1,0 +1,195 @@
+"""Diffusion in the space of an autoencoder: from flags to it, and to jobs that decode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch as th
+
+from .. import dist_util, logger
+from ..networks.first_stage import FirstStage
+from ..runtime import files
+from ..runtime.errors import UserError, refuse
+from ..runtime.npz import fingerprint
+from ..runtime.options import defaults
+from ..training import checkpoints
+from ..training.checkpoints import Checkpoint
+from ..training.first_stage import load_autoencoder
+from .flags import COMMANDS, Flags
+from .sections import LatentConfig, LatentTrainConfig
+
+if TYPE_CHECKING:
+    from ..data.init_images import InitImages
+    from .common import Plan, Restored
+
+ON_PIXELS = {**defaults(LatentConfig), "latent_factor": 1, "latent_channels": 0}  # what older configs do not say
+COPY = "autoencoder.pt"  # in a run's folder
+
+
+# ---- the autoencoder
+
+
+def opened(flags: Flags, beside: str = "") -> tuple[Flags, FirstStage | None]:
+    """The flags with what the autoencoder that they name says of latents, and the autoencoder.
+
+    :param beside: the checkpoint, or the folder, that the flags were saved with.
+    """
+    values, path = flags.values, _place(flags, beside)
+    if not path:
+        if values.get("latent_channels"):
+            raise UserError("the network works on latents, and no autoencoder is named: give --autoencoder_path")
+        return flags, None
+    stage = _open(path, flags)
+    known = values["autoencoder_id"]
+    unlike = (
+        f"{path} is of images with {stage.image_channels} channels, and --image_channels {values['image_channels']}"
+    )
+    refuse(
+        (
+            known and known != stage.fingerprint,
+            f"{path} is another autoencoder (fingerprint {stage.fingerprint}) than that of the training ({known}): "
+            "give its place by --autoencoder_path",
+        ),
+        (stage.image_channels != values["image_channels"], f"{unlike}: give another, or the channels"),
+    )
+    logger.log(
+        f"autoencoder: {path}, {stage.channels} channels, {stage.factor} pixels along the side of a number, latents "
+        f"times {stage.scale_factor:.6g}"
+    )
+    facts = {
+        "autoencoder_id": stage.fingerprint,
+        "scale_factor": stage.scale_factor,
+        "latent_factor": stage.factor,
+        "latent_channels": stage.channels,
+    }
+    for name, value in facts.items():
+        if flags.given.get(name, value) != value:
+            raise UserError(f"--{name} {flags.given[name]} is not the autoencoder's, {value}: leave it out")
+    return Flags(flags.command, flags.given, {**flags.saved, **facts}), stage
+
+
+def _place(flags: Flags, beside: str) -> str:
+    """The path of the autoencoder, '' where none is named; a saved one is relative to the folder of its run."""
+    path: str = flags.values.get("autoencoder_path", "")
+    if not path or "autoencoder_path" in flags.given:
+        return path
+    folder = beside if files.isdir(beside) else os.path.dirname(beside)
+    place = path if files.is_remote(path) else files.join(folder, path)
+    place = place if files.is_remote(place) else os.path.normpath(place)
+    if not files.exists(place):
+        raise UserError(
+            f"the autoencoder of {beside} is not at {place}, where it was in training: give its place by "
+            "--autoencoder_path"
+        )
+    return place
+
+
+def _open(path: str, flags: Flags) -> FirstStage:
+    path = checkpoints.open_checkpoint(path, "--autoencoder_path").path  # of a run that may go on: this very file
+    network, scale = load_autoencoder(path)
+    mark = fingerprint(network.state_dict())
+    return FirstStage(network.to(dist_util.dev()), flags.values["scale_factor"] or scale, mark, path)
+
+
+def of_sampling(flags: Flags, checkpoint: Checkpoint) -> tuple[Flags, FirstStage | None]:
+    """`opened` for a network that is sampled from."""
+    config, given = checkpoint.flags, "autoencoder_path" in flags.given
+    if "autoencoder_path" not in COMMANDS[flags.command].flags():
+        on_pixels = f"and {flags.command} measures and makes pixels alone"
+        if flags.values.get("latent_channels"):
+            raise UserError(
+                f"{checkpoint.path} works on the latents of an autoencoder, {on_pixels}: give another model"
+            )
+        return flags, None
+    if given and config and not config.get("latent_channels"):
+        raise UserError(f"{checkpoint.path} works on pixels, and --autoencoder_path has no effect: leave it out")
+    if given and not config:  # the weights show the channels of the latents as those of images
+        saved = {name: value for name, value in flags.saved.items() if name != "image_channels"}
+        flags = Flags(flags.command, flags.given, saved)
+    flags, stage = opened(flags, checkpoint.path)
+    if stage is not None:
+        refuse_clipping(flags)
+    return flags, stage
+
+
+# ---- training
+
+
+def of_training(flags: Flags) -> tuple[Flags, FirstStage | None]:
+    """`opened` for a run that begins, goes on, or starts from another network; its path is that from the run's folder.
+
+    Where --copy_autoencoder asks for it, that is where a copy of it is written.
+    """
+    source = flags.values["resume_checkpoint"] or flags.values["init_from"]
+    flags, stage = opened(flags, source)
+    if stage is None:
+        return flags, None
+    folder, path = logger.get_dir(), stage.path
+    if flags.part(LatentTrainConfig).copy_autoencoder:
+        path = files.join(folder, COPY)
+        if dist_util.rank() == 0 and os.path.realpath(path) != os.path.realpath(stage.path):
+            checkpoints.save(path, stage.network.state_dict())
+    path = path if files.is_remote(path) else os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    return flags.with_values(autoencoder_path=path), stage
+
+
+# ---- sampling
+
+
+def decoded(stage: FirstStage | None, shape: Sequence[int]) -> dict[str, Any]:
+    """Fields of a `Job` whose loop makes latents of images of a shape (C, H, W)."""
+    if stage is None:
+        return {}
+    return {"latent_shape": stage.latent_shape(shape), "decode": lambda latents, _: stage.decode(latents)}
+
+
+def refuse_clipping(flags: Flags) -> None:
+    """Refuse what has no meaning for latents, which are in no range."""
+    for name in ("clip_denoised", "dynamic_threshold", "clip_guided"):
+        if flags.given.get(name) not in (None, False, 0.0, "False"):
+            raise UserError(f"--{name} has no effect on latents, which do not end at -1 and 1: leave it out")
+
+
+@dataclass(frozen=True)
+class InitLatents:
+    """Images to start from, as latents; a number of a latent is kept as far as all of its pixels are."""
+
+    images: InitImages
+    stage: FirstStage
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def rows(self, indices: Sequence[int]) -> dict[str, th.Tensor]:
+        """`InitImages.rows`, with latents and their mask."""
+        rows = self.images.rows(indices)
+        latents = {"init_image": self.stage.encode(rows["init_image"].to(dist_util.dev()))}
+        return latents | {"mask": self.stage.kept(rows["mask"])} if "mask" in rows else latents
+
+    def check(self, count: int) -> str:
+        """`InitImages.check`."""
+        return self.images.check(count)
+
+    def describe_masks(self, count: int) -> list[str]:
+        """`InitImages.describe_masks`."""
+        return self.images.describe_masks(count)
+
+    def decode(self, latents: th.Tensor, indices: Sequence[int]) -> th.Tensor:
+        """Images of latents, in which the pixels that a mask keeps are those of the images."""
+        made = self.stage.decode(latents)
+        rows = {name: value.to(made.device) for name, value in self.images.rows(indices[: len(made)]).items()}
+        return th.lerp(made, rows["init_image"], rows["mask"].to(made)) if self.images.masks else made
+
+
+def starting(model: Restored, images: InitImages) -> InitImages | InitLatents:
+    """The images that samples of a network start from, as what it works on."""
+    return images if model.first_stage is None else InitLatents(images, model.first_stage)
+
+
+def paste(plan: Plan, images: InitImages | InitLatents) -> None:
+    """Let the pixels that a mask keeps come back exactly at the end."""
+    if isinstance(images, InitLatents):
+        plan.job["decode"] = images.decode

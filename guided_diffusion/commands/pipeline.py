@@ -1,0 +1,373 @@
+"""A trained model as one object: ``load("runs/mine").sample(classes=["cat"], steps=20)``, as the scripts sample.
+
+The options are the scripts' flags, the functions are those that the scripts call, and so are the images, bit for bit
+for the same seed and batch size; but nothing is written, no process group is made, and nothing is printed unless asked.
+
+Shapes: N images, H W space, C channels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch as th
+from PIL import Image
+
+from .. import dist_util, logger
+from ..config import ClassifierConfig, CompileConfig, ProcessConfig, SuperResConfig, UNetConfig
+from ..evaluation.likelihood import measured
+from ..runtime import files
+from ..runtime.errors import UserError, refuse
+from ..runtime.labels import parse_classes
+from ..runtime.npz import save_npz
+from ..runtime.pictures import Pixels, grid_of_classes, save_png, to_uint8
+from ..sample_util import plain_images, sampled
+from ..sampling.guidance import combine
+from ..training.checkpoints import CLASSIFIER, UPSAMPLER, open_checkpoint
+from . import editing, image_nll, sampling
+from .common import Plan, Restored, restore
+from .flags import COMMANDS, Flags, from_keywords
+from .sections import SEED_STEP, AdapterConfig
+
+Images = Any  # a path; or uint8 [N, H, W, C] or [H, W, C], float [N, C, H, W] in [-1, 1], a picture, or Samples
+
+SAMPLE, ENLARGE, MEASURE = "classifier_sample", "super_res_sample", "image_nll"
+BATCH = 16  # images per pass of the network, unless there are fewer
+PATHS = ("init_image", "mask", "interpolate", "cond_images", "base_samples", "data_dir")  # where images may be given
+LOOP = ("cond_fn", "cond_fn_with_grad", "callback", "progress")  # what the loop takes beside flags
+OF_THE_NETWORK = {
+    spec.name
+    for section in (UNetConfig, SuperResConfig, ClassifierConfig, AdapterConfig, CompileConfig, ProcessConfig)
+    for spec in fields(section)
+} | {"learn_sigma", "model_path", "classifier_path", "device", "verbose", "classifier", "upsampler"}
+OF_FILES = {"log_dir": ".save(PATH) of the samples", "save_images": ".save(FOLDER) of the samples"}
+OF_FILES["save_intermediate"] = "callback=film.collect of a runtime.pictures.Film"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images, and what they show of: a notebook draws them.
+
+    :param images: uint8 [N, H, W, C].
+    :param labels: class ids [N], None where there are none.
+    :param classes: names by class id, [] where they are not known.
+    :param turns: the classes that were asked for in turn, [] for random ones.
+    """
+
+    images: Pixels
+    labels: npt.NDArray[np.int64] | None = None
+    classes: Sequence[str] = ()
+    turns: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pil(self) -> list[Image.Image]:
+        """Each image as a picture of PIL."""
+        return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in self.images]
+
+    def grid(self) -> Image.Image:
+        """The first 100 in one picture, a row for each class where they take turns."""
+        return grid_of_classes(self.images, self.turns, self.classes)
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.grid().save(file, format="PNG")
+        return file.getvalue()
+
+    def save(self, path: str | os.PathLike[str]) -> str:
+        """Write an npz (arr_0, and labels as arr_1), a picture (.png: the grid), or NNNNNN_yK.png of each in a folder.
+
+        :return: the path.
+        """
+        path = files.local(path)
+        if path.endswith(".npz"):
+            save_npz(path, self.images, *([] if self.labels is None else [self.labels]))
+            return path
+        if path.endswith(".png"):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            self.grid().save(path, format="PNG")
+            return path
+        os.makedirs(path, exist_ok=True)
+        labels = [""] * len(self) if self.labels is None else [f"_y{label}" for label in self.labels]
+        for index, (label, image) in enumerate(zip(labels, self.images, strict=True)):
+            save_png(os.path.join(path, f"{index:06d}{label}.png"), image)
+        return path
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    classifier: str | os.PathLike[str] = "",
+    upsampler: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    device: str = "",
+    verbose: bool = False,
+    **options: Any,
+) -> Model:
+    """A trained model, ready to sample from.
+
+    :param source: the folder of a run, or a checkpoint: a diffusion model or an upsampler.
+    :param classifier: of noisy images, to guide with: its run or checkpoint.
+    :param upsampler: those that `upsample` goes through, in this order: their runs or checkpoints.
+    :param device: cpu, cuda, cuda:1 or mps; '' takes a GPU where there is one.
+    :param verbose: print what the scripts log; else only their warnings are shown, by the module warnings.
+    :param options: further flags of the sampling scripts, such as precision="bf16", which hold for every call.
+    :raises UserError: naming what to give instead.
+    """
+    several = [upsampler] if isinstance(upsampler, str | os.PathLike) else list(upsampler)
+    path = os.fspath(source)
+    with _logging(verbose), dist_util.computing_on(device):
+        flags = from_keywords(_command_of(path), {**options, "model_path": path})
+        return Model(restore(flags), os.fspath(classifier), [os.fspath(each) for each in several if each], verbose)
+
+
+def _command_of(path: str) -> str:
+    """The command that samples from the network at a path."""
+    checkpoint = open_checkpoint(path, "the model")
+    saved = checkpoint.flags
+    names = {"classifier_width": CLASSIFIER, "large_size": UPSAMPLER}
+    kind = next((kind for name, kind in names.items() if name in saved), "" if saved else checkpoint.kind)
+    if kind == CLASSIFIER:
+        raise UserError(f"{path} is a classifier, which guides others: give it as classifier= beside a diffusion model")
+    return ENLARGE if kind == UPSAMPLER else SAMPLE
+
+
+class _Warnings(logger.SeqWriter):
+    """Turns lines into warnings of Python."""
+
+    def writeseq(self, seq: Iterable[str]) -> None:
+        warnings.warn(" ".join(seq), stacklevel=5)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@contextmanager
+def _logging(verbose: bool) -> Iterator[None]:
+    """Let the log go to stdout inside the block, or nothing but its warnings to the module warnings."""
+    before = logger.Logger.CURRENT
+    inside = logger.Logger(dir="", output_formats=[logger.HumanOutputFormat(sys.stdout) if verbose else _Warnings()])
+    inside.set_level(logger.INFO if verbose else logger.WARN)
+    logger.Logger.CURRENT = inside
+    try:
+        yield
+    finally:
+        logger.Logger.CURRENT = before
+
+
+@contextmanager
+def _as_paths(options: Mapping[str, Any], labels: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The options with paths in place of images, which are there as long as the block lasts."""
+    images = {name: options[name] for name in PATHS if not isinstance(options.get(name), str | os.PathLike | None)}
+    if not images:
+        yield dict(options)
+        return
+    with tempfile.TemporaryDirectory(prefix="guided-diffusion-") as folder:
+        paths = {name: os.path.join(folder, f"{name}.npz") for name in images}
+        for name, path in paths.items():
+            value = images[name]
+            ids = value.labels if isinstance(value, Samples) else labels
+            save_npz(path, _pixels(value, name), *([] if ids is None else [np.asarray(ids, np.int64)]))
+        yield {**options, **paths}
+
+
+def _pixels(value: Images, name: str) -> Pixels:
+    """Images as an npz holds them: uint8 [N, H, W, C], or [N, H, W] of masks."""
+    if isinstance(value, Samples):
+        return value.images
+    if isinstance(value, list | tuple):
+        return np.concatenate([_pixels(each, name) for each in value])
+    if isinstance(value, th.Tensor):
+        return to_uint8(value if value.ndim == 4 else value[None])
+    if isinstance(value, Image.Image):
+        value = value.convert("L" if name == "mask" else value.mode if value.mode in ("L", "RGBA") else "RGB")
+    array = np.asarray(value)
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    several = array.ndim == 4 or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4))
+    if array.dtype != np.uint8 or array.ndim not in (2, 3, 4):
+        raise UserError(
+            f"{name} {array.dtype} {list(array.shape)} is no image: give a path, a picture of PIL, uint8 [H, W, C] or "
+            "[N, H, W, C], or a float tensor [N, C, H, W] in [-1, 1]"
+        )
+    return array if several else array[None]
+
+
+class Model:
+    """A trained network with its process, and the classifier and upsamplers that go with it. `load` makes it.
+
+    :ivar network: in evaluation mode, on its device.
+    :ivar diffusion: the process, as the options of `load` have it.
+    :ivar classes: names of its classes by id, [] where they are not known.
+    :ivar path: of the checkpoint.
+    """
+
+    def __init__(self, restored: Restored, classifier: str, upsamplers: Sequence[str], verbose: bool) -> None:
+        self._restored, self._verbose, self._device = restored, verbose, str(dist_util.dev())
+        self._guide: str | Restored = classifier
+        self._upsamplers: list[str | Model] = list(upsamplers)
+        self.network, self.diffusion = restored.network, restored.process
+        self.classes, self.path = restored.classes, restored.path
+
+    def __repr__(self) -> str:
+        values = self._restored.flags.values
+        size = values.get("large_size", values.get("image_size"))
+        return f"{type(self).__name__}({self.path!r}, image_size={size}, device={self._device!r})"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every flag of the scripts that sample, as it holds for this model."""
+        return self._restored.flags.values
+
+    @property
+    def classifier(self) -> th.nn.Module | None:
+        """The network of its classifier, read when it is first asked for; None where it has none."""
+        if not self._guide:
+            return None
+        with self._running():
+            classifier: th.nn.Module = self._classifier().network
+        return classifier
+
+    def to(self, device: str | th.device) -> Model:
+        """The same model, moved: all that it computes from now on is computed there."""
+        with dist_util.computing_on(str(device)):
+            self._device = str(dist_util.dev())
+        parts = (self._restored, self._guide, *self._upsamplers)
+        for part in parts:
+            if isinstance(part, Model):
+                part.to(self._device)
+            elif not isinstance(part, str):
+                part.network.to(self._device)
+        return self
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with _logging(self._verbose), dist_util.computing_on(self._device):
+            yield
+
+    def _classifier(self) -> Restored:
+        if not self._guide:
+            raise UserError("classifier_scale needs a classifier: give load(..., classifier=PATH)")
+        if isinstance(self._guide, str):
+            flags = self._restored.flags.with_values(classifier_path=self._guide)
+            self._guide = sampling.restore_guide(replace(self._restored, flags=flags))
+        return self._guide
+
+    def _guide_of(self, model: Restored) -> Restored | None:
+        return self._classifier() if model.flags.values["classifier_path"] else None
+
+    def _with(self, options: Mapping[str, Any], command: str = "") -> Restored:
+        """The network under further flags, of its own command or of another one's."""
+        for name in [name for name in options if name in OF_THE_NETWORK | OF_FILES.keys()]:
+            raise UserError(f"{name} is no option here: use {OF_FILES.get(name, f'load(..., {name}=...)')}")
+        flags, command = self._restored.flags, command or self._restored.flags.command
+        known = COMMANDS[command].flags()
+        given = {name: value for name, value in flags.given.items() if name in known}
+        given |= from_keywords(command, options, LOOP).given
+        if options.get("classifier_scale") is not None:
+            given["classifier_path"] = self._classifier().path
+        return replace(self._restored, flags=Flags(command, given, flags.saved)).with_flags()
+
+    # ---- what it does
+
+    def sample(self, *, start: th.Tensor | None = None, **options: Any) -> Samples:
+        """Images, as image_sample makes them, or classifier_sample where classifier_scale is given.
+
+        :param start: [N, C, H, W], the noise to start from, such as `invert` returns.
+        :param options: flags of these scripts, with num_samples as many as classes, else 1, and batch_size at most 16;
+            init_image, mask, interpolate and cond_images may be images themselves: see `Images`; and of the loop
+            cond_fn, cond_fn_with_grad, callback and progress.
+        """
+        if self._restored.flags.command == ENLARGE:
+            raise UserError(f"{self.path} is an upsampler: give .upsample(IMAGES) what it is to enlarge")
+        classes = options.get("classes")
+        count = len(classes) if isinstance(classes, list | tuple) else 1 if start is None else len(start)
+        options = {"num_samples": count, **options}
+        options.setdefault("batch_size", min(BATCH, options["num_samples"]))
+        with self._running(), _as_paths(options) as options:
+            loop = {name: options.pop(name) for name in LOOP if name in options}
+            model = self._with(options)
+            plan = sampling.drawing(model, self._guide_of(model))
+            if start is not None:
+                refuse(
+                    ("start" in plan.job, "start and init_image exclude each other: give one"),
+                    (len(start) != options["num_samples"], f"start is noise of {len(start)} images: give num_samples"),
+                )
+                plan.job["start"] = lambda rows, _: {"start": start[list(rows)].to(self._device)}
+            return self._drawn(model, plan, loop)
+
+    def _drawn(self, model: Restored, plan: Plan, loop: dict[str, Any]) -> Samples:
+        """The samples of a plan."""
+        guides = [guide for guide in (plan.loop.get("cond_fn"), loop.get("cond_fn")) if guide is not None]
+        job, options, _ = sampling.prepare(model, plan)
+        options |= loop | ({"cond_fn": combine(*guides)} if len(guides) > 1 else {})
+        images, labels = list[Pixels](), list[th.Tensor]()
+        for batch, (x, y) in enumerate(sampled(model.process, plan.network, job, **options)):
+            if doubt := plain_images(x, batch):
+                logger.warn(doubt)
+            images.append(to_uint8(x))
+            labels += [] if y is None else [y.cpu()]
+        ids = th.cat(labels).numpy() if labels else None
+        return Samples(np.concatenate(images), ids, job.class_names or model.classes, list(job.labels))
+
+    def upsample(self, images: Images, *, seed: int = SEED_STEP, **options: Any) -> Samples:
+        """The images enlarged by its upsamplers one after another, or by itself if it is one, as super_res_sample does.
+
+        :param seed: of the first; each takes 1000000 more than the one before, as cascade_sample has it.
+        :param options: flags of super_res_sample, and of the loop as for `sample`.
+        """
+        stages = [self] if self._restored.flags.command == ENLARGE else self._stages()
+        if not stages:
+            raise UserError(f"{self.path} has no upsampler: give load(..., upsampler=PATH)")
+        for number, stage in enumerate(stages):
+            enlarged = images = stage._enlarged(images, {**options, "seed": seed + number * SEED_STEP})
+        return enlarged
+
+    def _stages(self) -> list[Model]:
+        where = {"device": self._device, "verbose": self._verbose}
+        stages = [load(each, **where) if isinstance(each, str) else each for each in self._upsamplers]
+        self._upsamplers = [*stages]
+        return stages
+
+    def _enlarged(self, images: Images, options: dict[str, Any]) -> Samples:
+        with self._running(), _as_paths({**options, "base_samples": images}) as options:
+            loop = {name: options.pop(name) for name in LOOP if name in options}
+            model = self._with(options)
+            return self._drawn(model, sampling.enlarging(model, self._guide_of(model)), loop)
+
+    def invert(self, images: Images, *, classes: Any = "", strength: float = 1.0, **options: Any) -> th.Tensor:
+        """The noise [N, C, H, W] that the unguided process without randomness turns images to, for `sample(start=...)`.
+
+        :param classes: of the images, in turn, as flag or list.
+        :param strength: how far to go: 1 is noise.
+        """
+        with self._running(), _as_paths({**options, "init_image": images}) as paths:
+            model = self._with({**paths, "classes": classes or None})
+            source = editing.images_of(model, model.flags.values["init_image"])
+            config, indices = model.flags.part(UNetConfig), range(len(source))
+            text, count = model.flags.values["classes"], len(self.classes) or config.num_classes
+            turns = parse_classes(text, count, self.classes) if text else []
+            labels = th.tensor([turns[index % len(turns)] for index in indices]) if turns else None
+            return editing.noise_of(model, source.rows(indices)["init_image"], labels, {}, strength)
+
+    def bits_per_dim(
+        self, images: Images, labels: Sequence[int] | None = None, **options: Any
+    ) -> npt.NDArray[np.float64]:
+        """What image_nll measures of each image: [N], in bits per dimension.
+
+        :param images: also a folder or zip, with labels as training reads them.
+        :param labels: class ids [N] of images that are no path, for a class-conditional model.
+        """
+        with self._running(), _as_paths({"num_samples": 10**9, **options, "data_dir": images}, labels) as options:
+            survey = image_nll.survey_of(self._with(options, MEASURE))
+            return np.concatenate([measured(survey, batch)[0][:, 0] for batch in range(survey.batches)])

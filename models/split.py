@@ -1,0 +1,41 @@
+"""Cut a zip of emoji in two: ``python split.py SOURCE TRAIN HELD_OUT``. All drawings of one emoji lie on one side.
+
+A tenth of the emoji is held out, by the SHA-256 of their code points, which follow the first "-" of the file names.
+Samples of a model of TRAIN are compared with HELD_OUT, which it has never seen in any style of drawing.
+"""
+
+import hashlib
+import json
+import sys
+import zipfile
+from pathlib import PurePath
+
+PARTS = 10
+
+
+def held_out(name: str) -> bool:
+    """Whether the emoji of a file such as flags_google-1f1e6-1f1e8.png is held out."""
+    code = PurePath(name).stem.partition("-")[2]
+    return int(hashlib.sha256(code.encode()).hexdigest(), 16) % PARTS == 0
+
+
+def split(source: str, train: str, rest: str) -> None:
+    """Write both parts, each with its captions and the licences."""
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(train, "w") as ours, zipfile.ZipFile(rest, "w") as theirs:
+        names = archive.namelist()
+        captions = json.loads(archive.read("captions.json")) if "captions.json" in names else {}
+        for part, side in ((ours, False), (theirs, True)):
+            taken = [name for name in names if name.endswith(".png") and held_out(name) is side]
+            for name in taken:
+                part.writestr(zipfile.ZipInfo(name), archive.read(name))  # of one time: the same bytes every time
+            texts = {name: captions[name] for name in taken if name in captions}
+            part.writestr(zipfile.ZipInfo("captions.json"), json.dumps(texts, ensure_ascii=False, indent=0))
+            if "LICENSE.txt" in names:
+                part.writestr(zipfile.ZipInfo("LICENSE.txt"), archive.read("LICENSE.txt"))
+            print(f"{part.filename}: {len(taken)} pictures")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit("usage: python split.py SOURCE TRAIN HELD_OUT")
+    split(*sys.argv[1:])
