@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,6 @@ import pytest
 import torch as th
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-import tokenizers
-import transformers
 from PIL import Image
 
 from guided_diffusion import logger
@@ -40,6 +39,9 @@ TEXT = ContextConfig(context="text", max_tokens=12, context_dim=16, text_depth=1
 
 def save_tokenizer(folder: Any, start: str, end: str) -> int:
     """A tokenizer of words that transformers reads; returns the number of its tokens."""
+    import tokenizers
+    import transformers
+
     words = sorted({word for text in CORPUS for word in text.split()})
     names = ["[PAD]", "[UNK]", start, end, *words]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, "[UNK]"))
@@ -55,6 +57,8 @@ def save_tokenizer(folder: Any, start: str, end: str) -> int:
 
 
 def networks(kind: str, count: int) -> Any:
+    import transformers
+
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     if kind == "bert":
         config = transformers.BertConfig(vocab_size=count, max_position_embeddings=16, **sizes)
@@ -94,7 +98,7 @@ def test_a_folder_gives_the_last_hidden_states(folders, kind):
     assert context.shape == (3, 10, 8)
     assert mask.sum(1).tolist() == [5, 2, 5]
     assert (context[~mask] == 0).all()
-    library: Any = transformers
+    library: Any = importlib.import_module("transformers")
     loader = library.AutoModelForTextEncoding if kind in ("bert", "t5") else library.CLIPTextModel
     options = {"config": library.CLIPConfig.from_pretrained(folders / kind).text_config} if kind == "clip" else {}
     network = loader.from_pretrained(folders / kind, **options).eval()
