@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from importlib import import_module as library
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,10 +22,7 @@ from guided_diffusion.sampling.samplers import make_sampler
 from guided_diffusion.script_util import build_unet
 from mixture import Oracle, images
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import diffusers
-from diffusers.schedulers import scheduling_lms_discrete
+os.environ["HF_HUB_OFFLINE"] = "1"  # before it is imported, which takes seconds that other tests need not wait
 
 pytestmark = [  # what they do inside
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
@@ -68,7 +66,7 @@ def ours(process, name: str, **options) -> list[th.Tensor]:
 
 def scheduler(process, kind: str | type, **options):
     """A scheduler of diffusers by its name, or of a given class."""
-    made = getattr(diffusers, f"{kind}Scheduler") if isinstance(kind, str) else kind
+    made = getattr(library("diffusers"), f"{kind}Scheduler") if isinstance(kind, str) else kind
     return made(prediction_type=KINDS[process.model_mean_type.name], **options)
 
 
@@ -191,6 +189,7 @@ def test_heun(process):
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_lms(process, order, monkeypatch):
     """Their integrals of polynomials come from scipy, which is not needed for that."""
+    scheduling_lms_discrete = library("diffusers.schedulers.scheduling_lms_discrete")
     monkeypatch.setattr(scheduling_lms_discrete, "integrate", SimpleNamespace(quad=integral), raising=False)
     theirs = on_levels(scheduler(process, scheduling_lms_discrete.LMSDiscreteScheduler), process)
     assert all_but_the_image(ours(process, "lms", order=order), run_scaled(theirs, process, order=order)) < EXACT
@@ -227,32 +226,35 @@ def test_dpm_2m_sde(process):
     assert distance(ours(process, "dpm++2m_sde"), run_with_noise(theirs, process)) < FLOAT32
 
 
-class WholeParabola(diffusers.DPMSolverMultistepScheduler):
-    """Integrates the parabola through three predictions, where theirs weighs its second difference otherwise.
+def whole_parabola():
+    class WholeParabola(library("diffusers").DPMSolverMultistepScheduler):
+        """Integrates the parabola through three predictions, where theirs weighs its second difference otherwise.
 
-    Theirs is fed with predictions of another second difference, such that its weight times that is the integral's.
-    """
+        Theirs is fed with predictions of another second difference, such that its weight times that is the integral's.
+        """
 
-    def multistep_dpm_solver_third_order_update(self, outputs, **kwargs):
-        *past, now, end = -self.sigmas[self.step_index - 2 : self.step_index + 2].log()
-        slopes = [(value - outputs[2]) / (lam - now) for value, lam in zip(outputs[:2], past, strict=True)]
-        bend = (slopes[0] - slopes[1]) / (past[0] - past[1])
-        bend = bend * (self.proper_share(end - now) - 1)
-        bent = [value + bend * (lam - now) ** 2 for value, lam in zip(outputs[:2], past, strict=True)]
-        return super().multistep_dpm_solver_third_order_update([*bent, outputs[2]], **kwargs)
+        def multistep_dpm_solver_third_order_update(self, outputs, **kwargs):
+            *past, now, end = -self.sigmas[self.step_index - 2 : self.step_index + 2].log()
+            slopes = [(value - outputs[2]) / (lam - now) for value, lam in zip(outputs[:2], past, strict=True)]
+            bend = (slopes[0] - slopes[1]) / (past[0] - past[1])
+            bend = bend * (self.proper_share(end - now) - 1)
+            bent = [value + bend * (lam - now) ** 2 for value, lam in zip(outputs[:2], past, strict=True)]
+            return super().multistep_dpm_solver_third_order_update([*bent, outputs[2]], **kwargs)
 
-    def proper_share(self, h: th.Tensor) -> float:
-        """Without noise theirs has half the integral, with noise another sign in it."""
-        if self.config.algorithm_type == "dpmsolver++":
-            return 2.0
-        part = (1 - th.exp(-2 * h) - 2 * h) / (2 * h) ** 2
-        return float((2 * part + 1) / (part - 0.5))
+        def proper_share(self, h: th.Tensor) -> float:
+            """Without noise theirs has half the integral, with noise another sign in it."""
+            if self.config.algorithm_type == "dpmsolver++":
+                return 2.0
+            part = (1 - th.exp(-2 * h) - 2 * h) / (2 * h) ** 2
+            return float((2 * part + 1) / (part - 0.5))
+
+    return WholeParabola
 
 
 @pytest.mark.parametrize(("eta", "algorithm"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
 def test_dpm_3m(process, eta, algorithm):
     options = {"algorithm_type": algorithm, "solver_order": 3, "solver_type": "heun", "lower_order_final": False}
-    theirs = on_levels(scheduler(process, WholeParabola, **options), process)
+    theirs = on_levels(scheduler(process, whole_parabola(), **options), process)
     assert distance(ours(process, "dpm++3m_sde", eta=eta), run_with_noise(theirs, process)) < FLOAT32
 
 

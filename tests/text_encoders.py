@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-import tokenizers
 import torch as th
-import transformers
 
 CORPUS = ["a red cat", "a blue dog", "two red dogs", "rain and snow", ""]
 SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -17,6 +15,9 @@ SIZES = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num
 
 def save_tokenizer(folder: Any, start: str, end: str) -> int:
     """A tokenizer of words that transformers reads; returns the number of its tokens."""
+    import tokenizers
+    import transformers
+
     words = sorted({word for text in CORPUS for word in text.split()})
     names = ["[PAD]", "[UNK]", start, end, *words]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({n: i for i, n in enumerate(names)}, "[UNK]"))
@@ -33,6 +34,8 @@ def save_tokenizer(folder: Any, start: str, end: str) -> int:
 
 def networks(kind: str, count: int) -> Any:
     """A network of a kind, for so many tokens."""
+    import transformers
+
     if kind == "bert":
         config = transformers.BertConfig(vocab_size=count, max_position_embeddings=16, **SIZES)
         return transformers.BertModel(config)
@@ -57,6 +60,8 @@ def save_encoder(kind: str, folder: Path) -> str:
 
 def save_clip(folder: Path) -> str:
     """The folder of a CLIP with both parts and their preparations."""
+    import transformers
+
     save_encoder("clip", folder)
     size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
     transformers.CLIPImageProcessor(**size).save_pretrained(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from ranks import Nursery
 
 from guided_diffusion.commands import flags, npz_tool
 from guided_diffusion.data.crops import center_crop_arr
@@ -231,9 +231,9 @@ def test_a_wrong_word_is_answered_with_a_right_one(capsys: pytest.CaptureFixture
     assert all(word.upper() in shown or f"--{word} " in shown for word in flags.COMMANDS["npz_tool"].flags())
 
 
-def test_as_a_script(labelled: str, tmp_path: Path) -> None:
+def test_as_a_script(labelled: str, tmp_path: Path, ranks: Nursery) -> None:
     def script(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, cwd=tmp_path)
+        return ranks.run([SCRIPT, *words], ranks=1, cwd=tmp_path)
 
     done = script("to-png", labelled, "files")
     assert (done.returncode, done.stdout) == (0, "files: 12 images of 4 classes\n")

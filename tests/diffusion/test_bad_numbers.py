@@ -4,9 +4,6 @@ import csv
 import itertools
 import math
 import os
-import subprocess
-import sys
-import sysconfig
 import textwrap
 from pathlib import Path
 
@@ -321,12 +318,10 @@ TWO_RANKS = """
 """
 
 
-def test_the_image_of_one_rank_stops_the_step_of_all_and_every_log_names_it(tmp_path):
+def test_the_image_of_one_rank_stops_the_step_of_all_and_every_log_names_it(tmp_path, ranks):
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(TWO_RANKS))
-    mpiexec = [str(Path(sysconfig.get_path("scripts"), "mpiexec")), "-n", "2", sys.executable]
-    command = [*mpiexec, str(script), str(tmp_path / "run"), str(Path(__file__).parent)]
-    job = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    job = ranks.run([script, tmp_path / "run", Path(__file__).parent])
     assert job.returncode == 2, job.stdout + job.stderr
     for rank in (0, 1):
         assert f"rank {rank} is clean" in job.stdout

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import subprocess
-import sys
 import threading
 import zipfile
 from dataclasses import replace
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch as th
+from ranks import Nursery
 
 from guided_diffusion import dist_util
 from guided_diffusion.commands import download
@@ -137,10 +136,9 @@ def test_addresses_are_encrypted_and_checksums_whole() -> None:
     assert SOURCES["inception"].sha256.startswith(name.split("-")[-1])
 
 
-def test_the_command_says_what_to_do_without_a_network(tmp_path: Path) -> None:
-    environment = {**os.environ, "https_proxy": "http://127.0.0.1:1", "GUIDED_DIFFUSION_CACHE": str(tmp_path)}
-    command = [sys.executable, "scripts/download.py", "inception"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+def test_the_command_says_what_to_do_without_a_network(tmp_path: Path, ranks: Nursery) -> None:
+    environment = {"https_proxy": "http://127.0.0.1:1", "GUIDED_DIFFUSION_CACHE": str(tmp_path)}
+    done = ranks.run([ROOT / "scripts" / "download.py", "inception"], ranks=1, **environment)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert f"fetch {SOURCES['inception'].urls[0]} (95628359 bytes) on another machine and put it at" in done.stderr

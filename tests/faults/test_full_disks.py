@@ -113,7 +113,7 @@ MOUNTED: dict[str, tuple[Limit, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", DISKS)
+@pytest.mark.parametrize("name", ["file size", pytest.param("permissions", marks=pytest.mark.slow)])
 def test_training_ends_with_a_sentence_and_goes_on_later(runs: Path, half: Path, ranks: Nursery, name: str) -> None:
     refuse_to_write(runs, half, ranks, *DISKS[name])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
-from text_encoders import CORPUS, networks, save_encoder, save_tokenizer, transformers
+from text_encoders import CORPUS, networks, save_encoder, save_tokenizer
 
 from guided_diffusion import logger
 from guided_diffusion.config import ContextConfig
@@ -56,7 +57,7 @@ def test_a_folder_gives_the_last_hidden_states(folders, kind):
     assert context.shape == (3, 10, 8)
     assert mask.sum(1).tolist() == [5, 2, 5]
     assert (context[~mask] == 0).all()
-    library: Any = transformers
+    library: Any = importlib.import_module("transformers")
     loader = library.AutoModelForTextEncoding if kind in ("bert", "t5") else library.CLIPTextModel
     options = {"config": library.CLIPConfig.from_pretrained(folders / kind).text_config} if kind == "clip" else {}
     network = loader.from_pretrained(folders / kind, **options).eval()

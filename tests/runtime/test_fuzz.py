@@ -36,7 +36,7 @@ from guided_diffusion.runtime.npz import read_npz, save_npz
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
 from guided_diffusion.training import checkpoints
 
-EXAMPLES, MORE = 60, 3000
+EXAMPLES, MORE = 35, 3000
 WORDS = st.sampled_from(
     ["labels", "classes", "class_from", "counts", "flags", "num_channels", "seed", "a_1.png", "b_1.png"]
 )

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch as th
 
@@ -196,6 +195,8 @@ def test_averages_are_those_of_the_adapters(tmp_path: Path) -> None:
 
 
 def test_peft_loads_the_folder(tmp_path: Path) -> None:
+    import peft
+
     train(tmp_path, adapted(alpha=3.0, train=["out.2.bias"]), 2, ema_rate="")
     trained, model = unet(), unet()
     checkpoints.load_weights(trained, str(tmp_path / "model000002.pt"))

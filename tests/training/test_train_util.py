@@ -200,9 +200,12 @@ def test_one_network_learns_the_classes_and_what_all_have_in_common(tmp_path):
 # ---- resuming
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "fp16"))])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, pictures, precision):
-    """Weights, moving averages, optimizer, loss scale, loss history, data position; with dropout and warm-up."""
+    """Weights, moving averages, optimizer, loss scale, loss history, data position; with dropout and warm-up.
+
+    The next test has the same and more in the other precisions.
+    """
 
     def run(folder, **options):
         sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=1)
@@ -292,7 +295,9 @@ def assert_same_bytes(one, other):
         assert column(one, name) == column(other, name)
 
 
-@pytest.mark.parametrize(("precision", "async_save"), [("fp32", False), ("fp16", True), ("bf16", False)])
+@pytest.mark.parametrize(
+    ("precision", "async_save"), [("fp32", False), ("fp16", True), pytest.param("bf16", False, marks=pytest.mark.slow)]
+)
 def test_a_run_that_falls_and_goes_on_twice_leaves_the_bytes_of_an_unbroken_one(
     tmp_path, pictures, precision, async_save
 ):
@@ -522,24 +527,31 @@ def break_down(kind, loop):
 KINDS = ["data", "worker", "preview", "evaluation", "validation", "log", "memory"]
 
 
+def make_for_errors(folder, pictures, **more):
+    sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=1)
+    return make(folder, stream(pictures), dropout=0.2, schedule_sampler=sampler, **more)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of three steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_for_errors(folder / "run", pictures.__wrapped__(folder)).run_loop()
+    return folder / "run"
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_between_steps_costs_no_step(tmp_path, pictures, kind):
+def test_an_error_between_steps_costs_no_step(tmp_path, pictures, whole, kind):
     """It is raised when everything is saved: after three steps, as a run that was to make three leaves it."""
-
-    def train(name, **more):
-        sampler = LossSecondMomentResampler(DIFFUSION, history_per_term=1)
-        return make(tmp_path / name, stream(pictures), dropout=0.2, schedule_sampler=sampler, **more)
-
-    train("whole").run_loop()
-    loop = train("broken", max_steps=9, async_save=True)
+    loop = make_for_errors(tmp_path / "broken", pictures, max_steps=9, async_save=True)
     error = break_down(kind, loop)
     with pytest.raises(type(error), match=re.escape(str(error))):
         loop.run_loop()
     assert loop.updates == 3
     assert f"{error}; the run ends here" in text(tmp_path / "broken")
-    assert_same_files(tmp_path / "whole", tmp_path / "broken", 3)
+    assert_same_files(whole, tmp_path / "broken", 3)
     if kind != "log":
-        assert column(tmp_path / "whole", "loss") == column(tmp_path / "broken", "loss")
+        assert column(whole, "loss") == column(tmp_path / "broken", "loss")
 
 
 def test_an_error_in_the_middle_of_an_update_or_before_the_first_saves_nothing(tmp_path, pictures):
