@@ -34,6 +34,7 @@ from ..script_util import build_diffusion, build_network
 from ..training import lora
 from ..training.checkpoints import Checkpoint, is_young, open_checkpoint
 from .flags import SAVED_NAMES, Flags
+from .presets import class_names
 from .sections import AdapterConfig, SampleConfig
 
 if TYPE_CHECKING:
@@ -190,7 +191,8 @@ def restore(flags: Flags, source: str = "model_path") -> Restored:
     if flags.values.get("compile"):
         compile_network(network, f"the network of --{source}", sampling=True, log=logger.log)
         identity["compile"] = True  # it rounds otherwise
-    return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity)
+    classes = list(checkpoint.classes) or class_names(flags.values.get("preset", ""))
+    return Restored(network, checkpoint.path, flags, process, classes, identity)
 
 
 def _adapted(config: AdapterConfig, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
