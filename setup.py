@@ -47,7 +47,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["guided_diffusion*"]),
-    package_data={"guided_diffusion": ["py.typed"]},
+    package_data={"guided_diffusion": ["py.typed", "commands/presets.json", "commands/imagenet_classes.txt"]},
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",

@@ -38,6 +38,7 @@ from ..training import lora
 from ..training.checkpoints import Checkpoint, is_young, open_checkpoint, tokenizer_beside
 from . import latent_space
 from .flags import SAVED_NAMES, Flags
+from .presets import class_names
 from .sections import AdapterConfig, LatentConfig, SampleConfig
 
 if TYPE_CHECKING:
@@ -206,7 +207,8 @@ def restore(flags: Flags, source: str = "model_path") -> Restored:
     if flags.values.get("compile"):
         compile_network(network, f"the network of --{source}", sampling=True, log=logger.log)
         identity["compile"] = True  # it rounds otherwise
-    return Restored(network, checkpoint.path, flags, process, list(checkpoint.classes), identity, encoder, first_stage)
+    classes = list(checkpoint.classes) or class_names(flags.values.get("preset", ""))
+    return Restored(network, checkpoint.path, flags, process, classes, identity, encoder, first_stage)
 
 
 def network_of(config: Any, learn_sigma: bool, path: str) -> Any:

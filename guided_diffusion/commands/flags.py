@@ -138,6 +138,7 @@ COMMANDS = {
             *CLASSIFIER,
         ),
     ),
+    "models": Command("List, show, download and verify the models that have a name.", (s.ModelsConfig,)),
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
     "convert": Command("Weights of a run or a checkpoint to one file, .safetensors or .pt.", (s.ConvertConfig,)),
     "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig, s.FromImagesConfig)),
@@ -212,7 +213,12 @@ class Flags:
                 ways = [way for way in need.split("|") if _names(way) <= specs.keys()]
                 if ways and not any(all(map(holds, way.split("&"))) for way in ways):
                     text = " or ".join(f"--{way}".replace("&", " with --") for way in ways)
-                    text = text.replace("--tool=", "the tool ").replace("!=", " other than ").replace("=", " ")
+                    text = (
+                        text.replace("--tool=", "the tool ")
+                        .replace("--action=", "the action ")
+                        .replace("!=", " other than ")
+                        .replace("=", " ")
+                    )
                     fixed = all(_names(way) <= self.saved.keys() for way in ways)
                     remedy = "and the checkpoint is without: leave it out" if fixed else f"leave it out or give {text}"
                     raise UserError(f"--{name} has no effect without {text}{', ' if fixed else ': '}{remedy}")
@@ -260,7 +266,10 @@ def _add_flag(group: argparse._ActionsContainer, spec: Field[Any], saved: bool) 
     """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
     about = spec.metadata["help"].replace("{samplers}", ", ".join(sampler_names())).replace("%", "%%")
     if spec.metadata["positional"]:
-        group.add_argument(spec.name, type=reader_of(spec), metavar=spec.name.upper(), help=about)
+        count: dict[str, Any] = (
+            {"nargs": "?", "default": argparse.SUPPRESS} if spec.metadata["positional"] == "?" else {}
+        )
+        group.add_argument(spec.name, type=reader_of(spec), metavar=spec.name.upper(), help=about, **count)
         return
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
     shown = ("from the checkpoint, else " if saved else "default: ") + (str(spec.default) or "''")
@@ -334,18 +343,28 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
         run_plugins(argv, prog or f"{name}.py")
     command_line = parser(name)
     command_line.prog = prog or command_line.prog
-    namespace, unknown = command_line.parse_known_args(argv)
+    namespace, unknown = command_line.parse_known_intermixed_args(argv)
     for word in unknown:
         if not word.startswith("-"):
             command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
         command_line.error(f"unknown flag {word}{_hint(word, command_of(name).words())}")
-    flags = Flags(name, {k: v for k, v in vars(namespace).items() if not means_not_given(specs[k], v)})
-    earlier = {"resume_checkpoint", "init_from"} & flags.given.keys()  # it may say anything, and a model what it is
     try:
+        words = _with_preset(name, vars(namespace))
+        flags = Flags(name, {k: v for k, v in words.items() if not means_not_given(specs[k], v)})
+        earlier = {"resume_checkpoint", "init_from"} & flags.given.keys()  # it may say anything, and a model what it is
         flags.check(pending=specs if earlier else SAVED_NAMES if "model_path" in specs else ())
     except ValueError as error:
         command_line.error(str(error))
     return flags
+
+
+def _with_preset(name: str, words: dict[str, Any]) -> dict[str, Any]:
+    """The words of a command line over the flags of the model that --preset names."""
+    if not words.get("preset"):
+        return words
+    from . import presets
+
+    return presets.given(words["preset"], name, command_of(name).flags().keys(), words)
 
 
 def from_keywords(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Flags:

@@ -27,14 +27,14 @@ from .. import dist_util, logger
 from ..config import ClassifierConfig, CompileConfig, ProcessConfig, SuperResConfig, UNetConfig
 from ..evaluation.likelihood import measured
 from ..runtime import files
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import UserError, nearest, refuse
 from ..runtime.labels import parse_classes
 from ..runtime.npz import save_npz
 from ..runtime.pictures import Pixels, grid_of_classes, save_png, to_uint8
 from ..sample_util import plain_images, sampled
 from ..sampling.guidance import combine
 from ..training.checkpoints import CLASSIFIER, UPSAMPLER, open_checkpoint
-from . import editing, image_nll, sampling
+from . import editing, image_nll, presets, sampling
 from .common import Plan, Restored, restore
 from .flags import COMMANDS, Flags, from_keywords
 from .sections import SEED_STEP, AdapterConfig
@@ -116,27 +116,44 @@ def load(
 ) -> Model:
     """A trained model, ready to sample from.
 
-    :param source: the folder of a run, or a checkpoint: a diffusion model or an upsampler.
-    :param classifier: of noisy images, to guide with: its run or checkpoint.
-    :param upsampler: those that `upsample` goes through, in this order: their runs or checkpoints.
+    :param source: a name that ``guided-diffusion models list`` prints, the folder of a run, or a checkpoint: a
+        diffusion model or an upsampler.
+    :param classifier: of noisy images, to guide with: its name, run or checkpoint; '' for that of a named model.
+    :param upsampler: those that `upsample` goes through, in this order: their names, runs or checkpoints; () for that
+        of a named model.
     :param device: cpu, cuda, cuda:1 or mps; '' takes a GPU where there is one.
     :param verbose: print what the scripts log; else only their warnings are shown, by the module warnings.
     :param options: further flags of the sampling scripts, such as precision="bf16", which hold for every call.
     :raises UserError: naming what to give instead.
     """
-    several = [upsampler] if isinstance(upsampler, str | os.PathLike) else list(upsampler)
-    path = os.fspath(source)
+    several = [upsampler] if isinstance(upsampler, str | os.PathLike) else upsampler
+    guide, enlargers, path = os.fspath(classifier), [os.fspath(each) for each in several if each], os.fspath(source)
+    preset = presets.get(options["preset"]) if options.get("preset") else presets.find(path)
+    if preset is not None:
+        options = {**preset.flags, **options, "preset": preset.name}
+        path = preset.path if presets.find(path) == preset else path
+        guide = guide or preset.companion("classifier")
+        enlargers = enlargers or [each for each in [preset.companion("upsampler")] if each]
     with _logging(verbose), dist_util.computing_on(device):
-        flags = from_keywords(_command_of(path), {**options, "model_path": path})
-        return Model(restore(flags), os.fspath(classifier), [os.fspath(each) for each in several if each], verbose)
+        flags = from_keywords(
+            _command_of(path, preset.kind if preset and preset.file else ""), {**options, "model_path": path}
+        )
+        return Model(restore(flags), guide, enlargers, verbose)
 
 
-def _command_of(path: str) -> str:
-    """The command that samples from the network at a path."""
+def _command_of(path: str, kind: str = "") -> str:
+    """The command that samples from the network at a path.
+
+    :param kind: of the network, where it is known.
+    """
+    if not files.exists(path):
+        names = list(presets.all_presets())
+        hint = nearest(path, names) or f": the models that have a name are {', '.join(names)}"
+        raise UserError(f"{path!r} is no file, no folder, and no model that has a name{hint}")
     checkpoint = open_checkpoint(path, "the model")
     saved = checkpoint.flags
     names = {"classifier_width": CLASSIFIER, "large_size": UPSAMPLER}
-    kind = next((kind for name, kind in names.items() if name in saved), "" if saved else checkpoint.kind)
+    kind = kind or next((kind for name, kind in names.items() if name in saved), "" if saved else checkpoint.kind)
     if kind == CLASSIFIER:
         raise UserError(f"{path} is a classifier, which guides others: give it as classifier= beside a diffusion model")
     return ENLARGE if kind == UPSAMPLER else SAMPLE
@@ -259,7 +276,7 @@ class Model:
         if not self._guide:
             raise UserError("classifier_scale needs a classifier: give load(..., classifier=PATH)")
         if isinstance(self._guide, str):
-            flags = self._restored.flags.with_values(classifier_path=self._guide)
+            flags = self._restored.flags.with_values(**presets.classifier_flags(self._guide))
             self._guide = sampling.restore_guide(replace(self._restored, flags=flags))
         return self._guide
 

@@ -21,11 +21,14 @@ from ..config import (
 )
 from ..runtime.options import flag, list_of, range_flag, share_flag, size_flag
 
+ACTIONS = ("list", "show", "download", "verify")
 TOOLS = ("to-png", "from-images")
 SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 MISMATCHES = ("error", "reinit", "inflate")
 
 # flags of several sections
+OUT = "file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE or ~/.cache/guided-diffusion"
+MIRROR = "address of a folder with the files by their names, in place of the published one"
 CLASSES = "labels in turn: 207,360 or names of classes.json; '' draws at random"
 INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
 LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
@@ -122,6 +125,7 @@ class ModelConfig:
     """The network, and how it is used."""
 
     model_path: str = path_flag("a checkpoint, or the folder of a run (its newest EMA)")
+    preset: str = flag("", "a model by name, with its flags: those that 'guided-diffusion models list' names")
     clip_denoised: bool = flag(True, "clip predictions of x_0 to [-1, 1]")
 
 
@@ -329,8 +333,19 @@ class PlaceConfig(ProcessConfig):
 class DownloadConfig:
     """What to fetch."""
 
-    name: str = flag("", "what to fetch: inception, the weights of the network of FID", positional=True)
-    out: str = local_flag("file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE or ~/.cache/guided-diffusion")
+    name: str = flag("", "what to fetch: inception, the weights of the network of FID, or a model", positional=True)
+    out: str = local_flag(OUT)
+    mirror: str = flag("", MIRROR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsConfig:
+    """What to do with which model."""
+
+    action: str = flag("", f"one of {', '.join(ACTIONS)}", choices=ACTIONS, positional=True)
+    name: str = flag("", "of the model", positional="?")
+    out: str = local_flag(OUT, needs="action=download")
+    mirror: str = flag("", MIRROR, needs="action=download")
 
 
 @dataclass(frozen=True, kw_only=True)

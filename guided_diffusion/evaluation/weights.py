@@ -1,47 +1,22 @@
-"""The weights of the Inception network: fetching them, finding them, reading them.
+"""The weights of the Inception network: where they are published, finding them, reading them.
 
 A file that others publish is an entry of `SOURCES`; ``python scripts/download.py NAME`` fetches it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import os
-import socket
-from dataclasses import dataclass
 from typing import Any
 
 import torch as th
 
 from ..runtime import files
-from ..runtime.atomic import explained
+from ..runtime.downloads import Source
 from ..runtime.errors import UserError, printable, quoted, reason
 from .inception import InceptionNetwork
 
 VARIABLE = "GUIDED_DIFFUSION_INCEPTION"  # of the environment, with the path of the file
 COUNTER = "num_batches_tracked"  # a number that some files have for each layer, and no prediction depends on
-TIMEOUT = 30.0  # seconds without a byte from a server
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file that others publish.
-
-    :param urls: addresses of the same bytes, in the order in which they are tried.
-    :param file: its name in the cache.
-    :param size: in bytes.
-    """
-
-    urls: tuple[str, ...]
-    file: str
-    sha256: str
-    size: int
-
-    @property
-    def cached(self) -> str:
-        """Its path in the cache."""
-        return os.path.join(files.cache_folder(), self.file)
 
 
 INCEPTION = Source(  # the published evaluator's graph as converted by pytorch-fid
@@ -54,40 +29,6 @@ INCEPTION = Source(  # the published evaluator's graph as converted by pytorch-f
     size=95_628_359,
 )
 SOURCES = {"inception": INCEPTION}
-
-
-def fetch(source: Source, path: str = "") -> str:
-    """The path of a file, which is fetched unless it is there already.
-
-    :param path: a file, or a folder for it; '' for the cache.
-    :raises OSError: if no address gives it.
-    """
-    path = files.local(path) or source.cached
-    path = os.path.join(path, source.file) if os.path.isdir(path) else path
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != source.sha256:
-                raise UserError(f"{path} exists, but is not {source.file}: move it away or name another with --out")
-        print(f"{path} is there already, sha256 as published")
-        return path
-    with explained(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    failures, timeout = [], socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torch sets none, and would wait for ever
-    try:
-        for url in source.urls:
-            try:
-                th.hub.download_url_to_file(url, path, hash_prefix=source.sha256)
-                print(f"{path}: {source.size} bytes, sha256 as published")
-                return path
-            except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: another checksum
-                failures.append(f"{url}: {reason(error)}")
-    finally:
-        socket.setdefaulttimeout(timeout)
-    raise OSError(
-        f"{source.file} could not be fetched ({'; '.join(failures)}): try again later, or fetch {source.urls[0]} "
-        f"({source.size} bytes) on another machine and put it at {path}"
-    )
 
 
 def find_inception(path: str = "") -> str:

@@ -28,7 +28,7 @@ def flag(
     runtime: bool = False,
     alias: str = "",
     convert: Callable[[str], Any] | None = None,
-    positional: bool = False,
+    positional: bool | str = False,
     needs: str = "",
     excludes: str = "",
 ) -> T:
@@ -37,7 +37,8 @@ def flag(
     :param runtime: True for what may change between training and sampling (precision, memory): never taken from a
         checkpoint's config.
     :param convert: text -> value where the type of the default does not say it.
-    :param positional: True for a word that a command always needs, written without a name, in the order of the fields.
+    :param positional: True for a word that a command always needs, written without a name, in the order of the fields;
+        "?" for one that may be left out.
     :param needs: conditions on other flags without which this one has no effect: NAME, NAME=a,b or NAME!=a,b; "x|y" is
         met by one of the two, "x&y" by both, and all of several words have to be met. A section's own `NEEDS` are those
         of each of its flags. Flags that a command does not have are left out.

@@ -1,13 +1,8 @@
-"""Files from the network, and the weights of Inception: where they are found, what is read, what is refused."""
+"""The weights of Inception: where they are found, what is read, what is refused."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import socket
-import threading
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +10,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch as th
-from ranks import Nursery
 
 from guided_diffusion import dist_util
-from guided_diffusion.commands import download
 from guided_diffusion.config import ClassifierConfig
 from guided_diffusion.evaluation import weights
 from guided_diffusion.evaluation.inception import InceptionNetwork
-from guided_diffusion.evaluation.weights import SOURCES, Source, fetch
+from guided_diffusion.evaluation.weights import SOURCES
 from guided_diffusion.script_util import build_classifier
-
-ROOT = Path(__file__).parents[2]
-CONTENT = np.random.default_rng(0).bytes(700_001)
-SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
 def sentence_of(call: Any, *args: Any, **options: Any) -> str:
@@ -39,122 +28,12 @@ def sentence_of(call: Any, *args: Any, **options: Any) -> str:
     return text
 
 
-@pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
-    """A file of which the first of two mirrors is gone."""
-    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "mirror").write_bytes(CONTENT)
-    urls = (tmp_path / "gone").as_uri(), (tmp_path / "mirror").as_uri()
-    return Source(urls=urls, file="weights.bin", sha256=SHA, size=len(CONTENT))
-
-
-# ---- fetching
-
-
-def test_a_file_is_fetched_once_from_the_first_mirror_that_has_it(
-    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = fetch(source)
-    assert path == str(tmp_path / "cache" / "weights.bin")
-    assert Path(path).read_bytes() == CONTENT
-    shown = capsys.readouterr()
-    assert f"{len(CONTENT)} bytes, sha256 as published" in shown.out
-    assert "100%" in shown.err
-    (tmp_path / "mirror").unlink()
-    assert fetch(source) == path
-    assert "is there already" in capsys.readouterr().out
-    assert os.listdir(tmp_path / "cache") == ["weights.bin"]
-
-
-def test_a_folder_or_a_file_may_be_named(source: Source, tmp_path: Path) -> None:
-    assert fetch(source, str(tmp_path)) == str(tmp_path / "weights.bin")
-    assert fetch(source, str(tmp_path / "new" / "other.bin")) == str(tmp_path / "new" / "other.bin")
-    assert (tmp_path / "new" / "other.bin").read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "No such file"),
-        (CONTENT[:-1] + b"x", "invalid hash value"),
-        (CONTENT[:-1], "invalid hash value"),
-    ],
-)
-def test_another_file_is_not_kept_and_a_sentence_says_what_to_do(
-    source: Source, tmp_path: Path, content: bytes | None, message: str
-) -> None:
-    if content is None:
-        (tmp_path / "mirror").unlink()
-    else:
-        (tmp_path / "mirror").write_bytes(content)
-    text = sentence_of(fetch, source)
-    assert all(url in text for url in source.urls)
-    assert message in text
-    assert f"fetch {source.urls[0]} (700001 bytes) on another machine and put it at {tmp_path}/cache/weights" in text
-    assert os.listdir(tmp_path / "cache") == []
-
-
-def test_a_server_that_breaks_off_or_never_answers_is_left_for_the_next(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(weights, "TIMEOUT", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as short:
-
-        def answer() -> None:
-            connection, _ = short.accept()
-            with connection:
-                connection.recv(4096)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 700001\r\n\r\nPK")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        urls = [f"http://127.0.0.1:{server.getsockname()[1]}/file" for server in (silent, short)]
-        fetch(replace(source, urls=(*urls, source.urls[1])))
-        thread.join()
-    assert (tmp_path / "cache" / "weights.bin").read_bytes() == CONTENT
-    assert socket.getdefaulttimeout() is None
-
-
-def test_another_file_in_its_place_is_left_alone(source: Source, tmp_path: Path) -> None:
-    (tmp_path / "weights.bin").write_bytes(b"mine")
-    assert "exists, but is not weights.bin" in sentence_of(fetch, source, str(tmp_path))
-    assert (tmp_path / "weights.bin").read_bytes() == b"mine"
-    assert fetch(replace(source, sha256=SHA[:8])).endswith("weights.bin")  # the first digits are enough
-
-
-def test_a_folder_that_cannot_be_made_is_named(source: Source, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    assert "cannot be written (" in sentence_of(fetch, source, str(tmp_path / "file" / "weights.bin"))
-
-
 def test_addresses_are_encrypted_and_checksums_whole() -> None:
     for source in SOURCES.values():
         assert all(url.startswith("https://") for url in source.urls)
         assert len(source.sha256) == 64
     name, _, _ = SOURCES["inception"].file.partition(".")
     assert SOURCES["inception"].sha256.startswith(name.split("-")[-1])
-
-
-def test_the_command_says_what_to_do_without_a_network(tmp_path: Path, ranks: Nursery) -> None:
-    environment = {"https_proxy": "http://127.0.0.1:1", "GUIDED_DIFFUSION_CACHE": str(tmp_path)}
-    done = ranks.run([ROOT / "scripts" / "download.py", "inception"], ranks=1, **environment)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert f"fetch {SOURCES['inception'].urls[0]} (95628359 bytes) on another machine and put it at" in done.stderr
-    assert os.listdir(tmp_path) == []
-
-
-def test_the_command_fetches_by_name(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(SOURCES, "small", source)
-    download.main(["small", "--out", str(tmp_path / "here.bin")])
-    assert (tmp_path / "here.bin").read_bytes() == CONTENT
-    with pytest.raises(SystemExit) as ended:
-        download.main(["inceptoin"])
-    assert ended.value.code == 2
-    assert "'inceptoin' is unknown; did you mean inception?" in capsys.readouterr().err
 
 
 # ---- the weights of Inception

@@ -1,0 +1,161 @@
+"""Models by name: the published checkpoints of the original, of presets.json, and those in models/ of a checkout.
+
+A bundled model is a folder models/NAME as a training leaves it (config.json, classes.json, ema_RATE_NNNNNN.safetensors
+or modelNNNNNN.safetensors), with its classifier, if it has one, in models/NAME/classifier, and an upsampler in
+models/NAME/upsampler. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..runtime.downloads import Source
+from ..runtime.errors import UserError, nearest
+from ..runtime.files import parse_json
+
+HERE = Path(__file__).parent
+BUNDLED = HERE.parents[1] / "models"
+DIFFUSION, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
+COMMANDS_OF = {UPSAMPLER: "super_res_sample", CLASSIFIER: "classifier_sample"}  # as --classifier_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A model that has a name.
+
+    :param file: of the address; '' for one that is bundled.
+    :param bytes: its size, 0 where it is not known.
+    :param parameters: how many numbers it holds.
+    :param flags: of the network and the process, as a command line would say them.
+    :param classifier: and `upsampler`: the names of those that go with it, '' for none.
+    :param classifier_scale: and `steps`: what its authors recommend, 0 for none.
+    :param classes: whose names they are: "imagenet", or ''.
+    :param results: published scores: what of, fid, sfid, precision, recall.
+    """
+
+    name: str
+    about: str
+    kind: str = DIFFUSION
+    file: str = ""
+    bytes: int = 0
+    sha256: str = ""
+    parameters: int = 0
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    classifier: str = ""
+    upsampler: str = ""
+    classifier_scale: float = 0.0
+    steps: int = 0
+    classes: str = ""
+    results: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def source(self) -> Source:
+        """Where it is published."""
+        address = f"{origin()['address']}{self.file}"
+        return Source((address,), self.file, self.sha256, self.bytes, 4 * self.parameters)  # of float32
+
+    @property
+    def place(self) -> str:
+        """The path where it is looked for: in the cache, or in the checkout."""
+        return self.source.cached if self.file else str(BUNDLED / self.name)
+
+    @property
+    def path(self) -> str:
+        """The same, where it is there.
+
+        :raises UserError: saying how to get it.
+        """
+        if os.path.exists(self.place):
+            return self.place
+        if self.file:
+            size = f"{4 * self.parameters / 1e9:.1f} GB"
+            remedy = f"fetch it with 'guided-diffusion models download {self.name}' ({size}), or put it there"
+            raise UserError(f"the model {self.name} is not at {self.place}: {remedy}")
+        raise UserError(
+            f"the model {self.name} comes with a checkout of the repository, not with the package, and is not at "
+            f"{self.place}: run this in a checkout, or give the path of its folder"
+        )
+
+    def companion(self, role: str) -> str:
+        """The path or name of its classifier or upsampler, '' where it has none."""
+        if self.file:
+            return str(getattr(self, role))
+        folder = os.path.join(self.place, role)
+        return folder if os.path.isdir(folder) else ""
+
+
+@cache
+def _table() -> Any:
+    return parse_json((HERE / "presets.json").read_bytes())
+
+
+def origin() -> dict[str, Any]:
+    """Address, licence, paper and notes of the published checkpoints."""
+    return {**_table()["origin"]}
+
+
+def all_presets() -> dict[str, Preset]:
+    """Every model by name: those of the table, and what lies in models/ of a checkout."""
+    table = {name: Preset(name=name, **entry) for name, entry in _table()["models"].items()}
+    found = [path.parent.name for path in sorted(BUNDLED.glob("*/config.json"))]
+    return table | {name: Preset(name=name, about="in models/ of this checkout") for name in found if name not in table}
+
+
+def find(name: str) -> Preset | None:
+    """The model of this name, or whose file is called so; None where there is none."""
+    presets = all_presets()
+    by_file = {preset.file.removesuffix(".pt"): preset for preset in presets.values() if preset.file}
+    return presets.get(name) or by_file.get(name)
+
+
+def get(name: str) -> Preset:
+    """The same, or a UserError with the nearest names."""
+    preset = find(name)
+    if preset is None:
+        names = list(all_presets())
+        hint = nearest(name, names) or f": the models are {', '.join(names)}"
+        raise UserError(f"there is no model {name!r}{hint}")
+    return preset
+
+
+def class_names(name: str) -> list[str]:
+    """The names of a model's classes by id, [] where nothing but its own folder can say them.
+
+    :param name: of the model; '' for none.
+    """
+    classes = get(name).classes if name else ""
+    return (HERE / f"{classes}_classes.txt").read_text(encoding="utf-8").splitlines() if classes else []
+
+
+def given(name: str, command: str, known: Collection[str], words: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a command line that names a model: those of the model, under its own words.
+
+    :param known: flags of the command.
+    :raises UserError: if there is no such model, the command is for others, or a file of it is missing.
+    """
+    preset = get(name)
+    if (preset.kind == UPSAMPLER) != (command == "super_res_sample") or preset.kind == CLASSIFIER:
+        use = {UPSAMPLER: "use super_res_sample", CLASSIFIER: "give the preset of a diffusion model"}
+        article = "an" if preset.kind == UPSAMPLER else "a"
+        raise UserError(f"the model {name} is {article} {preset.kind}: {use.get(preset.kind, 'use image_sample')}")
+    flags = {flag: value for flag, value in preset.flags.items() if flag in known}
+    if "model_path" not in words:
+        flags["model_path"] = preset.path
+    guides = "classifier_path" in known and preset.companion("classifier") and words.get("guidance") != "cfg"
+    if guides and "classifier_path" not in words:
+        flags |= {**classifier_flags(preset.companion("classifier")), "classifier_scale": preset.classifier_scale}
+    return {**{flag: value for flag, value in flags.items() if flag in known}, **words}
+
+
+def classifier_flags(source: str) -> dict[str, Any]:
+    """The flags of a classifier: the path that is given, or those of a model of this name."""
+    preset = find(source)
+    if preset is None:
+        return {"classifier_path": source}
+    flags = {flag: value for flag, value in preset.flags.items() if flag.startswith("classifier_")}
+    return {**flags, "classifier_path": preset.path}
