@@ -63,7 +63,8 @@ def show(flags: Flags) -> None:
         options = {**SAMPLING, "callback": film.collect, **options} if not options else {**SAMPLING, **options}
         samples = model.sample(classes=classes, num_samples=count, batch_size=count, seed=config.seed, **options)
         seconds, features = time.perf_counter() - began, judge(samples.images)
-        made, guesses = statistics(features.pool), np.argmax(features.probs, axis=1)
+        assert features.probs is not None
+        made, guesses = statistics(features.pool), features.probs.argmax(axis=1)
         distance = frechet_distance(real.mean, real.cov, made.mean, made.cov)
         accuracy = float(np.mean(guesses == samples.labels))
         results[title] = {"accuracy": accuracy, "fd": distance, "seconds": round(seconds, 1)}
