@@ -256,7 +256,8 @@ def _prepared(images: th.Tensor, settings: Mapping[str, Any]) -> th.Tensor:
     if crop:
         top, left = (sides[0] - crop["height"]) // 2, (sides[1] - crop["width"]) // 2
         x = x[:, :, top : top + crop["height"], left : left + crop["width"]]
-    return ((x + 1) / 2 - settings["image_mean"]) / settings["image_std"]
+    prepared: th.Tensor = ((x + 1) / 2 - settings["image_mean"]) / settings["image_std"]
+    return prepared
 
 
 # ---- by name
