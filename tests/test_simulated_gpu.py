@@ -15,11 +15,13 @@ import torch as th
 from PIL import Image
 from runs import NAMES, PROCESS, scrambled, write_run
 from simulated_gpu import SimulatedGPU
+from text_encoders import save_clip, save_encoder
 
 from guided_diffusion import dist_util
 from guided_diffusion.commands import demo_train as demo
 from guided_diffusion.commands.sections import LatentConfig
 from guided_diffusion.config import AutoencoderConfig, ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
+from guided_diffusion.networks.context import ScratchEncoder, train_tokenizer
 from guided_diffusion.runtime.pictures import planes
 from guided_diffusion.runtime.seeds import to_device
 from guided_diffusion.sampling.guidance import loss_guidance
@@ -93,6 +95,15 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_run(root / "upsampler", "super_res_train", scrambled(build_upsampler(upsampler, True)), upsampler, PROCESS)
     classifier = ClassifierConfig(**CLASSIFIER)
     write_run(root / "classifier", "classifier_train", scrambled(build_classifier(classifier)), classifier, PROCESS)
+    for picture in pictures(root / "captioned", 4, 8).iterdir():
+        picture.with_suffix(".txt").write_text("a red cat")
+    text = replace(unet, class_cond=False, context="text", context_dim=16, text_depth=1, max_tokens=8)
+    network, tokenizer = build_unet(text, True), train_tokenizer(["a red cat"], 260)
+    network.context_encoder = ScratchEncoder(tokenizer, 16, 1, 8)
+    write_run(root / "text", "image_train", scrambled(network), text, PROCESS)
+    (root / "text" / "tokenizer.json").write_text(tokenizer)
+    save_encoder("bert", root / "bert")
+    save_clip(root / "clip")
     pictures(root / "pictures", 12, 8)
     pictures(root / "small", 2, 4)
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(root / "mask.png")
@@ -106,6 +117,8 @@ def words(flags: dict[str, Any]) -> str:
 TRAIN = f"--num_workers 0 --max_steps {STEPS} --batch_size 2 --data_dir pictures --diffusion_steps"
 PLAIN = f"image_train {TRAIN} 40 {words(NETWORK)} --image_size 8"
 SAMPLE = f"--num_samples 2 --batch_size 2 --steps {STEPS}"
+CAPTIONS = f"{PLAIN} --data_dir captioned --context text --caption_dropout 0.5 --max_tokens 8"
+PROMPT = f"image_sample --model_path text {SAMPLE} --prompt cat"
 UNET = f"image_sample --model_path unet {SAMPLE}"
 BITS = f"image_nll --model_path unet --data_dir pictures --num_samples 2 --batch_size 2 --timestep_respacing {STEPS}"
 FEATURES = "--features classifier:classifier --eval_batch_size"
@@ -121,6 +134,9 @@ COMMANDS = {
     "train on images": f"{PLAIN} --cond_type image --cond_dir pictures --cond_dropout 0.5",
     "train on latents": f"{PLAIN} --autoencoder_path first --attention_resolutions 4 --sample_interval 4",
     "train on kept latents": f"{PLAIN} --autoencoder_path first --attention_resolutions 4 --cache_latents True",
+    "train on captions": f"{CAPTIONS} --context_dim 16 --text_depth 1 --vocab_size 260 --val_data_dir captioned "
+    "--val_interval 4 --sample_interval 4",
+    "train on captions with a frozen encoder": f"{CAPTIONS} --text_encoder bert",
     "train adapters": f"image_train {TRAIN} 40 --init_from unet --lora_rank 2",
     "train a classifier": f"classifier_train {TRAIN} 40 {words(CLASSIFIER)} --val_data_dir pictures --eval_interval 4",
     "train an upsampler": f"super_res_train {TRAIN} 40 {words(NETWORK)} --large_size 8 --small_size 4 --cond_aug 0.5",
@@ -129,6 +145,9 @@ COMMANDS = {
     "null class": f"image_sample --model_path guided {SAMPLE} --cfg_scale 2 --cfg_rescale 0.5 --sampler dpm++2m",
     "null class in an interval": f"image_sample --model_path guided {SAMPLE} --cfg_scale 2 --guidance_interval 5,30",
     "weaker model": f"{UNET} --autoguide_path weak --autoguide_scale 2 --dynamic_threshold 0.99 --sampler plms",
+    "negative prompt": f"{PROMPT} --cfg_scale 2 --negative_prompt dog",
+    "CLIP": f"{PROMPT} --clip_path clip",
+    "CLIP of noisy images": f"{PROMPT} --clip_path clip --clip_on x_t --sampler ddim",
     "classifier": f"classifier_sample --model_path unet --classifier_path classifier {SAMPLE} --classifier_scale 2",
     "classifier in an interval": f"classifier_sample --model_path unet --classifier_path classifier {SAMPLE} "
     "--classifier_scale 2 --guidance_interval 0,30 --classifier_precision bf16 --precision bf16 --sampler heun",

@@ -45,7 +45,7 @@ def convert(flags: Flags) -> None:
         for name, value in checkpoint.weights.items()
     }
     known = {name: value for name, value in checkpoint.flags.items() if name not in PLACES}
-    texts: dict[str, dict[str, Any]] = {CONFIG: {"flags": known}} if known else {}
+    texts: dict[str, Any] = {CONFIG: {"flags": known}} if known else {}
     texts |= {CLASSES: {"classes": list(checkpoint.classes)}} if checkpoint.classes else {}
     if (known.get("context"), known.get("text_encoder")) == ("text", "scratch"):
         texts |= {TOKENIZER: parse_json(tokenizer_beside(checkpoint.path))}

@@ -210,6 +210,7 @@ def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> Ne
     settings = processor.to_dict()
     identity = f"{kind} {fingerprint(network.state_dict())} {_digest(sorted(settings.items()))} {precision} {VERSION}"
     network.to(device)
+    numbers = {name: th.tensor(settings[name]).view(-1, 1, 1).to(device) for name in ("image_mean", "image_std")}
 
     def run(images: Images) -> Outputs:
         x = processor(list(_rgb(images)), return_tensors="pt")["pixel_values"].to(device)
@@ -217,7 +218,7 @@ def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> Ne
             return getattr(network(x), output), None, None
 
     def differentiable(images: th.Tensor) -> th.Tensor:
-        pool: th.Tensor = getattr(network(_prepared(images, settings)), output)
+        pool: th.Tensor = getattr(network(_prepared(images, {**settings, **numbers})), output)
         return pool
 
     name = _stem(folder)
@@ -242,7 +243,7 @@ def _from_folder(kind: str, folder: str) -> tuple[Any, Any]:
 def _prepared(images: th.Tensor, settings: Mapping[str, Any]) -> th.Tensor:
     """Images [N, C, H, W] in [-1, 1] as an image processor makes them, differentiable; grey ones become RGB.
 
-    :param settings: of the processor.
+    :param settings: of the processor, with its means and deviations as tensors [3, 1, 1].
     """
     size, crop = settings["size"], settings.get("crop_size") if settings.get("do_center_crop") else None
     height, width = images.shape[2:]
@@ -255,8 +256,8 @@ def _prepared(images: th.Tensor, settings: Mapping[str, Any]) -> th.Tensor:
     if crop:
         top, left = (sides[0] - crop["height"]) // 2, (sides[1] - crop["width"]) // 2
         x = x[:, :, top : top + crop["height"], left : left + crop["width"]]
-    mean, deviation = (x.new_tensor(settings[name]).view(-1, 1, 1) for name in ("image_mean", "image_std"))
-    return ((x + 1) / 2 - mean) / deviation
+    prepared: th.Tensor = ((x + 1) / 2 - settings["image_mean"]) / settings["image_std"]
+    return prepared
 
 
 # ---- by name
