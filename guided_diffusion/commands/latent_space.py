@@ -15,6 +15,7 @@ from ..runtime import files
 from ..runtime.errors import UserError, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import defaults
+from ..runtime.seeds import to_device
 from ..training import checkpoints
 from ..training.checkpoints import Checkpoint
 from ..training.first_stage import load_autoencoder
@@ -166,7 +167,7 @@ class InitLatents:
     def rows(self, indices: Sequence[int]) -> dict[str, th.Tensor]:
         """`InitImages.rows`, with latents and their mask."""
         rows = self.images.rows(indices)
-        latents = {"init_image": self.stage.encode(rows["init_image"].to(dist_util.dev()))}
+        latents = {"init_image": self.stage.encode(to_device(rows["init_image"], dist_util.dev()))}
         return latents | {"mask": self.stage.kept(rows["mask"])} if "mask" in rows else latents
 
     def check(self, count: int) -> str:
@@ -180,7 +181,7 @@ class InitLatents:
     def decode(self, latents: th.Tensor, indices: Sequence[int]) -> th.Tensor:
         """Images of latents, in which the pixels that a mask keeps are those of the images."""
         made = self.stage.decode(latents)
-        rows = {name: value.to(made.device) for name, value in self.images.rows(indices[: len(made)]).items()}
+        rows = {name: to_device(x, made.device) for name, x in self.images.rows(indices[: len(made)]).items()}
         return th.lerp(made, rows["init_image"], rows["mask"].to(made)) if self.images.masks else made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,7 @@ from guided_diffusion.script_util import build_autoencoder, build_diffusion, bui
 from guided_diffusion.training import checkpoints
 from guided_diffusion.training.first_stage import load_autoencoder
 
+ROOT = Path(__file__).parents[2]
 AUTOENCODER = AutoencoderConfig(image_size=16, ch_mult="1,1", z_channels=3, embed_dim=2)
 CODES = replace(AUTOENCODER, kind="vq", n_embed=16)
 LATENTS: dict[str, Any] = {"image_size": 16, "latent_factor": 2, "latent_channels": 2}  # of 8 x 8
@@ -365,6 +367,28 @@ def test_a_loss_of_images_guides_through_the_decoder(runs: Path) -> None:
     darker = loss_guidance(lambda latents: 1e3 * stage.decode(latents).flatten(1).mean(1))
     plain, guided = by_hand(runs, sampler="ddim"), by_hand(runs, sampler="ddim", cond_fn=darker)
     assert guided.mean() < plain.mean() - 1
+
+
+def test_the_page_shows_guidance_through_the_decoder(runs: Path) -> None:
+    names: dict[str, Any] = {}
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "latent.md").read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(code, "snippet", "exec", dont_inherit=True), names)
+    guide = names["darker"](str(runs / "kl"))
+    assert (by_hand(runs, sampler="ddim", cond_fn=guide) != by_hand(runs, sampler="ddim")).any()
+
+
+def test_a_run_starts_from_another_on_the_same_latents(
+    runs: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At another size too; a dry run says what it would take."""
+    shared = {"data_dir": pictures, "init_from": runs / "unet", "num_workers": 0, "batch_size": 2, "image_size": 24}
+    image_train.main(command_line(**shared, dry_run=True))
+    said = capsys.readouterr().out
+    assert "parameters: " in said
+    image_train.main(command_line(**shared, max_steps=1, log_dir=tmp_path / "run"))
+    saved = config_of(tmp_path / "run")
+    assert saved["attention_resolutions"] == "6"  # of latents of 12 pixels: where it was
+    assert (tmp_path / "run" / saved["autoencoder_path"]).resolve() == (runs / "kl" / "ema_0.5_000100.pt").resolve()
 
 
 def test_an_upsampler_enlarges_what_was_decoded(runs: Path, tmp_path: Path) -> None:

@@ -304,6 +304,7 @@ def test_precision_is_of_the_computation_alone():
     assert 0 < float((exact - rounded).abs().max().detach()) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
