@@ -292,7 +292,8 @@ def _warn_of_defaults(path: str, flags: Flags, section: type[Any]) -> None:
     known = {**flags.saved, **flags.given}
     specs = [spec for part in (section, DiffusionConfig) for spec in fields(part) if spec.name in SAVED_NAMES]
     rest = [f"{spec.name} {str(spec.default) or repr('')}" for spec in specs if spec.name not in known]
-    if rest and "noise_schedule" not in flags.saved:  # weights do not show the process
+    named = flags.values.get("preset")  # of which all is known
+    if rest and "noise_schedule" not in flags.saved and not named:  # weights do not show the process
         logger.warn(f"no config.json beside {path}: by default {', '.join(rest)}; give those that were others")
 
 

@@ -152,8 +152,8 @@ def _command_of(path: str, kind: str = "") -> str:
         raise UserError(f"{path!r} is no file, no folder, and no model that has a name{hint}")
     checkpoint = open_checkpoint(path, "the model")
     saved = checkpoint.flags
-    names = {"classifier_width": CLASSIFIER, "large_size": UPSAMPLER}
-    kind = kind or next((kind for name, kind in names.items() if name in saved), "" if saved else checkpoint.kind)
+    signs = {"classifier_width": CLASSIFIER, "large_size": UPSAMPLER}
+    kind = kind or next((kind for name, kind in signs.items() if name in saved), "" if saved else checkpoint.kind)
     if kind == CLASSIFIER:
         raise UserError(f"{path} is a classifier, which guides others: give it as classifier= beside a diffusion model")
     return ENLARGE if kind == UPSAMPLER else SAMPLE
@@ -351,8 +351,10 @@ class Model:
         return enlarged
 
     def _stages(self) -> list[Model]:
-        where = {"device": self._device, "verbose": self._verbose}
-        stages = [load(each, **where) if isinstance(each, str) else each for each in self._upsamplers]
+        stages = [
+            load(each, device=self._device, verbose=self._verbose) if isinstance(each, str) else each
+            for each in self._upsamplers
+        ]
         self._upsamplers = [*stages]
         return stages
 

@@ -101,7 +101,7 @@ def origin() -> dict[str, Any]:
 
 def all_presets() -> dict[str, Preset]:
     """Every model by name: those of the table, and what lies in models/ of a checkout."""
-    table = {name: Preset(name=name, **entry) for name, entry in _table()["models"].items()}
+    table = {name: Preset(name=name, **facts) for name, facts in _table()["models"].items()}
     found = [path.parent.name for path in sorted(BUNDLED.glob("*/config.json"))]
     return table | {name: Preset(name=name, about="in models/ of this checkout") for name in found if name not in table}
 

@@ -68,11 +68,14 @@ class Source:
         if size < self.least:
             return f"it has {size} bytes, and its weights alone take {self.least}"
         for name, digest in (("sha256", self.sha256), ("md5", base64.b64decode(md5).hex() if md5 else "")):
-            if digest:
-                with open(path, "rb") as file:
-                    if not hashlib.file_digest(file, name).hexdigest().startswith(digest):
-                        return f"its {name} is another one"
+            if digest and not _digest(path, name).startswith(digest):
+                return f"its {name} is another one"
         return ""
+
+
+def _digest(path: str, name: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, name).hexdigest()
 
 
 def fetch(source: Source, path: str = "") -> str:
@@ -94,15 +97,11 @@ def fetch(source: Source, path: str = "") -> str:
     failures = []
     with _alone(f"{path}{PART}") as part:
         for url in source.urls:
-            try:
-                md5 = _transfer(url, part, source)
-                if not (fault := source.fault_of(part, md5)):
-                    os.replace(part, path)
-                    print(f"{path}: {os.path.getsize(path)} bytes, {checked}")
-                    return path
-                os.truncate(part, 0)
-            except (OSError, http.client.HTTPException, UserError) as error:
-                fault = _sentence(error)
+            fault = _fetched(url, part, source)
+            if not fault:
+                os.replace(part, path)
+                print(f"{path}: {os.path.getsize(path)} bytes, {checked}")
+                return path
             failures.append(f"{url}: {fault}")
     size = f"{source.size or f'at least {source.least}'} bytes"
     begun = ", which goes on from there" if os.path.exists(part) else ""
@@ -128,6 +127,17 @@ def _alone(part: str) -> Iterator[str]:
         finally:
             if os.path.exists(part) and not os.path.getsize(part):
                 os.remove(part)
+
+
+def _fetched(url: str, part: str, source: Source) -> str:
+    """Bring the whole of a file; returns why that was not possible, '' if it was. Another file is emptied."""
+    try:
+        fault = source.fault_of(part, _transfer(url, part, source))
+    except (OSError, http.client.HTTPException, UserError) as error:
+        return _sentence(error)
+    if fault:
+        os.truncate(part, 0)
+    return fault
 
 
 def _transfer(url: str, part: str, source: Source) -> str:

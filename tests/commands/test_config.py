@@ -40,7 +40,7 @@ VALUES_BEYOND = [
         "inception_weights precision classifier_precision loss_weight classifier_channel_mult sampler classes "
         "autoguide_path guidance_interval init_image mask interpolate init_classes init_from freeze lora_train "
         "lora_path cond_type cond_dir val_cond_dir cond_images cond_class_from classifier_path ema_rate "
-        "channel_mult autoencoder_path autoencoder_id",
+        "channel_mult autoencoder_path autoencoder_id preset",
     ),
     (
         False,
