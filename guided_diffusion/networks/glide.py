@@ -229,11 +229,6 @@ HEAD = 64  # channels of a head, in all published networks
 LARGE = 2**10  # any size in pixels, of which attention_resolutions are parts
 
 
-def is_glide(state: Mapping[str, th.Tensor]) -> bool:
-    """Whether weights are those of a network of this module."""
-    return {"time_embed.0.weight", "transformer_proj.weight", "token_embedding.weight"} <= set(state)
-
-
 def read_glide(state: Mapping[str, th.Tensor]) -> Text2ImUNet:
     """An untrained network, on the meta device, of the architecture that weights show.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..networks.glide import Text2ImUNet, is_glide, read_glide
+from ..networks.glide import Text2ImUNet, read_glide
 from ..respace import SpacedDiffusion
 from ..runtime.errors import UserError
 from ..script_util import create_gaussian_diffusion
-from .published import tensors_in
+from .published import is_glide, tensors_in
 from .weights import load, tensor_differences
 
 

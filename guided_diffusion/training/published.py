@@ -50,6 +50,11 @@ def tensors_in(content: Any) -> dict[str, th.Tensor]:
     return {name: value for name, value in pairs if isinstance(name, str) and isinstance(value, th.Tensor)}
 
 
+def is_glide(state: Tensors) -> bool:
+    """Whether weights are those of a network of GLIDE."""
+    return {"time_embed.0.weight", "transformer_proj.weight", "token_embedding.weight"} <= set(state)
+
+
 def read_published(content: Any, path: str) -> Published | None:
     """What the content of a file holds; None where it is of another kind.
 

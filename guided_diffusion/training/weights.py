@@ -13,10 +13,9 @@ from typing import IO, Any, TypedDict, cast
 import torch as th
 
 from ..networks.architecture import architecture, networks_in
-from ..networks.glide import is_glide
 from ..runtime import files
 from ..runtime.errors import UserError, printable
-from .published import Published, read_published, tensors_in
+from .published import Published, is_glide, read_published, tensors_in
 
 SHOWN = 3
 _MAX_FOREIGN = 1000  # names of classes in a file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,15 @@ def test_glide_samples_for_tokens(name, tmp_path):
     guided = process.p_sample_loop(classifier_free(network, 3.0, null=empty), x.shape, noise=x, model_kwargs=words)
     th.manual_seed(0)
     assert not th.equal(guided, process.p_sample_loop(network, x.shape, noise=x, model_kwargs=words))
+
+
+def test_the_page_about_latents_draws_with_glide(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "latent.md").read_text(encoding="utf-8")
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "load_glide" in code]
+    names: dict[str, Any] = {}
+    exec(code.replace('"100"', '"2"'), names)
+    path, _ = glide_file(tmp_path / "glide.pt", glide.Text2ImUNet)
+    assert names["draw"](path, [5, 7], size=8).isfinite().all()
 
 
 # ---- what cannot be used
