@@ -16,6 +16,7 @@ from .runtime.options import flag, names_of, parse_microbatch, range_flag, share
 PRECISIONS = ("fp32", "fp16", "bf16")
 PRECISION_CHOICES = ("", *PRECISIONS, "auto")
 SCHEDULE_NAMES = ("linear", "cosine", "sigmoid", "scaled_linear")
+SCHEDULE_HELP = f"betas over t: {', '.join(SCHEDULE_NAMES)}, or scaled_linear:FIRST,LAST with the ends for T = 1000"
 LOSS_WEIGHTS = ("", "min_snr")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
@@ -71,7 +72,7 @@ class DiffusionConfig:
 
     learn_sigma: bool = flag(False, "the network predicts the variance too (twice the output channels)")
     diffusion_steps: int = flag(1000, "T, the number of noise levels in training", at_least=1, at_most=10**6)
-    noise_schedule: str = flag("linear", "betas over t: " + ", ".join(SCHEDULE_NAMES), choices=SCHEDULE_NAMES)
+    noise_schedule: str = flag("linear", SCHEDULE_HELP)
     timestep_respacing: str = flag(
         "",
         "steps used in sampling: '' all, '250', '10,15,20' per section, 'ddim25' for an even stride; 'trailing25', "
@@ -126,6 +127,9 @@ class ContextConfig:
     transformer_depth: int = flag(1, "transformers at each place of attention", at_least=1, needs="context!=none")
     text_fingerprint: str = flag(
         "", "of the text encoder: its folder or tokenizer; the training sets it", needs="context=text"
+    )
+    text_padding: bool = flag(
+        False, "attend to the padding of texts too, as Stable Diffusion does", needs="context=text"
     )
     null_text: bool = flag(False, "trained on empty texts too; --caption_dropout sets this", needs="context=text")
 

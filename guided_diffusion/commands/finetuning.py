@@ -57,7 +57,7 @@ def prepare(flags: Flags, model: th.nn.Module, classes: Sequence[str]) -> None:
         size = flags.values[finetuning.SIZE_FLAGS[KINDS[flags.command][0]]]
         source = finetuning.open_source(config.init_from)
         report = finetuning.initialise(model, source, mismatch=config.init_mismatch, classes=classes, size=size)
-        for line in filter(None, [source.picked[1], *report.lines()]):
+        for line in filter(None, [source.picked.sentence, *report.lines()]):
             logger.log(line)
         if dist_util.rank() == 0:
             files.write_json(os.path.join(logger.get_dir(), REPORT), asdict(report))

@@ -110,6 +110,11 @@ def of_sampling(flags: Flags, checkpoint: Checkpoint) -> tuple[Flags, FirstStage
     if given and not config:  # the weights show the channels of the latents as those of images
         saved = {name: value for name, value in flags.saved.items() if name != "image_channels"}
         flags = Flags(flags.command, flags.given, saved)
+    if flags.values.get("cond_type") and flags.values.get("latent_channels"):
+        raise UserError(
+            f"{checkpoint.path} sees images beside its latents, as for inpainting, which no command gives it: build it "
+            "in Python, and give them as cond_image"
+        )
     flags, stage = opened(flags, checkpoint.path)
     if stage is not None:
         refuse_clipping(flags)

@@ -22,7 +22,8 @@ Layer = dict[str, Shape]  # name within the layer -> shape
 Block = dict[int, Layer]  # position within the block -> layer
 
 _FIRST = re.compile(r"(|.*\.)time_embed\.0\.weight")  # all networks of this package begin with it
-_ATTENDS = re.compile(r".*\.transformer_blocks\.(\d{1,4})\.attn2\.to_k\.weight")
+_CROSS = re.compile(r".*\.transformer_blocks\.(\d+)\.attn2\.to_k\.weight")
+_TEXT_LAYER = re.compile(r"context_encoder\.transformer\.attn_layers\.layers\.(\d+)\.")
 MAX_EMPTY = 1000  # blocks without weights: a network of ours has fewer
 CLASSIFIER_NAMES = {
     "num_channels": "classifier_width",
@@ -66,7 +67,7 @@ def architecture(state_dict: Mapping[str, th.Tensor], image_size: Size | None = 
 
 def _read(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, Any]:
     if any(name.startswith("output_blocks.") for name in shapes):
-        return {**_trunk(shapes, image_size), **_unet(shapes)}
+        return {**_trunk(shapes, image_size), **_unet(shapes), **_context(shapes)}
     head = _classifier(shapes)
     side = image_size if image_size is not None else _pooled_size(shapes)
     size = {} if side is None or image_size is not None else {"image_size": side}
@@ -89,12 +90,12 @@ def _is_residual(block: Block) -> bool:
     return "in_layers.0.weight" in block.get(0, {})
 
 
-def _has_attention(block: Block) -> bool:
-    return any(map(_is_attention, block.values()))
-
-
-def _is_attention(layer: Layer) -> bool:
+def _attends(layer: Layer) -> bool:
     return "qkv.weight" in layer or "proj_in.weight" in layer
+
+
+def _has_attention(block: Block) -> bool:
+    return any(map(_attends, block.values()))
 
 
 def _period(encoder: list[Block], decoder: list[Block]) -> int | None:
@@ -104,7 +105,7 @@ def _period(encoder: list[Block], decoder: list[Block]) -> int | None:
         return plain[0]
     if decoder:
         last = (block[max(block)] if len(block) > 1 else {} for block in decoder)
-        ups = (index for index, layer in enumerate(last) if layer and not _is_attention(layer))
+        ups = (index for index, layer in enumerate(last) if layer and not _attends(layer))
         return next(ups, len(decoder) - 1) + 1
     fitting = [period for period in range(2, len(encoder) + 1) if _fits(encoder, period)]
     return fitting[0] if len(fitting) == 1 else None
@@ -156,18 +157,30 @@ def _unet(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     flags["class_cond"] = classes is not None
     if "low_res_embed.0.weight" in shapes:
         flags["cond_aug"] = 1.0  # or less: the level it was trained to leaves no trace
-    return flags | _context(shapes) if classes is None else flags | {"num_classes": classes[0]} | _context(shapes)
+    return flags if classes is None else flags | {"num_classes": classes[0]}
 
 
 def _context(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The flags of what the attention of a U-Net looks at beside the image."""
-    places = {match[1]: name for name in shapes if (match := _ATTENDS.fullmatch(name))}
+    """The flags of what the network attends to beside the image; {} where that is nothing.
+
+    A frozen text encoder leaves no trace but the width of its vectors.
+    """
+    places = [match for match in map(_CROSS.fullmatch, shapes) if match]
     if not places:
         return {}
-    classes = shapes.get("context_encoder.embedding.weight")
-    of_classes = {"class_cond": True, "num_classes": classes[0]} if classes else {}
-    width, depth = shapes[next(iter(places.values()))][1], 1 + max(map(int, places))
-    return {"context": "classes" if classes else "text", "context_dim": width, "transformer_depth": depth, **of_classes}
+    flags: dict[str, Any] = {
+        "context": "text",
+        "context_dim": shapes[places[0][0]][1],
+        "transformer_depth": 1 + max(int(place[1]) for place in places),
+    }
+    if "context_encoder.embedding.weight" in shapes:
+        rows = shapes["context_encoder.embedding.weight"][0]
+        return flags | {"context": "classes", "class_cond": True, "num_classes": rows}
+    layers = [int(match[1]) for match in map(_TEXT_LAYER.match, shapes) if match]
+    if not layers:
+        return flags | {"text_encoder": ""}
+    length = shapes["context_encoder.transformer.pos_emb.emb.weight"][0]
+    return flags | {"text_encoder": "scratch", "text_depth": (1 + max(layers)) // 2, "max_tokens": length}
 
 
 def _classifier(shapes: Mapping[str, Shape]) -> dict[str, Any]:

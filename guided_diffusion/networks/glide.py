@@ -6,6 +6,7 @@ Shapes: N batch, L tokens of a text (`text_ctx`), V tokens of the vocabulary, D 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch as th
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..runtime.errors import UserError
+from .architecture import architecture
 from .attention import LayerNorm32
 from .backbone import UNetModel
 
@@ -71,8 +73,10 @@ class Text2ImUNet(UNetModel):
     :param xf_width: D; 0 for a network without text.
     :param xf_final_ln: normalise the output of the transformer.
     :param xf_padding: learned vectors take the place of tokens that the mask leaves out.
-    :param n_vocab: V.
+    :param n_vocab: V, of which the last token ends a text.
     """
+
+    enlarges = False  # whether it sees small images
 
     def __init__(
         self,
@@ -123,6 +127,15 @@ class Text2ImUNet(UNetModel):
         out = out if self.final_ln is None else self.final_ln(out)
         return self.transformer_proj(out[:, -1]), out
 
+    def padded(self, texts: Sequence[Sequence[int]]) -> tuple[th.Tensor, th.Tensor]:
+        """The tokens [N, L] of texts, cut or filled up, and their mask, on the CPU; [] is the empty text."""
+        tokens = th.full((len(texts), self.text_ctx), self._text[-1] - 1)
+        mask = th.zeros(tokens.shape, dtype=th.bool)
+        for number, text in enumerate(texts):
+            kept = th.tensor([*text[: self.text_ctx]], dtype=th.long)
+            tokens[number, : len(kept)], mask[number, : len(kept)] = kept, True
+        return tokens, mask
+
     def forward(  # type: ignore[override]
         self,
         x: th.Tensor,
@@ -163,7 +176,7 @@ def _known(x: th.Tensor, image: th.Tensor | None, mask: th.Tensor | None) -> th.
 class SuperResText2ImUNet(_WithImages):
     """The upsampler: it also sees small images [N, C, h, w]."""
 
-    images = 2
+    images, enlarges = 2, True
 
     def forward(  # type: ignore[override]
         self, x: th.Tensor, timesteps: th.Tensor, low_res: th.Tensor, **kwargs: Any
@@ -192,7 +205,7 @@ class InpaintText2ImUNet(_WithImages):
 class SuperResInpaintText2ImUnet(_WithImages):
     """The upsampler that paints: it sees small images, what is kept of the large ones, and the mask."""
 
-    images, masks = 3, 1
+    images, masks, enlarges = 3, 1, True
 
     def forward(  # type: ignore[override]
         self,
@@ -208,3 +221,43 @@ class SuperResInpaintText2ImUnet(_WithImages):
             raise UserError("low_res is missing: give the small images, [N, C, h, w]")
         parts = [x, _known(x, inpaint_image, inpaint_mask), _enlarged(low_res, x)]
         return super().forward(th.cat(parts, dim=1), timesteps, **kwargs)
+
+
+# ---- reading files
+
+HEAD = 64  # channels of a head, in all published networks
+LARGE = 2**10  # any size in pixels, of which attention_resolutions are parts
+
+
+def read_glide(state: Mapping[str, th.Tensor]) -> Text2ImUNet:
+    """An untrained network, on the meta device, of the architecture that weights show.
+
+    :raises KeyError: naming a weight that is missing.
+    """
+    trunk, seen = architecture(state, LARGE), state["input_blocks.0.0.weight"].shape[1]
+    channels = state["out.2.weight"].shape[0] // 2
+    kinds = (Text2ImUNet, SuperResText2ImUNet, InpaintText2ImUNet, SuperResInpaintText2ImUnet)
+    inputs = (channels, 2 * channels, 2 * channels + 1, 3 * channels + 1)
+    if seen not in inputs or "channel_mult" not in trunk:
+        raise ValueError(f"a U-Net of {seen} channels in and {2 * channels} out")
+    layers = {name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")}
+    vocabulary, width = state["token_embedding.weight"].shape
+    with th.device("meta"):
+        return kinds[inputs.index(seen)](
+            text_ctx=len(state["positional_embedding"]),
+            xf_width=width,
+            xf_layers=len(layers),
+            xf_heads=width // HEAD,
+            xf_final_ln="final_ln.weight" in state,
+            xf_padding="padding_embedding" in state,
+            n_vocab=vocabulary,
+            in_channels=channels,
+            model_channels=trunk["num_channels"],
+            out_channels=2 * channels,
+            num_res_blocks=trunk["num_res_blocks"],
+            attention_resolutions=[LARGE // int(part) for part in trunk["attention_resolutions"].split(",") if part],
+            channel_mult=[float(mult) for mult in trunk["channel_mult"].split(",")],
+            num_head_channels=HEAD,
+            use_scale_shift_norm=trunk["use_scale_shift_norm"],
+            resblock_updown=trunk.get("resblock_updown", False),
+        )

@@ -18,6 +18,7 @@ import torch as th
 import torch.nn.functional as F
 
 from ..runtime.errors import UserError, nearest
+from ..runtime.options import parse_schedule
 from ..runtime.seeds import to_device
 from .steps import NO_SIGNAL
 
@@ -44,16 +45,16 @@ def _clamped(betas: Array, name: str) -> Array:
     return np.minimum(betas, MAX_BETA)
 
 
-def _linear(steps: int) -> Array:
+def _linear(steps: int, first: float = 0.0001, last: float = 0.02) -> Array:
     """Ho et al. 2020, scaled to any T."""
     scale = 1000 / steps
-    return _clamped(np.linspace(scale * 0.0001, scale * 0.02, steps, dtype=np.float64), "linear")
+    return _clamped(np.linspace(scale * first, scale * last, steps, dtype=np.float64), "linear")
 
 
-def _scaled_linear(steps: int) -> Array:
+def _scaled_linear(steps: int, first: float = 0.00085, last: float = 0.012) -> Array:
     """Linear in sqrt(beta), as latent diffusion has it (Rombach et al. 2022), scaled to any T."""
     scale = 1000 / steps
-    ends = math.sqrt(scale * 0.00085), math.sqrt(scale * 0.012)
+    ends = math.sqrt(scale * first), math.sqrt(scale * last)
     return _clamped(np.linspace(*ends, steps, dtype=np.float64) ** 2, "scaled_linear")
 
 
@@ -69,15 +70,23 @@ def _sigmoid(steps: int) -> Array:
     return betas_for_alpha_bar(steps, lambda time: (end - 1 / (1 + math.exp(3 - 6 * time))) / (end - start))
 
 
-SCHEDULES = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid, "scaled_linear": _scaled_linear}
+SCHEDULES: dict[str, Callable[..., Array]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "sigmoid": _sigmoid,
+    "scaled_linear": _scaled_linear,
+}
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> Array:
-    """Betas [T] of a schedule in `SCHEDULES`."""
-    if schedule_name not in SCHEDULES:
-        hint = nearest(schedule_name, SCHEDULES)
-        raise UserError(f"noise_schedule {schedule_name!r} is unknown: use one of {', '.join(SCHEDULES)}{hint}")
-    return SCHEDULES[schedule_name](num_diffusion_timesteps)
+    """Betas [T] of a schedule in `SCHEDULES`, of linear ones perhaps with ends: "scaled_linear:0.0015,0.0195"."""
+    name, ends = parse_schedule(schedule_name)
+    if name not in SCHEDULES:
+        hint = nearest(name, SCHEDULES)
+        raise UserError(f"noise_schedule {name!r} is unknown: use one of {', '.join(SCHEDULES)}{hint}")
+    if ends and not name.endswith("linear"):
+        raise UserError(f"noise_schedule {name} has no first and last beta: leave out what follows it")
+    return SCHEDULES[name](num_diffusion_timesteps, *ends)
 
 
 def rescale_zero_terminal_snr(betas: npt.ArrayLike) -> Array:

@@ -28,10 +28,12 @@ from ..runtime import files
 from ..runtime.errors import UserError, reason
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from ..runtime.options import Size, parse_size
+from .published import Published
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
 SINGLE = "model.safetensors"
+_PUBLISHED = (".ckpt", ".pt", ".pth", ".safetensors")  # endings of files of other programs
 MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
@@ -73,8 +75,9 @@ class Checkpoint:
 
     @cached_property
     def flags(self) -> dict[str, Any]:
-        """The flags of the run that made it, {} where no config.json lies beside it."""
-        return config_beside(self.path)
+        """The flags of the run that made it, or that a published file shows; {} where there are none."""
+        flags = config_beside(self.path)
+        return self.picked.flags if not flags and self.path.endswith(_PUBLISHED) else flags
 
     @cached_property
     def classes(self) -> Sequence[str]:
@@ -83,21 +86,21 @@ class Checkpoint:
         return load_classes(names) if names else []
 
     @cached_property
-    def picked(self) -> tuple[dict[str, th.Tensor], str]:
-        """Its weights, and a sentence that says which of those in the file they are, '' where it holds no others."""
+    def picked(self) -> Published:
+        """Its weights, the flags that another program's file shows, and which of its weights these are."""
         return pick(self.path, self.best)
 
     @property
     def weights(self) -> dict[str, th.Tensor]:
         """The state dict in its file."""
-        return self.picked[0]
+        return self.picked.weights
 
     def fitting(self, network: th.nn.Module | State, flags: Mapping[str, Any]) -> dict[str, th.Tensor]:
         """Its weights, if a network takes them; it may be on the meta device, or its state dict alone.
 
         :param flags: that it was built from, of which the sizes name attention resolutions in messages.
         """
-        weights, choice = self.picked
+        weights, choice = self.picked.weights, self.picked.sentence
         expected = network.state_dict() if isinstance(network, th.nn.Module) else network
         if choice:
             logger.log(choice)
@@ -229,7 +232,8 @@ def tokenizer_beside(path: str) -> str:
     text, file_path = files.safetensors_header(files.resolve(path)).get(TOKENIZER), _in_folder_of(path, TOKENIZER)
     if not text and not exists(file_path):
         raise UserError(
-            f"{file_path} is missing, without which the network reads no text: copy it from the run's folder"
+            f"{file_path} is missing, without which the network reads no text: copy it from the run's folder (for "
+            "latent-diffusion's text-to-image model, from one of bert-base-uncased)"
         )
     return str(text or files.read_file(file_path).decode(errors="replace"))
 

@@ -11,9 +11,9 @@ from torch import nn
 from ..networks.autoencoder import AutoencoderKL, VQModel
 from ..runtime.errors import UserError
 from .checkpoints import open_checkpoint
+from .published import FIRST_STAGE, tensors_in
 from .weights import load, tensor_differences
 
-FIRST_STAGE = "first_stage_model."  # where latent-diffusion keeps the autoencoder of a diffusion model
 STABLE_DIFFUSION_SCALE = 0.18215  # of the KL-f8 autoencoder with 4 channels of Stable Diffusion 1
 NOMINAL_RESOLUTION = 256  # says at which levels there is attention, for any size of images
 
@@ -55,9 +55,7 @@ def load_autoencoder(path: str) -> tuple[AutoencoderKL | VQModel, float]:
         latent-diffusion or Stable Diffusion, of the autoencoder alone or with a diffusion model.
     """
     files = open_checkpoint(path)
-    content = load(files.path, inert=True)
-    content = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    tensors = {name: value for name, value in content.items() if isinstance(value, th.Tensor)}
+    tensors = tensors_in(load(files.path, inert=True))
     prefix = next((name.removesuffix("encoder.conv_in.weight") for name in tensors if _begins(name)), None)
     if prefix is None:
         raise UserError(f"{files.path} holds no autoencoder: give one of latent-diffusion, or a run's folder")

@@ -15,6 +15,7 @@ import torch as th
 from ..networks.architecture import architecture, networks_in
 from ..runtime import files
 from ..runtime.errors import UserError, printable
+from .published import Published, is_glide, read_published, tensors_in
 
 SHOWN = 3
 _MAX_FOREIGN = 1000  # names of classes in a file
@@ -163,27 +164,41 @@ def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
 # ---- the weights among all that a file holds
 
 
-def pick(path: str, beside: str) -> tuple[dict[str, th.Tensor], str]:
+def pick(path: str, beside: str) -> Published:
     """The weights in a file, whatever else another program saved with them, and a sentence that says which.
 
     Of several networks of this package an average (EMA) is taken, else the first. The sentence is '' where nothing but
-    weights is there.
+    weights is there, and so are the flags, but of files of latent-diffusion.
 
     :param beside: weights to name in a message, '' where there are none.
     """
     content = load(path, inert=True)
+    if is_glide(tensors_in(content)):
+        raise UserError(
+            f"{path} is a network of GLIDE, which takes tokens and not the flags of a command: open it in Python with "
+            "guided_diffusion.training.glide.load_glide"
+        )
+    picked = read_published(content, path) or _picked(content, path, beside)
+    _check_finite(picked.weights, path)
+    return picked
+
+
+def _picked(content: Any, path: str, beside: str) -> Published:
     networks = dict(networks_in(content)) or {"": _plain_weights(content, path, beside)}
     place = max(networks, key=lambda place: len(_AVERAGE.findall(place)))
-    state = networks[place]
+    others = [name or "its top level" for name in networks if name != place]
+    left = f", not those at {', '.join(others)}" if others else ""
+    sentence = f"of {path} the weights at {place or 'its top level'} are taken{left}" if place or others else ""
+    return Published(networks[place], {}, sentence)
+
+
+def _check_finite(state: State, path: str) -> None:
     bad = [name for name, value in state.items() if not value.isfinite().all()]
     if bad:
         raise UserError(
             f"{path} holds numbers that are not finite, in {len(bad)} of its {len(state)} tensors ({bad[0]} is the "
             "first): training has diverged, take an earlier checkpoint"
         )
-    others = [name or "its top level" for name in networks if name != place]
-    left = f", not those at {', '.join(others)}" if others else ""
-    return state, f"of {path} the weights at {place or 'its top level'} are taken{left}" if place or others else ""
 
 
 def _plain_weights(content: Any, path: str, beside: str) -> dict[str, th.Tensor]:

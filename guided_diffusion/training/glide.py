@@ -1,0 +1,41 @@
+"""Opening the published networks of GLIDE (Nichol et al. 2021): base, upsampler, and those that paint."""
+
+from __future__ import annotations
+
+from ..networks.glide import Text2ImUNet, read_glide
+from ..respace import SpacedDiffusion
+from ..runtime.errors import UserError
+from ..script_util import create_gaussian_diffusion
+from .published import is_glide, tensors_in
+from .weights import load, tensor_differences
+
+
+def load_glide(path: str, timestep_respacing: str = "") -> tuple[Text2ImUNet, SpacedDiffusion]:
+    """A network of GLIDE in evaluation mode, on the CPU, and its process.
+
+    The images of ``network.padded(ids)``, ids of GPT-2's byte-pair encoding of a text in lower case, are::
+
+        network, process = load_glide("base.pt", "100")
+        words = dict(zip(("tokens", "mask"), network.padded([ids])))
+        images = process.p_sample_loop(network, (1, 3, 64, 64), model_kwargs=words)
+
+    An upsampler takes `low_res` too, one that paints `inpaint_image` and `inpaint_mask`.
+
+    :param timestep_respacing: as `space_timesteps` takes it; '' for all 1000.
+    """
+    state = tensors_in(load(path, inert=True))
+    if not is_glide(state):
+        raise UserError(f"{path} holds no network of GLIDE: give its base.pt, upsample.pt or the like")
+    try:
+        network = read_glide(state)
+    except (LookupError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path} holds no whole network of GLIDE: {error}") from error
+    if faults := "; ".join(tensor_differences(state, network.state_dict())):
+        raise UserError(f"{path} holds no whole network of GLIDE: {faults}")
+    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    network.eval().requires_grad_(False)
+    schedule = "linear" if network.enlarges else "cosine"
+    process = create_gaussian_diffusion(
+        learn_sigma=True, noise_schedule=schedule, timestep_respacing=timestep_respacing
+    )
+    return network, process

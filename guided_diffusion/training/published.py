@@ -1,0 +1,155 @@
+"""What files of latent-diffusion and Stable Diffusion 1 hold, as weights and flags of this package.
+
+A file holds the U-Net behind `model.diffusion_model.`, perhaps its moving average (EMA) behind `model_ema.`, the
+autoencoder behind `first_stage_model.`, the encoder of texts or labels behind `cond_stage_model.`, and the betas. What
+leaves no trace in it are the heads, of which `_heads` tells those of the published networks, and the size of images.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+
+from ..networks.architecture import architecture
+from ..runtime.errors import UserError, printable
+from ..sampling.schedules import get_named_beta_schedule
+
+UNET, AVERAGE = "model.diffusion_model.", "model_ema."
+FIRST_STAGE, CONDITION = "first_stage_model.", "cond_stage_model."
+FIRST = f"{FIRST_STAGE}encoder.conv_in.weight"
+BERT, CLIP = f"{CONDITION}transformer.token_emb.weight", f"{CONDITION}transformer.text_model."
+IMAGENET_ROWS = 1001  # of labels, of which the last means no class
+SCHEDULE = "scaled_linear"
+SHOWN = 6
+
+Tensors = Mapping[str, th.Tensor]
+
+
+class Published(NamedTuple):
+    """Such a file.
+
+    :param weights: of the U-Net, with the encoder of labels or texts that was trained along.
+    :param flags: of the network, the process and the autoencoder, whose place is this file if it holds one.
+    :param sentence: for the user, which of the weights these are.
+    """
+
+    weights: dict[str, th.Tensor]
+    flags: dict[str, Any]
+    sentence: str
+
+
+def tensors_in(content: Any) -> dict[str, th.Tensor]:
+    """The tensors of a file by name, also those in its "state_dict"; {} where there are none."""
+    inner = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    pairs = inner.items() if isinstance(inner, Mapping) else ()
+    return {name: value for name, value in pairs if isinstance(name, str) and isinstance(value, th.Tensor)}
+
+
+def is_glide(state: Tensors) -> bool:
+    """Whether weights are those of a network of GLIDE."""
+    return {"time_embed.0.weight", "transformer_proj.weight", "token_embedding.weight"} <= set(state)
+
+
+def read_published(content: Any, path: str) -> Published | None:
+    """What the content of a file holds; None where it is of another kind.
+
+    :raises UserError: where it is of this kind and cannot be used.
+    """
+    tensors = tensors_in(content)
+    network, averaged = _unet(tensors)
+    if not network:
+        return None
+    condition, known = _condition(tensors)
+    weights, clip = network | condition, any(name.startswith(CLIP) for name in tensors)
+    flags = _flags(weights, known, tensors, 512 if clip else 256)
+    if not flags:
+        raise UserError(f"{path} holds no whole U-Net of latent-diffusion: fetch it again")
+    if FIRST in tensors:
+        flags["autoencoder_path"] = os.path.basename(path)
+    kind = "Stable Diffusion 1" if clip else "latent-diffusion"
+    others = [printable(str(name)) for name, value in content.items() if not isinstance(value, th.Tensor)]
+    others = [name for name in others if name != "state_dict"]
+    left = f"; what is no tensor is left out ({', '.join(others[:SHOWN])}{', ...' * (len(others) > SHOWN)})"
+    chosen = "its moving average" if averaged else "its U-Net"
+    return Published(weights, flags, f"{path} is a model of {kind}: {chosen} is taken{left if others else ''}")
+
+
+def _unet(tensors: Tensors) -> tuple[dict[str, th.Tensor], bool]:
+    """The weights of the U-Net, and whether they are its moving average, in whose names there are no dots."""
+    network = {name.removeprefix(UNET): value for name, value in tensors.items() if name.startswith(UNET)}
+    keys = {name: AVERAGE + f"diffusion_model.{name}".replace(".", "") for name in network}
+    if network and all(key in tensors for key in keys.values()):
+        return {name: tensors[key] for name, key in keys.items()}, True
+    return network, False
+
+
+def _condition(tensors: Tensors) -> tuple[dict[str, th.Tensor], dict[str, Any]]:
+    """The encoder of labels or texts as a part of the U-Net, and what its shapes do not tell."""
+    labels = tensors.get(f"{CONDITION}embedding.weight")
+    if labels is not None:
+        null = len(labels) == IMAGENET_ROWS
+        known: dict[str, Any] = {"num_classes": len(labels) - null, "null_class": null}
+        return {"context_encoder.embedding.weight": labels}, known
+    texts = {"text_padding": True, "null_text": True}
+    if BERT not in tensors:
+        return {}, {**texts, "max_tokens": 77}
+    names = [name for name in tensors if name.startswith(f"{CONDITION}transformer.") and ".to_logits." not in name]
+    return {name.replace(CONDITION, "context_encoder.", 1): tensors[name] for name in names}, texts
+
+
+def _flags(weights: Tensors, known: Mapping[str, Any], tensors: Tensors, image_size: int) -> dict[str, Any]:
+    """The flags of a file; {} where its weights are not those of a whole network."""
+    latent = weights["out.2.weight"].shape[0] if "out.2.weight" in weights else 0
+    space = _space(tensors, latent)
+    shapes = architecture(weights, image_size // space["latent_factor"])
+    if "channel_mult" not in shapes:
+        return {}
+    seen = weights["input_blocks.0.0.weight"].shape[1]
+    flags: dict[str, Any] = {
+        **shapes,
+        **space,
+        "image_size": image_size,
+        "learn_sigma": False,
+        "latent_channels": latent,
+    }
+    flags |= known if "context" in flags else {}
+    if seen > latent:
+        flags |= {"cond_type": "image", "cond_channels": seen - latent}
+    return flags | _heads(flags, latent) | _schedule(tensors.get("betas"))
+
+
+def _space(tensors: Tensors, latent: int) -> dict[str, int]:
+    """The flags of the autoencoder; where the file has none, those of the published ones."""
+    if FIRST not in tensors:
+        return {"image_channels": 3, "latent_factor": 8 if latent == 4 else 4}
+    begin = f"{FIRST_STAGE}encoder.down."
+    levels = {name.removeprefix(begin).split(".")[0] for name in tensors if name.startswith(begin)}
+    return {"image_channels": tensors[FIRST].shape[1], "latent_factor": 2 ** (len(levels) - 1)}
+
+
+def _heads(flags: Mapping[str, Any], latent: int) -> dict[str, int]:
+    """The heads of the published networks, by what tells these apart."""
+    if flags.get("context") == "classes" and latent == 3:
+        return {"num_heads": 1}
+    if flags.get("context") == "text" or flags.get("resblock_updown"):
+        return {"num_heads": 8}
+    return {"num_head_channels": 32}
+
+
+def _schedule(betas: th.Tensor | None) -> dict[str, Any]:
+    """The flags of the process: sqrt(beta) is linear in all of these models, between ends of their own."""
+    if betas is None:
+        return {"noise_schedule": SCHEDULE}
+    given = betas.double().numpy()
+    steps, scale = len(given), len(given) / 1000
+    name = f"{SCHEDULE}:{given[0] * scale:.3g},{given[-1] * scale:.3g}"  # files of 16 bits hold three digits of them
+    own = get_named_beta_schedule(SCHEDULE, steps)
+    name = SCHEDULE if math.isclose(own[0], given[0], rel_tol=1e-2) and np.allclose(own, given, rtol=1e-2) else name
+    if not np.allclose(get_named_beta_schedule(name, steps), given, rtol=1e-2):
+        raise UserError(f"the betas of the file are of no schedule that is known ({name} is the nearest)")
+    return {"noise_schedule": name, "diffusion_steps": steps}
