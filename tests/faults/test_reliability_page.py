@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def named() -> list[tuple[str, str, bool]]:
     return found
 
 
+@functools.cache
 def functions(file: str) -> dict[str, bool]:
     """The tests of a file: name -> whether it is slow."""
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))

@@ -156,7 +156,7 @@ def test_a_network_that_is_looked_at_is_not_compiled(tmp_path: Path) -> None:
     """In a training without averages, where it is the one in training itself."""
     logger.configure(str(tmp_path), ["log"])
     process = build_diffusion(DiffusionConfig(diffusion_steps=40))
-    network = random_weights(UNetModel(**OPTIONS))
+    network = random_weights(Small())
     compiled = traced(network, "the network in training")
     usual: dict[str, Any] = {"batch_size": 2, "microbatch": -1, "lr": 1e-3, "log_interval": 1, "save_interval": 9}
     usual |= {"ema_rate": "", "resume_checkpoint": "", "max_steps": 1, "data": repeat((X.clamp(-1, 1), {}))}
