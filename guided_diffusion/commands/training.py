@@ -35,6 +35,7 @@ from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
 from ..train_util import TrainLoop
 from ..training import checkpoints
+from ..training.report import reporting
 from ..training.settings import Settings
 from . import conditioning, finetuning, latent_space, latents, prompts
 from .common import PRECISION_FLAGS, check_kind, precision_of
@@ -76,7 +77,9 @@ class Training:
             "config": {"command": self.flags.command, "version": __version__, "flags": values},
         }
         keywords |= {"data": self.stream, "val_data": self.validation, "progress": True, **options}
-        kind(model=self.network, diffusion=self.process, **keywords).run_loop()
+        loop = kind(model=self.network, diffusion=self.process, **keywords)
+        with reporting(values, self.flags.defaults, title=self.flags.command, limit=loop.limit):
+            loop.run_loop()
         logger.log(f"training complete: everything is in {logger.get_dir()}")
 
 

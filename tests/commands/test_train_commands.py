@@ -89,12 +89,16 @@ def test_a_run_leaves_everything_that_sampling_needs(tmp_path, pictures, monkeyp
     image_train.main(command_line(**flags, **more))
     names = ["model000002.pt", "ema_0.5_000002.pt", "opt000002.pt", "state000002.pt", "set000002.json"]
     names += ["config.json", "classes.json"]
-    assert set(names) | {"log.txt", "progress.csv", "previews"} == set(os.listdir(out))
+    assert set(names) | {"log.txt", "progress.csv", "report.html", "previews"} == set(os.listdir(out))
     config = json.loads((out / "config.json").read_text())
     assert (config["command"], config["flags"]["class_cond"], config["flags"]["lr"]) == ("image_train", True, 1e-4)
     assert json.loads((out / "classes.json").read_text())["classes"] == ["a", "b"]
     with Image.open(out / "previews" / "000002.png") as grid:
         assert grid.width >= 4 * 8
+    page = (out / "report.html").read_text()
+    shown = ("complete, ", "of 2 steps", "val_loss", "<dt>val_interval<dd>2</div>", 'alt="previews/000002.png"')
+    assert [word for word in shown if word not in page] == []
+    assert page.count("data:image/png;base64,") == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("the data have 2 classes and the network has 5: give --num_classes 2") for line in lines)
     assert any(line.startswith("preview at step 2, mean/deviation of the channels: samples ") for line in lines)
@@ -115,6 +119,8 @@ def test_auto_begins_a_run_and_later_goes_on_with_it(tmp_path, pictures):
     for steps in (1, 2):
         image_train.main(command_line(**flags, max_steps=steps))
     assert column(tmp_path / "run", "step") == [1, 2]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert [word for word in ("step 1\nloss:", "step 2\nloss:", "of 2 steps") if word not in page] == []
 
 
 def test_auto_takes_the_newest_complete_checkpoint_and_overwrites_what_is_none(tmp_path, pictures):
@@ -177,6 +183,7 @@ def test_an_image_that_cannot_be_read_costs_no_step(tmp_path, pictures, capsys):
     assert caught.value.code == 2
     assert f"error: cannot read image '{pictures}/{name}'" in capsys.readouterr().err
     assert checkpoints.sets_in(str(out)).keys() == {1}
+    assert f"ended by an error: cannot read image &#x27;{pictures}/{name}" in (out / "report.html").read_text()
     (Path(pictures) / name).write_bytes(content)
     image_train.main(command_line(**flags, log_dir=out))
     for file in (name for name in os.listdir(whole) if name.endswith("000003.pt")):
