@@ -263,9 +263,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """17 images."""
+    """37 images."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for index in range(17):
+    for index in range(37):
         side = Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))
         side.save(folder / f"{NAMES[index % 3]}_{index:02d}.png")
     return folder
@@ -305,7 +305,7 @@ def test_ranks_and_batches_change_nothing_and_count_each_image_once(
     run: Path, folder: Path, tmp_path: Path, kind: tuple[str, ...]
 ) -> None:
     found, means = [], []
-    for world_size, batch in ((1, "5"), (2, "5"), (3, "5"), (1, "17"), (2, "3")):
+    for world_size, batch in ((1, "5"), (2, "5"), (3, "5"), (1, "37"), (2, "3")):
         survey = surveyed(run, folder, tmp_path / f"{world_size} {batch}", "--batch_size", batch, *kind)
         for rank in range(world_size):
             measure_batches(survey, rank=rank, world_size=world_size)
@@ -330,7 +330,7 @@ def test_three_processes_measure_what_one_does(run: Path, folder: Path, tmp_path
     one, three = contents(tmp_path / "one"), contents(tmp_path / "three")
     assert one == three
     assert set(one) == {"bpd.npz", "bpd.json", "images.csv", "request.json", *(f"{t}_terms.npz" for t in TERMS)}
-    assert "17 images: " in (tmp_path / "three" / "log.txt").read_text()
+    assert "37 images: " in (tmp_path / "three" / "log.txt").read_text()
 
 
 def test_the_files_say_what_the_process_does(run: Path, folder: Path, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_the_files_say_what_the_process_does(run: Path, folder: Path, tmp_path: 
     paths = sorted(folder.iterdir())
     x = th.from_numpy(np.stack([np.asarray(Image.open(path)) for path in paths])).movedim(-1, 1) / 127.5 - 1
     labels = th.tensor([NAMES.index(path.name.split("_")[0]) for path in paths])
-    sources = generators(17, 3)
+    sources = generators(37, 3)
     noise = [th.stack([th.randn(x.shape[1:], generator=source) for source in sources]) for _ in range(4)]
     wanted = model.process.calc_bpd_loop(model.network, x, model_kwargs={"y": labels}, draw=iter(noise).__next__)
     total, prior = arrays(out / "bpd.npz")
@@ -351,10 +351,10 @@ def test_the_files_say_what_the_process_does(run: Path, folder: Path, tmp_path: 
         np.testing.assert_allclose(each, wanted[name], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(mean, each.mean(axis=0, dtype=np.float64), rtol=1e-12)
     summary = json.loads((out / "bpd.json").read_text())
-    assert summary["images"] == 17
+    assert summary["images"] == 37
     assert summary["mean"]["total_bpd"] == pytest.approx(total.mean())
-    assert summary["standard_error"]["total_bpd"] == pytest.approx(total.std(ddof=1) / math.sqrt(17))
-    shown = f"17 images: {total.mean():.4f} +- {total.std(ddof=1) / math.sqrt(17):.4f} bits per dimension"
+    assert summary["standard_error"]["total_bpd"] == pytest.approx(total.std(ddof=1) / math.sqrt(37))
+    shown = f"37 images: {total.mean():.4f} +- {total.std(ddof=1) / math.sqrt(37):.4f} bits per dimension"
     assert shown in (out / "log.txt").read_text()
 
 
@@ -365,7 +365,7 @@ def test_a_run_that_falls_goes_on_to_the_same_bytes(
     argv, whole, out = words(run, folder, *kind), tmp_path / "whole", tmp_path / "out"
     image_nll.main([*argv, "--log_dir", str(whole)])
     again = [*argv, "--log_dir", str(out)]
-    for writes in (2, 4):  # the second of four batches; then all are there, and the last file of all is missing
+    for writes in (4, 6):  # the fourth of eight batches; then the fifth is there, and the last file of all is missing
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("guided_diffusion.evaluation.likelihood.save_npz", failing_at(writes))
             with pytest.raises((ValueError, SystemExit)):
@@ -374,11 +374,11 @@ def test_a_run_that_falls_goes_on_to_the_same_bytes(
     image_nll.main(again)
     assert contents(out) == contents(whole)
     assert not (out / "shards").exists()
-    assert "4 of 4 batches are there" in (out / "log.txt").read_text()
+    assert "8 of 8 batches are there" in (out / "log.txt").read_text()
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.suffix == ".npz"}
     image_nll.main(again)  # finished: nothing is measured again
     assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.suffix == ".npz"}
-    assert (out / "log.txt").read_text().count("17 images: ") >= 1
+    assert (out / "log.txt").read_text().count("37 images: ") >= 1
 
 
 def failing_at(number: int) -> Callable[..., None]:
@@ -455,7 +455,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_rest_is_kept(
 
 def test_some_of_the_images(run: Path, folder: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
-    for more, wanted in ((("False",), names[:4]), (("True",), [names[index] for index in (0, 4, 8, 12)])):
+    for more, wanted in ((("False",), names[:4]), (("True",), [names[index] for index in (0, 9, 18, 27)])):
         out = tmp_path / more[0]
         image_nll.main(words(run, folder, "--num_samples", "4", "--spread", *more, "--log_dir", str(out)))
         assert [row["image"] for row in table(out)] == wanted
