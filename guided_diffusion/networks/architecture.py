@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch as th
 
-from ..runtime.options import Size, parse_size
+if TYPE_CHECKING:
+    from ..runtime.options import Size
 
 Shape = tuple[int, ...]
 Layer = dict[str, Shape]  # name within the layer -> shape
@@ -141,7 +143,8 @@ def _trunk(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, An
     if len(starts) > 1:
         flags["resblock_updown"] = _is_residual(encoder[period])
     if image_size is not None:
-        longer = max(parse_size(image_size))
+        sides = image_size.split("x") if isinstance(image_size, str) else np.atleast_1d(image_size)
+        longer = max(map(int, sides))
         rates = [2**level for level, block in enumerate(starts) if _has_attention(block)]
         flags["attention_resolutions"] = ",".join(str(longer // rate) for rate in rates)
     return flags

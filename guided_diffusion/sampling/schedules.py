@@ -18,7 +18,6 @@ import torch as th
 import torch.nn.functional as F
 
 from ..runtime.errors import UserError, nearest
-from ..runtime.options import parse_schedule
 from ..runtime.seeds import to_device
 from .steps import NO_SIGNAL
 
@@ -80,12 +79,19 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> Array:
     """Betas [T] of a schedule in `SCHEDULES`, of linear ones perhaps with ends: "scaled_linear:0.0015,0.0195"."""
-    name, ends = parse_schedule(schedule_name)
+    name, colon, text = schedule_name.partition(":")
     if name not in SCHEDULES:
         hint = nearest(name, SCHEDULES)
         raise UserError(f"noise_schedule {name!r} is unknown: use one of {', '.join(SCHEDULES)}{hint}")
-    if ends and not name.endswith("linear"):
+    if colon and not name.endswith("linear"):
         raise UserError(f"noise_schedule {name} has no first and last beta: leave out what follows it")
+    try:
+        ends = [float(number) for number in text.split(",")] if colon else []
+    except ValueError:
+        ends = [1.0]
+    if colon and (len(ends) != 2 or not 0 < ends[0] < ends[1] < 1):
+        form = f"{name}:FIRST,LAST with 0 < FIRST < LAST < 1"
+        raise UserError(f"noise_schedule {schedule_name!r} is not of the form {form}")
     return SCHEDULES[name](num_diffusion_timesteps, *ends)
 
 

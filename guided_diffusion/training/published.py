@@ -7,7 +7,6 @@ leaves no trace in it are the heads, of which `_heads` tells those of the publis
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,14 +16,13 @@ import torch as th
 
 from ..networks.architecture import architecture
 from ..runtime.errors import UserError, printable
-from ..sampling.schedules import get_named_beta_schedule
 
 UNET, AVERAGE = "model.diffusion_model.", "model_ema."
 FIRST_STAGE, CONDITION = "first_stage_model.", "cond_stage_model."
 FIRST = f"{FIRST_STAGE}encoder.conv_in.weight"
 BERT, CLIP = f"{CONDITION}transformer.token_emb.weight", f"{CONDITION}transformer.text_model."
 IMAGENET_ROWS = 1001  # of labels, of which the last means no class
-SCHEDULE = "scaled_linear"
+SCHEDULE, USUAL_ENDS = "scaled_linear", (0.00085, 0.012)
 SHOWN = 6
 
 Tensors = Mapping[str, th.Tensor]
@@ -145,11 +143,9 @@ def _schedule(betas: th.Tensor | None) -> dict[str, Any]:
     """The flags of the process: sqrt(beta) is linear in all of these models, between ends of their own."""
     if betas is None:
         return {"noise_schedule": SCHEDULE}
-    given = betas.double().numpy()
-    steps, scale = len(given), len(given) / 1000
-    name = f"{SCHEDULE}:{given[0] * scale:.3g},{given[-1] * scale:.3g}"  # files of 16 bits hold three digits of them
-    own = get_named_beta_schedule(SCHEDULE, steps)
-    name = SCHEDULE if math.isclose(own[0], given[0], rel_tol=1e-2) and np.allclose(own, given, rtol=1e-2) else name
-    if not np.allclose(get_named_beta_schedule(name, steps), given, rtol=1e-2):
-        raise UserError(f"the betas of the file are of no schedule that is known ({name} is the nearest)")
-    return {"noise_schedule": name, "diffusion_steps": steps}
+    steps, roots = len(betas), np.sqrt(betas.double().numpy())
+    if not np.allclose(roots, np.linspace(roots[0], roots[-1], steps), rtol=1e-2):
+        raise UserError("the betas of the file are of no schedule that is known: their square roots are not linear")
+    first, last = roots[[0, -1]] ** 2 * steps / 1000
+    ends = "" if np.allclose((first, last), USUAL_ENDS, rtol=1e-2) else f":{first:.3g},{last:.3g}"
+    return {"noise_schedule": SCHEDULE + ends, "diffusion_steps": steps}  # files of 16 bits hold three digits of them

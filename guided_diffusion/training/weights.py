@@ -176,7 +176,7 @@ def pick(path: str, beside: str) -> Published:
     if is_glide(tensors_in(content)):
         raise UserError(
             f"{path} is a network of GLIDE, which takes tokens and not the flags of a command: open it in Python with "
-            "guided_diffusion.training.glide.load_glide"
+            "guided_diffusion.commands.glide.load_glide"
         )
     picked = read_published(content, path) or _picked(content, path, beside)
     _check_finite(picked.weights, path)

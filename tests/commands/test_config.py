@@ -336,7 +336,7 @@ def test_conditions_name_flags():
         ),
         ("super_res_sample", "--classifier_scale 2", "--classifier_scale has no effect without --classifier_path"),
         ("super_res_sample", "--image_size 8", "--image_size has no effect without --classifier_path"),
-        ("super_res_sample", "--guidance_interval 5,20", "or --clip_path with --clip_scale it out"),
+        ("super_res_sample", "--guidance_interval 5,20", "or --clip_path with --clip_scale: leave it out"),
         ("image_nll", "--probes 3", "--probes has no effect without --likelihood flow: leave it out or give"),
         ("image_nll", "--save_terms --likelihood flow", "--save_terms has no effect without --likelihood vlb"),
         ("image_nll", "--likelihood flow --flow_solver heun --flow_tolerance 1", "without --flow_solver rk45"),

@@ -15,6 +15,7 @@ import torch as th
 from text_encoders import CORPUS, save_encoder
 
 from guided_diffusion import load
+from guided_diffusion.commands.glide import load_glide
 from guided_diffusion.config import DiffusionConfig, UNetConfig
 from guided_diffusion.networks import glide
 from guided_diffusion.networks.attention import CrossAttention
@@ -29,7 +30,6 @@ from guided_diffusion.sampling.schedules import get_named_beta_schedule
 from guided_diffusion.script_util import build_diffusion, build_unet
 from guided_diffusion.training.checkpoints import open_checkpoint
 from guided_diffusion.training.first_stage import load_autoencoder
-from guided_diffusion.training.glide import load_glide
 from guided_diffusion.training.published import AVERAGE, CLIP, CONDITION, FIRST_STAGE, UNET, read_published
 from guided_diffusion.unet import UNetModel
 

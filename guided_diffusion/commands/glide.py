@@ -6,8 +6,8 @@ from ..networks.glide import Text2ImUNet, read_glide
 from ..respace import SpacedDiffusion
 from ..runtime.errors import UserError
 from ..script_util import create_gaussian_diffusion
-from .published import is_glide, tensors_in
-from .weights import load, tensor_differences
+from ..training.published import is_glide, tensors_in
+from ..training.weights import load, tensor_differences
 
 
 def load_glide(path: str, timestep_respacing: str = "") -> tuple[Text2ImUNet, SpacedDiffusion]:
