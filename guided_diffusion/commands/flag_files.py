@@ -47,12 +47,15 @@ def _read_yaml(content: bytes) -> Any:
         raise UserError(f"no YAML: {getattr(error, 'problem', None) or 'it cannot be decoded'}{place}") from error
 
 
-def flags_in(path: str) -> dict[str, Any]:
-    """Flag -> value in a file; of a run's config.json without those that belong to the process that ran."""
+def flags_in(path: str) -> tuple[dict[str, Any], bool]:
+    """Flag -> value in a file, and whether it is a run's config.json.
+
+    Of a run there are all flags but those that belong to the process that ran.
+    """
     table = read_table(path)
     if "command" in table and isinstance(table.get("flags"), dict):
-        return {name: value for name, value in table["flags"].items() if name not in OF_A_PROCESS}
-    return table
+        return {name: value for name, value in table["flags"].items() if name not in OF_A_PROCESS}, True
+    return table, False
 
 
 def as_words(flags: Mapping[str, Any]) -> list[str]:

@@ -383,15 +383,19 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
     :param prog: how the sentence begins, where it is not the script's name.
     """
     specs, words, prog = command_of(name).flags(), list(sys.argv[1:] if argv is None else argv), prog or f"{name}.py"
-    values = _of_files(name, words, prog)
+    values, saved = _of_files(name, words, prog)
     if "plugin" in specs:
         run_plugins([*as_words({"plugin": values.get("plugin", "")}), *words], prog)
     command_line = parser(name)
     command_line.prog = prog
     values |= _read(command_line, name, words)
     values.pop("config")
-    flags = Flags(name, {k: v for k, v in values.items() if not means_not_given(specs[k], v)})
+    flags = Flags(name, {k: v for k, v in values.items() if not means_not_given(specs[k], v)}, saved)
     earlier = {"resume_checkpoint", "init_from"} & flags.given.keys()  # it may say anything, and a model what it is
+    if saved and flags.given.get("resume_checkpoint", "auto") != "auto":
+        command_line.error(
+            "--config CONFIG.JSON begins a run and --resume_checkpoint goes on with one: give one of them"
+        )
     try:
         flags.check(pending=specs if earlier else SAVED_NAMES if "model_path" in specs else ())
     except ValueError as error:
@@ -409,16 +413,20 @@ def _read(command_line: argparse.ArgumentParser, name: str, words: Sequence[str]
     return vars(namespace)
 
 
-def _of_files(name: str, words: Sequence[str], prog: str) -> dict[str, Any]:
-    """Flag -> value in the files of --config, of which later ones have the last word."""
-    values, specs = dict[str, Any](), command_of(name).flags()
+def _of_files(name: str, words: Sequence[str], prog: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flag -> value in the files of --config, of which later ones have the last word: those given, those of runs."""
+    given, saved, specs = dict[str, Any](), dict[str, Any](), command_of(name).flags()
     for path in _paths("config", words, prog):
         file = parser(name, [flag for flag, spec in specs.items() if not spec.metadata["positional"]])
         file.prog = prog
         try:
-            flags = as_words(flags_in(path))
-            file.where = f"{path}: "
-            values |= _read(file, name, flags)
+            flags, of_run = flags_in(path)
+            words_of_file = as_words(flags)
         except UserError as error:
             file.error(str(error))
-    return values
+        file.where = f"{path}: "
+        values = _read(file, name, words_of_file)
+        given = {flag: value for flag, value in given.items() if flag not in values}
+        saved = {flag: value for flag, value in saved.items() if flag not in values}
+        (saved if of_run else given).update(values)
+    return given, saved

@@ -63,6 +63,20 @@ def test_the_config_of_a_run_says_everything_but_where_it_happened(tmp_path: Pat
     assert again.values["data_dir"].endswith("y")
 
 
+def test_what_a_run_was_given_may_lose_its_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--val_interval is the run's, and not refused without --val_data_dir; a file after it has the last word."""
+    run, more = tmp_path / "config.json", tmp_path / "more.yaml"
+    values = parsed(*"--val_data_dir x --val_interval 5 --batch_size 3".split()).values
+    run.write_text(json.dumps({"command": "image_train", "version": "0", "flags": values}))
+    more.write_text("batch_size: 4\n")
+    again = parsed("--config", run, "--config", more, "--val_data_dir=", "--seed", 1)
+    assert (again.values["val_interval"], again.values["batch_size"], again.values["val_data_dir"]) == (5, 4, "")
+    assert parsed("--config", more, "--config", run).values["batch_size"] == 3
+    assert "begins a run and --resume_checkpoint goes on" in refused(
+        capsys, "--config", run, "--resume_checkpoint", "x"
+    )
+
+
 def test_plugins_of_a_file_run_before_the_flags_are_read(tmp_path: Path) -> None:
     (tmp_path / "plug.py").write_text("import sys\nsys.seen_by_a_test = True\n")
     (tmp_path / "a.json").write_text(json.dumps({"plugin": str(tmp_path / "plug.py")}))
