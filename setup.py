@@ -23,6 +23,7 @@ DATASETS = ["lmdb>=1.5", "pyarrow>=17"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.17"]
+YAML = ["PyYAML>=6.0"]
 DEV = [
     "pytest>=8.0",
     "pytest-cov>=5.0",
@@ -61,10 +62,11 @@ setup(
         "mpi": MPI,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        "yaml": YAML,
         "eval": EVAL,
         "lora": LORA,
         "text": TEXT,
-        "dev": DEV + COMPARISONS + EVAL + LORA + TENSORBOARD + DATASETS,
+        "dev": DEV + COMPARISONS + EVAL + LORA + TENSORBOARD + DATASETS + YAML,
     },
     entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},
 )

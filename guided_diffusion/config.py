@@ -148,7 +148,7 @@ class NetworkConfig(ImageConfig, ContextConfig):
     dropout: float = share_flag("dropout probability in the residual blocks")
     class_cond: bool = flag(False, "condition the network on class labels")
     null_class: bool = flag(False, "there is an embedding for 'no class', label num_classes; --class_dropout sets it")
-    use_checkpoint: bool = flag(False, "recompute activations in the backward pass to save memory", runtime=True)
+    use_checkpoint: bool = flag(False, "activation checkpointing: recompute them backwards, for memory", runtime=True)
     use_scale_shift_norm: bool = flag(True, "the embedding scales and shifts the normalised activations (FiLM)")
     resblock_updown: bool = flag(False, "residual blocks, not plain convolutions, change the resolution")
     use_fp16: bool = flag(False, "alias of --precision fp16", runtime=True)
@@ -156,7 +156,7 @@ class NetworkConfig(ImageConfig, ContextConfig):
     use_neighborhood_attention: bool = flag(
         False, "attend to a window of the training size in larger images", excludes="context!=none"
     )
-    precision: str = flag("", "fp32, fp16, bf16, auto; '': --use_fp16", choices=PRECISION_CHOICES, runtime=True)
+    precision: str = flag("", "mixed precision; '': as --use_fp16 says", choices=PRECISION_CHOICES, runtime=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +287,7 @@ class TrainConfig:
     """The training loop."""
 
     batch_size: int = flag(1, "images per step and rank", at_least=1)
-    microbatch: int | str = flag(-1, "images per pass; -1: all; auto: what fits", convert=parse_microbatch)
+    microbatch: int | str = flag(-1, "gradient accumulation: images per pass; -1: all; auto", convert=parse_microbatch)
     lr: float = flag(1e-4, "learning rate of AdamW", at_least=0)
     weight_decay: float = flag(0.0, "weight decay of AdamW", at_least=0)
     warmup_steps: int = flag(0, "steps over which the learning rate rises from 0", at_least=0)

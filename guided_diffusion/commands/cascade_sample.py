@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
+from .flag_files import as_words, read_table
 from .flags import COMMANDS, Flags, parse, parser
 from .sections import SEED_STEP, CascadeConfig
 
@@ -55,18 +56,14 @@ def parse_stages(argv: Sequence[str] | None = None) -> tuple[Flags, dict[str, Fl
 
 def _words_of_file(path: str) -> dict[str, list[str]]:
     """The flags of each stage in the file of --stages, as words of a command line."""
-    import tomllib
-
-    from ..runtime.errors import reason
-    from ..runtime.files import parse_json, read_file
-
     try:
-        content = read_file(path)
-        stages: Any = tomllib.loads(content.decode()) if path.lower().endswith(".toml") else parse_json(content)
-        return {name: [f"--{flag}={value}" for flag, value in flags.items()] for name, flags in stages.items()}
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        fault = f"--stages {path} cannot be used ({reason(error)})"
-        parser(NAME).error(f'{fault}: write for example [up1] and model_path = "run"')
+        stages, remedy = read_table(path), 'write for example [up1] and model_path = "run"'
+        refuse(
+            *((not isinstance(flags, dict), f"{path}: {name} is no stage: {remedy}") for name, flags in stages.items())
+        )
+        return {name: as_words(flags) for name, flags in stages.items()}
+    except UserError as error:
+        parser(NAME).error(f"--stages {error}")
 
 
 def _flags_of(shared: Flags, number: int, name: str, words: Sequence[str]) -> Flags:

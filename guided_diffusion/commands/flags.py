@@ -9,6 +9,7 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from importlib.util import module_from_spec, spec_from_file_location
@@ -19,6 +20,8 @@ from ..runtime.errors import UserError, nearest
 from ..runtime.launchers import announced_rank
 from ..runtime.options import defaults, means_not_given, reader_of, saved_values
 from . import sections as s
+from .flag_files import as_words, flags_in
+from .help_page import FIRST_STEPS, example_of, others, width
 
 Section = TypeVar("Section", bound=object)
 
@@ -235,23 +238,30 @@ def _names(way: str) -> set[str]:
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence each, said once for all ranks."""
 
+    where = ""  # the file that the flags come from
+
     def error(self, message: str) -> NoReturn:
         if announced_rank() == 0:
-            self._print_message(f"{self.prog}: error: {message}\n")
+            self._print_message(f"{self.prog}: error: {self.where}{message}\n")
         self.exit(2)
 
 
-def run_plugins(argv: Sequence[str] | None, prog: str) -> None:
-    """Run the files of --plugin in a command line, each once."""
+def _paths(name: str, words: Sequence[str], prog: str) -> list[str]:
+    """The paths of a flag that may be given more than once."""
     reader = _Parser(prog=prog, add_help=False, allow_abbrev=False)
-    reader.add_argument("--plugin", action="append", default=[])
-    for path in ",".join(reader.parse_known_args(argv)[0].plugin).split(","):
+    reader.add_argument(f"--{name}", dest="paths", action="append", default=[])
+    return [path for path in ",".join(reader.parse_known_args(words)[0].paths).split(",") if path]
+
+
+def run_plugins(words: Sequence[str], prog: str) -> None:
+    """Run the files of --plugin in a command line, each once."""
+    for path in _paths("plugin", words, prog):
         name = f"plugin {os.path.abspath(path)}"
-        if not path or name in sys.modules:
+        if name in sys.modules:
             continue
         spec = spec_from_file_location(name, path) if os.path.isfile(path) else None
         if spec is None or spec.loader is None:
-            reader.error(f"argument --plugin: {path} is no Python file")
+            _Parser(prog=prog).error(f"argument --plugin: {path} is no Python file")
         sys.modules[name] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
 
@@ -262,9 +272,14 @@ def sampler_names() -> list[str]:
     return list(loaded.SAMPLERS) if loaded else c.SAMPLER_NAMES
 
 
+def _about(spec: Field[Any]) -> str:
+    """The help text of a flag."""
+    return str(spec.metadata["help"]).replace("{samplers}", ", ".join(sampler_names()))
+
+
 def _add_flag(group: argparse._ActionsContainer, spec: Field[Any], saved: bool) -> None:
     """Add the option of one field; a boolean may stand alone (``--use_ddim``) or take a word (``--use_ddim True``)."""
-    about = spec.metadata["help"].replace("{samplers}", ", ".join(sampler_names())).replace("%", "%%")
+    about, choices = _about(spec).replace("%", "%%"), [choice for choice in spec.metadata["choices"] if choice]
     if spec.metadata["positional"]:
         count: dict[str, Any] = (
             {"nargs": "?", "default": argparse.SUPPRESS} if spec.metadata["positional"] == "?" else {}
@@ -272,25 +287,96 @@ def _add_flag(group: argparse._ActionsContainer, spec: Field[Any], saved: bool) 
         group.add_argument(spec.name, type=reader_of(spec), metavar=spec.name.upper(), help=about, **count)
         return
     names = [f"--{name}" for name in (spec.name, spec.metadata["alias"]) if name]
+    listed = "" if set(choices) <= set(re.findall(r"\w+", about)) else f"one of {', '.join(choices)}; "
     shown = ("from the checkpoint, else " if saved else "default: ") + (str(spec.default) or "''")
-    options: dict[str, Any] = {"metavar": type(spec.default).__name__.upper(), "help": f"{about} ({shown})"}
+    options: dict[str, Any] = {"metavar": type(spec.default).__name__.upper(), "help": f"{about} ({listed}{shown})"}
     options |= {"nargs": "?", "const": True} if isinstance(spec.default, bool) else {}
     group.add_argument(*names, dest=spec.name, default=argparse.SUPPRESS, type=reader_of(spec), **options)
 
 
-def parser(name: str) -> argparse.ArgumentParser:
-    """The command line of one script; flags that are not given stay absent from the result."""
-    command, seen = command_of(name), set[str]()
-    result = _Parser(prog=f"{name}.py", description=command.about, allow_abbrev=False)
-    result.add_argument("--version", action="version", version=f"guided-diffusion {__version__}")
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Folds texts between words alone: a flag's value may hold a hyphen."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=width())
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+class _Help(argparse.Action):
+    """Prints the help and ends the process."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, topic: Any, option: str | None = None) -> None:
+        print(help_page(str(self.const), topic if topic != self.const else ""), end="")
+        parser.exit(0)
+
+
+def parser(name: str, only: Sequence[str] = (), title: str = "") -> _Parser:
+    """The command line of one script; flags that are not given stay absent from the result.
+
+    :param only: these flags alone, all and those of every command if it is empty; in one group if that has a `title`.
+    """
+    command, specs = command_of(name), command_of(name).flags()
+    positional = [spec.name.upper() for spec in specs.values() if spec.metadata["positional"]]
+    result = _Parser(
+        prog=f"{name}.py",
+        usage=" ".join(["%(prog)s", *positional, "[--FLAG VALUE ...]"]),
+        description=textwrap.fill(command.about, width()).replace("%", "%%") + example_of(name),
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    groups = {title: list(only)} if title else _groups(command)
+    for heading, names in groups.items():
+        group = result.add_argument_group(heading)
+        for spec in (specs[flag] for flag in names if flag in only or not only):
+            saved = spec.name in SAVED_NAMES and "model_path" in specs
+            _add_flag(group, spec, saved)
+    if only and not title:
+        return result
+    group = result.add_argument_group("help, and flags from files")
+    about = "this page; --help all explains every flag, --help WORD those about a word"
+    group.add_argument(
+        "-h", "--help", action=_Help, nargs="?", const=name, default=argparse.SUPPRESS, metavar="all", help=about
+    )
+    group.add_argument("--version", action="version", version=f"guided-diffusion {__version__}")
+    about = (
+        "flags from a .yaml, .json or .toml file, or a run's config.json; of several files the last one, and of all "
+    )
+    group.add_argument("--config", action="append", metavar="FILE", help=f"{about}the command line has the last word")
+    return result
+
+
+def _groups(command: Command) -> dict[str, list[str]]:
+    """The flags of a command by the title of their section; one of several sections is in the first."""
+    result, seen = dict[str, list[str]](), set[str]()
     for section in command.sections:
-        group = result.add_argument_group((section.__doc__ or section.__name__).strip().rstrip("."))
-        for spec in fields(section):
-            if spec.name not in seen:
-                saved = section in SAVED and "model_path" in command.flags() and not spec.metadata["runtime"]
-                _add_flag(group, spec, saved)
+        title = (section.__doc__ or section.__name__).strip().rstrip(".")
+        result.setdefault(title, []).extend(name for name in defaults(section) if name not in seen)
         seen |= set(defaults(section))
     return result
+
+
+def help_page(name: str, topic: str = "") -> str:
+    """The text of ``--help``: the flags to start with, and the names of the others.
+
+    :param topic: "all" for every flag, or a word that is looked for in the names and the texts of the flags.
+    """
+    command, first = command_of(name), FIRST_STEPS.get(name, ("", ""))[0].split()
+    if topic not in ("", "all"):
+        word = topic.lower()
+        near = next((flags.split() for flags, known in SYNONYMS.items() if word in known.split()), [])
+        texts = {flag: f"{flag} {_about(spec)}".lower() for flag, spec in command.flags().items()}
+        first = [flag for flag, text in texts.items() if flag in near or word in text or word.replace("_", " ") in text]
+        nothing = f"no flag of {name}.py is about {topic}: --help all explains every flag\n"
+        return parser(name, first).format_help() if first else nothing
+    if topic == "all" or not first:
+        return parser(name).format_help()
+    page = parser(name, first, "the flags to start with")
+    rest = {title: [f"--{flag}" for flag in names if flag not in first] for title, names in _groups(command).items()}
+    page.epilog = others(rest).replace("%", "%%")
+    return page.format_help()
 
 
 # flags -> what other programs call them; of several flags it is the first one that the command has
@@ -298,7 +384,7 @@ SYNONYMS = {
     "lr": "learning_rate learning-rate",
     "steps max_steps": "steps num_steps",
     "max_steps": "epochs max_iters train_steps",
-    "steps": "num_inference_steps ddim_steps sampling_steps n_steps",
+    "steps": "num_inference_steps ddim_steps sampling_steps n_steps nfe",
     "log_dir": "output output_dir out out_dir outdir logdir save_dir",
     "data_dir": "data dataset data_path train_dir images",
     "model_path": "model checkpoint ckpt weights",
@@ -308,9 +394,9 @@ SYNONYMS = {
     "cfg_scale": "cfg cond_scale unconditional_guidance_scale",
     "cfg_rescale": "guidance_rescale rescale",
     "sampler": "scheduler solver method",
-    "init_image": "init_img init source input_image",
-    "mask": "mask_image mask_path",
-    "strength": "denoising_strength noise_strength",
+    "init_image": "init_img init source input_image img2img",
+    "mask": "mask_image mask_path inpaint",
+    "strength": "denoising_strength noise_strength sdedit",
     "churn": "s_churn S_churn",
     "resample_jump": "jump jump_length",
     "classes": "label labels class",
@@ -318,7 +404,8 @@ SYNONYMS = {
     "prompts": "prompt_file prompts_file from_file",
     "use_fp16": "fp16 half",
     "precision classifier_precision": "dtype amp mixed_precision",
-    "use_checkpoint checkpoint_resolutions": "gradient_checkpointing grad_checkpoint",
+    "microbatch": "gradient_accumulation grad_accum gradient_accumulation_steps accumulate_grad_batches",
+    "use_checkpoint checkpoint_resolutions": "gradient_checkpointing grad_checkpoint activation_checkpointing",
     "compile": "torch_compile compile_model",
     "device": "gpu cuda",
 }
@@ -338,20 +425,20 @@ def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Fl
 
     :param prog: how the sentence begins, where it is not the script's name.
     """
-    specs = command_of(name).flags()
+    specs, words, prog = command_of(name).flags(), list(sys.argv[1:] if argv is None else argv), prog or f"{name}.py"
+    values, saved = _of_files(name, words, prog)
     if "plugin" in specs:
-        run_plugins(argv, prog or f"{name}.py")
+        run_plugins([*as_words({"plugin": values.get("plugin", "")}), *words], prog)
     command_line = parser(name)
-    command_line.prog = prog or command_line.prog
-    namespace, unknown = command_line.parse_known_intermixed_args(argv)
-    for word in unknown:
-        if not word.startswith("-"):
-            command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
-        command_line.error(f"unknown flag {word}{_hint(word, command_of(name).words())}")
+    command_line.prog = prog
+    values |= _read(command_line, name, words)
+    values.pop("config")
     try:
-        words = _with_preset(name, vars(namespace))
-        flags = Flags(name, {k: v for k, v in words.items() if not means_not_given(specs[k], v)})
+        values = _with_preset(name, values)
+        flags = Flags(name, {k: v for k, v in values.items() if not means_not_given(specs[k], v)}, saved)
         earlier = {"resume_checkpoint", "init_from"} & flags.given.keys()  # it may say anything, and a model what it is
+        if saved and flags.given.get("resume_checkpoint", "auto") != "auto":
+            raise UserError("--config CONFIG.JSON begins a run and --resume_checkpoint goes on with one: give one")
         flags.check(pending=specs if earlier else SAVED_NAMES if "model_path" in specs else ())
     except ValueError as error:
         command_line.error(str(error))
@@ -387,3 +474,32 @@ def from_keywords(name: str, values: Mapping[str, Any], others: Sequence[str] = 
             except (argparse.ArgumentTypeError, UserError) as error:
                 raise UserError(f"{word}: {error}") from error
     return Flags(name, {word: value for word, value in given.items() if not means_not_given(specs[word], value)})
+
+
+def _read(command_line: argparse.ArgumentParser, name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Flag -> value of some words."""
+    namespace, unknown = command_line.parse_known_intermixed_args(words)
+    for word in unknown:
+        if not word.startswith("-"):
+            command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
+        command_line.error(f"unknown flag {word}{_hint(word, command_of(name).words())}")
+    return vars(namespace)
+
+
+def _of_files(name: str, words: Sequence[str], prog: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Flag -> value in the files of --config, of which later ones have the last word: those given, those of runs."""
+    given, saved, specs = dict[str, Any](), dict[str, Any](), command_of(name).flags()
+    for path in _paths("config", words, prog):
+        file = parser(name, [flag for flag, spec in specs.items() if not spec.metadata["positional"]])
+        file.prog = prog
+        try:
+            flags, of_run = flags_in(path)
+            words_of_file = as_words(flags)
+        except UserError as error:
+            file.error(str(error))
+        file.where = f"{path}: "
+        values = _read(file, name, words_of_file)
+        given = {flag: value for flag, value in given.items() if flag not in values}
+        saved = {flag: value for flag, value in saved.items() if flag not in values}
+        (saved if of_run else given).update(values)
+    return given, saved

@@ -137,7 +137,9 @@ class SampleConfig(ModelConfig):
     batch_size: int = flag(16, "images per pass of the network", at_least=1)
     sampler: str = flag("", "one of {samplers}; '' is ddpm, or ddim with --use_ddim True")
     use_ddim: bool = flag(False, "alias of --sampler ddim", excludes="sampler!=,ddim")
-    steps: int = flag(0, "steps on the sampler's own grid; 0: none given", at_least=1, excludes="timestep_respacing")
+    steps: int = flag(
+        0, "steps on the sampler's own grid (NFE is logged); 0: none given", at_least=1, excludes="timestep_respacing"
+    )
     eta: float = flag(-1.0, "noise of samplers that take it: 0 none, 1 ddpm's; -1: the sampler's own", at_least=0)
     order: int = flag(0, "order of samplers that have several; 0: the sampler's own", at_least=1)
     churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
@@ -152,7 +154,9 @@ class GuidanceConfig:
     """Classifier guidance."""
 
     classifier_path: str = path_flag("the classifier's checkpoint, or the folder of its run")
-    classifier_scale: float = flag(1.0, "factor of the gradient of log p(y | x_t); 0: off", needs="classifier_path")
+    classifier_scale: float = flag(
+        1.0, "guidance scale, a factor of grad log p(y | x_t); 0: off", needs="classifier_path"
+    )
     clip_guided: str = flag(
         "auto",
         "clip x_0 after guidance too; auto: not of ddim, plms without --steps",
@@ -166,7 +170,7 @@ class FreeGuidanceConfig:
     """Guidance without a classifier, and when guidance of any kind acts."""
 
     cfg_scale: float = flag(
-        1.0, "w in uncond + w (cond - uncond); above 1 guides", needs="class_cond|cond_type|context=text"
+        1.0, "guidance scale w in uncond + w (cond - uncond); above 1 guides", needs="class_cond|cond_type|context=text"
     )
     cfg_rescale: float = share_flag("share of guidance's gain in contrast to take back", needs="cfg_scale!=1.0")
     autoguide_path: str = path_flag("a weaker model of the same kind to guide away from", needs="autoguide_scale!=1.0")
@@ -203,11 +207,14 @@ class ClipConfig:
 class EditConfig:
     """Starting from images."""
 
-    init_image: str = path_flag("an image to start from; of a folder or zip its images in turn")
-    mask: str = path_flag("white keeps --init_image, black is painted; or a folder of masks", needs="init_image")
+    init_image: str = path_flag("an image to start from (img2img); of a folder or zip its images in turn")
+    mask: str = path_flag("inpainting: white keeps --init_image, black is painted; or a folder", needs="init_image")
     mask_invert: bool = flag(False, "black keeps and white is painted", needs="mask")
     strength: float = share_flag(
-        "share of the way to noise; -1: 0.6, and 1 with --mask or --invert", -1.0, at_least=1e-6, needs="init_image"
+        "share of the way to noise, as in SDEdit; -1: 0.6, and 1 with --mask or --invert",
+        -1.0,
+        at_least=1e-6,
+        needs="init_image",
     )
     resample: int = flag(1, "how often each stretch of steps is taken, to fit the painted in", at_least=1, needs="mask")
     resample_jump: int = flag(10, "steps in such a stretch", at_least=1, needs="mask resample!=1")
@@ -258,7 +265,9 @@ class CascadeConfig(RunConfig):
     prompt: str = flag("", "what the images show, for all stages that attend to text", excludes="prompts")
     prompts: str = path_flag("file of prompts, one on each line, for the images in turn")
     save_images: bool = flag(False, "write one PNG per image of the last stage as well")
-    stages: str = local_flag("JSON or TOML file of the stages' flags, by stage; the command line has the last word")
+    stages: str = local_flag(
+        "TOML, YAML or JSON file of the stages' flags, by stage; the command line has the last word"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,12 +39,10 @@ from ..training.report import reporting
 from ..training.settings import Settings
 from . import conditioning, finetuning, latent_space, latents, prompts
 from .common import PRECISION_FLAGS, check_kind, precision_of
+from .flag_files import OF_A_PROCESS
 from .flags import COMMANDS, Flags
 
 Load = Callable[..., ImageStream]
-
-# never taken from an earlier part of the run
-OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "plugin", "resume_checkpoint")
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ import json
 import re
 import shlex
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import guided_diffusion.commands
 from conversion.command import DATASETS
-from guided_diffusion.commands import flags as cli
+from guided_diffusion.commands import cascade_sample, flags as cli, help_page
 from guided_diffusion.commands.sections import ClipConfig, PromptConfig
 from guided_diffusion.config import (
     CaptionConfig,
@@ -432,14 +433,66 @@ def test_every_flag_has_a_help_text_and_a_plain_default():
             assert json.loads(json.dumps(spec.default)) == spec.default
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_every_flag(command, capsys):
+def shown_by(capsys, command, *words):
     with pytest.raises(SystemExit) as stop:
-        cli.parse(command, ["--help"])
+        cli.parse(command, words)
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    flags = cli.COMMANDS[command].flags().items()
-    assert all((name.upper() if spec.metadata["positional"] else f"--{name} ") in shown for name, spec in flags)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_the_first_flags_and_names_all(command, capsys, monkeypatch):
+    """Below an example that parses; --help all explains each, with its choices."""
+    monkeypatch.setenv("COLUMNS", "90")
+    page, everything = shown_by(capsys, command, "--help"), shown_by(capsys, command, "--help", "all")
+    flags = cli.COMMANDS[command].flags()
+    first, example = help_page.FIRST_STEPS[command]
+    for text in (page, everything):
+        assert all(
+            (name.upper() if spec.metadata["positional"] else f"--{name}") in text.split()
+            for name, spec in flags.items()
+        )
+        assert max(len(line) for line in text.splitlines() if line.startswith(" ")) <= 90
+        line = text.replace("\\\n", "").split("for example:\n")[1].splitlines()[0]
+        assert line.split() == ["python", f"scripts/{command}.py", *example.split()]
+        assert text.startswith(f"usage: {command}.py")
+    explained = re.findall(r"^  (--\w+|[A-Z_]+)[ \n]", page.split("help, and flags from files")[0], re.MULTILINE)
+    names = [word.removeprefix("--").lower() for word in explained]
+    assert names == first.split() or (not first and set(names) == set(flags))
+    assert len(first.split()) in (0, 5)
+    for name, spec in flags.items():
+        about = everything.split(f"\n  {name.upper() if spec.metadata['positional'] else f'--{name} '}")[1].split(
+            "\n  -"
+        )[0]
+        assert {choice for choice in spec.metadata["choices"] if choice} <= set(re.findall(r"[\w-]+", about)), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_each_help_parses(command):
+    words = help_page.FIRST_STEPS[command][1].split()
+    (cascade_sample.parse_stages if command == "cascade_sample" else partial(cli.parse, command))(words)
+
+
+@pytest.mark.parametrize(
+    ("command", "topic", "flags"),
+    [
+        ("image_sample", "inpainting", {"mask"}),
+        ("image_sample", "img2img", {"init_image"}),
+        ("image_sample", "SDEdit", {"strength"}),
+        ("image_sample", "NFE", {"steps"}),
+        ("classifier_sample", "guidance scale", {"classifier_scale", "cfg_scale"}),
+        ("classifier_sample", "guidance_scale", {"classifier_scale", "cfg_scale"}),
+        ("image_train", "gradient accumulation", {"microbatch"}),
+        ("image_train", "gradient_accumulation_steps", {"microbatch"}),
+        ("image_train", "activation checkpointing", {"use_checkpoint"}),
+        ("image_train", "mixed precision", {"precision"}),
+        ("image_train", "xyzzy", set()),
+    ],
+)
+def test_help_finds_flags_by_the_words_of_the_field(command, topic, flags, capsys):
+    page = shown_by(capsys, command, "--help", topic)
+    assert set(re.findall(r"^  --(\w+)", page, re.MULTILINE)) == flags
+    assert flags or page == f"no flag of {command}.py is about {topic}: --help all explains every flag\n"
 
 
 def test_help_says_what_a_checkpoint_decides():
@@ -449,7 +502,7 @@ def test_help_says_what_a_checkpoint_decides():
         "condition the network on class labels (from the checkpoint, else False)",
         "'' chooses by size (from the checkpoint, else '')",
         "images per pass of the network (default: 16)",
-        "recompute activations in the backward pass to save memory (default: False)",
+        "activation checkpointing: recompute them backwards, for memory (default: False)",
     ):
         assert shown in text
     assert "from the checkpoint" not in cli.parser("image_train").format_help()
