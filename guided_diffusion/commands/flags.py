@@ -16,12 +16,13 @@ from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from .. import __version__, config as c
-from ..runtime.errors import UserError, nearest
+from ..runtime.errors import UserError
 from ..runtime.launchers import announced_rank
 from ..runtime.options import defaults, means_not_given, reader_of, saved_values
 from . import sections as s
 from .flag_files import as_words, flags_in
 from .help_page import FIRST_STEPS, example_of, others, width
+from .synonyms import SYNONYMS, flag_instead
 
 Section = TypeVar("Section", bound=object)
 
@@ -379,47 +380,6 @@ def help_page(name: str, topic: str = "") -> str:
     return page.format_help()
 
 
-# flags -> what other programs call them; of several flags it is the first one that the command has
-SYNONYMS = {
-    "lr": "learning_rate learning-rate",
-    "steps max_steps": "steps num_steps",
-    "max_steps": "epochs max_iters train_steps",
-    "steps": "num_inference_steps ddim_steps sampling_steps n_steps nfe",
-    "log_dir": "output output_dir out out_dir outdir logdir save_dir",
-    "data_dir": "data dataset data_path train_dir images",
-    "model_path": "model checkpoint ckpt weights",
-    "resume_checkpoint": "resume resume_from",
-    "image_size": "resolution size img_size",
-    "classifier_scale cfg_scale": "guidance_scale scale",
-    "cfg_scale": "cfg cond_scale unconditional_guidance_scale",
-    "cfg_rescale": "guidance_rescale rescale",
-    "sampler": "scheduler solver method",
-    "init_image": "init_img init source input_image img2img",
-    "mask": "mask_image mask_path inpaint",
-    "strength": "denoising_strength noise_strength sdedit",
-    "churn": "s_churn S_churn",
-    "resample_jump": "jump jump_length",
-    "classes": "label labels class",
-    "prompt": "text caption",
-    "prompts": "prompt_file prompts_file from_file",
-    "use_fp16": "fp16 half",
-    "precision classifier_precision": "dtype amp mixed_precision",
-    "microbatch": "gradient_accumulation grad_accum gradient_accumulation_steps accumulate_grad_batches",
-    "use_checkpoint checkpoint_resolutions": "gradient_checkpointing grad_checkpoint activation_checkpointing",
-    "compile": "torch_compile compile_model",
-    "device": "gpu cuda",
-}
-
-
-def _hint(word: str, known: Sequence[str], otherwise: str = "; --help lists the flags") -> str:
-    """The flag to write instead of an unknown one."""
-    bare = word.split("=")[0].lstrip("-")
-    flags = next((flags.split() for flags, words in SYNONYMS.items() if bare in words.split()), [])
-    synonyms = [f"; did you mean --{name}?" for name in flags if name in known]
-    near = nearest(f"--{bare}", [f"--{name}" for name in known])
-    return synonyms[0] if synonyms else near or otherwise
-
-
 def parse(name: str, argv: Sequence[str] | None = None, *, prog: str = "") -> Flags:
     """The flags of script `name` from a command line; a wrong one ends the process with code 2 and a sentence.
 
@@ -454,35 +414,13 @@ def _with_preset(name: str, words: dict[str, Any]) -> dict[str, Any]:
     return presets.given(words["preset"], name, command_of(name).flags().keys(), words)
 
 
-def from_keywords(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Flags:
-    """The flags of a command from values of Python, each read as its text on a command line is; None is not given.
-
-    :param values: a list stands for its items with commas between them.
-    :param others: further words to mean by a misspelt one.
-    :raises UserError: for a name that is no flag of the command, or a value out of the flag's limits.
-    """
-    command = command_of(name)
-    specs, given = command.flags(), dict[str, Any]()
-    for word, value in values.items():
-        if word not in specs:
-            hint = _hint(word, [*command.words(), *others], f"; those of {name}.py --help are")
-            raise UserError(f"{word!r} is no option{hint.replace('mean --', 'mean ')}")
-        if value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            try:
-                given[word] = reader_of(specs[word])(text)
-            except (argparse.ArgumentTypeError, UserError) as error:
-                raise UserError(f"{word}: {error}") from error
-    return Flags(name, {word: value for word, value in given.items() if not means_not_given(specs[word], value)})
-
-
 def _read(command_line: argparse.ArgumentParser, name: str, words: Sequence[str]) -> dict[str, Any]:
     """Flag -> value of some words."""
     namespace, unknown = command_line.parse_known_intermixed_args(words)
     for word in unknown:
         if not word.startswith("-"):
             command_line.error(f"unexpected word {word}: flags are written --NAME VALUE; --help lists them")
-        command_line.error(f"unknown flag {word}{_hint(word, command_of(name).words())}")
+        command_line.error(f"unknown flag {word}{flag_instead(word, command_of(name).words())}")
     return vars(namespace)
 
 

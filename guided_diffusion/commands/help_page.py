@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 WIDTH = 100  # columns, at most
 
 EMOJI = "--data_dir datasets/emoji64.zip"
-MODEL = "--model_path demo-output/diffusion"
-GUIDED = f"{MODEL} --classifier_path demo-output/classifier"
+MODEL = "--model_path models/emoji32"
+GUIDED = f"{MODEL} --classifier_path models/emoji32/classifier"
 
-# command -> (flags that are explained, '' for all; a line to try), the demo's networks where it takes some
+# command -> (flags that are explained, '' for all; a line to try), of the bundled model where it takes one
 FIRST_STEPS = {
     "image_train": (
         "data_dir log_dir image_size batch_size max_steps",

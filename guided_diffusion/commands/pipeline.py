@@ -8,6 +8,7 @@ Shapes: N images, H W space, C channels.
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import sys
@@ -30,14 +31,16 @@ from ..runtime import files
 from ..runtime.errors import UserError, nearest, refuse
 from ..runtime.labels import parse_classes
 from ..runtime.npz import save_npz
+from ..runtime.options import means_not_given, reader_of
 from ..runtime.pictures import Pixels, grid_of_classes, save_png, to_uint8
 from ..sample_util import plain_images, sampled
 from ..sampling.guidance import combine
 from ..training.checkpoints import CLASSIFIER, UPSAMPLER, open_checkpoint
 from . import editing, image_nll, presets, sampling
 from .common import Plan, Restored, restore
-from .flags import COMMANDS, Flags, from_keywords
+from .flags import COMMANDS, Flags, command_of
 from .sections import SEED_STEP, AdapterConfig
+from .synonyms import flag_instead
 
 Images = Any  # a path; or uint8 [N, H, W, C] or [H, W, C], float [N, C, H, W] in [-1, 1], a picture, or Samples
 
@@ -135,7 +138,7 @@ def load(
         guide = guide or preset.companion("classifier")
         enlargers = enlargers or [each for each in [preset.companion("upsampler")] if each]
     with _logging(verbose), dist_util.computing_on(device):
-        flags = from_keywords(
+        flags = _flags_of(
             _command_of(path, preset.kind if preset and preset.file else ""), {**options, "model_path": path}
         )
         return Model(restore(flags), guide, enlargers, verbose)
@@ -157,6 +160,28 @@ def _command_of(path: str, kind: str = "") -> str:
     if kind == CLASSIFIER:
         raise UserError(f"{path} is a classifier, which guides others: give it as classifier= beside a diffusion model")
     return ENLARGE if kind == UPSAMPLER else SAMPLE
+
+
+def _flags_of(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Flags:
+    """The flags of a command from values of Python, each read as its text on a command line is; None is not given.
+
+    :param values: a list stands for its items with commas between them.
+    :param others: further words to mean by a misspelt one.
+    :raises UserError: for a name that is no flag of the command, or a value out of the flag's limits.
+    """
+    command = command_of(name)
+    specs, given = command.flags(), dict[str, Any]()
+    for word, value in values.items():
+        if word not in specs:
+            hint = flag_instead(word, [*command.words(), *others], f"; those of {name}.py --help are")
+            raise UserError(f"{word!r} is no option{hint.replace('mean --', 'mean ')}")
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            try:
+                given[word] = reader_of(specs[word])(text)
+            except (argparse.ArgumentTypeError, UserError) as error:
+                raise UserError(f"{word}: {error}") from error
+    return Flags(name, {word: value for word, value in given.items() if not means_not_given(specs[word], value)})
 
 
 class _Warnings(logger.SeqWriter):
@@ -290,7 +315,7 @@ class Model:
         flags, command = self._restored.flags, command or self._restored.flags.command
         known = COMMANDS[command].flags()
         given = {name: value for name, value in flags.given.items() if name in known}
-        given |= from_keywords(command, options, LOOP).given
+        given |= _flags_of(command, options, LOOP).given
         if options.get("classifier_scale") is not None:
             given["classifier_path"] = self._classifier().path
         return replace(self._restored, flags=Flags(command, given, flags.saved)).with_flags()
