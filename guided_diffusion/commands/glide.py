@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..networks.glide import Text2ImUNet, read_glide
-from ..respace import SpacedDiffusion
 from ..runtime.errors import UserError
 from ..script_util import create_gaussian_diffusion
 from ..training.published import is_glide, tensors_in
 from ..training.weights import load, tensor_differences
+
+if TYPE_CHECKING:
+    from ..respace import SpacedDiffusion
 
 
 def load_glide(path: str, timestep_respacing: str = "") -> tuple[Text2ImUNet, SpacedDiffusion]:
