@@ -101,8 +101,9 @@ class SuperResModel(UNetModel):
             return super().forward(both, timesteps, **kwargs)
         level = x.new_zeros(len(x)) if low_res_level is None else low_res_level
         waves = timestep_embedding(1000 * level, self.model_channels)
-        emb = self._embed(x, timesteps, **{"y": None, **kwargs})
-        return self._predict(both, emb + self.low_res_embed(waves.to(dtype_of(self.low_res_embed))))
+        y = kwargs.pop("y", None)
+        emb = self._embed(x, timesteps, y) + self.low_res_embed(waves.to(dtype_of(self.low_res_embed)))
+        return self._predict(both, emb, *self._attended(y, **kwargs))
 
 
 class EncoderUNetModel(UNetBackbone):

@@ -303,9 +303,21 @@ class UNetModel(UNetBackbone):
         :param context_mask: bool [N, L], False for vectors that are attended to by none.
         :param tokens: [N, L] int64, in place of a context, for networks whose `context_encoder` makes one of them.
         """
-        emb, width = self._embed(x, timesteps, y), self.context_dim or self.encoder_channels
+        emb = self._embed(x, timesteps, y)  # which checks y
+        return self._predict(x, emb, *self._attended(y, context=context, context_mask=context_mask, tokens=tokens))
+
+    def _attended(
+        self,
+        y: th.Tensor | None,
+        *,
+        context: th.Tensor | None = None,
+        context_mask: th.Tensor | None = None,
+        tokens: th.Tensor | None = None,
+    ) -> tuple[th.Tensor | None, ...]:
+        """The context and its mask, () for a network without."""
+        width = self.context_dim or self.encoder_channels
         context = context_for(width, self.context_encoder, context, tokens=tokens, mask=context_mask, y=y)
-        return self._predict(x, emb, *(() if context is None else (context, context_mask)))
+        return () if context is None else (context, context_mask)
 
     def _predict(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> th.Tensor:
         """The output for images and the embedding [N, E] of all else but the context and its mask."""

@@ -200,6 +200,7 @@ def test_previews_validation_and_evaluation_know_the_captions(
 
 def test_an_upsampler_trains_on_captions(pictures: str, tmp_path: Path) -> None:
     flags = {**TINY, **TEXT, "large_size": 8, "small_size": 4, "sample_interval": 1, "max_steps": 1}
+    flags["cond_aug"] = 0.2
     super_res_train.main(words(**flags, data_dir=pictures, val_data_dir=pictures, val_interval=1, log_dir=tmp_path))
     assert any("context_encoder" in name for name in weights(tmp_path, "model000001.pt"))
     assert (tmp_path / "previews" / "000001.png").exists()
@@ -384,7 +385,7 @@ def test_a_cascade_takes_its_prompts_through_all_stages(run: str, pictures: str,
     sizes = {"large_size": 16, "small_size": 8, "attention_resolutions": 8}
     upsampler = {**TINY, **sizes, "data_dir": pictures, "max_steps": 1}
     super_res_train.main(words(**upsampler, log_dir=tmp_path / "plain"))
-    super_res_train.main(words(**upsampler, **TEXT, log_dir=tmp_path / "text"))
+    super_res_train.main(words(**upsampler, **TEXT, cond_aug=0.2, log_dir=tmp_path / "text"))
     argv = words(num_samples=3, batch_size=2, prompts=prompts, log_dir=tmp_path / "out", save_images=True)
     paths = [run, str(tmp_path / "plain"), str(tmp_path / "text")]
     stages = [f"--{name}.model_path={path}" for name, path in zip(("base", "up1", "up2"), paths, strict=True)]
