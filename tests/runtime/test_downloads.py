@@ -270,7 +270,7 @@ def test_a_folder_that_cannot_be_made_is_named(source: Source, tmp_path: Path) -
 def test_the_command_says_what_to_do_without_a_network(tmp_path: Path) -> None:
     environment = {**os.environ, "https_proxy": "http://127.0.0.1:1", "GUIDED_DIFFUSION_CACHE": str(tmp_path)}
     command = [sys.executable, "scripts/download.py", "inception"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert f"fetch {SOURCES['inception'].urls[0]} (95628359 bytes) on another machine and put it at" in done.stderr
