@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 
@@ -25,6 +25,20 @@ _FIRST = re.compile(r"(|.*\.)time_embed\.0\.weight")  # all networks of this pac
 _CROSS = re.compile(r".*\.transformer_blocks\.(\d+)\.attn2\.to_k\.weight")
 _TEXT_LAYER = re.compile(r"context_encoder\.transformer\.attn_layers\.layers\.(\d+)\.")
 MAX_EMPTY = 1000  # blocks without weights: a network of ours has fewer
+
+
+class Weights(NamedTuple):
+    """The weights that were chosen of a file.
+
+    :param flags: of their network and its process, where another program's file shows them.
+    :param sentence: for the user, which of the weights these are; '' where the file holds no others.
+    """
+
+    state: dict[str, th.Tensor]
+    flags: dict[str, Any]
+    sentence: str
+
+
 CLASSIFIER_NAMES = {
     "num_channels": "classifier_width",
     "num_res_blocks": "classifier_depth",

@@ -104,15 +104,6 @@ def _numbers(text: str) -> list[float]:
         return [math.nan]
 
 
-def parse_schedule(text: str) -> tuple[str, list[float]]:
-    """The name of a noise schedule, and the first and last beta (of 1000) in NAME:FIRST,LAST; [] for its own."""
-    name, colon, ends = text.partition(":")
-    numbers = _numbers(ends)
-    if colon and (len(numbers) != 2 or not 0 < numbers[0] < numbers[1] < 1):
-        raise UserError(f"noise_schedule {text!r} is not of the form {name}:FIRST,LAST with 0 < FIRST < LAST < 1")
-    return name, numbers
-
-
 def parse_rates(text: str | float) -> list[float]:
     """The rates of moving averages in "0.999,0.9999"; [] of ''."""
     rates = _numbers(str(text).strip(" ,"))

@@ -18,7 +18,6 @@ import torch as th
 import torch.nn.functional as F
 
 from ..runtime.errors import UserError, nearest
-from ..runtime.options import parse_schedule
 from ..runtime.seeds import to_device
 from .steps import NO_SIGNAL
 
@@ -80,13 +79,25 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> Array:
     """Betas [T] of a schedule in `SCHEDULES`, of linear ones perhaps with ends: "scaled_linear:0.0015,0.0195"."""
-    name, ends = parse_schedule(schedule_name)
+    name, colon, text = schedule_name.partition(":")
     if name not in SCHEDULES:
         hint = nearest(name, SCHEDULES)
         raise UserError(f"noise_schedule {name!r} is unknown: use one of {', '.join(SCHEDULES)}{hint}")
-    if ends and not name.endswith("linear"):
-        raise UserError(f"noise_schedule {name} has no first and last beta: leave out what follows it")
-    return SCHEDULES[name](num_diffusion_timesteps, *ends)
+    return SCHEDULES[name](num_diffusion_timesteps, *(_ends(name, text) if colon else ()))
+
+
+def _ends(name: str, text: str) -> tuple[float, float]:
+    """The first and last beta, for T = 1000, in "FIRST,LAST"."""
+    try:
+        first, last = map(float, text.split(","))
+        if name.endswith("linear") and 0 < first < last < 1:
+            return first, last
+    except ValueError:
+        pass
+    raise UserError(
+        f"noise_schedule {name}:{text} is none: write linear:FIRST,LAST or scaled_linear:FIRST,LAST with "
+        "0 < FIRST < LAST < 1"
+    )
 
 
 def rescale_zero_terminal_snr(betas: npt.ArrayLike) -> Array:
