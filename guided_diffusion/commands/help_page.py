@@ -68,7 +68,9 @@ FIRST_STEPS = {
     "download": ("", "inception"),
     "convert": ("", "runs/emoji emoji.safetensors --precision fp16"),
     "npz_tool": ("", "to-png runs/samples runs/pngs"),
+    "models": ("", "show imagenet256"),
     "demo": ("", "--log_dir demo-output"),
+    "demo_train": ("", "--log_dir demo-train-output"),
 }
 
 

@@ -11,13 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch as th
 
-if TYPE_CHECKING:
-    from ..runtime.options import Size
+from ..runtime.options import Size, parse_size
 
 Shape = tuple[int, ...]
 Layer = dict[str, Shape]  # name within the layer -> shape
@@ -27,6 +25,20 @@ _FIRST = re.compile(r"(|.*\.)time_embed\.0\.weight")  # all networks of this pac
 _CROSS = re.compile(r".*\.transformer_blocks\.(\d{1,4})\.attn2\.to_k\.weight")
 _TEXT_LAYER = re.compile(r"context_encoder\.transformer\.attn_layers\.layers\.(\d{1,4})\.")
 MAX_EMPTY = 1000  # blocks without weights: a network of ours has fewer
+
+
+class Weights(NamedTuple):
+    """The weights that were chosen of a file.
+
+    :param flags: of their network and its process, where another program's file shows them.
+    :param sentence: for the user, which of the weights these are; '' where the file holds no others.
+    """
+
+    state: dict[str, th.Tensor]
+    flags: dict[str, Any]
+    sentence: str
+
+
 CLASSIFIER_NAMES = {
     "num_channels": "classifier_width",
     "num_res_blocks": "classifier_depth",
@@ -143,8 +155,7 @@ def _trunk(shapes: Mapping[str, Shape], image_size: Size | None) -> dict[str, An
     if len(starts) > 1:
         flags["resblock_updown"] = _is_residual(encoder[period])
     if image_size is not None:
-        sides = image_size.split("x") if isinstance(image_size, str) else np.atleast_1d(image_size)
-        longer = max(map(int, sides))
+        longer = max(parse_size(image_size))
         rates = [2**level for level, block in enumerate(starts) if _has_attention(block)]
         flags["attention_resolutions"] = ",".join(str(longer // rate) for rate in rates)
     return flags

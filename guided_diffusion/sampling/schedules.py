@@ -83,16 +83,21 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     if name not in SCHEDULES:
         hint = nearest(name, SCHEDULES)
         raise UserError(f"noise_schedule {name!r} is unknown: use one of {', '.join(SCHEDULES)}{hint}")
-    if colon and not name.endswith("linear"):
-        raise UserError(f"noise_schedule {name} has no first and last beta: leave out what follows it")
+    return SCHEDULES[name](num_diffusion_timesteps, *(_ends(name, text) if colon else ()))
+
+
+def _ends(name: str, text: str) -> tuple[float, float]:
+    """The first and last beta, for T = 1000, in "FIRST,LAST"."""
     try:
-        ends = [float(number) for number in text.split(",")] if colon else []
+        first, last = map(float, text.split(","))
+        if name.endswith("linear") and 0 < first < last < 1:
+            return first, last
     except ValueError:
-        ends = [1.0]
-    if colon and (len(ends) != 2 or not 0 < ends[0] < ends[1] < 1):
-        form = f"{name}:FIRST,LAST with 0 < FIRST < LAST < 1"
-        raise UserError(f"noise_schedule {schedule_name!r} is not of the form {form}")
-    return SCHEDULES[name](num_diffusion_timesteps, *ends)
+        pass
+    raise UserError(
+        f"noise_schedule {name}:{text} is none: write linear:FIRST,LAST or scaled_linear:FIRST,LAST with "
+        "0 < FIRST < LAST < 1"
+    )
 
 
 def rescale_zero_terminal_snr(betas: npt.ArrayLike) -> Array:

@@ -23,12 +23,12 @@ from typing import Any, cast
 import torch as th
 
 from .. import dist_util, logger
-from ..networks.architecture import architecture
+from ..networks.architecture import Weights, architecture
 from ..runtime import files
 from ..runtime.errors import UserError, reason
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from ..runtime.options import Size, parse_size
-from .published import Published
+from .published import read_published
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
@@ -86,21 +86,21 @@ class Checkpoint:
         return load_classes(names) if names else []
 
     @cached_property
-    def picked(self) -> Published:
+    def picked(self) -> Weights:
         """Its weights, the flags that another program's file shows, and which of its weights these are."""
-        return pick(self.path, self.best)
+        return pick(self.path, self.best, read_published)
 
     @property
     def weights(self) -> dict[str, th.Tensor]:
         """The state dict in its file."""
-        return self.picked.weights
+        return self.picked.state
 
     def fitting(self, network: th.nn.Module | State, flags: Mapping[str, Any]) -> dict[str, th.Tensor]:
         """Its weights, if a network takes them; it may be on the meta device, or its state dict alone.
 
         :param flags: that it was built from, of which the sizes name attention resolutions in messages.
         """
-        weights, choice = self.picked.weights, self.picked.sentence
+        weights, choice = self.picked.state, self.picked.sentence
         expected = network.state_dict() if isinstance(network, th.nn.Module) else network
         if choice:
             logger.log(choice)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch as th
 
-from ..networks.architecture import architecture
+from ..networks.architecture import Weights, architecture
 from ..runtime.errors import UserError, printable
 
 UNET, AVERAGE = "model.diffusion_model.", "model_ema."
@@ -26,19 +26,6 @@ SCHEDULE, USUAL_ENDS = "scaled_linear", (0.00085, 0.012)
 SHOWN = 6
 
 Tensors = Mapping[str, th.Tensor]
-
-
-class Published(NamedTuple):
-    """Such a file.
-
-    :param weights: of the U-Net, with the encoder of labels or texts that was trained along.
-    :param flags: of the network, the process and the autoencoder, whose place is this file if it holds one.
-    :param sentence: for the user, which of the weights these are.
-    """
-
-    weights: dict[str, th.Tensor]
-    flags: dict[str, Any]
-    sentence: str
 
 
 def tensors_in(content: Any) -> dict[str, th.Tensor]:
@@ -53,12 +40,19 @@ def is_glide(state: Tensors) -> bool:
     return {"time_embed.0.weight", "transformer_proj.weight", "token_embedding.weight"} <= set(state)
 
 
-def read_published(content: Any, path: str) -> Published | None:
-    """What the content of a file holds; None where it is of another kind.
+def read_published(content: Any, path: str) -> Weights | None:
+    """The U-Net that the content of a file holds; None where it is of another kind.
+
+    Its flags name the file as the place of the autoencoder if it holds one.
 
     :raises UserError: where it is of this kind and cannot be used.
     """
     tensors = tensors_in(content)
+    if is_glide(tensors):
+        raise UserError(
+            f"{path} is a network of GLIDE, which takes tokens and not the flags of a command: open it in Python with "
+            "guided_diffusion.commands.glide.load_glide"
+        )
     network, averaged = _unet(tensors)
     if not network:
         return None
@@ -74,7 +68,7 @@ def read_published(content: Any, path: str) -> Published | None:
     others = [name for name in others if name != "state_dict"]
     left = f"; what is no tensor is left out ({', '.join(others[:SHOWN])}{', ...' * (len(others) > SHOWN)})"
     chosen = "its moving average" if averaged else "its U-Net"
-    return Published(weights, flags, f"{path} is a model of {kind}: {chosen} is taken{left if others else ''}")
+    return Weights(weights, flags, f"{path} is a model of {kind}: {chosen} is taken{left if others else ''}")
 
 
 def _unet(tensors: Tensors) -> tuple[dict[str, th.Tensor], bool]:

@@ -7,15 +7,14 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, TypedDict, cast
 
 import torch as th
 
-from ..networks.architecture import architecture, networks_in
+from ..networks.architecture import Weights, architecture, networks_in
 from ..runtime import files
 from ..runtime.errors import UserError, printable
-from .published import Published, is_glide, read_published, tensors_in
 
 SHOWN = 3
 _MAX_FOREIGN = 1000  # names of classes in a file
@@ -164,32 +163,28 @@ def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
 # ---- the weights among all that a file holds
 
 
-def pick(path: str, beside: str) -> Published:
+def pick(path: str, beside: str, read: Callable[[Any, str], Weights | None]) -> Weights:
     """The weights in a file, whatever else another program saved with them, and a sentence that says which.
 
     Of several networks of this package an average (EMA) is taken, else the first. The sentence is '' where nothing but
     weights is there, and so are the flags, but of files of latent-diffusion.
 
     :param beside: weights to name in a message, '' where there are none.
+    :param read: content and path of another program's file -> what it holds, None for files of other kinds.
     """
     content = load(path, inert=True)
-    if is_glide(tensors_in(content)):
-        raise UserError(
-            f"{path} is a network of GLIDE, which takes tokens and not the flags of a command: open it in Python with "
-            "guided_diffusion.commands.glide.load_glide"
-        )
-    picked = read_published(content, path) or _picked(content, path, beside)
-    _check_finite(picked.weights, path)
+    picked = read(content, path) or _picked(content, path, beside)
+    _check_finite(picked.state, path)
     return picked
 
 
-def _picked(content: Any, path: str, beside: str) -> Published:
+def _picked(content: Any, path: str, beside: str) -> Weights:
     networks = dict(networks_in(content)) or {"": _plain_weights(content, path, beside)}
     place = max(networks, key=lambda place: len(_AVERAGE.findall(place)))
     others = [name or "its top level" for name in networks if name != place]
     left = f", not those at {', '.join(others)}" if others else ""
     sentence = f"of {path} the weights at {place or 'its top level'} are taken{left}" if place or others else ""
-    return Published(networks[place], {}, sentence)
+    return Weights(networks[place], {}, sentence)
 
 
 def _check_finite(state: State, path: str) -> None:

@@ -11,6 +11,7 @@ from oracle import make_process
 
 from guided_diffusion.config import SCHEDULE_NAMES
 from guided_diffusion.diffusion.forward_process import ForwardProcess
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.sampling.schedules import (
     SCHEDULES,
     NoiseLevels,
@@ -110,3 +111,13 @@ def test_levels_reach_down_to_no_signal():
 def test_a_single_level_is_everywhere():
     levels = NoiseLevels([0.5])
     assert levels.level(th.tensor([0.0, 3.0])).exp().tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_linear_schedules_may_have_ends_of_their_own():
+    betas = get_named_beta_schedule("scaled_linear:0.0015,0.0195", 1000)
+    assert np.allclose([betas[0], betas[-1]], [0.0015, 0.0195])
+    assert np.allclose(np.diff(np.sqrt(betas), 2), 0, atol=1e-12)
+    assert np.array_equal(get_named_beta_schedule("linear:1e-4,0.02", 50), get_named_beta_schedule("linear", 50))
+    for name in ("cosine:0.1,0.2", "linear:0.2,0.1", "linear:0.1", "linear:", "linear:a,b"):
+        with pytest.raises(UserError, match="write linear:FIRST,LAST"):
+            get_named_beta_schedule(name, 1000)

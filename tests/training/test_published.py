@@ -91,19 +91,25 @@ def stable_diffusion(averaged=False):
     return (state | average_of(network) if averaged else state), network
 
 
+def codebook_autoencoder():
+    network = filled(VQModel(VQ, 512, 3))
+    network.quantize.embedding.weight.data *= 20  # codes in all the places where latents are
+    return network.state_dict()
+
+
 def class_conditional():
     """That of a class-conditional model with a codebook: one head, and a last row for no class."""
     network = unet(3, num_heads=1, context_dim=8, num_classes=1000, null_class=True, class_context=True, **ATTENDING)
     state = network.state_dict()
     labels = state.pop("context_encoder.embedding.weight")
     state = {**behind(UNET, state), f"{CONDITION}embedding.weight": labels, "betas": th.tensor(schedule(LINEAR))}
-    return state | behind(FIRST_STAGE, filled(VQModel(VQ, 16, 3)).state_dict()), network
+    return state | behind(FIRST_STAGE, codebook_autoencoder()), network
 
 
 def unconditional():
     network = unet(3, num_head_channels=32)
     state = {**behind(UNET, network.state_dict()), "betas": th.tensor(schedule(LINEAR))}
-    return state | behind(FIRST_STAGE, filled(VQModel(VQ, 16, 3)).state_dict()), network
+    return state | behind(FIRST_STAGE, codebook_autoencoder()), network
 
 
 def schedule(name):
@@ -179,13 +185,16 @@ def test_stable_diffusion_samples_for_prompts_and_decodes(tmp_path):
 
 def test_class_conditional_models_sample_with_guidance(tmp_path):
     path = saved(tmp_path / "cin.ckpt", class_conditional()[0])
-    images = [sampled(path, of={"image_size": 32}, classes=[label], cfg_scale=2) for label in (1, 2)]
+    images = [sampled(path, of={"image_size": 32}, classes=[label], cfg_scale=20) for label in (1, 2)]
     assert images[0].shape == (1, 32, 32, 3)
     assert (images[0] != images[1]).any()
 
 
 def test_a_text_transformer_in_the_file_needs_its_tokenizer_alone(tmp_path):
-    bert, tokenizer = filled(BERTEmbedder(64, 2, vocab_size=12, max_seq_len=9)), bert_tokenizer()
+    bert, tokenizer = (
+        filled(BERTEmbedder(64, 2, vocab_size=bert_tokenizer().get_vocab_size(), max_seq_len=9)),
+        bert_tokenizer(),
+    )
     network = unet(4, num_heads=8, context_dim=64, **ATTENDING)
     state = {**behind(UNET, network.state_dict()), **text_encoder_of(bert)}
     path = saved(tmp_path / "text2img.ckpt", state | behind(FIRST_STAGE, filled(AutoencoderKL(KL, 4)).state_dict()))
