@@ -222,7 +222,13 @@ def with_clip(plan: Plan, model: Restored, guide: CondFn | None) -> CondFn | Non
         "clip_prompt": texts[0],
         "clip_on": config.clip_on,
     }
-    clip = clip_guidance(encoder.differentiable, target, mode=mode, scale=config.clip_scale)
+    stage = model.first_stage
+
+    def embed(x: th.Tensor) -> th.Tensor:
+        embedding: th.Tensor = encoder.differentiable(x if stage is None else stage.decode(x))
+        return embedding
+
+    clip = clip_guidance(embed, target, mode=mode, scale=config.clip_scale)
     return combine(guide, clip) if guide else clip
 
 

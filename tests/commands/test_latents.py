@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+import torch.nn.functional as F
 from PIL import Image
 from ranks import Nursery
 from runs import CLASSIFIER, PROCESS, SCRIPTS, UNET, UPSAMPLER, Main, saved_by, scrambled, write_run
+from text_encoders import save_clip
 
 from guided_diffusion import logger
 from guided_diffusion.commands import (
@@ -29,7 +31,9 @@ from guided_diffusion.commands import (
 from guided_diffusion.commands.latents import Encoder, cached_images
 from guided_diffusion.config import AutoencoderConfig
 from guided_diffusion.data.init_images import InitImages
+from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.image_datasets import ImageStream, load_data
+from guided_diffusion.networks.context import clip_embedding
 from guided_diffusion.networks.first_stage import FirstStage
 from guided_diffusion.runtime.npz import fingerprint, save_npz
 from guided_diffusion.runtime.pictures import to_uint8, to_unit
@@ -367,6 +371,16 @@ def test_a_loss_of_images_guides_through_the_decoder(runs: Path) -> None:
     darker = loss_guidance(lambda latents: 1e3 * stage.decode(latents).flatten(1).mean(1))
     plain, guided = by_hand(runs, sampler="ddim"), by_hand(runs, sampler="ddim", cond_fn=darker)
     assert guided.mean() < plain.mean() - 1
+
+
+def test_clip_sees_decoded_latents(runs: Path, tmp_path: Path) -> None:
+    clip = save_clip(tmp_path / "clip")
+    extractor, target = make_extractor(f"clip:{clip}"), F.normalize(clip_embedding(clip, "a red cat"), dim=0).numpy()
+    near = []
+    for scale in (-200, 200):
+        flags = [f"--clip_path={clip}", "--clip_prompt=a red cat", f"--clip_scale={scale}"]
+        near.append(float((extractor(sampled(tmp_path / str(scale), runs, *flags)).pool @ target).mean()))
+    assert near[0] < near[1]
 
 
 def test_the_page_shows_guidance_through_the_decoder(runs: Path) -> None:

@@ -181,10 +181,13 @@ def test_recomputing_changes_nothing(name):
     assert all(th.equal(*pair) for pair in zip(*grads, strict=True))
 
 
-@pytest.mark.parametrize("name", ["unet/context", pytest.param("glide/base", marks=pytest.mark.slow)])
-def test_a_network_is_one_graph(name):
+SLOW = [pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in ("unet/context", "glide/base")]
+
+
+@pytest.mark.parametrize(("name", "backend"), [("unet/context", "eager"), *SLOW])
+def test_a_network_is_one_graph(name, backend):
     network, x, t, more = small(name)
-    compiled = th.compile(network, backend="eager", fullgraph=True)  # what comes after it is tried with plain U-Nets
+    compiled = th.compile(network, backend=backend, fullgraph=True)
     assert th.allclose(compiled(x, t, **more), network(x, t, **more), atol=1e-5)
 
 
