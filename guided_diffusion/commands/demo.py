@@ -11,7 +11,7 @@ from .flags import Flags
 from .sections import DemoConfig
 
 MODEL, SHOWN = "emoji32", 6  # columns for each setting
-SAMPLING = {"sampler": "dpm++2m", "steps": 20, "clip_guided": "True"}
+SAMPLING = {"sampler": "dpm++2m", "steps": 20}
 SETTINGS: dict[str, dict[str, Any]] = {
     "unguided": {},
     "classifier, scale 1": {"classifier_scale": 1.0},
