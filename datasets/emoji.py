@@ -182,7 +182,7 @@ def _drawings(folder: str, style: str, size: int) -> dict[Code, Drawing]:
     for place in filter(os.path.isdir, (os.path.join(folder, place) for place in STYLES[style].places)):
         if os.path.isfile(os.path.join(place, "icons.json")):
             return _icons(place, size)
-        codes = {
+        codes: dict[Code, Drawing] = {
             _code(name): partial(untrusted.read_file, os.path.join(place, name)) for name in sorted(os.listdir(place))
         }
         if codes.keys() - {()}:

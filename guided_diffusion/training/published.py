@@ -67,8 +67,8 @@ def read_published(content: Any, path: str) -> Weights | None:
     others = [printable(str(name)) for name, value in content.items() if not isinstance(value, th.Tensor)]
     others = [name for name in others if name != "state_dict"]
     left = f"; what is no tensor is left out ({', '.join(others[:SHOWN])}{', ...' * (len(others) > SHOWN)})"
-    chosen = "its moving average" if averaged else "its U-Net"
-    return Weights(weights, flags, f"{path} is a model of {kind}: {chosen} is taken{left if others else ''}")
+    place = (AVERAGE if averaged else UNET).rstrip(".")
+    return Weights(weights, flags, f"of {path} the weights at {place} are taken: {kind}{left if others else ''}")
 
 
 def _unet(tensors: Tensors) -> tuple[dict[str, th.Tensor], bool]:

@@ -35,7 +35,13 @@ def test_published_checkpoints_tell_their_flags(name):
     if entry["kind"] == "classifier":
         expected = {**asdict(ClassifierConfig()), **flags}
         found = architecture(state)  # the attention pool tells the size
-        unreadable = {"classifier_use_fp16", "classifier_precision", "classifier_channel_mult"}
+        unreadable = {
+            "latent_factor",
+            "latent_channels",
+            "classifier_use_fp16",
+            "classifier_precision",
+            "classifier_channel_mult",
+        }
         assert {key: found.get(key) for key in expected if key not in unreadable} == {
             key: value for key, value in expected.items() if key not in unreadable
         }
@@ -107,7 +113,8 @@ def test_a_classifier_tells_its_pool(pool, dims, updown):
         state = build_classifier(config).state_dict()
     found = architecture(state, 32)
     assert found == {key: value for key, value in asdict(config).items() if key in found}
-    assert set(asdict(config)) - set(found) == {"image_size", "classifier_use_fp16", "classifier_precision"}
+    unseen = {"image_size", "latent_factor", "latent_channels", "classifier_use_fp16", "classifier_precision"}
+    assert set(asdict(config)) - set(found) == unseen
     assert architecture(state).get("image_size") == (32 if pool == "attention" and dims == 2 else None)
 
 

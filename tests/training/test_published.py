@@ -154,7 +154,7 @@ def test_the_moving_average_is_taken_and_what_is_no_tensor_is_told(tmp_path, cap
     assert all(th.equal(value, original.state_dict()[name]) for name, value in network.state_dict().items())
     assert not th.equal(state[f"{UNET}out.2.weight"], network.out[2].weight)
     told = capsys.readouterr().out
-    assert "sd.ckpt is a model of Stable Diffusion 1: its moving average is taken" in told
+    assert "sd.ckpt the weights at model_ema are taken: Stable Diffusion 1" in told
     assert "what is no tensor is left out (epoch, callbacks)" in told
 
 
