@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .runtime.errors import UserError, nearest, refuse
-from .runtime.options import flag, names_of, parse_microbatch, range_flag, share_flag, size_flag
+from .runtime.options import flag, kind_of, names_of, parse_microbatch, range_flag, share_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 PRECISION_CHOICES = ("", *PRECISIONS, "auto")
@@ -72,7 +72,7 @@ class DiffusionConfig:
 
     learn_sigma: bool = flag(False, "the network predicts the variance too (twice the output channels)")
     diffusion_steps: int = flag(1000, "T, the number of noise levels in training", at_least=1, at_most=10**6)
-    noise_schedule: str = flag("linear", SCHEDULE_HELP)
+    noise_schedule: str = flag("linear", SCHEDULE_HELP, convert=kind_of(SCHEDULE_NAMES))
     timestep_respacing: str = flag(
         "",
         "steps used in sampling: '' all, '250', '10,15,20' per section, 'ddim25' for an even stride; 'trailing25', "

@@ -199,6 +199,8 @@ def restore(flags: Flags, source: str = "model_path") -> Restored:
     for line in choices:
         logger.log(line)
     identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
+    if not identity.get("latent_channels"):  # as results before there were latents say it
+        identity = {key: value for key, value in identity.items() if key not in latent_space.ON_PIXELS}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}
     if first_stage is not None:
         identity |= {"autoencoder_id": first_stage.fingerprint, "scale_factor": first_stage.scale_factor}

@@ -148,6 +148,17 @@ def list_of(pattern: str, what: str) -> Callable[[str], str]:
     return read
 
 
+def kind_of(names: Sequence[str]) -> Callable[[str], str]:
+    """A reader of one of these names, perhaps with details after a colon, which returns the text that it is given."""
+
+    def read(text: str) -> str:
+        if text.partition(":")[0] not in names:
+            raise UserError(f"{text!r} is none of {', '.join(names)}{nearest(text, names)}")
+        return text
+
+    return read
+
+
 def names_of(names: Sequence[str], what: str) -> Callable[[str], str]:
     """A reader of names separated by commas, which returns the text that it is given."""
 

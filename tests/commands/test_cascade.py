@@ -192,8 +192,8 @@ def test_mistakes_are_seen_before_anything_is_sampled(
     [
         ("a.json", "{", "cannot be used ("),
         ("a.json", "[1]", "cannot be used ("),
-        ("a.json", '{"base": 1}', "cannot be used ("),
-        ("a.json", '{"base": {"steps": [1]}, "up1": {}}', "argument --steps: '[1]' is not of type int"),
+        ("a.json", '{"base": 1}', "base is no stage: write for example [up1]"),
+        ("a.json", '{"base": {"steps": [1, 2]}, "up1": {}}', "argument --steps: '1,2' is not of type int"),
         ("a.toml", "[base\n", "cannot be used ("),
         ("a.toml", "\x00", "cannot be used ("),
         ("a.json", '{"base": {"model_path": "x"}, "base2": {}}', "base2 is none of these"),

@@ -385,7 +385,8 @@ def test_clip_sees_decoded_latents(runs: Path, tmp_path: Path) -> None:
 
 def test_the_page_shows_guidance_through_the_decoder(runs: Path) -> None:
     names: dict[str, Any] = {}
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "latent.md").read_text(), re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs" / "latent.md").read_text()
+    [code] = [code for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL) if "darker" in code]
     exec(compile(code, "snippet", "exec", dont_inherit=True), names)
     guide = names["darker"](str(runs / "kl"))
     assert (by_hand(runs, sampler="ddim", cond_fn=guide) != by_hand(runs, sampler="ddim")).any()

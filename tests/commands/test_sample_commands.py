@@ -692,7 +692,7 @@ def test_a_long_run_that_nobody_asked_for_says_how_to_ask_for_less(
     flags = cli.parse("image_sample", words)
     logger.configure(str(tmp_path), ["log"])
     model = Restored(runs.unet, "", flags, runs.process, [], {})
-    sampling.announce(model, sampling.job_of(flags, (3, 8, 8), Plan(runs.unet)), 40)
+    sampling.announce(model, sampling.job_of(flags, Plan(runs.unet, job={"shape": (3, 8, 8)})), 40)
     hint = "these are 25000 evaluations: for a first look give --num_samples 16 --samp"
     assert (tmp_path / "log.txt").read_text().count(hint) == told
 
@@ -745,7 +745,7 @@ def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> 
         ("--model_path UNCONDITIONAL --init_image IMAGE --invert --use_ddim --init_classes 1", "--init_classes has no"),
         ("--model_path UNET --classes 7", "class 7 does not exist: the classes are 0 .. 2"),
         ("--model_path UNET --classes ,", "classes ',' names no class"),
-        ("--model_path UNET --classes cow", "class 'cow' is unknown: the names are cat, dog, owl"),
+        ("--model_path UNET --classes cow", "class 'cow' is unknown; did you mean owl?"),
         ("--model_path UNCONDITIONAL --classes 1", "--classes has no effect without --class_cond, and the checkpoint"),
         ("--model_path UNET --num_channels 64", "the checkpoint has num_channels 32, you gave 64"),
         ("--model_path UNET --class_cond False", "the checkpoint has class_cond True, you gave False"),

@@ -127,7 +127,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, ranks: N
     script.write_text(GROWTH)
     done = ranks.run([script, tmp_path, ROOT / "tests"], ranks=1)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 10e6  # the 70 more are 37 MB, and as floats four times that
+    assert int(done.stdout.split()[-1]) < 15e6  # the 70 more are 37 MB, and as floats four times that
     few, many = (next(read_npz(str(path), "arr_0", 10)) for path in sorted(tmp_path.glob("*/*.npz")))
     np.testing.assert_array_equal(few, many)
 

@@ -91,6 +91,8 @@ def test_what_is_there_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 COMMANDS = cli.COMMANDS | cli.OTHERS | DATASETS
 WORDS = ("folder", "zip", "npz", "checkpoint", "an image to", "file of", "file that", "png file")
 NO_PATHS = (
+    "text_fingerprint",
+    "mirror",
     "features",
     "class_from",
     "cond_class_from",

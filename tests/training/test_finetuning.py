@@ -24,6 +24,7 @@ from guided_diffusion.commands import (
     super_res_train,
 )
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
+from guided_diffusion.networks.architecture import Weights
 from guided_diffusion.script_util import build_classifier, build_diffusion, build_unet, build_upsampler
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training import checkpoints, finetuning
@@ -73,7 +74,7 @@ def classifier(**more: Any) -> Any:
 def source(model: Any, classes: str = "", **flags: Any) -> Checkpoint:
     """A checkpoint that has been read."""
     read = Checkpoint(None, path="old.pt")
-    vars(read).update(picked=(model.state_dict(), ""), flags=flags, classes=list(classes))
+    vars(read).update(picked=Weights(model.state_dict(), {}, ""), flags=flags, classes=list(classes))
     return read
 
 
