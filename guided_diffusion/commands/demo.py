@@ -10,7 +10,7 @@ from .entry import entry
 from .flags import Flags
 from .sections import DemoConfig
 
-MODEL, SHOWN = "emoji32", 6  # columns for each setting
+MODEL, SHOWN = "emoji32", 4  # columns for each setting
 SAMPLING = {"sampler": "dpm++2m", "steps": 20}
 SETTINGS: dict[str, dict[str, Any]] = {
     "unguided": {},
@@ -44,7 +44,7 @@ def show(flags: Flags) -> None:
     """Sample under every setting, print how good the samples are, and write pictures, results.json and index.html."""
     import numpy as np
 
-    from .. import load
+    from .. import load, logger
     from ..evaluation.images import open_images, read_statistics
     from ..evaluation.metrics import frechet_distance, statistics
     from ..runtime.files import write_json
@@ -52,7 +52,7 @@ def show(flags: Flags) -> None:
     from . import evaluation, presets
 
     config, where = flags.part(DemoConfig), presets.BUNDLED / MODEL
-    os.makedirs(config.log_dir, exist_ok=True)
+    logger.configure(dir=config.log_dir, format_strs=[])
     model, film = load(MODEL), Film(FILM_STEPS)
     judge = evaluation.extractor_named(f"classifier:{where}/judge")
     real = read_statistics(open_images(where / "held-out.npz"))[0]["pool"]
