@@ -19,7 +19,7 @@ def version() -> str:
     return match[1]
 
 
-DATASETS = ["lmdb>=1.5", "pyarrow>=17"]
+DATASETS = ["lmdb>=1.5", "pyarrow>=17", "resvg-py>=0.1"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.17"]
