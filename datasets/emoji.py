@@ -110,7 +110,7 @@ def read(config: EmojiConfig) -> Source:
     if not isinstance(config.size, int):
         raise UserError(f"emoji are square: write a number as --size, not {config.size}")
     size, styles = config.size or SIZE, _styles(config.styles)
-    table = [row for row in _table(config.source) if config.split in ("all", _split(_code_of(row)))]
+    table = [row for row in _table(config.source) if config.split in ("all", split_of(_code_of(row)))]
     words = {} if set(styles) <= set(BUNDLED) else _keywords(config.source)
     drawings = {style: _drawings(getattr(config, style, "") or config.source, style, size) for style in styles}
 
@@ -159,8 +159,8 @@ def _table(source: str) -> list[dict[str, Any]]:
         raise UserError(f"{path} is no table of emoji ({reason(error)}): fetch it again") from error
 
 
-def _split(code: str) -> str:
-    """Whether an emoji is one of the tenth that is kept for tests; the same in every style and size."""
+def split_of(code: str) -> str:
+    """Whether an emoji, by its code points, is one of the tenth that is kept for tests, in every style and size."""
     return "train" if int(hashlib.sha256(code.encode()).hexdigest(), 16) % 10 else "test"
 
 
@@ -259,7 +259,7 @@ def _caption(row: Mapping[str, Any], style: str, words: Mapping[Code, tuple[str,
         return texts
     name, keywords = words.get(_code(_code_of(row)), (texts["short_name"], []))
     captions = [name, f"{name}, {STYLES[style].title}", ", ".join(keywords)]
-    return {**texts, "captions": list(filter(None, captions)), "style": style, "split": _split(_code_of(row))}
+    return {**texts, "captions": list(filter(None, captions)), "style": style, "split": split_of(_code_of(row))}
 
 
 def _draw(drawing: Drawing, size: int) -> bytes:

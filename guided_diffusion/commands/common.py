@@ -175,9 +175,12 @@ def section_of(flags: Flags, source: str) -> type[Any]:
     return SuperResConfig if "large_size" in flags.values else UNetConfig
 
 
-def restore(flags: Flags, source: str = "model_path") -> Restored:
-    """The network whose checkpoint the flag `source` names, by its own flags, as `described` has them."""
-    section, (checkpoint, flags) = section_of(flags, source), described(flags, source)
+def restore(flags: Flags, source: str = "model_path", checkpoint: Checkpoint | None = None) -> Restored:
+    """The network whose checkpoint the flag `source` names, by its own flags, as `described` has them.
+
+    :param checkpoint: that one, where it is open already.
+    """
+    section, (checkpoint, flags) = section_of(flags, source), described(flags, source, checkpoint)
     first_stage = None
     if source == "model_path":
         flags.check()
@@ -245,7 +248,9 @@ def _adapted(config: AdapterConfig, weights: dict[str, th.Tensor]) -> dict[str, 
     return weights
 
 
-def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Flags]:
+def described(
+    flags: Flags, source: str = "model_path", checkpoint: Checkpoint | None = None
+) -> tuple[Checkpoint, Flags]:
     """The checkpoint that the flag `source` names, and the command line over what it says of itself.
 
     Flags of the network and the process come from the config.json beside the checkpoint, without one from the shapes of
@@ -254,7 +259,7 @@ def described(flags: Flags, source: str = "model_path") -> tuple[Checkpoint, Fla
     """
     if not flags.values[source]:
         raise UserError(f"--{source} is missing: give a checkpoint or the folder of a run")
-    checkpoint, section = open_checkpoint(flags.values[source], f"--{source}"), section_of(flags, source)
+    checkpoint, section = checkpoint or open_checkpoint(flags.values[source], f"--{source}"), section_of(flags, source)
     saved = OLDER | latent_space.ON_PIXELS | (checkpoint.flags or _shapes(checkpoint, flags))
     check_kind(saved, section, f"--{source} {checkpoint.path}")
     if source == "autoguide_path":

@@ -50,12 +50,12 @@ def convert(flags: Flags) -> None:
     if (known.get("context"), known.get("text_encoder")) == ("text", "scratch"):
         texts |= {TOKENIZER: parse_json(tokenizer_beside(checkpoint.path))}
     if config.out.endswith(".pt"):
-        entry = save(config.out, weights)
+        written = save(config.out, weights)
         for name, value in texts.items():
             write_json(os.path.join(os.path.dirname(config.out), name), value)
     else:
-        entry = save(config.out, weights, {name: json_bytes(value).decode() for name, value in texts.items()})
-    logger.log(f"{checkpoint.path} -> {config.out}: {len(weights)} tensors, {entry['bytes']} bytes")
+        written = save(config.out, weights, {name: json_bytes(value).decode() for name, value in texts.items()})
+    logger.log(f"{checkpoint.path} -> {config.out}: {len(weights)} tensors, {written['bytes']} bytes")
 
 
 main = entry("convert", convert)

@@ -60,7 +60,7 @@ def show(flags: Flags) -> None:
     print(f"{'samples of ' + MODEL:28} accuracy     FD  seconds")
     for title, options in SETTINGS.items():
         began, count = time.perf_counter(), len(classes) * SHOWN
-        options = {**SAMPLING, "callback": film.collect, **options} if not options else {**SAMPLING, **options}
+        options = {**SAMPLING, **options} | ({} if results else {"callback": film.collect})
         samples = model.sample(classes=classes, num_samples=count, batch_size=count, seed=config.seed, **options)
         seconds, features = time.perf_counter() - began, judge(samples.images)
         assert features.probs is not None

@@ -35,7 +35,7 @@ from ..runtime.options import means_not_given, reader_of
 from ..runtime.pictures import Pixels, grid_of_classes, save_png, to_uint8
 from ..sample_util import plain_images, sampled
 from ..sampling.guidance import combine
-from ..training.checkpoints import CLASSIFIER, UPSAMPLER, open_checkpoint
+from ..training.checkpoints import CLASSIFIER, UPSAMPLER, Checkpoint, open_checkpoint
 from . import editing, image_nll, presets, sampling
 from .common import Plan, Restored, restore
 from .flags import COMMANDS, Flags, command_of
@@ -138,28 +138,22 @@ def load(
         guide = guide or preset.companion("classifier")
         enlargers = enlargers or [each for each in [preset.companion("upsampler")] if each]
     with _logging(verbose), dist_util.computing_on(device):
-        flags = _flags_of(
-            _command_of(path, preset.kind if preset and preset.file else ""), {**options, "model_path": path}
-        )
-        return Model(restore(flags), guide, enlargers, verbose)
+        checkpoint = _opened(path)
+        kind = preset.kind if preset and preset.file else checkpoint.kind
+        if kind == CLASSIFIER:
+            other = "give it as classifier= beside a diffusion model"
+            raise UserError(f"{path} is a classifier, which guides others: {other}")
+        flags = _flags_of(ENLARGE if kind == UPSAMPLER else SAMPLE, {**options, "model_path": path})
+        return Model(restore(flags, checkpoint=checkpoint), guide, enlargers, verbose)
 
 
-def _command_of(path: str, kind: str = "") -> str:
-    """The command that samples from the network at a path.
-
-    :param kind: of the network, where it is known.
-    """
+def _opened(path: str) -> Checkpoint:
+    """The checkpoint at a path, or a UserError with the nearest names."""
     if not files.exists(path):
         names = list(presets.all_presets())
         hint = nearest(path, names) or f": the models that have a name are {', '.join(names)}"
         raise UserError(f"{path!r} is no file, no folder, and no model that has a name{hint}")
-    checkpoint = open_checkpoint(path, "the model")
-    saved = checkpoint.flags
-    signs = {"classifier_width": CLASSIFIER, "large_size": UPSAMPLER}
-    kind = kind or next((kind for name, kind in signs.items() if name in saved), "" if saved else checkpoint.kind)
-    if kind == CLASSIFIER:
-        raise UserError(f"{path} is a classifier, which guides others: give it as classifier= beside a diffusion model")
-    return ENLARGE if kind == UPSAMPLER else SAMPLE
+    return open_checkpoint(path, "the model")
 
 
 def _flags_of(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Flags:

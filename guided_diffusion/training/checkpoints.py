@@ -116,15 +116,17 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """UNET, UPSAMPLER or CLASSIFIER; '' for other networks."""
+        """UNET, UPSAMPLER or CLASSIFIER; '' for other networks. Where flags tell it, no weights are read."""
+        for sign, kind in (("classifier_width", CLASSIFIER), ("large_size", UPSAMPLER), ("learn_sigma", UNET)):
+            if sign in self.flags:
+                return kind
         read = architecture(self.weights)
         if not read:
             return ""
         if not any(name.startswith("output_blocks.") for name in self.weights):
             return CLASSIFIER
         inputs = self.weights["input_blocks.0.0.weight"].shape[1]
-        upsampler = "large_size" in self.flags if self.flags else inputs == 2 * read["image_channels"]
-        return UPSAMPLER if upsampler else UNET
+        return UPSAMPLER if inputs == 2 * read["image_channels"] else UNET
 
 
 def is_young(rate: str | float, updates: int) -> bool:

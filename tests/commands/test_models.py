@@ -179,7 +179,14 @@ def test_what_is_known_of_a_model_is_shown(place: Path, capsys: pytest.CaptureFi
     assert all(f"{name} " in listed for name in FILES)
     models.main(["show", "imagenet256"])
     shown = capsys.readouterr().out
-    for fact in ("256x256_diffusion.pt", "553838086", "fid 4.59, sfid 5.25", "MIT", "--num_channels 256", "research"):
+    for fact in (
+        "256x256_diffusion.pt",
+        "553838086",
+        "fid 4.59, precision 0.82",
+        "MIT",
+        "--num_channels 256",
+        "research",
+    ):
         assert fact in shown
     models.main(["show", "imagenet256-uncond"])
     assert "2211383297" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import pickle
+import runpy
 import shutil
 import signal
 import subprocess
@@ -253,6 +254,22 @@ def test_size_crops_as_training_does(made):
     )
     theirs = load_data(data_dir=str(source), batch_size=3, image_size="6x8", deterministic=True, random_flip=False)
     assert (next(ours)[0] == next(theirs)[0]).all()
+
+
+def test_the_split_of_the_models_keeps_every_emoji_on_one_side(tmp_path):
+    """As `--split` of the converter cuts it, with the captions of each part."""
+    code = runpy.run_path(str(SCRIPTS.parent / "models" / "split.py"))
+    parts = [str(tmp_path / name) for name in ("train.zip", "rest.zip")]
+    code["split"](str(SCRIPTS / "emoji64.zip"), *parts)
+    names = [sorted(name for name in zipfile.ZipFile(part).namelist() if name.endswith(".png")) for part in parts]
+    assert list(map(len, names)) == [3458, 354]
+    codes = [{name.partition("-")[2] for name in side} for side in names]
+    assert not codes[0] & codes[1]
+    for part, side in zip(parts, names, strict=True):
+        with zipfile.ZipFile(part) as archive, zipfile.ZipFile(SCRIPTS / "emoji64.zip") as whole:
+            assert sorted(json.loads(archive.read("captions.json"))) == side
+            assert archive.read(side[0]) == whole.read(side[0])
+            assert archive.read("LICENSE.txt") == whole.read("LICENSE.txt")
 
 
 def test_the_emoji_zip_has_names_captions_and_the_licence(made):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import torch as th
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from refusals import sentence_of
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import logger
 from guided_diffusion.commands.evaluation import extractor_named
 from guided_diffusion.config import ClassifierConfig, UNetConfig
 from guided_diffusion.data.crops import center_crop_arr
@@ -29,15 +29,6 @@ from guided_diffusion.training import checkpoints
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
-
-
-def sentence_of(call: Callable[..., Any], *args: Any, **options: Any) -> str:
-    with pytest.raises((ValueError, OSError)) as caught:
-        call(*args, **options)
-    assert dist_util.exit_of(caught.value)[0] == 2, "raised by other code than this project's"
-    text = str(caught.value)
-    assert text.isprintable(), text
-    return text
 
 
 def planes(images: NDArray[np.uint8]) -> th.Tensor:

@@ -10,22 +10,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch as th
+from refusals import sentence_of
 
-from guided_diffusion import dist_util
 from guided_diffusion.config import ClassifierConfig
 from guided_diffusion.evaluation import weights
 from guided_diffusion.evaluation.inception import InceptionNetwork
 from guided_diffusion.evaluation.weights import SOURCES
 from guided_diffusion.script_util import build_classifier
-
-
-def sentence_of(call: Any, *args: Any, **options: Any) -> str:
-    with pytest.raises((ValueError, OSError)) as caught:
-        call(*args, **options)
-    assert dist_util.exit_of(caught.value)[0] == 2, "raised by other code than this project's"
-    text = str(caught.value)
-    assert text.isprintable()
-    return text
 
 
 def test_addresses_are_encrypted_and_checksums_whole() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from refusals import sentence_of
 
-from guided_diffusion import dist_util
 from guided_diffusion.commands import download, models
 from guided_diffusion.evaluation.weights import SOURCES
 from guided_diffusion.runtime import downloads
@@ -91,15 +91,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def source(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
     return Source(urls=(server.url,), file="weights.bin", sha256=SHA, size=len(CONTENT))
-
-
-def sentence_of(call: Any, *args: Any, **options: Any) -> str:
-    with pytest.raises((ValueError, OSError)) as caught:
-        call(*args, **options)
-    assert dist_util.exit_of(caught.value)[0] == 2, "raised by other code than this project's"
-    text = str(caught.value)
-    assert text.isprintable()
-    return text
 
 
 def gone(request: BaseHTTPRequestHandler) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from refusals import sentence_of
 
-from guided_diffusion import dist_util
 from guided_diffusion.commands import flags as cli, image_sample
 from guided_diffusion.commands.conditioning import read_base
 from guided_diffusion.config import DiffusionConfig, UNetConfig
@@ -47,17 +47,6 @@ def png(value: int = 7, size: tuple[int, int] = (4, 4)) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, (value,) * 3).save(file, "png")
     return file.getvalue()
-
-
-def sentence_of(call: Callable[..., Any], *args: Any) -> str:
-    """What a refused input is answered: a ValueError or OSError of this package's own, one line of printable text."""
-    with pytest.raises((ValueError, OSError)) as caught:
-        call(*args)
-    assert dist_util.exit_of(caught.value)[0] == 2, "raised by other code than the package's own"
-    text = str(caught.value)
-    assert text
-    assert text.isprintable(), text
-    return text
 
 
 def stream(data_dir: Path, batch_size: int = 1, **options: Any) -> ImageStream:
