@@ -10,7 +10,7 @@ PARALLEL = -n 2 --dist loadfile
 
 test test-slow coverage: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-train test test-slow coverage lint bench clean
+.PHONY: help setup demo demo-train test test-slow coverage lint bench paper clean
 
 help:
 	@echo 'make setup      make .venv, and nothing else'
@@ -21,6 +21,7 @@ help:
 	@echo 'make coverage   the tests, and which lines they miss'
 	@echo 'make lint       style and types'
 	@echo 'make bench      measure speed and samplers, and write docs/benchmarks.md and docs/samplers.md (half an hour)'
+	@echo 'make paper      measure the claims of the paper on the bundled model, and write docs/paper.md (hours)'
 	@echo 'make clean      remove what builds and tools left behind; .venv stays'
 
 setup: $(READY)
@@ -59,6 +60,9 @@ bench: $(READY)
 		.venv/bin/python benchmarks/$$part.py --write || exit 1; \
 	done
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/samplers.py
+
+paper: $(READY)
+	$(MAKE) -C models paper
 
 clean:
 	rm -rf build dist *.egg-info .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from guided_diffusion import load
 from guided_diffusion.commands.evaluation import extractor_named
 from guided_diffusion.evaluation.features import Extractor
-from guided_diffusion.evaluation.metrics import frechet_distance, precision_recall, statistics
+from guided_diffusion.evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.pictures import HALF, save_grid
@@ -46,13 +46,14 @@ def pictures(path: str) -> tuple[Pixels, NDArray[np.int64]]:
 
 
 def scores(judge: Extractor, reference: Pixels, images: Pixels, labels: NDArray[np.int64]) -> dict[str, float]:
-    """Accuracy, FD to the reference, precision and recall."""
+    """Accuracy, FD to the reference, precision, recall, and the inception score by the judge's classes."""
     real, made = judge(reference), judge(images)
     sides = [statistics(features.pool) for features in (real, made)]
     distance = frechet_distance(*[value for side in sides for value in (side.mean, side.cov)])
     precision, recall = precision_recall(real.pool, made.pool)
-    accuracy = float(np.mean(made.probs.argmax(axis=1) == labels))
-    return {"n": len(images), "accuracy": accuracy, "fd": distance, "precision": precision, "recall": recall}
+    accuracy, score = float(np.mean(made.probs.argmax(axis=1) == labels)), inception_score(made.probs)
+    values = {"accuracy": accuracy, "fd": distance, "precision": precision, "recall": recall, "score": score}
+    return {"n": len(images), **values}
 
 
 def nearest(images: Pixels, training: Pixels) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

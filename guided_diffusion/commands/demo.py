@@ -1,17 +1,21 @@
-"""Sample from the bundled model in a minute: without and with guidance, a film of one batch, numbers, a page."""
+"""Sample from the bundled models in a minute: without and with guidance, from texts, a film, numbers, a page."""
 
 from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 from .entry import entry
 from .flags import Flags
 from .sections import DemoConfig
 
-MODEL, SHOWN = "emoji32", 4  # columns for each setting
-SAMPLING = {"sampler": "dpm++2m", "steps": 20}
+if TYPE_CHECKING:
+    from .pipeline import Model
+
+MODEL, SHOWN = "emoji32", 3  # columns for each setting
+SAMPLING: dict[str, Any] = {"sampler": "dpm++2m", "steps": 20}
 SETTINGS: dict[str, dict[str, Any]] = {
     "unguided": {},
     "classifier, scale 1": {"classifier_scale": 1.0},
@@ -19,13 +23,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "classifier-free, scale 2": {"cfg_scale": 2.0},
 }
 FILM_STEPS = 2  # from one frame to the next
+TEXT_MODEL, TEXT_SCALE, OF_A_PROMPT = "emoji32-text", 4.0, 3  # columns for each prompt
+PROMPTS = (  # the last three are in no caption
+    "grinning face",
+    "red heart",
+    "flag: France",
+    "red apple",
+    "green circle",
+    "blue apple",
+    "angry flag",
+    "purple star face",
+)
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+img { max-width: 100%; image-rendering: pixelated }
+td, th { padding: .2rem 1rem .2rem 0; text-align: right } td:first-child, th:first-child { text-align: left }"""
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>guided-diffusion: {model}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-img {{ max-width: 100%; image-rendering: pixelated }}
-td, th {{ padding: .2rem 1rem .2rem 0; text-align: right }} td:first-child, th:first-child {{ text-align: left }}
+{style}
 </style>
 <h1>{model}: {count} samples in {seconds:.0f} seconds</h1>
 <p>{sampler}, {steps} steps, seed {seed}. A row is a class; a column has the same noise in all parts.</p>
@@ -36,32 +52,45 @@ td, th {{ padding: .2rem 1rem .2rem 0; text-align: right }} td:first-child, th:f
 distance of its features to those of held-out pictures, which is larger the fewer samples there are.</p>
 <h2>From noise to pictures</h2>
 <img src="film.png" alt="the predicted pictures after every second step">
-</html>
+{texts}</html>
+"""
+TEXTS = """<h2>{model}: pictures of texts</h2>
+<p>Classifier-free guidance at scale {scale:g}, {seconds:.0f} seconds. The last three are in no caption that the model
+has seen.</p>
+<img src="texts.png" alt="{alt}">
 """
 
 
 def show(flags: Flags) -> None:
-    """Sample under every setting, print how good the samples are, and write pictures, results.json and index.html."""
+    """Sample from the bundled models; print how good the samples are, and write a page about them."""
+    from .. import load
+
+    config = flags.part(DemoConfig)
+    present(load(MODEL), config.log_dir, config.seed, MODEL, draw_texts(config.log_dir, config.seed))
+
+
+def present(model: Model, folder: str, seed: int, name: str, texts: str = "") -> None:
+    """Sample a model of emoji32's classes under every setting; write pictures, results.json and index.html.
+
+    :param texts: a part of the page.
+    """
     import numpy as np
 
-    from .. import load, logger
     from ..evaluation.images import open_images, read_statistics
     from ..evaluation.metrics import frechet_distance, statistics
     from ..runtime.files import write_json
     from ..runtime.pictures import Film, save_grid
     from . import evaluation, presets
 
-    config, where = flags.part(DemoConfig), presets.BUNDLED / MODEL
-    logger.configure(dir=config.log_dir, format_strs=[])
-    model, film = load(MODEL), Film(FILM_STEPS)
+    where, film = presets.BUNDLED / MODEL, Film(FILM_STEPS)
     judge = evaluation.extractor_named(f"classifier:{where}/judge")
     real = read_statistics(open_images(where / "held-out.npz"))[0]["pool"]
     classes, results, columns = model.classes, dict[str, Any](), []
-    print(f"{'samples of ' + MODEL:28} accuracy     FD  seconds")
+    print(f"{'samples of ' + name:28} accuracy     FD  seconds")
     for title, options in SETTINGS.items():
         began, count = time.perf_counter(), len(classes) * SHOWN
         options = {**SAMPLING, **options} | ({} if results else {"callback": film.collect})
-        samples = model.sample(classes=classes, num_samples=count, batch_size=count, seed=config.seed, **options)
+        samples = model.sample(classes=classes, num_samples=count, batch_size=count, seed=seed, **options)
         seconds, features = time.perf_counter() - began, judge(samples.images)
         assert features.probs is not None
         made, guesses = statistics(features.pool), features.probs.argmax(axis=1)
@@ -71,23 +100,35 @@ def show(flags: Flags) -> None:
         print("{:28} {accuracy:8.1%} {fd:6.2f} {seconds:8.1f}".format(title, **results[title]), flush=True)
         columns.append(np.stack([samples.images[samples.labels == label] for label in range(len(classes))]))
     grid = np.concatenate(columns, axis=1)
-    save_grid(
-        f"{config.log_dir}/demo.png", grid.reshape(-1, *grid.shape[2:]), grid.shape[1], classes, titles=[*SETTINGS]
-    )
-    film.save(f"{config.log_dir}/film.png", f"{config.log_dir}/film.gif")
-    write_json(f"{config.log_dir}/results.json", {"seed": config.seed, **SAMPLING, "samples": results})
-    write_page(config, results, len(grid) * grid.shape[1])
-    print(f"\nLook at {os.path.abspath(config.log_dir)}/index.html, or at demo.png and film.gif there.")
+    save_grid(f"{folder}/demo.png", grid.reshape(-1, *grid.shape[2:]), grid.shape[1], classes, titles=[*SETTINGS])
+    film.save(f"{folder}/film.png", f"{folder}/film.gif")
+    write_json(f"{folder}/results.json", {"seed": seed, **SAMPLING, "samples": results})
+    facts = {"model": name, "seed": seed, "count": len(grid) * grid.shape[1], "texts": texts, "style": STYLE}
+    write_page(f"{folder}/index.html", results, **SAMPLING, **facts)
+    print(f"\nLook at {os.path.abspath(folder)}/index.html, or at the pictures there.")
 
 
-def write_page(config: DemoConfig, results: dict[str, Any], count: int) -> None:
-    """index.html beside the pictures."""
+def draw_texts(folder: str, seed: int) -> str:
+    """Write prompts.txt and texts.png, a row of samples for each of them; returns its part of the page."""
+    from .. import load
+
+    began, count = time.perf_counter(), len(PROMPTS) * OF_A_PROMPT
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/prompts.txt", "w", encoding="utf-8") as file:
+        file.write("\n".join(PROMPTS))
+    options = {**SAMPLING, "cfg_scale": TEXT_SCALE, "seed": seed, "num_samples": count, "batch_size": count}
+    load(TEXT_MODEL).sample(prompts=file.name, **options).save(f"{folder}/texts.png")
+    facts = {"model": TEXT_MODEL, "scale": TEXT_SCALE, "alt": escape(", ".join(PROMPTS))}
+    return TEXTS.format(seconds=time.perf_counter() - began, **facts)
+
+
+def write_page(path: str, results: dict[str, Any], **facts: Any) -> None:
+    """The page about the pictures beside it."""
     row = "<tr><td>{}<td>{accuracy:.1%}<td>{fd:.2f}<td>{seconds:.1f}</tr>\n"
-    facts = {**SAMPLING, "model": MODEL, "seed": config.seed, "count": count}
-    facts |= {"rows": "".join(row.format(title, **values) for title, values in results.items())}
-    facts |= {"seconds": sum(values["seconds"] for values in results.values())}
-    with open(os.path.join(config.log_dir, "index.html"), "w", encoding="utf-8") as file:
-        file.write(PAGE.format(**facts))
+    rows = "".join(row.format(title, **values) for title, values in results.items())
+    seconds = sum(values["seconds"] for values in results.values())
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(PAGE.format(rows=rows, seconds=seconds, **facts))
 
 
 main = entry("demo", show)

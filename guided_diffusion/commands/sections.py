@@ -400,5 +400,4 @@ class DemoTrainConfig:
     """A small training from its beginning."""
 
     log_dir: str = local_flag("folder of the trained networks, the samples and the picture", "demo-train-output")
-    data_dir: str = path_flag("folder or zip of the images", "datasets/emoji64.zip")
     seed: int = flag(0, "seed of all randomness", at_least=0)

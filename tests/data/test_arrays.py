@@ -244,7 +244,7 @@ def test_no_range(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_command_that_reads_images_has_the_flag() -> None:
     readers = [name for name, command in cli.COMMANDS.items() if {"data_dir", "num_samples"} & set(command.flags())]
-    without = {"demo_train", "cascade_sample"}  # one has its own images, the other passes flags on
+    without = {"cascade_sample"}  # which passes flags on
     for name in {*readers, "evaluator", "sweep", "npz_tool"} - without:
         assert "data_range" in cli.command_of(name).flags(), name
 
