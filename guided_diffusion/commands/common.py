@@ -301,7 +301,7 @@ def _warn_of_defaults(path: str, flags: Flags, section: type[Any]) -> None:
     rest = [f"{spec.name} {str(spec.default) or repr('')}" for spec in specs if spec.name not in known]
     named = flags.values.get("preset")  # of which all is known
     if rest and "noise_schedule" not in flags.saved and not named:  # weights do not show the process
-        logger.warn(f"no config.json beside {path}: by default {', '.join(rest)}; give those that were others")
+        logger.warn(f"no flags of a training beside {path}: by default {', '.join(rest)}; give those that were others")
 
 
 def _report_average(given: str, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""What files of latent-diffusion and Stable Diffusion 1 hold, as weights and flags of this package.
+"""What files of latent-diffusion, Stable Diffusion 1 and diffusers hold, as weights and flags of this package.
 
 A file holds the U-Net behind `model.diffusion_model.`, perhaps its moving average (EMA) behind `model_ema.`, the
 autoencoder behind `first_stage_model.`, the encoder of texts or labels behind `cond_stage_model.`, and the betas. What
@@ -16,6 +16,7 @@ import torch as th
 
 from ..networks.architecture import Weights, architecture
 from ..runtime.errors import UserError, printable
+from .diffusers_files import read_unet
 
 UNET, AVERAGE = "model.diffusion_model.", "model_ema."
 FIRST_STAGE, CONDITION = "first_stage_model.", "cond_stage_model."
@@ -55,7 +56,7 @@ def read_published(content: Any, path: str) -> Weights | None:
         )
     network, averaged = _unet(tensors)
     if not network:
-        return None
+        return read_unet(tensors, path) or _autoencoder(tensors)
     condition, known = _condition(tensors)
     weights, clip = network | condition, any(name.startswith(CLIP) for name in tensors)
     flags = _flags(weights, known, tensors, 512 if clip else 256)
@@ -69,6 +70,13 @@ def read_published(content: Any, path: str) -> Weights | None:
     left = f"; what is no tensor is left out ({', '.join(others[:SHOWN])}{', ...' * (len(others) > SHOWN)})"
     place = (AVERAGE if averaged else UNET).rstrip(".")
     return Weights(weights, flags, f"of {path} the weights at {place} are taken: {kind}{left if others else ''}")
+
+
+def _autoencoder(tensors: Tensors) -> Weights | None:
+    """A file of an autoencoder alone, without the networks that only its training had."""
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "scale_factor")
+    state = {name: value for name, value in tensors.items() if name.startswith(parts)}
+    return Weights(state, {}, "") if FIRST.removeprefix(FIRST_STAGE) in state else None
 
 
 def _unet(tensors: Tensors) -> tuple[dict[str, th.Tensor], bool]:
