@@ -29,6 +29,7 @@ PLACES = {
     for spec in command.flags().values()
     if spec.metadata["convert"] in (resolved_path, local_path)
 }
+MOVED = ("autoencoder_path",)  # but these go with the weights, and are relative to their folder
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -109,12 +110,26 @@ def _weights_of(checkpoint: Checkpoint, *, for_diffusers: bool) -> tuple[State, 
     return weights, config
 
 
+def _moved(place: str | None, path: str, folder: str) -> str:
+    """A path that is relative to the folder of a checkpoint, from another folder; '' for a place that is not there."""
+    from ..runtime import files
+
+    place = files.join(os.path.dirname(path), place) if place else ""
+    if not place or files.is_remote(place) or not files.exists(place):
+        return place if place and files.is_remote(place) else ""
+    return os.path.relpath(os.path.realpath(place), os.path.realpath(folder or "."))
+
+
 def _texts(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
-    """What is known of the weights, by the names of the files in a run's folder."""
+    """What is known of the weights, by the names of the files in a run's folder.
+
+    :param folder: that they are written to.
+    """
     from ..runtime.files import parse_json
     from ..training.checkpoints import CLASSES, CONFIG, TOKENIZER, tokenizer_beside
 
     known = {name: value for name, value in checkpoint.flags.items() if name not in PLACES}
+    known |= {name: path for name in MOVED if (path := _moved(checkpoint.flags.get(name), checkpoint.path, folder))}
     texts: dict[str, Any] = {CONFIG: {"flags": known}} if known else {}
     texts |= {CLASSES: {"classes": list(checkpoint.classes)}} if checkpoint.classes else {}
     if (known.get("context"), known.get("text_encoder")) == ("text", "scratch"):

@@ -236,7 +236,7 @@ def tokenizer_beside(path: str) -> str:
     if not text and not exists(file_path):
         raise UserError(
             f"{file_path} is missing, without which the network reads no text: copy it from the run's folder (for "
-            "latent-diffusion's text-to-image model, from one of bert-base-uncased)"
+            "latent-diffusion's text-to-image model, from one of bert-base-uncased; for GLIDE, from one of gpt2)"
         )
     return str(text or files.read_file(file_path).decode(errors="replace"))
 
