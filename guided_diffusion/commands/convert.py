@@ -1,14 +1,25 @@
-"""Write the weights of a checkpoint, of a run its best moving average, to one file with all that is known of them."""
+"""Write the weights of a checkpoint, of a run its best moving average, to one file with all that is known of them.
+
+Where a folder is named, it becomes one of diffusers, which `load` and the commands read as they read runs.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 from ..config import local_path, resolved_path
 from ..runtime.errors import UserError
 from .entry import entry
 from .flags import COMMANDS, Flags
 from .sections import ConvertConfig
+
+if TYPE_CHECKING:
+    import torch as th
+
+    from ..training.checkpoints import Checkpoint
+
+    State = dict[str, th.Tensor]
 
 ENDINGS = (".safetensors", ".pt")
 # flags that name places on the machine of the training
@@ -18,44 +29,112 @@ PLACES = {
     for spec in command.flags().values()
     if spec.metadata["convert"] in (resolved_path, local_path)
 }
+MOVED = ("autoencoder_path",)  # but these go with the weights, and are relative to their folder
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def convert(flags: Flags) -> None:
-    """Write the file that the flags ask for; a .pt has no place for flags and class names, they go beside it."""
-    import os
-
+    """Write what the flags ask for; a .pt has no place for flags and class names, they go beside it."""
     import torch as th
 
     from .. import dist_util, logger
-    from ..runtime.files import json_bytes, parse_json, write_json
-    from ..training.checkpoints import CLASSES, CONFIG, TOKENIZER, open_checkpoint, tokenizer_beside
+    from ..runtime.files import json_bytes, write_json
+    from ..training.diffusers_files import CONFIG, FILE
     from ..training.weights import save
     from . import common
 
     config = flags.part(ConvertConfig)
-    if not config.out.endswith(ENDINGS):
-        raise UserError(f"{config.out!r} must end in {' or '.join(ENDINGS)}: name the file to write")
+    is_file = config.out.endswith(ENDINGS)
+    if not is_file and os.path.splitext(config.out)[1]:
+        raise UserError(f"{config.out!r} must end in {' or '.join(ENDINGS)}, or be a folder without an ending")
     if dist_util.rank() > 0:
         return
     common.log_to_screen()
-    checkpoint, dtype = open_checkpoint(config.source, "SOURCE"), getattr(th, DTYPES[config.precision])
-    weights = {
-        name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
-        for name, value in checkpoint.weights.items()
-    }
+    checkpoint, dtype = _chosen(config), getattr(th, DTYPES[config.precision])
+    path = config.out if is_file else os.path.join(config.out, FILE)
+    weights, theirs = _weights_of(checkpoint, for_diffusers=not is_file)
+    weights = {name: (x.to(dtype) if x.is_floating_point() else x).contiguous() for name, x in weights.items()}
+    texts = _texts(checkpoint, os.path.dirname(path))
+    if path.endswith(".pt"):
+        written = save(path, weights)
+        texts_beside = texts
+    else:
+        header = {name: json_bytes(value).decode() for name, value in texts.items()}
+        written = save(path, weights, header | {"format": "pt"})  # which some readers ask for
+        texts_beside = {CONFIG: theirs} if theirs else {}
+    for name, value in texts_beside.items():
+        write_json(os.path.join(os.path.dirname(path), name), value)
+    logger.log(f"{checkpoint.path} -> {path}: {len(weights)} tensors, {written['bytes']} bytes")
+
+
+def _chosen(config: ConvertConfig) -> Checkpoint:
+    """The checkpoint, of a run's folder with the moving average of the rate that is asked for."""
+    from dataclasses import replace
+
+    from ..training.checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(config.source, "SOURCE")
+    if not config.ema_rate:
+        return checkpoint
+    paths = {float(rate): path for rate, path in checkpoint.emas.items()} | (
+        {0.0: checkpoint.model} if checkpoint.model else {}
+    )
+    try:
+        return replace(checkpoint, path=paths[float(config.ema_rate)])
+    except (ValueError, KeyError) as error:
+        rates = ", ".join(f"{rate:g}" for rate in sorted(paths)) or "none"
+        raise UserError(f"--ema_rate {config.ema_rate} is no average of {config.source}: it has {rates}") from error
+
+
+def _weights_of(checkpoint: Checkpoint, *, for_diffusers: bool) -> tuple[State, dict[str, Any]]:
+    """The weights to write, and the config.json of diffusers where they are for it."""
+    import torch as th
+
+    from ..training import diffusers_files
+    from ..training.first_stage import load_autoencoder
+    from . import presets
+
+    weights, path = checkpoint.weights, checkpoint.path
+    if "encoder.conv_in.weight" in weights:
+        network, factor = load_autoencoder(path)
+        if not for_diffusers:
+            return network.state_dict() | {"scale_factor": th.tensor(factor)}, {}
+        config, weights = diffusers_files.write_autoencoder(network, factor, path)
+        return weights, config
+    if not for_diffusers:
+        return weights, {}
+    preset = presets.find(os.path.splitext(os.path.basename(path))[0])
+    flags = checkpoint.flags or (preset.flags if preset else {})
+    size = checkpoint.size_of_inputs(flags["image_size"], flags) if "image_size" in flags else 0
+    config, weights = diffusers_files.write_unet(weights, flags, size, path)
+    return weights, config
+
+
+def _moved(place: str | None, path: str, folder: str) -> str:
+    """A path that is relative to the folder of a checkpoint, from another folder; '' for a place that is not there."""
+    from ..runtime import files
+
+    place = files.join(os.path.dirname(path), place) if place else ""
+    if not place or files.is_remote(place) or not files.exists(place):
+        return place if place and files.is_remote(place) else ""
+    return os.path.relpath(os.path.realpath(place), os.path.realpath(folder or "."))
+
+
+def _texts(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
+    """What is known of the weights, by the names of the files in a run's folder.
+
+    :param folder: that they are written to.
+    """
+    from ..runtime.files import parse_json
+    from ..training.checkpoints import CLASSES, CONFIG, TOKENIZER, tokenizer_beside
+
     known = {name: value for name, value in checkpoint.flags.items() if name not in PLACES}
+    known |= {name: path for name in MOVED if (path := _moved(checkpoint.flags.get(name), checkpoint.path, folder))}
     texts: dict[str, Any] = {CONFIG: {"flags": known}} if known else {}
     texts |= {CLASSES: {"classes": list(checkpoint.classes)}} if checkpoint.classes else {}
     if (known.get("context"), known.get("text_encoder")) == ("text", "scratch"):
         texts |= {TOKENIZER: parse_json(tokenizer_beside(checkpoint.path))}
-    if config.out.endswith(".pt"):
-        written = save(config.out, weights)
-        for name, value in texts.items():
-            write_json(os.path.join(os.path.dirname(config.out), name), value)
-    else:
-        written = save(config.out, weights, {name: json_bytes(value).decode() for name, value in texts.items()})
-    logger.log(f"{checkpoint.path} -> {config.out}: {len(weights)} tensors, {written['bytes']} bytes")
+    return texts
 
 
 main = entry("convert", convert)

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
-from ..networks.glide import Text2ImUNet, read_glide
+import torch as th
+
+from ..networks.glide import GLIDE, Text2ImUNet, read_glide
+from ..runtime import files
 from ..runtime.errors import UserError
 from ..script_util import create_gaussian_diffusion
 from ..training.published import is_glide, tensors_in
-from ..training.weights import load, tensor_differences
+from ..training.weights import State, load, tensor_differences
 
 if TYPE_CHECKING:
     from ..respace import SpacedDiffusion
+    from ..training.checkpoints import Checkpoint
+
+
+def network_in(state: State, path: str) -> Text2ImUNet:
+    """An untrained network of the architecture that weights show, on the default device.
+
+    :param path: of their file, for messages.
+    """
+    try:
+        network = read_glide(state)
+    except (LookupError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path} holds no whole network of GLIDE: {error}") from error
+    if faults := "; ".join(tensor_differences(state, network.state_dict())):
+        raise UserError(f"{path} holds no whole network of GLIDE: {faults}")
+    return network.to_empty(device=th.get_default_device())
 
 
 def load_glide(path: str, timestep_respacing: str = "") -> tuple[Text2ImUNet, SpacedDiffusion]:
-    """A network of GLIDE in evaluation mode, on the CPU, and its process.
+    """A network of GLIDE in evaluation mode, on the CPU, and its process, for tokens of one's own.
 
     The images of ``network.padded(ids)``, ids of GPT-2's byte-pair encoding of a text in lower case, are::
 
@@ -30,16 +49,18 @@ def load_glide(path: str, timestep_respacing: str = "") -> tuple[Text2ImUNet, Sp
     state = tensors_in(load(path, inert=True))
     if not is_glide(state):
         raise UserError(f"{path} holds no network of GLIDE: give its base.pt, upsample.pt or the like")
-    try:
-        network = read_glide(state)
-    except (LookupError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{path} holds no whole network of GLIDE: {error}") from error
-    if faults := "; ".join(tensor_differences(state, network.state_dict())):
-        raise UserError(f"{path} holds no whole network of GLIDE: {faults}")
-    network.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    network = network_in(state, path)
+    network.load_state_dict(state)
     network.eval().requires_grad_(False)
     schedule = "linear" if network.enlarges else "cosine"
     process = create_gaussian_diffusion(
         learn_sigma=True, noise_schedule=schedule, timestep_respacing=timestep_respacing
     )
     return network, process
+
+
+def upsampler_beside(checkpoint: Checkpoint) -> list[str]:
+    """The upsampler in the folder of a base network of GLIDE, by the names that they are published under."""
+    folder, name = os.path.split(checkpoint.path)
+    path = files.join(folder or ".", name.replace("base", "upsample"))
+    return [path] if checkpoint.flags.get("text_encoder") == GLIDE and "base" in name and files.exists(path) else []

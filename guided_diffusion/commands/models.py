@@ -42,20 +42,21 @@ def _show(flags: Flags) -> None:
     preset = presets.get(flags.part(ModelsConfig).name)
     facts: dict[str, Any] = {"about": preset.about, "kind": preset.kind, "path": preset.place}
     if preset.file:
-        size = str(preset.bytes) if preset.bytes else f"about {4 * preset.parameters}"
+        size = str(preset.bytes) if preset.bytes else f"{'about' if preset.flags else 'at least'} {preset.least}"
         facts |= {"address": preset.source.urls[0], "bytes": size, "sha256": preset.sha256 or "none is published"}
     facts |= {"parameters": preset.parameters, "classifier": preset.companion("classifier")}
     facts |= {"upsampler": preset.companion("upsampler"), "classifier_scale": preset.classifier_scale}
+    facts |= {"cfg_scale": preset.cfg_scale}
     facts |= {"steps": preset.steps, "flags": " ".join(f"--{name} {value}" for name, value in preset.flags.items())}
     if preset.file:
-        facts |= {"licence": presets.origin()["licence"], "paper": presets.origin()["paper"]}
+        facts |= {"licence": preset.facts["licence"], "paper": preset.facts["paper"]}
     for name, fact in facts.items():
         if fact:
             print(f"{name + ':':<18}{fact}")
     for scores in preset.results:
         numbers = ", ".join(f"{name} {value}" for name, value in scores.items() if name != "of")
         print(f"{'results:':<18}{scores['of']}: {numbers}")
-    for note in presets.origin()["notes"] if preset.file else []:
+    for note in preset.facts["notes"] if preset.file else []:
         print(f"{'note:':<18}{note}")
 
 
@@ -93,15 +94,14 @@ def _verify(flags: Flags) -> None:
         raise UserError(f"{path} is not {preset.file}, {fault}: remove it, and fetch it again")
     import torch as th
 
-    from ..script_util import build_network
-    from .common import described, section_of
+    from .common import described, network_of, section_of
 
     source = "classifier_path" if preset.kind == presets.CLASSIFIER else "model_path"
     flags = Flags(presets.COMMANDS_OF.get(preset.kind, "image_sample"), {**preset.flags, source: path})
     checkpoint, flags = described(flags, source)
     config = flags.part(section_of(flags, source))
     with th.device("meta"):
-        network = build_network(config, flags.values["learn_sigma"])
+        network = network_of(config, flags.values["learn_sigma"], checkpoint)
     checkpoint.fitting(network, asdict(config))
     count = sum(parameter.numel() for parameter in network.parameters())
     checked = "sha256 as published" if preset.sha256 else "no sha256 of it is published"

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,13 @@ from ..evaluation.likelihood import measured
 from ..runtime import files
 from ..runtime.errors import UserError, nearest, refuse
 from ..runtime.labels import parse_classes
-from ..runtime.npz import save_npz
+from ..runtime.npz import PROMPTS, write_arrays
 from ..runtime.options import means_not_given, reader_of
-from ..runtime.pictures import Pixels, grid_of_classes, save_png, to_uint8
+from ..runtime.pictures import Pixels, draw_each, grid_of_classes, to_uint8
 from ..sample_util import plain_images, sampled
 from ..sampling.guidance import combine
 from ..training.checkpoints import CLASSIFIER, UPSAMPLER, Checkpoint, open_checkpoint
-from . import editing, image_nll, presets, sampling
+from . import editing, glide, image_nll, presets, prompts, sampling
 from .common import Plan, Restored, restore
 from .flags import COMMANDS, Flags, command_of
 from .sections import SEED_STEP, AdapterConfig
@@ -47,6 +48,7 @@ Images = Any  # a path; or uint8 [N, H, W, C] or [H, W, C], float [N, C, H, W] i
 SAMPLE, ENLARGE, MEASURE = "classifier_sample", "super_res_sample", "image_nll"
 BATCH = 16  # images per pass of the network, unless there are fewer
 PATHS = ("init_image", "mask", "interpolate", "cond_images", "base_samples", "data_dir")  # where images may be given
+TEXTS = "prompts"  # a path where a list may be given
 LOOP = ("cond_fn", "cond_fn_with_grad", "callback", "progress")  # what the loop takes beside flags
 OF_THE_NETWORK = {
     spec.name
@@ -65,12 +67,14 @@ class Samples:
     :param labels: class ids [N], None where there are none.
     :param classes: names by class id, [] where they are not known.
     :param turns: the classes that were asked for in turn, [] for random ones.
+    :param prompts: the texts that they were made for, in turn.
     """
 
     images: Pixels
     labels: npt.NDArray[np.int64] | None = None
     classes: Sequence[str] = ()
     turns: Sequence[int] = ()
+    prompts: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,8 +84,9 @@ class Samples:
         return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in self.images]
 
     def grid(self) -> Image.Image:
-        """The first 100 in one picture, a row for each class where they take turns."""
-        return grid_of_classes(self.images, self.turns, self.classes)
+        """The first 100 in one picture, a row for each class or prompt where they take turns."""
+        rows = (range(len(self.prompts)), self.prompts) if self.prompts else (self.turns, self.classes)
+        return grid_of_classes(self.images, *rows)
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
@@ -89,22 +94,23 @@ class Samples:
         return file.getvalue()
 
     def save(self, path: str | os.PathLike[str]) -> str:
-        """Write an npz (arr_0, and labels as arr_1), a picture (.png: the grid), or NNNNNN_yK.png of each in a folder.
+        """Write an npz (arr_0, labels as arr_1, prompts), a picture (.png: the grid), or a PNG of each in a folder.
 
         :return: the path.
         """
         path = files.local(path)
         if path.endswith(".npz"):
-            save_npz(path, self.images, *([] if self.labels is None else [self.labels]))
+            texts = np.asarray([*islice(cycle(self.prompts), len(self))]) if self.prompts else None
+            arrays = {"arr_0": self.images, "arr_1": self.labels, PROMPTS: texts}
+            write_arrays(path, {name: (x.shape, x.dtype, [x]) for name, x in arrays.items() if x is not None})
             return path
         if path.endswith(".png"):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             self.grid().save(path, format="PNG")
             return path
-        os.makedirs(path, exist_ok=True)
-        labels = [""] * len(self) if self.labels is None else [f"_y{label}" for label in self.labels]
-        for index, (label, image) in enumerate(zip(labels, self.images, strict=True)):
-            save_png(os.path.join(path, f"{index:06d}{label}.png"), image)
+        with tempfile.TemporaryDirectory() as place:
+            whole = self.save(os.path.join(place, "samples.npz"))
+            draw_each(path, whole, labelled=self.labels is not None, prompts=self.prompts)
         return path
 
 
@@ -143,6 +149,7 @@ def load(
         if kind == CLASSIFIER:
             other = "give it as classifier= beside a diffusion model"
             raise UserError(f"{path} is a classifier, which guides others: {other}")
+        enlargers = enlargers or glide.upsampler_beside(checkpoint)
         flags = _flags_of(ENLARGE if kind == UPSAMPLER else SAMPLE, {**options, "model_path": path})
         return Model(restore(flags, checkpoint=checkpoint), guide, enlargers, verbose)
 
@@ -203,18 +210,32 @@ def _logging(verbose: bool) -> Iterator[None]:
 
 @contextmanager
 def _as_paths(options: Mapping[str, Any], labels: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The options with paths in place of images, which are there as long as the block lasts."""
-    images = {name: options[name] for name in PATHS if not isinstance(options.get(name), str | os.PathLike | None)}
+    """The options with paths in place of images and lists of prompts, which are there as long as the block lasts."""
+    texts = options.get("prompt")
+    options = {**options, "prompt": None, TEXTS: texts} if isinstance(texts, list | tuple) else options
+    given = {name: options.get(name) for name in (*PATHS, TEXTS)}
+    images = {name: value for name, value in given.items() if not isinstance(value, str | os.PathLike | None)}
     if not images:
         yield dict(options)
         return
     with tempfile.TemporaryDirectory(prefix="guided-diffusion-") as folder:
-        paths = {name: os.path.join(folder, f"{name}.npz") for name in images}
+        paths = {name: os.path.join(folder, f"{name}.{'txt' if name == TEXTS else 'npz'}") for name in images}
         for name, path in paths.items():
-            value = images[name]
-            ids = value.labels if isinstance(value, Samples) else labels
-            save_npz(path, _pixels(value, name), *([] if ids is None else [np.asarray(ids, np.int64)]))
+            _write(path, name, images[name], labels)
         yield {**options, **paths}
+
+
+def _write(path: str, name: str, value: Any, labels: Sequence[int] | None) -> None:
+    """Write images as an npz, prompts as lines."""
+    if name == TEXTS:
+        lines = [" ".join(text.split()) for text in value]
+        if not all(lines):
+            raise UserError("a text of prompt is empty: leave it out")
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        return
+    ids = None if labels is None else np.asarray(labels, np.int64)
+    (value if isinstance(value, Samples) else Samples(_pixels(value, name), ids)).save(path)
 
 
 def _pixels(value: Images, name: str) -> Pixels:
@@ -320,15 +341,14 @@ class Model:
         """Images, as image_sample makes them, or classifier_sample where classifier_scale is given.
 
         :param start: [N, C, H, W], the noise to start from, such as `invert` returns.
-        :param options: flags of these scripts, with num_samples as many as classes, else 1, and batch_size at most 16;
-            init_image, mask, interpolate and cond_images may be images themselves: see `Images`; and of the loop
-            cond_fn, cond_fn_with_grad, callback and progress.
+        :param options: flags of these scripts, with num_samples as many as classes or prompts, else 1, and batch_size
+            at most 16; init_image, mask, interpolate and cond_images may be images themselves: see `Images`; prompt a
+            list, which the images take in turn; and of the loop cond_fn, cond_fn_with_grad, callback and progress.
         """
         if self._restored.flags.command == ENLARGE:
             raise UserError(f"{self.path} is an upsampler: give .upsample(IMAGES) what it is to enlarge")
-        classes = options.get("classes")
-        count = len(classes) if isinstance(classes, list | tuple) else 1 if start is None else len(start)
-        options = {"num_samples": count, **options}
+        turns = [len(options[name]) for name in ("classes", "prompt") if isinstance(options.get(name), list | tuple)]
+        options = {"num_samples": max(turns, default=1 if start is None else len(start)), **options}
         options.setdefault("batch_size", min(BATCH, options["num_samples"]))
         with self._running(), _as_paths(options) as options:
             loop = {name: options.pop(name) for name in LOOP if name in options}
@@ -354,7 +374,8 @@ class Model:
             images.append(to_uint8(x))
             labels += [] if y is None else [y.cpu()]
         ids = th.cat(labels).numpy() if labels else None
-        return Samples(np.concatenate(images), ids, job.class_names or model.classes, list(job.labels))
+        names = job.class_names or model.classes
+        return Samples(np.concatenate(images), ids, names, list(job.labels), list(job.prompts))
 
     def upsample(self, images: Images, *, seed: int = SEED_STEP, **options: Any) -> Samples:
         """The images enlarged by its upsamplers one after another, or by itself if it is one, as super_res_sample does.
@@ -383,11 +404,19 @@ class Model:
             model = self._with(options)
             return self._drawn(model, sampling.enlarging(model, self._guide_of(model)), loop)
 
+    def encode(self, images: Images) -> th.Tensor:
+        """What the network works on [N, C, H, W]: the most probable latents of images, else images in [-1, 1]."""
+        with self._running(), _as_paths({"init_image": images}) as paths:
+            model = self._with(paths)
+            source = editing.images_of(model, model.flags.values["init_image"])
+            return source.rows(range(len(source)))["init_image"]
+
     def invert(self, images: Images, *, classes: Any = "", strength: float = 1.0, **options: Any) -> th.Tensor:
         """The noise [N, C, H, W] that the unguided process without randomness turns images to, for `sample(start=...)`.
 
         :param classes: of the images, in turn, as flag or list.
         :param strength: how far to go: 1 is noise.
+        :param options: flags of image_sample, such as steps, and the prompt of the images.
         """
         with self._running(), _as_paths({**options, "init_image": images}) as paths:
             model = self._with({**paths, "classes": classes or None})
@@ -396,7 +425,9 @@ class Model:
             text, count = model.flags.values["classes"], len(self.classes) or config.num_classes
             turns = parse_classes(text, count, self.classes) if text else []
             labels = th.tensor([turns[index % len(turns)] for index in indices]) if turns else None
-            return editing.noise_of(model, source.rows(indices)["init_image"], labels, {}, strength)
+            prompts.extend(plan := Plan(model.network), model)
+            beside = plan.job["conditioning"](indices) if "conditioning" in plan.job else {}
+            return editing.noise_of(model, source.rows(indices)["init_image"], labels, beside, strength)
 
     def bits_per_dim(
         self, images: Images, labels: Sequence[int] | None = None, **options: Any

@@ -1,4 +1,4 @@
-"""Models by name: the published checkpoints of the original, of presets.json, and those in models/ of a checkout.
+"""Models by name: published checkpoints, of presets.json, and those in models/ of a checkout.
 
 A bundled model is a folder models/NAME as a training leaves it (config.json, classes.json, ema_RATE_NNNNNN.safetensors
 or modelNNNNNN.safetensors), with its classifier, if it has one, in models/NAME/classifier, and an upsampler in
@@ -28,12 +28,14 @@ COMMANDS_OF = {UPSAMPLER: "super_res_sample", CLASSIFIER: "classifier_sample"}  
 class Preset:
     """A model that has a name.
 
-    :param file: of the address; '' for one that is bundled.
+    :param origin: of these its address, licence, paper and notes.
+    :param file: in the cache; '' for one that is bundled.
+    :param remote: its name at the address, where that is another one; a .zip holds it as model.ckpt.
     :param bytes: its size, 0 where it is not known.
-    :param parameters: how many numbers it holds.
-    :param flags: of the network and the process, as a command line would say them.
+    :param parameters: how many numbers its network holds.
+    :param flags: of the network and the process, as a command line would say them; none where the file tells them.
     :param classifier: and `upsampler`: the names of those that go with it, '' for none.
-    :param classifier_scale: and `steps`: what its authors recommend, 0 for none.
+    :param classifier_scale: and `cfg_scale` and `steps`: what its authors recommend, 0 for none.
     :param classes: whose names they are: "imagenet", or ''.
     :param results: published scores: what of, fid, sfid, precision, recall.
     """
@@ -41,7 +43,9 @@ class Preset:
     name: str
     about: str
     kind: str = DIFFUSION
+    origin: str = "guided-diffusion"
     file: str = ""
+    remote: str = ""
     bytes: int = 0
     sha256: str = ""
     parameters: int = 0
@@ -49,6 +53,7 @@ class Preset:
     classifier: str = ""
     upsampler: str = ""
     classifier_scale: float = 0.0
+    cfg_scale: float = 0.0
     steps: int = 0
     classes: str = ""
     results: tuple[Mapping[str, Any], ...] = ()
@@ -56,8 +61,20 @@ class Preset:
     @property
     def source(self) -> Source:
         """Where it is published."""
-        address = f"{origin()['address']}{self.file}"
-        return Source((address,), self.file, self.sha256, self.bytes, 4 * self.parameters)  # of float32
+        address = f"{self.facts['address']}{self.remote or self.file}"
+        member = "model.ckpt" if address.endswith(".zip") else ""
+        return Source((address,), self.file, self.sha256, self.bytes, 0 if member else self.least, member)
+
+    @property
+    def least(self) -> int:
+        """Bytes that its weights take; where only the file tells its flags, that may be of 16 bits."""
+        return (4 if self.flags else 2) * self.parameters
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Address, licence, paper and notes of its origin."""
+        facts: Mapping[str, Any] = _table()["origins"][self.origin]
+        return facts
 
     @property
     def place(self) -> str:
@@ -73,7 +90,7 @@ class Preset:
         if os.path.exists(self.place):
             return self.place
         if self.file:
-            size = f"{4 * self.parameters / 1e9:.1f} GB"
+            size = f"{'' if self.flags else 'at least '}{self.least / 1e9:.1f} GB"
             remedy = f"fetch it with 'guided-diffusion models download {self.name}' ({size}), or put it there"
             raise UserError(f"the model {self.name} is not at {self.place}: {remedy}")
         raise UserError(
@@ -94,11 +111,6 @@ def _table() -> Any:
     return parse_json((HERE / "presets.json").read_bytes())
 
 
-def origin() -> dict[str, Any]:
-    """Address, licence, paper and notes of the published checkpoints."""
-    return {**_table()["origin"]}
-
-
 def all_presets() -> dict[str, Preset]:
     """Every model by name: those of the table, and what lies in models/ of a checkout."""
     table = {name: Preset(name=name, **facts) for name, facts in _table()["models"].items()}
@@ -109,7 +121,7 @@ def all_presets() -> dict[str, Preset]:
 def find(name: str) -> Preset | None:
     """The model of this name, or whose file is called so; None where there is none."""
     presets = all_presets()
-    by_file = {preset.file.removesuffix(".pt"): preset for preset in presets.values() if preset.file}
+    by_file = {os.path.splitext(preset.file)[0]: preset for preset in presets.values() if preset.file}
     return presets.get(name) or by_file.get(name)
 
 

@@ -361,8 +361,11 @@ class ModelsConfig:
 class ConvertConfig:
     """What to write."""
 
-    source: str = path_flag("a checkpoint, or a run's folder (its newest EMA)", positional=True)
-    out: str = local_flag("file to write, .safetensors or .pt", positional=True)
+    source: str = path_flag("a checkpoint, a run's folder, or one of diffusers", positional=True)
+    out: str = local_flag(
+        "file to write, .safetensors or .pt; or a folder, for diffusers' UNet2DModel or AutoencoderKL", positional=True
+    )
+    ema_rate: str = flag("", "of a run: the rate of the moving average to take; 0: none; '' for the slowest")
     precision: str = flag("fp32", "type of the numbers in it: fp32, fp16 or bf16", choices=PRECISIONS)
 
 

@@ -233,7 +233,7 @@ class ScratchEncoder(ContextEncoder):
         log: Log = warnings.warn,
     ) -> None:
         super().__init__(context_dim, max_tokens, log, padding=padding)
-        self.tokenizer = _tokenizers().Tokenizer.from_str(tokenizer)
+        self.tokenizer = read_tokenizer(tokenizer)
         pairs = [[self.tokenizer.token_to_id(name) for name in pair] for pair in ENDS]
         self.ends = next((pair for pair in pairs if None not in pair), [])
         if not self.ends or max_tokens < 2:
@@ -302,7 +302,7 @@ def build_context_encoder(
     if config.context != "text":
         return None
     if config.text_encoder == "scratch":
-        content = _checked(tokenizer) if tokenizer else train_tokenizer(captions, config.vocab_size)
+        content = tokenizer or train_tokenizer(captions, config.vocab_size)
         dim = config.context_dim or SCRATCH_DIM
         encoder = ScratchEncoder(
             content, dim, config.text_depth, config.max_tokens, padding=config.text_padding, log=log
@@ -367,14 +367,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> str:
     return text
 
 
-def _checked(tokenizer: str) -> str:
+def read_tokenizer(content: str) -> Any:
+    """The tokenizer of a JSON."""
     try:
-        _tokenizers().Tokenizer.from_str(tokenizer)
+        return _tokenizers().Tokenizer.from_str(content)
+    except UserError:
+        raise
     except Exception as error:  # the library raises bare ones
         raise UserError(
             f"the tokenizer.json is no tokenizer ({reason(error)}): take that of the folder of the training"
         ) from error
-    return tokenizer
 
 
 def _tokenizers() -> Any:

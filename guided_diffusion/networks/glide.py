@@ -6,7 +6,7 @@ Shapes: N batch, L tokens of a text (`text_ctx`), V tokens of the vocabulary, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch as th
@@ -17,6 +17,9 @@ from ..runtime.errors import UserError
 from .architecture import architecture
 from .attention import LayerNorm32
 from .backbone import UNetModel
+from .context import ContextEncoder, read_tokenizer
+
+GLIDE = "glide"  # as --text_encoder
 
 
 class _Attention(nn.Module):
@@ -221,6 +224,39 @@ class SuperResInpaintText2ImUnet(_WithImages):
             raise UserError("low_res is missing: give the small images, [N, C, h, w]")
         parts = [x, _known(x, inpaint_image, inpaint_mask), _enlarged(low_res, x)]
         return super().forward(th.cat(parts, dim=1), timesteps, **kwargs)
+
+
+# ---- texts
+
+
+class GlideEncoder(ContextEncoder):
+    """Texts as the tokens that a network of GLIDE takes: GPT-2's byte-pair encoding of them in lower case.
+
+    :param tokenizer: the JSON of GPT-2's tokenizer.
+    """
+
+    def __init__(self, network: Text2ImUNet, tokenizer: str, log: Callable[[str], object]) -> None:
+        super().__init__(network.xf_width, network.text_ctx, log)
+        self.network, self.tokenizer = network, read_tokenizer(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> tuple[th.Tensor, th.Tensor]:
+        tokens, mask = (value.to(self.network.token_embedding.weight.device) for value in self.keywords(texts).values())
+        return self.network.text(tokens, mask)[1], mask
+
+    def keywords(self, texts: Sequence[str]) -> dict[str, th.Tensor]:
+        ids = [self.tokenizer.encode(text.lower()).ids for text in texts]
+        for text, each in zip(texts, ids, strict=True):
+            if len(each) > self.max_tokens:
+                self._tell_cut(text, len(each), self.tokenizer.decode(each[: self.max_tokens]))
+        if (largest := max(map(max, filter(None, ids)), default=0)) >= self.network.token_embedding.num_embeddings:
+            raise UserError(f"the tokenizer.json has a token {largest}, and the network none: take that of gpt2")
+        return dict(zip(("tokens", "mask"), self.network.padded(ids), strict=True))
+
+    def conditioning(self, texts: Sequence[str]) -> dict[str, th.Tensor]:
+        return self.keywords(texts)
+
+    def settings(self) -> dict[str, Any]:
+        return {"text_encoder": GLIDE, "context_dim": self.context_dim, "max_tokens": self.max_tokens}
 
 
 # ---- reading files

@@ -7,8 +7,10 @@ import contextlib
 import hashlib
 import http.client
 import os
+import shutil
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from . import files
-from .atomic import explained
+from .atomic import explained, replacing
 from .errors import UserError, reason
 
 TIMEOUT = 30.0  # seconds without a byte from a server
@@ -34,6 +36,7 @@ class Source:
     :param sha256: or its first digits; '' where none is published.
     :param size: in bytes; 0 where it is not known.
     :param least: bytes that the whole file has at least.
+    :param member: of a zip at the address, which is the file; '' where it lies there itself.
     """
 
     urls: tuple[str, ...]
@@ -41,6 +44,7 @@ class Source:
     sha256: str = ""
     size: int = 0
     least: int = 0
+    member: str = ""
 
     @property
     def cached(self) -> str:
@@ -53,7 +57,8 @@ class Source:
             return self
         if not mirror.lower().startswith(("https://", "http://", "file://")):
             raise UserError(f"--mirror {mirror!r} is no address: write https://HOST/FOLDER")
-        return replace(self, urls=(f"{mirror.rstrip('/')}/{self.file}",))
+        name = self.urls[0].rpartition("/")[2] if self.member else self.file
+        return replace(self, urls=(f"{mirror.rstrip('/')}/{name}",))
 
     def fault_of(self, path: str, md5: str = "") -> str:
         """Why a file is not this one; '' if it is, as far as is known of it.
@@ -98,8 +103,8 @@ def fetch(source: Source, path: str = "") -> str:
     with _alone(f"{path}{PART}") as part:
         for url in source.urls:
             fault = _fetched(url, part, source)
+            fault = fault or _put(part, path, source.member)
             if not fault:
-                os.replace(part, path)
                 print(f"{path}: {os.path.getsize(path)} bytes, {checked}")
                 return path
             failures.append(f"{url}: {fault}")
@@ -109,6 +114,21 @@ def fetch(source: Source, path: str = "") -> str:
         f"{source.file} could not be fetched ({'; '.join(failures)}): try again later{begun}, or fetch "
         f"{source.urls[0]} ({size}) on another machine and put it at {path}"
     )
+
+
+def _put(part: str, path: str, member: str) -> str:
+    """Give a whole file its name, or unpack it; returns why that was not possible, '' if it was."""
+    if not member:
+        os.replace(part, path)
+        return ""
+    try:
+        with zipfile.ZipFile(part) as archive, archive.open(member) as inner, replacing(path) as file:
+            shutil.copyfileobj(inner, file, PIECE)
+    except (zipfile.BadZipFile, KeyError):
+        os.truncate(part, 0)
+        return f"it is no zip with {member}"
+    os.remove(part)
+    return ""
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ PAD = 2
 GROUP_GAP = 12
 MARGIN = 6
 LONGEST_NAME = 24
+LETTER, LINE, CAPTION_LINES = 6, 12, 3  # pixels of a letter and of a line below an image, and most lines
 LONGEST_STEM = 40  # characters of a prompt in the name of a file
 GRID_IMAGES = 100
 CHUNK = 64  # images in memory at a time
@@ -114,6 +116,7 @@ def grid(
     row_names: Sequence[str] = (),
     *,
     titles: Sequence[str] = (),
+    captions: Sequence[str] = (),
     gap: int = GROUP_GAP,
     zoom: int = 0,
 ) -> Image.Image:
@@ -121,6 +124,7 @@ def grid(
 
     :param row_names: written to the left of the rows.
     :param titles: written above groups of columns: ("unguided", "guided") halves the picture.
+    :param captions: written below the images, of which they have the width.
     :param gap: how many pixels further apart than images these groups are set.
     :param zoom: how many pixels wide a pixel is drawn; 0 enlarges small images.
     """
@@ -129,16 +133,22 @@ def grid(
         raise UserError(f"{len(images)} images, {columns} columns, {groups} titles, {len(row_names)} names: no grid")
     zoom = zoom or max(1, CELL // min(images.shape[1:3]))
     height, width = (side * zoom + PAD for side in images.shape[1:3])
+    lines = [textwrap.wrap(_latin(text), max(5, width // LETTER))[:CAPTION_LINES] for text in captions]
+    below = LINE * max(map(len, lines), default=0)
+    height += below
     font, names = ImageFont.load_default(), [_short(name) for name in row_names]
     left = round(max((font.getlength(name) for name in names), default=-MARGIN)) + MARGIN
     top = 2 * MARGIN + 8 if titles else 0
     size = left + columns * width + (groups - 1) * gap + PAD, top + rows * height + PAD
     sheet = Image.new(_as_picture(images[0]).mode, size, "white")
+    pen = ImageDraw.Draw(sheet)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         place = left + PAD + column * width + column * groups // columns * gap, top + PAD + row * height
         sheet.paste(_as_picture(image.repeat(zoom, axis=0).repeat(zoom, axis=1)), place)
-    pen = ImageDraw.Draw(sheet)
+        if lines:
+            middle = place[0] + width // 2, place[1] + height - below
+            pen.multiline_text(middle, "\n".join(lines[index]), "black", font, anchor="ma", spacing=1, align="center")
     for row, name in enumerate(names):
         pen.text((left - MARGIN // 2, top + PAD + row * height + height // 2), name, "black", font, anchor="rm")
     share = (sheet.width - left - 2 * PAD + gap) / groups
@@ -149,10 +159,14 @@ def grid(
 
 
 def _short(text: str) -> str:
-    """A name in one line of characters that PIL's own font has."""
-    text = " ".join(text.split())
-    text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
-    return text.encode("latin-1", "replace").decode("latin-1")
+    """A name in one line."""
+    text = _latin(text)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
+
+
+def _latin(text: str) -> str:
+    """A text of words in characters that PIL's own font has."""
+    return " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
 
 
 def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> None:
@@ -163,18 +177,20 @@ def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: S
 
 
 def grid_of_classes(images: Pixels, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> Image.Image:
-    """The first images in one picture; a row for each class where they take turns.
+    """The first images in one picture: a row for each class where they take turns, below each image its class else.
 
     :param turns: image i has the label turns[i % len(turns)]; empty where labels are random, or there are none.
     :param class_names: names by class id.
     """
     images = images[:GRID_IMAGES]
-    columns = len(images) // len(turns) if len(turns) > 1 else 0
+    known = dict(enumerate(class_names))
+    names = [known.get(label, f"class {label}") for label in turns[: len(images)]] if len(turns) > 1 else []
+    columns = len(images) // len(turns) if names else 0
     if columns < 2:
-        return grid(images, math.ceil(math.sqrt(len(images))))
+        captions = [names[index % len(names)] for index in range(len(images))] if names else []
+        return grid(images, math.ceil(math.sqrt(len(images))), captions=captions)
     rows = np.arange(columns * len(turns)).reshape(columns, len(turns)).T
-    names = dict(enumerate(class_names))
-    return grid(images[rows.ravel()], columns, [names.get(label, f"class {label}") for label in turns])
+    return grid(images[rows.ravel()], columns, names)
 
 
 def draw_each(

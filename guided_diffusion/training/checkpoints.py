@@ -32,7 +32,7 @@ from .published import read_published
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
-SINGLE = "model.safetensors"
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # the second is of diffusers
 _PUBLISHED = (".ckpt", ".pt", ".pth", ".safetensors")  # endings of files of other programs
 MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
@@ -178,7 +178,7 @@ def _with_file(path: str, what: str) -> Checkpoint:
 def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     """The checkpoint of a file, or of a run folder that with the newest moving average, else with the newest model.
 
-    In a folder with a model.safetensors it is that file. Checkpoints with files of other sizes than their manifests
+    In a folder with one of the names SINGLE it is that file. Checkpoints with files of other sizes than their manifests
     name come last. Averages that are longer than the run count only if they were warmed up (--ema_warmup), or if there
     is nothing else.
 
@@ -187,13 +187,13 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     path = files.resolve(path)
     if not isdir(path):
         return replace(_with_file(path, what), path=path)
-    if exists(single := join(path, SINGLE)):
+    for single in filter(exists, (join(path, name) for name in SINGLE)):
         return Checkpoint(None, path=single)
     sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not sets or not sets[-1].best:
-        raise UserError(
-            f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder"
-        )
+        pipeline = " of its folders, such as unet" if exists(join(path, "model_index.json")) else ""  # of diffusers
+        remedy = f"give one{pipeline}" if pipeline else "give a checkpoint or a run's folder"
+        raise UserError(f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: {remedy}")
     taken, warmed_up = sets[-1], config_beside(path).get("ema_warmup")
     old = {rate: name for rate, name in taken.emas.items() if warmed_up or not is_young(rate, taken.step or 0)}
     return replace(taken, path=replace(taken, emas=old).best or taken.best)
@@ -213,7 +213,8 @@ def config_beside(path: str) -> dict[str, Any]:
     if not text and not exists(file_path):
         return {}
     try:
-        return {**files.parse_json(text or files.read_file(file_path))["flags"]}
+        config = files.parse_json(text or files.read_file(file_path))
+        return {} if "_class_name" in config else {**config["flags"]}  # that one is of diffusers
     except (OSError, ValueError, KeyError, TypeError) as error:
         detail = reason(error)
         raise UserError(
@@ -235,7 +236,7 @@ def tokenizer_beside(path: str) -> str:
     if not text and not exists(file_path):
         raise UserError(
             f"{file_path} is missing, without which the network reads no text: copy it from the run's folder (for "
-            "latent-diffusion's text-to-image model, from one of bert-base-uncased)"
+            "latent-diffusion's text-to-image model, from one of bert-base-uncased; for GLIDE, from one of gpt2)"
         )
     return str(text or files.read_file(file_path).decode(errors="replace"))
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..networks.autoencoder import AutoencoderKL, VQModel
 from ..runtime.errors import UserError
+from . import diffusers_files
 from .checkpoints import open_checkpoint
 from .published import FIRST_STAGE, tensors_in
 from .weights import load, tensor_differences
@@ -52,10 +53,11 @@ def load_autoencoder(path: str) -> tuple[AutoencoderKL | VQModel, float]:
     The architecture is read off the weights.
 
     :param path: a run of autoencoder_train, one of its checkpoints, or a file (.ckpt, .pt, .safetensors) of
-        latent-diffusion or Stable Diffusion, of the autoencoder alone or with a diffusion model.
+        latent-diffusion or Stable Diffusion, of the autoencoder alone or with a diffusion model; or a folder of an
+        AutoencoderKL of diffusers.
     """
     files = open_checkpoint(path)
-    tensors = tensors_in(load(files.path, inert=True))
+    tensors = diffusers_files.read_autoencoder(tensors_in(load(files.path, inert=True)), files.path)
     prefix = next((name.removesuffix("encoder.conv_in.weight") for name in tensors if _begins(name)), None)
     if prefix is None:
         raise UserError(f"{files.path} holds no autoencoder: give one of latent-diffusion, or a run's folder")

@@ -1,4 +1,4 @@
-"""What files of latent-diffusion and Stable Diffusion 1 hold, as weights and flags of this package.
+"""What files of latent-diffusion, Stable Diffusion 1 and diffusers hold, as weights and flags of this package.
 
 A file holds the U-Net behind `model.diffusion_model.`, perhaps its moving average (EMA) behind `model_ema.`, the
 autoencoder behind `first_stage_model.`, the encoder of texts or labels behind `cond_stage_model.`, and the betas. What
@@ -15,12 +15,15 @@ import numpy as np
 import torch as th
 
 from ..networks.architecture import Weights, architecture
+from ..networks.glide import GLIDE
 from ..runtime.errors import UserError, printable
+from .diffusers_files import read_unet
 
 UNET, AVERAGE = "model.diffusion_model.", "model_ema."
 FIRST_STAGE, CONDITION = "first_stage_model.", "cond_stage_model."
 FIRST = f"{FIRST_STAGE}encoder.conv_in.weight"
 BERT, CLIP = f"{CONDITION}transformer.token_emb.weight", f"{CONDITION}transformer.text_model."
+GLIDE_PLACES = "positional_embedding"
 IMAGENET_ROWS = 1001  # of labels, of which the last means no class
 SCHEDULE, USUAL_ENDS = "scaled_linear", (0.00085, 0.012)
 SHOWN = 6
@@ -37,7 +40,7 @@ def tensors_in(content: Any) -> dict[str, th.Tensor]:
 
 def is_glide(state: Tensors) -> bool:
     """Whether weights are those of a network of GLIDE."""
-    return {"time_embed.0.weight", "transformer_proj.weight", "token_embedding.weight"} <= set(state)
+    return {"time_embed.0.weight", "transformer_proj.weight", "token_embedding.weight", GLIDE_PLACES} <= set(state)
 
 
 def read_published(content: Any, path: str) -> Weights | None:
@@ -49,13 +52,10 @@ def read_published(content: Any, path: str) -> Weights | None:
     """
     tensors = tensors_in(content)
     if is_glide(tensors):
-        raise UserError(
-            f"{path} is a network of GLIDE, which takes tokens and not the flags of a command: open it in Python with "
-            "guided_diffusion.commands.glide.load_glide"
-        )
+        return _glide(tensors, path)
     network, averaged = _unet(tensors)
     if not network:
-        return None
+        return read_unet(tensors, path) or _autoencoder(tensors)
     condition, known = _condition(tensors)
     weights, clip = network | condition, any(name.startswith(CLIP) for name in tensors)
     flags = _flags(weights, known, tensors, 512 if clip else 256)
@@ -69,6 +69,26 @@ def read_published(content: Any, path: str) -> Weights | None:
     left = f"; what is no tensor is left out ({', '.join(others[:SHOWN])}{', ...' * (len(others) > SHOWN)})"
     place = (AVERAGE if averaged else UNET).rstrip(".")
     return Weights(weights, flags, f"of {path} the weights at {place} are taken: {kind}{left if others else ''}")
+
+
+def _glide(tensors: Tensors, path: str) -> Weights:
+    """A network of GLIDE; its inputs tell an upsampler from one of images, of which one that paints sees more."""
+    first, last = tensors.get("input_blocks.0.0.weight"), tensors.get("out.2.weight")
+    if first is None or last is None:
+        raise UserError(f"{path} holds no whole network of GLIDE: fetch it again")
+    channels = len(last) // 2
+    enlarges = first.shape[1] in (2 * channels, 3 * channels + 1)
+    sizes = {"large_size": 256, "small_size": 64} if enlarges else {"image_size": 64}
+    known = {"image_channels": channels, "learn_sigma": True, "noise_schedule": "linear" if enlarges else "cosine"}
+    texts = {"context": "text", "text_encoder": GLIDE, "null_text": True, "max_tokens": len(tensors[GLIDE_PLACES])}
+    return Weights(dict(tensors), {**sizes, **known, **texts}, "")
+
+
+def _autoencoder(tensors: Tensors) -> Weights | None:
+    """A file of an autoencoder alone, without the networks that only its training had."""
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "scale_factor")
+    state = {name: value for name, value in tensors.items() if name.startswith(parts)}
+    return Weights(state, {}, "") if FIRST.removeprefix(FIRST_STAGE) in state else None
 
 
 def _unet(tensors: Tensors) -> tuple[dict[str, th.Tensor], bool]:

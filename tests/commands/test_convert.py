@@ -50,6 +50,17 @@ def test_the_file_is_the_average_of_the_run_with_its_flags_and_classes(tmp_path,
     assert th.equal(restored(tmp_path / name).network.out[2].bias, model.out[2].bias)
 
 
+def test_an_average_is_chosen_by_its_rate(tmp_path, run, capsys):
+    checkpoints.save(str(run / "ema_0.5_000002.pt"), {"of": th.ones(1)})
+    for rate, source in (("", "ema_0.9"), ("0.90", "ema_0.9"), ("0.5", "ema_0.5"), ("0", "model000002")):
+        convert.main([str(run), str(tmp_path / "out.pt"), *(["--ema_rate", rate] if rate else [])])
+        assert f"{source}" in capsys.readouterr().out.rpartition("/out.pt")[0]
+    with pytest.raises(SystemExit):
+        convert.main([str(run), str(tmp_path / "out.pt"), "--ema_rate", "0.99"])
+    assert "--ema_rate 0.99 is no average of" in (told := capsys.readouterr().err)
+    assert "it has 0, 0.5, 0.9" in told
+
+
 def test_half_precision_halves_the_file_and_is_read_into_fp32(tmp_path, run):
     whole, half = str(tmp_path / "whole.safetensors"), str(tmp_path / "half.safetensors")
     convert.main([str(run), whole])
@@ -62,7 +73,7 @@ def test_half_precision_halves_the_file_and_is_read_into_fp32(tmp_path, run):
 
 def test_what_cannot_be_written_or_read_is_a_sentence(tmp_path, run, capsys):
     for source, out, words in (
-        (str(run), str(tmp_path / "a.bin"), "a.bin' must end in .safetensors or .pt: name the file to write"),
+        (str(run), str(tmp_path / "a.bin"), "a.bin' must end in .safetensors or .pt, or be a folder without an ending"),
         (str(tmp_path / "none.pt"), str(tmp_path / "a.pt"), "none.pt' does not exist"),
     ):
         with pytest.raises(SystemExit):

@@ -18,12 +18,13 @@ from ranks import Nursery
 from runs import CLASSIFIER, PROCESS, SCRIPTS, UNET, UPSAMPLER, Main, saved_by, scrambled, write_run
 from text_encoders import save_clip
 
-from guided_diffusion import logger
+from guided_diffusion import load, logger
 from guided_diffusion.commands import (
     autoencoder_train,
     cascade_sample,
     classifier_sample,
     classifier_train,
+    convert,
     image_nll,
     image_sample,
     image_train,
@@ -35,6 +36,7 @@ from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.image_datasets import ImageStream, load_data
 from guided_diffusion.networks.context import clip_embedding
 from guided_diffusion.networks.first_stage import FirstStage
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.npz import fingerprint, save_npz
 from guided_diffusion.runtime.pictures import to_uint8, to_unit
 from guided_diffusion.runtime.seeds import image_generator
@@ -356,6 +358,31 @@ def test_samples_start_from_images_as_latents(runs: Path, pictures: Path, tmp_pa
     network = scrambled(build_network(replace(UNET, **LATENTS), True))
     noise = invert(build_diffusion(PROCESS), network, latents, **options)
     np.testing.assert_array_equal(made[:2], by_hand(runs, sampler="ddim", start=noise))
+
+
+def test_load_does_the_same(runs: Path, pictures: Path, tmp_path: Path) -> None:
+    """With its classifier, and from a file that was converted elsewhere: it finds the autoencoder by itself."""
+    convert.main([str(runs / "unet"), str(tmp_path / "deep" / "unet.safetensors")])
+    for path in (runs / "unet", tmp_path / "deep" / "unet.safetensors"):
+        model = load(path, classifier=runs / "classifier", device="cpu")
+        made = model.sample(num_samples=2, batch_size=2, timestep_respacing="4", sampler="dpm++2m")
+        np.testing.assert_array_equal(made.images, by_hand(runs, sampler="dpm++2m"))
+    argv = [f"--classifier_path={runs / 'classifier'}", "--classifier_scale=20", "--sampler=dpm++2m"]
+    guided = sampled(tmp_path / "guided", runs, *argv, main=classifier_sample.main)
+    made = model.sample(num_samples=3, batch_size=2, timestep_respacing="4", sampler="dpm++2m", classifier_scale=20)
+    np.testing.assert_array_equal(made.images, guided)
+    stage, rows = FirstStage(network_of(AUTOENCODER), 0.5), InitImages(str(pictures), 16, 3).rows([0, 1])
+    images = to_uint8(rows["init_image"])
+    assert th.equal(model.encode(images), stage.encode(rows["init_image"]))
+    inverted = [f"--init_image={pictures}", "--invert=True", "--sampler=ddim", "--init_classes=cat"]
+    back = sampled(tmp_path / "invert", runs, *inverted, "--classes=cat")[:2]
+    noise = model.invert(images, classes=["cat"], timestep_respacing="4")
+    again = model.sample(start=noise, sampler="ddim", classes="cat", timestep_respacing="4", batch_size=2)
+    np.testing.assert_array_equal(again.images, back)
+    with pytest.raises(UserError, match="works on the latents of an autoencoder, and image_nll measures"):
+        model.bits_per_dim(images)
+    with pytest.raises(UserError, match="--prompt has no effect without --context"):
+        model.sample(prompt="a cat")
 
 
 def test_a_classifier_of_noisy_latents_guides(runs: Path, tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.options import defaults
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "golden" / "checkpoints.json").read_text())
+TEXT_LATENT = json.loads((Path(__file__).parents[1] / "golden" / "text_latent.json").read_text())
 FILES = {name: preset for name, preset in presets.all_presets().items() if preset.file}
+THEIRS = {name: preset for name, preset in FILES.items() if preset.origin == "guided-diffusion"}
 
 
 @pytest.fixture
@@ -51,8 +53,8 @@ def error_of(command: Any, words: list[str], capsys: pytest.CaptureFixture[str])
 
 
 def test_the_table_is_of_the_published_networks() -> None:
-    assert {preset.file.removesuffix(".pt") for preset in FILES.values()} == set(PUBLISHED)
-    for preset in FILES.values():
+    assert {preset.file.removesuffix(".pt") for preset in THEIRS.values()} == set(PUBLISHED)
+    for preset in THEIRS.values():
         published = PUBLISHED[preset.file.removesuffix(".pt")]
         sections = [section for section in cli.SAVED if preset.flags.keys() <= defaults(section).keys() | PROCESS]
         known = {name: value for section in sections for name, value in defaults(section).items()} | PROCESS
@@ -64,6 +66,26 @@ def test_the_table_is_of_the_published_networks() -> None:
 
 
 PROCESS = defaults(cli.c.DiffusionConfig)
+OTHERS = {
+    "ldm-imagenet256": "cin256-v2",
+    "ldm-text256": "txt2img-1p4B",
+    "ldm-celebahq256": "celebahq-vq4",
+    "ldm-ffhq256": "celebahq-vq4",
+    "ldm-churches256": "lsun-churches-kl8",
+    "stable-diffusion-1.4": "stable-diffusion-v1",
+}
+
+
+def test_the_table_has_the_networks_of_glide_and_latent_diffusion() -> None:
+    names = {f"glide-{name}": "glide" for name in TEXT_LATENT["glide"]} | dict.fromkeys(OTHERS, "latent_unets")
+    assert set(names) == set(FILES) - set(THEIRS)
+    for name, part in names.items():
+        published = TEXT_LATENT[part][OTHERS.get(name, name.removeprefix("glide-"))]
+        assert FILES[name].parameters == published["parameters"]
+        assert not FILES[name].flags  # the file tells them
+        assert FILES[name].source.urls[0].startswith("https://")
+        assert (FILES[name].upsampler or "glide-upsample") in FILES
+    assert len({preset.file for preset in FILES.values()}) == len(FILES)
 
 
 def test_flags_of_every_model_fit_the_commands_that_take_it(place: Path) -> None:
@@ -179,6 +201,14 @@ def test_what_is_known_of_a_model_is_shown(place: Path, capsys: pytest.CaptureFi
     assert all(f"{name} " in listed for name in FILES)
     models.main(["show", "imagenet256"])
     shown = capsys.readouterr().out
+    for name, facts in {
+        "glide-base": ["dec-2021/base.pt", "upsampler:        glide-upsample", "tokenizer.json", "at least 770061452"],
+        "ldm-churches256": ["latent-diffusion/lsun_churches.zip", "fid 4.02, precision 0.64", "CompVis"],
+        "stable-diffusion-1.4": ["sha256:           fe4efff1e174c627", "RAIL-M", "cfg_scale:        7.5"],
+    }.items():
+        models.main(["show", name])
+        told = capsys.readouterr().out
+        assert [fact for fact in facts if fact not in told] == []
     for fact in (
         "256x256_diffusion.pt",
         "553838086",

@@ -848,7 +848,9 @@ def test_a_bare_checkpoint_says_what_it_leaves_to_defaults(runs: Runs, tmp_path:
     known = ["--image_size", "8", "--noise_schedule", "cosine", "--diffusion_steps", "40"]
     image_sample.main(["--model_path", weights, *known, *SAMPLING, "--log_dir", str(tmp_path / "run")])
     said = (tmp_path / "run" / "log.txt").read_text()
-    (line,) = [line for line in said.splitlines() if line.startswith(f"no config.json beside {weights}: by default ")]
+    (line,) = [
+        line for line in said.splitlines() if line.startswith(f"no flags of a training beside {weights}: by default ")
+    ]
     assert "num_heads 4, num_heads_upsample -1" in line
     assert "predict_xstart False" in line
     assert not any(f"{flag} " in line for flag in ("num_channels", "learn_sigma", *(word[2:] for word in known[::2])))

@@ -22,7 +22,7 @@ from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.runtime.jobs import Job
 from guided_diffusion.runtime.labels import parse_classes
 from guided_diffusion.runtime.npz import fingerprint, read_npz, save_npz, write_npz
-from guided_diffusion.runtime.pictures import GROUP_GAP, PAD, save_grid, save_png, to_uint8
+from guided_diffusion.runtime.pictures import GROUP_GAP, PAD, grid_of_classes, save_grid, save_png, to_uint8
 from guided_diffusion.runtime.seeds import image_generator, image_seed, seeded
 from guided_diffusion.sample_util import generate, make_shards, merge, preview
 from guided_diffusion.sampling.guidance import without_labels
@@ -585,6 +585,21 @@ def test_names_and_titles_lie_beside_the_images(tmp_path: Path) -> None:
     names, titles = dark[rows[0] :, : columns[0]], dark[: rows[0], columns[0] :]
     assert all(names[start : start + 32].any() for start in (0, 34))
     assert all(half.any() for half in np.array_split(titles, 2, axis=1))
+
+
+def test_classes_with_one_image_each_stand_below_it() -> None:
+    images, names = np.full((5, 64, 64, 3), 128, np.uint8), ["cat", "golden retriever, from above", "owl", "", "fox"]
+    plain, named = (np.asarray(grid_of_classes(images, turns, names).convert("L")) for turns in ([], [1, 2, 0, 4, 7]))
+    assert named.shape[0] > plain.shape[0]
+    assert (named == 128).sum() >= (plain == 128).sum()  # no image is covered
+    height = (named.shape[0] - PAD) // 2
+    dark = [
+        (named[row * height + PAD + 64 :][: height - 64, column * 66 :][:, :66] < 100).sum()
+        for row, column in np.ndindex(2, 3)
+    ]
+    assert all(dark[:5])
+    assert dark[0] > dark[1]  # by the length of its name
+    assert dark[5] == 0
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ranks import Nursery
 from runs import SCRIPTS, by_hand, saved_by
 from text_encoders import save_clip, save_encoder
 
+from guided_diffusion import load
 from guided_diffusion.commands import (
     cascade_sample,
     convert,
@@ -38,6 +39,7 @@ from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.networks.architecture import architecture
 from guided_diffusion.networks.context import clip_embedding, train_tokenizer
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.sampling.guidance import autoguidance, classifier_free
 from guided_diffusion.sampling.samplers import make_sampler
 from guided_diffusion.training.checkpoints import config_beside
@@ -305,6 +307,46 @@ def test_two_ranks_and_a_restart_make_the_images_of_one(
 
 
 @pytest.mark.parametrize(("kind", "negative"), [("run", ""), ("run", "rain"), ("frozen_run", "rain")])
+def test_load_samples_and_saves_what_the_script_does(run: str, tmp_path: Path) -> None:
+    model = load(run, device="cpu")
+    for number, texts in enumerate((["a red cat"], ["a red cat", "two red dogs", "rain"])):
+        file = tmp_path / "prompts.txt"
+        file.write_text("\n".join(texts))
+        flags = {**SAMPLING, "seed": 2, "negative_prompt": "rain", "cfg_scale": 3}
+        argv = words(**flags, model_path=run, prompts=file, save_images=True)
+        saved_by(image_sample.main, tmp_path / str(number), *argv)
+        made = model.sample(prompt=texts if number else texts[0], **flags)
+        made.save(tmp_path / "made.npz")
+        made.save(tmp_path / "made.png")
+        made.save(tmp_path / f"each{number}")
+        (path,) = (tmp_path / str(number)).glob("samples_*.npz")
+        assert (tmp_path / "made.npz").read_bytes() == path.read_bytes()
+        grids = [np.asarray(Image.open(tmp_path / name)) for name in ("made.png", f"{number}/samples.png")]
+        np.testing.assert_array_equal(*grids)
+        names = [sorted(os.listdir(tmp_path / folder)) for folder in (f"each{number}", f"{number}/images")]
+        assert names[0] == names[1]
+    assert len(model.sample(prompt=["a", "b"], timestep_respacing="2")) == 2
+    for options, message in (
+        ({}, "was trained with captions: give --prompt"),
+        ({"prompt": ["a", " "]}, "a text of prompt is empty"),
+        ({"prompt": "a", "classes": [0]}, "--classes has no effect without --class_cond"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.sample(**options)
+
+
+def test_load_turns_images_to_noise_under_their_prompt(run: str, pictures: str, tmp_path: Path) -> None:
+    flags = {**SAMPLING, "num_samples": 2, "init_image": pictures, "invert": True, "sampler": "ddim", "prompt": "rain"}
+    back = saved_by(image_sample.main, tmp_path, *words(**flags, model_path=run))["arr_0"]
+    model = load(run, device="cpu")
+    first = sorted(Path(pictures).glob("*.png"))[:2]
+    noise = model.invert(
+        np.stack([np.asarray(Image.open(path)) for path in first]), prompt="rain", timestep_respacing=3
+    )
+    made = model.sample(start=noise, prompt="rain", sampler="ddim", timestep_respacing=3, batch_size=2)
+    np.testing.assert_array_equal(made.images, back)
+
+
 def test_guidance_leads_away_from_the_empty_or_the_negative_prompt(
     kind: str, negative: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 import socket
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -266,6 +268,22 @@ def test_the_command_says_what_to_do_without_a_network(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert f"fetch {SOURCES['inception'].urls[0]} (95628359 bytes) on another machine and put it at" in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_in_a_zip_is_unpacked(source: Source, server: Server, tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("model.ckpt", CONTENT)
+    server.content = packed.getvalue()
+    url, inner = f"{server.url.rpartition('/')[0]}/faces.zip", Source((), "faces.ckpt", member="model.ckpt")
+    assert fetch(replace(inner, urls=(url,)).at(server.url.rpartition("/")[0])) == str(
+        tmp_path / "cache" / "faces.ckpt"
+    )
+    assert (tmp_path / "cache" / "faces.ckpt").read_bytes() == CONTENT
+    assert os.listdir(tmp_path / "cache") == ["faces.ckpt"]
+    other = replace(inner, urls=(url,), file="other.ckpt", member="last.ckpt")
+    assert "it is no zip with last.ckpt" in sentence_of(fetch, other)
+    assert os.listdir(tmp_path / "cache") == ["faces.ckpt"]
 
 
 def test_the_command_fetches_by_name(

@@ -16,6 +16,7 @@ from text_encoders import CORPUS, save_encoder
 
 from guided_diffusion import load
 from guided_diffusion.commands.glide import load_glide
+from guided_diffusion.commands.pipeline import Samples
 from guided_diffusion.config import DiffusionConfig, UNetConfig
 from guided_diffusion.networks import glide
 from guided_diffusion.networks.attention import CrossAttention
@@ -25,6 +26,8 @@ from guided_diffusion.networks.context import FolderEncoder
 from guided_diffusion.networks.text import BERTEmbedder
 from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.options import defaults
+from guided_diffusion.runtime.pictures import to_uint8
+from guided_diffusion.runtime.seeds import image_generator
 from guided_diffusion.sampling.guidance import classifier_free
 from guided_diffusion.sampling.schedules import get_named_beta_schedule
 from guided_diffusion.script_util import build_diffusion, build_unet
@@ -327,13 +330,46 @@ def test_glide_samples_for_tokens(name, tmp_path):
     assert not th.equal(guided, process.p_sample_loop(network, x.shape, noise=x, model_kwargs=words))
 
 
-def test_the_page_about_latents_draws_with_glide(tmp_path):
+def test_load_takes_prompts_for_glide_and_its_upsampler(tmp_path):
+    tokenizer = bert_tokenizer()  # of less than 20 tokens
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path, network = glide_file(tmp_path / "base.pt", glide.Text2ImUNet)
+    glide_file(tmp_path / "upsample.pt", glide.SuperResText2ImUNet)
+    model = load(path, image_size=8, device="cpu")
+    options = {"seed": 3, "timestep_respacing": "2", "sampler": "ddim", "batch_size": 2}
+    made = model.sample(prompt="A Red cat", cfg_scale=3, num_samples=2, **options)
+    assert made.prompts == ["A Red cat"]
+    words, empty = (
+        dict(zip(("tokens", "mask"), network.padded([ids]), strict=True))
+        for ids in (tokenizer.encode("a red cat").ids, [])
+    )
+    _, process = load_glide(path, "2")
+    generators = [image_generator(3, index) for index in range(2)]
+    guided = classifier_free(network, 3.0, null=empty)
+    both = {name: value.expand(2, -1) for name, value in words.items()}
+    looped = process.ddim_sample_loop(guided, (2, 3, 8, 8), model_kwargs=both, generator=generators)
+    assert np.array_equal(made.images, to_uint8(looped))
+    assert model._upsamplers == [str(tmp_path / "upsample.pt")]
+    upsampler = load(tmp_path / "upsample.pt", large_size=8, small_size=4, device="cpu")
+    small = Samples(made.images[:, ::2, ::2], prompts=made.prompts)
+    large = upsampler.upsample(small, steps=2)
+    assert large.images.shape == (2, 8, 8, 3)
+    assert np.array_equal(large.images, upsampler.upsample(small.images, prompt="a red cat", steps=2).images)
+    assert not np.array_equal(large.images, upsampler.upsample(small.images, prompt="a dog", steps=2).images)
+    with pytest.raises(UserError, match="was trained with captions: give --prompt"):
+        model.sample(steps=2)
+    with pytest.raises(UserError, match="--classes has no effect without --class_cond"):
+        model.sample(prompt="a", classes=[1], steps=2)
+
+
+def test_the_page_about_latents_paints_with_glide(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "latent.md").read_text(encoding="utf-8")
     (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "load_glide" in code]
     names: dict[str, Any] = {}
     exec(code.replace('"100"', '"2"'), names)
-    path, _ = glide_file(tmp_path / "glide.pt", glide.Text2ImUNet)
-    assert names["draw"](path, [5, 7], size=8).isfinite().all()
+    path, _ = glide_file(tmp_path / "glide.pt", glide.InpaintText2ImUNet)
+    image, keep = th.rand(1, 3, 8, 8), th.ones(1, 1, 8, 8)
+    assert names["paint"](path, [5, 7], image, keep).isfinite().all()
 
 
 # ---- what cannot be used
@@ -357,10 +393,11 @@ def test_what_cannot_be_used_is_told_in_a_sentence(tmp_path):
     for number, (content, told) in enumerate(cases):
         with pytest.raises(UserError, match=told):
             load(saved(tmp_path / f"{number}.ckpt", content))
-    with pytest.raises(UserError, match=r"a network of GLIDE, which takes tokens.*load_glide"):
+    with pytest.raises(UserError, match=r"tokenizer.json is missing.*from one of gpt2"):
         load(path)
     with pytest.raises(UserError, match="holds no network of GLIDE"):
         load_glide(saved(tmp_path / "other.ckpt", state))
     th.save(without(th.load(path), "token_embedding.weight") | {"token_embedding.weight": th.zeros(3)}, path)
-    with pytest.raises(UserError, match="holds no whole network of GLIDE"):
-        load_glide(path)
+    for opening in (load_glide, load):
+        with pytest.raises(UserError, match="holds no whole network of GLIDE"):
+            opening(path)
