@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from ..config import (
     local_flag,
     path_flag,
 )
+from ..runtime.errors import UserError
 from ..runtime.options import flag, list_of, range_flag, share_flag, size_flag
 
 ACTIONS = ("list", "show", "download", "verify")
@@ -36,7 +38,15 @@ COND_FN = "classifier_path&classifier_scale|clip_path&clip_scale"  # where the g
 DISTANCES = "type of the distances of precision and recall: the published numbers' is float16"
 DISTANCE_TYPES = ("float16", "float32")
 COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
+WEIGHTS = list_of(r"0*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", "numbers above 0, such as 3,1", repeated=True)
 SCALES = list_of(r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
+
+
+def shuffle_flag(text: str) -> str:
+    """The same text, if it is a way to shuffle."""
+    if not re.fullmatch(r"all|shards(:0*[1-9]\d{0,8})?", text):
+        raise UserError(f"{text!r} is no way to shuffle: write all, shards or shards:16")
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +54,23 @@ class ClassifierDataConfig(DataConfig):
     """The labelled images to train on."""
 
     random_crop: bool = flag(True, "crop at random instead of the centre")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Which images come when, and how they are made to fit."""
+
+    shuffle: str = flag("all", "all; or shards:N, N tars or zips at a time (shards is shards:16)", convert=shuffle_flag)
+    data_weights: str = flag("", "of the data sets in --data_dir, such as 3,1; '' by size", convert=WEIGHTS)
+    balance: str = flag(
+        "", "classes: all come equally often", choices=("", "classes"), needs="class_cond", excludes="data_weights"
+    )
+    fit: str = flag(
+        "crop",
+        "crop to --image_size; pad with black; squash",
+        choices=("crop", "pad", "squash"),
+        excludes="random_crop",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
