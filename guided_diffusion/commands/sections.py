@@ -24,7 +24,7 @@ from ..runtime.errors import UserError
 from ..runtime.options import flag, list_of, range_flag, share_flag, size_flag
 
 ACTIONS = ("list", "show", "download", "verify")
-TOOLS = ("to-png", "from-images")
+TOOLS = ("to-png", "from-images", "merge")
 SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 MISMATCHES = ("error", "reinit", "inflate")
 
@@ -40,6 +40,14 @@ DISTANCE_TYPES = ("float16", "float32")
 COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
 WEIGHTS = list_of(r"0*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", "numbers above 0, such as 3,1", repeated=True)
 SCALES = list_of(r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
+
+
+def share_of_job(text: str) -> str:
+    """The same text, if it is a part of a job."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if text and not (match and 1 <= int(match[1]) <= int(match[2])):
+        raise UserError(f"{text!r} is no part I/N of a job: write 1/8 to 8/8 for eight jobs")
+    return text
 
 
 def shuffle_flag(text: str) -> str:
@@ -161,6 +169,10 @@ class SampleConfig(ModelConfig):
     """Sampling."""
 
     num_samples: int = flag(10000, "images to make", at_least=1)
+    start_index: int = flag(0, "number of the first one: image i of a seed is always the same", at_least=0)
+    shard: str = flag(
+        "", "I/N: part I of 1 .. N of them, in a job of its own", convert=share_of_job, excludes="start_index"
+    )
     batch_size: int = flag(16, "images per pass of the network", at_least=1)
     sampler: str = flag("", "one of {samplers}; '' is ddpm, or ddim with --use_ddim True")
     use_ddim: bool = flag(False, "alias of --sampler ddim", excludes="sampler!=,ddim")
@@ -398,7 +410,11 @@ class NpzToolConfig:
     """What to do."""
 
     tool: str = flag("", f"one of {', '.join(TOOLS)}", choices=TOOLS, positional=True)
-    source: str = path_flag("of to-png: npz of images (arr_0) and, if any, labels; else folder or zip", positional=True)
+    source: str = path_flag(
+        "of to-png: npz of images (arr_0) and, if any, labels; of merge: runs or npz files that are parts of one job, "
+        "with commas between, or run{1..8}; else folder or zip",
+        positional=True,
+    )
     out: str = local_flag("folder of PNG files or npz that is made", positional=True)
     classes: str = path_flag("classes.json; '': that in SOURCE, else their names in order, of to-png their numbers")
 

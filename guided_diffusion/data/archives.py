@@ -175,7 +175,7 @@ def archives_of(path: str) -> list[str]:
     folder = os.path.dirname(path) if listed else ""
     resolved = [files.resolve(line) for line in lines]
     places = [where if files.is_remote(where) else os.path.join(folder, where) for where in resolved]
-    names = [name for place in places for name in _expanded(place)]
+    names = [name for place in places for name in expanded(place)]
     odd = next((name for name in names if not name.lower().endswith((".tar", ".zip"))), "")
     if odd or not names:
         fault = f"{quoted(odd)} is neither a tar nor a zip" if odd else f"{quoted(path)} names nothing"
@@ -186,7 +186,7 @@ def archives_of(path: str) -> list[str]:
     return names
 
 
-def _expanded(pattern: str) -> list[str]:
+def expanded(pattern: str) -> list[str]:
     """The names of a pattern: its numbers have as many digits as its first one."""
     match = _COUNT.search(pattern)
     if match is None:
@@ -195,5 +195,5 @@ def _expanded(pattern: str) -> list[str]:
     if not 0 <= last - first < MOST_ARCHIVES:
         raise UserError(f"{quoted(pattern)} counts from {first} to {last}: write the smaller number first")
     numbers = [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
-    rest = _expanded(pattern[match.end() :])
+    rest = expanded(pattern[match.end() :])
     return [f"{pattern[: match.start()]}{number}{end}" for number in numbers for end in rest]
