@@ -12,7 +12,7 @@ from conversion.command import converter
 from conversion.config import CifarConfig
 from conversion.images import Item, Source, bad
 from conversion.planes import row_items, with_empty_classes
-from conversion.tars import members, open_tar
+from guided_diffusion.data.tars import members, open_tar
 from guided_diffusion.runtime import files as untrusted
 from guided_diffusion.runtime.errors import UserError, reason
 

@@ -14,7 +14,7 @@ from conversion.command import converter
 from conversion.config import ImagenetConfig
 from conversion.folder import folder_name
 from conversion.images import EMPTY_CLASS, Item, Source, bad
-from conversion.tars import Member, members, open_tar
+from guided_diffusion.data.tars import Member, members, open_tar
 from guided_diffusion.runtime import files
 from guided_diffusion.runtime.errors import UserError, printable, quoted, reason
 

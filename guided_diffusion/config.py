@@ -19,7 +19,7 @@ SCHEDULE_NAMES = ("linear", "cosine", "sigmoid", "scaled_linear")
 SCHEDULE_HELP = f"betas over t: {', '.join(SCHEDULE_NAMES)}, or scaled_linear:FIRST,LAST with the ends for T = 1000"
 LOSS_WEIGHTS = ("", "min_snr")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
-CLASS_RULES = ("auto", "filename", "folder", "csv", "json")
+CLASS_RULES = ("auto", "filename", "folder", "csv", "json", "cls")
 LABEL_COLUMN = "column of the labels in a table that has several; '' where it is clear"
 BAD_IMAGE_RULES = ("error", "skip")
 COND_TYPES = ("image", "mask", "classes")
@@ -257,7 +257,7 @@ class LabelConfig:
 class DataConfig(LabelConfig, RangeConfig):
     """The images to train on."""
 
-    data_dir: str = path_flag("folder or zip of images, searched in depth, or an array of them")
+    data_dir: str = path_flag("images: folder, zip, tars (cats-{00..99}.tar) or array; several with commas")
     random_crop: bool = flag(False, "crop at random instead of the centre")
     random_flip: bool = flag(True, "mirror half of the images")
     num_workers: int = flag(2, "processes that decode images; 0: the main process does", at_least=0)
@@ -269,6 +269,7 @@ class LoaderConfig:
     """Speed of reading images."""
 
     fast_decode: bool = flag(False, "decode JPEGs at a fraction of their size; pixels differ a little")
+    shard_cache_gb: float = flag(16.0, "GB of tars from elsewhere that are kept in the cache; 0: none", at_least=0)
     cache_images: bool = flag(False, "keep the decoded images in memory, shared by the processes of --num_workers")
 
 

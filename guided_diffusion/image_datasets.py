@@ -11,22 +11,34 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import blobfile as bf  # noqa: F401
-import numpy as np  # noqa: F401
+import numpy as np
 import torch as th
 from PIL import Image as Image
 from torch.utils.data import DataLoader, Dataset as Dataset
 
 from . import dist_util, logger
 from .data.captions import Captions
+from .data.conditioning import Partners
 from .data.crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
+from .data.fetching import Fetcher
 from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
 from .data.labels import ClassRow, Labels, read_labels, save_classes as save_classes
-from .data.sources import IMAGE_EXTENSIONS, UnreadableImage, find_images
+from .data.orders import WINDOW, Order, order_of
+from .data.sources import (
+    IMAGE_EXTENSIONS,
+    ImageSource,
+    UnreadableImage,
+    find_images,
+    paths_in,
+    split_archive,
+    tar_of,
+)
 from .data.upsampling import SmallVersions
-from .runtime.errors import UserError, printable
+from .runtime.errors import UserError, printable, refuse
 from .runtime.files import load_classes as load_classes
 from .runtime.options import Size, parse_size, size_flag
 from .runtime.pictures import to_unit
@@ -50,16 +62,23 @@ class ImageStream(Iterator[Batch]):
     :param dataset: whose `options` say num_workers, as_bytes, fit, rank and world_size (see `DataOptions`).
     :param batch_size: of one rank.
     :param labels: of the data set's images; None leaves the stream without a class table.
+    :param order: None is a permutation of all images in every epoch, or with `deterministic` that of their names.
     """
 
     def __init__(
-        self, dataset: ImageDataset, batch_size: int, *, deterministic: bool = False, labels: Labels | None = None
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        *,
+        deterministic: bool = False,
+        labels: Labels | None = None,
+        order: Order | None = None,
     ) -> None:
         options, count = dataset.options, len(dataset)
         self.dataset, self.labels, self.num_workers = dataset, labels, options.num_workers
         self.rank = dist_util.rank() if options.rank is None else options.rank
         self.world_size = dist_util.world_size() if options.world_size is None else options.world_size
-        self.batch_size = min(batch_size, max(1, -(-count // self.world_size))) if options.fit else batch_size
+        self.batch_size = min(batch_size, max(1, -(-count // self.world_size))) if options.few else batch_size
         self.small_versions: SmallVersions | None = None
         self.captions: Captions | None = None  # whose `keywords` are set before the first batch
         self.source = dataset  # of what batches are made of; another one where latents are read instead of images
@@ -67,7 +86,7 @@ class ImageStream(Iterator[Batch]):
         self.skipped: dict[str, str] = {}  # path of an image that could not be read -> why
         if self.batch_size < 1 or not 0 <= self.rank < self.world_size:
             raise UserError(f"batch_size {self.batch_size} on rank {self.rank} of {self.world_size}: give 1 or more")
-        if count < self.global_batch and not (options.fit and count):
+        if count < self.global_batch and not (options.few and count):
             most = count // self.world_size
             remedy = f"set batch_size to at most {most}" if most else f"start at most {count} ranks"
             raise UserError(
@@ -76,12 +95,12 @@ class ImageStream(Iterator[Batch]):
             )
         self._schedule = Schedule(
             count,
-            options.seed,
+            order or order_of(count, None if deterministic else options.seed),
             batch_size=self.batch_size,
             rank=self.rank,
             world_size=self.world_size,
-            shuffle=not deterministic,
         )
+        self.fetcher: Fetcher | None = None  # of shards that lie elsewhere
         self._loader: DataLoader[Loaded | ValueError] | None = None
         self._batches: Iterator[Loaded | ValueError] | None = None
 
@@ -105,6 +124,8 @@ class ImageStream(Iterator[Batch]):
         return self.batch_size * self.world_size
 
     def __next__(self) -> Batch:
+        if self.fetcher is not None:
+            self.fetcher.at(self._schedule.taken)
         if self._batches is None:
             if self._loader is None:
                 self._loader = batches(self.source, self._schedule, self.num_workers)
@@ -153,6 +174,8 @@ class ImageStream(Iterator[Batch]):
     def close(self) -> None:
         """Stop the worker processes; asking for another batch starts new ones."""
         self._batches = self._loader = None
+        if self.fetcher is not None:
+            self.fetcher.close()
 
 
 @contextmanager
@@ -182,29 +205,27 @@ def load_data(
 ) -> ImageStream:
     """The stream of all images below a folder or a zip, or in an array.
 
-    :param data_dir: folder, zip, folder in a zip, any of them in a bucket, or an .npy or .npz [N, H, W, C].
+    :param data_dir: folder, zip, tar, folder in a zip, tars by a pattern ``train-{000..146}.tar`` or in a list, any of
+        them in a bucket, tars on a web server, or an .npy or .npz [N, H, W, C]; several with commas between.
     :param deterministic: in the order of the names instead of shuffled.
     :param log: takes lines about the data set; None writes them to `logger`.
     :param options: fields of `DataOptions`: class_from, classes, num_workers, seed, ...
     """
     say, given = log or logger.log, DataOptions(**options)
-    source = find_images(data_dir, given.image_channels)
-    if not source.images:
-        known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
-        raise UserError(f"data_dir {data_dir!r} holds no images, {source.skipped()}; readable are {known}")
-    source.hold()
-    say(source.summary())
-    source, captions = given.captioning.match(source, say, given.seed) if given.captioning else (source, None)
-    source, partners = given.pairing.match(source, say) if given.pairing else (source, None)
+    sources, captions, partners = _found(data_dir, given, say)
     labels = None
     if class_cond:
         fixed = given.classes, given.num_classes
-        labels = read_labels(source, given.class_from, *fixed, label_column=given.label_column)
+        labels = read_labels(sources, given.class_from, *fixed, label_column=given.label_column)
     elif given.class_from != "auto" or given.classes or given.label_column:
         raise UserError("class_from, label_column and classes have no effect; set class_cond to True")
+    refuse(
+        (random_crop and given.fit != "crop", f"fit {given.fit} takes all of a picture: set random_crop to False"),
+        (given.balance and not labels, "balance classes needs labels: set class_cond to True"),
+    )
     dataset = ImageDataset(
         size_flag(image_size),
-        source.paths,
+        [path for source in sources for path in source.paths],
         labels.ids if labels else None,
         random_crop=random_crop,
         random_flip=random_flip,
@@ -214,14 +235,73 @@ def load_data(
     )
     if dataset.cache:
         say(f"  the decoded images are kept in memory, {dataset.cache.bytes / 1e9:.3g} GB when all of them are read")
-    stream = ImageStream(dataset, batch_size, deterministic=deterministic, labels=labels)
-    stream.captions = captions
+    order, fetcher = _order(dataset, labels, [len(source) for source in sources], deterministic=deterministic)
+    stream = ImageStream(dataset, batch_size, labels=labels, order=order)
+    stream.captions, stream.fetcher = captions, fetcher
     if labels:
         rows = labels.class_table()
         lines = [f"  class {number}: {printable(name)} ({count} images)" for number, name, count in rows[:TABLE_ROWS]]
         more = [f"  and {len(rows) - TABLE_ROWS} classes more"] * (len(rows) > TABLE_ROWS)
         say("\n".join([*labels.notes, *lines, *more]))
     return stream
+
+
+def _found(
+    data_dir: str, options: DataOptions, say: Callable[[str], object]
+) -> tuple[list[ImageSource], Captions | None, Partners | None]:
+    """The images of each data set, their captions and their conditioning images."""
+    sources, captions, partners = list[ImageSource](), None, None
+    for path in paths_in(data_dir):
+        source = find_images(path, options.image_channels)
+        if not source.images:
+            known = " ".join(extension[1:] for extension in IMAGE_EXTENSIONS)
+            raise UserError(f"data_dir {path!r} holds no images, {source.skipped()}; readable are {known}")
+        source.hold()
+        say(source.summary())
+        if options.captioning:
+            source, more = options.captioning.match(source, say, options.seed)
+            captions = replace(more, texts={**(captions.texts if captions else {}), **more.texts})
+        sources.append(source)
+    if options.pairing:
+        if len(sources) > 1:
+            raise UserError(f"conditioning images go with one data_dir, got {data_dir}: give one")
+        source, partners = options.pairing.match(sources[0], say)
+        sources = [source]
+    return sources, captions, partners
+
+
+def _order(
+    dataset: ImageDataset, labels: Labels | None, parts: list[int], *, deterministic: bool
+) -> tuple[Order, Fetcher | None]:
+    """The order of the images, and what copies the shards that come next in it."""
+    options = dataset.options
+    window = options.shuffle.partition(":")[2]
+    weights = [float(word) for word in options.data_weights.split(",") if word]
+    if weights and len(weights) != len(parts):
+        raise UserError(f"data_weights {options.data_weights} are {len(weights)}, and data_dir names {len(parts)}")
+    shards, numbers = None, None
+    if dataset.remote or options.shuffle != "all":
+        archives = [split_archive(path) for path in dataset.local_images]
+        names, numbers = np.unique([archive[0] if archive else "" for archive in archives], return_inverse=True)
+        tars = [tar_of(str(name)) for name in names]
+    if options.shuffle != "all":
+        shards = numbers
+        if "" in names:
+            raise UserError("shuffle shards needs images in tars or zips: leave it out, or see datasets/shards.py")
+    order = order_of(
+        len(dataset),
+        None if deterministic else options.seed,
+        shards=shards,
+        window=int(window or WINDOW),
+        labels=labels.ids if labels and options.balance else (),
+        parts=parts,
+        weights=weights,
+    )
+    if not dataset.remote or not options.shard_cache_gb or dist_util.local_rank() or options.rank:
+        return order, None
+    elsewhere = np.array([tar is not None and tar.remote for tar in tars])
+    places = [(tar.path, tar.copy, tar.size) if tar else ("", "", 0) for tar in tars]
+    return order, Fetcher(np.where(elsewhere[numbers], numbers, -1), places, order, options.shard_cache_gb * 1e9)
 
 
 def load_superres_data(

@@ -93,6 +93,7 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
     settings = {
         "shape": job.shape,
         "num_samples": job.num_samples,
+        **({"start_index": job.start_index, "total": job.total} if job.total else {}),
         "batch_size": job.batch_size,
         "seed": job.seed,
         "labels": labels if len(labels) <= LISTED else fingerprint({"labels": np.asarray(labels)}),
@@ -183,12 +184,13 @@ def _sample_batch(
 ) -> tuple[th.Tensor, th.Tensor | None]:
     """Images [count, C, H, W] and labels of one global batch, the padding dropped; `each` is called after each step."""
     device, count = _device(model, options), len(job.rows(batch))
-    indices = range(batch * job.batch_size, (batch + 1) * job.batch_size)
+    first = job.start_index + batch * job.batch_size
+    indices = range(first, first + job.batch_size)
     generators = [image_generator(job.seed, index, device) for index in indices]
-    with seeded(job.seed, batch, device):
+    with seeded(job.seed, first // job.batch_size, device):
         labels = job.draw_labels(indices, generators)
         kwargs: dict[str, Any] = {} if labels is None else {"y": labels}
-        rows = [min(index, job.size - 1) for index in indices]  # the padding repeats the last image's
+        rows = [min(index, job.start_index + job.size - 1) for index in indices]  # the padding repeats the last image's
         if job.conditioning is not None:
             kwargs |= {name: value.to(device) for name, value in job.conditioning(rows).items()}
         loop: SampleOptions = {**options, "model_kwargs": kwargs, "generator": generators, "device": device}
@@ -241,7 +243,7 @@ def merge(job: Job) -> None:
     """Put the shards together, batch by batch, and the prompts beside them."""
     arrays = {f"arr_{number}": rows for number, rows in enumerate(job.merged())}
     if job.prompts:
-        texts = np.asarray([job.prompt(index) for index in range(job.size)])
+        texts = np.asarray([job.prompt(job.start_index + index) for index in range(job.size)])
         arrays[PROMPTS] = (texts.shape, texts.dtype, [texts])
     write_arrays(job.path, arrays)
 
@@ -255,9 +257,10 @@ def _draw_pictures(job: Job, rank: int, world_size: int) -> None:
         return
     if rank == 0:
         rows = (range(len(job.prompts)), job.prompts) if job.prompts else (job.labels, job.class_names)
+        rows = ([], []) if job.start_index % max(len(rows[0]), 1) else rows  # which are those of images from 0 on
         draw_grid(job.file("samples.png"), job.path, *rows)
     if job.save_images:
-        names, share = picture_names(job.names), {"rank": rank, "world_size": world_size}
+        names, share = picture_names(job.names), {"rank": rank, "world_size": world_size, "first": job.start_index}
         draw_each(job.file("images"), job.path, labelled=job.labelled, names=names, prompts=job.prompts, **share)
 
 

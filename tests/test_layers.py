@@ -35,7 +35,7 @@ TREES = {path.relative_to(ROOT).with_suffix("").parts: ast.parse(path.read_text(
 MODULES = sorted(name for name in TREES if name[-1] not in ("__init__", "__main__"))
 COMMANDS = [name for name in MODULES if name[0] == "commands" and "entry" in ast.unparse(TREES[name])]
 NEVER_LOG = ("runtime", "config", "nn", "losses", "networks", "unet", "sampling", "diffusion", "gaussian_diffusion")
-WITHOUT_TORCH = ("errors", "files", "options", "launchers", "log_writers", "atomic")  # of runtime
+WITHOUT_TORCH = ("errors", "files", "options", "launchers", "log_writers", "atomic", "remote")  # of runtime
 
 
 def imports(tree, name, *, nested=True):

@@ -19,7 +19,14 @@ from .flags import COMMANDS, Flags, parse, parser
 from .sections import SEED_STEP, CascadeConfig
 
 NAME = "cascade_sample"
-FILLED_IN = ("log_dir", "device", "num_samples", "base_samples")  # flags of the stages' commands
+FILLED_IN = (
+    "log_dir",
+    "device",
+    "num_samples",
+    "base_samples",
+    "start_index",
+    "shard",
+)  # flags of the stages' commands
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +77,9 @@ def _flags_of(shared: Flags, number: int, name: str, words: Sequence[str]) -> Fl
     """The flags of a stage: its own over those that all share."""
     flags = parse("super_res_sample" if number else "classifier_sample", words, prog=f"{NAME}.py: stage {name}")
     for flag in (flag for flag in FILLED_IN if flag in flags.changed):
-        remedy = "each stage takes its images from the one before" if flag == "base_samples" else f"write --{flag}"
+        remedies = {"base_samples": "each stage takes its images from the one before"}
+        remedies |= dict.fromkeys(("start_index", "shard"), "sample stage by stage, and merge the parts of each")
+        remedy = remedies.get(flag, f"write --{flag}")
         parser(NAME).error(f"stage {name} has no {flag} of its own: {remedy}")
     command = flags.command if number or flags.values["classifier_path"] else "image_sample"
     config, known = shared.part(CascadeConfig), COMMANDS[command].flags()

@@ -55,7 +55,7 @@ class Command(NamedTuple):
 UNET = (c.UNetConfig, c.DiffusionConfig)
 UPSAMPLER = (c.SuperResConfig, c.DiffusionConfig)
 CLASSIFIER = (c.ClassifierConfig, c.DiffusionConfig)
-TRAINING = (c.LoaderConfig, c.TrainSpeedConfig, s.InitConfig, c.LoraConfig)
+TRAINING = (s.MixConfig, c.LoaderConfig, c.TrainSpeedConfig, s.InitConfig, c.LoraConfig)
 EVALUATION = (c.TrainEvaluationConfig, s.ExtractorConfig)
 PROMPTED = (s.PromptConfig, s.ClipConfig)
 SAMPLING = (
@@ -103,7 +103,7 @@ COMMANDS = {
         "Train an autoencoder, on whose latents a diffusion model can work.",
         (
             c.RunConfig,
-            c.DataConfig,
+            *(c.DataConfig, s.MixConfig),
             c.AutoencoderTrainConfig,
             c.LoaderConfig,
             s.ExtractorConfig,

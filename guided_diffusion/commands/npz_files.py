@@ -1,4 +1,6 @@
-"""An npz of images to a folder of PNG files, and a folder or zip of images to an npz; neither is held as a whole.
+"""An npz of images to a folder of PNG files, a folder or zip of images to an npz, parts of an npz to the whole one.
+
+None is held as a whole.
 
 Shapes: N images, H W space, C channels; arrays are [N, H, W, C] or [N, H, W] of uint8, labels [N].
 """
@@ -8,20 +10,27 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import logger
+from ..data.archives import expanded
 from ..data.labels import Labels, read_labels, save_classes
-from ..data.sources import ImageSource, find_images, read_bytes, read_pixels
+from ..data.sources import ImageSource, find_images, paths_in, read_bytes, read_pixels
 from ..runtime.atomic import PART, explained
 from ..runtime.errors import UserError, quoted, reason, refuse
 from ..runtime.files import load_classes, parse_json, write_json
-from ..runtime.npz import Npz, write_npz
+from ..runtime.npz import PROMPTS, Npz, Rows, write_arrays, write_npz
 from ..runtime.options import parse_range
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, save_png
 from .flags import Flags
 from .sections import FromImagesConfig, NpzToolConfig
+
+if TYPE_CHECKING:
+    from ..evaluation.images import ArrayImages
 
 ORDER, CLASSES = "names.json", "classes.json"  # in a folder from an npz: its images in their order, and their classes
 MAX_LABEL = 2**16  # without names of the classes
@@ -32,8 +41,10 @@ def run(flags: Flags) -> None:
     config = flags.part(NpzToolConfig)
     if not config.out or os.path.lexists(config.out):
         raise UserError(f"{config.out!r} exists already: remove it, or give another name")
-    lines = [to_png(config)] if config.tool == "to-png" else from_images(config, flags.part(FromImagesConfig))
-    print(*lines, sep="\n")
+    if config.tool == "from-images":
+        print(*from_images(config, flags.part(FromImagesConfig)), sep="\n")
+    else:
+        print((to_png if config.tool == "to-png" else merge)(config))
 
 
 # ---- to files
@@ -155,3 +166,87 @@ def _pixels(listing: ImageSource, channels: int, options: FromImagesConfig) -> I
                 raise UserError(f"{both} (height x width): give --image_size, to which all are scaled and cropped")
             yield image
             bar.update()
+
+
+# ---- of parts
+
+OF_A_PART = ("start_index", "num_samples", "total")  # what differs in the requests of parts of one job
+
+
+def merge(config: NpzToolConfig) -> str:
+    """Write the npz that one job would have written, or the statistics of all images; returns a line about it."""
+    from ..evaluation.images import ArrayImages, open_images
+
+    paths = [path for text in paths_in(config.source) for path in expanded(text)]
+    opened = [open_images(path) for path in paths]
+    parts = [images for images in opened if isinstance(images, ArrayImages)]
+    if len(parts) < max(2, len(opened)):
+        raise UserError(f"{config.source} are no npz files of parts: write run1,run2, or run{{1..8}} for eight runs")
+    arrays = _sum_of(parts) or _joined(_in_turn(parts))
+    write_arrays(config.out, arrays)
+    return f"{config.out}: {', '.join(f'{name} {list(rows[0])}' for name, rows in arrays.items())}"
+
+
+def _in_turn(parts: list[ArrayImages]) -> list[ArrayImages]:
+    """The parts of a job in the order of their images; those that no request.json tells of as they are given."""
+    from ..evaluation.images import request_of
+
+    requests = [request_of(part.file) for part in parts]
+    if not any(requests):
+        return parts
+    begins = [int(request.get("start_index", 0)) for request in requests]
+    turns, end = sorted(range(len(parts)), key=begins.__getitem__), min(begins)
+    first = requests[turns[0]]
+    for number in turns:
+        request, path = requests[number], parts[number].path
+        odd = [name for name in {**first, **request} if request.get(name) != first.get(name) and name not in OF_A_PART]
+        here = f"{path} begins at image {begins[number]}"
+        refuse(
+            (odd, f"{path} and {parts[turns[0]].path} are of two jobs: they differ in {', '.join(odd[:4])}"),
+            (begins[number] > end, f"{here}, and those from {end} on are missing: make that part too"),
+            (begins[number] < end, f"{here}, and others before it go to {end}: leave one of them out"),
+        )
+        end += parts[number].count
+    total = max(int(request.get("total", 0)) for request in requests)
+    if end < total:
+        raise UserError(f"the images from {end} to {total} are missing: make that part too")
+    return [parts[number] for number in turns]
+
+
+def _joined(parts: Sequence[ArrayImages]) -> dict[str, Rows]:
+    """Images, labels and prompts, one part after the other."""
+    first, count = parts[0], sum(part.count for part in parts)
+    for part in parts:
+        like = (part.stored_shape, part.dtype, part.labels is None)
+        if like != (first.stored_shape, first.dtype, first.labels is None):
+            raise UserError(
+                f"{part.path} and {first.path} differ in shape, type or labels: they are no parts of one set"
+            )
+    chunks = (chunk for part in parts for chunk in part.stored())
+    arrays: dict[str, Rows] = {"arr_0": ((count, *first.stored_shape), first.dtype, chunks)}
+    if first.labels is not None:
+        arrays["arr_1"] = ((count,), np.int64, [part.labels for part in parts if part.labels is not None])
+    texts = list[str]()
+    for part in parts:
+        with Npz(part.file) as archive:
+            texts += archive.texts(PROMPTS) if PROMPTS in archive else []
+    if texts:
+        prompts = np.asarray(texts)
+        arrays[PROMPTS] = (prompts.shape, prompts.dtype, [prompts])
+    return arrays
+
+
+def _sum_of(parts: Sequence[ArrayImages]) -> dict[str, Rows]:
+    """Mean and covariance of the features of all images, {} where the parts are no statistics."""
+    from ..evaluation.images import read_statistics
+    from ..evaluation.references import statistics_arrays
+
+    statistics, records = zip(*map(read_statistics, parts), strict=True)
+    if not any(statistics):
+        return {}
+    first = records[0]
+    for part, record in zip(parts, records, strict=True):
+        if not record or record["identity"] != first.get("identity"):
+            raise UserError(f"{part.path} and {parts[0].path} do not say that they are of one network: make them again")
+    sums = {kind: reduce(add, (part[kind] for part in statistics)) for kind in statistics[0]}
+    return statistics_arrays(sums, {**first, "n": sum(record["n"] for record in records)})

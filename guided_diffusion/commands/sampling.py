@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from .. import dist_util, logger
@@ -59,6 +59,7 @@ def draw(model: Restored, classifier: Restored | None = None, **job: Any) -> tup
 
 def drawing(model: Restored, classifier: Restored | None = None) -> Plan:
     """What `draw` samples."""
+    model = _from_zero(model)
     config = model.flags.part(UNetConfig)
     plan = guided(model, classifier)
     names, count = model.classes, config.num_classes
@@ -77,6 +78,15 @@ def drawing(model: Restored, classifier: Restored | None = None) -> Plan:
     return plan
 
 
+def _from_zero(model: Restored) -> Restored:
+    """The model with flags for all images from number 0 on, of which `job_of` takes those that are asked for."""
+    options, flags = model.flags.part(SampleConfig), model.flags
+    count = {"num_samples": options.start_index + options.num_samples}
+    if "num_samples" in flags.given:
+        return replace(model, flags=flags.with_values(**count))
+    return replace(model, flags=Flags(flags.command, flags.given, {**flags.saved, **count}))
+
+
 def enlarge(flags: Flags) -> str:
     """Enlarge images with an upsampler; returns the path of the npz."""
     sampler_of(flags)  # refuses a wrong one before anything else
@@ -88,6 +98,7 @@ def enlarge(flags: Flags) -> str:
 
 def enlarging(model: Restored, classifier: Restored | None = None) -> Plan:
     """What `enlarge` samples."""
+    model = _from_zero(model)
     flags, config = model.flags, model.flags.part(SuperResConfig)
     plan = guided(model, classifier)
     names = (classifier.classes if classifier else []) or model.classes
@@ -252,7 +263,7 @@ def job_of(flags: Flags, plan: Plan) -> Job:
     config = flags.part(SampleConfig)
     threshold = {"dynamic_threshold": config.dynamic_threshold} if config.dynamic_threshold else {}
     values = {
-        "num_samples": config.num_samples,
+        "num_samples": config.start_index + config.num_samples,
         "batch_size": config.batch_size,
         "seed": flags.part(RunConfig).seed,
         "out_dir": logger.get_dir(),
@@ -261,7 +272,10 @@ def job_of(flags: Flags, plan: Plan) -> Job:
         "request_defaults": flags.defaults,
         "request": {**asdict(schedule_of(flags)), **threshold, **plan.request},
     }
-    return Job(sampler=sampler_of(flags), **{**values, **plan.job})
+    job = Job(sampler=sampler_of(flags), **{**values, **plan.job})
+    if config.shard:
+        return job.part(*map(int, config.shard.split("/")))
+    return job.cut(config.start_index, job.num_samples) if config.start_index else job
 
 
 def prepare(model: Restored, plan: Plan) -> tuple[Job, dict[str, Any], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,10 +20,11 @@ from ..config import (
     local_flag,
     path_flag,
 )
+from ..runtime.errors import UserError
 from ..runtime.options import flag, list_of, range_flag, share_flag, size_flag
 
 ACTIONS = ("list", "show", "download", "verify")
-TOOLS = ("to-png", "from-images")
+TOOLS = ("to-png", "from-images", "merge")
 SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 MISMATCHES = ("error", "reinit", "inflate")
 
@@ -36,7 +38,23 @@ COND_FN = "classifier_path&classifier_scale|clip_path&clip_scale"  # where the g
 DISTANCES = "type of the distances of precision and recall: the published numbers' is float16"
 DISTANCE_TYPES = ("float16", "float32")
 COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
+WEIGHTS = list_of(r"0*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", "numbers above 0, such as 3,1", repeated=True)
 SCALES = list_of(r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
+
+
+def share_of_job(text: str) -> str:
+    """The same text, if it is a part of a job."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if text and not (match and 1 <= int(match[1]) <= int(match[2])):
+        raise UserError(f"{text!r} is no part I/N of a job: write 1/8 to 8/8 for eight jobs")
+    return text
+
+
+def shuffle_flag(text: str) -> str:
+    """The same text, if it is a way to shuffle."""
+    if not re.fullmatch(r"all|shards(:0*[1-9]\d{0,8})?", text):
+        raise UserError(f"{text!r} is no way to shuffle: write all, shards or shards:16")
+    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +62,23 @@ class ClassifierDataConfig(DataConfig):
     """The labelled images to train on."""
 
     random_crop: bool = flag(True, "crop at random instead of the centre")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Which images come when, and how they are made to fit."""
+
+    shuffle: str = flag("all", "all; or shards:N, N tars or zips at a time (shards is shards:16)", convert=shuffle_flag)
+    data_weights: str = flag("", "of the data sets in --data_dir, such as 3,1; '' by size", convert=WEIGHTS)
+    balance: str = flag(
+        "", "classes: all come equally often", choices=("", "classes"), needs="class_cond", excludes="data_weights"
+    )
+    fit: str = flag(
+        "crop",
+        "crop to --image_size; pad with black; squash",
+        choices=("crop", "pad", "squash"),
+        excludes="random_crop",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +169,10 @@ class SampleConfig(ModelConfig):
     """Sampling."""
 
     num_samples: int = flag(10000, "images to make", at_least=1)
+    start_index: int = flag(0, "number of the first one: image i of a seed is always the same", at_least=0)
+    shard: str = flag(
+        "", "I/N: part I of 1 .. N of them, in a job of its own", convert=share_of_job, excludes="start_index"
+    )
     batch_size: int = flag(16, "images per pass of the network", at_least=1)
     sampler: str = flag("", "one of {samplers}; '' is ddpm, or ddim with --use_ddim True")
     use_ddim: bool = flag(False, "alias of --sampler ddim", excludes="sampler!=,ddim")
@@ -374,7 +413,11 @@ class NpzToolConfig:
     """What to do."""
 
     tool: str = flag("", f"one of {', '.join(TOOLS)}", choices=TOOLS, positional=True)
-    source: str = path_flag("of to-png: npz of images (arr_0) and, if any, labels; else folder or zip", positional=True)
+    source: str = path_flag(
+        "of to-png: npz of images (arr_0) and, if any, labels; of merge: runs or npz files that are parts of one job, "
+        "with commas between, or run{1..8}; else folder or zip",
+        positional=True,
+    )
     out: str = local_flag("folder of PNG files or npz that is made", positional=True)
     classes: str = path_flag("classes.json; '': that in SOURCE, else their names in order, of to-png their numbers")
 

@@ -41,6 +41,7 @@ from . import conditioning, finetuning, latent_space, latents, prompts
 from .common import PRECISION_FLAGS, check_kind, precision_of
 from .flag_files import OF_A_PROCESS
 from .flags import COMMANDS, Flags
+from .sections import MixConfig
 
 Load = Callable[..., ImageStream]
 
@@ -155,7 +156,7 @@ def resolved(flags: Flags) -> Flags:
     flags = _with_null_rows(flags)
     dims, no_data = flags.values.get("dims", 2), not (flags.values["data_dir"] or flags.values.get("dry_run"))
     refuse(
-        (no_data, "--data_dir is missing: give a folder or a zip of images"),
+        (no_data, "--data_dir is missing: give images: a folder, a zip or tars"),
         (dims != 2, f"--dims {dims} does not fit pictures: leave it out, or use TrainLoop yourself"),
     )
     if flags.values.get("cond_type"):
@@ -259,7 +260,8 @@ def open_streams(
     }
     known = checkpoints.classes_beside(train.resume_checkpoint) if train.resume_checkpoint else ""
     names = ("data_dir", "class_from", "random_crop", "random_flip", "num_workers")
-    of_training = {name: getattr(data, name) for name in names}
+    mix = asdict(flags.part(MixConfig))
+    of_training = {name: getattr(data, name) for name in names} | mix
     stream = load(**of_training, classes=known if known and options["class_cond"] else None, **options)
     if len(stream.classes) < (num_classes or 0):
         logger.warn(
@@ -270,14 +272,14 @@ def open_streams(
         save_classes(os.path.join(logger.get_dir(), checkpoints.CLASSES), stream)
     if not train.val_data_dir:
         return stream, None
-    options |= validation or {}
+    options |= {"fit": mix["fit"], **(validation or {})}
     return stream, _validation(train.val_data_dir, stream, load, options)
 
 
 def _validation(path: str, train: ImageStream, load: Load, options: Mapping[str, Any]) -> ImageStream:
     """The validation images, with the ids that the classes have in training."""
     labels = {"class_from": train.class_from, "classes": train.classes} if train.classes else {}
-    fixed = {"random_crop": False, "random_flip": False, "fit": True, **labels}
+    fixed = {"random_crop": False, "random_flip": False, "few": True, **labels}
 
     def log(line: str) -> None:
         if not line.startswith(" "):

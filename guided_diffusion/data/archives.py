@@ -1,20 +1,31 @@
-"""Files that hold many images: zips, and arrays of images (.npy, .npz), whose images are named 000000.npy and so on."""
+"""Files that hold many images: zips, and arrays of images (.npy, .npz), whose images are named 000000.npy and so on.
+
+Many archives in one source are named by a pattern, ``train-{000..146}.tar``, or on the lines of a text file.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import re
 import zipfile
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime import files
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, quoted
 from ..runtime.npz import Npz
 
+K = TypeVar("K")
+T = TypeVar("T")
+
+AT_ONCE = 16  # requests to buckets and servers
+MOST_ARCHIVES = 10**6  # of a pattern
 GREY_OR_COLOURS = (1, 3, 4)  # channels of an array of three axes that is one picture
 
 
@@ -135,3 +146,54 @@ def is_stack(path: str, channels: int = 0) -> bool:
     except (OSError, ValueError):  # reading the file says what is wrong with it
         return False
     return len(shape) > 2 and stacked_shape(shape, channels) in ((), shape)
+
+
+# ---- many archives and images
+
+
+def read_each(read: Callable[[K], T], keys: Iterable[K], *, remote: bool) -> list[T]:
+    """What is read for each key, several at once where each is a request to a bucket or server."""
+    with ThreadPoolExecutor(AT_ONCE) if remote else contextlib.nullcontext() as pool:
+        return list(pool.map(read, keys) if pool else map(read, keys))
+
+
+_COUNT = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def archives_of(path: str) -> list[str]:
+    """The tars and zips that a pattern or a text file of paths names, in their order; [] of any other path.
+
+    :raises UserError: if it names one twice, or something else.
+    """
+    listed = path.lower().endswith(".txt") and not files.is_remote(path) and os.path.isfile(path)
+    if not listed and (not _COUNT.search(path) or os.path.lexists(path)):
+        return []
+    lines = [path]
+    if listed:
+        text = files.read_file(path).decode("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    folder = os.path.dirname(path) if listed else ""
+    resolved = [files.resolve(line) for line in lines]
+    places = [where if files.is_remote(where) else os.path.join(folder, where) for where in resolved]
+    names = [name for place in places for name in expanded(place)]
+    odd = next((name for name in names if not name.lower().endswith((".tar", ".zip"))), "")
+    if odd or not names:
+        fault = f"{quoted(odd)} is neither a tar nor a zip" if odd else f"{quoted(path)} names nothing"
+        raise UserError(f"{fault}: name shards such as train-{{000..146}}.tar, or one on each line")
+    if len(set(names)) < len(names):
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise UserError(f"{quoted(twice)} is named twice: leave it out once")
+    return names
+
+
+def expanded(pattern: str) -> list[str]:
+    """The names of a pattern: its numbers have as many digits as its first one."""
+    match = _COUNT.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = int(match[1]), int(match[2])
+    if not 0 <= last - first < MOST_ARCHIVES:
+        raise UserError(f"{quoted(pattern)} counts from {first} to {last}: write the smaller number first")
+    numbers = [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
+    rest = expanded(pattern[match.end() :])
+    return [f"{pattern[: match.start()]}{number}{end}" for number in numbers for end in rest]

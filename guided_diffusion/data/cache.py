@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..runtime.errors import UserError, quoted
 from ..runtime.options import Size
-from .crops import shrunk, shrunk_size
+from .crops import fitted_arr, shrunk, shrunk_size
 from .decoding import MODES, Decoded
 from .sources import UnreadableImage, naming, read_size
 
@@ -25,13 +25,15 @@ class ImageCache:
     Processes that are forked share it without a lock: two that decode the same picture write the same bytes, and a
     picture is read once its height is written, after all the rest.
 
-    :param random_crop: keep what random crops need; else the middle.
+    :param random_crop: keep what random crops need; else the middle, or all of it as `fit` says.
     """
 
-    def __init__(self, paths: Sequence[str], image_size: Size, channels: int, *, random_crop: bool) -> None:
+    def __init__(
+        self, paths: Sequence[str], image_size: Size, channels: int, *, random_crop: bool, fit: str = "crop"
+    ) -> None:
         if channels not in MODES:
             raise UserError(f"pictures of 1, 3 or 4 channels are kept in memory, not of {channels}: leave that out")
-        self._paths, self._image_size, self._random_crop = paths, image_size, random_crop
+        self._paths, self._image_size, self._random_crop, self._fit = paths, image_size, random_crop, fit
         self._channels = channels
         self._starts = np.cumsum([0, *(height * width * channels for height, width in map(self._size, paths))])
         table = 4 * np.dtype(np.int64).itemsize * len(paths)
@@ -66,7 +68,10 @@ class ImageCache:
                 f"bytes are kept in memory, and image {quoted(self._paths[index])} has finer numbers: leave that out"
             )
         with naming(self._paths[index]):
-            picture = shrunk(decoded.picture, self._image_size, random_crop=self._random_crop)
+            if self._fit == "crop":
+                picture = shrunk(decoded.picture, self._image_size, random_crop=self._random_crop)
+            else:
+                picture = Image.fromarray(fitted_arr(decoded.picture, self._image_size, pad=self._fit == "pad"))
         first, end = self._starts[index : index + 2].tolist()
         array = np.asarray(picture)
         if array.size <= end - first:  # else an EXIF tag behind the pixels has turned it: it is decoded each time

@@ -1,9 +1,9 @@
 """Captions of images, and the one of each that a step of training sees.
 
-They lie in captions.json, .jsonl, .csv, .tsv or .parquet, in NAME.txt beside each image (a line is a caption), or in a
-column of metadata.jsonl, .csv, .parquet or labels.csv; the first of these that there is counts. A captions.json is
-``{"cat/1.png": "a cat"}``, with a list in place of the text for several captions, or with an object of texts, of which
-`--caption_column` takes one or several; or a list of objects as the lines of a .jsonl are.
+They lie in captions.json, .jsonl, .csv, .tsv or .parquet, in NAME.txt beside each image (a caption a line) or, in tars,
+under a key of NAME.json, or in a column of metadata.jsonl, .csv, .parquet or labels.csv; the first of these that there
+is counts. A captions.json is ``{"cat/1.png": "a cat"}``, with a list in place of the text for several captions, or with
+an object of texts, of which `--caption_column` takes one or several; or a list of objects as the lines of a .jsonl are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch as th
 
 from ..runtime.errors import UserError, nearest, printable, quoted, reason
 from ..runtime.files import parse_json
-from .labels import Table, find_table
+from .labels import Table, beside, find_table
 from .sources import ImageSource, read_bytes
 
 Keywords = Callable[[Sequence[str]], Mapping[str, th.Tensor]]
@@ -53,9 +53,11 @@ def read_captions(source: ImageSource, column: str = "") -> CaptionTable:
     :param column: of a table that has several; more than one with commas between gives several captions.
     """
     file = find_table(source, CAPTION_FILES)
-    texts = {} if file or column else _texts_beside(source)
+    texts = (
+        {} if file or (column and not any(".tar/" in name for name in source.images)) else _texts_beside(source, column)
+    )
     if texts:
-        return CaptionTable([texts.get(name, []) for name in source.images], "NAME.txt")
+        return CaptionTable([texts.get(name, []) for name in source.images], "NAME.json" if column else "NAME.txt")
     file = file or find_table(source, OTHER_TABLES)
     if not file:
         raise UserError(f"{source.root} holds no captions: give {FORMS}")
@@ -70,18 +72,29 @@ def read_captions(source: ImageSource, column: str = "") -> CaptionTable:
     return CaptionTable([texts.get(name, []) for name in table.images], f"{file}, {', '.join(map(printable, columns))}")
 
 
-def _texts_beside(source: ImageSource) -> dict[str, list[str]]:
-    """The lines of each NAME.txt, by image."""
-    others, texts = set(source.others), dict[str, list[str]]()
+def _texts_beside(source: ImageSource, column: str) -> dict[str, list[str]]:
+    """The lines of each NAME.txt, or a text of each NAME.json in a tar, by image."""
+    texts = dict[str, list[str]]()
     for name in source.images:
-        file = f"{os.path.splitext(name)[0]}.txt"
-        if file in others:
+        files = [file for kind in (".txt", ".json") for file in beside(name, kind) if file in source.known]
+        file = next((file for file in files if file.endswith(".json" if column else "")), "")
+        if file.endswith(".json") and ".tar/" not in file:
+            continue
+        if file:
             try:
-                lines = read_bytes(source.path(file)).decode("utf-8-sig").splitlines()
+                content = read_bytes(source.path(file)).decode("utf-8-sig")
+                texts[name] = _cleaned(_of_json(content, column) if file.endswith(".json") else content.splitlines())
             except (ValueError, OSError) as error:
                 raise UserError(f"{file!r} in {source.root!r} is no text in UTF-8 ({reason(error)})") from error
-            texts[name] = _cleaned(lines)
     return texts
+
+
+def _of_json(content: str, column: str) -> list[str]:
+    """The captions in a NAME.json, under the keys that are asked for or the first of `CAPTION_COLUMNS`."""
+    row = parse_json(content)
+    known = row if isinstance(row, dict) else {}
+    keys = [word.strip() for word in column.split(",")] if column else [k for k in CAPTION_COLUMNS if k in known][:1]
+    return [text for key in keys for text in [known.get(key)] if isinstance(text, str)]
 
 
 def _rows(content: bytes, file: str) -> Rows | None:

@@ -71,6 +71,29 @@ def center_crop_arr(pil_image: Picture, image_size: Size, *, nearest: bool = Fal
     return array[top : top + height, left : left + width]
 
 
+def fitted_arr(picture: Picture, image_size: Size, *, pad: bool, nearest: bool = False) -> NDArray[Any]:
+    """All of a picture [H, W] or [H, W, C]: with `pad` between black stripes of equal width, else out of proportion.
+
+    :param nearest: as for `center_crop_arr`; there 0 is what black is.
+    """
+    if isinstance(picture, np.ndarray):
+        planes = [Image.fromarray(plane) for plane in np.moveaxis(picture, -1, 0)]
+        lowest = 0.0 if nearest else -1.0
+        return np.stack([_fitted(plane, parse_size(image_size), pad, nearest, lowest) for plane in planes], -1)
+    return _fitted(picture, parse_size(image_size), pad, nearest, 0)
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int], pad: bool, nearest: bool, black: float) -> NDArray[Any]:
+    scale = min(size[0] / picture.height, size[1] / picture.width)
+    height, width = (max(1, round(side * scale)) for side in size_of(picture)) if pad else size
+    whole, picture = picture, _halved(picture, height, width)
+    way = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
+    array = np.asarray((whole if nearest else picture).resize((width, height), way))
+    room = [(size[0] - height) // 2, size[0] - height - (size[0] - height) // 2]
+    beside = [(size[1] - width) // 2, size[1] - width - (size[1] - width) // 2]
+    return np.pad(array, [room, beside, (0, 0)][: array.ndim], constant_values=black)
+
+
 def random_crop_arr(
     pil_image: Picture,
     image_size: Size,

@@ -20,12 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import BAD_IMAGE_RULES, LoaderConfig
 from ..runtime.errors import refuse
+from ..runtime.files import is_remote
 from ..runtime.options import Size
 from ..runtime.pictures import to_unit
+from .archives import read_each
 from .cache import ImageCache
 from .conditioning import Pairing, Partners
-from .crops import Draws, Picture, center_crop_arr, channels_first, largest_cover, random_crop_arr, replay
+from .crops import Draws, Picture, center_crop_arr, channels_first, fitted_arr, largest_cover, random_crop_arr, replay
 from .decoding import Decoded, Range
+from .orders import Numbers, Order
 from .sources import UnreadableImage, naming, read_decoded
 
 if TYPE_CHECKING:
@@ -53,8 +56,13 @@ class DataOptions(LoaderConfig):
     :param num_workers: processes that decode ahead; 0 decodes when a batch is asked for.
     :param as_bytes: images are uint8 [0, 255] where no image of their batch is finer; `pictures.to_unit` makes [-1, 1]
         of them, on any device.
-    :param fit: for images to measure on: with fewer than one global batch, batches are as small as the images allow,
+    :param few: for images to measure on: with fewer than one global batch, batches are as small as the images allow,
         and `cache_images` keeps none of them.
+    :param shuffle: "all", or "shards" with the number of them that are shuffled together: "shards:16".
+    :param data_weights: of each data set, "3,1"; '' takes them by size.
+    :param balance: "classes" shows all classes equally often.
+    :param fit: "crop" cuts pictures to their middle, or at random; "pad" puts black beside them; "squash" forgets their
+        proportions.
     :param rank: None, like `world_size`, asks `dist_util`.
     """
 
@@ -70,7 +78,11 @@ class DataOptions(LoaderConfig):
     captioning: Captioning | None = None
     num_workers: int = 0
     as_bytes: bool = False
-    fit: bool = False
+    few: bool = False
+    shuffle: str = "all"
+    data_weights: str = ""
+    balance: str = ""
+    fit: str = "crop"
     rank: int | None = None
     world_size: int | None = None
 
@@ -120,11 +132,14 @@ class ImageDataset(Dataset[Item]):
         self.random_crop, self.random_flip = random_crop, random_flip
         self.partners = partners and replace(partners, paths=partners.paths[shard::num_shards])
         self.cache: ImageCache | None = None
-        if self.options.cache_images and not self.options.fit:
+        self.remote = any(map(is_remote, self.local_images))
+        if self.options.cache_images and not self.options.few:
             channels = self.options.image_channels
             if random_crop:
                 log(f"  reading the sizes of {len(self)} images, which say how much memory they take")
-            self.cache = ImageCache(self.local_images, resolution, channels, random_crop=random_crop)
+            self.cache = ImageCache(
+                self.local_images, resolution, channels, random_crop=random_crop, fit=self.options.fit
+            )
 
     def __len__(self) -> int:
         return len(self.local_images)
@@ -178,7 +193,9 @@ class ImageDataset(Dataset[Item]):
 
     def _place(self, picture: Picture, draws: Draws, *, nearest: bool = False) -> NDArray[Any]:
         """A picture cropped and mirrored."""
-        if self.random_crop:
+        if self.options.fit != "crop":
+            array = fitted_arr(picture, self.resolution, pad=self.options.fit == "pad", nearest=nearest)
+        elif self.random_crop:
             array = random_crop_arr(picture, self.resolution, rng=draws, nearest=nearest)
         else:
             array = center_crop_arr(picture, self.resolution, nearest=nearest)
@@ -193,10 +210,10 @@ class Schedule(Iterable[list[Key]]):
     :param taken: images that all ranks together have taken.
     """
 
-    def __init__(self, count: int, seed: int, *, batch_size: int, rank: int, world_size: int, shuffle: bool) -> None:
-        self.count, self.seed, self.shuffle, self.batch_size = count, seed, shuffle, batch_size
+    def __init__(self, count: int, order: Order, *, batch_size: int, rank: int, world_size: int) -> None:
+        self.count, self.order, self.batch_size = count, order, batch_size
         self.stride, self.offset, self.taken = batch_size * world_size, batch_size * rank, 0
-        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._orders: dict[int, tuple[Numbers, Numbers]] = {}
 
     def __iter__(self) -> Iterator[list[Key]]:
         return map(self.keys, itertools.count(self.taken, self.stride))
@@ -205,13 +222,11 @@ class Schedule(Iterable[list[Key]]):
         """The next batch of the rank when all ranks have taken so many images."""
         first, known = taken + self.offset, self._orders
         places = [divmod(place, self.count) for place in range(first, first + self.batch_size)]
-        self._orders = {epoch: self._order(epoch) if epoch not in known else known[epoch] for epoch, _ in places}
-        return [(epoch, int(self._orders[epoch][place])) for epoch, place in places]
+        self._orders = {epoch: self.order(epoch) if epoch not in known else known[epoch] for epoch, _ in places}
+        return [(int(times[place]), int(indices[place])) for times, indices, place in self._at(places)]
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if not self.shuffle:
-            return np.arange(self.count)
-        return np.random.default_rng([self.seed, epoch]).permutation(self.count)
+    def _at(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[Numbers, Numbers, int]]:
+        return ((*self._orders[epoch], place) for epoch, place in places)
 
 
 class Loaded(NamedTuple):
@@ -230,7 +245,7 @@ class BatchDataset(Dataset[Loaded | ValueError]):
 
     def __getitem__(self, keys: list[Key]) -> Loaded | ValueError:
         try:
-            crops, bad = zip(*[self.images.take_crop(key) for key in keys], strict=True)
+            crops, bad = zip(*read_each(self.images.take_crop, keys, remote=self.images.remote), strict=True)
         except ValueError as error:
             return error
         arrays, labels = zip(*crops, strict=True)

@@ -2,7 +2,8 @@
 
 Tables are dataset.json (EDM), labels.csv, and metadata.csv or metadata.jsonl (Hugging Face). The column of the files is
 called as in `FILE_COLUMNS`, else it is the first; the names in it may lack an extension, begin with "./" or be absolute
-paths, as long as it is clear which image is meant.
+paths, as long as it is clear which image is meant. Without a table, NAME.cls or NAME.json beside NAME.jpg is its label,
+as WebDataset keeps it in tars, whose own names say nothing of classes.
 
 Shapes: N images, K classes.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import os
 import re
 from collections import Counter
@@ -23,11 +23,12 @@ from ..config import CLASS_RULES
 from ..runtime import files
 from ..runtime.errors import UserError, nearest, printable, reason
 from ..runtime.files import parse_json, read_classes
-from .sources import LABEL_FILES, ImageSource, read_bytes
+from .sources import LABEL_FILES, ImageSource, read_bytes, shared_folder
 
 ClassRow = tuple[int, str, int]  # id, name, number of images
 Label = str | int
 
+CLS = "cls"  # the rule of NAME.cls
 ARRAY = "array"  # the rule of labels that lie in an npz beside the images, which is never asked for
 LARGEST_ID = 65536  # of numbers given as labels without num_classes: what is above is no class id
 LONGEST_PATH = 4096
@@ -57,49 +58,64 @@ class Labels:
 
 
 def read_labels(
-    source: ImageSource,
+    source: ImageSource | Sequence[ImageSource],
     class_from: str = "auto",
     classes: Sequence[str] | str | None = None,
     num_classes: int | None = None,
     *,
     label_column: str = "",
 ) -> Labels:
-    """The classes of the images by one of the rules `CLASS_RULES`.
+    """The classes of the images by one of the rules `CLASS_RULES`; of several sources by name, whatever rule each has.
 
     Names get ids in the order of their text, as in openai/guided-diffusion. Numbers in a table are the ids themselves,
     and so are folders whose names are the numbers from 0 on.
 
     :param class_from: "auto" is a table where there is one (dataset.json, labels.csv, or metadata.csv or .jsonl with
-        labels); else the file name up to its first "_" where all images lie in one folder, or every such prefix is the
-        folder's name; else the folder.
+        labels); else NAME.cls or NAME.json beside each image; else the file name up to its first "_" where all images
+        lie in one folder, or every such prefix is the folder's name; else the folder.
     :param classes: names by id that were fixed before, or the path of a classes.json, whose rule "auto" then takes
         where the images are in no array.
     :param label_column: of the labels in a table that has several.
     """
+    sources = [source] if isinstance(source, ImageSource) else list(source)
     if isinstance(classes, str):
         classes, rule = read_classes(classes)
-        class_from = rule if class_from == "auto" and not source.array else class_from
+        class_from = rule if class_from == "auto" and not any(source.array for source in sources) else class_from
     if class_from not in (*CLASS_RULES, ARRAY):
         raise UserError(
             f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
         )
-    known, notes = list(classes or ()), list[str]()
-    if class_from in ("auto", ARRAY):
-        class_from, *notes = _choose_rule(source, label_column)
-    tabular = class_from in LABEL_FILES
-    if label_column and not tabular:
-        raise UserError(f"label_column {label_column!r} has no effect with class_from {class_from}: there is no table")
-    labels, remarks = _of_table(source, class_from, label_column) if tabular else _of_names(source, class_from)
+    known, rules, labels, notes = list(classes or ()), set[str](), list[Label](), list[str]()
+    for source in sources:
+        rule, new, remarks = _labels_of(source, class_from, label_column)
+        rules, labels, notes = rules | {rule}, [*labels, *new], [*notes, *remarks]
+    class_from = rule if len(rules) == 1 else "auto"
+    images = [name for source in sources for name in source.images]
     for name in {*known, *(label for label in labels if isinstance(label, str))}:
         if files.name_fault(name):
             raise UserError(f"the class {printable(name)} has {files.name_fault(name)}; give it another")
-    ids, names = _numbered(source.images, labels, known, num_classes, by_number=class_from == "folder")
+    ids, names = _numbered(images, labels, known, num_classes, by_number=class_from == "folder")
     if num_classes is not None and len(names) > num_classes:
         raise UserError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
     numbers = [f"id {i} is class {name}" for i, name in enumerate(names) if name.isdecimal() and int(name) != i]
-    if numbers and not known and not tabular:
-        remarks.append(f"ids follow the text of the names: {numbers[0]}; a table of labels can say others")
-    return Labels(ids, names, class_from, notes + remarks)
+    if numbers and not known and not rules & {*LABEL_FILES, CLS}:
+        notes.append(f"ids follow the text of the names: {numbers[0]}; a table of labels can say others")
+    return Labels(ids, names, class_from, notes)
+
+
+def _labels_of(source: ImageSource, rule: str, label_column: str) -> tuple[str, list[Label], list[str]]:
+    """The rule that is used, a label for each image, and lines for the user."""
+    notes = list[str]()
+    if rule in ("auto", ARRAY):
+        rule, *notes = _choose_rule(source, label_column)
+    tabular = rule in (*LABEL_FILES, CLS)
+    if label_column and not tabular:
+        raise UserError(f"label_column {label_column!r} has no effect with class_from {rule}: there is no table")
+    alone = rule == "json" and not find_table(source, LABEL_FILES["json"])
+    if rule == CLS or (alone and _beside(source, source.images[0], ".json")):
+        return rule, _of_files(source, f".{rule}", label_column), notes
+    labels, remarks = _of_table(source, rule, label_column) if tabular else _of_names(source, rule)
+    return rule, labels, notes + remarks
 
 
 # ---- labels -> ids
@@ -137,7 +153,12 @@ def _numbered(
 
 def _class_folder(name: str) -> str:
     """The name of the folder that an image lies in, or of the zip."""
-    return re.sub(r"\.zip$", "", os.path.basename(os.path.dirname(name)), flags=re.IGNORECASE)
+    return re.sub(r"\.zip$", "", os.path.basename(os.path.dirname(_in_tar(name))), flags=re.IGNORECASE)
+
+
+def _in_tar(name: str) -> str:
+    """The name within a tar."""
+    return name[name.rfind(".tar/") + len(".tar/") :] if ".tar/" in name else name
 
 
 def _prefix(name: str) -> str:
@@ -152,7 +173,12 @@ def _choose_rule(source: ImageSource, label_column: str) -> tuple[str, str]:
         file = find_table(source, LABEL_FILES[rule])
         if file and (label_column or not os.path.basename(file).startswith("metadata") or _has_labels(source, file)):
             return rule, f"classes from {os.path.basename(file)}"
-    if len(set(map(os.path.dirname, source.images))) == 1:
+    first = source.images[0]
+    if _beside(source, first, ".cls"):
+        return CLS, "classes from NAME.cls beside each image"
+    if _beside(source, first, ".json") and (label_column or _columns(source, first)):
+        return "json", "classes from NAME.json beside each image"
+    if len({os.path.dirname(_in_tar(name)) for name in source.images}) == 1:
         return "filename", "classes from the file names, up to the first '_': all images lie in one folder"
     if all(_prefix(name) == _class_folder(name) for name in source.images):
         return "filename", "classes from the file names, up to the first '_': each agrees with its folder"
@@ -175,12 +201,54 @@ def _of_names(source: ImageSource, rule: str) -> tuple[list[Label], list[str]]:
         return [_prefix(name) for name in source.images], []
     folders: dict[str, set[str]] = {}
     for name in source.images:
-        if "/" not in name:
+        if "/" not in _in_tar(name):
             raise UserError(f"{name!r} lies in no folder below {source.root!r}: move it into the folder of its class")
         folders.setdefault(_class_folder(name), set()).add(printable(os.path.dirname(name)))
     united = sorted((name, places) for name, places in folders.items() if len(places) > 1)
     notes = [f"class {printable(name)} unites {', '.join(sorted(places))}" for name, places in united]
     return [_class_folder(name) for name in source.images], notes
+
+
+# ---- a file beside each image
+
+
+def beside(name: str, extension: str) -> list[str]:
+    """The names of the file beside an image: without the extension, or up to the first dot as WebDataset has it."""
+    folder, _, base = name.rpartition("/")
+    start = f"{folder}/" if folder else ""
+    return list(dict.fromkeys(f"{start}{stem}{extension}" for stem in (os.path.splitext(base)[0], base.split(".")[0])))
+
+
+def _beside(source: ImageSource, image: str, extension: str) -> str:
+    """The file beside an image, '' where there is none."""
+    return next((file for file in beside(image, extension) if file in source.known), "")
+
+
+def _columns(source: ImageSource, image: str) -> list[str]:
+    """The keys of the NAME.json beside an image that are called like labels."""
+    try:
+        row = parse_json(read_bytes(source.path(_beside(source, image, ".json"))))
+        return [key for key in row if key.lower() in LABEL_COLUMNS and isinstance(row[key], str | int)]
+    except (ValueError, OSError, TypeError, AttributeError):
+        return []
+
+
+def _of_files(source: ImageSource, extension: str, column: str) -> list[Label]:
+    """The label in the file beside each image: all of a NAME.cls, a key of a NAME.json."""
+    columns = [column] if column else _columns(source, source.images[0])
+    if extension == ".json" and len(columns) != 1:
+        raise UserError(f"NAME.json beside {source.images[0]!r} has no clear label: --label_column names the key")
+    labels = list[Any]()
+    for image in source.images:
+        file = _beside(source, image, extension)
+        try:
+            content = read_bytes(source.path(file)).decode() if file else ""
+            labels.append(parse_json(content)[columns[0]] if extension == ".json" and file else content.strip())
+        except (ValueError, OSError, LookupError, TypeError) as error:
+            raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
+        if labels[-1] == "" or isinstance(labels[-1], bool) or not isinstance(labels[-1], str | int):
+            raise UserError(f"{image!r} has no label: give it {beside(image, extension)[0]!r} with a class id or name")
+    return _as_numbers(labels)
 
 
 # ---- tables
@@ -292,8 +360,7 @@ def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
 
 def find_table(source: ImageSource, names: Sequence[str]) -> str:
     """The first of the tables `names` at the root or in the one folder that holds all images, as in a zip; or ''."""
-    folders = (name.split("/")[:-1] for name in (min(source.images), max(source.images)))
-    shared = [part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False))]
+    shared = list(filter(None, shared_folder(source.images).split("/")))
     places = ["/".join([*shared[:depth], file]) for file in names for depth in range(len(shared) + 1)]
     return next((place for place in places if place in source.others), "")
 

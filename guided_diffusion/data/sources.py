@@ -1,8 +1,8 @@
-"""The one reader of images: finds them in folders, zips, buckets and arrays, and reads them.
+"""The one reader of images: finds them in folders, zips, tars, buckets and arrays, and reads them.
 
-A path may lead into a zip, ``pets.zip/cat/1.png``, or into an array of images, ``train.npy/000007.npy``. Members are
-decoded in memory, and their names never become names on the disk. What cannot be taken is listed when images are
-found, and raises `UnreadableImage` when it is read.
+A path may lead into a zip or tar, ``pets.zip/cat/1.png``, or into an array of images, ``train.npy/000007.npy``. What is
+in them is decoded in memory, and its names never become names on the disk. What cannot be taken is listed when images
+are found, and raises `UnreadableImage` when it is read.
 
 Shapes: H W space, C channels.
 """
@@ -16,7 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from functools import cached_property, partial
+from itertools import takewhile
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +28,10 @@ from ..runtime import files
 from ..runtime.errors import UserError, printable, quoted, reason
 from ..runtime.files import is_remote
 from ..runtime.options import Size
-from .archives import Archive, Stack, is_stack
+from .archives import Archive, Stack, archives_of, is_stack, read_each
 from .crops import Picture, as_bytes, center_crop_arr
 from .decoding import Content, Decoded, Range, decode, decode_ids, decode_mask, size_in
+from .tars import TEXTS, Tar
 
 T = TypeVar("T")
 Entry = tuple[str, str]  # name of a file, and why it is not taken; '' if it is
@@ -52,8 +55,9 @@ class UnreadableImage(UserError):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The images in a folder, zip, bucket or array, by names relative to `root` in the order of their parts.
+    """The images in a folder, zip, tar, bucket or array, by names relative to `root` in the order of their parts.
 
+    :param root: '' where names are whole paths, of shards that have no folder in common.
     :param others: files that are no images, such as tables of labels.
     :param refused: (name, reason) of what is never read.
     :param array: `root` is an array of images.
@@ -72,7 +76,12 @@ class ImageSource:
 
     def path(self, name: str) -> str:
         """The path by which a file is read."""
-        return f"{self.root.rstrip('/')}/{name}"
+        return f"{self.root.rstrip('/')}/{name}" if self.root else name
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The names of the files that are no images."""
+        return frozenset(self.others)
 
     @property
     def paths(self) -> list[str]:
@@ -89,6 +98,7 @@ class ImageSource:
         """How many files are no images, by extension, or are not taken, by reason."""
         tables = {table for tables in LABEL_FILES.values() for table in tables}
         others = [name for name in self.others if os.path.basename(name) not in tables]
+        others = [name for name in others if ".tar/" not in name or _extension(name) not in TEXTS]
         kinds = ["hidden" if _is_hidden(name) else printable(_extension(name)) or "no extension" for name in others]
         counts = Counter([*kinds, *(fault for _, fault in self.refused)])
         detail = ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items()))
@@ -106,16 +116,20 @@ class ImageSource:
 
 
 def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
-    """All images below a folder, a zip or a folder in a zip, or those of an array (.npy, .npz).
+    """All images below a folder, a zip, a tar or a folder in one, of many of these, or of an array (.npy, .npz).
 
-    Zips in a folder are entered only where the folder holds no picture itself: beside pictures they are copies of them.
+    Zips and tars in a folder are entered only where it holds no picture itself: beside pictures they are copies.
 
     :param channels: of the images of an .npy, where they are not 1, 3 or 4.
     """
     root = files.resolve(data_dir)
     root = root if len(root) < 2 else root.rstrip("/")
     inside = split_archive(root)
-    if inside:
+    if many := archives_of(root):
+        root = shared_folder(many)
+        entries = _inner(root, [name[len(root) :].lstrip("/") if root else name for name in many])
+    elif inside:
+        _archive(inside[0], anew=True)
         entries = _members(*inside)
     elif root and files.isdir(root):
         entries = _with_members(root, _files_below(root))
@@ -124,12 +138,20 @@ def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
         assert isinstance(stack, Stack)
         return ImageSource(root, [f"{index:06d}.npy" for index in range(stack.shape[0])], array=True, ids=stack.labels)
     else:
-        raise UserError(f"data_dir {quoted(root)} is neither a folder nor a zip, nor an array (.npy, .npz) of images")
+        raise UserError(
+            f"data_dir {quoted(root)} is neither a folder, a zip or a tar, nor an array (.npy, .npz) of images"
+        )
     if fault := dict(entries).get(""):
         raise UserError(f"data_dir {quoted(root)} is {fault}; give one that can be read")
     names = sorted((name for name, fault in entries if not fault), key=lambda name: name.split("/"))
     others = [name for name in names if not _is_image(name)]
     return ImageSource(root, [*filter(_is_image, names)], others, sorted(entry for entry in entries if entry[1]))
+
+
+def paths_in(text: files.AnyPath) -> list[str]:
+    """The paths in a list with commas, or the one path that is there with commas in its name."""
+    text = os.fspath(text)
+    return [text] if os.path.lexists(text) else [path for path in text.split(",") if path]
 
 
 def images_at(path: files.AnyPath, name: str, channels: int = 0) -> ImageSource:
@@ -200,20 +222,27 @@ def _by_stem(source: ImageSource) -> dict[str, str]:
 
 
 def _with_members(root: str, entries: list[Entry]) -> list[Entry]:
-    """The files of a folder; where it holds no picture, what is in its zips in place of these."""
+    """The files of a folder; where it holds no picture, what is in its zips and tars in place of these."""
     names = [name for name, fault in entries if not fault]
-    zips = {name for name in names if _extension(name) == ".zip" and not _is_hidden(name)}
+    packed = {name for name in names if _extension(name) in (".zip", ".tar") and not _is_hidden(name)}
     if any(map(_is_image, names)):
         return entries
-    inner = [(f"{zipped}/{name}", fault) for zipped in zips for name, fault in _members(f"{root}/{zipped}")]
-    return [entry for entry in entries if entry[0] not in zips] + inner
+    return [entry for entry in entries if entry[0] not in packed] + _inner(root, sorted(packed))
+
+
+def _inner(root: str, names: Sequence[str]) -> list[Entry]:
+    """What is in the zips and tars of these names."""
+    paths = [f"{root}/{name}" if root else name for name in names]
+    read_each(partial(_archive, anew=True), paths, remote=True)
+    pairs = zip(names, paths, strict=True)
+    return [(f"{name}/{inner}", fault) for name, path in pairs for inner, fault in _members(path)]
 
 
 def _members(path: str, folder: str = "") -> list[Entry]:
     """The files of a zip below one of its folders, by names relative to it; files that are no images have no faults."""
     start, entries = folder.rstrip("/") + "/" if folder else "", list[Entry]()
-    archive = _archive(path, anew=True)
-    for name, again, fault in archive.members() if isinstance(archive, Archive) else ():
+    archive = _archive(path)
+    for name, again, fault in () if isinstance(archive, Stack) else archive.members():
         if name.startswith(start) and not name.endswith("/"):
             twice = "of the same name as a later one" if again else ""
             entries.append((name[len(start) :], twice or (fault if _is_image(name) else "")))
@@ -267,6 +296,12 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "no regular file"
 
 
+def shared_folder(names: Sequence[str]) -> str:
+    """The folder, "" for none, that all of these lie in, directly or deeper."""
+    pairs = zip(*(name.split("/")[:-1] for name in (min(names), max(names))), strict=False)
+    return "/".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def _is_file(path: str) -> bool:
     return files.exists(path) and not files.isdir(path)
 
@@ -284,35 +319,44 @@ def _is_image(name: str) -> bool:
     return _extension(name) in IMAGE_EXTENSIONS and not _is_hidden(name)
 
 
-# ---- zips and arrays
+# ---- zips, tars and arrays
 
 _archives: dict[str, Archive | Stack] = {}
+_tars: dict[str, Tar] = {}  # which hold no handle, so that there may be any number
 
 
 def split_archive(path: str) -> tuple[str, str] | None:
-    """(zip or array, member) of a path that leads into one, with member "" for a zip itself; else None."""
-    for end in (match.end() for match in re.finditer(r"\.zip(?=/|$)|\.np[yz](?=/)", path, re.IGNORECASE)):
-        if path[:end] in _archives or _is_file(path[:end]):
+    """(zip, tar or array, member) of a path that leads into one, with member "" for a zip itself; else None."""
+    for end in (match.end() for match in re.finditer(r"\.(zip|tar)(?=/|$)|\.np[yz](?=/)", path, re.IGNORECASE)):
+        if path[:end] in _tars or path[:end] in _archives or _is_file(path[:end]):
             return path[:end], path[end + 1 :]
     return None
 
 
-def _archive(path: str, channels: int = 0, *, anew: bool = False) -> Archive | Stack:
-    """The zip or array, whose handle and directory forked processes inherit; `anew`: it may have been rewritten."""
-    if anew and path in _archives:
-        _archives.pop(path).close()
-    if path not in _archives:
-        if len(_archives) >= MAX_OPEN_ARCHIVES:
+def tar_of(path: str) -> Tar | None:
+    """The tar that a path leads into."""
+    inside = split_archive(path)
+    return _tars.get(inside[0]) if inside else None
+
+
+def _archive(path: str, channels: int = 0, *, anew: bool = False) -> Archive | Stack | Tar:
+    """The archive, whose handle and directory forked processes inherit; `anew`: it may have been rewritten."""
+    kind = _extension(path)
+    opened: dict[str, Any] = _tars if kind == ".tar" else _archives
+    if anew and path in opened:
+        opened.pop(path).close()
+    if path not in opened:
+        if len(_archives) >= MAX_OPEN_ARCHIVES and opened is _archives:
             _archives.pop(next(iter(_archives))).close()
-        is_zip = path.lower().endswith(".zip")
         try:
-            _archives[path] = Archive(path) if is_zip else Stack(path, channels)
+            opened[path] = Archive(path) if kind == ".zip" else Tar(path) if kind == ".tar" else Stack(path, channels)
         except (OSError, ValueError) as error:
             if path in str(error):
                 raise
-            kind = "zip" if is_zip else "array of images"
-            raise UserError(f"{path!r} is not a readable {kind} ({error}); make it again, or give a folder") from error
-    return _archives[path]
+            what = {".zip": "zip", ".tar": "tar"}.get(kind, "array of images")
+            raise UserError(f"{path!r} is not a readable {what} ({error}); make it again, or give a folder") from error
+    archive: Archive | Stack | Tar = opened[path]
+    return archive
 
 
 # ---- reading

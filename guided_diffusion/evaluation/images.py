@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import dist_util
-from ..data.archives import is_stack
+from ..data.archives import archives_of, is_stack, read_each
 from ..data.decoding import Range, decode
 from ..data.sources import (
     ImageSource,
@@ -31,6 +31,7 @@ from ..data.sources import (
     read_pixels,
     size_of_content,
     split_archive,
+    tar_of,
 )
 from ..runtime import files
 from ..runtime.errors import UserError, printable, refuse
@@ -144,7 +145,7 @@ class ImageSet(ABC):
 
 
 class FileImages(ImageSet):
-    """The images of a folder or a zip, in the order of their names.
+    """The images of a folder, a zip or of tars, in the order of their names.
 
     :param size: they are scaled and cropped to it as in training; None: as they are.
     :param data_range: as `read_image` takes it.
@@ -160,6 +161,11 @@ class FileImages(ImageSet):
     def _read_through(self) -> Scan:
         span = f"{self.data_range} " if self.data_range else ""
         digest, sizes = hashlib.sha256(f"{self.count} {self.size} {span}".encode()), Counter[tuple[int, int]]()
+        tars = [tar_of(path) for path in self.files.paths]
+        if all(tars):  # their sizes and dates stand for the content, which is then read once
+            digest.update("".join(self.files.images).encode())
+            digest.update("".join(sorted({tar.identity() for tar in tars if tar})).encode())
+            return Scan(digest.hexdigest())
         for path in self.files.paths:
             content, size = read_by(path, lambda content, extension: (content, size_of_content(content, extension)))
             sizes[size] += 1
@@ -169,7 +175,8 @@ class FileImages(ImageSet):
 
     def groups(self, size: int, *, first: int = 0, step: int = 1) -> Iterator[list[Pixels]]:
         for start in range(first * size, self.count, step * size):
-            images = map(self._image, range(start, min(start + size, self.count)))
+            indices = range(start, min(start + size, self.count))
+            images = read_each(self._image, indices, remote=files.is_remote(self.path))
             yield [np.stack(list(run)) for _, run in groupby(images, np.shape)]
 
     def _image(self, index: int) -> Pixels:
@@ -280,7 +287,7 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
         return path
     path = files.resolve(path)
     folder = bool(path) and files.isdir(path)
-    if folder or split_archive(path) or (path.lower().endswith(".npy") and is_stack(path)):
+    if folder or split_archive(path) or archives_of(path) or (path.lower().endswith(".npy") and is_stack(path)):
         samples = _samples_of_run(path) if folder else ""
         if samples:
             return ArrayImages(path, f"{path.rstrip('/')}/{samples}", "arr_0", [f"{path}: the samples are {samples}"])

@@ -193,12 +193,16 @@ def write_reference(
 def _statistics_of(images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Rows]:
     needs = ("pool_statistics", "spatial_statistics")
     features = feature_set(images, extractor, needs=needs, batch_size=batch_size, cache=False, progress=True)
-    arrays: dict[str, NDArray[Any]] = {}
-    for kind, (mu, sigma) in STATISTICS.items():
-        statistics = getattr(features, f"{kind}_statistics")
-        if statistics is not None:
-            arrays |= {mu: statistics.mean, sigma: statistics.cov}
+    statistics = {kind: getattr(features, f"{kind}_statistics") for kind in STATISTICS}
     record = {"extractor": extractor.name, "identity": extractor.identity, "n": images.count}
+    return statistics_arrays({kind: value for kind, value in statistics.items() if value is not None}, record)
+
+
+def statistics_arrays(statistics: Mapping[str, Statistics], record: Mapping[str, Any]) -> dict[str, Rows]:
+    """The arrays of a reference: of "pool" and "spatial" features, and the record of what they are of."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for kind, value in statistics.items():
+        arrays |= dict(zip(STATISTICS[kind], (value.mean, value.cov), strict=True))
     arrays[RECORD] = record_bytes(record)
     return {name: _whole(array) for name, array in arrays.items()}
 

@@ -14,12 +14,10 @@ import os
 import re
 import stat as modes
 import struct
-import sys
 import urllib.parse
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import IO, Any, BinaryIO, NamedTuple, TypeVar, cast
 
@@ -27,12 +25,10 @@ import numpy as np
 
 from .atomic import explained, replacing
 from .errors import UserError, printable, reason, refuse
+from .remote import ask, is_web, open_web, web_part, web_stat
 
 T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
-
-# failed requests before a bucket is given up, and the seconds that each may take
-ATTEMPTS, CONNECT_TIMEOUT, READ_TIMEOUT = 9, 5, 30
 
 MAX_BYTES = 2**29  # of a file, or of a member of a zip, that is read as a whole
 MAX_ARRAY = 2**31  # of an array that is held as a whole
@@ -69,10 +65,11 @@ def resolve(path: AnyPath) -> str:
     if url is None or (len(url[2]) < 2 and url[1].lower() not in ("gs", "az", *_SCHEMES)):
         return text
     whole = f"{url[1].lower()}://{text[url.end() :]}"
-    if not _BUCKET.match(whole):
+    if not is_remote(whole):
         raise UserError(
-            f"{text!r} cannot be read where it lies: give a local path, file:///PATH with three slashes, or a bucket "
-            "of gs:// or az://; fetch others first (curl -LO URL, aws s3 cp --recursive URL FOLDER, hf download NAME)"
+            f"{text!r} cannot be read where it lies: give a local path, file:///PATH with three slashes, a bucket of "
+            "gs:// or az://, or tars on a web server; fetch others first (curl -LO URL, aws s3 cp --recursive URL "
+            "FOLDER, hf download NAME)"
         )
     return whole
 
@@ -86,8 +83,8 @@ def local(path: AnyPath) -> str:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a resolved path leads to a bucket, such as gs://bucket/run."""
-    return _BUCKET.match(path) is not None
+    """Whether a resolved path leads to a bucket, such as gs://bucket/run, or to a tar on a web server."""
+    return _BUCKET.match(path) is not None or is_web(path)
 
 
 def cache_folder() -> str:
@@ -104,43 +101,23 @@ def join(folder: AnyPath, *names: str) -> str:
 # ---- in buckets and on this machine
 
 
-@cache
-def _blobfile() -> Any:
-    import blobfile
-
-    blobfile.configure(
-        retry_limit=ATTEMPTS - 1,
-        connect_timeout=CONNECT_TIMEOUT,
-        read_timeout=READ_TIMEOUT,
-        log_callback=lambda line: print(f"blobfile: {line:.150}", file=sys.stderr),
-    )
-    return blobfile
-
-
-def _ask(path: str, question: Callable[[Any], T]) -> T:
-    """The answer of blobfile about a path; an OSError of one sentence where the bucket cannot be reached."""
-    try:
-        return question(_blobfile())
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("blobfile", "urllib3", "azure", "google"):
-            raise
-        cause = re.sub(r"^message=|, request=.*", "", str(error).partition("\n")[0])
-        raise OSError(
-            f"{path} cannot be reached ({cause:.200}; at most {ATTEMPTS} attempts of {CONNECT_TIMEOUT} s to connect "
-            f"and {READ_TIMEOUT} s for an answer): look at the name, the network and the credentials"
-        ) from error
-
-
 def exists(path: AnyPath) -> bool:
     """Whether there is a file or folder."""
     where = resolve(path)
-    return _ask(where, lambda blobs: bool(blobs.exists(where))) if is_remote(where) else os.path.exists(where)
+    if is_web(where):
+        try:
+            return web_stat(where) is not None
+        except FileNotFoundError:
+            return False
+    return ask(where, lambda blobs: bool(blobs.exists(where))) if is_remote(where) else os.path.exists(where)
 
 
 def isdir(path: AnyPath) -> bool:
     """Whether there is a folder."""
     where = resolve(path)
-    return _ask(where, lambda blobs: bool(blobs.isdir(where))) if is_remote(where) else os.path.isdir(where)
+    if is_web(where):
+        return False
+    return ask(where, lambda blobs: bool(blobs.isdir(where))) if is_remote(where) else os.path.isdir(where)
 
 
 def names_in(folder: AnyPath) -> list[str]:
@@ -148,37 +125,48 @@ def names_in(folder: AnyPath) -> list[str]:
     if not isdir(folder):
         return []
     where = resolve(folder)
-    names = _ask(where, lambda blobs: list(blobs.listdir(where))) if is_remote(where) else os.listdir(where)
+    names = ask(where, lambda blobs: list(blobs.listdir(where))) if is_remote(where) else os.listdir(where)
     return sorted(name.rstrip("/") for name in names)
 
 
 def folders_and_files(bucket: str) -> list[tuple[str, bool]]:
     """(name, whether it is a folder) of all in a folder of a bucket, by name."""
-    entries = _ask(bucket, lambda blobs: list(blobs.scandir(bucket)))
+    entries = ask(bucket, lambda blobs: list(blobs.scandir(bucket)))
     return sorted((entry.name.rstrip("/"), bool(entry.is_dir)) for entry in entries)
 
 
 def stat(path: str) -> Any:
     """An object with the `size` of a file, its `mtime`, and its `version` where a bucket gives one."""
     if is_remote(path):
-        return _ask(path, lambda blobs: blobs.stat(path))
+        return web_stat(path) if is_web(path) else ask(path, lambda blobs: blobs.stat(path))
     status = os.stat(path)
     return SimpleNamespace(size=status.st_size, mtime=status.st_mtime, version=None)
 
 
 def open_blob(path: str) -> BinaryIO:
     """A file in a bucket to read from, piece by piece and from any place."""
-    return _ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "rb", streaming=True)))
+    if is_web(path):
+        return open_web(path)
+    return ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "rb", streaming=True)))
+
+
+def read_part(path: str, start: int, size: int) -> bytes:
+    """Bytes from a place of a file; fewer where it ends before."""
+    if is_web(path):
+        return web_part(path, start, size)[0]
+    with open_blob(path) if is_remote(path) else open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        return file.read(size)
 
 
 def new_blob(path: str) -> BinaryIO:
     """A file in a bucket to write, which is seen when it is closed, and never after an error."""
-    return _ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "wb", partial_writes_on_exc=False)))
+    return ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "wb", partial_writes_on_exc=False)))
 
 
 def remove(path: str) -> None:
     """Remove a file."""
-    _ask(path, lambda blobs: blobs.remove(path)) if is_remote(path) else os.remove(path)
+    ask(path, lambda blobs: blobs.remove(path)) if is_remote(path) else os.remove(path)
 
 
 # ---- files

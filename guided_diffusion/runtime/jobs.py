@@ -11,7 +11,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -165,6 +165,9 @@ class Job(RestartableJob):
 
     :param sampler: the step rule, e.g. ``make_sampler("ddim", eta=0.5)``, or its name.
     :param shape: of one image, (C, H, W).
+    :param start_index: number of the first image, where the job is a part of a larger one; images are told apart by
+        these numbers alone.
+    :param total: images of the larger one; 0: there is none.
     :param labels: class ids taken in turn: image i gets labels[i % len(labels)].
     :param num_classes: without `labels`, image i draws its label from range(num_classes); 0: no labels at all.
     :param class_names: names by class id, for the rows of the grid.
@@ -183,6 +186,8 @@ class Job(RestartableJob):
     sampler: Sampler | str
     shape: tuple[int, ...]
     num_samples: int
+    start_index: int = 0
+    total: int = 0
     labels: Sequence[int] = ()
     num_classes: int = 0
     class_names: Sequence[str] = ()
@@ -227,6 +232,23 @@ class Job(RestartableJob):
         """The file of the merged result."""
         sides = (self.num_samples, *self.shape[1:], self.shape[0])
         return self.file(f"samples_{'x'.join(map(str, sides))}.npz")
+
+    def part(self, number: int, count: int) -> Job:
+        """Part `number` of 1 .. count of the job: whole batches, as many in one part as in another or one more."""
+        first, end = (share * self.batches // count * self.batch_size for share in (number - 1, number))
+        if first == end:
+            raise UserError(
+                f"part {number} of {count} would be empty: of {self.batches} batches of {self.batch_size} there are at "
+                f"most {self.batches} parts"
+            )
+        return self.cut(first, min(end, self.num_samples))
+
+    def cut(self, first: int, end: int) -> Job:
+        """The images from number `first` to before `end` of a job that begins at 0."""
+        if not 0 <= first < end:
+            raise UserError(f"start_index {first} is beyond the {end} images that there are: give a lower one")
+        names = self.names[first:end]
+        return replace(self, start_index=first, total=self.num_samples, num_samples=end - first, names=names)
 
     def prompt(self, index: int) -> str:
         """The prompt of an image, '' where there are none."""

@@ -136,13 +136,14 @@ def range_flag(text: str) -> str:
     return text
 
 
-def list_of(pattern: str, what: str) -> Callable[[str], str]:
-    """A reader of different numbers separated by commas, which returns the text that it is given."""
+def list_of(pattern: str, what: str, *, repeated: bool = False) -> Callable[[str], str]:
+    """A reader of numbers separated by commas, different ones or not, which returns the text that it is given."""
 
     def read(text: str) -> str:
         words = text.split(",")
-        if not all(re.fullmatch(pattern, word, re.ASCII) for word in words) or len({*map(float, words)}) < len(words):
-            raise UserError(f"{text!r} is no list of different {what}")
+        sound = all(re.fullmatch(pattern, word, re.ASCII) for word in words)
+        if not sound or (not repeated and len({*map(float, words)}) < len(words)):
+            raise UserError(f"{text!r} is no list of {'' if repeated else 'different '}{what}")
         return text
 
     return read

@@ -200,20 +200,22 @@ def draw_each(
     labelled: bool,
     rank: int = 0,
     world_size: int = 1,
+    first: int = 0,
     names: Sequence[str] = (),
     prompts: Sequence[str] = (),
 ) -> None:
     """NNNNNN_yK_a-red-apple.png, or as `names` say, of every world_size-th image of the npz `samples`.
 
+    :param first: number of the first image.
     :param prompts: for the images in turn; they stand in the files as the text "prompt".
     """
     labels = np.concatenate(list(read_npz(samples, "arr_1", CHUNK))) if labelled else None
     images = (image for chunk in read_npz(samples, "arr_0", CHUNK) for image in chunk)
     for index, image in islice(enumerate(images), rank, None, world_size):
-        texts = {"prompt": prompts[index % len(prompts)]} if prompts else {}
+        texts = {"prompt": prompts[(first + index) % len(prompts)]} if prompts else {}
         suffix = "" if labels is None else f"_y{labels[index]}"
         suffix += "".join(f"_{words}" for words in map(_file_name, texts.values()) if words)
-        path = os.path.join(folder, names[index] if names else f"{index:06d}{suffix}.png")
+        path = os.path.join(folder, names[index] if names else f"{first + index:06d}{suffix}.png")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         save_png(path, image, **texts)
 

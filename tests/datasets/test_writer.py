@@ -23,8 +23,8 @@ from conversion import output, pickles
 from conversion.config import ConversionConfig
 from conversion.images import Item, Recipe, Source, bad, encode, of_pixels
 from conversion.output import Folder, Journal, Zip
-from conversion.tars import Truncated, members
 from conversion.writer import ClassNames, convert
+from guided_diffusion.data.tars import Truncated, members
 
 
 class Killed(BaseException):

@@ -28,7 +28,7 @@ from guided_diffusion.data.upsampling import read_base
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.evaluation.weights import find_inception
 from guided_diffusion.image_datasets import load_data, save_classes
-from guided_diffusion.runtime import files
+from guided_diffusion.runtime import files, remote
 from guided_diffusion.runtime.files import load_classes
 from guided_diffusion.runtime.npz import Npz, save_npz
 from guided_diffusion.runtime.pictures import to_uint8
@@ -253,5 +253,5 @@ def test_a_bucket_out_of_reach_is_given_up(url: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(OSError, match=rf"{url} cannot be reached \(.*no answer.* attempts of 5 s to connect"):
         files.exists(url)
-    assert 0 < len(asked) <= 2 * files.ATTEMPTS
-    assert {timeout.connect_timeout for timeout in asked} == {files.CONNECT_TIMEOUT}
+    assert 0 < len(asked) <= 2 * remote.ATTEMPTS
+    assert {timeout.connect_timeout for timeout in asked} == {remote.CONNECT_TIMEOUT}

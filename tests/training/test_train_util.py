@@ -1085,7 +1085,7 @@ def few(pictures, count):
 
 def measured(folder, pictures, count, batch_size):
     """The losses of a set of so many images."""
-    val_data = stream(few(pictures, count), batch_size, fit=True, random_flip=False)
+    val_data = stream(few(pictures, count), batch_size, few=True, random_flip=False)
     make(folder, iter([]), kind=Means, val_data=val_data, batch_size=batch_size).validate()
     return {name: logger.getkvs()[name] for name in ("val_loss", "val_mean")}
 
