@@ -23,7 +23,7 @@ from . import dist_util, logger
 from .data.captions import Captions
 from .data.crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
 from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
-from .data.labels import ClassRow, Labels, read_labels, save_classes as save_classes
+from .data.labels import ClassRow, Labels, read_labels, read_vectors, save_classes as save_classes
 from .data.sources import IMAGE_EXTENSIONS, UnreadableImage, find_images
 from .data.upsampling import SmallVersions
 from .runtime.errors import UserError, printable
@@ -209,6 +209,7 @@ def load_data(
         random_crop=random_crop,
         random_flip=random_flip,
         partners=partners,
+        vectors=read_vectors(source, given.vector_columns) if given.vector_columns else None,
         options=given,
         log=say,
     )
