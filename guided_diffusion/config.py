@@ -27,11 +27,10 @@ CONTEXTS = ("none", "text", "classes")
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
 METRIC_LIST = names_of(METRIC_NAMES, "metric")
+LABELLED = "class_cond|vector_columns"
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 # what dropping them teaches a network
 NULL_ROWS = {"cond_dropout": "null_cond", "class_dropout": "null_class", "caption_dropout": "null_text"}
-LORA_KINDS = ("attention", "convolutions")
-LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
 # those of sampling.samplers.SAMPLERS, for help texts, which do not import torch
 SAMPLER_NAMES = (
     "ddpm ddim ddim_reverse plms dpm++2m dpm++2m_sde dpm++2s dpm++3m_sde dpm2 dpm3 unipc deis sa heun euler "
@@ -148,6 +147,8 @@ class NetworkConfig(ImageConfig, ContextConfig):
     dropout: float = share_flag("dropout probability in the residual blocks")
     class_cond: bool = flag(False, "condition the network on class labels")
     null_class: bool = flag(False, "there is an embedding for 'no class', label num_classes; --class_dropout sets it")
+    vector_columns: str = flag("", "columns of numbers beside the images, with commas, whose vector the network gets")
+    vector_dim: int = flag(0, "how many numbers these are; the training sets it", needs="vector_columns")
     use_checkpoint: bool = flag(False, "activation checkpointing: recompute them backwards, for memory", runtime=True)
     use_scale_shift_norm: bool = flag(True, "the embedding scales and shifts the normalised activations (FiLM)")
     resblock_updown: bool = flag(False, "residual blocks, not plain convolutions, change the resolution")
@@ -295,6 +296,7 @@ class TrainConfig:
     grad_clip: float = flag(0.0, "largest norm of the gradient; 0: no clipping", at_least=0)
     schedule_sampler: str = flag("uniform", "how timesteps are drawn", choices=TIMESTEP_SAMPLERS, needs="noised")
     ema_rate: str = flag("0.9999", "rates of the moving averages of the weights, separated by commas; '' for none")
+    ema_profiles: str = flag("", "widths of averages by power functions to save too, e.g. 0.05,0.1; see command ema")
     ema_warmup: bool = flag(False, "rates of at most (1 + n) / (10 + n) after n steps", needs="ema_rate")
     fp16_scale_growth: float = flag(1e-3, "growth of the logarithmic loss scale per step, with fp16", at_least=0)
     resume_checkpoint: str = path_flag("a checkpoint or run to go on from; auto: the newest in --log_dir, if any")
@@ -310,7 +312,7 @@ class TrainConfig:
 class ImageTrainConfig(TrainConfig):
     """The training loop of a diffusion model."""
 
-    class_dropout: float = share_flag("probability that a label becomes 'no class', for guidance", needs="class_cond")
+    class_dropout: float = share_flag("probability that a label becomes 'no class', for guidance", needs=LABELLED)
     max_steps: int = flag(0, "updates of the whole run, resumed parts included; 0: without end", at_least=0)
     lr_anneal_steps: int = flag(0, "steps over which the learning rate falls to 0, then stop; 0: constant", at_least=0)
     val_interval: int = flag(1000, "steps between two validation losses", at_least=1, needs="val_data_dir")
@@ -374,17 +376,6 @@ class TrainSpeedConfig(CompileConfig):
     )
     fsdp: bool = flag(False, "spread weights, optimizer and averages over the ranks", excludes="microbatch=auto")
     dry_run: bool = flag(False, "say how large the network is, what a step costs and what memory it takes, and end")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters (LoRA) in place of training the weights."""
-
-    NEEDS: ClassVar[str] = "lora_rank"
-    lora_rank: int = flag(0, "rank of the adapters; 0: none", at_least=0, at_most=2**16, needs="init_from")
-    lora_alpha: float = flag(0.0, "the adapters' output is scaled by this over the rank; 0: not scaled", at_least=0)
-    lora_on: str = flag("attention,convolutions", "layers that have adapters", convert=LORA_LIST)
-    lora_train: str = flag("", "parameters that are trained beside the adapters: patterns such as label_emb.*")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import math as math
 import random as random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import blobfile as bf  # noqa: F401
 import numpy as np
 import torch as th
+from numpy.typing import NDArray
 from PIL import Image as Image
 from torch.utils.data import DataLoader, Dataset as Dataset
 
@@ -26,7 +27,7 @@ from .data.conditioning import Partners
 from .data.crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
 from .data.fetching import Fetcher
 from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
-from .data.labels import ClassRow, Labels, read_labels, save_classes as save_classes
+from .data.labels import ClassRow, Labels, read_labels, read_vectors, save_classes as save_classes
 from .data.orders import WINDOW, Order, order_of
 from .data.sources import (
     IMAGE_EXTENSIONS,
@@ -230,6 +231,7 @@ def load_data(
         random_crop=random_crop,
         random_flip=random_flip,
         partners=partners,
+        vectors=_vectors(sources, given.vector_columns) if given.vector_columns else None,
         options=given,
         log=say,
     )
@@ -244,6 +246,14 @@ def load_data(
         more = [f"  and {len(rows) - TABLE_ROWS} classes more"] * (len(rows) > TABLE_ROWS)
         say("\n".join([*labels.notes, *lines, *more]))
     return stream
+
+
+def _vectors(sources: Sequence[ImageSource], columns: str) -> NDArray[np.float32]:
+    """The vectors of the images of all data sets."""
+    parts = [read_vectors(source, columns) for source in sources]
+    widths = sorted({part.shape[1] for part in parts})
+    refuse((len(widths) > 1, f"vector_columns {columns!r} gives vectors of {widths} numbers: give data sets of one"))
+    return np.concatenate(parts)
 
 
 def _found(

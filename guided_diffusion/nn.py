@@ -197,12 +197,14 @@ class Traits(NamedTuple):
     num_classes: K, None without classes.
     null_label: the label that means "no class"; None where there is none.
     null_cond: whether zeros mean "no conditioning image".
+    null_vector: whether a vector of nan means "no vector".
     """
 
     known: bool
     num_classes: int | None
     null_label: int | None
     null_cond: bool
+    null_vector: bool
 
 
 def traits_of(model: Any) -> Traits:
@@ -212,4 +214,5 @@ def traits_of(model: Any) -> Traits:
         num_classes=getattr(model, "num_classes", None),
         null_label=getattr(model, "null_label", None),
         null_cond=bool(getattr(model, "null_cond", False)),
+        null_vector=bool(getattr(model, "null_vector", False)),
     )

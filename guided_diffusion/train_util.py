@@ -28,9 +28,10 @@ from .resample import LossAwareSampler, ScheduleSampler, UniformSampler as Unifo
 from .runtime import files
 from .runtime.errors import UserError, refuse
 from .runtime.files import write_json
-from .runtime.options import parse_rates
+from .runtime.options import parse_profiles, parse_rates
 from .runtime.seeds import seeded
 from .training import batches, checkpoints
+from .training.averages import PowerAverages
 from .training.bad_steps import BadSteps
 from .training.batches import Cond, RollingValidation, Supply, Validation
 from .training.checkpoints import Checkpoint
@@ -88,8 +89,8 @@ class TrainLoop:
         **settings: Any,
     ) -> None:
         self.settings = options = Settings(**settings)
-        self.model, self.diffusion, self.data = model, diffusion, data
-        self.batch_size, self.global_batch = batch_size, batch_size * dist_util.world_size()
+        self.model, self.diffusion, self.data, self.batch_size = model, diffusion, data, batch_size
+        self.global_batch = batch_size * dist_util.world_size()
         self.microbatch, self.auto_microbatch = batches.first_microbatch(microbatch, batch_size)
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
         self.ema_rate, self.seed = parse_rates(ema_rate), options.seed
@@ -100,11 +101,11 @@ class TrainLoop:
         chosen: Any = schedule_sampler or "uniform"
         self.schedule_sampler = create_named_schedule_sampler(chosen, diffusion) if isinstance(chosen, str) else chosen
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint
-        self.label_dropout = LabelDropout(options.class_dropout, traits_of(model).null_label)
+        traits = traits_of(model)
+        self.label_dropout = LabelDropout(options.class_dropout, traits.null_label, traits.null_vector)
         self.step, self.resume_step = 0, 0
         self.use_fp16, self.fp16_scale_growth, self.sync_cuda = use_fp16, fp16_scale_growth, th.cuda.is_available()
-        files = self._load_and_sync_parameters()
-        self.mp_trainer = self._make_trainer()
+        files, self.mp_trainer = self._load_and_sync_parameters(), self._make_trainer()
         self._set_up(files)
 
     def _make_trainer(self) -> MixedPrecisionTrainer:
@@ -129,13 +130,13 @@ class TrainLoop:
         masters, fused = self.mp_trainer.master_params, self.device.type in ("cpu", "cuda")
         self.opt = AdamW(masters, lr=self.lr or 0.0, weight_decay=self.weight_decay, fused=fused)
         self.ema_params = [[param.detach().clone() for param in masters] for _ in self.ema_rate]
+        self.powers = PowerAverages(parse_profiles(self.settings.ema_profiles), self.mp_trainer)
         if files is not None or self.resume_step:  # the step alone: of a subclass that has loaded the weights itself
             self._resume(files or self._chosen() or Checkpoint(self.resume_step))
         if self.lr is None:
             raise UserError("lr is None, and there is no optimizer file to take it from: give a learning rate")
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
-        progress = self.settings.progress
-        self.meter = Meter(self.global_batch, done=self.updates, total=self.limit, progress=progress)
+        self.meter = Meter(self.global_batch, done=self.updates, total=self.limit, progress=self.settings.progress)
         self.supply, self._saved = Supply(self.data, self.meter), self.updates
         self.bad_steps = BadSteps(self.settings.max_bad_steps, self.mp_trainer, self.data, self.meter)
         self.failures, self._unchanged = Failures(), False
@@ -180,11 +181,12 @@ class TrainLoop:
         step = self._resumed.open(files)
         self.resume_step = self.resume_step or step
         self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
+        self.powers.load(lambda width: self._resumed.average(f"power_{width}", files.powers.get(str(width))))
         self._load_optimizer_state()
         self._resumed.close(self.resume_step)
 
     def _load_ema_parameters(self, rate: float) -> list[th.Tensor]:
-        return self._resumed.average(rate, find_ema_checkpoint(self._files.model, self.resume_step, rate))
+        return self._resumed.average(str(rate), find_ema_checkpoint(self._files.model, self.resume_step, rate))
 
     def _load_optimizer_state(self) -> None:
         self._resumed.load_optimizer(self._files.opt)
@@ -210,9 +212,8 @@ class TrainLoop:
                 self._after_step()
                 tested = bool(os.environ.get("DIFFUSION_TRAINING_TEST")) and self._saved == self.updates
                 stopped = tested or interruption.requested(self.updates)
-            self.failures.keep(self._dump)
-            if self._saved != self.updates:
-                self.failures.keep(self.save)
+            for work in (self._dump, self.save) if self._saved != self.updates else (self._dump,):
+                self.failures.keep(work)
         self.failures.end()
         interruption.end()
 
@@ -306,9 +307,8 @@ class TrainLoop:
         draw, cond = self._draw(batch, self.updates), self.label_dropout(cond, self.seed, self.updates)
         rows, done = [], 0
         for images, keywords, part in batches.microbatches(batch, cond, draw, self.microbatch):
-            losses = self.compute_losses(images, keywords, part)
+            losses, done = self.compute_losses(images, keywords, part), done + len(images)
             mean = (losses["loss"] * part.weights).mean()
-            done += len(images)
             # A rank that may yet begin anew must not have sent anything.
             last = done == len(batch) and not self.auto_microbatch
             self.mp_trainer.backward(mean * (len(images) / len(batch)), last=last)
@@ -339,6 +339,7 @@ class TrainLoop:
         most = (1 + self.updates) / (10 + self.updates) if self.settings.ema_warmup else 1.0
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             update_ema(self.mp_trainer.trained(params), self.mp_trainer.trained(), rate=min(rate, most))
+        self.powers.update(self.updates + 1)
 
     def _anneal_lr(self) -> None:
         """Set the learning rate of the coming update: a linear rise over the warm-up, a linear fall to the end."""

@@ -102,7 +102,9 @@ class SuperResModel(UNetModel):
         level = x.new_zeros(len(x)) if low_res_level is None else low_res_level
         waves = timestep_embedding(1000 * level, self.model_channels)
         y = kwargs.pop("y", None)
-        emb = self._embed(x, timesteps, y) + self.low_res_embed(waves.to(dtype_of(self.low_res_embed)))
+        emb = self._embed(x, timesteps, y, kwargs.pop("vector", None)) + self.low_res_embed(
+            waves.to(dtype_of(self.low_res_embed))
+        )
         return self._predict(both, emb, *self._attended(y, **kwargs))
 
 

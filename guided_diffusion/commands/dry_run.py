@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, TrainConfig
 from ..networks.context import SCRATCH_DIM
-from ..runtime.options import parse_rates, parse_size
+from ..runtime.options import parse_profiles, parse_rates, parse_size
 from ..script_util import build_diffusion, build_network, in_its_space
 from . import conditioning, finetuning, latent_space, training
 from .common import image_shape, log_to_screen, precision_of
@@ -88,6 +88,7 @@ def loss_of(flags: Flags, config: Any) -> Loss:
         beside = {"y": t} if config.class_cond else {}
         if config.context == "text":
             beside["context"] = th.randn(n, config.max_tokens, config.context_dim or SCRATCH_DIM)
+        beside |= {"vector": th.randn(n, config.vector_dim)} if getattr(config, "vector_dim", 0) else {}
         beside |= {"cond_image": th.randn(n, kind.channels, *shape[1:])} if kind else {}
         if upsampler:
             beside["low_res"] = th.randn(n, config.image_channels, *parse_size(config.small_size))
@@ -99,7 +100,8 @@ def loss_of(flags: Flags, config: Any) -> Loss:
 
 def report(config: TrainConfig, cost: Cost) -> None:
     """Log the lines of a dry run."""
-    total, batch, averages = sum(cost.parts.values()), config.batch_size, len(parse_rates(config.ema_rate))
+    total, batch = sum(cost.parts.values()), config.batch_size
+    averages = len(parse_rates(config.ema_rate)) + len(parse_profiles(config.ema_profiles))
     trained = "all" if cost.trained == total else f"{cost.trained:,}"
     logger.log(f"dry run: nothing is trained and nothing is written\nparameters: {total:,}, {trained} of them trained")
     for name, number in cost.parts.items():

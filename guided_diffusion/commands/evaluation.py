@@ -19,7 +19,7 @@ from ..sampling.samplers import make_sampler
 from ..sampling.steps import Sampler
 from ..script_util import build_diffusion
 from ..training.checkpoints import step_of
-from . import latent_space, prompts
+from . import latent_space, prompts, vectors
 from .common import image_shape, log_to_screen, restore
 from .flags import Flags
 from .sections import ExtractorConfig, PlaceConfig
@@ -114,14 +114,14 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
 
     def beside(indices: Sequence[int]) -> dict[str, th.Tensor]:
         images = [int(chosen[index]) for index in indices]
-        keywords = prompts.first_captions(stream, images)
+        keywords = prompts.first_captions(stream, images) | vectors.beside(dataset, images)
         if dataset.partners is not None:
             rows = [dataset[0, image][1]["cond_image"] for image in images]
             keywords["cond_image"] = th.from_numpy(np.stack(rows))
         return keywords
 
     return Job(
-        conditioning=beside if dataset.partners is not None or stream.captions is not None else None,
+        conditioning=beside,
         sampler=sampler,
         shape=image_shape(unet.image_channels, unet.image_size),
         num_samples=count,

@@ -10,13 +10,13 @@ from typing import Any
 import torch as th
 
 from .. import dist_util, logger
-from ..config import ClassifierConfig, DiffusionConfig, LoraConfig, SuperResConfig, UNetConfig
+from ..config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
 from ..runtime import files
 from ..runtime.errors import UserError
 from ..training import finetuning, lora
 from ..training.checkpoints import CLASSIFIER, UNET, UPSAMPLER
 from .flags import COMMANDS, Flags
-from .sections import InitConfig, LatentConfig
+from .sections import InitConfig, LatentConfig, LoraConfig
 
 REPORT = "init.json"
 KINDS: dict[str, tuple[str, type[Any]]] = {

@@ -55,7 +55,7 @@ class Command(NamedTuple):
 UNET = (c.UNetConfig, c.DiffusionConfig)
 UPSAMPLER = (c.SuperResConfig, c.DiffusionConfig)
 CLASSIFIER = (c.ClassifierConfig, c.DiffusionConfig)
-TRAINING = (s.MixConfig, c.LoaderConfig, c.TrainSpeedConfig, s.InitConfig, c.LoraConfig)
+TRAINING = (s.MixConfig, c.LoaderConfig, c.TrainSpeedConfig, s.InitConfig, s.LoraConfig)
 EVALUATION = (c.TrainEvaluationConfig, s.ExtractorConfig)
 PROMPTED = (s.PromptConfig, s.ClipConfig)
 SAMPLING = (
@@ -145,6 +145,7 @@ COMMANDS = {
     "models": Command("List, show, download and verify the models that have a name.", (s.ModelsConfig,)),
     "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
     "convert": Command("Weights of a run or a checkpoint to one file, .safetensors or .pt.", (s.ConvertConfig,)),
+    "ema": Command("Make another average of the weights of a run with --ema_profiles.", (s.EmaConfig,)),
     "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig, s.FromImagesConfig)),
     "demo": Command("Sample from the bundled model, with and without guidance, and draw a page.", (s.DemoConfig,)),
     "demo_train": Command(

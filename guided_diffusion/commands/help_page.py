@@ -67,6 +67,7 @@ FIRST_STEPS = {
     ),
     "download": ("", "inception"),
     "convert": ("", "runs/emoji emoji.safetensors --precision fp16"),
+    "ema": ("", "runs/emoji --profile 0.07"),
     "npz_tool": ("", "to-png runs/samples runs/pngs"),
     "models": ("", "show imagenet256"),
     "demo": ("", "--log_dir demo-output"),

@@ -84,7 +84,9 @@ def _images(model: Restored) -> ImageDataset:
     config, data = model.flags.part(UNetConfig), model.flags.part(LikelihoodConfig)
     options: dict[str, Any] = {"batch_size": 1, "random_flip": False, "rank": 0, "world_size": 1}
     options |= {"class_from": data.class_from, "label_column": data.label_column}
-    options |= {name: getattr(config, name) for name in ("image_size", "image_channels", "class_cond")}
+    options |= {
+        name: getattr(config, name) for name in ("image_size", "image_channels", "class_cond", "vector_columns")
+    }
     if config.class_cond:
         options |= {"num_classes": config.num_classes, "classes": checkpoints.classes_beside(model.path) or None}
     options |= {"pairing": conditioning.pairing_of(model.flags), "data_range": parse_range(data.data_range)}

@@ -70,7 +70,7 @@ def of_samples(run: Training) -> Draw:
     images, _ = first_images(run.stream, min(COMPARED, len(run.stream.dataset)))
     beside: dict[str, th.Tensor] = {}
     source = run.stream if kind is not None or run.validation is None else run.validation
-    if kind is not None or source.captions is not None:
+    if kind is not None or source.captions is not None or config.vector_dim:
         paired, cond = first_images(source, PREVIEWED)
         labels = cond["y"].tolist() if labels else []
         beside = {name: value.to(dist_util.dev()) for name, value in cond.items() if name != "y"}

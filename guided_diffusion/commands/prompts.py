@@ -190,10 +190,11 @@ def null_keywords(model: Restored) -> dict[str, th.Tensor]:
 def refuse_unguidable(model: Restored, scale: float, null: Mapping[str, th.Tensor]) -> None:
     """Refuse classifier-free guidance of a network that knows no "nothing"."""
     traits, values = traits_of(model.network), model.flags.values
-    if traits.null_label is not None or traits.null_cond or null:
+    if traits.null_label is not None or traits.null_cond or traits.null_vector or null:
         return
     text = values["context"] == "text"
-    dropout = "--class_dropout" if values["class_cond"] else "--caption_dropout" if text else "--cond_dropout"
+    labelled = values["class_cond"] or values["vector_dim"]
+    dropout = "--class_dropout" if labelled else "--caption_dropout" if text else "--cond_dropout"
     remedy = "give --negative_prompt" if text else "guide with a classifier"
     raise UserError(
         f"--cfg_scale {scale} needs a network that knows {'the empty caption' if text else repr('no class')}, and "

@@ -18,7 +18,7 @@ from ..sampling.guidance import autoguidance, classifier_free, classifier_guidan
 from ..sampling.loop import network_calls
 from ..sampling.samplers import DDIM, PLMS, Ancestral
 from ..script_util import build_diffusion
-from . import conditioning, editing, latent_space, prompts
+from . import conditioning, editing, latent_space, prompts, vectors
 from .common import Plan, Restored, described, image_shape, restore, sampler_of, schedule_of, start
 from .flags import Flags
 from .sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig
@@ -71,6 +71,7 @@ def drawing(model: Restored, classifier: Restored | None = None) -> Plan:
         plan.network = without_labels(plan.network)
     conditioning.extend(plan, model, names)
     prompts.extend(plan, model)
+    vectors.extend(plan, model)
     shape = image_shape(config.image_channels, config.image_size, config.dims)
     plan.job |= latent_space.decoded(model.first_stage, shape)
     editing.extend(plan, model)
@@ -103,6 +104,7 @@ def enlarging(model: Restored, classifier: Restored | None = None) -> Plan:
     plan = guided(model, classifier)
     names = (classifier.classes if classifier else []) or model.classes
     prompts.extend(plan, model, conditioning.enlarge(plan, flags, names))
+    vectors.extend(plan, model)
     if "labels" not in plan.job and flags.part(SampleConfig).classes:
         plan.job |= labels_of(flags, names, config.num_classes)
     if not config.class_cond:

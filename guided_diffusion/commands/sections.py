@@ -9,6 +9,7 @@ from typing import ClassVar
 from ..config import (
     CLASS_RULES,
     LABEL_COLUMN,
+    LABELLED,
     METRIC_LIST,
     METRICS,
     PRECISIONS,
@@ -21,7 +22,7 @@ from ..config import (
     path_flag,
 )
 from ..runtime.errors import UserError
-from ..runtime.options import flag, list_of, range_flag, share_flag, size_flag
+from ..runtime.options import flag, list_of, names_of, range_flag, share_flag, size_flag
 
 ACTIONS = ("list", "show", "download", "verify")
 TOOLS = ("to-png", "from-images", "merge")
@@ -32,11 +33,14 @@ MISMATCHES = ("error", "reinit", "inflate")
 OUT = "file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE or ~/.cache/guided-diffusion"
 MIRROR = "address of a folder with the files by their names, in place of the published one"
 CLASSES = "labels in turn: 207,360 or names of classes.json; '' draws at random"
+VECTOR = "numbers for --vector_columns, such as 1,0,0.5; nan for an unknown one; several vectors with ; between them"
 INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
 LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
 COND_FN = "classifier_path&classifier_scale|clip_path&clip_scale"  # where the gradient of something guides
 DISTANCES = "type of the distances of precision and recall: the published numbers' is float16"
 DISTANCE_TYPES = ("float16", "float32")
+LORA_KINDS = ("attention", "convolutions")
+LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
 COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
 WEIGHTS = list_of(r"0*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", "numbers above 0, such as 3,1", repeated=True)
 SCALES = list_of(r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
@@ -139,6 +143,17 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA) in place of training the weights."""
+
+    NEEDS: ClassVar[str] = "lora_rank"
+    lora_rank: int = flag(0, "rank of the adapters; 0: none", at_least=0, at_most=2**16, needs="init_from")
+    lora_alpha: float = flag(0.0, "the adapters' output is scaled by this over the rank; 0: not scaled", at_least=0)
+    lora_on: str = flag("attention,convolutions", "layers that have adapters", convert=LORA_LIST)
+    lora_train: str = flag("", "parameters that are trained beside the adapters: patterns such as label_emb.*")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExtractorConfig:
     """The network whose features are compared."""
 
@@ -184,6 +199,8 @@ class SampleConfig(ModelConfig):
     churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
     dynamic_threshold: float = share_flag("clip x_0 at this percentile, e.g. 0.995, then scale; 0: off")
     classes: str = flag("", CLASSES, needs="class_cond|classifier_path")
+    vector: str = flag("", VECTOR, needs="vector_columns", excludes="vectors")
+    vectors: str = path_flag("file of vectors for the images in turn, a line of numbers each", needs="vector_columns")
     save_images: bool = flag(False, "write one PNG per image as well")
     save_intermediate: int = flag(0, "film.png, film.gif: the first x_0 every so many steps; 0: none", at_least=0)
 
@@ -209,7 +226,9 @@ class FreeGuidanceConfig:
     """Guidance without a classifier, and when guidance of any kind acts."""
 
     cfg_scale: float = flag(
-        1.0, "guidance scale w in uncond + w (cond - uncond); above 1 guides", needs="class_cond|cond_type|context=text"
+        1.0,
+        "guidance scale w in uncond + w (cond - uncond); above 1 guides",
+        needs=f"{LABELLED}|cond_type|context=text",
     )
     cfg_rescale: float = share_flag("share of guidance's gain in contrast to take back", needs="cfg_scale!=1.0")
     autoguide_path: str = path_flag("a weaker model of the same kind to guide away from", needs="autoguide_scale!=1.0")
@@ -406,6 +425,18 @@ class ConvertConfig:
     )
     ema_rate: str = flag("", "of a run: the rate of the moving average to take; 0: none; '' for the slowest")
     precision: str = flag("fp32", "type of the numbers in it: fp32, fp16 or bf16", choices=PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """Which average to make."""
+
+    source: str = path_flag("the folder of a run that was trained with --ema_profiles", positional=True)
+    profile: float = flag(
+        0.05, "width of the average: the deviation of the updates in it, as a share of all", at_least=1e-3
+    )
+    step: int = flag(0, "updates after which it ends, those of a checkpoint; 0: the last one's", at_least=0)
+    out: str = local_flag("file to write, .safetensors or .pt; '': SOURCE/profile_PROFILE_STEP.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from ..train_util import TrainLoop
 from ..training import checkpoints
 from ..training.report import reporting
 from ..training.settings import Settings
-from . import conditioning, finetuning, latent_space, latents, prompts
+from . import conditioning, finetuning, latent_space, latents, prompts, vectors
 from .common import PRECISION_FLAGS, check_kind, precision_of
 from .flag_files import OF_A_PROCESS
 from .flags import COMMANDS, Flags
@@ -89,6 +89,7 @@ def begin(flags: Flags) -> Training:
     process = build_diffusion(schedule)
     stream, validation = open_streams(flags, **_stream_options(flags, config))
     latents.attach(first_stage, flags, stream, validation)
+    flags = vectors.of_training(flags, stream, validation)
     flags, encoder = prompts.encoder_of_training(flags, stream, validation)
     config = flags.part(type(config))
     network = build_network(config, schedule.learn_sigma)
@@ -255,6 +256,7 @@ def open_streams(
         "on_bad_image": data.on_bad_image,
         "data_range": parse_range(data.data_range),
         "label_column": data.label_column,
+        "vector_columns": flags.values.get("vector_columns", ""),
         "seed": flags.part(RunConfig).seed,
         "as_bytes": True,
     }

@@ -45,7 +45,8 @@ MAX_REPLACEMENTS = 100  # images tried in place of one that cannot be read
 class DataOptions(LoaderConfig):
     """How a data set is read, beside the originals' keywords; the fields of `LoaderConfig` are flags.
 
-    class_from, label_column, classes and num_classes are those of `labels.read_labels`.
+    class_from, label_column, classes and num_classes are those of `labels.read_labels`, vector_columns is that of
+    `labels.read_vectors`.
 
     :param data_range: the numbers that are black and white, where files do not say it: (0, 4095).
     :param on_bad_image: "error" ends with the name of an image that cannot be read; "skip" takes another one instead,
@@ -72,6 +73,7 @@ class DataOptions(LoaderConfig):
     num_classes: int | None = None
     image_channels: int = 3
     data_range: Range | None = None
+    vector_columns: str = ""
     on_bad_image: str = "error"
     seed: int = 0
     pairing: Pairing | None = None
@@ -106,6 +108,7 @@ class ImageDataset(Dataset[Item]):
     :param classes: the class id of each path, or None.
     :param shard: take every `num_shards`-th image from this one on.
     :param partners: conditioning images, which come as "cond_image" beside "y".
+    :param vectors: [N, D], which come as "vector".
     :param options: of reading; single ones may be given as keywords.
     """
 
@@ -120,6 +123,7 @@ class ImageDataset(Dataset[Item]):
         random_flip: bool = True,
         *,
         partners: Partners | None = None,
+        vectors: NDArray[np.float32] | None = None,
         options: DataOptions | None = None,
         log: Callable[[str], object] = lambda line: None,
         **given: Any,
@@ -129,6 +133,7 @@ class ImageDataset(Dataset[Item]):
         self.resolution = resolution
         self.local_images = list(image_paths[shard::num_shards])
         self.local_classes = None if classes is None else list(classes[shard::num_shards])
+        self.vectors = None if vectors is None else vectors[shard::num_shards]
         self.random_crop, self.random_flip = random_crop, random_flip
         self.partners = partners and replace(partners, paths=partners.paths[shard::num_shards])
         self.cache: ImageCache | None = None
@@ -172,6 +177,8 @@ class ImageDataset(Dataset[Item]):
         label: dict[str, Any] = {}
         if self.local_classes is not None:
             label["y"] = np.array(self.local_classes[index], dtype=np.int64)
+        if self.vectors is not None:
+            label["vector"] = self.vectors[index]
         if self.partners is not None:  # placed by the very draws that the image took
             label |= self.partners.item(index, decoded.size, partial(self._place, draws=again), again)
         return array, label

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import math
 import os
 import re
 from collections import Counter
@@ -19,9 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..config import CLASS_RULES
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, printable, reason
+from ..runtime.errors import UserError, nearest, printable, reason, refuse
 from ..runtime.files import parse_json, read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes, shared_folder
 
@@ -269,8 +274,26 @@ class Table:
                 names[key] = name if names.get(key, name) == name else ""  # not clear which is meant
         self._names = names | {name: name for name in self.images}
         self.rows = self._read(read_bytes(source.path(file)), file) if rows is None else rows
-        self.columns = list(self.rows[0]) if self.rows else ["file", "label"]
+        first = self.rows[0].items() if self.rows else ()
+        self.columns = [name for name, cell in first if not isinstance(cell, dict | list)] or ["file", "label"]
         self.path_column = next(iter([*self.columns_called(FILE_COLUMNS), *self.columns]), "")
+
+    def vectors(self, columns: Sequence[str]) -> NDArray[np.float32]:
+        """The numbers [N, D] of some columns for every image; nan where a cell is empty."""
+        if absent := [column for column in columns if not any(column in row for row in self.rows)]:
+            raise UserError(f"it has no column {absent[0]!r}{nearest(absent[0], self.columns)}")
+        vectors: dict[str, list[float]] = {}
+        for row in self.rows:
+            name, numbers = self.find(row.get(self.path_column)), _numbers_of([row.get(column) for column in columns])
+            if name and str(vectors.setdefault(name, numbers)) != str(numbers):
+                raise UserError(f"{name!r} has two vectors, {vectors[name]} and {numbers}")
+        lacking = [name for name in self.images if name not in vectors]
+        lengths = {len(numbers) for numbers in vectors.values()}
+        refuse(
+            (bool(lacking), f"it has no row for {len(lacking)} of {len(self.images)} images, the first {lacking[:1]}"),
+            (len(lengths) > 1, f"its vectors have from {min(lengths, default=0)} to {max(lengths, default=0)} numbers"),
+        )
+        return np.array([vectors[name] for name in self.images], np.float32)
 
     def _read(self, content: bytes, file: str) -> list[dict[str, Any]]:
         return _of_json(content, file) if file.endswith((".json", ".jsonl")) else self._of_text(content)
@@ -342,6 +365,33 @@ class Table:
         return [dict(zip(names, row, strict=True)) for row in rows[1:]]
 
 
+def _numbers_of(cells: Sequence[Any]) -> list[float]:
+    """The numbers of cells, one each, or a list of them."""
+    flat = [number for cell in cells for number in (cell if isinstance(cell, list) else [cell])]
+    try:
+        numbers = [math.nan if cell in (None, "") else float(cell) for cell in flat]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"its cells {printable(str(flat))} are not all numbers") from error
+    if any(map(math.isinf, numbers)):
+        raise UserError(f"its cells {printable(str(flat))} are not all finite")
+    return numbers
+
+
+def read_vectors(source: ImageSource, columns: str) -> NDArray[np.float32]:
+    """The vectors [N, D] of the images: numbers, and in JSON lists of them, from columns of a table beside them.
+
+    :param columns: with commas in between.
+    """
+    file = next(filter(None, (find_table(source, names) for names in LABEL_FILES.values())), "")
+    tables = ", ".join(itertools.chain(*LABEL_FILES.values()))
+    if not file:
+        raise UserError(f"vector_columns {columns!r} needs a table in {source.root!r}: write one of {tables}")
+    try:
+        return Table(source, file).vectors([name.strip() for name in columns.split(",") if name.strip()])
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file!r} in {source.root!r} gives no vectors: {reason(error)}; correct it") from error
+
+
 def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
     """Rows of EDM's ``{"labels": [[path, id], ...]}``, or of objects ``{"file_name": ..., ...}``."""
     try:
@@ -351,8 +401,7 @@ def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
             labels = value["labels"] or []
             pairs = labels.items() if isinstance(labels, dict) else labels
             return [{"file": path, "label": label} for path, label in pairs]
-        columns = [name for name, cell in value[0].items() if not isinstance(cell, dict | list)]
-        return [{name: row.get(name) for name in columns} for row in value]
+        return [{name: row.get(name) for name in value[0]} for row in value]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         formats = '{"labels": [[path, id], ...]}, nor rows of {"file_name": ..., "label": ...}'
         raise UserError(f"it is not {formats} ({reason(error)})") from error

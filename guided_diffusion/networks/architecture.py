@@ -171,6 +171,7 @@ def _unet(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     flags["class_cond"] = classes is not None
     if "low_res_embed.0.weight" in shapes:
         flags["cond_aug"] = 1.0  # or less: the level it was trained to leaves no trace
+    flags |= {"vector_dim": shapes["vector_emb.weight"][1] // 2} if "vector_emb.weight" in shapes else {}
     return flags if classes is None else flags | {"num_classes": classes[0]}
 
 

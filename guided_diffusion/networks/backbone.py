@@ -48,6 +48,7 @@ class UNetBackbone(nn.Module):
     :param use_spatial_transformer: attention is that of latent diffusion: `transformer_depth` transformer blocks, which
         also attend to a context [N, L, context_dim] where there is one. `legacy` is latent-diffusion's, without effect.
     :param class_context: labels become a context of one vector, and are not added to the embedding of the timesteps.
+    :param vector_dim: D of vectors [N, D] that a linear layer adds to the embedding, such as attributes; 0: none.
     :param encoder_channels: E of a context [N, L, E] that the attention of the U-Net attends to as well, as in GLIDE.
     """
 
@@ -78,6 +79,7 @@ class UNetBackbone(nn.Module):
         use_neighborhood_attention: bool = False,
         *,
         null_class: bool = False,
+        vector_dim: int = 0,
         use_spatial_transformer: bool = False,
         transformer_depth: int = 1,
         context_dim: int | None = None,
@@ -89,7 +91,7 @@ class UNetBackbone(nn.Module):
             raise UserError("context_dim needs use_spatial_transformer=True, which attends to the context")
         if class_context and (num_classes is None or context_dim is None):
             raise UserError("class_context needs num_classes and context_dim")
-        if null_class and num_classes is None:
+        if null_class and num_classes is None and not vector_dim:
             raise UserError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
         super().__init__()
         self.image_size, self.dims, self.dropout = image_size, dims, dropout
@@ -97,7 +99,7 @@ class UNetBackbone(nn.Module):
         self.num_res_blocks, self.channel_mult = num_res_blocks, channel_mult
         self.attention_resolutions, self.num_head_channels = attention_resolutions, num_head_channels
         self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
-        self.num_classes, self.null_class = num_classes, null_class
+        self.num_classes, self.null_class, self.vector_dim = num_classes, null_class, vector_dim
         self.use_checkpoint, self.use_fp16 = use_checkpoint, use_fp16
         self.num_heads, self.num_heads_upsample = num_heads, num_heads_upsample
         if num_heads_upsample == -1:
@@ -118,6 +120,8 @@ class UNetBackbone(nn.Module):
             self.context_encoder = ClassEmbedder(self.context_dim, self.num_classes + self.null_class)
         elif self.num_classes is not None:
             self.label_emb = nn.Embedding(self.num_classes + self.null_class, size)
+        if self.vector_dim:
+            self.vector_emb = linear(2 * self.vector_dim, size)  # of the numbers, and of which of them are unknown
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._encoder())
         self.middle_block = TimestepEmbedSequential(
             self._residual(width, width, last),
@@ -130,6 +134,11 @@ class UNetBackbone(nn.Module):
     def null_label(self) -> int | None:
         """The label that means "no class", which is K; None for networks that know no such label."""
         return self.num_classes if self.null_class else None
+
+    @property
+    def null_vector(self) -> bool:
+        """Whether the network was trained on vectors of unknown numbers alone."""
+        return self.null_class and bool(self.vector_dim)
 
     @property
     def _widths(self) -> list[int]:
@@ -232,8 +241,10 @@ class UNetBackbone(nn.Module):
     def convert_to_fp32(self) -> None:
         self.convert_to("fp32")
 
-    def _embed(self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None) -> th.Tensor:
-        """The embedding [N, E] of timesteps and, for networks with classes, labels of the images x."""
+    def _embed(
+        self, x: th.Tensor, timesteps: th.Tensor, y: th.Tensor | None, vector: th.Tensor | None = None
+    ) -> th.Tensor:
+        """The embedding [N, E] of timesteps and, for networks with classes or vectors, of those of the images x."""
         if y is None and self.num_classes is not None:
             raise UserError(f"y is missing: the network has {self.num_classes} classes, give one label per image.")
         if y is not None and self.num_classes is None:
@@ -242,7 +253,15 @@ class UNetBackbone(nn.Module):
             raise UserError(f"y must have one label per image, shape {tuple(x.shape[:1])}, got {tuple(y.shape)}.")
         waves = timestep_embedding(timesteps, self.model_channels)
         emb: th.Tensor = self.time_embed(waves.to(dtype_of(self.time_embed)))
-        return emb if y is None or self.class_context else emb + self.label_emb(y)
+        emb = emb if y is None or self.class_context else emb + self.label_emb(y)
+        shape = (len(x), self.vector_dim)
+        if (None if vector is None else tuple(vector.shape)) != (shape if self.vector_dim else None):
+            given = "none" if vector is None else tuple(vector.shape)
+            raise UserError(f"vector must be of shape {shape if self.vector_dim else 'none'}, got {given}")
+        if vector is None:
+            return emb
+        unknown = vector.isnan()
+        return emb + self.vector_emb(th.cat([vector.masked_fill(unknown, 0.0), unknown], dim=1).to(emb.dtype))
 
     def _encode(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> Iterator[th.Tensor]:
         """The output of one input block after another, then of the middle block."""
@@ -290,6 +309,7 @@ class UNetModel(UNetBackbone):
         timesteps: th.Tensor,
         y: th.Tensor | None = None,
         *,
+        vector: th.Tensor | None = None,
         context: th.Tensor | None = None,
         context_mask: th.Tensor | None = None,
         tokens: th.Tensor | None = None,
@@ -298,12 +318,13 @@ class UNetModel(UNetBackbone):
 
         :param timesteps: [N], in the units of training, may be fractional.
         :param y: [N] int64 labels, if and only if num_classes was given.
+        :param vector: [N, vector_dim] numbers, nan for those that are unknown, if and only if vector_dim was given.
         :param context: [N, L, D] vectors to attend to, if and only if context_dim or encoder_channels, which is D, was
             given.
         :param context_mask: bool [N, L], False for vectors that are attended to by none.
         :param tokens: [N, L] int64, in place of a context, for networks whose `context_encoder` makes one of them.
         """
-        emb = self._embed(x, timesteps, y)  # which checks y
+        emb = self._embed(x, timesteps, y, vector)  # which checks them
         return self._predict(x, emb, *self._attended(y, context=context, context_mask=context_mask, tokens=tokens))
 
     def _attended(

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from .errors import UserError, nearest
 
 T = TypeVar("T")
+WIDEST_PROFILE = 0.28  # all updates alike are 1 / sqrt(12)
 Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
 
 
@@ -111,6 +112,14 @@ def parse_rates(text: str | float) -> list[float]:
     if not all(0 <= rate <= 1 for rate in rates):
         raise UserError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
     return rates
+
+
+def parse_profiles(text: str) -> list[float]:
+    """The widths of averages by power functions in "0.05,0.1"; [] of ''."""
+    widths = _numbers(str(text).strip(" ,"))
+    if not all(0 < width <= WIDEST_PROFILE for width in widths):
+        raise UserError(f"ema_profiles {text!r} is not a list of widths from 0 to {WIDEST_PROFILE}: write 0.05,0.1")
+    return widths
 
 
 def parse_microbatch(text: str) -> int | str:

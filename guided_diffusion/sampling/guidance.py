@@ -183,7 +183,8 @@ class GuidedNetwork(th.nn.Module, ABC):
             raise UserError(f"rescale {rescale} is not in 0 .. 1: 0 leaves the result as it is")
         _scale_at(0.0 if callable(scale) else scale, th.zeros(1), th.zeros(1))
         self.model, self.scale, self.rescale = model, scale, rescale
-        _, self.num_classes, self.null_label, _ = traits_of(model)
+        traits = traits_of(model)
+        self.num_classes, self.null_label = traits.num_classes, traits.null_label
 
     @abstractmethod
     def weak(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> th.Tensor:
@@ -253,8 +254,9 @@ class ClassifierFree(GuidedNetwork):
     ) -> None:
         super().__init__(model, scale, rescale)
         self.null_label = self.null_label if null_label is None else null_label
-        self.null_cond, self.null = traits_of(model).null_cond, dict(null or {})
-        if self.null_label is None and not self.null_cond and not self.null:
+        traits, self.null = traits_of(model), dict(null or {})
+        self.null_cond, self.null_vector = traits.null_cond, traits.null_vector
+        if self.null_label is None and not self.null_cond and not self.null_vector and not self.null:
             raise UserError(
                 "classifier-free guidance needs a network that was trained without labels too: train with "
                 "class_dropout above 0, or give the null_label that it has, or the keywords `null` of an empty text"
@@ -276,10 +278,11 @@ class ClassifierFree(GuidedNetwork):
     def _without(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The same arguments with the null label, the null conditioning image and the keywords of `null`."""
         null = {"y": self.null_label, "cond_image": 0 if self.null_cond else None}
+        null["vector"] = math.nan if self.null_vector else None
         used = {name: value for name, value in null.items() if value is not None}
         for name in [*used, *self.null]:
             if kwargs.get(name) is None:
-                words = {"y": "labels", "cond_image": "conditioning images"}.get(name, name)
+                words = {"y": "labels", "cond_image": "conditioning images", "vector": "vectors"}.get(name, name)
                 raise UserError(f'classifier-free guidance needs {words}: give model_kwargs={{"{name}": {words}}}')
         given = {name: value.to(kwargs[name]).expand_as(kwargs[name]) for name, value in self.null.items()}
         return kwargs | {name: th.full_like(kwargs[name], value) for name, value in used.items()} | given

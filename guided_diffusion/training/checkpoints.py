@@ -2,8 +2,9 @@
 
 A run folder holds config.json, classes.json and, for every saved step, modelNNNNNN.pt and ema_RATE_NNNNNN.pt (fp32
 weights after N updates), optNNNNNN.pt (optimizer), stateNNNNNN.pt (everything else) and, written last, the manifest
-setNNNNNN.json; runs with adapters also a folder loraNNNNNN. Older runs wrote no manifests: of checkpoints before the
-first one, the files that must be there decide, of those after it, the manifest, which reads
+setNNNNNN.json; runs with adapters also a folder loraNNNNNN. Averages by power functions (power_WIDTH_NNNNNN.pt) stay
+when their checkpoint is removed, since others are made of all of them. Older runs wrote no manifests: of checkpoints
+before the first one, the files that must be there decide, of those after it, the manifest, which reads
 {"format": 1, "step": N, "files": {NAME: {"bytes": SIZE, "sha256": HEX}}}.
 """
 
@@ -37,7 +38,7 @@ _PUBLISHED = (".ckpt", ".pt", ".pth", ".safetensors")  # endings of files of oth
 MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
-    r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
+    r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_|power_(?P<width>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
     r"|lora(?P<lora>\d{6,})(?:\.pt)?"
     r"|set(?P<manifest>\d+)\.json)$"
 )
@@ -49,7 +50,7 @@ class Checkpoint:
 
     Its weights and what lies beside them are read when they are first asked for, and once.
 
-    :param emas: rate, as it is written in the name -> path.
+    :param emas: rate, as it is written in the name -> path; `powers` the same, by width.
     :param path: the file whose weights are used; '' for the best.
     """
 
@@ -59,12 +60,13 @@ class Checkpoint:
     state: str = ""
     lora: str = ""
     emas: dict[str, str] = field(default_factory=dict)
+    powers: dict[str, str] = field(default_factory=dict)
     manifest: str = ""
     path: str = ""
 
     @property
     def files(self) -> list[str]:
-        """Every file of the set, those first without which it is never taken for complete."""
+        """Every file of the set that is removed with it, those first without which it is never taken for complete."""
         every = (self.manifest, self.model, self.state, self.opt, self.lora, *self.emas.values())
         return [path for path in every if path]
 
@@ -153,11 +155,19 @@ def sets_in(folder: str) -> dict[int, Checkpoint]:
     folder = files.resolve(folder)
     for match in filter(None, map(_NAME.match, names_in(folder))):
         entry = sets.setdefault(_number(match), Checkpoint(_number(match)))
-        if match["rate"]:
-            entry.emas[match["rate"]] = join(folder, match.string)
+        if match["rate"] or match["width"]:
+            (entry.emas if match["rate"] else entry.powers)[match["rate"] or match["width"]] = join(
+                folder, match.string
+            )
         else:
             setattr(entry, match["kind"] or match.lastgroup or "", join(folder, match.string))
-    return {step: sets[step] for step in sorted(sets) if sets[step].files != [sets[step].manifest]}
+    return {step: sets[step] for step in sorted(sets) if {*sets[step].files} - {sets[step].manifest}}
+
+
+def powers_in(folder: str) -> dict[tuple[int, float], str]:
+    """(updates, width) -> path of the averages by power functions in a folder."""
+    matches = [match for match in map(_NAME.match, names_in(files.resolve(folder))) if match and match["width"]]
+    return {(_number(match), float(match["width"])): join(folder, match.string) for match in matches}
 
 
 def _with_file(path: str, what: str) -> Checkpoint:

@@ -8,6 +8,7 @@ Shapes: N images of a step on all ranks together, n of them on one rank or in on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -82,25 +83,33 @@ class LabelDropout:
 
     :param rate: the probability for each label.
     :param null_label: of the network, None where it has none.
+    :param null_vector: the network knows nan for "no vector"; a dropped image loses label and vector alike.
     """
 
     rate: float
     null_label: int | None
+    null_vector: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
             raise UserError(f"class_dropout {self.rate} is no probability: give 0 for none, or a number up to 1")
-        if self.rate and self.null_label is None:
+        if self.rate and self.null_label is None and not self.null_vector:
             raise UserError(f"class_dropout {self.rate} needs a network that knows 'no class', by its null_label")
 
     def __call__(self, cond: Mapping[str, th.Tensor], seed: int, index: int) -> Mapping[str, th.Tensor]:
-        """The model keywords of step `index` with labels "y" [n] of this rank dropped; rate 0 draws nothing."""
-        if not self.rate or self.null_label is None:
+        """The model keywords of step `index` with "y" and "vector" of this rank dropped; rate 0 draws nothing."""
+        nulls = {"y": self.null_label, "vector": math.nan if self.null_vector else None}
+        used = {name: value for name, value in nulls.items() if value is not None and self.rate}
+        if not used:
             return cond
-        if "y" not in cond:
-            raise UserError(f"class_dropout {self.rate} drops labels and the data have none: give them under 'y'")
-        labels = cond["y"]
+        if missing := used.keys() - cond.keys():
+            raise UserError(
+                f"class_dropout {self.rate} drops labels and the data have none: give them under {missing.pop()!r}"
+            )
+        labels = cond[next(iter(used))]
         # spawned, unlike the key of t: another stream
         rng = np.random.default_rng(np.random.SeedSequence(seed + TRAINING, spawn_key=(2, index)))
         dropped = rng.random(len(labels) * dist_util.world_size())[_of_rank(len(labels))] < self.rate
-        return {**cond, "y": labels.masked_fill(to_device(th.from_numpy(dropped), labels.device), self.null_label)}
+        mask = to_device(th.from_numpy(dropped), labels.device)
+        masks = {name: mask.view(-1, *[1] * (cond[name].ndim - 1)) for name in used}
+        return {**cond, **{name: cond[name].masked_fill(masks[name], null) for name, null in used.items()}}

@@ -158,18 +158,20 @@ class RunState:
         loop, trainer, model = self.loop, self.loop.mp_trainer, self.loop.model
         weights, *averages = [
             {name: value.detach() for name, value in trainer.weights_for_files(values).items()}
-            for values in (list[th.Tensor](trainer.master_params), *loop.ema_params)
+            for values in (list[th.Tensor](trainer.master_params), *loop.ema_params, *loop.powers.values)
         ]
         rest, opt = self._rest(step), trainer.state_for_files(loop.opt)
         if dist_util.rank() > 0:
             return {}
-        averaged = dict(zip(map(str, loop.ema_rate), averages, strict=True))
+        names = [*(f"ema_{rate}" for rate in loop.ema_rate), *(f"power_{width}" for width in loop.powers.widths)]
+        averaged = dict(zip(names, averages, strict=True))
         adapters = {}
         if lora.adapters(model):
-            parts = {name: lora.split(model, state) for name, state in {"model": weights, **averaged}.items()}
+            split = {name: lora.split(model, state) for name, state in {"model": weights, **averaged}.items()}
+            parts = {name.removeprefix("ema_"): state for name, state in split.items()}
             rest |= {"base": lora.base(model, weights), "lora": parts, "lora_scale": lora.scale_of(model)}
-            adapters["lora"] = lora.content(model, averaged[max(averaged, key=float)] if averaged else weights)
-        emas = {f"ema_{rate}_": lora.merged(model, state) for rate, state in averaged.items()}
+            adapters["lora"] = lora.content(model, averaged[f"ema_{max(loop.ema_rate)}"] if loop.ema_rate else weights)
+        emas = {f"{name}_": lora.merged(model, state) for name, state in averaged.items()}
         return {"state": rest, **emas, "opt": opt, **adapters, "model": lora.merged(model, weights)}
 
     def _rest(self, step: int) -> dict[str, Any]:
@@ -198,15 +200,18 @@ class RunState:
         self._report = [f"weights from {files.model or 'elsewhere'}"]
         return int(self._saved.get("step", files.step or 0))
 
-    def average(self, rate: float, path: str | None) -> list[th.Tensor]:
-        """The moving average of a file, one tensor per master; without a file the weights are its start."""
+    def average(self, rate: str, path: str | None) -> list[th.Tensor]:
+        """The average of a file, one tensor per master; without a file the weights are its start.
+
+        :param rate: of a moving average, or "power_" and the width.
+        """
         trainer, model = self.loop.mp_trainer, self.loop.model
         if not path:
             self._report.append(f"EMA {rate} NOT restored, it starts from the weights")
             return [master.detach().clone() for master in trainer.master_params]
         weights = load(path)
         if lora.adapters(model):
-            parts = self._saved["lora"].get(str(rate), {})
+            parts = self._saved["lora"].get(rate, {})
             weights = lora.layered(model, {**weights, **self._saved["base"], **parts})
         self._report.append(f"EMA {rate} restored")
         return list(trainer.state_dict_to_master_params(weights))
