@@ -148,6 +148,7 @@ COMMANDS = {
     "ema": Command("Make another average of the weights of a run with --ema_profiles.", (s.EmaConfig,)),
     "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig, s.FromImagesConfig)),
     "demo": Command("Sample from the bundled model, with and without guidance, and draw a page.", (s.DemoConfig,)),
+    "page": Command("Draw in a browser: a page of all that the models here can do.", (s.PageConfig,)),
     "demo_train": Command(
         "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoTrainConfig,)
     ),

@@ -71,6 +71,7 @@ FIRST_STEPS = {
     "npz_tool": ("", "to-png runs/samples runs/pngs"),
     "models": ("", "show imagenet256"),
     "demo": ("", "--log_dir demo-output"),
+    "page": ("", "--port 7860"),
     "demo_train": ("", "--log_dir demo-train-output"),
 }
 

@@ -337,6 +337,11 @@ class Model:
 
     # ---- what it does
 
+    def pixels(self, x: th.Tensor) -> Pixels:
+        """Images uint8 [N, H, W, C] of what a callback of `sample` gets, such as output["pred_xstart"]."""
+        stage = self._restored.first_stage
+        return to_uint8(x if stage is None else stage.decode(x))
+
     def sample(self, *, start: th.Tensor | None = None, **options: Any) -> Samples:
         """Images, as image_sample makes them, or classifier_sample where classifier_scale is given.
 

@@ -465,6 +465,17 @@ class FromImagesConfig(RangeConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PageConfig(ProcessConfig):
+    """The page, and the models that it offers beside those that have a name and are here."""
+
+    port: int = flag(0, "of 127.0.0.1; 0: the first free one from 7860 on", at_least=1, at_most=65535)
+    preset: str = flag("", "the model by name to start with: those that 'guided-diffusion models list' names")
+    model_path: str = path_flag("a checkpoint, or the folder of a run (its newest EMA)", excludes="preset")
+    classifier_path: str = path_flag("its classifier's checkpoint, or the folder of its run", needs="model_path")
+    upsampler_path: str = path_flag("its upsampler's checkpoint, or the folder of its run", needs="model_path")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """The demonstration."""
 
