@@ -10,7 +10,7 @@ PARALLEL = -n 2 --dist loadfile
 
 test test-slow coverage: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-train test test-slow coverage lint bench paper clean
+.PHONY: help setup demo demo-train test test-slow coverage lint bench paper notebooks docs clean
 
 help:
 	@echo 'make setup      make .venv, and nothing else'
@@ -22,6 +22,8 @@ help:
 	@echo 'make lint       style and types'
 	@echo 'make bench      measure speed and samplers, and write docs/benchmarks.md and docs/samplers.md (half an hour)'
 	@echo 'make paper      measure the claims of the paper on the bundled model, and write docs/paper.md (hours)'
+	@echo 'make notebooks  execute notebooks/ again and keep their outputs (ten minutes)'
+	@echo 'make docs       render README, docs/ and notebooks/ with an API reference to build/site/index.html'
 	@echo 'make clean      remove what builds and tools left behind; .venv stays'
 
 setup: $(READY)
@@ -63,6 +65,17 @@ bench: $(READY)
 
 paper: $(READY)
 	$(MAKE) -C models paper
+
+notebooks: $(READY)
+	OMP_NUM_THREADS=1 .venv/bin/python notebooks/execute.py
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict --quiet
+	@echo 'Look at build/site/index.html.'
+
+.venv/docs: $(READY)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info .coverage htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache

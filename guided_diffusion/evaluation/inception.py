@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
 class Layer(NamedTuple):
     """A convolution with batch normalisation and ReLU.
 
-    :param beside: it takes the input of the layer before it, and its output is appended to that layer's.
+    :ivar beside: it takes the input of the layer before it, and its output is appended to that layer's.
     """
 
     channels: int

@@ -30,8 +30,8 @@ MAX_EMPTY = 1000  # blocks without weights: a network of ours has fewer
 class Weights(NamedTuple):
     """The weights that were chosen of a file.
 
-    :param flags: of their network and its process, where another program's file shows them.
-    :param sentence: for the user, which of the weights these are; '' where the file holds no others.
+    :ivar flags: of their network and its process, where another program's file shows them.
+    :ivar sentence: for the user, which of the weights these are; '' where the file holds no others.
     """
 
     state: dict[str, th.Tensor]

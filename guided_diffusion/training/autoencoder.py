@@ -35,10 +35,10 @@ FeatureNetwork = Callable[[th.Tensor], th.Tensor]  # differentiable, images -> f
 class Reconstruction(NamedTuple):
     """What an autoencoder makes of images.
 
-    :param images: the reconstructions [N, C, H, W].
-    :param penalty: of the latents [N]: their KL divergence or the codebook's loss.
-    :param latents: [N, D, h, w], before a codebook.
-    :param ids: the code of each position [N * h * w]; None without a codebook.
+    :ivar images: the reconstructions [N, C, H, W].
+    :ivar penalty: of the latents [N]: their KL divergence or the codebook's loss.
+    :ivar latents: [N, D, h, w], before a codebook.
+    :ivar ids: the code of each position [N * h * w]; None without a codebook.
     """
 
     images: th.Tensor

@@ -146,7 +146,7 @@ def halve_until_it_fits(attempt: Callable[[int], None], size: int, forget: Calla
     :param attempt: begins anew each time.
     :param forget: lets go of what an attempt has left, such as the gradients of its first microbatches; None: there is
         one attempt.
-    :raises RuntimeError, MemoryError: that of the last attempt.
+    :raises RuntimeError: that of the last attempt, as is a MemoryError.
     """
     while True:
         try:

@@ -139,8 +139,8 @@ def layered(model: nn.Module, named: Mapping[str, th.Tensor]) -> Weights:
 class Pack(NamedTuple):
     """Adapters from a file.
 
-    :param base: fingerprint of the weights that they were trained over, '' where it is unknown.
-    :param weights: of `split`, where whole modules may stand for the parameters that are trained.
+    :ivar base: fingerprint of the weights that they were trained over, '' where it is unknown.
+    :ivar weights: of `split`, where whole modules may stand for the parameters that are trained.
     """
 
     scale: float
