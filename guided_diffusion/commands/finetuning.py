@@ -43,6 +43,8 @@ def over_source(flags: Flags) -> Flags:
     kind, section = KINDS[flags.command]
     size = finetuning.SIZE_FLAGS[kind]
     saved = finetuning.flags_for(finetuning.open_source(path), kind, flags.given.get(size), flags.values[size])
+    if flags.given.get("class_cond") is False:
+        saved.pop("null_class", None)
     latents = [LatentConfig] if "autoencoder_path" in COMMANDS[flags.command].flags() else []
     return flags.over(saved, section, DiffusionConfig, *latents)
 

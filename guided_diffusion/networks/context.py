@@ -241,7 +241,7 @@ class ScratchEncoder(ContextEncoder):
         self.transformer = TextTransformer(context_dim, depth, self.tokenizer.get_vocab_size(), max_tokens)
         self.transformer.to_logits = nn.Identity()  # type: ignore[assignment]  # no token is predicted
         for embedding in (self.transformer.token_emb, self.transformer.pos_emb.emb):
-            nn.init.normal_(embedding.weight, std=0.02)
+            nn.init.normal_(embedding.weight)
 
     def forward(self, tokens: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
         """The context [N, L, D] of tokens [N, L] int64."""

@@ -369,6 +369,13 @@ def test_a_run_starts_from_another_and_goes_on_without_it(tmp_path: Path, pictur
     assert "init_from" not in (tmp_path / "parts" / "log.txt").read_text().split("resuming at step 2")[1]
 
 
+def test_a_network_without_labels_starts_from_one_with_labels(tmp_path: Path, pictures: str, trained: Path) -> None:
+    flags = {**COMMAND, "data_dir": pictures, "init_from": trained, "init_mismatch": "reinit", "class_cond": False}
+    image_train.main(command_line(**flags, log_dir=tmp_path / "next", max_steps=1, lr=0))
+    start, after = loaded(trained, "model000001.pt"), loaded(tmp_path / "next", "model000001.pt")
+    assert equal({name: start[name] for name in start if name != "label_emb.weight"}, after)
+
+
 def test_adapters_through_the_commands(tmp_path: Path, pictures: str, trained: Path) -> None:
     flags = {**COMMAND, "data_dir": pictures, "init_from": trained, "ema_rate": 0.5, "lr": 0.05, "save_interval": 1}
     flags |= {"lora_rank": 2, "lora_alpha": 4, "lora_on": "convolutions", "lora_train": "label_emb.*"}
