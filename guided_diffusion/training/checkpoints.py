@@ -28,7 +28,8 @@ from ..runtime import files
 from ..runtime.errors import UserError, reason
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from ..runtime.options import Size, parse_size
-from .published import read_published
+from .diffusers_files import read_unet
+from .published import read_published, tensors_in
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
@@ -88,7 +89,7 @@ class Checkpoint:
     @cached_property
     def picked(self) -> Weights:
         """Its weights, the flags that another program's file shows, and which of its weights these are."""
-        return pick(self.path, self.best, read_published)
+        return pick(self.path, self.best, _of_others)
 
     @property
     def weights(self) -> dict[str, th.Tensor]:
@@ -127,6 +128,11 @@ class Checkpoint:
             return CLASSIFIER
         inputs = self.weights["input_blocks.0.0.weight"].shape[1]
         return UPSAMPLER if inputs == 2 * read["image_channels"] else UNET
+
+
+def _of_others(content: Any, path: str) -> Weights | None:
+    """The network in a file of another program; None where it is of none that is known."""
+    return read_published(content, path) or read_unet(tensors_in(content), path)
 
 
 def is_young(rate: str | float, updates: int) -> bool:

@@ -306,7 +306,6 @@ def test_two_ranks_and_a_restart_make_the_images_of_one(
     assert "holds the samples of another request (prompts was" in told
 
 
-@pytest.mark.parametrize(("kind", "negative"), [("run", ""), ("run", "rain"), ("frozen_run", "rain")])
 def test_load_samples_and_saves_what_the_script_does(run: str, tmp_path: Path) -> None:
     model = load(run, device="cpu")
     for number, texts in enumerate((["a red cat"], ["a red cat", "two red dogs", "rain"])):
@@ -347,6 +346,7 @@ def test_load_turns_images_to_noise_under_their_prompt(run: str, pictures: str, 
     np.testing.assert_array_equal(made.images, back)
 
 
+@pytest.mark.parametrize(("kind", "negative"), [("run", ""), ("run", "rain"), ("frozen_run", "rain")])
 def test_guidance_leads_away_from_the_empty_or_the_negative_prompt(
     kind: str, negative: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
