@@ -110,14 +110,13 @@ def _weights_of(checkpoint: Checkpoint, *, for_diffusers: bool) -> tuple[State, 
     return weights, config
 
 
-def _moved(place: str | None, path: str, folder: str) -> str:
-    """A path that is relative to the folder of a checkpoint, from another folder; '' for a place that is not there."""
+def _moved(place: str, path: str, folder: str) -> str:
+    """The path that a checkpoint names, from another folder; as it is where nothing lies there."""
     from ..runtime import files
+    from ..training.checkpoints import from_folder
 
-    place = files.join(os.path.dirname(path), place) if place else ""
-    if not place or files.is_remote(place) or not files.exists(place):
-        return place if place and files.is_remote(place) else ""
-    return os.path.relpath(os.path.realpath(place), os.path.realpath(folder or "."))
+    joined = files.join(os.path.dirname(path), place) if place else ""
+    return from_folder(joined, folder) if joined and not files.is_remote(joined) and files.exists(joined) else place
 
 
 def _texts(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
@@ -129,7 +128,9 @@ def _texts(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
     from ..training.checkpoints import CLASSES, CONFIG, TOKENIZER, tokenizer_beside
 
     known = {name: value for name, value in checkpoint.flags.items() if name not in PLACES}
-    known |= {name: path for name in MOVED if (path := _moved(checkpoint.flags.get(name), checkpoint.path, folder))}
+    known |= {name: _moved(place, checkpoint.path, folder) for name, place in checkpoint.flags.items() if name in MOVED}
+    if os.path.isabs(known.get("text_encoder", "")):
+        known["text_encoder"] = _moved(known["text_encoder"], checkpoint.path, folder)
     texts: dict[str, Any] = {CONFIG: {"flags": known}} if known else {}
     texts |= {CLASSES: {"classes": list(checkpoint.classes)}} if checkpoint.classes else {}
     if (known.get("context"), known.get("text_encoder")) == ("text", "scratch"):

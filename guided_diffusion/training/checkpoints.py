@@ -35,6 +35,7 @@ from .weights import Entry, State, difference, load as load, neighbours, pick, s
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # the second is of diffusers
 _PUBLISHED = (".ckpt", ".pt", ".pth", ".safetensors")  # endings of files of other programs
+HERE = (f".{os.sep}", f"..{os.sep}")  # what relative paths begin with that are those from the folder of a config.json
 MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
@@ -213,19 +214,28 @@ def load_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | No
 def config_beside(path: str) -> dict[str, Any]:
     """The flags that the run of a checkpoint (or run folder) was made with, from its header or the config.json there.
 
-    {} where there is neither.
+    {} where there is neither. The folder of a text encoder that lies relative to it is joined to its own.
     """
     text, file_path = files.safetensors_header(files.resolve(path)).get(CONFIG), _in_folder_of(path, CONFIG)
     if not text and not exists(file_path):
         return {}
     try:
         config = files.parse_json(text or files.read_file(file_path))
-        return {} if "_class_name" in config else {**config["flags"]}  # that one is of diffusers
+        flags = {} if "_class_name" in config else {**config["flags"]}  # that one is of diffusers
+        if str(flags.get("text_encoder", "")).startswith(HERE):
+            flags["text_encoder"] = os.path.normpath(join(os.path.dirname(file_path), flags["text_encoder"]))
+        return flags
     except (OSError, ValueError, KeyError, TypeError) as error:
         detail = reason(error)
         raise UserError(
             f"{file_path} is no config of a run ({detail}): repair it, or move it away and give the flags"
         ) from error
+
+
+def from_folder(path: str, folder: str) -> str:
+    """A local path as the config.json in a folder says it, so that both can be moved together."""
+    relative = os.path.relpath(os.path.realpath(path), os.path.realpath(folder or "."))
+    return relative if relative.startswith(HERE) else os.path.join(os.curdir, relative)
 
 
 def classes_beside(path: str) -> str:
