@@ -45,7 +45,7 @@ def convert(flags: Flags) -> None:
 
     config = flags.part(ConvertConfig)
     is_file = config.out.endswith(ENDINGS)
-    if not is_file and os.path.splitext(config.out)[1]:
+    if not is_file and (not config.out or os.path.splitext(config.out)[1]):
         raise UserError(f"{config.out!r} must end in {' or '.join(ENDINGS)}, or be a folder without an ending")
     if dist_util.rank() > 0:
         return

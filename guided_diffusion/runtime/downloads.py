@@ -108,11 +108,12 @@ def fetch(source: Source, path: str = "") -> str:
                 print(f"{path}: {os.path.getsize(path)} bytes, {checked}")
                 return path
             failures.append(f"{url}: {fault}")
-    size = f"{source.size or f'at least {source.least}'} bytes"
+    size = f" ({source.size or f'at least {source.least}'} bytes)" if source.size or source.least else ""
+    whole = f"its {source.member}" if source.member else "it"
     begun = ", which goes on from there" if os.path.exists(part) else ""
     raise OSError(
         f"{source.file} could not be fetched ({'; '.join(failures)}): try again later{begun}, or fetch "
-        f"{source.urls[0]} ({size}) on another machine and put it at {path}"
+        f"{source.urls[0]}{size} on another machine and put {whole} at {path}"
     )
 
 

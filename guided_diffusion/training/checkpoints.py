@@ -198,9 +198,10 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
         return Checkpoint(None, path=single)
     sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not sets or not sets[-1].best:
-        pipeline = " of its folders, such as unet" if exists(join(path, "model_index.json")) else ""  # of diffusers
-        remedy = f"give one{pipeline}" if pipeline else "give a checkpoint or a run's folder"
-        raise UserError(f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: {remedy}")
+        raise UserError(
+            f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder, of "
+            f"diffusers one with {SINGLE[1]}, such as unet in that of a pipeline"
+        )
     taken, warmed_up = sets[-1], config_beside(path).get("ema_warmup")
     old = {rate: name for rate, name in taken.emas.items() if warmed_up or not is_young(rate, taken.step or 0)}
     return replace(taken, path=replace(taken, emas=old).best or taken.best)

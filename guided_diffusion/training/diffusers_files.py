@@ -205,7 +205,7 @@ def write_unet(state: State, flags: Mapping[str, Any], size: Any, path: str) -> 
     refuse(
         (read["dims"] != 2, f"{unlike} --dims {read['dims']}"),
         (first != 1, f"{unlike} --channel_mult that begins with {first:g}"),
-        ("context" in read, f"{unlike} --context"),
+        (flags.get("context", "none") != "none" or "context" in read, f"{unlike} --context"),
         (flags.get("use_neighborhood_attention"), f"{unlike} --use_neighborhood_attention"),
         (seen != {read["image_channels"]}, f"{unlike} --large_size or --cond_type: it sees no second image"),
     )

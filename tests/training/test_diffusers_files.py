@@ -188,5 +188,5 @@ def test_folders_that_are_not_ours_are_told(tmp_path: Path) -> None:
             load(tmp_path / "theirs")
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match="give one of its folders, such as unet"):
+    with pytest.raises(UserError, match=r"of diffusers one with diffusion_pytorch_model.safetensors, such as unet"):
         load(tmp_path / "pipeline")
