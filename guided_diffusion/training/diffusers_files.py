@@ -256,12 +256,13 @@ def read_unet(state: State, path: str) -> Weights | None:
     newer = _saved(path).get("use_new_attention_order", True)  # it was written here
     parts = _renamed(_by_newer_names(state), _inverse(_names(config)), path, 1)
     network = {name: value for name, value in parts.items() if not re.search(r"\.to_[qkv]\.", name)}
-    for name in parts:
-        stem, query, end = name.partition(".to_q.")
-        if query:
+    try:
+        for stem, _, end in (name.partition(".to_q.") for name in parts if ".to_q." in name):
             rows = [parts[f"{stem}.{part}.{end}"] for part in QKV]
             heads = 1 if newer else len(rows[0]) // (config["attention_head_dim"] or len(rows[0]))
             network[f"{stem}.qkv.{end}"] = th.stack(rows).unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 2)
+    except (LookupError, RuntimeError) as error:
+        raise UserError(f"{path} holds no whole attention, of {stem}: fetch it again") from error
     known = NEVER | _process_beside(path) | flags | {"use_new_attention_order": newer}
     return Weights(network, known, f"of {path} the {UNET} is taken")
 
@@ -285,7 +286,7 @@ def _process_beside(path: str) -> dict[str, Any]:
         raise UserError(
             f"{place} is no config of a scheduler ({reason(error)}): fetch it again, or remove it"
         ) from error
-    if not schedule:
+    if not schedule or values.get("trained_betas"):
         raise UserError(f"{place} has the betas {printable(str(kind))} from {ends}, which --noise_schedule has not")
     predicts = values["prediction_type"]
     known = {"noise_schedule": schedule, "diffusion_steps": steps, "predict_v": predicts == "v_prediction"}
