@@ -6,6 +6,7 @@ Where a folder is named, it becomes one of diffusers, which `load` and the comma
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import local_path, resolved_path
@@ -37,34 +38,51 @@ def convert(flags: Flags) -> None:
     """Write what the flags ask for; a .pt has no place for flags and class names, they go beside it."""
     import torch as th
 
-    from .. import dist_util, logger
-    from ..runtime.files import json_bytes, write_json
-    from ..training.diffusers_files import CONFIG, FILE
-    from ..training.weights import save
+    from .. import dist_util
+    from ..training.diffusers_files import FILE
     from . import common
 
     config = flags.part(ConvertConfig)
-    is_file = config.out.endswith(ENDINGS)
-    if not is_file and (not config.out or os.path.splitext(config.out)[1]):
-        raise UserError(f"{config.out!r} must end in {' or '.join(ENDINGS)}, or be a folder without an ending")
+    to_folder = bool(config.out) and not os.path.splitext(config.out)[1]
+    if not to_folder:
+        check_ending(config.out)
     if dist_util.rank() > 0:
         return
     common.log_to_screen()
     checkpoint, dtype = _chosen(config), getattr(th, DTYPES[config.precision])
-    path = config.out if is_file else os.path.join(config.out, FILE)
-    weights, theirs = _weights_of(checkpoint, for_diffusers=not is_file)
-    weights = {name: (x.to(dtype) if x.is_floating_point() else x).contiguous() for name, x in weights.items()}
-    texts = _texts(checkpoint, os.path.dirname(path))
-    if path.endswith(".pt"):
-        written = save(path, weights)
-        texts_beside = texts
+    weights, theirs = _weights_of(checkpoint, for_diffusers=to_folder)
+    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    write(os.path.join(config.out, FILE) if to_folder else config.out, weights, checkpoint, theirs)
+
+
+def check_ending(path: str) -> None:
+    """:raises UserError: for a file that is not written."""
+    if not path.endswith(ENDINGS):
+        raise UserError(f"{path!r} must end in {' or '.join(ENDINGS)}, or be a folder without an ending")
+
+
+def write(
+    out: str, weights: Mapping[str, Any], checkpoint: Checkpoint, theirs: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights with all that is known of the checkpoint that they are of.
+
+    :param theirs: the config.json of diffusers to write beside them.
+    """
+    from .. import logger
+    from ..runtime.files import json_bytes, write_json
+    from ..training.checkpoints import CONFIG
+    from ..training.weights import save
+
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    texts, beside = _texts(checkpoint, os.path.dirname(out)), {CONFIG: theirs} if theirs else {}
+    if out.endswith(".pt"):
+        written, beside = save(out, weights), texts
     else:
         header = {name: json_bytes(value).decode() for name, value in texts.items()}
-        written = save(path, weights, header | {"format": "pt"})  # which some readers ask for
-        texts_beside = {CONFIG: theirs} if theirs else {}
-    for name, value in texts_beside.items():
-        write_json(os.path.join(os.path.dirname(path), name), value)
-    logger.log(f"{checkpoint.path} -> {path}: {len(weights)} tensors, {written['bytes']} bytes")
+        written = save(out, weights, header | {"format": "pt"})  # which some readers ask for
+    for name, value in beside.items():
+        write_json(os.path.join(os.path.dirname(out), name), value)
+    logger.log(f"{checkpoint.path} -> {out}: {len(weights)} tensors, {written['bytes']} bytes")
 
 
 def _chosen(config: ConvertConfig) -> Checkpoint:
