@@ -22,10 +22,10 @@ from ..config import (
     UNetConfig,
     resolve_precision,
 )
-from ..networks.architecture import architecture
+from ..networks.architecture import GLIDE, architecture
 from ..networks.compiling import compile_network
 from ..networks.context import ContextEncoder, ScratchEncoder, build_context_encoder
-from ..networks.glide import GLIDE, GlideEncoder
+from ..networks.glide import GlideEncoder, Text2ImUNet, read_glide
 from ..networks.hardware import fastest_precision
 from ..runtime import files
 from ..runtime.errors import UserError
@@ -37,7 +37,8 @@ from ..sampling.steps import Sampler
 from ..script_util import build_diffusion, build_network
 from ..training import lora
 from ..training.checkpoints import Checkpoint, is_young, open_checkpoint, tokenizer_beside
-from . import glide, latent_space
+from ..training.weights import State, tensor_differences
+from . import latent_space
 from .flags import SAVED_NAMES, Flags
 from .presets import class_names
 from .sections import AdapterConfig, LatentConfig, SampleConfig
@@ -224,12 +225,26 @@ def network_of(config: Any, learn_sigma: bool, checkpoint: Checkpoint) -> Any:
     """
     encoder = config.text_encoder if getattr(config, "context", "") == "text" else ""
     if encoder == GLIDE:
-        return glide.network_in(checkpoint.weights, checkpoint.path)
+        return network_of_glide(checkpoint.weights, checkpoint.path)
     network = build_network(config, learn_sigma)
     if encoder == "scratch":
         tokenizer = tokenizer_beside(checkpoint.path)
         network.context_encoder = build_context_encoder(config, tokenizer=tokenizer, log=logger.warn)
     return network
+
+
+def network_of_glide(state: State, path: str) -> Text2ImUNet:
+    """An untrained network of the architecture that weights show, on the default device.
+
+    :param path: of their file, for messages.
+    """
+    try:
+        network = read_glide(state)
+    except (LookupError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path} holds no whole network of GLIDE: {error}") from error
+    if faults := "; ".join(tensor_differences(state, network.state_dict())):
+        raise UserError(f"{path} holds no whole network of GLIDE: {faults}")
+    return network.to_empty(device=th.get_default_device())
 
 
 def encoder_beside(network: Any, config: Any, path: str) -> ContextEncoder | None:

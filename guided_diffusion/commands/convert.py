@@ -43,17 +43,16 @@ def convert(flags: Flags) -> None:
     from . import common
 
     config = flags.part(ConvertConfig)
-    is_file = config.out.endswith(ENDINGS)
-    if os.path.splitext(config.out)[1]:
+    to_folder = bool(config.out) and not os.path.splitext(config.out)[1]
+    if not to_folder:
         check_ending(config.out)
     if dist_util.rank() > 0:
         return
     common.log_to_screen()
     checkpoint, dtype = _chosen(config), getattr(th, DTYPES[config.precision])
-    path = config.out if is_file else os.path.join(config.out, FILE)
-    weights, theirs = _weights_of(checkpoint, for_diffusers=not is_file)
-    weights = {name: x.to(dtype) if x.is_floating_point() else x for name, x in weights.items()}
-    write(path, weights, checkpoint, theirs)
+    weights, theirs = _weights_of(checkpoint, for_diffusers=to_folder)
+    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    write(os.path.join(config.out, FILE) if to_folder else config.out, weights, checkpoint, theirs)
 
 
 def check_ending(path: str) -> None:
@@ -63,30 +62,27 @@ def check_ending(path: str) -> None:
 
 
 def write(
-    path: str, weights: Mapping[str, Any], checkpoint: Checkpoint, theirs: Mapping[str, Any] | None = None
+    out: str, weights: Mapping[str, Any], checkpoint: Checkpoint, theirs: Mapping[str, Any] | None = None
 ) -> None:
     """Write weights with all that is known of the checkpoint that they are of.
 
-    :param theirs: the config.json of diffusers, to write beside them.
+    :param theirs: the config.json of diffusers to write beside them.
     """
     from .. import logger
     from ..runtime.files import json_bytes, write_json
-    from ..training.diffusers_files import CONFIG
+    from ..training.checkpoints import CONFIG
     from ..training.weights import save
 
     weights = {name: value.contiguous() for name, value in weights.items()}
-    folder = os.path.dirname(path)
-    texts = _texts(checkpoint, folder)
-    if path.endswith(".pt"):
-        written = save(path, weights)
-        texts_beside = texts
+    texts, beside = _texts(checkpoint, os.path.dirname(out)), {CONFIG: theirs} if theirs else {}
+    if out.endswith(".pt"):
+        written, beside = save(out, weights), texts
     else:
         header = {name: json_bytes(value).decode() for name, value in texts.items()}
-        written = save(path, weights, header | {"format": "pt"})  # which some readers ask for
-        texts_beside = {CONFIG: theirs} if theirs else {}
-    for name, value in texts_beside.items():
-        write_json(os.path.join(folder, name), value)
-    logger.log(f"{checkpoint.path} -> {path}: {len(weights)} tensors, {written['bytes']} bytes")
+        written = save(out, weights, header | {"format": "pt"})  # which some readers ask for
+    for name, value in beside.items():
+        write_json(os.path.join(os.path.dirname(out), name), value)
+    logger.log(f"{checkpoint.path} -> {out}: {len(weights)} tensors, {written['bytes']} bytes")
 
 
 def _chosen(config: ConvertConfig) -> Checkpoint:
@@ -132,14 +128,13 @@ def _weights_of(checkpoint: Checkpoint, *, for_diffusers: bool) -> tuple[State, 
     return weights, config
 
 
-def _moved(place: str | None, path: str, folder: str) -> str:
-    """A path that is relative to the folder of a checkpoint, from another folder; '' for a place that is not there."""
+def _moved(place: str, path: str, folder: str) -> str:
+    """The path that a checkpoint names, from another folder; as it is where nothing lies there."""
     from ..runtime import files
+    from ..training.checkpoints import from_folder
 
-    place = files.join(os.path.dirname(path), place) if place else ""
-    if not place or files.is_remote(place) or not files.exists(place):
-        return place if place and files.is_remote(place) else ""
-    return os.path.relpath(os.path.realpath(place), os.path.realpath(folder or "."))
+    joined = files.join(os.path.dirname(path), place) if place else ""
+    return from_folder(joined, folder) if joined and not files.is_remote(joined) and files.exists(joined) else place
 
 
 def _texts(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
@@ -151,7 +146,9 @@ def _texts(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
     from ..training.checkpoints import CLASSES, CONFIG, TOKENIZER, tokenizer_beside
 
     known = {name: value for name, value in checkpoint.flags.items() if name not in PLACES}
-    known |= {name: path for name in MOVED if (path := _moved(checkpoint.flags.get(name), checkpoint.path, folder))}
+    known |= {name: _moved(place, checkpoint.path, folder) for name, place in checkpoint.flags.items() if name in MOVED}
+    if os.path.isabs(known.get("text_encoder", "")):
+        known["text_encoder"] = _moved(known["text_encoder"], checkpoint.path, folder)
     texts: dict[str, Any] = {CONFIG: {"flags": known}} if known else {}
     texts |= {CLASSES: {"classes": list(checkpoint.classes)}} if checkpoint.classes else {}
     if (known.get("context"), known.get("text_encoder")) == ("text", "scratch"):

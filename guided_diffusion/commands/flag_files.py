@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,8 +55,17 @@ def flags_in(path: str) -> tuple[dict[str, Any], bool]:
     """
     table = read_table(path)
     if "command" in table and isinstance(table.get("flags"), dict):
-        return {name: value for name, value in table["flags"].items() if name not in OF_A_PROCESS}, True
+        flags = {name: value for name, value in table["flags"].items() if name not in OF_A_PROCESS}
+        return {name: _from_folder(name, value, path) for name, value in flags.items()}, True
     return table, False
+
+
+def _from_folder(name: str, value: Any, path: str) -> Any:
+    """The value of a flag in a config.json; of those that name a place from its folder, from here."""
+    relative = name == "autoencoder_path" or (name == "text_encoder" and str(value).startswith("."))
+    if not (value and relative) or "://" in value:
+        return value
+    return os.path.normpath(os.path.join(os.path.dirname(path), value))
 
 
 def as_words(flags: Mapping[str, Any]) -> list[str]:

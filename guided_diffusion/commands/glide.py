@@ -5,32 +5,18 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import torch as th
-
-from ..networks.glide import GLIDE, Text2ImUNet, read_glide
+from ..networks.architecture import GLIDE
+from ..networks.glide import Text2ImUNet
 from ..runtime import files
 from ..runtime.errors import UserError
 from ..script_util import create_gaussian_diffusion
 from ..training.published import is_glide, tensors_in
-from ..training.weights import State, load, tensor_differences
+from ..training.weights import load
+from .common import network_of_glide
 
 if TYPE_CHECKING:
     from ..respace import SpacedDiffusion
     from ..training.checkpoints import Checkpoint
-
-
-def network_in(state: State, path: str) -> Text2ImUNet:
-    """An untrained network of the architecture that weights show, on the default device.
-
-    :param path: of their file, for messages.
-    """
-    try:
-        network = read_glide(state)
-    except (LookupError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{path} holds no whole network of GLIDE: {error}") from error
-    if faults := "; ".join(tensor_differences(state, network.state_dict())):
-        raise UserError(f"{path} holds no whole network of GLIDE: {faults}")
-    return network.to_empty(device=th.get_default_device())
 
 
 def load_glide(path: str, timestep_respacing: str = "") -> tuple[Text2ImUNet, SpacedDiffusion]:
@@ -49,7 +35,7 @@ def load_glide(path: str, timestep_respacing: str = "") -> tuple[Text2ImUNet, Sp
     state = tensors_in(load(path, inert=True))
     if not is_glide(state):
         raise UserError(f"{path} holds no network of GLIDE: give its base.pt, upsample.pt or the like")
-    network = network_in(state, path)
+    network = network_of_glide(state, path)
     network.load_state_dict(state)
     network.eval().requires_grad_(False)
     schedule = "linear" if network.enlarges else "cosine"

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..config import DiffusionConfig, FlowConfig, RunConfig, UNetConfig
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
@@ -26,10 +26,7 @@ def measure(flags: Flags) -> None:
     if not flags.part(LikelihoodConfig).data_dir:
         raise UserError("--data_dir is missing: give a folder or a zip of images")
     common.start(flags)
-    model = common.restore(flags)
-    if model.encoder is not None:
-        raise UserError(f"{model.path} attends to captions, of which bits per dimension are not measured: give another")
-    carry_out(survey_of(model))
+    carry_out(survey_of(common.restore(flags)))
 
 
 def survey_of(model: Restored) -> Survey:
@@ -37,6 +34,12 @@ def survey_of(model: Restored) -> Survey:
     from .. import logger
     from ..evaluation.likelihood import Survey
 
+    path, no_bits = model.path, "of which bits per dimension are not measured: give another model"
+    refuse(
+        (model.encoder is not None, f"{path} attends to captions, {no_bits}"),
+        (model.first_stage is not None, f"{path} works on the latents of an autoencoder, {no_bits}"),
+        ("large_size" in model.flags.saved, f"{path} is an upsampler, {no_bits}"),
+    )
     options, config = model.flags.part(LikelihoodConfig), model.flags.part(MeasureConfig)
     dataset = _images(model)
     available, count = len(dataset), min(options.num_samples, len(dataset))

@@ -76,7 +76,7 @@ def download(flags: Flags) -> None:
             return
     if source is None:
         names = [*presets.all_presets(), *SOURCES]
-        hint = nearest(config.name, names) or f": name one of {', '.join(names)}"
+        hint = nearest(config.name, names) or f": it is none of {', '.join(SOURCES)}, and none that models list prints"
         raise UserError(f"{config.name!r} is unknown{hint}")
     fetch(source.at(config.mirror), config.out)
     for name in (preset.classifier, preset.upsampler) if preset else ():

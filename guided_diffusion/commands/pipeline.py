@@ -157,8 +157,7 @@ def load(
 def _opened(path: str) -> Checkpoint:
     """The checkpoint at a path, or a UserError with the nearest names."""
     if not files.exists(path):
-        names = list(presets.all_presets())
-        hint = nearest(path, names) or f": the models that have a name are {', '.join(names)}"
+        hint = nearest(path, presets.all_presets()) or ": 'guided-diffusion models list' prints the names"
         raise UserError(f"{path!r} is no file, no folder, and no model that has a name{hint}")
     return open_checkpoint(path, "the model")
 
@@ -244,7 +243,7 @@ def _pixels(value: Images, name: str) -> Pixels:
         return value.images
     if isinstance(value, list | tuple):
         return np.concatenate([_pixels(each, name) for each in value])
-    if isinstance(value, th.Tensor):
+    if isinstance(value, th.Tensor) and value.ndim in (3, 4):
         return to_uint8(value if value.ndim == 4 else value[None])
     if isinstance(value, Image.Image):
         value = value.convert("L" if name == "mask" else value.mode if value.mode in ("L", "RGBA") else "RGB")

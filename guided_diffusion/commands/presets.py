@@ -129,8 +129,7 @@ def get(name: str) -> Preset:
     """The same, or a UserError with the nearest names."""
     preset = find(name)
     if preset is None:
-        names = list(all_presets())
-        hint = nearest(name, names) or f": the models are {', '.join(names)}"
+        hint = nearest(name, all_presets()) or ": 'guided-diffusion models list' prints their names"
         raise UserError(f"there is no model {name!r}{hint}")
     return preset
 

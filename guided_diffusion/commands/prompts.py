@@ -78,7 +78,8 @@ def encoder_of_training(
     for part in filter(None, (stream, validation)):
         if part.captions is not None:
             part.captions.keywords = encoder.keywords
-    of_folder = {"text_encoder": os.path.abspath(settings["text_encoder"])} if _is_folder(config) else {}
+    place = checkpoints.from_folder(settings["text_encoder"], logger.get_dir())
+    of_folder = {"text_encoder": place} if _is_folder(config) else {}
     known = {"context_dim": settings["context_dim"], "text_fingerprint": settings["fingerprint"], **of_folder}
     return flags.with_values(**known), encoder
 

@@ -24,6 +24,7 @@ Block = dict[int, Layer]  # position within the block -> layer
 _FIRST = re.compile(r"(|.*\.)time_embed\.0\.weight")  # all networks of this package begin with it
 _CROSS = re.compile(r".*\.transformer_blocks\.(\d{1,4})\.attn2\.to_k\.weight")
 _TEXT_LAYER = re.compile(r"context_encoder\.transformer\.attn_layers\.layers\.(\d{1,4})\.")
+GLIDE = "glide"  # the text_encoder of the networks of glide.py
 MAX_EMPTY = 1000  # blocks without weights: a network of ours has fewer
 
 

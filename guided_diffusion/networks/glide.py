@@ -14,12 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..runtime.errors import UserError
-from .architecture import architecture
+from .architecture import GLIDE, architecture
 from .attention import LayerNorm32
 from .backbone import UNetModel
 from .context import ContextEncoder, read_tokenizer
-
-GLIDE = "glide"  # as --text_encoder
 
 
 class _Attention(nn.Module):

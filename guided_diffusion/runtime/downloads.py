@@ -24,6 +24,7 @@ from .errors import UserError, reason
 TIMEOUT = 30.0  # seconds without a byte from a server
 ATTEMPTS = 20  # connections to one address, as long as each brings some bytes
 PIECE = 2**18
+MOST_PACKED = 4  # times its size, to which a zip of weights unpacks
 PART = ".part"  # of a file that is not whole yet
 
 
@@ -108,11 +109,12 @@ def fetch(source: Source, path: str = "") -> str:
                 print(f"{path}: {os.path.getsize(path)} bytes, {checked}")
                 return path
             failures.append(f"{url}: {fault}")
-    size = f"{source.size or f'at least {source.least}'} bytes"
+    size = f" ({source.size or f'at least {source.least}'} bytes)" if source.size or source.least else ""
+    whole = f"its {source.member}" if source.member else "it"
     begun = ", which goes on from there" if os.path.exists(part) else ""
     raise OSError(
         f"{source.file} could not be fetched ({'; '.join(failures)}): try again later{begun}, or fetch "
-        f"{source.urls[0]} ({size}) on another machine and put it at {path}"
+        f"{source.urls[0]}{size} on another machine and put {whole} at {path}"
     )
 
 
@@ -122,11 +124,14 @@ def _put(part: str, path: str, member: str) -> str:
         os.replace(part, path)
         return ""
     try:
-        with zipfile.ZipFile(part) as archive, archive.open(member) as inner, replacing(path) as file:
-            shutil.copyfileobj(inner, file, PIECE)
-    except (zipfile.BadZipFile, KeyError):
+        with files.open_archive(part) as archive, archive.open(member) as inner:
+            if (size := archive.getinfo(member).file_size) > MOST_PACKED * os.path.getsize(part):
+                raise UserError(f"{member} unpacks to {size} bytes")
+            with replacing(path) as file:
+                shutil.copyfileobj(inner, file, PIECE)
+    except (zipfile.BadZipFile, KeyError, UserError) as error:
         os.truncate(part, 0)
-        return f"it is no zip with {member}"
+        return f"it is no zip with {member} ({reason(error)})"
     os.remove(part)
     return ""
 

@@ -147,8 +147,8 @@ def grid(
         place = left + PAD + column * width + column * groups // columns * gap, top + PAD + row * height
         sheet.paste(_as_picture(image.repeat(zoom, axis=0).repeat(zoom, axis=1)), place)
         if lines:
-            middle = place[0] + width // 2, place[1] + height - below
-            pen.multiline_text(middle, "\n".join(lines[index]), "black", font, anchor="ma", spacing=1, align="center")
+            under = place[0] + width // 2, place[1] + height - below
+            pen.multiline_text(under, "\n".join(lines[index]), "black", font, anchor="ma", spacing=1, align="center")
     for row, name in enumerate(names):
         pen.text((left - MARGIN // 2, top + PAD + row * height + height // 2), name, "black", font, anchor="rm")
     share = (sheet.width - left - 2 * PAD + gap) / groups

@@ -29,12 +29,14 @@ from ..runtime import files
 from ..runtime.errors import UserError, reason
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from ..runtime.options import Size, parse_size
-from .published import read_published
+from .diffusers_files import read_unet
+from .published import read_published, tensors_in
 from .weights import Entry, State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # the second is of diffusers
 _PUBLISHED = (".ckpt", ".pt", ".pth", ".safetensors")  # endings of files of other programs
+HERE = (f".{os.sep}", f"..{os.sep}")  # what relative paths begin with that are those from the folder of a config.json
 MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
@@ -90,7 +92,7 @@ class Checkpoint:
     @cached_property
     def picked(self) -> Weights:
         """Its weights, the flags that another program's file shows, and which of its weights these are."""
-        return pick(self.path, self.best, read_published)
+        return pick(self.path, self.best, _of_others)
 
     @property
     def weights(self) -> dict[str, th.Tensor]:
@@ -129,6 +131,11 @@ class Checkpoint:
             return CLASSIFIER
         inputs = self.weights["input_blocks.0.0.weight"].shape[1]
         return UPSAMPLER if inputs == 2 * read["image_channels"] else UNET
+
+
+def _of_others(content: Any, path: str) -> Weights | None:
+    """The network in a file of another program; None where it is of none that is known."""
+    return read_published(content, path) or read_unet(tensors_in(content), path)
 
 
 def is_young(rate: str | float, updates: int) -> bool:
@@ -201,9 +208,10 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
         return Checkpoint(None, path=single)
     sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
     if not sets or not sets[-1].best:
-        pipeline = " of its folders, such as unet" if exists(join(path, "model_index.json")) else ""  # of diffusers
-        remedy = f"give one{pipeline}" if pipeline else "give a checkpoint or a run's folder"
-        raise UserError(f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: {remedy}")
+        raise UserError(
+            f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder, of "
+            f"diffusers one with {SINGLE[1]}, such as unet in that of a pipeline"
+        )
     taken, warmed_up = sets[-1], config_beside(path).get("ema_warmup")
     old = {rate: name for rate, name in taken.emas.items() if warmed_up or not is_young(rate, taken.step or 0)}
     return replace(taken, path=replace(taken, emas=old).best or taken.best)
@@ -217,19 +225,28 @@ def load_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | No
 def config_beside(path: str) -> dict[str, Any]:
     """The flags that the run of a checkpoint (or run folder) was made with, from its header or the config.json there.
 
-    {} where there is neither.
+    {} where there is neither. The folder of a text encoder that lies relative to it is joined to its own.
     """
     text, file_path = files.safetensors_header(files.resolve(path)).get(CONFIG), _in_folder_of(path, CONFIG)
     if not text and not exists(file_path):
         return {}
     try:
         config = files.parse_json(text or files.read_file(file_path))
-        return {} if "_class_name" in config else {**config["flags"]}  # that one is of diffusers
+        flags = {} if "_class_name" in config else {**config["flags"]}  # that one is of diffusers
+        if str(flags.get("text_encoder", "")).startswith(HERE):
+            flags["text_encoder"] = os.path.normpath(join(os.path.dirname(file_path), flags["text_encoder"]))
+        return flags
     except (OSError, ValueError, KeyError, TypeError) as error:
         detail = reason(error)
         raise UserError(
             f"{file_path} is no config of a run ({detail}): repair it, or move it away and give the flags"
         ) from error
+
+
+def from_folder(path: str, folder: str) -> str:
+    """A local path as the config.json in a folder says it, so that both can be moved together."""
+    relative = os.path.relpath(os.path.realpath(path), os.path.realpath(folder or "."))
+    return relative if relative.startswith(HERE) else os.path.join(os.curdir, relative)
 
 
 def classes_beside(path: str) -> str:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch as th
 
-from ..config import UNetConfig
 from ..networks.architecture import Weights, architecture
 from ..networks.autoencoder import AutoencoderKL, VQModel
 from ..runtime import files
 from ..runtime.errors import UserError, printable, reason, refuse
-from ..runtime.options import defaults, parse_size, size_flag
+from ..runtime.options import parse_size, size_flag
 
 CONFIG, FILE = "config.json", "diffusion_pytorch_model.safetensors"
 UNET, AUTOENCODER = "UNet2DModel", "AutoencoderKL"
@@ -53,13 +52,20 @@ FIXED_UNET |= {"freq_shift": 0, "flip_sin_to_cos": True, "mid_block_type": "UNet
 FIXED_UNET |= {"mid_block_scale_factor": 1, "add_attention": True, "downsample_padding": 1, "class_embed_type": None}
 FIXED_AUTOENCODER = FIXED | {"shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True}
 FIXED_AUTOENCODER |= {"use_post_quant_conv": True, "mid_block_add_attention": True}
-UNET_DEFAULTS = {"sample_size": 64, "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "dropout": 0.0}
+NEVER: Config = {"dims": 2, "num_heads_upsample": -1, "use_neighborhood_attention": False, "null_class": False}
+NEVER |= {"cond_type": "", "cond_channels": 0, "null_cond": False}  # flags that their networks have no word for
+UNET_DEFAULTS: Config = {"sample_size": 64, "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "dropout": 0.0}
 UNET_DEFAULTS |= {"attention_head_dim": 8, "num_class_embeds": None, "resnet_time_scale_shift": "default"}
 UNET_DEFAULTS |= {"downsample_type": "conv", "upsample_type": "conv", "attn_norm_num_groups": None}
-AUTOENCODER_DEFAULTS = {"in_channels": 3, "out_channels": 3, "layers_per_block": 1, "latent_channels": 4}
+AUTOENCODER_DEFAULTS: Config = {"in_channels": 3, "out_channels": 3, "layers_per_block": 1, "latent_channels": 4}
 AUTOENCODER_DEFAULTS |= {"sample_size": 32, "scaling_factor": 0.18215}
 
-SCHEDULER_DEFAULTS = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+SCHEDULER_DEFAULTS: Config = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+}
 SCHEDULER_DEFAULTS |= {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 
 
@@ -199,7 +205,7 @@ def write_unet(state: State, flags: Mapping[str, Any], size: Any, path: str) -> 
     refuse(
         (read["dims"] != 2, f"{unlike} --dims {read['dims']}"),
         (first != 1, f"{unlike} --channel_mult that begins with {first:g}"),
-        ("context" in read, f"{unlike} --context"),
+        (flags.get("context", "none") != "none" or "context" in read, f"{unlike} --context"),
         (flags.get("use_neighborhood_attention"), f"{unlike} --use_neighborhood_attention"),
         (seen != {read["image_channels"]}, f"{unlike} --large_size or --cond_type: it sees no second image"),
     )
@@ -218,7 +224,7 @@ def write_unet(state: State, flags: Mapping[str, Any], size: Any, path: str) -> 
 
 def _by_head(value: th.Tensor, config: Config) -> th.Tensor:
     """[3, C, ...] of the originals' first order of q, k and v, in which heads come first."""
-    heads = len(value) // 3 // (config["attention_head_dim"] or len(value) // 3)
+    heads: int = len(value) // 3 // (config["attention_head_dim"] or len(value) // 3)
     return value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
 
 
@@ -250,13 +256,14 @@ def read_unet(state: State, path: str) -> Weights | None:
     newer = _saved(path).get("use_new_attention_order", True)  # it was written here
     parts = _renamed(_by_newer_names(state), _inverse(_names(config)), path, 1)
     network = {name: value for name, value in parts.items() if not re.search(r"\.to_[qkv]\.", name)}
-    for name in parts:
-        stem, query, end = name.partition(".to_q.")
-        if query:
+    try:
+        for stem, _, end in (name.partition(".to_q.") for name in parts if ".to_q." in name):
             rows = [parts[f"{stem}.{part}.{end}"] for part in QKV]
             heads = 1 if newer else len(rows[0]) // (config["attention_head_dim"] or len(rows[0]))
             network[f"{stem}.qkv.{end}"] = th.stack(rows).unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 2)
-    known = defaults(UNetConfig) | _process_beside(path) | flags | {"use_new_attention_order": newer}
+    except (LookupError, RuntimeError) as error:
+        raise UserError(f"{path} holds no whole attention, of {stem}: fetch it again") from error
+    known = NEVER | _process_beside(path) | flags | {"use_new_attention_order": newer}
     return Weights(network, known, f"of {path} the {UNET} is taken")
 
 
@@ -279,7 +286,7 @@ def _process_beside(path: str) -> dict[str, Any]:
         raise UserError(
             f"{place} is no config of a scheduler ({reason(error)}): fetch it again, or remove it"
         ) from error
-    if not schedule:
+    if not schedule or values.get("trained_betas"):
         raise UserError(f"{place} has the betas {printable(str(kind))} from {ends}, which --noise_schedule has not")
     predicts = values["prediction_type"]
     known = {"noise_schedule": schedule, "diffusion_steps": steps, "predict_v": predicts == "v_prediction"}

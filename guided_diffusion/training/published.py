@@ -1,4 +1,4 @@
-"""What files of latent-diffusion, Stable Diffusion 1 and diffusers hold, as weights and flags of this package.
+"""What files of latent-diffusion and Stable Diffusion 1 hold, as weights and flags of this package.
 
 A file holds the U-Net behind `model.diffusion_model.`, perhaps its moving average (EMA) behind `model_ema.`, the
 autoencoder behind `first_stage_model.`, the encoder of texts or labels behind `cond_stage_model.`, and the betas. What
@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from ..networks.architecture import Weights, architecture
-from ..networks.glide import GLIDE
+from ..networks.architecture import GLIDE, Weights, architecture
 from ..runtime.errors import UserError, printable
-from .diffusers_files import read_unet
 
 UNET, AVERAGE = "model.diffusion_model.", "model_ema."
 FIRST_STAGE, CONDITION = "first_stage_model.", "cond_stage_model."
@@ -55,7 +53,7 @@ def read_published(content: Any, path: str) -> Weights | None:
         return _glide(tensors, path)
     network, averaged = _unet(tensors)
     if not network:
-        return read_unet(tensors, path) or _autoencoder(tensors)
+        return _autoencoder(tensors)
     condition, known = _condition(tensors)
     weights, clip = network | condition, any(name.startswith(CLIP) for name in tensors)
     flags = _flags(weights, known, tensors, 512 if clip else 256)

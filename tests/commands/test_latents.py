@@ -365,21 +365,24 @@ def test_load_does_the_same(runs: Path, pictures: Path, tmp_path: Path) -> None:
     convert.main([str(runs / "unet"), str(tmp_path / "deep" / "unet.safetensors")])
     for path in (runs / "unet", tmp_path / "deep" / "unet.safetensors"):
         model = load(path, classifier=runs / "classifier", device="cpu")
-        made = model.sample(num_samples=2, batch_size=2, timestep_respacing="4", sampler="dpm++2m")
+        made = model.sample(classes="dog,owl", num_samples=2, timestep_respacing="4", sampler="dpm++2m")
         np.testing.assert_array_equal(made.images, by_hand(runs, sampler="dpm++2m"))
     argv = [f"--classifier_path={runs / 'classifier'}", "--classifier_scale=20", "--sampler=dpm++2m"]
     guided = sampled(tmp_path / "guided", runs, *argv, main=classifier_sample.main)
-    made = model.sample(num_samples=3, batch_size=2, timestep_respacing="4", sampler="dpm++2m", classifier_scale=20)
+    options = {"num_samples": 3, "batch_size": 2, "timestep_respacing": "4", "sampler": "dpm++2m"}
+    made = model.sample(classes=["dog", "owl"], classifier_scale=20, **options)
     np.testing.assert_array_equal(made.images, guided)
     stage, rows = FirstStage(network_of(AUTOENCODER), 0.5), InitImages(str(pictures), 16, 3).rows([0, 1])
     images = to_uint8(rows["init_image"])
     assert th.equal(model.encode(images), stage.encode(rows["init_image"]))
     inverted = [f"--init_image={pictures}", "--invert=True", "--sampler=ddim", "--init_classes=cat"]
-    back = sampled(tmp_path / "invert", runs, *inverted, "--classes=cat")[:2]
+    back = sampled(tmp_path / "invert", runs, *inverted)[:2]
     noise = model.invert(images, classes=["cat"], timestep_respacing="4")
-    again = model.sample(start=noise, sampler="ddim", classes="cat", timestep_respacing="4", batch_size=2)
+    again = model.sample(start=noise, sampler="ddim", classes="dog,owl", timestep_respacing="4", batch_size=2)
     np.testing.assert_array_equal(again.images, back)
-    with pytest.raises(UserError, match="works on the latents of an autoencoder, and image_nll measures"):
+    with pytest.raises(
+        UserError, match="works on the latents of an autoencoder, of which bits per dimension are not measured"
+    ):
         model.bits_per_dim(images)
     with pytest.raises(UserError, match="--prompt has no effect without --context"):
         model.sample(prompt="a cat")

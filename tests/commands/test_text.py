@@ -34,6 +34,7 @@ from guided_diffusion.commands import (
     training,
 )
 from guided_diffusion.commands.common import restore
+from guided_diffusion.commands.flag_files import flags_in
 from guided_diffusion.commands.sections import SweepConfig
 from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
@@ -137,7 +138,7 @@ def test_a_run_of_captions_goes_on_bit_for_bit(
     kind: str, request: pytest.FixtureRequest, pictures: str, tmp_path: Path
 ) -> None:
     whole = Path(request.getfixturevalue(kind))
-    flags = json.loads((whole / "config.json").read_text())["flags"]
+    flags = config_beside(str(whole))
     known = {name: flags[name] for name in (*BASE, "text_encoder") if kind == "run" or name not in TEXT}
     known |= {} if kind == "run" else {"context": "text", "max_tokens": 16}
     for steps in (2, 3):
@@ -156,6 +157,22 @@ def test_the_config_describes_the_encoder(run: str, frozen_run: str, frozen: str
     assert (ours["text_encoder"], ours["context_dim"]) == ("scratch", 16)
     assert (theirs["text_encoder"], theirs["context_dim"]) == (frozen, 8)
     assert re.fullmatch("[0-9a-f]{16}", theirs["text_fingerprint"])
+
+
+def test_a_run_and_its_text_encoder_move_together(frozen_run: str, frozen: str, tmp_path: Path) -> None:
+    there, back = tmp_path / "there", os.path.relpath(frozen, frozen_run)
+    assert json.loads((Path(frozen_run) / "config.json").read_text())["flags"]["text_encoder"] == back
+    shutil.copytree(frozen_run, there / "runs" / "mine")
+    shutil.copytree(frozen, there / "runs" / "mine" / back)
+    os.rename(there, tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere" / "runs" / "mine"
+    assert config_beside(str(moved))["text_encoder"] == os.path.normpath(moved / back)
+    convert.main([str(moved), str(tmp_path / "elsewhere" / "one.safetensors")])
+    one = load(tmp_path / "elsewhere" / "one.safetensors", device="cpu")
+    assert one.config["text_encoder"] == os.path.normpath(moved / back)
+    made = [model.sample(prompt="rain", timestep_respacing="2").images for model in (one, load(frozen_run))]
+    np.testing.assert_array_equal(*made)
+    assert flags_in(str(moved / "config.json"))[0]["text_encoder"] == os.path.normpath(moved / back)
 
 
 def shown_texts(network: Any, call: Any) -> list[str]:
@@ -306,7 +323,6 @@ def test_two_ranks_and_a_restart_make_the_images_of_one(
     assert "holds the samples of another request (prompts was" in told
 
 
-@pytest.mark.parametrize(("kind", "negative"), [("run", ""), ("run", "rain"), ("frozen_run", "rain")])
 def test_load_samples_and_saves_what_the_script_does(run: str, tmp_path: Path) -> None:
     model = load(run, device="cpu")
     for number, texts in enumerate((["a red cat"], ["a red cat", "two red dogs", "rain"])):
@@ -347,6 +363,7 @@ def test_load_turns_images_to_noise_under_their_prompt(run: str, pictures: str, 
     np.testing.assert_array_equal(made.images, back)
 
 
+@pytest.mark.parametrize(("kind", "negative"), [("run", ""), ("run", "rain"), ("frozen_run", "rain")])
 def test_guidance_leads_away_from_the_empty_or_the_negative_prompt(
     kind: str, negative: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -283,6 +283,10 @@ def test_a_file_in_a_zip_is_unpacked(source: Source, server: Server, tmp_path: P
     assert os.listdir(tmp_path / "cache") == ["faces.ckpt"]
     other = replace(inner, urls=(url,), file="other.ckpt", member="last.ckpt")
     assert "it is no zip with last.ckpt" in sentence_of(fetch, other)
+    with zipfile.ZipFile(packed := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.ckpt", bytes(10**6))
+    server.content = packed.getvalue()
+    assert "model.ckpt unpacks to 1000000 bytes" in sentence_of(fetch, replace(inner, urls=(url,), file="bomb.ckpt"))
     assert os.listdir(tmp_path / "cache") == ["faces.ckpt"]
 
 

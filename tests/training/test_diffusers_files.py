@@ -20,6 +20,8 @@ from guided_diffusion.commands.flags import parse
 from guided_diffusion.config import AutoencoderConfig, UNetConfig
 from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.script_util import build_autoencoder, build_network
+from guided_diffusion.training import checkpoints
+from guided_diffusion.training.diffusers_files import FILE
 from guided_diffusion.training.first_stage import load_autoencoder
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -186,7 +188,12 @@ def test_folders_that_are_not_ours_are_told(tmp_path: Path) -> None:
         path.write_text(json.dumps(config | change)) if change else path.unlink()
         with pytest.raises(UserError, match=message):
             load(tmp_path / "theirs")
+    weights = checkpoints.load(str(tmp_path / "theirs" / FILE))
+    checkpoints.save(str(tmp_path / "theirs" / FILE), {n: x for n, x in weights.items() if ".0.to_k." not in n})
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"holds no whole attention, of middle_block.1"):
+        load(tmp_path / "theirs")
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    with pytest.raises(UserError, match="give one of its folders, such as unet"):
+    with pytest.raises(UserError, match=r"of diffusers one with diffusion_pytorch_model.safetensors, such as unet"):
         load(tmp_path / "pipeline")

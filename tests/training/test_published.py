@@ -193,6 +193,13 @@ def test_class_conditional_models_sample_with_guidance(tmp_path):
     assert (images[0] != images[1]).any()
 
 
+def test_a_model_that_has_a_name_knows_the_names_of_imagenet(tmp_path, monkeypatch):
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path))
+    saved(tmp_path / "ldm-imagenet256.ckpt", class_conditional()[0])
+    model = load("ldm-imagenet256", image_size=32, device="cpu")
+    assert model.sample(classes=["golden retriever"], cfg_scale=3, steps=2, sampler="ddim").labels.tolist() == [207]
+
+
 def test_a_text_transformer_in_the_file_needs_its_tokenizer_alone(tmp_path):
     bert, tokenizer = (
         filled(BERTEmbedder(64, 2, vocab_size=bert_tokenizer().get_vocab_size(), max_seq_len=9)),
