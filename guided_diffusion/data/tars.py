@@ -68,16 +68,17 @@ class Truncated(UserError):
     """A tar that ends early or is damaged, behind members that are sound."""
 
 
-def members(file: IO[bytes], *, largest: int = MAX_BYTES) -> Iterator[Member]:
+def members(file: IO[bytes], *, largest: int = MAX_BYTES, packed: bool = True) -> Iterator[Member]:
     """The members of an open tar, packed or not, in their order.
 
     :param largest: bytes of a member that is read as a whole.
+    :param packed: False takes no packed tar, in which members have no places.
     :raises ValueError: if it is no tar.
     :raises Truncated: where it ends too early, after what could be read.
     """
     seen = set[str]()
     try:
-        archive = tarfile.open(fileobj=file)  # noqa: SIM115  the caller closes the file
+        archive = tarfile.open(fileobj=file, mode="r" if packed else "r:")  # noqa: SIM115  the caller closes the file
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"it is no tar ({reason(error)})") from error
     try:
@@ -249,7 +250,7 @@ def write_index(path: str, file: IO[bytes], size: int) -> None:
     :raises UserError: if it is no tar, or ends early.
     """
     rows, faults, texts = list[tuple[bytes, int, int]](), list[tuple[str, str]](), io.BytesIO()
-    for member in members(file):
+    for member in members(file, packed=False):
         name = member.name.removeprefix("./")
         fault = member.fault or ("a name of two lines" if "\n" in name else "")
         if fault:

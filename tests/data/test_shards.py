@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import tarfile
@@ -13,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch as th
-from shards import picture, samples, served, write_shards, write_tar
 
 from guided_diffusion.data import sources, tars
 from guided_diffusion.data.captions import read_captions
@@ -22,6 +22,7 @@ from guided_diffusion.data.labels import read_labels
 from guided_diffusion.data.sources import find_images, read_bytes
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.image_datasets import ImageStream, load_data
+from shards import picture, samples, served, write_shards, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +115,7 @@ def test_all_kinds_of_names_are_read(tmp_path: Path, kind: int) -> None:
 
 FAULTS = {
     "cut": "train-01.tar' is not a readable tar (it ends early or is damaged",
+    "packed": "train-01.tar' is not a readable tar (it is no tar",
     "no tar": "train-01.tar' is not a readable tar (it is no tar",
     "missing": "train-01.tar",
     "twice": "train-01.tar' is named twice",
@@ -127,6 +129,8 @@ def test_a_shard_that_cannot_be_used_is_named(tmp_path: Path, fault: str) -> Non
     place, path = write_shards(tmp_path, 2), tmp_path / "train-01.tar"
     if fault == "cut":
         path.write_bytes(path.read_bytes()[:5000])
+    elif fault == "packed":
+        path.write_bytes(gzip.compress(path.read_bytes()))
     elif fault == "no tar":
         path.write_bytes(b"no tar" * 999)
     elif fault == "missing":
