@@ -188,7 +188,7 @@ class Tars:
         try:
             with open(self._path(entry["shard"]), "rb") as file:
                 file.seek(entry["offset"])
-                whole = hashlib.sha256(file.read(entry["bytes"])).hexdigest() == entry["sha256"]
+                whole = bool(hashlib.sha256(file.read(entry["bytes"])).hexdigest() == entry["sha256"])
         except OSError:
             return False
         if whole:

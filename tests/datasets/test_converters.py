@@ -756,7 +756,7 @@ def test_the_name_and_flags_of_the_original_script_still_work(made, monkeypatch)
 def test_shards_keep_labels_and_captions(made, monkeypatch, tmp_path):
     """As many tars as it takes, each with its index, and no reading through them when they are opened."""
     source, _, _, folder = made("shards")
-    monkeypatch.setattr(output, "SHARD", 3000)
+    monkeypatch.setattr(output, "SHARD", 6500)
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
     run("shards", source, folder / "pets.tars", "--workers", 0)
     names = sorted(path.name for path in (folder / "pets.tars").iterdir())
