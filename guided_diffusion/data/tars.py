@@ -152,7 +152,7 @@ class Tar:
             return None
         try:
             return _mapped(f"{self._kept}{BESIDE}", self.size)
-        except (OSError, ValueError, KeyError):  # it is made again
+        except (OSError, ValueError, LookupError):  # it is made again
             return None
 
     def _made(self) -> Mapping[str, NDArray[Any]]:
@@ -185,9 +185,9 @@ class Tar:
 
     def members(self) -> Iterator[tuple[str, bool, str]]:
         """(name, False, why it is not read or '') of every member, by name; of one name twice the first is read."""
-        ends = self._index["ends"]
-        names = self._index["names"].tobytes().decode()
-        yield from ((name, False, "") for name in (names.split("\n") if len(ends) else ()))
+        names = self._index["names"].tobytes().decode(errors="replace")
+        for name in names.split("\n") if len(self._index["ends"]) else ():
+            yield name, False, path_fault(name, "tar")  # again: an index may be anybody's
         yield from ((name, False, fault) for name, fault in json.loads(self._index["faults"].tobytes()))
 
     def read(self, name: str) -> bytes:
@@ -213,10 +213,8 @@ class Tar:
         """Bytes of the copy on this machine, where there is one."""
         try:
             with open(self.copy, "rb", buffering=0) as file:
-                if not self.remote and (os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime) != (
-                    self.size,
-                    self._date,
-                ):
+                status = os.fstat(file.fileno())
+                if not self.remote and (status.st_size, status.st_mtime) != (self.size, self._date):
                     raise UserError(f"{self.path} has changed since its index was made: start again")
                 file.seek(start)
                 return file.read(size)

@@ -125,8 +125,8 @@ def read_base(
         if odd:
             (name, (height, width)), kind = odd[0], "small_size " * bool(shape[0])
             raise UserError(
-                f"{len(odd)} of {len(chosen)} images are not of {kind}{size[0]}x{size[1]}, the first is {quoted(name)} with "
-                f"{height}x{width}: scale them, or leave them out"
+                f"{len(odd)} of {len(chosen)} images are not of {kind}{size[0]}x{size[1]}, the first is {quoted(name)} "
+                f"with {height}x{width}: scale them, or leave them out"
             )
         pixels = [read_pixels(where, shape[2], data_range=data_range) for where in chosen.paths]
         names = _names_beside(source.root, len(source)) if source.array else list(source.images)

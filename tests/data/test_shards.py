@@ -180,8 +180,10 @@ def test_servers_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         find_images(f"{address}/train-{{00..02}}.tar")
 
 
-def test_an_index_beside_the_tar_saves_reading_it(tmp_path: Path, cache_folder: Path) -> None:
-    """And one of another tar of that name is not believed."""
+def test_an_index_beside_the_tar_saves_reading_it(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one of another tar of that name is not believed, nor a path that leads out of it."""
     path = write_tar(tmp_path / "a.tar", samples(range(4)))
     find_images(path)
     [kept] = cache_folder.glob("shards/*.index")
@@ -192,6 +194,17 @@ def test_an_index_beside_the_tar_saves_reading_it(tmp_path: Path, cache_folder: 
         assert len(find_images(f"{address}/a.tar")) == 4
         assert [asked_for for asked_for in asked if asked_for[0] == "a.tar"] == [("a.tar", "bytes=0-0")] * 2
         assert len(find_images(f"{address}/b.tar")) == 9
+    monkeypatch.setattr(tars, "path_fault", lambda name, archive: "")
+    write_tar(tmp_path / "c.tar", [("../1.png", picture(1)), ("2.png", picture(2))])
+    find_images(tmp_path / "c.tar")
+    monkeypatch.undo()
+    [kept] = [path for path in (tmp_path / "cache").glob("shards/*.index") if b"../1.png" in path.read_bytes()]
+    (tmp_path / "c.tar.index").write_bytes(kept.read_bytes())
+    kept.unlink()
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    source = find_images(tmp_path / "c.tar")
+    assert source.images == ["2.png"]
+    assert source.refused == [("../1.png", "a path that leads out of the tar")]
 
 
 # ---- copies on this machine
