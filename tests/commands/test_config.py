@@ -246,6 +246,7 @@ EVERY = {**cli.COMMANDS, **DATASETS, **cli.OTHERS}
 NOT_GIVEN = {
     *(("steps", 0), ("order", 0), ("eta", -1.0), ("churn", -1.0), ("strength", -1.0)),
     *(("cond_channels", 0), ("image_size", ""), ("rows", 0), ("columns", 0), ("decode_tile", 0)),
+    ("data_weights", ""),
 }
 
 
