@@ -173,6 +173,13 @@ def folder(folder):
     return write_images(folder / "pets", ["cat/1.jpg", "dog/a/2.png", "cat/3.png"]), [], {"cat": 2, "a": 1}
 
 
+def shards(folder):
+    source = write_images(folder / "pets", ["cat/1.jpg", "dog/2.png", "cat/3.png"])
+    for name in ("cat/1", "dog/2"):
+        (source / f"{name}.txt").write_text(f"a {name}\nan animal")
+    return source, [], {"cat": 2, "dog": 1}
+
+
 def emoji(folder):
     source, noto, twemoji = folder / "table", folder / "noto-emoji", folder / "twemoji"
     table = []
@@ -188,5 +195,5 @@ def emoji(folder):
 
 SOURCES = {
     maker.__name__: maker
-    for maker in (imagenet, imagenet64, lsun, cifar, mnist, ffhq, afhq, celeba, parquet, folder, emoji)
+    for maker in (imagenet, imagenet64, lsun, cifar, mnist, ffhq, afhq, celeba, parquet, folder, shards, emoji)
 }

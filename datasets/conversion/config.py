@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_diffusion.commands.flags import Command
-from guided_diffusion.config import CLASS_RULES, LABEL_COLUMN, local_flag
+from guided_diffusion.config import CLASS_RULES, LABEL_COLUMN, local_flag, path_flag
 from guided_diffusion.runtime.options import flag, size_flag
 
 FORMATS = ("", "png", "jpeg")
@@ -25,7 +25,7 @@ class ConversionConfig:
     """The source and the output."""
 
     source: str = local_flag("the data set as it was fetched: file or folder", positional=True)
-    out: str = local_flag("folder to make, or a file whose name ends in .zip", positional=True)
+    out: str = local_flag("folder to make; or a zip, or a folder of tars, if it ends in .zip or .tars", positional=True)
     size: int | str = flag(
         0, "pixels: 64, or HEIGHTxWIDTH; 0 leaves images as they are", convert=optional_size, alias="image-size"
     )
@@ -119,6 +119,15 @@ class FolderConfig(OneClassConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardsConfig(FolderConfig):
+    """The source and the output."""
+
+    source: str = path_flag("folder, zip, array or tars of images", positional=True)
+    out: str = local_flag("folder of tars to make, whose name ends in .tars", positional=True)
+    caption_column: str = flag("", "column, or key in captions.json, with the captions; several with commas between")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmojiConfig(ConversionConfig):
     """The source and the output."""
 
@@ -147,5 +156,6 @@ DATASETS = {
     "celeba": Command("CelebA from its folder of aligned faces.", (CelebaConfig,)),
     "parquet": Command("A data set of the Hugging Face Hub from its parquet files.", (ParquetConfig,)),
     "folder": Command("Any folder or zip of images.", (FolderConfig,)),
+    "shards": Command("Any images that training reads to tars, with labels and captions.", (ShardsConfig,)),
     "emoji": Command("Emoji from the drawings of Noto Emoji, Twemoji and Fluent Emoji.", (EmojiConfig,)),
 }

@@ -42,23 +42,32 @@ def numbered(names: Sequence[str]) -> list[str]:
     return [name.zfill(width) for name in names] if all(name.isdecimal() for name in names) else list(names)
 
 
-def folder_source(listing: ImageSource, labels: Iterable[str], *, folders_are_classes: bool = False) -> Source:
+def folder_source(
+    listing: ImageSource,
+    labels: Iterable[str],
+    *,
+    folders_are_classes: bool = False,
+    beside: Sequence[Sequence[tuple[str, bytes]]] = (),
+) -> Source:
     """A source of images that are found already.
 
     :param labels: the class of each.
     :param folders_are_classes: report folders in which there is no image.
+    :param beside: (extension, content) of what goes into a tar with each.
     """
     print(listing.summary())
     faults = [bad(name, fault) for name, fault in listing.refused]
     if folders_are_classes:
         faults += [bad(name, EMPTY_CLASS, name) for name in _empty_folders(listing)]
-    return Source(_items(listing, labels, faults), len(listing) + len(faults))
+    return Source(_items(listing, labels, faults, beside or [()] * len(listing)), len(listing) + len(faults))
 
 
-def _items(listing: ImageSource, labels: Iterable[str], faults: Sequence[Item]) -> Iterator[Item]:
+def _items(
+    listing: ImageSource, labels: Iterable[str], faults: Sequence[Item], beside: Sequence[Sequence[tuple[str, bytes]]]
+) -> Iterator[Item]:
     yield from faults
-    for name, label in zip(listing.images, labels, strict=True):
-        yield Item(name, label, partial(_load, listing.path(name)))
+    for name, label, texts in zip(listing.images, labels, beside, strict=True):
+        yield Item(name, label, partial(_load, listing.path(name)), beside=texts)
 
 
 def _empty_folders(listing: ImageSource) -> list[str]:

@@ -10,7 +10,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,12 +40,14 @@ class Item:
     :param label: its class, as the source names it; '' for what is no image, such as an archive that ends early.
     :param load: its content; raises ValueError or OSError where there is something wrong with it.
     :param name: stands in its file name behind the class, in place of its number.
+    :param beside: (extension, content) of what goes into a tar with it.
     """
 
     key: str
     label: str
     load: Callable[[], Content]
     name: str = ""
+    beside: Sequence[tuple[str, bytes]] = ()
 
 
 def _nothing_else(_: Collection[str]) -> list[tuple[str, bytes]]:

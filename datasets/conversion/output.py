@@ -1,9 +1,9 @@
-"""The folder or zip that a data set is converted to: built beside its place, and given its name once it is whole.
+"""The folder, zip or tars that a data set is converted to: built beside its place, and named once it is whole.
 
 While it is built, OUT.part is the folder or zip and OUT.part.jsonl the journal. Its first line is the request, each
 other line tells what became of one item of the source: {"key", "class", "name", "bytes", "sha256"} for an image, and
-"offset" in a zip; {"key", "class", "fault"} for what was left out. A line is written after its image. So whenever a run
-is killed, what the journal tells is there, and anything else can be thrown away.
+"offset" in a zip or tar, "shard" which tar; {"key", "class", "fault"} for what was left out. A line is written after
+its image. So whenever a run is killed, what the journal tells is there, and anything else can be thrown away.
 """
 
 from __future__ import annotations
@@ -12,17 +12,22 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
 
+from guided_diffusion.data.tars import BESIDE, write_index
 from guided_diffusion.runtime.atomic import explained
 from guided_diffusion.runtime.errors import UserError
 
 DATE = (2026, 1, 1, 0, 0, 0)  # of everything in a zip
 
+SHARD = 2**28  # bytes of a tar, about
+
 Entry = dict[str, Any]  # a line of the journal
+Beside = Sequence[tuple[str, bytes]]  # (extension, content) of what a tar holds beside an image
 
 
 def part_of(out: str) -> str:
@@ -30,9 +35,10 @@ def part_of(out: str) -> str:
     return f"{out}.part"
 
 
-def open_sink(out: str) -> Folder | Zip:
+def open_sink(out: str) -> Sink:
     """What takes the files of an output of this name, and those of a run that was killed."""
-    return (Zip if out.lower().endswith(".zip") else Folder)(part_of(out))
+    kinds: dict[str, type[Sink]] = {".zip": Zip, ".tars": Tars}
+    return kinds.get(os.path.splitext(out)[1].lower(), Folder)(part_of(out))
 
 
 class Folder:
@@ -42,7 +48,7 @@ class Folder:
         os.makedirs(part, exist_ok=True)
         self._part, self._kept = part, set[str]()
 
-    def add(self, name: str, content: bytes) -> Entry:
+    def add(self, name: str, content: bytes, beside: Beside = ()) -> Entry:
         """Write a file; returns its entry in the journal."""
         path = os.path.join(self._part, name)
         with explained(path), open(path, "wb") as file:
@@ -64,11 +70,11 @@ class Folder:
             if name not in self._kept:
                 os.remove(os.path.join(self._part, name))
 
-    def seal(self) -> str:
-        """Have everything on the disk; returns the checksum of a zip, '' for a folder."""
+    def seal(self) -> list[tuple[str, str]]:
+        """Have everything on the disk; returns (checksum, name) of the files, where these are not what was added."""
         if hasattr(os, "sync"):
             os.sync()
-        return ""
+        return []
 
     def close(self) -> None:
         """Nothing is open."""
@@ -83,7 +89,7 @@ class Zip:
         self._part, self._end, self._adopted = part, 0, list[zipfile.ZipInfo]()
         self._zip: zipfile.ZipFile | None = None
 
-    def add(self, name: str, content: bytes) -> Entry:
+    def add(self, name: str, content: bytes, beside: Beside = ()) -> Entry:
         """Append a member; returns its entry in the journal."""
         assert self._zip is not None, "trim() comes first"
         info = _member(name)
@@ -118,15 +124,15 @@ class Zip:
         self._zip.filelist.extend(self._adopted)
         self._zip.NameToInfo.update((info.filename, info) for info in self._adopted)
 
-    def seal(self) -> str:
-        """Write the directory, with which it becomes a zip; returns its checksum."""
+    def seal(self) -> list[tuple[str, str]]:
+        """Write the directory, with which it becomes a zip."""
         assert self._zip is not None
         with explained(self._part):
             self._zip.close()
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
-        return digest_of(self._part)
+        return [(digest_of(self._part), "")]
 
     def close(self) -> None:
         """Close the file without a directory, so that it is not taken for a zip."""
@@ -139,6 +145,87 @@ def _member(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name, DATE)
     info.create_system, info.external_attr, info.CRC = 3, 0o644 << 16, 0
     return info
+
+
+class Tars:
+    """A folder of tars with their indexes; an image and what lies beside it are in one tar."""
+
+    def __init__(self, part: str) -> None:
+        os.makedirs(part, exist_ok=True)
+        self._part, self._number, self._end = part, 0, 0
+        self._file: IO[bytes] | None = None
+
+    def _path(self, number: int) -> str:
+        return os.path.join(self._part, f"{number:06d}.tar")
+
+    def add(self, name: str, content: bytes, beside: Beside = ()) -> Entry:
+        """Append an image and its texts, or write another file beside the tars; returns its entry in the journal."""
+        if not name.endswith((".png", ".jpg")):
+            return Folder(self._part).add(name, content)
+        stem = os.path.splitext(name)[0]
+        files = [(name, content), *((f"{stem}{extension}", text) for extension, text in beside)]
+        block = b"".join(_tar_member(*file) for file in files)
+        if self._end and self._end + len(block) > SHARD:
+            self._finish()
+            self._number, self._end = self._number + 1, 0
+        with explained(self._path(self._number)):
+            self._file = self._file or open(self._path(self._number), "ab")  # noqa: SIM115  close() closes it
+            self._file.write(block)
+            self._file.flush()
+        entry = {"name": name, "bytes": len(block), "sha256": hashlib.sha256(block).hexdigest()}
+        entry |= {"shard": self._number, "offset": self._end}
+        self._end += len(block)
+        return entry
+
+    def _finish(self) -> None:
+        if self._file is not None:
+            self._file.write(bytes(2 * tarfile.BLOCKSIZE))
+            self._file.close()
+            self._file = None
+
+    def adopt(self, entry: Entry) -> bool:
+        """Whether the block of an entry is there as it was written; if so, it is kept."""
+        try:
+            with open(self._path(entry["shard"]), "rb") as file:
+                file.seek(entry["offset"])
+                whole = bool(hashlib.sha256(file.read(entry["bytes"])).hexdigest() == entry["sha256"])
+        except OSError:
+            return False
+        if whole:
+            self._number, self._end = entry["shard"], entry["offset"] + entry["bytes"]
+        return whole
+
+    def trim(self) -> None:
+        """Cut the last tar behind what was adopted, and remove what comes after."""
+        for name in os.listdir(self._part):
+            if name > os.path.basename(self._path(self._number)) or not self._end:
+                os.remove(os.path.join(self._part, name))
+        if self._end:
+            os.truncate(self._path(self._number), self._end)
+
+    def seal(self) -> list[tuple[str, str]]:
+        """End the last tar, and write the indexes."""
+        with explained(self._part):
+            self._finish()
+        for number in range(self._number + 1):
+            path = self._path(number)
+            with open(path, "rb") as file:
+                write_index(path + BESIDE, file, os.path.getsize(path))
+        return [(digest_of(os.path.join(self._part, name)), name) for name in sorted(os.listdir(self._part))]
+
+    def close(self) -> None:
+        """Close the last tar without its end."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _tar_member(name: str, content: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mtime = len(content), 1767225600  # DATE
+    return info.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+
+
+Sink = Folder | Zip | Tars
 
 
 def digest_of(path: str) -> str:
@@ -206,7 +293,7 @@ class Journal:
         next(lines, None)
         return (entry for _, entry in lines)
 
-    def resume(self, sink: Folder | Zip, *, skip_bad: bool) -> int:
+    def resume(self, sink: Sink, *, skip_bad: bool) -> int:
         """How many items are done with; whatever comes behind them is thrown away.
 
         :param skip_bad: False tries again what was left out before.

@@ -1,4 +1,4 @@
-"""Any data set to a folder or zip of images that `load_data` reads, the class in the name: CLASS_NNNNNNN.png.
+"""Any data set to a folder, a zip or tars of images that `load_data` reads, the class in the name: CLASS_NNNNNNN.png.
 
 NNNNNNN counts the items of the source, from 0, those left out too. The result does not depend on the number of worker
 processes, nor on how often a run was killed and begun again. Beside OUT lie OUT.sha256, for ``sha256sum -c``, and
@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from guided_diffusion import logger
+from guided_diffusion.data.archives import archives_of
 from guided_diffusion.runtime import files
 from guided_diffusion.runtime.atomic import explained, replacing
 from guided_diffusion.runtime.errors import UserError, printable, quoted, reason
 
 from .config import ConversionConfig
 from .images import Encoded, Item, Recipe, Source, encode, end_with_parent
-from .output import Entry, Folder, Journal, Zip, open_sink, part_of
+from .output import Entry, Journal, Sink, open_sink, part_of
 
 AHEAD = 16  # images per worker that are handed out before the first is waited for
 LONGEST_CLASS = 150  # bytes: with a number or a name behind it, a file name may have 255
@@ -143,8 +144,8 @@ def check_paths(source: str, out: str) -> None:
     :raises ValueError: naming the place.
     """
     if not out:
-        raise UserError("OUT '' is no name: give a folder to make, or a file whose name ends in .zip")
-    if not os.path.exists(source):
+        raise UserError("OUT '' is no name: give a folder to make, or a name that ends in .zip or .tars")
+    if not (os.path.exists(source) or archives_of(source)):
         raise UserError(f"SOURCE {quoted(source)} is not there: give the path of the data set as it was fetched")
     folder = os.path.realpath(source)
     if os.path.isdir(folder) and os.path.realpath(out).startswith(os.path.join(folder, "")):
@@ -164,14 +165,14 @@ def _settle(out: str, request: Mapping[str, Any]) -> None:
     print(f"{out} is complete already: nothing was done")
 
 
-def _finish(out: str, report: Mapping[str, Any], source: Source, journal: Journal, sink: Folder | Zip) -> None:
+def _finish(out: str, report: Mapping[str, Any], source: Source, journal: Journal, sink: Sink) -> None:
     """Report, checksums, and last the name."""
     sums = [(entry["sha256"], entry["name"]) for entry in journal.entries() if "name" in entry]
     extras = [sink.add(*extra) for extra in source.extras({name for _, name in sums})]
     sums += [(entry["sha256"], entry["name"]) for entry in extras]
     _replace(f"{out}.report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    whole, name = sink.seal(), os.path.basename(out)
-    lines = [f"{whole}  {name}\n"] if whole else [f"{digest}  {name}/{file}\n" for digest, file in sums]
+    name = os.path.basename(out)
+    lines = [f"{digest}  {name}{f'/{file}' * bool(file)}\n" for digest, file in sink.seal() or sums]
     _replace(f"{out}.sha256", "".join(lines))
     with explained(out):
         os.rename(part_of(out), out)
@@ -186,7 +187,7 @@ def _replace(path: str, text: str) -> None:
 # ---- items -> files
 
 
-def _write(source: Source, config: ConversionConfig, journal: Journal, sink: Folder | Zip, done: int) -> Tally:
+def _write(source: Source, config: ConversionConfig, journal: Journal, sink: Sink, done: int) -> Tally:
     tally, items = Tally(), iter(enumerate(source.items))
     for entry in journal.entries():
         _, item = next(items, (0, None))
@@ -219,7 +220,7 @@ def _check_unchanged(config: ConversionConfig, entry: Entry, item: Item | None, 
         )
 
 
-def _entry(index: int, item: Item, result: Encoded | str, tally: Tally, sink: Folder | Zip) -> Entry:
+def _entry(index: int, item: Item, result: Encoded | str, tally: Tally, sink: Sink) -> Entry:
     """Write an image; returns its line of the journal."""
     entry: Entry = {"key": printable(item.key), "class": tally.names(item.label)}
     if isinstance(result, str):
@@ -229,7 +230,7 @@ def _entry(index: int, item: Item, result: Encoded | str, tally: Tally, sink: Fo
         return {**entry, "fault": f"the name {stem} is another image's already"}
     if item.name:
         entry["stem"] = stem
-    return {**entry, **sink.add(stem + result.extension, result.content)}
+    return {**entry, **sink.add(stem + result.extension, result.content, item.beside)}
 
 
 class _ThisProcess(Executor):

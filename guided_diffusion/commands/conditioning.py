@@ -15,6 +15,7 @@ from ..data.conditioning import CondKind, Pairing, cond_kind, open_cond_images
 from ..data.labels import read_labels
 from ..data.sources import ImageSource, Selection
 from ..data.upsampling import BaseImages, read_base as read
+from ..networks.tiling import MOST_OVERLAP, tiled
 from ..runtime.errors import UserError, refuse
 from ..runtime.options import parse_range, parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
@@ -136,13 +137,36 @@ def read_base(flags: Flags, names: Sequence[str] = ()) -> BaseImages:
 
     by_files = (_wants_labels(flags) and not options.classes) or source.class_from != "auto"
     selection = Selection(options.num_samples, all="num_samples" in flags.changed, label=label if by_files else None)
-    shape = (*parse_size(config.small_size), config.image_channels)
+    shape = (*((0, 0) if source.tile_overlap else parse_size(config.small_size)), config.image_channels)
     base = read(source.base_samples, shape, selection, parse_range(flags.part(RangeConfig).data_range))
     if "num_samples" in flags.given and len(base) < options.num_samples:
         logger.warn(f"{len(base)} images are there, not {options.num_samples}: each is enlarged once")
     if base.left_out and not selection.all:
         logger.warn(f"the first {len(base)} images are enlarged and {base.left_out} more are not: give --num_samples")
     return base
+
+
+def _enlarged(plan: Plan, flags: Flags, size: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of the large images; where there are tiles, the network of the plan takes them."""
+    config, overlap = flags.part(SuperResConfig), flags.part(UpsampleConfig).tile_overlap
+    small, large = parse_size(config.small_size), parse_size(config.large_size)
+    if not overlap:
+        return (config.image_channels, *large)
+    scale, shown = large[0] // small[0], f"{size[0]}x{size[1]}"
+    refuse(
+        (
+            large != (scale * small[0], scale * small[1]),
+            f"--tile_overlap needs a large_size that is a multiple of {small}",
+        ),
+        (
+            size[0] < small[0] or size[1] < small[1],
+            f"images of {shown} are smaller than a tile of {small}: enlarge them",
+        ),
+        (overlap > MOST_OVERLAP, f"--tile_overlap {overlap} is above {MOST_OVERLAP}: usual is 0.25"),
+    )
+    plan.network = tiled(plan.network, small, scale, overlap)
+    plan.request["tile_overlap"] = overlap
+    return config.image_channels, scale * size[0], scale * size[1]
 
 
 def enlarge(plan: Plan, flags: Flags, names: Sequence[str]) -> list[str]:
@@ -154,6 +178,7 @@ def enlarge(plan: Plan, flags: Flags, names: Sequence[str]) -> list[str]:
     check_labels(flags, base.labels is not None)
     plan.request |= {**base.request(), **({"cond_aug_level": level} if level else {})}
     plan.job |= {"num_samples": len(base), "names": base.names}
+    plan.job["shape"] = _enlarged(plan, flags, base.pixels.shape[1:3])
     plan.job["conditioning"] = partial(base.conditioning, level=level, seed=flags.part(RunConfig).seed)
     if base.labels is not None:
         plan.job |= {"labels": base.labels, "class_names": names}

@@ -92,7 +92,8 @@ def _open(path: str, flags: Flags) -> FirstStage:
     path = checkpoints.open_checkpoint(path, "--autoencoder_path").path  # of a run that may go on: this very file
     network, scale = load_autoencoder(path)
     mark = fingerprint(network.state_dict())
-    return FirstStage(network.to(dist_util.dev()), flags.values["scale_factor"] or scale, mark, path)
+    scale, tile = flags.values["scale_factor"] or scale, flags.values.get("decode_tile", 0)
+    return FirstStage(network.to(dist_util.dev()), scale, mark, path, tile)
 
 
 def of_sampling(flags: Flags, checkpoint: Checkpoint) -> tuple[Flags, FirstStage | None]:

@@ -109,7 +109,6 @@ def enlarging(model: Restored, classifier: Restored | None = None) -> Plan:
         plan.job |= labels_of(flags, names, config.num_classes)
     if not config.class_cond:
         plan.network = without_labels(plan.network)
-    plan.job["shape"] = image_shape(config.image_channels, config.large_size)
     return plan
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,8 +20,16 @@ from ..config import (
     local_flag,
     path_flag,
 )
-from ..runtime.errors import UserError
-from ..runtime.options import flag, list_of, names_of, range_flag, share_flag, size_flag
+from ..runtime.options import (
+    flag,
+    list_of,
+    names_of,
+    range_flag,
+    share_flag,
+    share_of_job,
+    shuffle_flag,
+    size_flag,
+)
 
 ACTIONS = ("list", "show", "download", "verify")
 TOOLS = ("to-png", "from-images", "merge")
@@ -44,21 +51,6 @@ LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
 COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
 WEIGHTS = list_of(r"0*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", "numbers above 0, such as 3,1", repeated=True)
 SCALES = list_of(r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
-
-
-def share_of_job(text: str) -> str:
-    """The same text, if it is a part of a job."""
-    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
-    if text and not (match and 1 <= int(match[1]) <= int(match[2])):
-        raise UserError(f"{text!r} is no part I/N of a job: write 1/8 to 8/8 for eight jobs")
-    return text
-
-
-def shuffle_flag(text: str) -> str:
-    """The same text, if it is a way to shuffle."""
-    if not re.fullmatch(r"all|shards(:0*[1-9]\d{0,8})?", text):
-        raise UserError(f"{text!r} is no way to shuffle: write all, shards or shards:16")
-    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +86,9 @@ class LatentConfig:
         excludes="cond_type",
     )
     autoencoder_id: str = flag("", "fingerprint of its weights; the training sets it", needs="autoencoder_path")
+    decode_tile: int = flag(
+        0, "decode in tiles of so many numbers a side, to save memory; 0: as a whole", at_least=8, runtime=True
+    )
     scale_factor: float = flag(
         0.0, "what latents are multiplied by; 0: the autoencoder's own", at_least=0, needs="autoencoder_path"
     )
@@ -310,6 +305,10 @@ class UpsampleConfig(LabelConfig):
 
     base_samples: str = path_flag("npz of small images (arr_0, labels in arr_1), folder of a sampling run, or images")
     cond_aug_level: float = share_flag("noise to put on the small images, of 0 to 1; 0: none", needs="cond_aug")
+    tile_overlap: float = share_flag(
+        "enlarge images of any size in tiles of the training's that overlap by this share, such as 0.25; 0: whole ones",
+        excludes="classifier_path",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

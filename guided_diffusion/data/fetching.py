@@ -66,7 +66,7 @@ class Fetcher:
             code = f"import sys; sys.path.insert(0, sys.argv[1]); from {__name__} import work; work(float(sys.argv[2]))"
             words = [sys.executable, "-c", code, str(Path(__file__).parents[__name__.count(".")]), str(self._limit)]
             self._process = subprocess.Popen(words, stdin=subprocess.PIPE, bufsize=0)
-            weakref.finalize(self, self._process.kill)
+            self._end = weakref.finalize(self, _end, self._process)
         try:
             assert self._process.stdin is not None, "it is a pipe"
             self._process.stdin.write(json.dumps(plan).encode() + b"\n")
@@ -75,11 +75,16 @@ class Fetcher:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None and self._process.stdin is not None:
-            self._process.stdin.close()
-            self._process.kill()
-            self._process.wait()
+        if self._process is not None:
+            self._end()
         self._process, self._plan = None, []
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None, "it is a pipe"
+    process.stdin.close()
+    process.kill()
+    process.wait()
 
 
 def _uses(shards: NDArray[np.int64]) -> list[tuple[int, int]]:

@@ -118,7 +118,10 @@ def _labels_of(source: ImageSource, rule: str, label_column: str) -> tuple[str, 
         raise UserError(f"label_column {label_column!r} has no effect with class_from {rule}: there is no table")
     alone = rule == "json" and not find_table(source, LABEL_FILES["json"])
     if rule == CLS or (alone and _beside(source, source.images[0], ".json")):
-        return rule, _of_files(source, f".{rule}", label_column), notes
+        labels, names = _of_files(source, f".{rule}", label_column), find_table(source, ("classes.json",))
+        known = files.load_classes(source.path(names)) if names and ".tar/" in source.images[0] else []
+        named = known and all(isinstance(label, int) and 0 <= label < len(known) for label in labels)
+        return rule, [known[int(label)] for label in labels] if named else labels, notes
     labels, remarks = _of_table(source, rule, label_column) if tabular else _of_names(source, rule)
     return rule, labels, notes + remarks
 

@@ -31,7 +31,7 @@ from ..runtime.options import Size
 from .archives import Archive, Stack, archives_of, is_stack, read_each
 from .crops import Picture, as_bytes, center_crop_arr
 from .decoding import Content, Decoded, Range, decode, decode_ids, decode_mask, size_in
-from .tars import TEXTS, Tar
+from .tars import BESIDE, TEXTS, Tar
 
 T = TypeVar("T")
 Entry = tuple[str, str]  # name of a file, and why it is not taken; '' if it is
@@ -98,7 +98,7 @@ class ImageSource:
         """How many files are no images, by extension, or are not taken, by reason."""
         tables = {table for tables in LABEL_FILES.values() for table in tables}
         others = [name for name in self.others if os.path.basename(name) not in tables]
-        others = [name for name in others if ".tar/" not in name or _extension(name) not in TEXTS]
+        others = [name for name in others if ".tar" not in name or _extension(name) not in (*TEXTS, BESIDE)]
         kinds = ["hidden" if _is_hidden(name) else printable(_extension(name)) or "no extension" for name in others]
         counts = Counter([*kinds, *(fault for _, fault in self.refused)])
         detail = ", ".join(f"{kind}: {count}" for kind, count in sorted(counts.items()))

@@ -68,16 +68,17 @@ class Truncated(UserError):
     """A tar that ends early or is damaged, behind members that are sound."""
 
 
-def members(file: IO[bytes], *, largest: int = MAX_BYTES) -> Iterator[Member]:
+def members(file: IO[bytes], *, largest: int = MAX_BYTES, packed: bool = True) -> Iterator[Member]:
     """The members of an open tar, packed or not, in their order.
 
     :param largest: bytes of a member that is read as a whole.
+    :param packed: False takes no packed tar, in which members have no places.
     :raises ValueError: if it is no tar.
     :raises Truncated: where it ends too early, after what could be read.
     """
     seen = set[str]()
     try:
-        archive = tarfile.open(fileobj=file)  # noqa: SIM115  the caller closes the file
+        archive = tarfile.open(fileobj=file, mode="r" if packed else "r:")  # noqa: SIM115  the caller closes the file
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"it is no tar ({reason(error)})") from error
     try:
@@ -151,7 +152,7 @@ class Tar:
             return None
         try:
             return _mapped(f"{self._kept}{BESIDE}", self.size)
-        except (OSError, ValueError, KeyError):  # it is made again
+        except (OSError, ValueError, LookupError):  # it is made again
             return None
 
     def _made(self) -> Mapping[str, NDArray[Any]]:
@@ -184,9 +185,9 @@ class Tar:
 
     def members(self) -> Iterator[tuple[str, bool, str]]:
         """(name, False, why it is not read or '') of every member, by name; of one name twice the first is read."""
-        ends = self._index["ends"]
-        names = self._index["names"].tobytes().decode()
-        yield from ((name, False, "") for name in (names.split("\n") if len(ends) else ()))
+        names = self._index["names"].tobytes().decode(errors="replace")
+        for name in names.split("\n") if len(self._index["ends"]) else ():
+            yield name, False, path_fault(name, "tar")  # again: an index may be anybody's
         yield from ((name, False, fault) for name, fault in json.loads(self._index["faults"].tobytes()))
 
     def read(self, name: str) -> bytes:
@@ -212,10 +213,8 @@ class Tar:
         """Bytes of the copy on this machine, where there is one."""
         try:
             with open(self.copy, "rb", buffering=0) as file:
-                if not self.remote and (os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_mtime) != (
-                    self.size,
-                    self._date,
-                ):
+                status = os.fstat(file.fileno())
+                if not self.remote and (status.st_size, status.st_mtime) != (self.size, self._date):
                     raise UserError(f"{self.path} has changed since its index was made: start again")
                 file.seek(start)
                 return file.read(size)
@@ -249,7 +248,7 @@ def write_index(path: str, file: IO[bytes], size: int) -> None:
     :raises UserError: if it is no tar, or ends early.
     """
     rows, faults, texts = list[tuple[bytes, int, int]](), list[tuple[str, str]](), io.BytesIO()
-    for member in members(file):
+    for member in members(file, packed=False):
         name = member.name.removeprefix("./")
         fault = member.fault or ("a name of two lines" if "\n" in name else "")
         if fault:

@@ -112,7 +112,7 @@ def read_base(
 ) -> BaseImages:
     """The first images of an npz, of a run that sampled, of a folder, zip or npy, or a single one.
 
-    :param shape: (h, w, C) of each.
+    :param shape: (h, w, C) of each; h and w 0 take the size of the first.
     :param data_range: as `read_image` takes it.
     """
     try:
@@ -120,12 +120,13 @@ def read_base(
         source = images_at(_samples_in(where) or where, "--base_samples", shape[2])
         chosen, labels = selection.of(source)
         sizes = {name: read_size(where) for name, where in zip(chosen.images, chosen.paths, strict=True)}
-        odd = [(name, size) for name, size in sizes.items() if size != shape[:2]]
+        size = shape[:2] if shape[0] else next(iter(sizes.values()))
+        odd = [(name, other) for name, other in sizes.items() if other != size]
         if odd:
-            name, (height, width) = odd[0]
+            (name, (height, width)), kind = odd[0], "small_size " * bool(shape[0])
             raise UserError(
-                f"{len(odd)} of {len(chosen)} images are not of small_size {shape[0]}x{shape[1]}, the first is "
-                f"{quoted(name)} with {height}x{width}: scale them, or leave them out"
+                f"{len(odd)} of {len(chosen)} images are not of {kind}{size[0]}x{size[1]}, the first is {quoted(name)} "
+                f"with {height}x{width}: scale them, or leave them out"
             )
         pixels = [read_pixels(where, shape[2], data_range=data_range) for where in chosen.paths]
         names = _names_beside(source.root, len(source)) if source.array else list(source.images)

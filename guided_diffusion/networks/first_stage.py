@@ -13,8 +13,10 @@ import torch as th
 import torch.nn.functional as F
 
 from .autoencoder import AutoencoderKL, DiagonalGaussian, VQModel
+from .tiling import blended
 
 PIXELS = 2**20  # that are encoded or decoded at once, 256 images of 64x64 or 4 of 512x512, which bounds the memory
+OVERLAP = 0.25  # share of a tile that the next one covers too
 
 
 def _in_parts(function: Callable[[th.Tensor], th.Tensor], x: th.Tensor, pixels: int) -> th.Tensor:
@@ -32,12 +34,14 @@ class FirstStage:
     :param scale_factor: what its latents are multiplied by in diffusion.
     :param fingerprint: of its weights.
     :param path: of the file that it comes from.
+    :param tile: decode in overlapping tiles of so many numbers a side, which are blended; 0: as a whole.
     """
 
     network: AutoencoderKL | VQModel
     scale_factor: float
     fingerprint: str = ""
     path: str = ""
+    tile: int = 0
 
     @property
     def factor(self) -> int:
@@ -87,9 +91,18 @@ class FirstStage:
         """The most probable latents of images."""
         return self.latents(self.moments(images))
 
+    def _decoded(self, latents: th.Tensor) -> th.Tensor:
+        sides, tile = latents.shape[2:], [min(self.tile or side, side) for side in latents.shape[2:]]
+
+        def one(place: Sequence[slice]) -> th.Tensor:
+            part = latents[..., place[0], place[1]]
+            return _in_parts(self.network.decode, part, part[0, 0].numel() * self.factor**2)
+
+        return one([slice(None)] * 2) if tile == list(sides) else blended(one, sides, tile, OVERLAP, self.factor)
+
     def decode(self, latents: th.Tensor) -> th.Tensor:
         """Images of latents, with the graph where latents have one; NaN where latents are not finite."""
-        images = _in_parts(self.network.decode, latents / self.scale_factor, latents[0, 0].numel() * self.factor**2)
+        images = self._decoded(latents / self.scale_factor)
         # the code of a codebook that is nearest to NaN would be as good as any
         broken = ~latents.isfinite().flatten(1).all(1)
         return images.masked_fill(broken.view(-1, 1, 1, 1), th.nan)

@@ -78,7 +78,9 @@ def local(path: AnyPath) -> str:
     """`resolve` for a path that must lie on this machine, such as all that is written."""
     text = resolve(path)
     if is_remote(text):
-        raise UserError(f"{text!r} is in a bucket, where a local path is needed: give one, and copy to or from there")
+        raise UserError(
+            f"{text!r} is on another machine, where a local path is needed: give one, and copy to or from there"
+        )
     return text
 
 

@@ -182,6 +182,21 @@ def names_of(names: Sequence[str], what: str) -> Callable[[str], str]:
     return read
 
 
+def share_of_job(text: str) -> str:
+    """The same text, if it is a part of a job."""
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
+    if text and not (match and 1 <= int(match[1]) <= int(match[2])):
+        raise UserError(f"{text!r} is no part I/N of a job: write 1/8 to 8/8 for eight jobs")
+    return text
+
+
+def shuffle_flag(text: str) -> str:
+    """The same text, if it is a way to shuffle."""
+    if not re.fullmatch(r"all|shards(:0*[1-9]\d{0,8})?", text):
+        raise UserError(f"{text!r} is no way to shuffle: write all, shards or shards:16")
+    return text
+
+
 # ---- the checks of a field
 
 

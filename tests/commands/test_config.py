@@ -41,7 +41,7 @@ VALUES_BEYOND = [
         "inception_weights precision classifier_precision loss_weight classifier_channel_mult sampler classes "
         "autoguide_path guidance_interval init_image mask interpolate init_classes init_from freeze lora_train "
         "lora_path cond_type cond_dir val_cond_dir cond_images cond_class_from classifier_path ema_rate "
-        "channel_mult autoencoder_path autoencoder_id preset",
+        "channel_mult autoencoder_path autoencoder_id preset shard data_weights balance",
     ),
     (
         False,
@@ -52,10 +52,13 @@ VALUES_BEYOND = [
     (
         0,
         "seed warmup_steps keep_last max_steps sample_interval eval_interval steps order save_intermediate "
-        "lora_rank cond_channels latent_channels",
+        "lora_rank cond_channels latent_channels start_index decode_tile",
     ),
     (0.0, "grad_clip cond_aug cond_aug_level class_dropout dynamic_threshold cfg_rescale lora_alpha cond_dropout"),
-    (0.0, "scale_factor"),
+    (0.0, "scale_factor tile_overlap"),
+    (16.0, "shard_cache_gb"),
+    ("all", "shuffle"),
+    ("crop", "fit"),
     (1.0, "cfg_scale autoguide_scale lora_scale classifier_scale"),
     (10.0, "dist_timeout"),
     ("auto", "class_from clip_guided"),
@@ -242,7 +245,8 @@ EVERY = {**cli.COMMANDS, **DATASETS, **cli.OTHERS}
 # where nothing else can mean what the default does: these never stand above what a checkpoint says
 NOT_GIVEN = {
     *(("steps", 0), ("order", 0), ("eta", -1.0), ("churn", -1.0), ("strength", -1.0)),
-    *(("cond_channels", 0), ("image_size", ""), ("rows", 0), ("columns", 0)),
+    *(("cond_channels", 0), ("image_size", ""), ("rows", 0), ("columns", 0), ("decode_tile", 0)),
+    ("data_weights", ""),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import tarfile
@@ -13,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch as th
-from shards import picture, samples, served, write_shards, write_tar
 
 from guided_diffusion.data import sources, tars
 from guided_diffusion.data.captions import read_captions
@@ -22,6 +22,7 @@ from guided_diffusion.data.labels import read_labels
 from guided_diffusion.data.sources import find_images, read_bytes
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.image_datasets import ImageStream, load_data
+from shards import picture, samples, served, write_shards, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +115,7 @@ def test_all_kinds_of_names_are_read(tmp_path: Path, kind: int) -> None:
 
 FAULTS = {
     "cut": "train-01.tar' is not a readable tar (it ends early or is damaged",
+    "packed": "train-01.tar' is not a readable tar (it is no tar",
     "no tar": "train-01.tar' is not a readable tar (it is no tar",
     "missing": "train-01.tar",
     "twice": "train-01.tar' is named twice",
@@ -127,6 +129,8 @@ def test_a_shard_that_cannot_be_used_is_named(tmp_path: Path, fault: str) -> Non
     place, path = write_shards(tmp_path, 2), tmp_path / "train-01.tar"
     if fault == "cut":
         path.write_bytes(path.read_bytes()[:5000])
+    elif fault == "packed":
+        path.write_bytes(gzip.compress(path.read_bytes()))
     elif fault == "no tar":
         path.write_bytes(b"no tar" * 999)
     elif fault == "missing":
@@ -176,8 +180,10 @@ def test_servers_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         find_images(f"{address}/train-{{00..02}}.tar")
 
 
-def test_an_index_beside_the_tar_saves_reading_it(tmp_path: Path, cache_folder: Path) -> None:
-    """And one of another tar of that name is not believed."""
+def test_an_index_beside_the_tar_saves_reading_it(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one of another tar of that name is not believed, nor a path that leads out of it."""
     path = write_tar(tmp_path / "a.tar", samples(range(4)))
     find_images(path)
     [kept] = cache_folder.glob("shards/*.index")
@@ -188,6 +194,17 @@ def test_an_index_beside_the_tar_saves_reading_it(tmp_path: Path, cache_folder: 
         assert len(find_images(f"{address}/a.tar")) == 4
         assert [asked_for for asked_for in asked if asked_for[0] == "a.tar"] == [("a.tar", "bytes=0-0")] * 2
         assert len(find_images(f"{address}/b.tar")) == 9
+    monkeypatch.setattr(tars, "path_fault", lambda name, archive: "")
+    write_tar(tmp_path / "c.tar", [("../1.png", picture(1)), ("2.png", picture(2))])
+    find_images(tmp_path / "c.tar")
+    monkeypatch.undo()
+    [kept] = [path for path in (tmp_path / "cache").glob("shards/*.index") if b"../1.png" in path.read_bytes()]
+    (tmp_path / "c.tar.index").write_bytes(kept.read_bytes())
+    kept.unlink()
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    source = find_images(tmp_path / "c.tar")
+    assert source.images == ["2.png"]
+    assert source.refused == [("../1.png", "a path that leads out of the tar")]
 
 
 # ---- copies on this machine

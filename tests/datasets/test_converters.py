@@ -24,6 +24,9 @@ from PIL import Image
 
 from conversion import output
 from conversion.command import DATASETS
+from guided_diffusion.data.captions import read_captions
+from guided_diffusion.data.labels import read_labels
+from guided_diffusion.data.sources import find_images
 from guided_diffusion.image_datasets import load_data
 
 
@@ -93,11 +96,15 @@ def made(tmp_path):
 # ---- every script
 
 
+def kinds_of(name):
+    return ("data.tars", "data2.tars") if name == "shards" else ("data", "data.zip")
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_killed_and_run_again_gives_the_bytes_of_an_unbroken_run(name, made, monkeypatch, capfd):
     """The unbroken one has two workers, the other none; a torn image and a torn line lie where it was killed."""
     source, flags, classes, folder = made(name)
-    kind = "data.zip" if list(SOURCES).index(name) % 2 else "data"
+    kind = kinds_of(name)[list(SOURCES).index(name) % 2]
     whole, broken = folder / "whole" / kind, folder / "broken" / kind
     run(name, source, whole, *flags, "--workers", 2)
     with monkeypatch.context() as patch:
@@ -120,13 +127,13 @@ def test_killed_and_run_again_gives_the_bytes_of_an_unbroken_run(name, made, mon
 @pytest.mark.parametrize("name", SOURCES)
 def test_training_reads_what_comes_out_with_its_classes(name, made):
     source, flags, classes, folder = made(name)
-    for out in (folder / "data", folder / "data.zip"):
+    for out in map(folder.joinpath, kinds_of(name)):
         run(name, source, out, *flags, "--workers", 0)
         data = load_data(data_dir=str(out), batch_size=2, image_size=8, class_cond=True, log=lambda line: None)
         assert {label: count for _, label, count in data.class_table()} == classes
         images, _ = next(data)
         assert images.shape == (2, 3, 8, 8)
-    assert pictures(folder / "data") == pictures(folder / "data.zip")
+    assert pictures(folder / kinds_of(name)[0]) == pictures(folder / kinds_of(name)[1])
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty folder", "empty file", "URL"])
@@ -741,3 +748,29 @@ def test_the_name_and_flags_of_the_original_script_still_work(made, monkeypatch)
     flags = ["--image-size", 32, "--prefix", "bedroom", "--workers", 0]
     run("lsun_bedroom", *flags, source / "bedroom_train_lmdb", folder / "data")
     assert sorted(pictures(folder / "data")) == [f"bedroom_000000{n}.png" for n in range(3)]
+
+
+# ---- tars
+
+
+def test_shards_keep_labels_and_captions(made, monkeypatch, tmp_path):
+    """As many tars as it takes, each with its index, and no reading through them when they are opened."""
+    source, _, _, folder = made("shards")
+    monkeypatch.setattr(output, "SHARD", 6500)
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    run("shards", source, folder / "pets.tars", "--workers", 0)
+    names = sorted(path.name for path in (folder / "pets.tars").iterdir())
+    assert names == ["000000.tar", "000000.tar.index", "000001.tar", "000001.tar.index", "classes.json"]
+    monkeypatch.setattr("guided_diffusion.data.tars.write_index", None)
+    listing = find_images(folder / "pets.tars")
+    assert listing.skipped().startswith("skipped 1")
+    assert read_labels(listing).classes == ["cat", "dog"]
+    assert read_labels(find_images(f"{folder}/pets.tars/{{000000..000001}}.tar")).ids == [0, 0, 1]
+    assert read_captions(listing).texts == [["a cat/1", "an animal"], [], ["a dog/2", "an animal"]]
+    run("shards", f"{folder}/pets.tars/{{000000..000001}}.tar", folder / "again.tars", "--workers", 0)
+    assert read_captions(find_images(folder / "again.tars")).texts == read_captions(listing).texts
+
+
+def test_a_name_that_is_no_folder_of_tars_is_refused(made, capfd):
+    source, _, _, folder = made("shards")
+    assert "is no folder of tars: give a name that ends in .tars" in refused(capfd, "shards", source, folder / "pets")
