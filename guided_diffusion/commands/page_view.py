@@ -39,12 +39,13 @@ CSS = """
 #result figure { margin: 0; width: var(--side); max-width: 100% }
 #result img { width: 100%; image-rendering: pixelated; border-radius: 6px; display: block; background: white }
 #result figcaption { font-size: 12px; overflow-wrap: anywhere; opacity: .8; margin-top: 2px }
-#result .sweep { overflow-x: auto } #result th { padding: 4px 10px 4px 0; text-align: left; font-weight: 600 }
-#result td { padding: 0 16px 14px 0; vertical-align: top }
+#result .sweep { overflow-x: auto } #result :is(table, tr, th, td) { border: 0 !important; background: none }
+#result th { padding: 4px 10px 4px 0; text-align: left; font-weight: 600; white-space: nowrap }
+#result td { padding: 0 16px 14px 0; vertical-align: top } #further { align-items: end }
 #result td .cards { width: max-content; max-width: 420px; gap: 4px }
 #status p { margin: 0; padding: 8px 12px; border-radius: 6px; background: var(--background-fill-secondary) }
 #status p.error { background: #fee2e2; color: #7f1d1d }
-#status progress { width: 100%; height: 6px; accent-color: var(--color-accent); display: block; margin-top: 6px }
+#status progress { width: 100%; height: 6px; accent-color: var(--primary-500); display: block; margin-top: 6px }
 """
 WRITE_ADDRESS = "query => { history.replaceState(null, '', query || location.pathname) }"
 
@@ -64,7 +65,9 @@ def start(blocks: Any, port: int = 0) -> None:
     :raises UserError: if the port is taken.
     """
     font = ["system-ui", "sans-serif"]
-    theme = gr.themes.Soft(primary_hue="indigo", font=font, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Soft(primary_hue="indigo", font=font, font_mono=["ui-monospace", "monospace"]).set(
+        block_title_background_fill="transparent", block_title_padding="0", block_title_text_color="*body_text_color"
+    )
     options: dict[str, Any] = {"quiet": True, "share": False, "prevent_thread_lock": True, "footer_links": []}
     options |= {"theme": theme, "css": CSS, "max_file_size": "20mb", "ssr_mode": False}
     try:
@@ -131,7 +134,7 @@ class Page:
                     getattr(self, f"_{task}", lambda: None)()
                     tab.select(None, None, [self.controls["task"]], js=f"() => ['{task}']")
         with gr.Row():
-            self.button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=140)
+            self.button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=140, interactive=False)
             self.cancel = gr.Button("Cancel", elem_id="cancel", min_width=100)
 
     def _sweep(self) -> None:
@@ -171,11 +174,11 @@ class Page:
         with gr.Row():
             self.npz = gr.DownloadButton("Download npz", visible=False, elem_id="npz", size="sm", min_width=120)
             self.png = gr.DownloadButton("Download PNG", visible=False, elem_id="png", size="sm", min_width=120)
-        with gr.Row(visible=False) as self.further:
-            self.number = gr.Number(
-                1, label="Take picture no.", precision=0, minimum=1, elem_id="number", min_width=120
-            )
-            self.takers = {task: gr.Button(f"to {TABS[task][0]}", size="sm", min_width=100) for task in OF_IMAGES}
+        with gr.Row(visible=False, elem_id="further") as self.further:
+            self.number = gr.Number(1, label="Picture no.", precision=0, minimum=1, elem_id="number", min_width=120)
+            self.takers = {
+                task: gr.Button(f"To {TABS[task][0].lower()}", size="sm", min_width=100) for task in OF_IMAGES
+            }
 
     # ---- what happens
 
@@ -187,7 +190,9 @@ class Page:
         slow: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": [self.status]}
         slow |= {"concurrency_limit": 1, "concurrency_id": "drawing", "api_visibility": "private"}
         click, leaf = self.button.click, [self.controls["task"], self.tabs]
-        self.blocks.load(self.fill, [query], [self.tabs, *controls, self.status], js="() => location.search", **quick)
+        self.blocks.load(
+            self.fill, [query], [self.tabs, *controls, self.status, self.button], js="() => location.search", **quick
+        )
         described = [self.controls[name] for name in BY_MODEL]
         self.controls["model"].input(self.describe, [self.controls["model"]], described, **quick)
         click(self.address, controls, [query], **quick).then(None, [query], None, js=WRITE_ADDRESS)
@@ -215,7 +220,8 @@ class Page:
         except UserError as error:
             values["classes"], faults = [], [*faults, f"The address is not used for Classes: {error}"]
         updates = [gr.update(value=value, **_look_of(name, facts)) for name, value in self._in_order(values)]
-        return [gr.Tabs(selected=settings.task), *updates, _message(" ".join(faults), "error" if faults else "done")]
+        fault = _message(" ".join(faults), "error" if faults else "done")
+        return [gr.Tabs(selected=settings.task), *updates, fault, gr.update(interactive=True)]
 
     def _in_order(self, values: dict[str, Any]) -> list[tuple[str, Any]]:
         return [(name, values[name]) for name in self.controls]
@@ -318,7 +324,7 @@ def _pictures(view: View) -> str:
     """The pictures, of a sweep in a table with a row for each number of steps."""
     cells, number = list[str](), 1
     for samples in view.made:
-        cells.append(_cards(samples, number, 72 if len(view.made) > 1 else 120))
+        cells.append(_cards(samples, number, 72 if len(view.made) > 1 else 160))
         number += len(samples or ())
     if len(cells) < 2:
         return "".join(cells)

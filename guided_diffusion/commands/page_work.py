@@ -165,7 +165,7 @@ class Shelf:
             others = {"classifier": config.classifier_path, "upsampler": config.upsampler_path}
             name = os.path.basename(config.model_path.rstrip("/"))
             self._sources = {name: {"source": config.model_path, **others}, **self._sources}
-        if config.preset:
+        if config.preset and presets.get(config.preset).path:
             self._sources = {config.preset: {"source": config.preset}, **self._sources}
         refuse((not self._sources, "there is no model here: give --model_path, or fetch one that 'models list' names"))
 
@@ -306,6 +306,7 @@ class Drawing:
     :param values: of the settings, as a browser sends them.
     :param image: that it starts from; `painted` is opaque where a person painted over it.
     :param folder: where its files go.
+    :ivar view: how it looks now.
     """
 
     def __init__(
@@ -317,7 +318,7 @@ class Drawing:
         folder: str,
     ) -> None:
         self._shelf, self._values, self._image, self._painted, self._folder = shelf, values, image, painted, folder
-        self._stop, self._views, self._view = threading.Event(), SimpleQueue[View](), View()
+        self._stop, self._news, self.view = threading.Event(), SimpleQueue[View](), View()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def stop(self) -> None:
@@ -329,23 +330,23 @@ class Drawing:
 
         Closing the iterator ends the work.
         """
-        yield self._view
+        yield self.view
         self._thread.start()
         try:
-            view = self._views.get()
+            view = self._news.get()
             while view.state == "working":
                 yield view
-                view = self._views.get()
-                while not self._views.empty():  # those that nobody can see any more
-                    view = self._views.get()
+                view = self._news.get()
+                while not self._news.empty():  # those that nobody can see any more
+                    view = self._news.get()
             yield view
         finally:
             self.stop()
             self._thread.join()  # the work of others starts when this has ended
 
     def _show(self, **changes: Any) -> None:
-        self._view = self._view._replace(**changes)
-        self._views.put(self._view)
+        self.view = self.view._replace(**changes)
+        self._news.put(self.view)
 
     def _work(self) -> None:
         try:
@@ -363,7 +364,7 @@ class Drawing:
     def _draw(self, settings: Settings) -> None:
         model, facts = self._shelf.model(settings.model), self._shelf.facts(settings.model)
         runs, made = runs_of(settings, facts), list[Samples]()
-        self._view = View(runs, [None] * len(runs))
+        self.view = View(runs, [None] * len(runs))
         for run in runs:
             ids, start = facts.ids(settings.classes), list[int]()
 
