@@ -385,7 +385,7 @@ class Drawing:
 
             made.append(self._sampled(model, facts, run.settings, each))
         count, size = sum(map(len, made)), "x".join(map(str, made[0].images.shape[2:0:-1]))
-        text = f"{count} pictures of {size} pixels, seed {settings.seed}"
+        text = f"{count} picture{'s' * (count > 1)} of {size} pixels, seed {settings.seed}"
         self._show(made=made, text=text, state="done", files=write_files(self._folder, settings, runs, made))
 
     def _sampled(self, model: Model, facts: Facts, settings: Settings, callback: Any) -> Samples:
