@@ -16,11 +16,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from .. import Samples
 from ..runtime.errors import UserError
 from ..runtime.pictures import Pixels
 from . import page_work as work
 from .page_work import SPECS, TITLES, Drawing, Facts, Shelf, View
-from .pipeline import Samples
 from .sections import PageConfig
 
 HOST, WAITING = "127.0.0.1", 20  # drawings in the queue
@@ -53,6 +53,7 @@ WRITE_ADDRESS = "query => { history.replaceState(null, '', query || location.pat
 def serve(config: PageConfig) -> None:
     """Serve the page on this machine until it is interrupted."""
     with tempfile.TemporaryDirectory(prefix="guided-diffusion-page-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
         blocks = Page(Shelf(config), folder).blocks
         start(blocks, config.port)
         print(f"The page is at {blocks.local_url}, for browsers of this machine; Ctrl-C ends it.", flush=True)
@@ -83,7 +84,6 @@ class Page:
     """
 
     def __init__(self, shelf: Shelf, folder: str) -> None:
-        os.environ["GRADIO_TEMP_DIR"] = folder
         self.shelf, self.folder, self.drawings = shelf, folder, dict[str, Drawing]()
         self.controls: dict[str, Any] = {}
         with gr.Blocks(title="guided-diffusion", analytics_enabled=False, delete_cache=(600, 3600)) as self.blocks:
@@ -127,11 +127,12 @@ class Page:
 
     def _tasks(self) -> None:
         self.controls["task"] = gr.Textbox("sample", visible=False)
+        parts = {task: getattr(self, f"_{task}") for task in TABS if task != "sample"}
         with gr.Tabs(selected="sample", overflow_behavior="wrap") as self.tabs:
             for task, (name, about) in TABS.items():
                 with gr.Tab(name, id=task, render_children=True) as tab:
                     gr.Markdown(about)
-                    getattr(self, f"_{task}", lambda: None)()
+                    parts.get(task, bool)()
                     tab.select(None, None, [self.controls["task"]], js=f"() => ['{task}']")
         with gr.Row():
             self.button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=140, interactive=False)
@@ -159,13 +160,8 @@ class Page:
         self.small = self._upload("small")
 
     def _upload(self, name: str) -> Any:
-        options: dict[str, Any] = {
-            "type": "pil",
-            "image_mode": "RGBA",
-            "format": "png",
-            "sources": ["upload", "clipboard"],
-        }
-        return gr.Image(label="Image", elem_id=name, height=300, **options)
+        options: dict[str, Any] = {"type": "pil", "image_mode": "RGBA", "format": "png", "height": 300}
+        return gr.Image(label="Image", elem_id=name, sources=["upload", "clipboard"], **options)
 
     def _results(self) -> None:
         self.status = gr.HTML(elem_id="status")
@@ -200,7 +196,8 @@ class Page:
         self.cancel.click(self.halt, None, [self.status], cancels=[drawing], **quick)
         self.blocks.unload(self.leave)
         for (task, button), image in zip(self.takers.items(), images, strict=True):
-            taken = button.click(self.take, [self.kept, self.number], [image, self.controls["classes"]], **quick)
+            chosen = [self.kept, self.number, self.controls["model"]]
+            taken = button.click(self.take, chosen, [image, self.controls["classes"]], **quick)
             taken.success(partial(self.turn_to, task), None, leaf, **quick)
 
     def _values(self, values: Sequence[Any]) -> dict[str, Any]:
@@ -219,12 +216,9 @@ class Page:
             values["classes"] = [facts.labels[label][1] for label in facts.ids(settings.classes)]
         except UserError as error:
             values["classes"], faults = [], [*faults, f"The address is not used for Classes: {error}"]
-        updates = [gr.update(value=value, **_look_of(name, facts)) for name, value in self._in_order(values)]
+        updates = [gr.update(value=values[name], **_look_of(name, facts)) for name in self.controls]
         fault = _message(" ".join(faults), "error" if faults else "done")
         return [gr.Tabs(selected=settings.task), *updates, fault, gr.update(interactive=True)]
-
-    def _in_order(self, values: dict[str, Any]) -> list[tuple[str, Any]]:
-        return [(name, values[name]) for name in self.controls]
 
     def describe(self, model: str) -> list[Any]:
         """The controls that depend on the model, for another one."""
@@ -251,10 +245,11 @@ class Page:
         with closing(drawing.views()) as views:
             for view in views:
                 yield _updates(view)
+        self.leave(request)
 
     def halt(self, request: gr.Request) -> str:
         """End the drawing of this browser."""
-        return _message("Stopped." if self.leave(request) else "Nothing is being drawn.", "done")
+        return _message("Stopped." if self.leave(request) else "Nothing is drawn now.", "done")
 
     def leave(self, request: gr.Request) -> bool:
         """The same, whether there is one or not."""
@@ -263,12 +258,13 @@ class Page:
             drawing.stop()
         return drawing is not None
 
-    def take(self, kept: list[tuple[Any, str]], number: int) -> list[Any]:
+    def take(self, kept: list[tuple[Any, str]], number: int, model: str) -> list[Any]:
         """A picture of the result, and its class."""
         if not 1 <= (number or 0) <= len(kept):
             raise gr.Error(f"Picture no. {number} is not there: give one of 1 to {len(kept)}")
         image, label = kept[number - 1]
-        return [_enlarged(image), [label] if label else gr.skip()]
+        known = label in dict(self.shelf.facts(model).labels).values()
+        return [_enlarged(image), [label] if known else gr.skip()]
 
     def turn_to(self, task: str) -> list[Any]:
         """Another tab."""
@@ -277,13 +273,13 @@ class Page:
 
 def _look_of(name: str, facts: Facts) -> dict[str, Any]:
     """What a control shows for a model."""
-    guided = facts.classifier or facts.free
-    visible = {"prompt": facts.text, "negative_prompt": facts.text, "classes": bool(facts.labels), "scales": guided}
-    visible |= {"classifier_scale": facts.classifier, "cfg_scale": facts.free}
-    visible["swept"] = facts.classifier and facts.free
-    return ({"visible": visible[name]} if name in BY_MODEL else {}) | (
-        {"choices": facts.labels} if name == "classes" else {}
+    if name not in BY_MODEL:
+        return {}
+    guided, both = facts.classifier or facts.free, facts.classifier and facts.free
+    needs = dict(
+        zip(BY_MODEL, (facts.labels, facts.text, facts.text, facts.classifier, facts.free, guided, both), strict=True)
     )
+    return {"visible": bool(needs[name])} | ({"choices": facts.labels} if name == "classes" else {})
 
 
 # ---- what it looks like

@@ -15,14 +15,14 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from .. import __version__, dist_util
+from .. import Samples, __version__, dist_util, load
 from ..nn import traits_of
 from ..runtime.errors import UserError, refuse
 from ..runtime.labels import parse_classes
@@ -31,8 +31,10 @@ from ..runtime.options import flag, parse_size, reader_of
 from ..runtime.pictures import grid, to_uint8
 from ..sampling.samplers import SAMPLERS
 from . import presets
-from .pipeline import Model, Samples, load
 from .sections import COUNTS, SCALES, PageConfig
+
+if TYPE_CHECKING:
+    from .pipeline import Model
 
 TASKS = ("sample", "sweep", "inpaint", "redraw", "enlarge")
 KINDS = ("classifier", "classifier-free")
@@ -158,7 +160,7 @@ class Shelf:
 
     def __init__(self, config: PageConfig) -> None:
         self.lock = threading.RLock()
-        self._device, self._facts, self._open = config.device, dict[str, Facts](), dict[str, Model]()
+        self._device, self._facts, self._open = config.device, dict[str, Facts](), dict[str, "Model"]()
         kinds = {each.name: each.kind for each in presets.all_presets().values() if os.path.exists(each.place)}
         self._sources = {name: {"source": name} for name, kind in kinds.items() if kind == presets.DIFFUSION}
         if config.model_path:

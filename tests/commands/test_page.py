@@ -278,13 +278,17 @@ class Tab:
 
     def draw(self) -> str:
         """What the page says when a drawing has ended."""
+        self.forget()
         self.page.click("#draw")
         return self.ended()
 
+    def forget(self) -> None:
+        """Mark what the page says now, so that `ended` waits for something new."""
+        self.page.eval_on_selector_all("#status p", "said => said.forEach(one => one.classList.add('working'))")
+
     def ended(self) -> str:
-        self.page.wait_for_selector("#status p.working", state="attached")
         self.page.wait_for_selector("#status p:not(.working)")
-        return self.page.inner_text("#status p").strip()
+        return str(self.page.inner_text("#status p")).strip()
 
     def images(self) -> list[np.ndarray]:
         """The pictures of the result."""
@@ -387,6 +391,7 @@ def test_by_keyboard_alone(browser: Any, server: Any, model: Model) -> None:
     tab.page.keyboard.type("5")
     go_to("[role=tab]")
     go_to("#draw")
+    tab.forget()
     press("Enter")
     assert tab.ended() == "8 pictures of 8x8 pixels, seed 5"
     expected = model.sample(classes="owl", num_samples=8, seed=5, steps=2, sampler="dpm++2m", classifier_scale=2)
