@@ -40,7 +40,7 @@ test-slow: lint
 
 test-page: $(READY)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test-page]'
-	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
 		echo 'These tests need a browser: apt-get install chromium, or Google Chrome.'; exit 1; }
 	.venv/bin/python -m pytest -m '' -rs tests/commands/test_page.py
 

@@ -223,8 +223,8 @@ class Page:
     def describe(self, model: str) -> list[Any]:
         """The controls that depend on the model, for another one."""
         facts = self.shelf.facts(model)
-        classes = {"classes": {"value": []}}
-        return [gr.update(**_look_of(name, facts), **classes.get(name, {})) for name in BY_MODEL]
+        value: dict[str, Any] = {"value": []}
+        return [gr.update(**_look_of(name, facts), **(value if name == "classes" else {})) for name in BY_MODEL]
 
     def address(self, *values: Any) -> str:
         """The query of the settings, '' where they are out of their limits."""
@@ -320,7 +320,7 @@ def _pictures(view: View) -> str:
     """The pictures, of a sweep in a table with a row for each number of steps."""
     cells, number = list[str](), 1
     for samples in view.made:
-        cells.append(_cards(samples, number, 72 if len(view.made) > 1 else 160))
+        cells.append(_cards(samples, number, 72 if len(view.made) > 1 else 140))
         number += len(samples or ())
     if len(cells) < 2:
         return "".join(cells)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -162,7 +162,9 @@ class Shelf:
         self.lock = threading.RLock()
         self._device, self._facts, self._open = config.device, dict[str, Facts](), dict[str, "Model"]()
         kinds = {each.name: each.kind for each in presets.all_presets().values() if os.path.exists(each.place)}
-        self._sources = {name: {"source": name} for name, kind in kinds.items() if kind == presets.DIFFUSION}
+        self._sources: dict[str, dict[str, Any]] = {
+            name: {"source": name} for name, kind in kinds.items() if kind == presets.DIFFUSION
+        }
         if config.model_path:
             others = {"classifier": config.classifier_path, "upsampler": config.upsampler_path}
             name = os.path.basename(config.model_path.rstrip("/"))
@@ -327,7 +329,7 @@ class Drawing:
         """End the work before its next step."""
         self._stop.set()
 
-    def views(self) -> Iterator[View]:
+    def views(self) -> Generator[View, None, None]:
         """Do it, and tell how it looks after its steps; the last view is finished or says what is wrong.
 
         Closing the iterator ends the work.

@@ -311,6 +311,7 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @foreign_warnings
 def test_a_path_through_every_tab(browser: Any, server: Any, model: Model, tmp_path: Path) -> None:
     tab = Tab(browser, server, "?classes=owl,cat&steps=3&num_samples=2&seed=3&sampler=ddim&steps=5&bad=1&cfg_scale=99")
@@ -359,6 +360,7 @@ def test_a_path_through_every_tab(browser: Any, server: Any, model: Model, tmp_p
     tab.context.close()
 
 
+@pytest.mark.slow
 @foreign_warnings
 def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Any, server: Any) -> None:
     tab = Tab(browser, server, "?steps=2", (390, 844))
@@ -370,6 +372,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(browser: Any, server: Any) 
     tab.context.close()
 
 
+@pytest.mark.slow
 @foreign_warnings
 def test_by_keyboard_alone(browser: Any, server: Any, model: Model) -> None:
     tab = Tab(browser, server, "?steps=2")
@@ -399,6 +402,7 @@ def test_by_keyboard_alone(browser: Any, server: Any, model: Model) -> None:
     tab.context.close()
 
 
+@pytest.mark.slow
 @foreign_warnings
 def test_two_browsers_at_once_get_each_their_own(browser: Any, server: Any, model: Model) -> None:
     tabs = {seed: Tab(browser, server, f"?seed={seed}&steps=100&num_samples=2&classes=cat") for seed in (1, 2)}
@@ -413,6 +417,7 @@ def test_two_browsers_at_once_get_each_their_own(browser: Any, server: Any, mode
         tab.context.close()
 
 
+@pytest.mark.slow
 @foreign_warnings
 @pytest.mark.parametrize("way", ["cancel", "close"])
 def test_work_ends_when_nobody_waits_for_it(browser: Any, server: Any, way: str) -> None:
@@ -435,6 +440,7 @@ def test_work_ends_when_nobody_waits_for_it(browser: Any, server: Any, way: str)
     tab.context.close()
 
 
+@pytest.mark.slow
 @foreign_warnings
 def test_a_wrong_word_is_answered_in_the_page(browser: Any, server: Any) -> None:
     tab = Tab(browser, server, "?steps=2")
