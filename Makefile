@@ -8,9 +8,9 @@ READY = .venv/ready
 # tests of one file share what is slow to make
 PARALLEL = -n 2 --dist loadfile
 
-test test-slow coverage: export OMP_NUM_THREADS ?= 1
+test test-slow test-page coverage: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo demo-train test test-slow coverage lint bench paper notebooks docs clean
+.PHONY: help setup demo demo-train test test-slow test-page coverage lint bench paper notebooks docs clean
 
 help:
 	@echo 'make setup      make .venv, and nothing else'
@@ -18,6 +18,7 @@ help:
 	@echo 'make demo-train train a small model on the bundled pictures and sample from it (minutes)'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-slow  lint, then every test'
+	@echo 'make test-page  the tests of the page, in a browser; adds gradio and playwright to .venv'
 	@echo 'make coverage   the tests, and which lines they miss'
 	@echo 'make lint       style and types'
 	@echo 'make bench      measure speed and samplers, and write docs/benchmarks.md and docs/samplers.md (half an hour)'
@@ -39,6 +40,12 @@ test: lint
 
 test-slow: lint
 	.venv/bin/python -m pytest $(PARALLEL) -m ''
+
+test-page: $(READY)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test-page]'
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+		echo 'These tests need a browser: apt-get install chromium, or Google Chrome.'; exit 1; }
+	.venv/bin/python -m pytest -m '' -rs tests/commands/test_page.py
 
 coverage: $(READY)
 	.venv/bin/python -m pytest --cov --cov-report=term-missing --cov-fail-under=90

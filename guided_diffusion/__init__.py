@@ -8,7 +8,7 @@ first asked for, and all others from the modules that they are in, such as ``gui
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .commands.pipeline import load as load
+    from .commands.pipeline import Samples as Samples, load as load
     from .sampling.guidance import classifier_guidance as classifier_guidance
     from .sampling.samplers import make_sampler as make_sampler
 
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 PUBLIC = {
     "load": "commands.pipeline",
+    "Samples": "commands.pipeline",
     "classifier_guidance": "sampling.guidance",
     "make_sampler": "sampling.samplers",
 }

@@ -16,11 +16,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from .. import Samples
 from ..runtime.errors import UserError
 from ..runtime.pictures import Pixels
 from . import page_work as work
 from .page_work import SPECS, TITLES, Drawing, Facts, Shelf, View
-from .pipeline import Samples
 from .sections import PageConfig
 
 HOST, WAITING = "127.0.0.1", 20  # drawings in the queue
@@ -39,12 +39,13 @@ CSS = """
 #result figure { margin: 0; width: var(--side); max-width: 100% }
 #result img { width: 100%; image-rendering: pixelated; border-radius: 6px; display: block; background: white }
 #result figcaption { font-size: 12px; overflow-wrap: anywhere; opacity: .8; margin-top: 2px }
-#result .sweep { overflow-x: auto } #result th { padding: 4px 10px 4px 0; text-align: left; font-weight: 600 }
-#result td { padding: 0 16px 14px 0; vertical-align: top }
+#result .sweep { overflow-x: auto } #result :is(table, tr, th, td) { border: 0 !important; background: none }
+#result th { padding: 4px 10px 4px 0; text-align: left; font-weight: 600; white-space: nowrap }
+#result td { padding: 0 16px 14px 0; vertical-align: top } #further { align-items: end }
 #result td .cards { width: max-content; max-width: 420px; gap: 4px }
 #status p { margin: 0; padding: 8px 12px; border-radius: 6px; background: var(--background-fill-secondary) }
 #status p.error { background: #fee2e2; color: #7f1d1d }
-#status progress { width: 100%; height: 6px; accent-color: var(--color-accent); display: block; margin-top: 6px }
+#status progress { width: 100%; height: 6px; accent-color: var(--primary-500); display: block; margin-top: 6px }
 """
 WRITE_ADDRESS = "query => { history.replaceState(null, '', query || location.pathname) }"
 
@@ -52,6 +53,7 @@ WRITE_ADDRESS = "query => { history.replaceState(null, '', query || location.pat
 def serve(config: PageConfig) -> None:
     """Serve the page on this machine until it is interrupted."""
     with tempfile.TemporaryDirectory(prefix="guided-diffusion-page-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
         blocks = Page(Shelf(config), folder).blocks
         start(blocks, config.port)
         print(f"The page is at {blocks.local_url}, for browsers of this machine; Ctrl-C ends it.", flush=True)
@@ -64,7 +66,9 @@ def start(blocks: Any, port: int = 0) -> None:
     :raises UserError: if the port is taken.
     """
     font = ["system-ui", "sans-serif"]
-    theme = gr.themes.Soft(primary_hue="indigo", font=font, font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Soft(primary_hue="indigo", font=font, font_mono=["ui-monospace", "monospace"]).set(
+        block_title_background_fill="transparent", block_title_padding="0", block_title_text_color="*body_text_color"
+    )
     options: dict[str, Any] = {"quiet": True, "share": False, "prevent_thread_lock": True, "footer_links": []}
     options |= {"theme": theme, "css": CSS, "max_file_size": "20mb", "ssr_mode": False}
     try:
@@ -80,7 +84,6 @@ class Page:
     """
 
     def __init__(self, shelf: Shelf, folder: str) -> None:
-        os.environ["GRADIO_TEMP_DIR"] = folder
         self.shelf, self.folder, self.drawings = shelf, folder, dict[str, Drawing]()
         self.controls: dict[str, Any] = {}
         with gr.Blocks(title="guided-diffusion", analytics_enabled=False, delete_cache=(600, 3600)) as self.blocks:
@@ -124,14 +127,15 @@ class Page:
 
     def _tasks(self) -> None:
         self.controls["task"] = gr.Textbox("sample", visible=False)
+        parts = {task: getattr(self, f"_{task}") for task in TABS if task != "sample"}
         with gr.Tabs(selected="sample", overflow_behavior="wrap") as self.tabs:
             for task, (name, about) in TABS.items():
                 with gr.Tab(name, id=task, render_children=True) as tab:
                     gr.Markdown(about)
-                    getattr(self, f"_{task}", lambda: None)()
+                    parts.get(task, bool)()
                     tab.select(None, None, [self.controls["task"]], js=f"() => ['{task}']")
         with gr.Row():
-            self.button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=140)
+            self.button = gr.Button("Draw", variant="primary", elem_id="draw", min_width=140, interactive=False)
             self.cancel = gr.Button("Cancel", elem_id="cancel", min_width=100)
 
     def _sweep(self) -> None:
@@ -156,13 +160,8 @@ class Page:
         self.small = self._upload("small")
 
     def _upload(self, name: str) -> Any:
-        options: dict[str, Any] = {
-            "type": "pil",
-            "image_mode": "RGBA",
-            "format": "png",
-            "sources": ["upload", "clipboard"],
-        }
-        return gr.Image(label="Image", elem_id=name, height=300, **options)
+        options: dict[str, Any] = {"type": "pil", "image_mode": "RGBA", "format": "png", "height": 300}
+        return gr.Image(label="Image", elem_id=name, sources=["upload", "clipboard"], **options)
 
     def _results(self) -> None:
         self.status = gr.HTML(elem_id="status")
@@ -171,11 +170,11 @@ class Page:
         with gr.Row():
             self.npz = gr.DownloadButton("Download npz", visible=False, elem_id="npz", size="sm", min_width=120)
             self.png = gr.DownloadButton("Download PNG", visible=False, elem_id="png", size="sm", min_width=120)
-        with gr.Row(visible=False) as self.further:
-            self.number = gr.Number(
-                1, label="Take picture no.", precision=0, minimum=1, elem_id="number", min_width=120
-            )
-            self.takers = {task: gr.Button(f"to {TABS[task][0]}", size="sm", min_width=100) for task in OF_IMAGES}
+        with gr.Row(visible=False, elem_id="further") as self.further:
+            self.number = gr.Number(1, label="Picture no.", precision=0, minimum=1, elem_id="number", min_width=120)
+            self.takers = {
+                task: gr.Button(f"To {TABS[task][0].lower()}", size="sm", min_width=100) for task in OF_IMAGES
+            }
 
     # ---- what happens
 
@@ -187,7 +186,9 @@ class Page:
         slow: dict[str, Any] = {"show_progress": "minimal", "show_progress_on": [self.status]}
         slow |= {"concurrency_limit": 1, "concurrency_id": "drawing", "api_visibility": "private"}
         click, leaf = self.button.click, [self.controls["task"], self.tabs]
-        self.blocks.load(self.fill, [query], [self.tabs, *controls, self.status], js="() => location.search", **quick)
+        self.blocks.load(
+            self.fill, [query], [self.tabs, *controls, self.status, self.button], js="() => location.search", **quick
+        )
         described = [self.controls[name] for name in BY_MODEL]
         self.controls["model"].input(self.describe, [self.controls["model"]], described, **quick)
         click(self.address, controls, [query], **quick).then(None, [query], None, js=WRITE_ADDRESS)
@@ -195,7 +196,8 @@ class Page:
         self.cancel.click(self.halt, None, [self.status], cancels=[drawing], **quick)
         self.blocks.unload(self.leave)
         for (task, button), image in zip(self.takers.items(), images, strict=True):
-            taken = button.click(self.take, [self.kept, self.number], [image, self.controls["classes"]], **quick)
+            chosen = [self.kept, self.number, self.controls["model"]]
+            taken = button.click(self.take, chosen, [image, self.controls["classes"]], **quick)
             taken.success(partial(self.turn_to, task), None, leaf, **quick)
 
     def _values(self, values: Sequence[Any]) -> dict[str, Any]:
@@ -214,17 +216,15 @@ class Page:
             values["classes"] = [facts.labels[label][1] for label in facts.ids(settings.classes)]
         except UserError as error:
             values["classes"], faults = [], [*faults, f"The address is not used for Classes: {error}"]
-        updates = [gr.update(value=value, **_look_of(name, facts)) for name, value in self._in_order(values)]
-        return [gr.Tabs(selected=settings.task), *updates, _message(" ".join(faults), "error" if faults else "done")]
-
-    def _in_order(self, values: dict[str, Any]) -> list[tuple[str, Any]]:
-        return [(name, values[name]) for name in self.controls]
+        updates = [gr.update(value=values[name], **_look_of(name, facts)) for name in self.controls]
+        fault = _message(" ".join(faults), "error" if faults else "done")
+        return [gr.Tabs(selected=settings.task), *updates, fault, gr.update(interactive=True)]
 
     def describe(self, model: str) -> list[Any]:
         """The controls that depend on the model, for another one."""
         facts = self.shelf.facts(model)
-        classes = {"classes": {"value": []}}
-        return [gr.update(**_look_of(name, facts), **classes.get(name, {})) for name in BY_MODEL]
+        value: dict[str, Any] = {"value": []}
+        return [gr.update(**_look_of(name, facts), **(value if name == "classes" else {})) for name in BY_MODEL]
 
     def address(self, *values: Any) -> str:
         """The query of the settings, '' where they are out of their limits."""
@@ -245,10 +245,11 @@ class Page:
         with closing(drawing.views()) as views:
             for view in views:
                 yield _updates(view)
+        self.leave(request)
 
     def halt(self, request: gr.Request) -> str:
         """End the drawing of this browser."""
-        return _message("Stopped." if self.leave(request) else "Nothing is being drawn.", "done")
+        return _message("Stopped." if self.leave(request) else "Nothing is drawn now.", "done")
 
     def leave(self, request: gr.Request) -> bool:
         """The same, whether there is one or not."""
@@ -257,12 +258,13 @@ class Page:
             drawing.stop()
         return drawing is not None
 
-    def take(self, kept: list[tuple[Any, str]], number: int) -> list[Any]:
+    def take(self, kept: list[tuple[Any, str]], number: int, model: str) -> list[Any]:
         """A picture of the result, and its class."""
         if not 1 <= (number or 0) <= len(kept):
             raise gr.Error(f"Picture no. {number} is not there: give one of 1 to {len(kept)}")
         image, label = kept[number - 1]
-        return [_enlarged(image), [label] if label else gr.skip()]
+        known = label in dict(self.shelf.facts(model).labels).values()
+        return [_enlarged(image), [label] if known else gr.skip()]
 
     def turn_to(self, task: str) -> list[Any]:
         """Another tab."""
@@ -271,13 +273,13 @@ class Page:
 
 def _look_of(name: str, facts: Facts) -> dict[str, Any]:
     """What a control shows for a model."""
-    guided = facts.classifier or facts.free
-    visible = {"prompt": facts.text, "negative_prompt": facts.text, "classes": bool(facts.labels), "scales": guided}
-    visible |= {"classifier_scale": facts.classifier, "cfg_scale": facts.free}
-    visible["swept"] = facts.classifier and facts.free
-    return ({"visible": visible[name]} if name in BY_MODEL else {}) | (
-        {"choices": facts.labels} if name == "classes" else {}
+    if name not in BY_MODEL:
+        return {}
+    guided, both = facts.classifier or facts.free, facts.classifier and facts.free
+    needs = dict(
+        zip(BY_MODEL, (facts.labels, facts.text, facts.text, facts.classifier, facts.free, guided, both), strict=True)
     )
+    return {"visible": bool(needs[name])} | ({"choices": facts.labels} if name == "classes" else {})
 
 
 # ---- what it looks like
@@ -318,7 +320,7 @@ def _pictures(view: View) -> str:
     """The pictures, of a sweep in a table with a row for each number of steps."""
     cells, number = list[str](), 1
     for samples in view.made:
-        cells.append(_cards(samples, number, 72 if len(view.made) > 1 else 120))
+        cells.append(_cards(samples, number, 72 if len(view.made) > 1 else 140))
         number += len(samples or ())
     if len(cells) < 2:
         return "".join(cells)

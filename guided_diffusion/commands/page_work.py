@@ -12,17 +12,17 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from .. import __version__, dist_util
+from .. import Samples, __version__, dist_util, load
 from ..nn import traits_of
 from ..runtime.errors import UserError, refuse
 from ..runtime.labels import parse_classes
@@ -31,8 +31,10 @@ from ..runtime.options import flag, parse_size, reader_of
 from ..runtime.pictures import grid, to_uint8
 from ..sampling.samplers import SAMPLERS
 from . import presets
-from .pipeline import Model, Samples, load
 from .sections import COUNTS, SCALES, PageConfig
+
+if TYPE_CHECKING:
+    from .pipeline import Model
 
 TASKS = ("sample", "sweep", "inpaint", "redraw", "enlarge")
 KINDS = ("classifier", "classifier-free")
@@ -158,14 +160,16 @@ class Shelf:
 
     def __init__(self, config: PageConfig) -> None:
         self.lock = threading.RLock()
-        self._device, self._facts, self._open = config.device, dict[str, Facts](), dict[str, Model]()
+        self._device, self._facts, self._open = config.device, dict[str, Facts](), dict[str, "Model"]()
         kinds = {each.name: each.kind for each in presets.all_presets().values() if os.path.exists(each.place)}
-        self._sources = {name: {"source": name} for name, kind in kinds.items() if kind == presets.DIFFUSION}
+        self._sources: dict[str, dict[str, Any]] = {
+            name: {"source": name} for name, kind in kinds.items() if kind == presets.DIFFUSION
+        }
         if config.model_path:
             others = {"classifier": config.classifier_path, "upsampler": config.upsampler_path}
             name = os.path.basename(config.model_path.rstrip("/"))
             self._sources = {name: {"source": config.model_path, **others}, **self._sources}
-        if config.preset:
+        if config.preset and presets.get(config.preset).path:
             self._sources = {config.preset: {"source": config.preset}, **self._sources}
         refuse((not self._sources, "there is no model here: give --model_path, or fetch one that 'models list' names"))
 
@@ -306,6 +310,7 @@ class Drawing:
     :param values: of the settings, as a browser sends them.
     :param image: that it starts from; `painted` is opaque where a person painted over it.
     :param folder: where its files go.
+    :ivar view: how it looks now.
     """
 
     def __init__(
@@ -317,35 +322,35 @@ class Drawing:
         folder: str,
     ) -> None:
         self._shelf, self._values, self._image, self._painted, self._folder = shelf, values, image, painted, folder
-        self._stop, self._views, self._view = threading.Event(), SimpleQueue[View](), View()
+        self._stop, self._news, self.view = threading.Event(), SimpleQueue[View](), View()
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def stop(self) -> None:
         """End the work before its next step."""
         self._stop.set()
 
-    def views(self) -> Iterator[View]:
+    def views(self) -> Generator[View, None, None]:
         """Do it, and tell how it looks after its steps; the last view is finished or says what is wrong.
 
         Closing the iterator ends the work.
         """
-        yield self._view
+        yield self.view
         self._thread.start()
         try:
-            view = self._views.get()
+            view = self._news.get()
             while view.state == "working":
                 yield view
-                view = self._views.get()
-                while not self._views.empty():  # those that nobody can see any more
-                    view = self._views.get()
+                view = self._news.get()
+                while not self._news.empty():  # those that nobody can see any more
+                    view = self._news.get()
             yield view
         finally:
             self.stop()
             self._thread.join()  # the work of others starts when this has ended
 
     def _show(self, **changes: Any) -> None:
-        self._view = self._view._replace(**changes)
-        self._views.put(self._view)
+        self.view = self.view._replace(**changes)
+        self._news.put(self.view)
 
     def _work(self) -> None:
         try:
@@ -363,7 +368,7 @@ class Drawing:
     def _draw(self, settings: Settings) -> None:
         model, facts = self._shelf.model(settings.model), self._shelf.facts(settings.model)
         runs, made = runs_of(settings, facts), list[Samples]()
-        self._view = View(runs, [None] * len(runs))
+        self.view = View(runs, [None] * len(runs))
         for run in runs:
             ids, start = facts.ids(settings.classes), list[int]()
 
@@ -384,7 +389,7 @@ class Drawing:
 
             made.append(self._sampled(model, facts, run.settings, each))
         count, size = sum(map(len, made)), "x".join(map(str, made[0].images.shape[2:0:-1]))
-        text = f"{count} pictures of {size} pixels, seed {settings.seed}"
+        text = f"{count} picture{'s' * (count > 1)} of {size} pixels, seed {settings.seed}"
         self._show(made=made, text=text, state="done", files=write_files(self._folder, settings, runs, made))
 
     def _sampled(self, model: Model, facts: Facts, settings: Settings, callback: Any) -> Samples:
