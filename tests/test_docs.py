@@ -163,5 +163,6 @@ def test_the_site_shows_every_page() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     listed = set(re.findall(r"- (?:[^:\n]*: )?(\S+\.md)$", navigation, re.MULTILINE))
     pages = {str(page.relative_to(ROOT)) for page in PAGES}
+    pages |= {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
     rooms = {path.parent.name for path in (ROOT / "guided_diffusion").glob("*/__init__.py")} | {"modules"}
     assert listed == pages | {f"api/{room}.md" for room in rooms}
