@@ -68,7 +68,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     """Formulas as MathML, which browsers draw themselves."""
-    return MATH.sub(lambda match: convert(_plain(match[2]), "block" if match[1] == "div" else "inline"), html)
+    return MATH.sub(lambda match: convert(_plain(match[2]), display="block" if match[1] == "div" else "inline"), html)
 
 
 def _plain(text: str) -> str:
