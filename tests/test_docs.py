@@ -172,7 +172,7 @@ def test_the_site_shows_every_page() -> None:
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
-    """As `make docs` builds it, where its extra is installed; a page may link to other hosts but loads nothing there."""
+    """As `make docs` builds it, where its extra is installed. Pages may link to other hosts, but load nothing there."""
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
