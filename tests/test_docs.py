@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,5 +165,31 @@ def test_the_site_shows_every_page() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     listed = set(re.findall(r"- (?:[^:\n]*: )?(\S+\.md)$", navigation, re.MULTILINE))
     pages = {str(page.relative_to(ROOT)) for page in PAGES}
+    pages |= {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
     rooms = {path.parent.name for path in (ROOT / "guided_diffusion").glob("*/__init__.py")} | {"modules"}
     assert listed == pages | {f"api/{room}.md" for room in rooms}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
+    """As `make docs` builds it, where its extra is installed. Pages may link to other hosts, but load nothing there."""
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {
+        path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")
+    }
+    assert {"index.html", "docs/concepts.html", "notebooks/quick_start.html", "api/sampling.html"} <= pages.keys()
+    for name, page in pages.items():
+        loaded = re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"?([^\"\s>]+)", page)
+        loaded += re.findall(r"<link\b[^>]*\brel=\"?(?:stylesheet|preconnect|icon)\b[^>]*\bhref=\"?([^\"\s>]+)", page)
+        assert [url for url in loaded if "//" in url] == [], name
+        local = [url.partition("#")[0] for url in loaded if not url.startswith("data:")]
+        assert [
+            url for url in local if name != "404.html" and not (tmp_path / name).parent.joinpath(url).exists()
+        ] == [], name
+    assert "<math" in pages["docs/concepts.html"]
+    assert "arithmatex" not in pages["docs/concepts.html"]
+    assert "Parameters:" in pages["api/sampling.html"]
+    assert ":param" not in pages["api/sampling.html"]

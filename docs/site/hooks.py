@@ -1,4 +1,4 @@
-"""What `make docs` renders: pages and what they link to, at their places in the repository; notebooks; the API reference.
+"""What `make docs` renders: pages and what they link to, at their places in the repository, notebooks, and the API.
 
 MkDocs knows one folder of pages. These hooks of it give it the repository's own tree instead, so that links are the
 same here, in an editor and on a host of repositories.
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "guided_diffusion"
 FOLDERS = ("docs", "datasets", "models", "notebooks", "benchmarks")
 SHOWN = {".md", ".png", ".svg", ".css", ".py"}
-LINKED = ("LICENSE", "tests/evaluation/test_likelihood.py")
+LINKED = ("LICENSE", "CITATION.cff", "tests/evaluation/test_likelihood.py")
 ONLY = {"commands": ["pipeline"]}  # modules of a room that are called from Python; of all others, all
 MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """The pages, pictures and scripts of the repository, notebooks as pages, and a page for each room of the package."""
+    """Pages, pictures and scripts of the repository, notebooks as pages, and a page for each room of the package."""
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SHOWN]
     paths += [*ROOT.glob("*.md"), *map(ROOT.joinpath, LINKED)]
     found = [File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)) for path in sorted(paths)]
@@ -56,7 +56,8 @@ def _reference() -> dict[str, str]:
 def _page(folder: Path, only: list[str]) -> str:
     names = only or sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("__"))
     package = ".".join(folder.relative_to(ROOT).parts)
-    about = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+    about = "" if only else ast.get_docstring(tree) or ""
     return "\n\n".join([f"# {package}", about, *(f"::: {package}.{name}" for name in names)]) + "\n"
 
 
@@ -67,7 +68,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     """Formulas as MathML, which browsers draw themselves."""
-    return MATH.sub(lambda match: convert(_plain(match[2]), "block" if match[1] == "div" else "inline"), html)
+    return MATH.sub(lambda match: convert(_plain(match[2]), display="block" if match[1] == "div" else "inline"), html)
 
 
 def _plain(text: str) -> str:
