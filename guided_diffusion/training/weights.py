@@ -15,6 +15,7 @@ import torch as th
 from ..networks.architecture import Weights, architecture, networks_in
 from ..runtime import files
 from ..runtime.errors import UserError, printable
+from .sharded_files import read
 
 SHOWN = 3
 _MAX_FOREIGN = 1000  # names of classes in a file
@@ -104,8 +105,10 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     if not files.exists(path):
         raise FileNotFoundError(f"{path} does not exist{neighbours(path)}")
     try:
-        if not files.is_remote(path):
+        if not files.is_remote(path) and not files.isdir(path):
             files.check_unpacked(path)
+        if files.isdir(path):
+            return read(path, "opt".__ne__)
         if path.endswith(".safetensors"):
             return _load_safetensors(path, map_location)
         names = [name.rpartition(".") for name in _foreign_names(path)] if inert else []
