@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,7 +79,9 @@ def read(folder: str, wanted: Callable[[str], bool]) -> dict[str, dict[str, th.T
         if len(tensors) < len(every) or 4 * sum(entry.size.numel() for entry in tensors) > held:
             raise pickle.UnpicklingError("it holds more than tensors, or less than their numbers")
         flat = {name: th.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-        dcp.load(flat, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():  # that ranks read on their own is meant
+            warnings.simplefilter("ignore")
+            dcp.load(flat, storage_reader=reader, no_dist=True)
     except (MemoryError, th.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # an unpickler raises whatever its bytes lead it to
