@@ -73,12 +73,12 @@ def read(folder: str, wanted: Callable[[str], bool]) -> dict[str, dict[str, th.T
     try:
         reader = Reader(folder)
         every = reader.read_metadata().state_dict_metadata
-        entries = {name: entry for name, entry in every.items() if wanted(name.partition("/")[0])}
-        tensors = [entry for entry in every.values() if isinstance(entry, TensorStorageMetadata)]
+        tensors = {name: entry for name, entry in every.items() if isinstance(entry, TensorStorageMetadata)}
         held = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
-        if len(tensors) < len(every) or 4 * sum(entry.size.numel() for entry in tensors) > held:
+        if len(tensors) < len(every) or 4 * sum(entry.size.numel() for entry in tensors.values()) > held:
             raise pickle.UnpicklingError("it holds more than tensors, or less than their numbers")
-        flat = {name: th.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+        entries = {name: entry for name, entry in tensors.items() if wanted(name.partition("/")[0])}
+        flat: dict[str, Any] = {n: th.empty(entry.size, dtype=entry.properties.dtype) for n, entry in entries.items()}
         with warnings.catch_warnings():  # that ranks read on their own is meant
             warnings.simplefilter("ignore")
             dcp.load(flat, storage_reader=reader, no_dist=True)

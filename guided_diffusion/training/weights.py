@@ -104,11 +104,11 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     path = files.resolve(path)
     if not files.exists(path):
         raise FileNotFoundError(f"{path} does not exist{neighbours(path)}")
+    if files.isdir(path):
+        return read(path, "opt".__ne__)
     try:
-        if not files.is_remote(path) and not files.isdir(path):
+        if not files.is_remote(path):
             files.check_unpacked(path)
-        if files.isdir(path):
-            return read(path, "opt".__ne__)
         if path.endswith(".safetensors"):
             return _load_safetensors(path, map_location)
         names = [name.rpartition(".") for name in _foreign_names(path)] if inert else []
