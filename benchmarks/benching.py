@@ -186,6 +186,7 @@ class Bench:
     tables: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    page: Path | None = None  # in place of docs/benchmarks.md
 
     @classmethod
     def begin(
@@ -305,7 +306,9 @@ class Bench:
             Path(self.given.json).write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
         if self.given.write:
             blocks = [f"{t['title']}:\n\n{pages.table(t['columns'], t['rows'])}" for t in self.tables]
-            pages.write(pages.SPEED, self.key, "\n\n".join([f"    {self.command}", " ".join(notes), *blocks]))
+            pages.write(
+                self.page or pages.SPEED, self.key, "\n\n".join([f"    {self.command}", " ".join(notes), *blocks])
+            )
 
     def _ceiling_in_words(self) -> list[str]:
         found: Ceiling = self.facts.get("ceiling", {})

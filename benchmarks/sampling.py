@@ -1,6 +1,6 @@
 """What sampling costs: a step with and without guidance, a whole sample, and every sampler's own share.
 
-    python benchmarks/sampling.py [--only step,sample,samplers] [--json PATH] [--write]
+    python benchmarks/sampling.py [--only step,sample,samplers,beyond] [--json PATH] [--write]
 
 Five minutes on two quiet cores of a Xeon with AMX. All ways run in our loop and take turns in one process; the plain
 ones differ in the networks, the gradient and the precision. A step is one of 250 of ddpm.
@@ -9,18 +9,21 @@ ones differ in the networks, the gradient and the precision. A step is one of 25
 from __future__ import annotations
 
 import copy
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import plain as originals
-from benching import Bench, milliseconds, times
+from benching import Bench, milliseconds, synchronize, times
 from cases import EMOJI32, IMAGES64, TINY, Case, diffusers_flag, ours, plain, theirs
 from guided_diffusion.sampling.guidance import classifier_guidance
 from guided_diffusion.sampling.loop import network_calls
 from guided_diffusion.sampling.samplers import SAMPLERS, make_sampler
 
-PARTS = ("step", "sample", "samplers")
+PARTS = ("step", "sample", "samplers", "beyond")
 STEPS, BEST, FEW = 250, "unipc", 20  # the originals' way to a sample, and ours
+SOLVER = "dpm++2m"
 SAMPLERS_BATCH, SAMPLERS_STEPS = 8, 10
 MEASURED = [name for name, kind in SAMPLERS.items() if not kind.ascending]  # those that make images
 
@@ -118,6 +121,47 @@ def measure_samplers(case: Case, bench: Bench) -> None:
     bench.add(title, ["sampler", "calls", *networks, "speed-up"], rows, seconds=seconds)
 
 
+def measure_beyond(case: Case, bench: Bench) -> None:
+    """What a guided step takes besides its networks: the solver, the rule of guidance, the loop."""
+    steps, spent, rows, seconds = (2 if bench.quick else FEW), [0.0], [], {}
+    precision = bench.precisions[-1] if bench.device.type == "cuda" else "fp32"
+    unet, classifier = (
+        ours(net.eval().to(bench.device), precision) for net in (case.make_unet(), case.make_classifier())
+    )
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            synchronize(bench.device)
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronize(bench.device)
+            spent[0] += time.perf_counter() - began
+            return result
+
+        return call
+
+    for batch in (1, case.batch):
+        few, shares = case.with_batch(batch), []
+        options = {"cond_fn": timed(classifier_guidance(classifier, 1.0)), "device": bench.device}
+        options["model_kwargs"] = {"y": few.inputs(bench.device)[2]}
+        process = few.make_process(f"{SAMPLERS[SOLVER].grid}{steps}")
+        for _ in range(bench.rounds + 1):
+            spent[0], began = 0.0, time.perf_counter()
+            process.sample_loop(make_sampler(SOLVER), timed(unet), shape_of(few), **options)
+            total = time.perf_counter() - began
+            shares.append((total - spent[0]) / total)
+        rows.append(
+            [
+                f"{SOLVER}, batch {batch}, {precision}",
+                milliseconds(total / steps),
+                f"{statistics.median(shares[1:]):.1%}",
+            ]
+        )
+        seconds[str(batch)] = shares
+    title = f"A step guided by a classifier, {case.name}: what is beyond the networks"
+    bench.add(title, ["way", "ms", "of the step"], rows, shares=seconds)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the parts that are asked for."""
     bench = Bench.begin(__doc__, "sampling", argv, parts=PARTS, flags=diffusers_flag)
@@ -128,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure_samples(large, bench)
     if bench.wants("samplers"):
         measure_samplers(small.with_batch(1 if bench.quick else SAMPLERS_BATCH), bench)
+    if bench.wants("beyond"):
+        measure_beyond(small if bench.quick else small.with_batch(16), bench)
     bench.finish()
 
 

@@ -27,6 +27,7 @@ CONTEXTS = ("none", "text", "classes")
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
 METRICS = f"metrics, separated by commas: {','.join(METRIC_NAMES)}"
 METRIC_LIST = names_of(METRIC_NAMES, "metric")
+CHECKPOINT_FORMATS = ("gathered", "sharded")
 LABELLED = "class_cond|vector_columns"
 TIMESTEP_SAMPLERS = ("uniform", "loss-second-moment")
 # what dropping them teaches a network
@@ -375,6 +376,12 @@ class TrainSpeedConfig(CompileConfig):
         "", "as --use_checkpoint, at these resolutions alone, e.g. 32,16", runtime=True, excludes="use_checkpoint"
     )
     fsdp: bool = flag(False, "spread weights, optimizer and averages over the ranks", excludes="microbatch=auto")
+    checkpoint_format: str = flag(
+        "gathered",
+        "sharded: each rank writes its part, while training goes on",
+        choices=CHECKPOINT_FORMATS,
+        needs="fsdp",
+    )
     dry_run: bool = flag(False, "say how large the network is, what a step costs and what memory it takes, and end")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -55,3 +57,21 @@ def seeded(seed: int, batch: int, device: th.device | str = "cpu") -> Iterator[N
         for index in cuda:
             th.cuda.default_generators[index].manual_seed(state)
         yield
+
+
+def rng_state(device: th.device) -> dict[str, Any]:
+    """The states of the global generators of torch, numpy and random, and of a GPU, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state()
+    numbers = [str(name), th.from_numpy(np.asarray(keys, np.int64)), *rest]
+    gpu = {"cuda": th.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"torch": th.get_rng_state(), "numpy": numbers, "python": random.getstate(), **gpu}
+
+
+def set_rng_state(state: dict[str, Any], device: th.device) -> None:
+    """Set the global generators to a state of `rng_state`."""
+    th.set_rng_state(state["torch"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+    if "cuda" in state and device.type == "cuda":
+        th.cuda.set_rng_state(state["cuda"], device)

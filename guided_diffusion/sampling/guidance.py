@@ -277,7 +277,7 @@ class ClassifierFree(GuidedNetwork):
 
     def _without(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The same arguments with the null label, the null conditioning image and the keywords of `null`."""
-        null = {"y": self.null_label, "cond_image": 0 if self.null_cond else None}
+        null: dict[str, float | None] = {"y": self.null_label, "cond_image": 0 if self.null_cond else None}
         null["vector"] = math.nan if self.null_vector else None
         used = {name: value for name, value in null.items() if value is not None}
         for name in [*used, *self.null]:

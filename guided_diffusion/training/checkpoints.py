@@ -2,10 +2,10 @@
 
 A run folder holds config.json, classes.json and, for every saved step, modelNNNNNN.pt and ema_RATE_NNNNNN.pt (fp32
 weights after N updates), optNNNNNN.pt (optimizer), stateNNNNNN.pt (everything else) and, written last, the manifest
-setNNNNNN.json; runs with adapters also a folder loraNNNNNN. Averages by power functions (power_WIDTH_NNNNNN.pt) stay
-when their checkpoint is removed, since others are made of all of them. Older runs wrote no manifests: of checkpoints
-before the first one, the files that must be there decide, of those after it, the manifest, which reads
-{"format": 1, "step": N, "files": {NAME: {"bytes": SIZE, "sha256": HEX}}}.
+setNNNNNN.json; runs with adapters also a folder loraNNNNNN. A folder shardsNNNNNN stands for all of them but the state.
+Averages by power functions, power_WIDTH_NNNNNN.pt, stay when their checkpoint is removed. Older runs wrote no
+manifests: of checkpoints before the first one, the files that must be there decide, of those after it, the manifest:
+{"format": 1, "step": N, "files": {NAME: {"bytes": SIZE, "sha256": HEX}}}, with '' for HEX in shardsNNNNNN.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MANIFEST_FORMAT = 1
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
     r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_|power_(?P<width>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
-    r"|lora(?P<lora>\d{6,})(?:\.pt)?"
+    r"|lora(?P<lora>\d{6,})(?:\.pt)?|shards(?P<shards>\d{6,})"
     r"|set(?P<manifest>\d+)\.json)$"
 )
 
@@ -61,6 +61,7 @@ class Checkpoint:
     opt: str = ""
     state: str = ""
     lora: str = ""
+    shards: str = ""
     emas: dict[str, str] = field(default_factory=dict)
     powers: dict[str, str] = field(default_factory=dict)
     manifest: str = ""
@@ -69,8 +70,8 @@ class Checkpoint:
     @property
     def files(self) -> list[str]:
         """Every file of the set that is removed with it, those first without which it is never taken for complete."""
-        every = (self.manifest, self.model, self.state, self.opt, self.lora, *self.emas.values())
-        return [path for path in every if path]
+        every = (self.manifest, self.model, self.state, self.opt, self.lora, self.shards, *self.emas.values())
+        return list(filter(None, dict.fromkeys(every)))
 
     @property
     def best(self) -> str:
@@ -168,13 +169,20 @@ def sets_in(folder: str) -> dict[int, Checkpoint]:
             )
         else:
             setattr(entry, match["kind"] or match.lastgroup or "", join(folder, match.string))
+    for entry in sets.values():  # a folder of parts has them all
+        entry.model, entry.opt = entry.model or entry.shards, entry.opt or entry.shards
     return {step: sets[step] for step in sorted(sets) if {*sets[step].files} - {sets[step].manifest}}
 
 
 def powers_in(folder: str) -> dict[tuple[int, float], str]:
     """(updates, width) -> path of the averages by power functions in a folder."""
-    matches = [match for match in map(_NAME.match, names_in(files.resolve(folder))) if match and match["width"]]
-    return {(_number(match), float(match["width"])): join(folder, match.string) for match in matches}
+    matches = filter(None, map(_NAME.match, names_in(folder := files.resolve(folder))))
+    return {(_number(match), float(match["width"])): join(folder, match.string) for match in matches if match["width"]}
+
+
+def is_run(path: str) -> bool:
+    """Whether a path is a folder, and not one of a checkpoint's parts."""
+    return isdir(path) and not re.fullmatch(r"shards\d{6,}", os.path.basename(path.rstrip("/")))
 
 
 def _with_file(path: str, what: str) -> Checkpoint:
@@ -202,11 +210,13 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     :param what: the path is, in messages.
     """
     path = files.resolve(path)
-    if not isdir(path):
+    if not is_run(path):
         return replace(_with_file(path, what), path=path)
     for single in filter(exists, (join(path, name) for name in SINGLE)):
         return Checkpoint(None, path=single)
-    sets = sorted(sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas), bool(e.model), e.step or 0))
+    sets = sorted(
+        sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas or e.shards), bool(e.model), e.step or 0)
+    )
     if not sets or not sets[-1].best:
         raise UserError(
             f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder, of "
@@ -270,7 +280,7 @@ def tokenizer_beside(path: str) -> str:
 
 def _in_folder_of(path: str, name: str) -> str:
     path = files.resolve(path)
-    return join(path if isdir(path) else os.path.dirname(path) or ".", name)
+    return join(path if is_run(path) else os.path.dirname(path) or ".", name)
 
 
 # ---- to go on from
@@ -288,7 +298,7 @@ def fault(entry: Checkpoint, sets: Mapping[int, Checkpoint], *, checksums: bool 
     """
     if entry.manifest:
         return manifest_fault(entry.manifest, checksums=checksums)
-    if any(other.manifest and step < (entry.step or 0) for step, other in sets.items()):
+    if entry.shards or any(other.manifest and step < (entry.step or 0) for step, other in sets.items()):
         return "it was not finished: it has no manifest"
     written = [kind for kind in ("state", "opt") if any(getattr(other, kind) for other in sets.values())]
     absent = [kind for kind in ("model", *written[:1]) if not getattr(entry, kind)]
@@ -325,7 +335,7 @@ def find_set(path: str, *, checksums: bool = False) -> Checkpoint:
     :param checksums: read the files, and refuse altered ones.
     """
     path = files.resolve(path)
-    if isdir(path):
+    if is_run(path):
         complete, faults = newest(path, checksums=checksums)
         if complete is None:
             fault = f"no complete checkpoint, {', '.join(faults)}" if faults else "no modelNNNNNN.pt to go on from"
@@ -379,7 +389,7 @@ def _entries(path: str) -> dict[str, Entry]:
         whole = all(type(entry["bytes"]) is int and type(entry["sha256"]) is str for entry in entries.values())
         whole &= not any(files.path_fault(name, "folder") for name in entries)
         whole &= f"set{value['step']:06d}.json" == os.path.basename(path) and value["format"] == MANIFEST_FORMAT
-        whole &= any(name.startswith("model") for name in entries)
+        whole &= any(name.startswith(("model", "shards")) for name in entries)
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     return entries if whole else {}
@@ -410,7 +420,7 @@ def _fault_of(path: str, entry: Entry, checksums: bool, missing_is_fine: bool) -
     stat = files.stat(path)
     if stat.size != entry["bytes"]:
         return f"has {stat.size} bytes instead of {entry['bytes']}"
-    if checksums and _digest_of(path, stat.size, stat.mtime, stat.version) != entry["sha256"]:
+    if checksums and entry["sha256"] and _digest_of(path, stat.size, stat.mtime, stat.version) != entry["sha256"]:
         return "was altered: its checksum is another one"
     return ""
 
@@ -443,7 +453,7 @@ def remove(entry: Checkpoint) -> None:
             files.remove(path)
             continue
         for name in names_in(path):
-            if name.startswith("adapter_"):
+            if name.startswith("adapter_") or path == entry.shards:
                 files.remove(join(path, name))
         with suppress(OSError):  # files of others may lie there, and a bucket has no folders
             os.rmdir(path)

@@ -73,7 +73,7 @@ class AveragedGradients(Gradients):
     """
 
     def __init__(self, pairs: Pairs) -> None:
-        self._buckets = [_Bucket({index: pairs[index][1] for index in group}) for group in _grouped(pairs)]
+        self._buckets = [_Bucket({index: pairs[index][1] for index in group}) for group in grouped(pairs)]
         self._bucket_of = {index: bucket for bucket in self._buckets for index in bucket.missing}
         self._sent = 0
         super().__init__(pairs)
@@ -177,7 +177,7 @@ class _Bucket:
         return self.flat()
 
 
-def _grouped(pairs: Pairs) -> Iterator[list[int]]:
+def grouped(pairs: Pairs) -> Iterator[list[int]]:
     """The gradients that share a bucket, by index."""
     group: list[int] = []
     for index in reversed(range(len(pairs))):

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch as th
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from .. import dist_util, logger
 from ..fp16_util import Groups, get_param_groups_and_shapes, laid_out_as, unflatten_master_params
 from ..runtime import files
 from ..runtime.errors import UserError
+from ..runtime.seeds import rng_state, set_rng_state
 from . import checkpoints, lora
 from .checkpoints import Checkpoint
-from .weights import load
+from .sharded_files import read, write
+from .weights import Entry, Weights, load
 
 if TYPE_CHECKING:
     from ..train_util import TrainLoop
+    from .sharding import ShardedTrainer
 
 # ---- the originals' functions, which research code replaces in train_util
 
@@ -52,30 +55,14 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
 # ---- the parts of a run that change
 
 
-def rng_state(device: th.device) -> dict[str, Any]:
-    """The states of the global generators of torch, numpy and random, and of a GPU, as tensors and plain values."""
-    name, keys, *rest = np.random.get_state()
-    numbers = [str(name), th.from_numpy(np.asarray(keys, np.int64)), *rest]
-    gpu = {"cuda": th.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"torch": th.get_rng_state(), "numpy": numbers, "python": random.getstate(), **gpu}
-
-
-def set_rng_state(state: dict[str, Any], device: th.device) -> None:
-    """Set the global generators to a state of `rng_state`."""
-    th.set_rng_state(state["torch"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    random.setstate(state["python"])
-    if "cuda" in state and device.type == "cuda":
-        th.cuda.set_rng_state(state["cuda"], device)
-
-
 def load_weights(model: th.nn.Module, files: Checkpoint, flags: Mapping[str, Any]) -> None:
     """Load the weights to go on from, those below adapters and the adapters apart.
 
     :param flags: that the network was built from, for messages.
     """
     source = Checkpoint(files.step, path=files.model)
+    if files.shards == files.model:
+        source.picked = Weights(read(files.model, "model".__eq__)["model"], {}, "")
     if not lora.adapters(model):
         model.load_state_dict(source.fitting(model, flags))
         return
@@ -174,6 +161,16 @@ class RunState:
         emas = {f"{name}_": lora.merged(model, state) for name, state in averaged.items()}
         return {"state": rest, **emas, "opt": opt, **adapters, "model": lora.merged(model, weights)}
 
+    def rows(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same for a folder of parts: the rows of this rank, and what is not split; every rank calls it."""
+        loop, trainer = self.loop, cast("ShardedTrainer", self.loop.mp_trainer)
+        emas = {f"ema_{rate}": values for rate, values in zip(loop.ema_rate, loop.ema_params, strict=True)}
+        emas |= {f"power_{w}": values for w, values in zip(loop.powers.widths, loop.powers.values, strict=True)}
+        groups = loop.opt.state_dict()["param_groups"]
+        return trainer.rows_for_files({"model": trainer.master_params, **emas}, loop.opt), {
+            "state": {**self._rest(step), "param_groups": groups}
+        }
+
     def _rest(self, step: int) -> dict[str, Any]:
         loop = self.loop
         return {
@@ -206,10 +203,12 @@ class RunState:
         :param rate: of a moving average, or "power_" and the width.
         """
         trainer, model = self.loop.mp_trainer, self.loop.model
-        if not path:
+        shards, part = self.loop._files.shards, rate if rate.startswith("power") else f"ema_{rate}"
+        split = read(shards, part.__eq__) if shards and not path else {}
+        if not path and not split:
             self._report.append(f"EMA {rate} NOT restored, it starts from the weights")
             return [master.detach().clone() for master in trainer.master_params]
-        weights = load(path)
+        weights = split[part] if split else load(str(path))
         if lora.adapters(model):
             parts = self._saved["lora"].get(rate, {})
             weights = lora.layered(model, {**weights, **self._saved["base"], **parts})
@@ -221,7 +220,7 @@ class RunState:
         if not path:
             self._report.append("optimizer NOT restored, it starts anew")
             return
-        loop, saved = self.loop, load(path)
+        loop, saved = self.loop, load(path) if path != self.loop._files.shards else self._moments(path)
         # Rates and decay are this run's: only the moments are taken from the file.
         state = loop.mp_trainer.state_from_files(unflatten_optimizer_state(saved["state"], loop.model))
         loop.opt.load_state_dict({"state": state, "param_groups": loop.opt.state_dict()["param_groups"]})
@@ -231,6 +230,14 @@ class RunState:
         now = {"lr": loop.lr, "weight_decay": loop.opt.param_groups[0]["weight_decay"]}
         other = [f"{name} {now[name]:g} instead of its {before[name]:g}" for name in now if now[name] != before[name]]
         self._report.append("optimizer restored" + (f" with {' and '.join(other)}" if other else ""))
+
+    def _moments(self, folder: str) -> dict[str, Any]:
+        """The optimizer's part of a folder of parts, as it is in a file."""
+        state: dict[int, dict[str, th.Tensor]] = {}
+        for name, value in read(folder, "opt".__eq__).get("opt", {}).items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        return {"state": state, "param_groups": self._saved["param_groups"]}
 
     def close(self, step: int) -> None:
         """Take up everything else but the weights, and log what was restored."""
@@ -277,23 +284,32 @@ class RunState:
 # ---- writing
 
 
-def write_set(folder: str, step: int, parts: Mapping[str, Any]) -> Iterator[str]:
+def write_set(
+    folder: str, step: int, parts: Mapping[str, Any], entries: Mapping[str, Entry] | None = None
+) -> Iterator[str]:
     """Write the files of a step one after the other, their manifest last, and yield the path of each.
 
     :param parts: the content of each file, by the name before the step; "lora" is a folder, of names and contents.
+    :param entries: files of the step that were written before; None: there are none, and what is there goes.
     """
-    before = checkpoints.sets_in(folder).get(step)
-    if before is not None:  # what a killed process or a damaged disk left: nothing of it mixes with the new files
-        checkpoints.remove(before)
-    entries = {}
+    if entries is None:
+        _clear(folder, step)
+    written = dict(entries or {})
     for part, value in parts.items():
         name = f"{part}{step:06d}"
         of_folder = part == "lora"
         content = {f"{name}/{file}": item for file, item in value.items()} if of_folder else {f"{name}.pt": value}
         for file, item in content.items():
-            entries[file] = checkpoints.save(files.join(folder, file), item)
+            written[file] = checkpoints.save(files.join(folder, file), item)
             yield files.join(folder, file)
-    yield checkpoints.write_manifest(folder, step, entries)
+    yield checkpoints.write_manifest(folder, step, written)
+
+
+def _clear(folder: str, step: int) -> None:
+    """Remove what a killed process or a damaged disk left of a step: nothing of it mixes with the new files."""
+    before = checkpoints.sets_in(folder).get(step)
+    if before is not None:
+        checkpoints.remove(before)
 
 
 def map_tensors(value: Any, change: Callable[[th.Tensor], th.Tensor]) -> Any:
@@ -333,6 +349,8 @@ class Saver:
         self.source = ""  # the weights that were resumed from: never written again
         self._pending: Future[list[str]] | None = None
         self._swept = False
+        self._group: dist.ProcessGroup | None = None  # of the threads of all ranks
+        self._mesh: Any = None
 
     def __enter__(self) -> Saver:
         return self
@@ -352,16 +370,47 @@ class Saver:
 
         :raises OSError: if it, or the one before, cannot be written.
         """
+        path = files.join(folder, f"shards{step:06d}")
+        if state.loop.settings.checkpoint_format == "sharded" and self.source != path:
+            if files.is_remote(folder):
+                raise UserError(f"{folder} is a bucket, to which sharded checkpoints are not written: give a folder")
+            self.wait()
+            self._begin_sharded(state, path, step)
+            return
         parts = state.parts(step)
         try:
             self.wait()
         finally:  # what was not written before is no reason not to write this
             self._begin(parts, folder, step)
 
+    def _begin_sharded(self, state: RunState, path: str, step: int) -> None:
+        """As `_begin`, of the parts that all ranks have."""
+        trainer, (rows, rest) = cast("ShardedTrainer", state.loop.mp_trainer), state.rows(step)
+        if self._group is None:
+            layout = {"mesh_shape": tuple(trainer.mesh.shape), "mesh_dim_names": trainer.mesh.mesh_dim_names}
+            self._group, self._mesh = dist.new_group(backend="gloo"), init_device_mesh("cpu", **layout)
+        dist_util.decide(lambda: _clear(os.path.dirname(path), step))
+        parts = trainer.split_again(snapshot(rows), self._mesh)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._pending = pool.submit(self._write_sharded, path, step, parts, snapshot(rest))
+        pool.shutdown(wait=False)
+        if not self.asynchronous:
+            self.wait()
+
+    def _write_sharded(self, path: str, step: int, parts: Mapping[str, Any], rest: Mapping[str, Any]) -> list[str]:
+        write(path, parts, self._group)
+        if dist_util.rank() > 0:
+            return []
+        folder, name = os.path.split(path)
+        names = [f"{name}/{file}" for file in files.names_in(path)]
+        sizes = {name: files.stat(files.join(folder, name)).size for name in names}
+        entries: dict[str, Entry] = {name: {"bytes": size, "sha256": ""} for name, size in sizes.items()}
+        return [f"saved {path}", *self._write(folder, step, rest, entries)]
+
     def _begin(self, parts: Mapping[str, Any], folder: str, step: int) -> None:
         """Write a checkpoint, or let the thread begin with it."""
         try:
-            if self.source == files.join(folder, f"model{step:06d}.pt"):
+            if self.source in (files.join(folder, name) for name in (f"model{step:06d}.pt", f"shards{step:06d}")):
                 logger.log(f"{self.source} is what this run resumed from, and stays as it is")
             elif dist_util.rank() == 0 and self.asynchronous:
                 pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
@@ -375,12 +424,14 @@ class Saver:
             if not self.asynchronous:
                 dist_util.barrier()
 
-    def _write(self, folder: str, step: int, parts: Mapping[str, Any]) -> list[str]:
+    def _write(
+        self, folder: str, step: int, parts: Mapping[str, Any], entries: Mapping[str, Entry] | None = None
+    ) -> list[str]:
         """Write a checkpoint and remove older ones; returns the lines that the main thread logs."""
         if not self._swept:
             checkpoints.sweep(folder)
             self._swept = True
-        lines = [f"saved {path}" for path in write_set(folder, step, parts)]
+        lines = [f"saved {path}" for path in write_set(folder, step, parts, entries)]
         try:
             checkpoints.keep_last(folder, self.keep_last)
         except OSError as error:  # a full folder is no reason to stop

@@ -34,6 +34,8 @@ class Settings:
     :param max_bad_steps: skipped steps in a row after which the run ends; 0: it never does.
     :param async_save: write checkpoints while training goes on, from a copy in the memory of the CPU.
     :param fsdp: split weights, gradients, optimizer state and averages over the ranks; the model is changed.
+    :param checkpoint_format: of `fsdp`: "gathered" to files of whole tensors, or "sharded", a folder to which each rank
+        writes its part.
     :param ema_profiles: widths of averages by power functions that are saved too, as text separated by commas.
     :param ema_warmup: the rate after n updates is at most (1 + n) / (10 + n), so that a young average is no noise.
     """
@@ -57,3 +59,4 @@ class Settings:
     fsdp: bool = False
     ema_warmup: bool = False
     ema_profiles: str = ""
+    checkpoint_format: str = "gathered"

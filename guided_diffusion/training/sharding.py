@@ -7,16 +7,18 @@ rank but the last ones, which may have fewer or none; whole tensors are those of
 from __future__ import annotations
 
 import copy
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch as th
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from .. import dist_util
 from ..fp16_util import Gradients, MixedPrecisionTrainer, convert, laid_out_as
 from ..networks.blocks import TimestepBlock, TimestepEmbedSequential
 from ..runtime.errors import UserError
@@ -27,7 +29,17 @@ _DTYPES = {"fp16": th.float16, "bf16": th.bfloat16}
 State = Mapping[int, Mapping[str, Any]]  # of an optimizer: index of the parameter -> name -> tensor or number
 
 
-def shard(model: nn.Module, like: nn.Module, precision: str) -> None:
+def mesh_of(device: str) -> DeviceMesh:
+    """The ranks among which tensors are split: all, or those of each of several machines, which then have copies."""
+    hosts = dist_util.gather_objects(socket.gethostname())
+    count = len(set(hosts))
+    alike = hosts == [host for host in dict.fromkeys(hosts) for _ in range(len(hosts) // count)]
+    if count == 1 or not alike or len(hosts) == count:
+        return init_device_mesh(device, (len(hosts),), mesh_dim_names=("split",))
+    return init_device_mesh(device, (count, len(hosts) // count), mesh_dim_names=("copies", "split"))
+
+
+def shard(model: nn.Module, like: nn.Module, precision: str, mesh: DeviceMesh) -> None:
     """Split the parameters of a network in place; each block gathers its own when it is used, and lets go of them.
 
     :param like: a copy after convert_to(precision), perhaps without values: what it would compute, the network then
@@ -46,9 +58,6 @@ def shard(model: nn.Module, like: nn.Module, precision: str) -> None:
             f"{type(model).__name__} has {len(elsewhere)} parameters in {precision} outside of its blocks, which fsdp "
             "cannot split: train it in fp32, or without fsdp"
         )
-    if device.type == "cuda":
-        th.cuda.set_device(device)  # where FSDP looks for it
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # One group has one precision: the layers get theirs last, or their blocks would pass over all that is in them.
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh, ignored_params=small)
@@ -113,7 +122,11 @@ class ShardedTrainer(MixedPrecisionTrainer):
             convert_to(self.precision, self.model_params[0].device)
         elif self.precision != "fp32":
             convert(self._plain, self.precision)
-        shard(self.model, self._plain, self.precision)
+        device = self.model_params[0].device
+        if device.type == "cuda":
+            th.cuda.set_device(device)  # where FSDP looks for it
+        self.mesh = mesh_of(device.type if device.type in ("cpu", "cuda") else "cpu")
+        shard(self.model, self._plain, self.precision, self.mesh)
         split: list[Any] = list(self.model.parameters())
         self.model_params = split
         return [nn.Parameter(param.detach().to_local(), param.requires_grad) for param in split]
@@ -123,7 +136,8 @@ class ShardedTrainer(MixedPrecisionTrainer):
 
     def _measures(self, loss: th.Tensor) -> th.Tensor:
         mean, *norms = super()._measures(loss).double()  # whose squares do not overflow
-        sums = th.stack([mean / dist.get_world_size(), *(norm.square() for norm in norms)])
+        copies = dist.get_world_size() // self.mesh["split"].size()
+        sums = th.stack([mean / dist.get_world_size(), *(norm.square() / copies for norm in norms)])
         dist.all_reduce(sums)
         return th.stack([sums[0], *sums[1:].sqrt()]).float()
 
@@ -153,6 +167,28 @@ class ShardedTrainer(MixedPrecisionTrainer):
     def state_from_files(self, state: State) -> State:
         return _with_moments(state, self._rows)
 
+    def rows_for_files(self, lists: Mapping[str, Sequence[th.Tensor]], opt: th.optim.Optimizer) -> dict[str, Any]:
+        """part -> name -> rows of this rank, of lists with one tensor per master, and of the optimizer's moments."""
+        rows = {part: dict(zip(self._names, values, strict=True)) for part, values in lists.items()}
+        state = opt.state_dict()["state"]
+        return {**rows, "opt": {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}}
+
+    def split_again(self, parts: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, dict[str, Any]]:
+        """`rows_for_files` in the memory of the CPU as parts of whole tensors.
+
+        :param mesh: as the trainer's, for the CPU.
+        """
+        params = dict(zip(self._names, self.model_params, strict=True))
+
+        def part(name: str, rows: th.Tensor) -> Any:
+            param: Any = params.get(name) if name in params else self.model_params[int(name.partition(".")[0])]
+            if not rows.ndim:
+                return rows
+            layout: dict[str, Any] = {"shape": param.shape, "stride": param.stride()}
+            return DTensor.from_local(rows, mesh, param.placements, **layout)
+
+        return {key: {name: part(name, rows) for name, rows in values.items()} for key, values in parts.items()}
+
     def plain_model(self, master_params: Sequence[th.Tensor] | None) -> nn.Module:
         whole = self.master_params_to_state_dict(self.master_params if master_params is None else master_params)
         model = copy.deepcopy(self._plain)
@@ -164,7 +200,8 @@ class ShardedTrainer(MixedPrecisionTrainer):
     def _rows(self, index: int, whole: th.Tensor) -> th.Tensor:
         """This rank's part of a tensor of parameter `index`, with the layout of its master."""
         master = self.master_params[index]
-        first = dist.get_rank() * -(-len(whole) // dist.get_world_size())
+        split = self.mesh["split"]
+        first = split.get_local_rank() * -(-len(whole) // split.size())
         return th.empty_like(master).copy_(whole[first : first + len(master)])
 
 

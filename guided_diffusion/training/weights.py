@@ -15,6 +15,7 @@ import torch as th
 from ..networks.architecture import Weights, architecture, networks_in
 from ..runtime import files
 from ..runtime.errors import UserError, printable
+from .sharded_files import read
 
 SHOWN = 3
 _MAX_FOREIGN = 1000  # names of classes in a file
@@ -103,6 +104,8 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     path = files.resolve(path)
     if not files.exists(path):
         raise FileNotFoundError(f"{path} does not exist{neighbours(path)}")
+    if files.isdir(path):
+        return read(path, "opt".__ne__)
     try:
         if not files.is_remote(path):
             files.check_unpacked(path)

@@ -1,6 +1,9 @@
 """Parameters split over ranks: what is learned, saved and seen is what a whole run learns, saves and sees."""
 
 import copy
+import os
+import pickle
+import shutil
 import warnings
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.networks.blocks import WIDE
 from guided_diffusion.script_util import build_classifier, build_unet, build_upsampler
 from guided_diffusion.train_util import Hook
-from guided_diffusion.training import checkpoints, lora, sharding
+from guided_diffusion.training import checkpoints, lora, sharded_files, sharding
 from guided_diffusion.training.gradients import AveragingTrainer
 from guided_diffusion.training.sharding import ShardedTrainer
 
@@ -110,6 +113,120 @@ def few_rows():
     assert faults == ["", "", "loss", ""] * 2
     whole, split = (trainer.master_params_to_state_dict(trainer.master_params) for trainer in trainers)
     th.testing.assert_close(dict(split), {name: value.detach() for name, value in whole.items()})
+
+
+# ---- on each of four ranks of two machines
+
+HYBRID = """
+import os, socket, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+socket.gethostname = lambda: f"machine{int(os.environ['SLURM_PROCID']) // 2}"
+import test_sharding as tests
+tests.dist_util.run(tests.on_two_machines, Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def on_two_machines(folder, pictures):
+    warnings.simplefilter("error")
+    th.set_num_threads(1)
+    dist_util.setup_dist(device="cpu")
+    usual = {"batch_size": 1, "ema_profiles": "0.1", "save_interval": 1, "val_data": None, "ema_rate": "0.5"}
+    run(folder / "whole", pictures, "fp32", **usual)
+    split = {**usual, "fsdp": True, "checkpoint_format": "sharded", "async_save": True}
+    loop = run(folder / "split", pictures, "fp32", **split)
+    assert dict(zip(loop.mp_trainer.mesh.mesh_dim_names, loop.mp_trainer.mesh.shape, strict=True)) == {
+        "copies": 2,
+        "split": 2,
+    }
+    print(f"{held(loop) / sum(param.numel() for param in loop.model.parameters()):.2f}", flush=True)
+    run(folder / "again", pictures, "fp32", resume_checkpoint=str(folder / "split" / "shards000001"), **split)
+
+
+@pytest.fixture(scope="module")
+def parts(ranks, tmp_path_factory):
+    """The folder of `on_two_machines`, and its pictures."""
+    folder = tmp_path_factory.mktemp("parts")
+    pictures = training.pictures.__wrapped__(folder)
+    program = folder / "program.py"
+    program.write_text(HYBRID)
+    done = ranks.run([program, Path(__file__).parent, folder, pictures], ranks=4, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # masters, two moments, an average: half of each
+    assert [line for line in done.stdout.splitlines() if line.startswith("2.")] == ["2.00"] * 4
+    return folder, pictures
+
+
+def test_machines_that_hold_copies_learn_what_one_network_learns(parts):
+    folder, _ = parts
+    whole = checkpoints.load(str(folder / "whole" / "model000002.pt"))
+    origin = {name: value.detach() for name, value in network("fp32").state_dict().items()}
+    read = checkpoints.load(str(folder / "split" / "shards000002"))
+    assert distance(read["model"], whole, origin) < 0.02
+    average = checkpoints.load(str(folder / "whole" / "power_0.1_000002.pt"))
+    assert distance(read["power_0.1"], average, origin) < 0.02
+    assert set(read) == {"model", "ema_0.5", "power_0.1"}
+
+
+def test_parts_are_read_by_any_number_of_ranks(parts, tmp_path):
+    """By those that wrote them to the bit; by one process, split or not; and to sample from."""
+    folder, pictures = parts
+    one, two = (checkpoints.load(str(folder / name / "shards000002")) for name in ("split", "again"))
+    for part, values in one.items():
+        assert all(th.equal(value, two[part][name]) for name, value in values.items()), part
+    opened = checkpoints.open_checkpoint(str(folder / "split"))
+    assert opened.step == 2
+    assert all(th.equal(value, one["ema_0.5"][name]) for name, value in opened.weights.items())
+    first = folder / "split" / "shards000001"
+    loop = run(
+        tmp_path,
+        pictures,
+        "fp32",
+        batch_size=4,
+        max_steps=1,
+        ema_profiles="0.1",
+        ema_rate="0.5",
+        resume_checkpoint=str(first),
+    )
+    log = training.text(tmp_path)
+    assert "optimizer restored" in log
+    assert "NOT restored" not in log.replace("global generators NOT restored", "")
+    moments = [loop.opt.state[param]["exp_avg"] for param in loop.mp_trainer.master_params]
+    taken = {"model": loop.mp_trainer.master_params, "ema_0.5": loop.ema_params[0], "power_0.1": loop.powers.values[0]}
+    saved = checkpoints.load(str(first))
+    names = [name for name, _ in loop.model.named_parameters()]
+    for part, values in taken.items():
+        assert all(th.equal(value, saved[part][name]) for name, value in zip(names, values, strict=True)), part
+    opt = sharded_files.read(str(first), "opt".__eq__)["opt"]
+    assert all(th.equal(value, opt[f"{index}.exp_avg"]) for index, value in enumerate(moments))
+    assert loop.resume_step == 1
+
+
+def test_parts_that_are_cut_changed_or_more_than_tensors_are_refused(parts, tmp_path):
+    source = tmp_path / "run"
+    shutil.copytree(parts[0] / "split", source)
+    index = source / "shards000002" / ".metadata"
+    whole = index.read_bytes()
+    for content, sentence in (
+        (whole[: len(whole) // 2], "cannot be read as a sharded checkpoint"),
+        (pickle.dumps(os.system), "it names posix.system"),
+        (pickle.dumps({"a": 1}), "it is no index"),
+    ):
+        index.write_bytes(content)
+        with pytest.raises(ValueError, match=sentence):
+            checkpoints.load(str(index.parent))
+        assert checkpoints.newest(str(source))[0].step == 1  # by the manifest
+    index.write_bytes(whole)
+    assert checkpoints.newest(str(source))[0].step == 2
+    part = next(index.parent.glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-9])
+    assert checkpoints.newest(str(source))[0].step == 1
+    (source / "set000002.json").unlink()
+    assert checkpoints.newest(str(source))[1] == [
+        "the checkpoint of step 2 is passed over: it was not finished: it has no manifest"
+    ]
+    checkpoints.remove(checkpoints.sets_in(str(source))[1])
+    assert not (source / "shards000001").exists()
 
 
 # ---- afterwards
