@@ -33,7 +33,7 @@ demo: $(READY)
 	.venv/bin/python scripts/demo.py
 
 demo-train: $(READY)
-	.venv/bin/python scripts/demo_train.py
+	.venv/bin/python scripts/demo.py --train True --log_dir demo-train-output
 
 test: lint
 	.venv/bin/python -m pytest $(PARALLEL)

@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from torch.utils.flop_counter import FlopCounterMode
 
-from guided_diffusion.commands import demo_train as demo, flags as cli
+from guided_diffusion.commands import demo, flags as cli
 from guided_diffusion.commands.flags import Flags
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from guided_diffusion.script_util import attention_rates, build_classifier, build_diffusion, build_unet

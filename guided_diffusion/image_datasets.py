@@ -27,7 +27,7 @@ from .data.conditioning import Partners
 from .data.crops import center_crop_arr as center_crop_arr, random_crop_arr as random_crop_arr
 from .data.fetching import Fetcher
 from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
-from .data.labels import ClassRow, Labels, read_labels, read_vectors, save_classes as save_classes
+from .data.labels import ClassRow, Labels, read_labels, save_classes as save_classes
 from .data.orders import WINDOW, Order, order_of
 from .data.sources import (
     IMAGE_EXTENSIONS,
@@ -38,6 +38,7 @@ from .data.sources import (
     split_archive,
     tar_of,
 )
+from .data.tables import read_vectors
 from .data.upsampling import SmallVersions
 from .runtime.errors import UserError, printable, refuse
 from .runtime.files import load_classes as load_classes

@@ -145,6 +145,7 @@ def test_commands_parse_before_they_import_torch(name):
         ("runtime", "launchers"),
         ("commands", "flags"),
         ("commands", "sections"),
+        ("commands", "tool_sections"),
     }
     allowed |= {("commands", "entry"), ("commands", "stages")}
     assert {module for module, _ in ours(name, nested=False) if module} <= allowed

@@ -13,7 +13,7 @@ from ..config import local_path, resolved_path
 from ..runtime.errors import UserError
 from .entry import entry
 from .flags import COMMANDS, Flags
-from .sections import ConvertConfig
+from .tool_sections import ConvertConfig
 
 if TYPE_CHECKING:
     import torch as th

@@ -1,15 +1,22 @@
-"""Sample from the bundled models in a minute: without and with guidance, from texts, a film, numbers, a page."""
+"""Sample from the bundled models in a minute: without and with guidance, from texts, a film, numbers, a page.
+
+With --train, small networks are trained first, for some minutes, and sampled in the same ways.
+"""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.errors import UserError
+from . import presets
 from .entry import entry
 from .flags import Flags
-from .sections import DemoConfig
+from .tool_sections import DemoConfig
 
 if TYPE_CHECKING:
     from .pipeline import Model
@@ -61,12 +68,68 @@ has seen.</p>
 """
 
 
+PICTURES = presets.BUNDLED.parent / "datasets" / "emoji64.zip"
+IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False --lr 1e-3"
+TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1"
+DIFFUSION = (
+    "--class_cond True --class_dropout 0.15 --predict_v True --loss_weight min_snr --num_channels 32 "
+    "--num_res_blocks 1 --channel_mult 1,2,4 --attention_resolutions= --num_head_channels 64 --precision auto "
+    "--warmup_steps 100 --ema_rate 0.98 --lr_anneal_steps 600 --sample_interval 300"
+)
+CLASSIFIER = (
+    "--classifier_width 32 --classifier_depth 1 --classifier_channel_mult 1,2,4 --classifier_attention_resolutions 8 "
+    "--classifier_precision auto --weight_decay 0.05 --anneal_lr True --iterations"
+)
+# title, name of the folder, command, flags
+NETWORKS = (
+    ("1. Training a diffusion model on 32x32 emoji", "diffusion", "image_train", DIFFUSION),
+    ("2. Training a classifier to guide it", "classifier", "classifier_train", f"{CLASSIFIER} 250"),
+)
+BATCH = {"image_train": 32, "classifier_train": 64}  # of all processes
+
+
 def show(flags: Flags) -> None:
-    """Sample from the bundled models; print how good the samples are, and write a page about them."""
+    """Sample from the bundled models, or from ones trained now; print how good the samples are, and write a page."""
     from .. import load
 
     config = flags.part(DemoConfig)
-    present(load(MODEL), config.log_dir, config.seed, MODEL, draw_texts(config.log_dir, config.seed))
+    if config.train:
+        train(config)
+        model = load(f"{config.log_dir}/diffusion", classifier=f"{config.log_dir}/classifier")
+        return present(model, config.log_dir, config.seed, "this training")
+    return present(load(MODEL), config.log_dir, config.seed, MODEL, draw_texts(config.log_dir, config.seed))
+
+
+def train(config: DemoConfig) -> None:
+    """Train what is not trained yet: a diffusion model and a classifier."""
+    if not PICTURES.exists():
+        remedy = "the pictures come with a checkout of the repository, not with the package: run this in one"
+        raise UserError(f"{PICTURES} does not exist: {remedy}")
+    print(f"Everything goes to {os.path.abspath(config.log_dir)}; a second run goes on where the first one ended.")
+    for title, name, command, flags in NETWORKS:
+        words = [f"--data_dir={PICTURES}", f"--log_dir={config.log_dir}/{name}", f"--seed={config.seed}"]
+        launch(title, command, *words, *f"{IMAGES} {TRAINING} {flags}".split())
+
+
+def launch(title: str, command: str, *flags: str) -> None:
+    """Run a command on as many processes as there are cores (at most 8), with one thread each.
+
+    On a CPU that is faster than one process of many threads, which wait for each other in every layer.
+    """
+    import torch as th
+
+    print(f"{title} ...", flush=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    began = time.time()
+    ranks = 1 if th.cuda.is_available() else 1 << min(3, cores.bit_length() - 1)  # a divisor of the batches
+    start = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", __package__.rpartition(".")[0]]
+    # tables go to files, not to the screen
+    environment = {**os.environ, "OPENAI_LOG_FORMAT": "log,csv", "OPENAI_LOG_FORMAT_MPI": "log", "OMP_NUM_THREADS": "1"}
+    words = [command, f"--batch_size={BATCH[command] // ranks}", *flags]
+    done = subprocess.run([sys.executable, "-m", *start, *words], env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(2)  # the command has told why
+    print(f"    {time.time() - began:.0f} s", flush=True)
 
 
 def present(model: Model, folder: str, seed: int, name: str, texts: str = "") -> None:
@@ -80,7 +143,7 @@ def present(model: Model, folder: str, seed: int, name: str, texts: str = "") ->
     from ..evaluation.metrics import frechet_distance, statistics
     from ..runtime.files import write_json
     from ..runtime.pictures import Film, save_grid
-    from . import evaluation, presets
+    from . import evaluation
 
     where, film = presets.BUNDLED / MODEL, Film(FILM_STEPS)
     judge = evaluation.extractor_named(f"classifier:{where}/judge")

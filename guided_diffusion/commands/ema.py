@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .entry import entry
 from .flags import Flags
-from .sections import EmaConfig
+from .tool_sections import EmaConfig
 
 
 def make(flags: Flags) -> None:

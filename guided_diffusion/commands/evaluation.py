@@ -22,7 +22,8 @@ from ..training.checkpoints import step_of
 from . import latent_space, prompts, vectors
 from .common import image_shape, log_to_screen, restore
 from .flags import Flags
-from .sections import ExtractorConfig, PlaceConfig
+from .sections import ExtractorConfig
+from .tool_sections import PlaceConfig
 
 if TYPE_CHECKING:
     from ..evaluation.features import Extractor

@@ -19,7 +19,7 @@ from .. import __version__, config as c
 from ..runtime.errors import UserError
 from ..runtime.launchers import announced_rank
 from ..runtime.options import defaults, means_not_given, reader_of, saved_values
-from . import sections as s
+from . import sections as s, tool_sections as t
 from .flag_files import as_words, flags_in
 from .help_page import FIRST_STEPS, example_of, others, width
 from .synonyms import SYNONYMS, flag_instead
@@ -123,16 +123,16 @@ COMMANDS = {
     ),
     "evaluator": Command(
         "Compare samples with real images: Inception Score, FID, sFID, precision, recall.",
-        (s.EvaluatorConfig, c.RangeConfig, s.ExtractorConfig, s.PlaceConfig),
+        (t.EvaluatorConfig, c.RangeConfig, s.ExtractorConfig, t.PlaceConfig),
     ),
     "make_reference": Command(
         "Write the reference that samples are compared with.",
-        (s.ReferenceConfig, c.RangeConfig, s.ExtractorConfig, s.PlaceConfig),
+        (t.ReferenceConfig, c.RangeConfig, s.ExtractorConfig, t.PlaceConfig),
     ),
     "sweep": Command(
         "Sample at several scales of guidance, and draw what it gains and costs.",
         (
-            s.SweepConfig,
+            t.SweepConfig,
             s.PromptConfig,
             c.RangeConfig,
             s.ExtractorConfig,
@@ -142,16 +142,13 @@ COMMANDS = {
             *CLASSIFIER,
         ),
     ),
-    "models": Command("List, show, download and verify the models that have a name.", (s.ModelsConfig,)),
-    "download": Command("Fetch weights to the cache.", (s.DownloadConfig,)),
-    "convert": Command("Weights of a run or a checkpoint to one file, .safetensors or .pt.", (s.ConvertConfig,)),
-    "ema": Command("Make another average of the weights of a run with --ema_profiles.", (s.EmaConfig,)),
-    "npz_tool": Command("Images of an npz to PNG files and back.", (s.NpzToolConfig, s.FromImagesConfig)),
-    "demo": Command("Sample from the bundled model, with and without guidance, and draw a page.", (s.DemoConfig,)),
-    "page": Command("Draw in a browser: a page of all that the models here can do.", (s.PageConfig,)),
-    "demo_train": Command(
-        "Train on the bundled pictures for some minutes, sample with and without guidance.", (s.DemoTrainConfig,)
-    ),
+    "models": Command("List, show, download and verify the models that have a name.", (t.ModelsConfig,)),
+    "download": Command("Fetch weights to the cache.", (t.DownloadConfig,)),
+    "convert": Command("Weights of a run or a checkpoint to one file, .safetensors or .pt.", (t.ConvertConfig,)),
+    "ema": Command("Make another average of the weights of a run with --ema_profiles.", (t.EmaConfig,)),
+    "npz_tool": Command("Images of an npz to PNG files and back.", (t.NpzToolConfig, t.FromImagesConfig)),
+    "demo": Command("Sample from the bundled model, with and without guidance, and draw a page.", (t.DemoConfig,)),
+    "page": Command("Draw in a browser: a page of all that the models here can do.", (t.PageConfig,)),
 }
 OTHERS: dict[str, Command] = {}  # what the console does not list: the converters of datasets/ add themselves
 

@@ -72,7 +72,6 @@ FIRST_STEPS = {
     "models": ("", "show imagenet256"),
     "demo": ("", "--log_dir demo-output"),
     "page": ("", "--port 7860"),
-    "demo_train": ("", "--log_dir demo-train-output"),
 }
 
 

@@ -7,7 +7,8 @@ from ..runtime.errors import UserError
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
-from .sections import ExtractorConfig, ReferenceConfig
+from .sections import ExtractorConfig
+from .tool_sections import ReferenceConfig
 
 
 def make(flags: Flags) -> None:

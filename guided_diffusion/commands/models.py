@@ -9,7 +9,7 @@ from typing import Any
 from ..runtime.errors import UserError, nearest, refuse
 from .entry import entry
 from .flags import Flags
-from .sections import DownloadConfig, ModelsConfig
+from .tool_sections import DownloadConfig, ModelsConfig
 
 
 def models(flags: Flags) -> None:

@@ -27,7 +27,7 @@ from ..runtime.npz import PROMPTS, Npz, Rows, write_arrays, write_npz
 from ..runtime.options import parse_range
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, save_png
 from .flags import Flags
-from .sections import FromImagesConfig, NpzToolConfig
+from .tool_sections import FromImagesConfig, NpzToolConfig
 
 if TYPE_CHECKING:
     from ..evaluation.images import ArrayImages

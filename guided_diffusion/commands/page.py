@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from ..runtime.errors import UserError
 from .entry import entry
 from .flags import Flags
-from .sections import PageConfig
+from .tool_sections import PageConfig
 
 
 def show(flags: Flags) -> None:

@@ -21,7 +21,7 @@ from ..runtime.errors import UserError
 from ..runtime.pictures import Pixels
 from . import page_work as work
 from .page_work import SPECS, TITLES, Drawing, Facts, Shelf, View
-from .sections import PageConfig
+from .tool_sections import PageConfig
 
 HOST, WAITING = "127.0.0.1", 20  # drawings in the queue
 TABS = {

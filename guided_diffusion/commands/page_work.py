@@ -31,7 +31,8 @@ from ..runtime.options import flag, parse_size, reader_of
 from ..runtime.pictures import grid, to_uint8
 from ..sampling.samplers import SAMPLERS
 from . import presets
-from .sections import COUNTS, SCALES, PageConfig
+from .sections import COUNTS, SCALES
+from .tool_sections import PageConfig
 
 if TYPE_CHECKING:
     from .pipeline import Model

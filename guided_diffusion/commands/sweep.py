@@ -12,7 +12,8 @@ from ..runtime.errors import refuse
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import COMMANDS, SAVED_NAMES, Flags
-from .sections import ExtractorConfig, SweepConfig
+from .sections import ExtractorConfig
+from .tool_sections import SweepConfig
 
 if TYPE_CHECKING:
     from ..evaluation.sweep import Cell

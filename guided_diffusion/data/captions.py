@@ -19,8 +19,8 @@ import torch as th
 
 from ..runtime.errors import UserError, nearest, printable, quoted, reason
 from ..runtime.files import parse_json
-from .labels import Table, beside, find_table
 from .sources import ImageSource, read_bytes
+from .tables import Table, beside, find_table
 
 Keywords = Callable[[Sequence[str]], Mapping[str, th.Tensor]]
 Rows = list[dict[str, Any]]

@@ -1,19 +1,13 @@
-"""The classes of images: the rules that tell them, tables of labels, and the classes.json that later runs take over.
+"""The classes of images: the rules that tell them, and the classes.json that later runs take over.
 
-Tables are dataset.json (EDM), labels.csv, and metadata.csv or metadata.jsonl (Hugging Face). The column of the files is
-called as in `FILE_COLUMNS`, else it is the first; the names in it may lack an extension, begin with "./" or be absolute
-paths, as long as it is clear which image is meant. Without a table, NAME.cls or NAME.json beside NAME.jpg is its label,
-as WebDataset keeps it in tars, whose own names say nothing of classes.
+`tables` reads the tables. Without one, NAME.cls or NAME.json beside NAME.jpg is its label, as WebDataset keeps it in
+tars, whose own names say nothing of classes.
 
 Shapes: N images, K classes.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
-import math
 import os
 import re
 from collections import Counter
@@ -21,24 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..config import CLASS_RULES
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, printable, reason, refuse
+from ..runtime.errors import UserError, nearest, printable, reason
 from ..runtime.files import parse_json, read_classes
-from .sources import LABEL_FILES, ImageSource, read_bytes, shared_folder
+from .sources import LABEL_FILES, ImageSource, read_bytes
+from .tables import LABEL_COLUMNS, Label, Table, beside, file_beside, find_table
 
 ClassRow = tuple[int, str, int]  # id, name, number of images
-Label = str | int
 
 CLS = "cls"  # the rule of NAME.cls
 ARRAY = "array"  # the rule of labels that lie in an npz beside the images, which is never asked for
 LARGEST_ID = 65536  # of numbers given as labels without num_classes: what is above is no class id
-LONGEST_PATH = 4096
-FILE_COLUMNS = ("file", "file_name", "filename", "path", "image")
-LABEL_COLUMNS = ("label", "class", "class_id", "category")
 
 
 @dataclass(frozen=True)
@@ -117,7 +105,7 @@ def _labels_of(source: ImageSource, rule: str, label_column: str) -> tuple[str, 
     if label_column and not tabular:
         raise UserError(f"label_column {label_column!r} has no effect with class_from {rule}: there is no table")
     alone = rule == "json" and not find_table(source, LABEL_FILES["json"])
-    if rule == CLS or (alone and _beside(source, source.images[0], ".json")):
+    if rule == CLS or (alone and file_beside(source, source.images[0], ".json")):
         labels, names = _of_files(source, f".{rule}", label_column), find_table(source, ("classes.json",))
         known = files.load_classes(source.path(names)) if names and ".tar/" in source.images[0] else []
         named = known and all(isinstance(label, int) and 0 <= label < len(known) for label in labels)
@@ -182,9 +170,9 @@ def _choose_rule(source: ImageSource, label_column: str) -> tuple[str, str]:
         if file and (label_column or not os.path.basename(file).startswith("metadata") or _has_labels(source, file)):
             return rule, f"classes from {os.path.basename(file)}"
     first = source.images[0]
-    if _beside(source, first, ".cls"):
+    if file_beside(source, first, ".cls"):
         return CLS, "classes from NAME.cls beside each image"
-    if _beside(source, first, ".json") and (label_column or _columns(source, first)):
+    if file_beside(source, first, ".json") and (label_column or _columns(source, first)):
         return "json", "classes from NAME.json beside each image"
     if len({os.path.dirname(_in_tar(name)) for name in source.images}) == 1:
         return "filename", "classes from the file names, up to the first '_': all images lie in one folder"
@@ -220,22 +208,10 @@ def _of_names(source: ImageSource, rule: str) -> tuple[list[Label], list[str]]:
 # ---- a file beside each image
 
 
-def beside(name: str, extension: str) -> list[str]:
-    """The names of the file beside an image: without the extension, or up to the first dot as WebDataset has it."""
-    folder, _, base = name.rpartition("/")
-    start = f"{folder}/" if folder else ""
-    return list(dict.fromkeys(f"{start}{stem}{extension}" for stem in (os.path.splitext(base)[0], base.split(".")[0])))
-
-
-def _beside(source: ImageSource, image: str, extension: str) -> str:
-    """The file beside an image, '' where there is none."""
-    return next((file for file in beside(image, extension) if file in source.known), "")
-
-
 def _columns(source: ImageSource, image: str) -> list[str]:
     """The keys of the NAME.json beside an image that are called like labels."""
     try:
-        row = parse_json(read_bytes(source.path(_beside(source, image, ".json"))))
+        row = parse_json(read_bytes(source.path(file_beside(source, image, ".json"))))
         return [key for key in row if key.lower() in LABEL_COLUMNS and isinstance(row[key], str | int)]
     except (ValueError, OSError, TypeError, AttributeError):
         return []
@@ -248,7 +224,7 @@ def _of_files(source: ImageSource, extension: str, column: str) -> list[Label]:
         raise UserError(f"NAME.json beside {source.images[0]!r} has no clear label: --label_column names the key")
     labels = list[Any]()
     for image in source.images:
-        file = _beside(source, image, extension)
+        file = file_beside(source, image, extension)
         try:
             content = read_bytes(source.path(file)).decode() if file else ""
             labels.append(parse_json(content)[columns[0]] if extension == ".json" and file else content.strip())
@@ -260,161 +236,6 @@ def _of_files(source: ImageSource, extension: str, column: str) -> list[Label]:
 
 
 # ---- tables
-
-
-class Table:
-    """A table beside images, which it names as seen from its folder: rows by the names of its columns.
-
-    :param rows: where they are read already.
-    """
-
-    def __init__(self, source: ImageSource, file: str, rows: list[dict[str, Any]] | None = None) -> None:
-        self.images = [name[file.rfind("/") + 1 :] for name in source.images]
-        names: dict[str, str] = {}
-        for name in self.images:
-            bare = f"*/{os.path.basename(name)}"
-            for key in (os.path.splitext(name)[0], bare, os.path.splitext(bare)[0]):
-                names[key] = name if names.get(key, name) == name else ""  # not clear which is meant
-        self._names = names | {name: name for name in self.images}
-        self.rows = self._read(read_bytes(source.path(file)), file) if rows is None else rows
-        first = self.rows[0].items() if self.rows else ()
-        self.columns = [name for name, cell in first if not isinstance(cell, dict | list)] or ["file", "label"]
-        self.path_column = next(iter([*self.columns_called(FILE_COLUMNS), *self.columns]), "")
-
-    def vectors(self, columns: Sequence[str]) -> NDArray[np.float32]:
-        """The numbers [N, D] of some columns for every image; nan where a cell is empty."""
-        if absent := [column for column in columns if not any(column in row for row in self.rows)]:
-            raise UserError(f"it has no column {absent[0]!r}{nearest(absent[0], self.columns)}")
-        vectors: dict[str, list[float]] = {}
-        for row in self.rows:
-            name, numbers = self.find(row.get(self.path_column)), _numbers_of([row.get(column) for column in columns])
-            if name and str(vectors.setdefault(name, numbers)) != str(numbers):
-                raise UserError(f"{name!r} has two vectors, {vectors[name]} and {numbers}")
-        lacking = [name for name in self.images if name not in vectors]
-        lengths = {len(numbers) for numbers in vectors.values()}
-        refuse(
-            (bool(lacking), f"it has no row for {len(lacking)} of {len(self.images)} images, the first {lacking[:1]}"),
-            (len(lengths) > 1, f"its vectors have from {min(lengths, default=0)} to {max(lengths, default=0)} numbers"),
-        )
-        return np.array([vectors[name] for name in self.images], np.float32)
-
-    def _read(self, content: bytes, file: str) -> list[dict[str, Any]]:
-        return _of_json(content, file) if file.endswith((".json", ".jsonl")) else self._of_text(content)
-
-    @property
-    def first_row(self) -> str:
-        """The first row as text."""
-        return printable(", ".join(map(str, self.rows[0].values()))) if self.rows else "nothing"
-
-    def columns_called(self, names: Sequence[str]) -> list[str]:
-        """The columns of these names, whether they are written in capitals or not."""
-        return [column for name in names for column in self.columns if column.lower() == name.lower()]
-
-    def find(self, cell: Any) -> str:
-        """The image that is meant: by its path, by the end of a longer one, or by its name alone; '' for none."""
-        if not isinstance(cell, str) or len(cell) > LONGEST_PATH:
-            return ""
-        parts = [part for part in cell.strip().replace("\\", "/").split("/") if part not in ("", ".")]
-        ends = ["/".join(parts[start:]) for start in range(len(parts))]
-        ends += [f"*/{part}" for part in parts if len(parts) == 1]
-        return next(filter(None, (self._names.get(end) for end in ends)), "")
-
-    def label_column(self, asked: str) -> str:
-        """The column of that name; for '' the one that is called like a label, or the only one beside the files."""
-        rest = [name for name in self.columns if name != self.path_column]
-        likely = self.columns_called([asked] if asked else LABEL_COLUMNS) or ([] if asked else rest)
-        if len(likely) != 1:
-            named = f", and none of them is {asked!r}{nearest(asked, rest)}" if asked else ""
-            columns = ", ".join(map(printable, rest))
-            raise UserError(
-                f"beside the files its columns are {columns}{named}: --label_column names that of the labels"
-            )
-        return likely[0]
-
-    def labels(self, column: str) -> tuple[dict[str, Label], int]:
-        """The label of each image that is named, and how many rows name none."""
-        labels: dict[str, Label] = {}
-        surplus = 0
-        for row in self.rows:
-            path, label = row.get(self.path_column), row.get(column)
-            label = int(label) if isinstance(label, float) and label.is_integer() else label
-            if isinstance(label, bool) or not isinstance(label, str | int):
-                raise UserError(f"the label {printable(repr(label))} of {path!r} is neither a class id nor a name")
-            name = self.find(path)
-            if name and labels.setdefault(name, label) != label:
-                raise UserError(f"{path!r} has two labels, {printable(str(labels[name]))} and {label!r}")
-            surplus += not name
-        return labels, surplus
-
-    def _of_text(self, content: bytes) -> list[dict[str, Any]]:
-        """Rows with commas, semicolons or tabs; without a heading they are files and labels."""
-        try:
-            text = content.decode("utf-8-sig")
-            delimiter = max(",;\t", key=text.strip().partition("\n")[0].count)
-            lines = io.StringIO(text, newline=None)  # line ends of any system
-            cells = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
-            rows = [row for row in cells if any(cell.strip() for cell in row)]
-        except (ValueError, csv.Error) as error:
-            raise UserError(f"it is no table of UTF-8 text ({reason(error)})") from error
-        if rows and self.find(rows[0][0]):
-            rows.insert(0, ["file", "label"])
-        odd = next((row for row in rows if len(row) != len(rows[0])), None)
-        if odd is not None:
-            raise UserError(
-                f"the line {printable(','.join(odd))!r} is not {printable(','.join(rows[0]))!r}, {len(odd)} columns in "
-                f"place of {len(rows[0])}; put a comma between them, and quotation marks around what holds one"
-            )
-        names = [cell.strip() for cell in rows[0]] if rows else []
-        return [dict(zip(names, row, strict=True)) for row in rows[1:]]
-
-
-def _numbers_of(cells: Sequence[Any]) -> list[float]:
-    """The numbers of cells, one each, or a list of them."""
-    flat = [number for cell in cells for number in (cell if isinstance(cell, list) else [cell])]
-    try:
-        numbers = [math.nan if cell in (None, "") else float(cell) for cell in flat]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"its cells {printable(str(flat))} are not all numbers") from error
-    if any(map(math.isinf, numbers)):
-        raise UserError(f"its cells {printable(str(flat))} are not all finite")
-    return numbers
-
-
-def read_vectors(source: ImageSource, columns: str) -> NDArray[np.float32]:
-    """The vectors [N, D] of the images: numbers, and in JSON lists of them, from columns of a table beside them.
-
-    :param columns: with commas in between.
-    """
-    file = next(filter(None, (find_table(source, names) for names in LABEL_FILES.values())), "")
-    tables = ", ".join(itertools.chain(*LABEL_FILES.values()))
-    if not file:
-        raise UserError(f"vector_columns {columns!r} needs a table in {source.root!r}: write one of {tables}")
-    try:
-        return Table(source, file).vectors([name.strip() for name in columns.split(",") if name.strip()])
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file!r} in {source.root!r} gives no vectors: {reason(error)}; correct it") from error
-
-
-def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
-    """Rows of EDM's ``{"labels": [[path, id], ...]}``, or of objects ``{"file_name": ..., ...}``."""
-    try:
-        lines = [line for line in content.splitlines() if line.strip()]
-        value = [parse_json(line) for line in lines] if file.endswith(".jsonl") else parse_json(content)
-        if isinstance(value, dict):
-            labels = value["labels"] or []
-            pairs = labels.items() if isinstance(labels, dict) else labels
-            return [{"file": path, "label": label} for path, label in pairs]
-        return [{name: row.get(name) for name in value[0]} for row in value]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        formats = '{"labels": [[path, id], ...]}, nor rows of {"file_name": ..., "label": ...}'
-        raise UserError(f"it is not {formats} ({reason(error)})") from error
-
-
-def find_table(source: ImageSource, names: Sequence[str]) -> str:
-    """The first of the tables `names` at the root or in the one folder that holds all images, as in a zip; or ''."""
-    shared = list(filter(None, shared_folder(source.images).split("/")))
-    places = ["/".join([*shared[:depth], file]) for file in names for depth in range(len(shared) + 1)]
-    return next((place for place in places if place in source.others), "")
 
 
 def _has_labels(source: ImageSource, file: str) -> bool:

@@ -19,7 +19,7 @@ from ..runtime import files
 from ..runtime.errors import UserError
 from ..runtime.seeds import rng_state, set_rng_state
 from . import checkpoints, lora
-from .checkpoints import Checkpoint
+from .manifests import write_manifest
 from .sharded_files import read, write
 from .weights import Entry, Weights, load
 
@@ -55,12 +55,12 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
 # ---- the parts of a run that change
 
 
-def load_weights(model: th.nn.Module, files: Checkpoint, flags: Mapping[str, Any]) -> None:
+def load_weights(model: th.nn.Module, files: checkpoints.Checkpoint, flags: Mapping[str, Any]) -> None:
     """Load the weights to go on from, those below adapters and the adapters apart.
 
     :param flags: that the network was built from, for messages.
     """
-    source = Checkpoint(files.step, path=files.model)
+    source = checkpoints.Checkpoint(files.step, path=files.model)
     if files.shards == files.model:
         source.picked = Weights(read(files.model, "model".__eq__)["model"], {}, "")
     if not lora.adapters(model):
@@ -81,7 +81,7 @@ def load_weights(model: th.nn.Module, files: Checkpoint, flags: Mapping[str, Any
     model.load_state_dict(lora.layered(model, weights))
 
 
-def read_state(files: Checkpoint) -> dict[str, Any]:
+def read_state(files: checkpoints.Checkpoint) -> dict[str, Any]:
     """The state file of a checkpoint, {} without one, with the adapters that older runs kept in a file of their own."""
     state: dict[str, Any] = load(files.state) if files.state else {}
     if state and "lora" not in state and files.lora.endswith(".pt"):
@@ -186,7 +186,7 @@ class RunState:
 
     # ---- back
 
-    def open(self, files: Checkpoint) -> int:
+    def open(self, files: checkpoints.Checkpoint) -> int:
         """Begin to take up a checkpoint; returns its step. `average`, `load_optimizer` and `close` follow."""
         if files.step is None:
             logger.warn(
@@ -302,7 +302,7 @@ def write_set(
         for file, item in content.items():
             written[file] = checkpoints.save(files.join(folder, file), item)
             yield files.join(folder, file)
-    yield checkpoints.write_manifest(folder, step, written)
+    yield write_manifest(folder, step, written)
 
 
 def _clear(folder: str, step: int) -> None:

@@ -35,7 +35,7 @@ from guided_diffusion.commands.page_work import (
     to_address,
 )
 from guided_diffusion.commands.pipeline import Model
-from guided_diffusion.commands.sections import PageConfig
+from guided_diffusion.commands.tool_sections import PageConfig
 from guided_diffusion.runtime.errors import UserError
 
 SMALL: dict[str, Any] = {"model": "unet", "steps": 3, "num_samples": 2}

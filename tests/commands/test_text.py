@@ -35,7 +35,7 @@ from guided_diffusion.commands import (
 )
 from guided_diffusion.commands.common import restore
 from guided_diffusion.commands.flag_files import flags_in
-from guided_diffusion.commands.sections import SweepConfig
+from guided_diffusion.commands.tool_sections import SweepConfig
 from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.networks.architecture import architecture

@@ -13,8 +13,8 @@ from PIL import Image
 from test_train_commands import TINY, command_line, refused
 
 from guided_diffusion.commands import image_nll, image_sample, image_train
-from guided_diffusion.data.labels import read_vectors
 from guided_diffusion.data.sources import find_images
+from guided_diffusion.data.tables import read_vectors
 from guided_diffusion.networks.architecture import architecture
 from guided_diffusion.networks.backbone import UNetModel
 from guided_diffusion.sampling.guidance import classifier_free

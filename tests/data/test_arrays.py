@@ -15,7 +15,7 @@ from guided_diffusion.commands import flags as cli
 from guided_diffusion.commands.common import described
 from guided_diffusion.commands.conditioning import kind_of
 from guided_diffusion.commands.npz_files import from_images
-from guided_diffusion.commands.sections import FromImagesConfig, NpzToolConfig
+from guided_diffusion.commands.tool_sections import FromImagesConfig, NpzToolConfig
 from guided_diffusion.commands.training import open_streams
 from guided_diffusion.data.conditioning import CondKind, Pairing, open_cond_images
 from guided_diffusion.data.init_images import InitImages

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
-from shards import picture, write_shards
 
 from guided_diffusion.data.crops import fitted_arr
 from guided_diffusion.data.orders import order_of
 from guided_diffusion.image_datasets import ImageStream, load_data
 from guided_diffusion.runtime.errors import UserError
+from shards import picture, write_shards
 
 COUNT = 24
 SHARDS = np.repeat(np.arange(6), 4)

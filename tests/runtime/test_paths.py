@@ -19,7 +19,7 @@ from guided_diffusion import config, dist_util, logger
 from guided_diffusion.commands import flags as cli
 from guided_diffusion.commands.conditioning import kind_of
 from guided_diffusion.commands.npz_files import from_images
-from guided_diffusion.commands.sections import FromImagesConfig, NpzToolConfig
+from guided_diffusion.commands.tool_sections import FromImagesConfig, NpzToolConfig
 from guided_diffusion.data.conditioning import Pairing, open_cond_images
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.data.labels import read_labels

@@ -19,7 +19,7 @@ from guided_diffusion.data.items import ignore_signals
 from guided_diffusion.runtime import atomic
 from guided_diffusion.runtime.atomic import replacing
 from guided_diffusion.runtime.npz import save_npz
-from guided_diffusion.training import checkpoints, interruption
+from guided_diffusion.training import checkpoints, interruption, manifests
 from guided_diffusion.training.saving import Saver, map_tensors, snapshot
 from guided_diffusion.training.weights import Hashed
 
@@ -596,4 +596,4 @@ def test_ranks_ask_each_other_by_the_clock_and_at_the_same_steps(monkeypatch):
 
 def test_a_pipe_in_place_of_a_manifest_is_a_fault_and_no_wait(tmp_path):
     os.mkfifo(tmp_path / "set000004.json")
-    assert "regular file" in checkpoints.manifest_fault(str(tmp_path / "set000004.json"), checksums=True)
+    assert "regular file" in manifests.manifest_fault(str(tmp_path / "set000004.json"), checksums=True)
