@@ -10,10 +10,10 @@ import subprocess
 import sys
 import time
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import UserError
-from . import presets
 from .entry import entry
 from .flags import Flags
 from .tool_sections import DemoConfig
@@ -68,7 +68,7 @@ has seen.</p>
 """
 
 
-PICTURES = presets.BUNDLED.parent / "datasets" / "emoji64.zip"
+PICTURES = Path(__file__).parents[2] / "datasets" / "emoji64.zip"
 IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False --lr 1e-3"
 TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1"
 DIFFUSION = (
@@ -143,7 +143,7 @@ def present(model: Model, folder: str, seed: int, name: str, texts: str = "") ->
     from ..evaluation.metrics import frechet_distance, statistics
     from ..runtime.files import write_json
     from ..runtime.pictures import Film, save_grid
-    from . import evaluation
+    from . import evaluation, presets
 
     where, film = presets.BUNDLED / MODEL, Film(FILM_STEPS)
     judge = evaluation.extractor_named(f"classifier:{where}/judge")

@@ -26,9 +26,7 @@ from ..runtime import files
 from ..runtime.errors import UserError, reason
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from ..runtime.options import Size, parse_size
-from .diffusers_files import read_unet
 from .manifests import manifest_fault
-from .published import read_published, tensors_in
 from .weights import State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
@@ -133,6 +131,9 @@ class Checkpoint:
 
 def _of_others(content: Any, path: str) -> Weights | None:
     """The network in a file of another program; None where it is of none that is known."""
+    from .diffusers_files import read_unet
+    from .published import read_published, tensors_in
+
     return read_published(content, path) or read_unet(tensors_in(content), path)
 
 
