@@ -225,7 +225,8 @@ def write_unet(state: State, flags: Mapping[str, Any], size: Any, path: str) -> 
 def _by_head(value: th.Tensor, config: Config) -> th.Tensor:
     """[3, C, ...] of the originals' first order of q, k and v, in which heads come first."""
     heads: int = len(value) // 3 // (config["attention_head_dim"] or len(value) // 3)
-    return value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+    rows: th.Tensor = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+    return rows
 
 
 def _head_size(flags: Mapping[str, Any], state: State, path: str) -> int:
