@@ -232,13 +232,13 @@ class Tar:
 
 
 def _heads(block: bytes, name: str, size: int) -> bool:
-    """Whether a block is the header of a member."""
+    """Whether a block is the header of a member, as its name and size tell."""
+    found = block[:100].partition(b"\0")[0].removeprefix(b"./")
+    other = name.isascii() and len(name) < 100 and found != name.encode()  # a long one stands before it
     try:
-        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
+        return int(block[124:136].strip(b" \0"), 8) == size and not other
+    except ValueError:
         return False
-    other = name.isascii() and len(name) < 100 and info.name.removeprefix("./") != name  # a long one stands before it
-    return info.size == size and not other
 
 
 def write_index(path: str, file: IO[bytes], size: int) -> None:

@@ -47,7 +47,7 @@ def blended(
         place = tuple(slice(scale * first, scale * (first + side)) for first, side in zip(corner, tile, strict=True))
         total[..., place[0], place[1]] += weight * part
         weights[place] += weight
-    assert total is not None, "there is at least one tile"
+    assert total is not None and weights is not None, "there is at least one tile"  # noqa: PT018
     return total / weights
 
 
