@@ -387,7 +387,9 @@ def test_by_keyboard_alone(browser: Any, server: Any, model: Model) -> None:
 
     go_to("#classes")
     tab.page.keyboard.type("owl")
+    tab.page.wait_for_function("() => document.querySelectorAll('[role=option]').length === 1")
     press("Enter")
+    tab.page.wait_for_selector("#classes .token")
     press("Escape")
     go_to("#seed")
     press("Control+a")
@@ -397,6 +399,7 @@ def test_by_keyboard_alone(browser: Any, server: Any, model: Model) -> None:
     tab.forget()
     press("Enter")
     assert tab.ended() == "8 pictures of 8x8 pixels, seed 5"
+    assert tab.page.locator("#result figcaption").all_inner_texts() == [f"{number} owl" for number in range(1, 9)]
     expected = model.sample(classes="owl", num_samples=8, seed=5, steps=2, sampler="dpm++2m", classifier_scale=2)
     np.testing.assert_array_equal(tab.images(), expected.images)
     tab.context.close()
