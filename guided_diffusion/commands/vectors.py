@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch as th
 
-from ..image_datasets import ImageStream
 from ..nn import traits_of
 from ..runtime.errors import UserError, reason
 from ..runtime.files import read_file
@@ -17,6 +16,7 @@ from .flags import Flags
 from .sections import SampleConfig
 
 if TYPE_CHECKING:
+    from ..image_datasets import ImageStream
     from .common import Plan, Restored
 
 
