@@ -95,7 +95,7 @@ class TrainLoop:
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
         self.ema_rate, self.seed = parse_rates(ema_rate), options.seed
         self.log_interval, self.save_interval = log_interval, save_interval
-        self.saver = Saver(asynchronous=options.async_save, keep_last=options.keep_last)
+        self.saver = Saver(asynchronous=options.async_save, keep_last=options.keep_last, kind=options.checkpoint_format)
         self.validation = self.validation_of(options.val_data, options.val_batches)
         self.val_interval, self.hooks = options.val_interval, options.hooks
         chosen: Any = schedule_sampler or "uniform"

@@ -344,8 +344,8 @@ class Saver:
     :param keep_last: how many complete ones stay in the folder; 0: all.
     """
 
-    def __init__(self, *, asynchronous: bool = False, keep_last: int = 0) -> None:
-        self.asynchronous, self.keep_last = asynchronous, keep_last
+    def __init__(self, *, asynchronous: bool = False, keep_last: int = 0, kind: str = "gathered") -> None:
+        self.asynchronous, self.keep_last, self.kind = asynchronous, keep_last, kind
         self.source = ""  # the weights that were resumed from: never written again
         self._pending: Future[list[str]] | None = None
         self._swept = False
@@ -371,7 +371,7 @@ class Saver:
         :raises OSError: if it, or the one before, cannot be written.
         """
         path = files.join(folder, f"shards{step:06d}")
-        if state.loop.settings.checkpoint_format == "sharded" and self.source != path:
+        if self.kind == "sharded" and self.source != path:
             if files.is_remote(folder):
                 raise UserError(f"{folder} is a bucket, to which sharded checkpoints are not written: give a folder")
             self.wait()
