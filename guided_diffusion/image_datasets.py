@@ -308,7 +308,7 @@ def _order(
         parts=parts,
         weights=weights,
     )
-    if not dataset.remote or not options.shard_cache_gb or dist_util.local_rank() or options.rank:
+    if numbers is None or not dataset.remote or not options.shard_cache_gb or dist_util.local_rank() or options.rank:
         return order, None
     elsewhere = np.array([tar is not None and tar.remote for tar in tars])
     places = [(tar.path, tar.copy, tar.size) if tar else ("", "", 0) for tar in tars]

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -70,7 +70,7 @@ class Samples:
     :param prompts: the texts that they were made for, in turn.
     """
 
-    images: Pixels
+    images: Pixels = field(repr=False)
     labels: npt.NDArray[np.int64] | None = None
     classes: Sequence[str] = ()
     turns: Sequence[int] = ()

@@ -261,7 +261,8 @@ class UNetBackbone(nn.Module):
         if vector is None:
             return emb
         unknown = vector.isnan()
-        return emb + self.vector_emb(th.cat([vector.masked_fill(unknown, 0.0), unknown], dim=1).to(emb.dtype))
+        added: th.Tensor = self.vector_emb(th.cat([vector.masked_fill(unknown, 0.0), unknown], dim=1).to(emb.dtype))
+        return emb + added
 
     def _encode(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> Iterator[th.Tensor]:
         """The output of one input block after another, then of the middle block."""
