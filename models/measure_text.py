@@ -6,7 +6,6 @@ the judge's features to the held-out pictures. Real pictures are measured beside
 """
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,11 +28,8 @@ blue apple\nangry flag\npurple star face\ngreen heart with eyes\nyellow car\nsad
 
 def samples_of(model: Model, prompts: Sequence[str], scale: float) -> Samples:
     """A sample for each prompt."""
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write("\n".join(prompts))
-        file.flush()
-        options: dict[str, Any] = {**SAMPLING, "cfg_scale": scale, "seed": SEED, "batch_size": 48}
-        return model.sample(prompts=file.name, num_samples=len(prompts), **options)
+    options: dict[str, Any] = {**SAMPLING, "cfg_scale": scale, "seed": SEED, "batch_size": 48}
+    return model.sample(prompt=[*prompts], num_samples=len(prompts), **options)
 
 
 def distance(judge: Extractor, reference: Pixels, images: Pixels) -> float:

@@ -172,15 +172,12 @@ def present(model: Model, folder: str, seed: int, name: str, texts: str = "") ->
 
 
 def draw_texts(folder: str, seed: int) -> str:
-    """Write prompts.txt and texts.png, a row of samples for each of them; returns its part of the page."""
+    """Write texts.png, a row of samples for each prompt; returns its part of the page."""
     from .. import load
 
     began, count = time.perf_counter(), len(PROMPTS) * OF_A_PROMPT
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/prompts.txt", "w", encoding="utf-8") as file:
-        file.write("\n".join(PROMPTS))
     options = {**SAMPLING, "cfg_scale": TEXT_SCALE, "seed": seed, "num_samples": count, "batch_size": count}
-    load(TEXT_MODEL).sample(prompts=file.name, **options).save(f"{folder}/texts.png")
+    load(TEXT_MODEL).sample(prompt=[*PROMPTS], **options).save(f"{folder}/texts.png")
     facts = {"model": TEXT_MODEL, "scale": TEXT_SCALE, "alt": escape(", ".join(PROMPTS))}
     return TEXTS.format(seconds=time.perf_counter() - began, **facts)
 

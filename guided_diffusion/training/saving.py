@@ -387,8 +387,9 @@ class Saver:
         """As `_begin`, of the parts that all ranks have."""
         trainer, (rows, rest) = cast("ShardedTrainer", state.loop.mp_trainer), state.rows(step)
         if self._group is None:
-            layout = {"mesh_shape": tuple(trainer.mesh.shape), "mesh_dim_names": trainer.mesh.mesh_dim_names}
-            self._group, self._mesh = dist.new_group(backend="gloo"), init_device_mesh("cpu", **layout)
+            shape, names = tuple(trainer.mesh.shape), trainer.mesh.mesh_dim_names
+            self._group = dist.new_group(backend="gloo")
+            self._mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         dist_util.decide(lambda: _clear(os.path.dirname(path), step))
         parts = trainer.split_again(snapshot(rows), self._mesh)
         pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
@@ -430,7 +431,7 @@ class Saver:
         """Write a checkpoint and remove older ones; returns the lines that the main thread logs."""
         if not self._swept:
             checkpoints.sweep(folder)
-            self._swept = True
+        self._swept = True
         lines = [f"saved {path}" for path in write_set(folder, step, parts, entries)]
         try:
             checkpoints.keep_last(folder, self.keep_last)
