@@ -387,9 +387,8 @@ class Saver:
         """As `_begin`, of the parts that all ranks have."""
         trainer, (rows, rest) = cast("ShardedTrainer", state.loop.mp_trainer), state.rows(step)
         if self._group is None:
-            shape, names = tuple(trainer.mesh.shape), trainer.mesh.mesh_dim_names
-            self._group = dist.new_group(backend="gloo")
-            self._mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            mesh, self._group = trainer.mesh, dist.new_group(backend="gloo")
+            self._mesh = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
         dist_util.decide(lambda: _clear(os.path.dirname(path), step))
         parts = trainer.split_again(snapshot(rows), self._mesh)
         pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
