@@ -29,7 +29,6 @@ GUIDED = {"classifier_scale": 2.0}
 UNCONDITIONAL = {"cfg_scale": 0.0}  # the network's answer without a label
 CLAIMS: dict[str, dict[str, dict[str, Any]]] = {
     "scale, conditional": {f"{scale:g}": {**FAST, "classifier_scale": scale} for scale in SCALES},
-    "scale, unconditional": {f"{scale:g}": {**FAST, **UNCONDITIONAL, "classifier_scale": scale} for scale in SCALES},
     "guidance": {
         "none": FAST,
         "classifier 2": {**FAST, **GUIDED},
@@ -41,6 +40,7 @@ CLAIMS: dict[str, dict[str, dict[str, Any]]] = {
         "classifier-free 2, t in 0..500": {**FAST, "cfg_scale": 2.0, "guidance_interval": "0,500"},
         "classifier-free 2, t in 500..999": {**FAST, "cfg_scale": 2.0, "guidance_interval": "500,999"},
     },
+    "scale, unconditional": {f"{scale:g}": {**FAST, **UNCONDITIONAL, "classifier_scale": scale} for scale in SCALES},
 }
 SAMPLERS: list[tuple[str, int]] = [
     *[("unipc", steps) for steps in (10, 15, 20)],

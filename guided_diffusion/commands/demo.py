@@ -1,4 +1,4 @@
-"""Sample from the bundled models in a minute: without and with guidance, from texts, a film, numbers, a page.
+"""Sample from the bundled model in a minute: without and with guidance, a film of one batch, numbers, a page.
 
 With --train, small networks are trained first, for some minutes, and sampled in the same ways.
 """
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from .tool_sections import DemoConfig
 if TYPE_CHECKING:
     from .pipeline import Model
 
-MODEL, SHOWN = "emoji32", 3  # columns for each setting
+MODEL, SHOWN = "emoji32", 4  # columns for each setting
 SAMPLING: dict[str, Any] = {"sampler": "dpm++2m", "steps": 20}
 SETTINGS: dict[str, dict[str, Any]] = {
     "unguided": {},
@@ -30,17 +29,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "classifier-free, scale 2": {"cfg_scale": 2.0},
 }
 FILM_STEPS = 2  # from one frame to the next
-TEXT_MODEL, TEXT_SCALE, OF_A_PROMPT = "emoji32-text", 4.0, 3  # columns for each prompt
-PROMPTS = (  # the last three are in no caption
-    "grinning face",
-    "red heart",
-    "flag: France",
-    "red apple",
-    "green circle",
-    "blue apple",
-    "angry flag",
-    "purple star face",
-)
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 img { max-width: 100%; image-rendering: pixelated }
 td, th { padding: .2rem 1rem .2rem 0; text-align: right } td:first-child, th:first-child { text-align: left }"""
@@ -59,15 +47,8 @@ PAGE = """<!doctype html>
 distance of its features to those of held-out pictures, which is larger the fewer samples there are.</p>
 <h2>From noise to pictures</h2>
 <img src="film.png" alt="the predicted pictures after every second step">
-{texts}</html>
+</html>
 """
-TEXTS = """<h2>{model}: pictures of texts</h2>
-<p>Classifier-free guidance at scale {scale:g}, {seconds:.0f} seconds. The last three are in no caption that the model
-has seen.</p>
-<img src="texts.png" alt="{alt}">
-"""
-
-
 PICTURES = Path(__file__).parents[2] / "datasets" / "emoji64.zip"
 IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False --lr 1e-3"
 TRAINING = "--resume_checkpoint auto --save_interval 1000 --log_interval 50 --num_workers 0 --keep_last 1"
@@ -89,15 +70,16 @@ BATCH = {"image_train": 32, "classifier_train": 64}  # of all processes
 
 
 def show(flags: Flags) -> None:
-    """Sample from the bundled models, or from ones trained now; print how good the samples are, and write a page."""
-    from .. import load
+    """Sample from the bundled model, or from one trained now; print how good the samples are, and write a page."""
+    from .. import load, logger
 
     config = flags.part(DemoConfig)
+    logger.configure(dir=config.log_dir, format_strs=[])
     if config.train:
         train(config)
         model = load(f"{config.log_dir}/diffusion", classifier=f"{config.log_dir}/classifier")
         return present(model, config.log_dir, config.seed, "this training")
-    return present(load(MODEL), config.log_dir, config.seed, MODEL, draw_texts(config.log_dir, config.seed))
+    return present(load(MODEL), config.log_dir, config.seed, MODEL)
 
 
 def train(config: DemoConfig) -> None:
@@ -132,11 +114,8 @@ def launch(title: str, command: str, *flags: str) -> None:
     print(f"    {time.time() - began:.0f} s", flush=True)
 
 
-def present(model: Model, folder: str, seed: int, name: str, texts: str = "") -> None:
-    """Sample a model of emoji32's classes under every setting; write pictures, results.json and index.html.
-
-    :param texts: a part of the page.
-    """
+def present(model: Model, folder: str, seed: int, name: str) -> None:
+    """Sample a model of emoji32's classes under every setting; write pictures, results.json and index.html."""
     import numpy as np
 
     from ..evaluation.images import open_images, read_statistics
@@ -166,20 +145,9 @@ def present(model: Model, folder: str, seed: int, name: str, texts: str = "") ->
     save_grid(f"{folder}/demo.png", grid.reshape(-1, *grid.shape[2:]), grid.shape[1], classes, titles=[*SETTINGS])
     film.save(f"{folder}/film.png", f"{folder}/film.gif")
     write_json(f"{folder}/results.json", {"seed": seed, **SAMPLING, "samples": results})
-    facts = {"model": name, "seed": seed, "count": len(grid) * grid.shape[1], "texts": texts, "style": STYLE}
+    facts = {"model": name, "seed": seed, "count": len(grid) * grid.shape[1], "style": STYLE}
     write_page(f"{folder}/index.html", results, **SAMPLING, **facts)
     print(f"\nLook at {os.path.abspath(folder)}/index.html, or at the pictures there.")
-
-
-def draw_texts(folder: str, seed: int) -> str:
-    """Write texts.png, a row of samples for each prompt; returns its part of the page."""
-    from .. import load
-
-    began, count = time.perf_counter(), len(PROMPTS) * OF_A_PROMPT
-    options = {**SAMPLING, "cfg_scale": TEXT_SCALE, "seed": seed, "num_samples": count, "batch_size": count}
-    load(TEXT_MODEL).sample(prompt=[*PROMPTS], **options).save(f"{folder}/texts.png")
-    facts = {"model": TEXT_MODEL, "scale": TEXT_SCALE, "alt": escape(", ".join(PROMPTS))}
-    return TEXTS.format(seconds=time.perf_counter() - began, **facts)
 
 
 def write_page(path: str, results: dict[str, Any], **facts: Any) -> None:
