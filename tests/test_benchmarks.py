@@ -257,7 +257,7 @@ def test_the_network_is_measured(tmp_path: Path) -> None:
 
 def test_sampling_is_measured(tmp_path: Path) -> None:
     tables = measured(sampling.main, tmp_path, "--no-diffusers")
-    assert len(tables) == 4
+    assert len(tables) == 5
     assert [row[0] for row in tables[2]["rows"]][-1] == "ours bf16, unipc, 2 steps"
     assert [row[0] for row in tables[3]["rows"]] == [f"`{name}`" for name in sampling.MEASURED[:3]]
     assert {*sampling.MEASURED, "ddim_reverse"} == set(SAMPLERS)

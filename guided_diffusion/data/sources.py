@@ -151,7 +151,7 @@ def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
 def paths_in(text: files.AnyPath) -> list[str]:
     """The paths in a list with commas, or the one path that is there with commas in its name."""
     text = os.fspath(text)
-    return [text] if os.path.lexists(text) else [path for path in text.split(",") if path]
+    return [text] if os.path.lexists(text) else [path for path in text.split(",") if path] or [text]
 
 
 def images_at(path: files.AnyPath, name: str, channels: int = 0) -> ImageSource:

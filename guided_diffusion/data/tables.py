@@ -46,8 +46,9 @@ class Table:
                 names[key] = name if names.get(key, name) == name else ""  # not clear which is meant
         self._names = names | {name: name for name in self.images}
         self.rows = self._read(read_bytes(source.path(file)), file) if rows is None else rows
-        first = self.rows[0].items() if self.rows else ()
-        self.columns = [name for name, cell in first if not isinstance(cell, dict | list)] or ["file", "label"]
+        first = self.rows[0] if self.rows else {}
+        kept = [*first] if rows is not None else ["file", "label"]
+        self.columns = [n for n, cell in first.items() if n in kept or not isinstance(cell, dict | list)] or kept
         self.path_column = next(iter([*self.columns_called(FILE_COLUMNS), *self.columns]), "")
 
     def vectors(self, columns: Sequence[str]) -> NDArray[np.float32]:
@@ -173,7 +174,8 @@ def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
             labels = value["labels"] or []
             pairs = labels.items() if isinstance(labels, dict) else labels
             return [{"file": path, "label": label} for path, label in pairs]
-        return [{name: row.get(name) for name in value[0]} for row in value]
+        columns = [*value[0]]
+        return [{name: row.get(name) for name in columns} for row in value]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         formats = '{"labels": [[path, id], ...]}, nor rows of {"file_name": ..., "label": ...}'
         raise UserError(f"it is not {formats} ({reason(error)})") from error

@@ -41,7 +41,8 @@ VALUES_BEYOND = [
         "inception_weights precision classifier_precision loss_weight classifier_channel_mult sampler classes "
         "autoguide_path guidance_interval init_image mask interpolate init_classes init_from freeze lora_train "
         "lora_path cond_type cond_dir val_cond_dir cond_images cond_class_from classifier_path ema_rate "
-        "channel_mult autoencoder_path autoencoder_id preset shard data_weights balance",
+        "channel_mult autoencoder_path autoencoder_id preset shard data_weights balance vector vectors vector_columns "
+        "ema_profiles",
     ),
     (
         False,
@@ -52,12 +53,13 @@ VALUES_BEYOND = [
     (
         0,
         "seed warmup_steps keep_last max_steps sample_interval eval_interval steps order save_intermediate "
-        "lora_rank cond_channels latent_channels start_index decode_tile",
+        "lora_rank cond_channels latent_channels start_index decode_tile vector_dim",
     ),
     (0.0, "grad_clip cond_aug cond_aug_level class_dropout dynamic_threshold cfg_rescale lora_alpha cond_dropout"),
     (0.0, "scale_factor tile_overlap"),
     (16.0, "shard_cache_gb"),
     ("all", "shuffle"),
+    ("gathered", "checkpoint_format"),
     ("crop", "fit"),
     (1.0, "cfg_scale autoguide_scale lora_scale classifier_scale"),
     (10.0, "dist_timeout"),
@@ -247,6 +249,7 @@ NOT_GIVEN = {
     *(("steps", 0), ("order", 0), ("eta", -1.0), ("churn", -1.0), ("strength", -1.0)),
     *(("cond_channels", 0), ("image_size", ""), ("rows", 0), ("columns", 0), ("decode_tile", 0)),
     ("data_weights", ""),
+    ("port", 0),
 }
 
 
@@ -387,7 +390,7 @@ def test_what_the_checkpoint_says_is_known_when_it_is_read():
     flags = cli.parse("image_sample", ["--cfg_scale", "2", "--classes", "1"])
     with pytest.raises(
         ValueError,
-        match="--cfg_scale has no effect without --class_cond or --cond_type or --context text, and the check",
+        match="--cfg_scale has no effect without --class_cond or --vector_columns or --cond_type or --context text",
     ):
         flags.over({"class_cond": False, "cond_type": "", "context": "none"}, UNetConfig).check()
     flags.over({"class_cond": True, "cond_type": ""}, UNetConfig).check()

@@ -795,7 +795,10 @@ def test_the_search_finds_what_it_looks_for() -> None:
 
 
 def test_no_shell_no_eval_no_pickle() -> None:
-    allowed = {("guided_diffusion/commands/latents.py", "np.load")}
+    allowed = {
+        ("guided_diffusion/commands/latents.py", "np.load"),
+        ("guided_diffusion/training/sharded_files.py", "pickle.Unpickler"),  # of which find_class is restricted
+    }
     trees = {str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in SOURCES}
     assert {(path, name) for path, tree in trees.items() for name in used(tree)} <= allowed
     for path, tree in trees.items():
