@@ -71,10 +71,9 @@ BATCH = {"image_train": 32, "classifier_train": 64}  # of all processes
 
 def show(flags: Flags) -> None:
     """Sample from the bundled model, or from one trained now; print how good the samples are, and write a page."""
-    from .. import load, logger
+    from .. import load
 
     config = flags.part(DemoConfig)
-    logger.configure(dir=config.log_dir, format_strs=[])
     if config.train:
         train(config)
         model = load(f"{config.log_dir}/diffusion", classifier=f"{config.log_dir}/classifier")
@@ -118,11 +117,14 @@ def present(model: Model, folder: str, seed: int, name: str) -> None:
     """Sample a model of emoji32's classes under every setting; write pictures, results.json and index.html."""
     import numpy as np
 
+    from .. import logger
     from ..evaluation.images import open_images, read_statistics
     from ..evaluation.metrics import frechet_distance, statistics
     from ..runtime.files import write_json
     from ..runtime.pictures import Film, save_grid
     from . import evaluation, presets
+
+    logger.configure(dir=folder, format_strs=[])
 
     where, film = presets.BUNDLED / MODEL, Film(FILM_STEPS)
     judge = evaluation.extractor_named(f"classifier:{where}/judge")

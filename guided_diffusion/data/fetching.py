@@ -64,8 +64,10 @@ class Fetcher:
         self._plan = plan
         if self._process is None:
             code = f"import sys; sys.path.insert(0, sys.argv[1]); from {__name__} import work; work(float(sys.argv[2]))"
-            words = [sys.executable, "-c", code, str(Path(__file__).parents[__name__.count(".")]), str(self._limit)]
-            self._process = subprocess.Popen(words, stdin=subprocess.PIPE, bufsize=0)
+            place = str(Path(__file__).parents[__name__.count(".")])
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code, place, str(self._limit)], stdin=subprocess.PIPE, bufsize=0
+            )
             self._end = weakref.finalize(self, _end, self._process)
         try:
             assert self._process.stdin is not None, "it is a pipe"

@@ -854,10 +854,10 @@ def test_places_without_images(tmp_path: Path) -> None:
     (tmp_path / "not.zip").write_bytes(b"hello")
     empty = write(tmp_path, {"a.txt": b"", "b.txt": b"", "c.mp4": b""})
     cases = {
-        "": "data_dir '' is neither a folder nor a zip",
-        str(tmp_path / "gone"): "is neither a folder nor a zip",
+        "": "data_dir '' is neither a folder, a zip",
+        str(tmp_path / "gone"): "is neither a folder",
         str(tmp_path / "not.zip"): "is not a readable zip",
-        f"{empty}/a.txt": "is neither a folder nor a zip",
+        f"{empty}/a.txt": "is neither a folder",
         empty: r"holds no images, skipped 3 \(.mp4: 1, .txt: 2\); readable are jpg jpeg png",
     }
     for data_dir, words in cases.items():

@@ -232,8 +232,8 @@ def test_another_file_is_not_kept_and_a_sentence_says_what_to_do(
     source = replace(source, **changes)
     text = sentence_of(fetch, source)
     assert f"{server.url}: {message}" in text
-    assert f"fetch {server.url} (" in text
-    assert f"on another machine and put it at {tmp_path}/cache/weights.bin" in text
+    size = f" ({source.size or f'at least {source.least}'} bytes)" if source.size or source.least else ""
+    assert f"fetch {server.url}{size} on another machine and put it at {tmp_path}/cache/weights.bin" in text
     assert os.listdir(tmp_path / "cache") == []
     server.content = CONTENT
     assert Path(fetch(source)).read_bytes() == CONTENT
