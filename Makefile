@@ -5,6 +5,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
 	done)
 READY = .venv/ready
+PAGE = .venv/page
 # tests of one file share what is slow to make
 PARALLEL = -n 2 --dist loadfile
 
@@ -18,7 +19,7 @@ help:
 	@echo 'make demo-train train a small model on the bundled pictures and sample from it (minutes)'
 	@echo 'make test       lint, then every test but the slow ones'
 	@echo 'make test-slow  lint, then every test'
-	@echo 'make test-page  the tests of the page, in a browser; adds gradio and playwright to .venv'
+	@echo 'make test-page  the tests of the page in a browser, with an environment of its own, .venv/page'
 	@echo 'make coverage   the tests, and which lines they miss'
 	@echo 'make lint       style and types'
 	@echo 'make bench      measure speed and samplers, and write docs/benchmarks.md and docs/samplers.md (half an hour)'
@@ -41,11 +42,17 @@ test: lint
 test-slow: lint
 	.venv/bin/python -m pytest $(PARALLEL) -m ''
 
-test-page: $(READY)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test-page]'
+test-page: $(PAGE)/ready
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
 		echo 'These tests need a browser: apt-get install chromium, or Google Chrome.'; exit 1; }
-	.venv/bin/python -m pytest -m '' -rs tests/commands/test_page.py
+	$(PAGE)/bin/python -m pytest -m '' -rs tests/commands/test_page.py
+
+# gradio needs an older Pillow, whose cubic resizing gives other numbers than those that the tests hold
+$(PAGE)/ready: $(READY)
+	$(PYTHON) -m venv $(PAGE)
+	grep -v '^pillow=' constraints.txt > $(PAGE)/constraints.txt
+	$(PAGE)/bin/python -m pip install --quiet --disable-pip-version-check -c $(PAGE)/constraints.txt -e '.[dev,test-page]'
+	@touch $@
 
 coverage: $(READY)
 	.venv/bin/python -m pytest --cov --cov-report=term-missing --cov-fail-under=90

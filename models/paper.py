@@ -99,7 +99,8 @@ def write_page() -> None:
             runs = [values for key, values in found.items() if key.rpartition("|")[0] == f"{claim}|{row}"]
             if runs:
                 lines.append([row, *(cell([run[name] for run in runs], name) for name in COLUMNS), len(runs)])
-        pages.write(PAGE, claim, pages.table([claim.partition(",")[0], *COLUMNS.values(), "seeds"], lines))
+        table = pages.table([claim.partition(",")[0], *COLUMNS.values(), "seeds"], lines)
+        pages.write(PAGE, claim, table if lines else "Not measured yet; `make paper` fills this in.")
     draw(found)
 
 

@@ -193,7 +193,9 @@ def _write(source: Source, config: ConversionConfig, journal: Journal, sink: Sin
         _, item = next(items, (0, None))
         _check_unchanged(config, entry, item, tally.names)
         tally.add(entry)
+    generator = isinstance(source.items, Generator)
     with (
+        contextlib.closing(source.items) if generator else contextlib.nullcontext(),  # type: ignore[type-var]
         contextlib.closing(_encoded(items, config)) as results,
         logger.progress_bar(initial=done, total=source.total, unit=" images", desc=os.path.basename(config.out)) as bar,
     ):

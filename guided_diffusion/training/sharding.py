@@ -31,12 +31,13 @@ State = Mapping[int, Mapping[str, Any]]  # of an optimizer: index of the paramet
 
 def mesh_of(device: str) -> DeviceMesh:
     """The ranks among which tensors are split: all, or those of each of several machines, which then have copies."""
+    ranks = dist.get_world_size()  # a ValueError where there is no process group
     hosts = dist_util.gather_objects(socket.gethostname())
     count = len(set(hosts))
-    alike = hosts == [host for host in dict.fromkeys(hosts) for _ in range(len(hosts) // count)]
-    if count == 1 or not alike or len(hosts) == count:
-        return init_device_mesh(device, (len(hosts),), mesh_dim_names=("split",))
-    return init_device_mesh(device, (count, len(hosts) // count), mesh_dim_names=("copies", "split"))
+    alike = hosts == [host for host in dict.fromkeys(hosts) for _ in range(ranks // count)]
+    if count == 1 or not alike or ranks == count:
+        return init_device_mesh(device, (ranks,), mesh_dim_names=("split",))
+    return init_device_mesh(device, (count, ranks // count), mesh_dim_names=("copies", "split"))
 
 
 def shard(model: nn.Module, like: nn.Module, precision: str, mesh: DeviceMesh) -> None:

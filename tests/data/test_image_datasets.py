@@ -857,7 +857,7 @@ def test_places_without_images(tmp_path: Path) -> None:
         "": "data_dir '' is neither a folder, a zip",
         str(tmp_path / "gone"): "is neither a folder",
         str(tmp_path / "not.zip"): "is not a readable zip",
-        f"{empty}/a.txt": "is neither a folder",
+        f"{empty}/a.txt": "names nothing: name shards such as",
         empty: r"holds no images, skipped 3 \(.mp4: 1, .txt: 2\); readable are jpg jpeg png",
     }
     for data_dir, words in cases.items():
