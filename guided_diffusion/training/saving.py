@@ -15,13 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from .. import dist_util, logger
 from ..fp16_util import Groups, get_param_groups_and_shapes, laid_out_as, unflatten_master_params
+from ..networks.architecture import Weights
 from ..runtime import files
 from ..runtime.errors import UserError
 from ..runtime.seeds import rng_state, set_rng_state
-from . import checkpoints, lora
-from .manifests import write_manifest
+from . import checkpoints, lora, manifests
 from .sharded_files import read, write
-from .weights import Entry, Weights, load
+from .weights import Entry, load
 
 if TYPE_CHECKING:
     from ..train_util import TrainLoop
@@ -302,7 +302,7 @@ def write_set(
         for file, item in content.items():
             written[file] = checkpoints.save(files.join(folder, file), item)
             yield files.join(folder, file)
-    yield write_manifest(folder, step, written)
+    yield manifests.write_manifest(folder, step, written)
 
 
 def _clear(folder: str, step: int) -> None:
