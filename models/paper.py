@@ -124,9 +124,10 @@ def draw(found: dict[str, dict[str, float]]) -> None:
             claim = f"scale, {kind}"
             runs = [[v[name] for k, v in found.items() if k.rpartition("|")[0] == f"{claim}|{s:g}"] for s in SCALES]
             points = [(scale, np.mean(each)) for scale, each in zip(SCALES, runs, strict=True) if each]
-            panel.plot(*zip(*points, strict=True), look, label=kind)
-            panel.set(title=COLUMNS[name], xlabel="classifier scale", xscale="symlog", xticks=SCALES[::2])
-            panel.set_xticklabels([f"{scale:g}" for scale in SCALES[::2]])
+            if points:
+                panel.plot(*zip(*points, strict=True), look, label=kind)
+            panel.set(title=COLUMNS[name], xlabel="classifier scale", xscale="symlog", xticks=SCALES, ylim=(0, None))
+            panel.set_xticklabels([f"{scale:g}" for scale in SCALES])
     panels[0].legend(frameon=False)
     figure.savefig(str(pages.DOCS / "paper.png"))
 
