@@ -44,7 +44,7 @@ PAGE = """<!doctype html>
 <table><tr><th>samples<th>accuracy<th>FD<th>seconds</tr>
 {rows}</table>
 <p>Accuracy: how often a classifier of clean pictures, which guides none, sees the class that was asked for. FD: Frechet
-distance of its features to those of held-out pictures, which is larger the fewer samples there are.</p>
+distance of its features to those of {real} pictures, which is larger the fewer samples there are.</p>
 <h2>From noise to pictures</h2>
 <img src="film.png" alt="the predicted pictures after every second step">
 </html>
@@ -77,7 +77,7 @@ def show(flags: Flags) -> None:
     if config.train:
         train(config)
         model = load(f"{config.log_dir}/diffusion", classifier=f"{config.log_dir}/classifier")
-        return present(model, config.log_dir, config.seed, "this training")
+        return present(model, config.log_dir, config.seed, "this training", "training")
     return present(load(MODEL), config.log_dir, config.seed, MODEL)
 
 
@@ -113,8 +113,11 @@ def launch(title: str, command: str, *flags: str) -> None:
     print(f"    {time.time() - began:.0f} s", flush=True)
 
 
-def present(model: Model, folder: str, seed: int, name: str) -> None:
-    """Sample a model of emoji32's classes under every setting; write pictures, results.json and index.html."""
+def present(model: Model, folder: str, seed: int, name: str, real: str = "held-out") -> None:
+    """Sample a model of emoji32's classes under every setting; write pictures, results.json and index.html.
+
+    :param real: what the pictures that emoji32 has not seen are to this model.
+    """
     import numpy as np
 
     from .. import logger
@@ -147,7 +150,7 @@ def present(model: Model, folder: str, seed: int, name: str) -> None:
     save_grid(f"{folder}/demo.png", grid.reshape(-1, *grid.shape[2:]), grid.shape[1], classes, titles=[*SETTINGS])
     film.save(f"{folder}/film.png", f"{folder}/film.gif")
     write_json(f"{folder}/results.json", {"seed": seed, **SAMPLING, "samples": results})
-    facts = {"model": name, "seed": seed, "count": len(grid) * grid.shape[1], "style": STYLE}
+    facts = {"model": name, "seed": seed, "count": len(grid) * grid.shape[1], "style": STYLE, "real": real}
     write_page(f"{folder}/index.html", results, **SAMPLING, **facts)
     print(f"\nLook at {os.path.abspath(folder)}/index.html, or at the pictures there.")
 

@@ -249,7 +249,7 @@ class Page:
 
     def halt(self, request: gr.Request) -> str:
         """End the drawing of this browser."""
-        return _message("Stopped." if self.leave(request) else "Nothing is drawn now.", "done")
+        return _message("Stopped." if self.leave(request) else "Nothing is drawn now.", "stopped")
 
     def leave(self, request: gr.Request) -> bool:
         """The same, whether there is one or not."""
@@ -288,7 +288,7 @@ def _look_of(name: str, facts: Facts) -> dict[str, Any]:
 def _updates(view: View) -> list[Any]:
     finished, files = view.state == "done", view.files or (None, None)
     buttons = [gr.update(value=file, visible=finished) for file in files]
-    result = gr.skip() if view.state == "error" else _pictures(view)
+    result = gr.skip() if view.state in ("error", "stopped") else _pictures(view)
     kept = [pair for samples in view.made if samples for pair in _labelled(samples)] if finished else []
     return [_message(view.text, view.state, view.share), result, *buttons, gr.update(visible=finished), kept]
 

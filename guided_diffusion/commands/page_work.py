@@ -31,8 +31,7 @@ from ..runtime.options import flag, parse_size, reader_of
 from ..runtime.pictures import grid, to_uint8
 from ..sampling.samplers import SAMPLERS
 from . import presets
-from .sections import COUNTS, SCALES
-from .tool_sections import PageConfig
+from .tool_sections import COUNTS, SCALES, PageConfig
 
 if TYPE_CHECKING:
     from .pipeline import Model
@@ -294,7 +293,8 @@ class View(NamedTuple):
     """What there is to see of a drawing.
 
     made: the pictures of each run, previews of the one that is drawn; None before it begins. text: how far it is, or
-    what is wrong with it. share: of the work that is done. state: working, done or error. files: an npz and a PNG.
+    what is wrong with it. share: of the work that is done. state: working, done, stopped or error. files: an npz and a
+    PNG.
     """
 
     runs: Sequence[Run] = ()
@@ -358,7 +358,7 @@ class Drawing:
             with self._shelf.lock:
                 self._draw(checked(self._values))
         except Stopped:
-            self._show(state="error", text="Stopped.")
+            self._show(state="stopped", text="Stopped.")
         except BaseException as error:  # the page stays, whatever happens to a drawing
             sentence = dist_util.exit_of(error)[1]
             if not sentence:

@@ -36,13 +36,9 @@ VECTOR = "numbers for --vector_columns, such as 1,0,0.5; nan for an unknown one;
 INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
 LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
 COND_FN = "classifier_path&classifier_scale|clip_path&clip_scale"  # where the gradient of something guides
-DISTANCES = "type of the distances of precision and recall: the published numbers' is float16"
-DISTANCE_TYPES = ("float16", "float32")
 LORA_KINDS = ("attention", "convolutions")
 LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
-COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
 WEIGHTS = list_of(r"0*[1-9]\d*(\.\d*)?|0?\.\d*[1-9]\d*", "numbers above 0, such as 3,1", repeated=True)
-SCALES = list_of(r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,14 +19,10 @@ from ..config import (
     local_flag,
     path_flag,
 )
-from ..runtime.options import flag, range_flag, size_flag
+from ..runtime.options import flag, list_of, range_flag, size_flag
 from .sections import (
     CLASSES,
-    COUNTS,
-    DISTANCE_TYPES,
-    DISTANCES,
     INTERVAL,
-    SCALES,
     ModelConfig,
 )
 
@@ -34,6 +30,10 @@ ACTIONS = ("list", "show", "download", "verify")
 TOOLS = ("to-png", "from-images", "merge")
 OUT = "file or folder to write to; '' for $GUIDED_DIFFUSION_CACHE or ~/.cache/guided-diffusion"
 MIRROR = "address of a folder with the files by their names, in place of the published one"
+DISTANCES = "type of the distances of precision and recall: the published numbers' is float16"
+DISTANCE_TYPES = ("float16", "float32")
+COUNTS = list_of(r"\d*[1-9]\d*", "whole numbers above 0, such as 10,25")
+SCALES = list_of(r"-?\d+(\.\d*)?", "numbers, such as 0,1,2.5")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ Nothing of a tar is written to the disk under a name of its own.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime import files
-from ..runtime.atomic import explained, replacing
+from ..runtime.atomic import explained, lock, replacing
 from ..runtime.errors import UserError, reason
 from ..runtime.files import MAX_BYTES, path_fault
 from ..runtime.npz import Npz, write_arrays
@@ -159,12 +158,9 @@ class Tar:
         """The index, made or fetched by the first process of this machine that wants it, for which others wait."""
         with explained(self._kept):
             os.makedirs(os.path.dirname(self._kept), exist_ok=True)
-            lock = open(f"{self._kept}.lock", "w")  # noqa: SIM115  closed below
-        with lock as file:
-            with contextlib.suppress(ImportError):  # Windows
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX)
+            file = open(f"{self._kept}.lock", "w")  # noqa: SIM115  closed below
+        with file:
+            lock(file)
             return self._open() or self._fetch() or self._make()
 
     def _fetch(self) -> Mapping[str, NDArray[Any]] | None:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 PART = ".part-"  # in the names of files that are not whole yet, before the number of the process that writes them
 
@@ -56,6 +56,17 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             os.remove(part)
+
+
+def lock(file: IO[Any], *, wait: bool = True) -> None:
+    """Keep an open file from other processes that lock it, until it is closed; on Windows nothing is kept.
+
+    :raises OSError: if another process has it, and `wait` is False.
+    """
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from . import files
-from .atomic import explained, replacing
+from .atomic import explained, lock, replacing
 from .errors import UserError, reason
 
 TIMEOUT = 30.0  # seconds without a byte from a server
@@ -140,13 +140,10 @@ def _put(part: str, path: str, member: str) -> str:
 def _alone(part: str) -> Iterator[str]:
     """The path of a half of a file that no other process writes meanwhile; an empty one does not stay."""
     with explained(part), open(part, "ab") as file:
-        with contextlib.suppress(ImportError):  # not on Windows
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"another process fetches {part.removesuffix(PART)}: wait for it") from error
+        try:
+            lock(file, wait=False)
+        except OSError as error:
+            raise UserError(f"another process fetches {part.removesuffix(PART)}: wait for it") from error
         try:
             yield part
         finally:

@@ -387,7 +387,7 @@ def test_by_keyboard_alone(browser: Any, server: Any, model: Model) -> None:
 
     go_to("#classes")
     tab.page.keyboard.type("owl")
-    tab.page.wait_for_function("() => document.querySelectorAll('[role=option]').length === 1")
+    tab.page.wait_for_selector("[role=option].active[aria-label=owl]")  # lists of other controls stay in the page
     press("Enter")
     tab.page.wait_for_selector("#classes .token")
     press("Escape")
@@ -431,8 +431,10 @@ def test_work_ends_when_nobody_waits_for_it(browser: Any, server: Any, way: str)
     assert drawing.view.state == "working"
     if way == "cancel":
         tab.page.click("#cancel")
-        tab.page.wait_for_selector("#status p.done")
-        assert tab.page.inner_text("#status p") == "Stopped."
+        tab.page.wait_for_selector("#status p.stopped")
+        wait_for(lambda: drawing.view.state != "working")
+        tab.page.wait_for_timeout(SECOND)  # whatever the drawing says at its end comes after the button's answer
+        assert tab.page.inner_text("#status p.stopped") == "Stopped."
     else:
         tab.context.close()
     wait_for(lambda: drawing.view.state != "working")

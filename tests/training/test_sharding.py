@@ -143,17 +143,21 @@ def on_two_machines(folder, pictures):
     run(folder / "again", pictures, "fp32", resume_checkpoint=str(folder / "split" / "shards000001"), **split)
 
 
+def made_by_ranks(program, ranks, folder, **options):
+    """A folder in which ranks did what a program says, their pictures, and what they printed."""
+    pictures = training.pictures.__wrapped__(folder)
+    (folder / "program.py").write_text(program)
+    done = ranks.run([folder / "program.py", Path(__file__).parent, folder, pictures], **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, pictures, done.stdout
+
+
 @pytest.fixture(scope="module")
 def parts(ranks, tmp_path_factory):
     """The folder of `on_two_machines`, and its pictures."""
-    folder = tmp_path_factory.mktemp("parts")
-    pictures = training.pictures.__wrapped__(folder)
-    program = folder / "program.py"
-    program.write_text(HYBRID)
-    done = ranks.run([program, Path(__file__).parent, folder, pictures], ranks=4, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    folder, pictures, said = made_by_ranks(HYBRID, ranks, tmp_path_factory.mktemp("parts"), ranks=4, timeout=900)
     # masters, two moments, an average: half of each
-    assert [line for line in done.stdout.splitlines() if line.startswith("2.")] == ["2.00"] * 4
+    assert [line for line in said.splitlines() if line.startswith("2.")] == ["2.00"] * 4
     return folder, pictures
 
 
@@ -235,13 +239,7 @@ def test_parts_that_are_cut_changed_or_more_than_tensors_are_refused(parts, tmp_
 @pytest.fixture(scope="module")
 def runs(ranks, tmp_path_factory):
     """The folder in which two ranks did what `on_a_rank` says, their pictures, and what they printed."""
-    folder = tmp_path_factory.mktemp("sharding")
-    pictures = training.pictures.__wrapped__(folder)
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    done = ranks.run([program, Path(__file__).parent, folder, pictures])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, pictures, done.stdout
+    return made_by_ranks(PROGRAM, ranks, tmp_path_factory.mktemp("sharding"))
 
 
 def distance(one, two, origin):
