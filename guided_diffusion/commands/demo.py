@@ -113,10 +113,10 @@ def launch(title: str, command: str, *flags: str) -> None:
     print(f"    {time.time() - began:.0f} s", flush=True)
 
 
-def present(model: Model, folder: str, seed: int, name: str, real: str = "held-out") -> None:
+def present(model: Model, folder: str, seed: int, name: str, compared: str = "held-out") -> None:
     """Sample a model of emoji32's classes under every setting; write pictures, results.json and index.html.
 
-    :param real: what the pictures that emoji32 has not seen are to this model.
+    :param compared: what the pictures that emoji32 has not seen are to this model.
     """
     import numpy as np
 
@@ -150,7 +150,7 @@ def present(model: Model, folder: str, seed: int, name: str, real: str = "held-o
     save_grid(f"{folder}/demo.png", grid.reshape(-1, *grid.shape[2:]), grid.shape[1], classes, titles=[*SETTINGS])
     film.save(f"{folder}/film.png", f"{folder}/film.gif")
     write_json(f"{folder}/results.json", {"seed": seed, **SAMPLING, "samples": results})
-    facts = {"model": name, "seed": seed, "count": len(grid) * grid.shape[1], "style": STYLE, "real": real}
+    facts = {"model": name, "seed": seed, "count": len(grid) * grid.shape[1], "style": STYLE, "real": compared}
     write_page(f"{folder}/index.html", results, **SAMPLING, **facts)
     print(f"\nLook at {os.path.abspath(folder)}/index.html, or at the pictures there.")
 

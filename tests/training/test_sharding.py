@@ -143,11 +143,11 @@ def on_two_machines(folder, pictures):
     run(folder / "again", pictures, "fp32", resume_checkpoint=str(folder / "split" / "shards000001"), **split)
 
 
-def made_by_ranks(program, ranks, folder, **options):
+def made_by_ranks(program, nursery, folder, **options):
     """A folder in which ranks did what a program says, their pictures, and what they printed."""
     pictures = training.pictures.__wrapped__(folder)
     (folder / "program.py").write_text(program)
-    done = ranks.run([folder / "program.py", Path(__file__).parent, folder, pictures], **options)
+    done = nursery.run([folder / "program.py", Path(__file__).parent, folder, pictures], **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, pictures, done.stdout
 
