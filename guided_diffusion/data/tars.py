@@ -21,6 +21,7 @@ from functools import partial
 from typing import IO, Any
 
 import numpy as np
+import torch as th
 from numpy.typing import NDArray
 
 from ..runtime import files
@@ -175,9 +176,7 @@ class Tar:
     def _make(self) -> Mapping[str, NDArray[Any]]:
         with files.open_file(self.path) as file:
             write_index(f"{self._kept}{BESIDE}", file, self.size)
-        made = self._open()
-        assert made is not None, "it has just been written"
-        return made
+        return _mapped(f"{self._kept}{BESIDE}", self.size)
 
     def members(self) -> Iterator[tuple[str, bool, str]]:
         """(name, False, why it is not read or '') of every member, by name; of one name twice the first is read."""
@@ -276,8 +275,9 @@ def _mapped(path: str, size: int) -> dict[str, NDArray[Any]]:
 
     :raises UserError: if they are not those of a tar of this size.
     """
-    whole, arrays = np.memmap(path, np.uint8, "r"), dict[str, NDArray[Any]]()
+    arrays = dict[str, NDArray[Any]]()
     with Npz(path) as archive, files.open_file(path) as file:
+        whole = th.from_file(path, size=os.path.getsize(path), dtype=th.uint8).numpy()  # np.memmap keeps a handle open
         for name, kind in KINDS.items():
             file.seek(archive.place(name))
             header = files.read_header(file)

@@ -371,7 +371,12 @@ def read_header(file: IO[bytes], kinds: str = "biufc") -> Header:
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        start = file.tell()
+        try:
+            shape, fortran, dtype = read(file)
+        except SystemError:  # of CPython 3.11, now and then, where other threads parse Python at the same time
+            file.seek(start)
+            shape, fortran, dtype = read(file)
     except Exception as error:  # a header is Python source, and numpy's parser raises what Python's does
         raise UserError(f"it is no npy ({reason(error)})") from error
     if dtype.kind not in kinds or not all(type(side) is int and side >= 0 for side in shape):
