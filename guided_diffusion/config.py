@@ -125,6 +125,9 @@ class ContextConfig:
     vocab_size: int = flag(8192, "tokens that scratch knows, at most", at_least=258, needs="text_encoder=scratch")
     context_dim: int = flag(0, "width of the context; 0: the text encoder's, else 512", needs="context!=none")
     transformer_depth: int = flag(1, "transformers at each place of attention", at_least=1, needs="context!=none")
+    context_pooled: bool = flag(
+        False, "add the mean of the context to the embedding of the timestep too, as GLIDE does", needs="context!=none"
+    )
     text_fingerprint: str = flag(
         "", "of the text encoder: its folder or tokenizer; the training sets it", needs="context=text"
     )

@@ -188,6 +188,7 @@ def _context(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         "context": "text",
         "context_dim": shapes[places[0][0]][1],
         "transformer_depth": 1 + max(int(place[1]) for place in places),
+        "context_pooled": "context_emb.weight" in shapes,
     }
     if "context_encoder.embedding.weight" in shapes:
         rows = shapes["context_encoder.embedding.weight"][0]

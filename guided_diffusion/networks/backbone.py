@@ -25,7 +25,7 @@ from .blocks import (
     cast_convolutions,
     strides,
 )
-from .context import ClassEmbedder, context_for
+from .context import ClassEmbedder, context_for, pooled
 
 _DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}  # by config.PRECISIONS
 _CONVERTED = ("input_blocks", "middle_block", "output_blocks")
@@ -48,6 +48,7 @@ class UNetBackbone(nn.Module):
     :param use_spatial_transformer: attention is that of latent diffusion: `transformer_depth` transformer blocks, which
         also attend to a context [N, L, context_dim] where there is one. `legacy` is latent-diffusion's, without effect.
     :param class_context: labels become a context of one vector, and are not added to the embedding of the timesteps.
+    :param context_pooled: the mean of the context's vectors is added to the embedding of the timesteps too, as in GLIDE.
     :param vector_dim: D of vectors [N, D] that a linear layer adds to the embedding, such as attributes; 0: none.
     :param encoder_channels: E of a context [N, L, E] that the attention of the U-Net attends to as well, as in GLIDE.
     """
@@ -86,7 +87,10 @@ class UNetBackbone(nn.Module):
         legacy: bool = True,
         encoder_channels: int | None = None,
         class_context: bool = False,
+        context_pooled: bool = False,
     ) -> None:
+        if context_pooled and context_dim is None:
+            raise UserError("context_pooled needs context_dim")
         if context_dim is not None and not use_spatial_transformer:
             raise UserError("context_dim needs use_spatial_transformer=True, which attends to the context")
         if class_context and (num_classes is None or context_dim is None):
@@ -108,7 +112,7 @@ class UNetBackbone(nn.Module):
         self.use_neighborhood_attention = use_neighborhood_attention
         self.use_spatial_transformer, self.transformer_depth = use_spatial_transformer, transformer_depth
         self.context_dim, self.encoder_channels, self.legacy = context_dim, encoder_channels, legacy
-        self.class_context = class_context
+        self.class_context, self.context_pooled = class_context, context_pooled
         self.context_encoder: nn.Module | None = None  # or a ScratchEncoder, put here when the network is made
         self._build()
 
@@ -122,6 +126,8 @@ class UNetBackbone(nn.Module):
             self.label_emb = nn.Embedding(self.num_classes + self.null_class, size)
         if self.vector_dim:
             self.vector_emb = linear(2 * self.vector_dim, size)  # of the numbers, and of which of them are unknown
+        if self.context_pooled and self.context_dim:
+            self.context_emb = zero_module(linear(self.context_dim, size))
         self.input_blocks = nn.ModuleList(TimestepEmbedSequential(*layers) for layers in self._encoder())
         self.middle_block = TimestepEmbedSequential(
             self._residual(width, width, last),
@@ -344,6 +350,8 @@ class UNetModel(UNetBackbone):
     def _predict(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> th.Tensor:
         """The output for images and the embedding [N, E] of all else but the context and its mask."""
         self._check_size(x)
+        if self.context_pooled:
+            emb = emb + self.context_emb(pooled(*context).to(emb.dtype))
         skips = list(self._encode(x, emb, *context))
         h = skips.pop()
         for block in self.output_blocks:

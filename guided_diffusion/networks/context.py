@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch as th
+import torch.nn.functional as F
 from torch import nn
 
 from ..runtime import files
@@ -84,6 +85,13 @@ def context_for(
     if context is not None and (context.ndim != 3 or context.shape[2] != width):
         raise UserError(f"context must be [N, L, {width}] for this network, got {list(context.shape)}")
     return context
+
+
+def pooled(context: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
+    """The mean [N, D] of the vectors of a context [N, L, D], with mean 0 and deviation 1 in each."""
+    weights = context.new_ones(context.shape[:2]) if mask is None else mask.to(context.dtype)
+    mean = (context * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+    return F.layer_norm(mean, mean.shape[1:])
 
 
 # ---- texts
@@ -341,6 +349,7 @@ def context_arguments(config: ContextConfig, *, class_cond: bool = True) -> dict
         "transformer_depth": config.transformer_depth,
         "context_dim": config.context_dim or SCRATCH_DIM,
         "class_context": config.context == "classes",
+        "context_pooled": config.context_pooled,
     }
 
 
