@@ -59,7 +59,14 @@ TINY: dict[str, Any] = {
     "batch_size": 4,
     "lr": 1e-2,
 }
-TEXT = {"context": "text", "context_dim": 16, "text_depth": 1, "vocab_size": 270, "max_tokens": 16}
+TEXT = {
+    "context": "text",
+    "context_dim": 16,
+    "text_depth": 1,
+    "vocab_size": 270,
+    "max_tokens": 16,
+    "context_pooled": True,
+}
 BASE = {**TINY, **TEXT, "image_size": 8, "caption_dropout": 0.3}
 SAMPLING = {"num_samples": 5, "batch_size": 2, "timestep_respacing": 3}
 
@@ -140,7 +147,7 @@ def test_a_run_of_captions_goes_on_bit_for_bit(
     whole = Path(request.getfixturevalue(kind))
     flags = config_beside(str(whole))
     known = {name: flags[name] for name in (*BASE, "text_encoder") if kind == "run" or name not in TEXT}
-    known |= {} if kind == "run" else {"context": "text", "max_tokens": 16}
+    known |= {} if kind == "run" else {"context": "text", "max_tokens": 16, "context_pooled": True}
     for steps in (2, 3):
         argv = words(**known, data_dir=pictures, max_steps=steps, log_dir=tmp_path, resume_checkpoint="auto")
         image_train.main(argv)
@@ -431,7 +438,8 @@ def test_editing_takes_prompts(run: str, pictures: str, tmp_path: Path) -> None:
 
 def test_weights_show_that_they_attend(run: str, tmp_path: Path) -> None:
     read, flags = architecture(weights(Path(run), "model000003.pt"), 8), config_beside(run)
-    names = ("context", "context_dim", "transformer_depth", "attention_resolutions", "num_res_blocks", "class_cond")
+    names = ("context", "context_dim", "context_pooled", "transformer_depth")
+    names += ("attention_resolutions", "num_res_blocks", "class_cond")
     assert {name: str(read[name]) for name in names} == {name: str(flags[name]) for name in names}
     argv = words(**SAMPLING, model_path=run, image_size=16, prompt="a cat")  # the levels stay where they are
     assert saved_by(image_sample.main, tmp_path, *argv)["arr_0"].shape == (5, 16, 16, 3)

@@ -188,9 +188,11 @@ def test_without_a_context_there_are_no_arguments():
     assert build_context_encoder(ContextConfig()) is None
 
 
-def test_tokens_are_encoded_by_the_network():
-    encoder = build_context_encoder(TEXT, captions=CORPUS)
-    model = unet(TEXT, encoder)
+@pytest.mark.parametrize("context_pooled", [False, True])
+def test_tokens_are_encoded_by_the_network(context_pooled):
+    config = replace(TEXT, context_pooled=context_pooled)
+    encoder = build_context_encoder(config, captions=CORPUS)
+    model = unet(config, encoder)
     x, t = th.randn(2, 1, 8, 8), th.tensor([1, 2])
     texts = ["a red cat", "rain"]
     out = model(x, t, **encoder.keywords(texts))
@@ -208,6 +210,25 @@ def test_tokens_are_encoded_by_the_network():
         model(x, t)
     with pytest.raises(ValueError, match="tokens were given to a network without a text encoder"):
         unet(ContextConfig())(x, t, **encoder.keywords(texts))
+
+
+def test_a_pooled_context_begins_without_effect_and_does_not_see_what_the_mask_hides():
+    config = replace(TEXT, context_pooled=True)
+    model = unet(config)
+    model.context_emb = copy.deepcopy(fresh := UNetModel(8, 1, 32, 1, 1, (), **context_arguments(config)).context_emb)
+    assert not any(param.any() for param in fresh.parameters())
+    context, mask = th.randn(2, 3, 16), th.tensor([[True, True, False], [True, True, True]])
+    x, t = th.randn(2, 1, 8, 8), th.tensor([1, 2])
+    plain = unet(TEXT)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("context_emb.")})
+    assert (model(x, t, context=context, context_mask=mask) == plain(x, t, context=context, context_mask=mask)).all()
+    th.nn.init.normal_(model.context_emb.weight)
+    out = model(x, t, context=context, context_mask=mask)
+    hidden = th.where(mask[..., None], context, 9.0)
+    th.testing.assert_close(out, model(x, t, context=hidden, context_mask=mask))
+    assert not th.allclose(out, plain(x, t, context=context, context_mask=mask))
+    with pytest.raises(ValueError, match="context_pooled needs context_dim"):
+        UNetModel(8, 1, 32, 1, 1, (), context_pooled=True)
 
 
 def test_a_conditioning_image_goes_with_a_context():
