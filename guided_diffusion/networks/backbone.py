@@ -48,7 +48,7 @@ class UNetBackbone(nn.Module):
     :param use_spatial_transformer: attention is that of latent diffusion: `transformer_depth` transformer blocks, which
         also attend to a context [N, L, context_dim] where there is one. `legacy` is latent-diffusion's, without effect.
     :param class_context: labels become a context of one vector, and are not added to the embedding of the timesteps.
-    :param context_pooled: the mean of the context's vectors is added to the embedding of the timesteps too, as in GLIDE.
+    :param context_pooled: the mean of the context's vectors is added to the embedding of the timesteps too (GLIDE).
     :param vector_dim: D of vectors [N, D] that a linear layer adds to the embedding, such as attributes; 0: none.
     :param encoder_channels: E of a context [N, L, E] that the attention of the U-Net attends to as well, as in GLIDE.
     """
