@@ -350,8 +350,8 @@ class UNetModel(UNetBackbone):
     def _predict(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> th.Tensor:
         """The output for images and the embedding [N, E] of all else but the context and its mask."""
         self._check_size(x)
-        if self.context_pooled:
-            emb = emb + self.context_emb(pooled(*context).to(emb.dtype))
+        if self.context_pooled and context[0] is not None:
+            emb = emb + self.context_emb(pooled(context[0], *context[1:]).to(emb.dtype))
         skips = list(self._encode(x, emb, *context))
         h = skips.pop()
         for block in self.output_blocks:
