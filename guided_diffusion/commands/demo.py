@@ -1,4 +1,4 @@
-"""Sample from the bundled model in a minute: without and with guidance, a film of one batch, numbers, a page.
+"""Sample from the bundled models in a minute: without and with guidance, from texts, a film, numbers, a page.
 
 With --train, small networks are trained first, for some minutes, and sampled in the same ways.
 """
@@ -29,6 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "classifier-free, scale 2": {"cfg_scale": 2.0},
 }
 FILM_STEPS = 2  # from one frame to the next
+TEXT_MODEL, TEXT_SCALE, EACH, UNSEEN = "emoji32-text", 3.0, 3, 6
+PROMPTS = """grinning face\nblue heart\nfrance flag\nred apple\ndog face\npolice officer
+orange heart\nlarge green circle\nnicaragua flag\nblue apple\nangry apple\ngreen dog face""".split("\n")
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 img { max-width: 100%; image-rendering: pixelated }
 td, th { padding: .2rem 1rem .2rem 0; text-align: right } td:first-child, th:first-child { text-align: left }"""
@@ -45,9 +48,14 @@ PAGE = """<!doctype html>
 {rows}</table>
 <p>Accuracy: how often a classifier of clean pictures, which guides none, sees the class that was asked for. FD: Frechet
 distance of its features to those of {real} pictures, which is larger the fewer samples there are.</p>
-<h2>From noise to pictures</h2>
+{texts}<h2>From noise to pictures</h2>
 <img src="film.png" alt="the predicted pictures after every second step">
 </html>
+"""
+TEXTS = """<h2>From texts</h2>
+<img src="texts.png" alt="samples for texts">
+<p>{model}, classifier-free guidance of scale {scale:g}: the first samples of seed {seed}. No picture that it was trained on
+has one of the last {unseen} captions.</p>
 """
 PICTURES = Path(__file__).parents[2] / "datasets" / "emoji64.zip"
 IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False --lr 1e-3"
@@ -151,8 +159,25 @@ def present(model: Model, folder: str, seed: int, name: str, compared: str = "he
     film.save(f"{folder}/film.png", f"{folder}/film.gif")
     write_json(f"{folder}/results.json", {"seed": seed, **SAMPLING, "samples": results})
     facts = {"model": name, "seed": seed, "count": len(grid) * grid.shape[1], "style": STYLE, "real": compared}
-    write_page(f"{folder}/index.html", results, **SAMPLING, **facts)
+    texts = draw_texts(folder, seed) if name == MODEL else ""
+    write_page(f"{folder}/index.html", results, texts=texts, **SAMPLING, **facts)
     print(f"\nLook at {os.path.abspath(folder)}/index.html, or at the pictures there.")
+
+
+def draw_texts(folder: str, seed: int) -> str:
+    """The part of the page about texts.png, which is drawn; without the text encoder a line is printed, and it is ''."""
+    from .. import load
+
+    began, count = time.perf_counter(), EACH * len(PROMPTS)
+    options: dict[str, Any] = {**SAMPLING, "cfg_scale": TEXT_SCALE, "num_samples": count, "batch_size": count}
+    try:
+        samples = load(TEXT_MODEL).sample(prompt=[*PROMPTS], seed=seed, **options)
+    except UserError as error:
+        print(f"no samples of {TEXT_MODEL}: {error}")
+        return ""
+    samples.save(f"{folder}/texts.png")
+    print(f"{count} samples of {TEXT_MODEL} for texts {time.perf_counter() - began:22.1f}", flush=True)
+    return TEXTS.format(model=TEXT_MODEL, scale=TEXT_SCALE, seed=seed, unseen=UNSEEN)
 
 
 def write_page(path: str, results: dict[str, Any], **facts: Any) -> None:

