@@ -54,8 +54,8 @@ distance of its features to those of {real} pictures, which is larger the fewer 
 """
 TEXTS = """<h2>From texts</h2>
 <img src="texts.png" alt="samples for texts">
-<p>{model}, classifier-free guidance of scale {scale:g}: the first samples of seed {seed}. No picture that it was trained on
-has one of the last {unseen} captions.</p>
+<p>{model}, classifier-free guidance of scale {scale:g}: the first samples of seed {seed}. No picture that it was
+trained on has one of the last {unseen} captions.</p>
 """
 PICTURES = Path(__file__).parents[2] / "datasets" / "emoji64.zip"
 IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False --lr 1e-3"
@@ -165,7 +165,7 @@ def present(model: Model, folder: str, seed: int, name: str, compared: str = "he
 
 
 def draw_texts(folder: str, seed: int) -> str:
-    """The part of the page about texts.png, which is drawn; without the text encoder a line is printed, and it is ''."""
+    """The part of the page about texts.png, which is drawn; '' without the text encoder, with a line that says so."""
     from .. import load
 
     began, count = time.perf_counter(), EACH * len(PROMPTS)
