@@ -138,7 +138,7 @@ def start() -> None:
     _started = time.process_time()
 
 
-def _peak() -> int:
+def peak() -> int:
     """The most bytes of memory that this process has had."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count what the process that started this one has
@@ -152,7 +152,7 @@ def _child(name: str, arguments: Sequence[Any]) -> None:
     """Measure one thing, and print what was found as JSON."""
     result = MEASURED[name](*arguments)
     seconds = time.process_time() - _started
-    print(json.dumps({"result": result, "seconds": seconds, "bytes": _peak()}))
+    print(json.dumps({"result": result, "seconds": seconds, "bytes": peak()}))
 
 
 def measured(name: str, *arguments: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch as th
 from PIL import Image
 
 import benching
+import context
 import evaluation
 import loader
 import network as network_benchmark
@@ -253,6 +255,16 @@ def test_the_network_is_measured(tmp_path: Path) -> None:
         assert table["rows"][0][2] == "1.00x"
     forward, both, step, _ = (table["flops"] for table in tables)
     assert both == step == pytest.approx(3 * forward, rel=0.1)
+
+
+def test_texts_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, in place of one for each way: then the second finds the memory of the first."""
+    monkeypatch.setattr(context, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    passes, memory = measured(context.main, tmp_path)
+    assert passes["rows"][0][2] == "1.00x"
+    assert len(passes["rows"]) == 4
+    ours, theirs = memory["rows"]
+    assert ours[1] == theirs[1] != "0"
 
 
 def test_sampling_is_measured(tmp_path: Path) -> None:
