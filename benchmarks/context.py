@@ -34,7 +34,8 @@ def network(options: dict[str, Any], **more: Any) -> UNetModel:
 def attention(bench: Bench) -> None:
     """The table of passes: the same U-Net with three kinds of attention."""
     small = {**SMALL, "model_channels": 32} if bench.quick else SMALL
-    x, t = th.randn(4, LATENTS, 32, 32, device=bench.device), th.arange(4, device=bench.device)
+    side = 8 if bench.quick else 32
+    x, t = th.randn(4, LATENTS, side, side, device=bench.device), th.arange(4, device=bench.device)
     texts = {"context": th.randn(4, TOKENS, CONTEXT, device=bench.device)}
     transformer = {"use_spatial_transformer": True}
     ways = {
@@ -57,7 +58,8 @@ def memory(way: str, quick: bool, threads: int) -> tuple[float, float]:
     from diffusers import UNet2DConditionModel  # whose import is none of either's
 
     th.set_num_threads(threads)
-    x, t, context = th.randn(2, LATENTS, 64, 64), th.tensor([1, 2]), th.randn(2, TOKENS, CONTEXT)
+    side = 8 if quick else 64
+    x, t, context = th.randn(2, LATENTS, side, side), th.tensor([1, 2]), th.randn(2, TOKENS, CONTEXT)
     before = peak()
     if way == "ours":
         options = QUICK if quick else LARGE
