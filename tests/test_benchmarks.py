@@ -257,13 +257,17 @@ def test_the_network_is_measured(tmp_path: Path) -> None:
     assert both == step == pytest.approx(3 * forward, rel=0.1)
 
 
-def test_texts_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, in place of one for each way: then the second finds the memory of the first."""
+def test_passes_with_texts_are_measured(tmp_path: Path) -> None:
+    (table,) = measured(context.main, tmp_path, "--only", "attention")
+    assert (table["rows"][0][2], len(table["rows"])) == ("1.00x", 4)
+
+
+@pytest.mark.slow
+def test_the_memory_of_texts_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, in place of one for each way: the second finds the memory of the first."""
     monkeypatch.setattr(context, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    passes, memory = measured(context.main, tmp_path)
-    assert passes["rows"][0][2] == "1.00x"
-    assert len(passes["rows"]) == 4
-    ours, theirs = memory["rows"]
+    (table,) = measured(context.main, tmp_path, "--only", "memory")
+    ours, theirs = table["rows"]
     assert ours[1] == theirs[1] != "0"
 
 
