@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ def ask(path: str, question: Callable[[Any], T]) -> T:
     :raises OSError: of one sentence, where the bucket cannot be reached or used.
     """
     try:
-        return question(_s3(os.getpid()) if path.startswith(S3) else _blobfile())
+        return question(_s3() if path.startswith(S3) else _blobfile())
     except Exception as error:
         library = type(error).__module__.partition(".")[0]
         if library not in ("blobfile", "urllib3", "azure", "google", "botocore", "boto3"):
@@ -133,9 +134,20 @@ def _whole_size(headers: Any) -> int | None:
 # ---- S3
 
 
-@cache
-def _s3(process: int) -> _S3:
-    """The buckets of S3, for one process: those that fork must not share connections."""
+_clients: dict[int, _S3] = {}
+_making: dict[int, threading.Lock] = {}
+
+
+def _s3() -> _S3:
+    """The buckets of S3, for this process: those that fork must share neither connections nor locks."""
+    process = os.getpid()
+    with _making.setdefault(process, threading.Lock()):  # threads wait for one client, of which each takes 0.2 s
+        if process not in _clients:
+            _clients[process] = _connected()
+        return _clients[process]
+
+
+def _connected() -> _S3:
     import boto3
     import botocore
     from botocore.config import Config
@@ -257,7 +269,7 @@ def _refused(path: str, error: Any) -> OSError:
         return OSError(f"{path} is in another region: set AWS_DEFAULT_REGION={region}")
     if _status(error) not in (401, 403) and "Token" not in code:
         return _unreachable(path, error)
-    if _s3(os.getpid()).public:
+    if _s3().public:
         return PermissionError(
             f"{path} is not public, and there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "AWS_PROFILE, or run aws configure"

@@ -54,9 +54,9 @@ def store(server: tuple[Store, str], tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sources, "_tars", {})
     server[0].__init__()  # type: ignore[misc]
-    remote._s3.cache_clear()
+    remote._clients.clear()
     yield server[0]
-    remote._s3.cache_clear()
+    remote._clients.clear()
 
 
 def opened(data_dir: str, **options: Any) -> ImageStream:
