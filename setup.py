@@ -21,6 +21,7 @@ def version() -> str:
 
 DATASETS = ["lmdb>=1.5", "pyarrow>=17", "resvg-py>=0.1"]
 MPI = ["mpi4py>=4.0", "mpich>=4.2"]
+S3 = ["boto3>=1.36"]
 TENSORBOARD = ["tensorboard>=2.16"]
 WANDB = ["wandb>=0.17"]
 YAML = ["PyYAML>=6.0"]
@@ -64,6 +65,7 @@ setup(
     extras_require={
         "datasets": DATASETS,
         "mpi": MPI,
+        "s3": S3,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
         "yaml": YAML,
@@ -73,7 +75,7 @@ setup(
         "demo": DEMO,
         "test-page": DEMO + DRIVER,
         "docs": DOCS,
-        "dev": DEV + COMPARISONS + EVAL + LORA + TENSORBOARD + DATASETS + YAML + NOTEBOOKS,
+        "dev": DEV + COMPARISONS + EVAL + LORA + TENSORBOARD + DATASETS + S3 + YAML + NOTEBOOKS,
     },
     entry_points={"console_scripts": ["guided-diffusion = guided_diffusion.commands:main"]},
 )

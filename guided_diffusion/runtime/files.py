@@ -1,4 +1,4 @@
-"""Paths that a user names, in buckets (gs://, az://) too, and their files, read within limits and written whole.
+"""Paths that a user names, in buckets (gs://, s3://, az://) too, and their files, read within limits and written whole.
 
 A foreign file may be damaged, or made to do harm. Its fault is a UserError of one sentence; the callers name the file.
 Nothing is unpickled, and no more is held in memory than the limits below, whatever a header claims.
@@ -7,6 +7,7 @@ Nothing is unpickled, and no more is held in memory than the limits below, whate
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -25,7 +26,7 @@ import numpy as np
 
 from .atomic import explained, replacing
 from .errors import UserError, printable, reason, refuse
-from .remote import ask, is_web, open_web, web_part, web_stat
+from .remote import S3, ask, in_parts, is_web, open_parts, part, web_stat
 
 T = TypeVar("T")
 AnyPath = str | os.PathLike[str]
@@ -40,9 +41,9 @@ PIECE = 2**18  # bytes of a file of unknown size that are read at once
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)")  # one letter alone is a drive of Windows
 _FILE = re.compile(r"file:(?://(?:localhost)?)?(/(?!/).*)", re.IGNORECASE | re.DOTALL)
-_BUCKET = re.compile(r"(gs|az)://|https://[^/]+\.blob\.core\.windows\.net/")
+_BUCKET = re.compile(r"(gs|s3|az)://|https://[^/]+\.blob\.core\.windows\.net/")
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
-_SCHEMES = ("s3", "hf", "file", "https", "http", "ftp")  # with one slash too, as pathlib makes one of two
+_SCHEMES = ("gs", "s3", "az", "hf", "file", "https", "http", "ftp")  # with one slash too, as pathlib makes one of two
 _FOREIGN = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
 
 
@@ -62,15 +63,16 @@ def resolve(path: AnyPath) -> str:
     if local_file := _FILE.fullmatch(text):
         return urllib.parse.unquote(local_file[1])
     url = _URL.match(text)
-    if url is None or (len(url[2]) < 2 and url[1].lower() not in ("gs", "az", *_SCHEMES)):
+    if url is None or (len(url[2]) < 2 and url[1].lower() not in _SCHEMES):
         return text
     whole = f"{url[1].lower()}://{text[url.end() :]}"
     if not is_remote(whole):
         raise UserError(
             f"{text!r} cannot be read where it lies: give a local path, file:///PATH with three slashes, a bucket of "
-            "gs:// or az://, or tars on a web server; fetch others first (curl -LO URL, aws s3 cp --recursive URL "
-            "FOLDER, hf download NAME)"
+            "gs://, s3:// or az://, or tars on a web server; fetch others first (curl -LO URL, hf download NAME)"
         )
+    if whole.startswith(S3) and importlib.util.find_spec("boto3") is None:
+        raise UserError(f'{text!r} needs boto3: run `pip install "guided-diffusion[s3]"`')
     return whole
 
 
@@ -147,15 +149,15 @@ def stat(path: str) -> Any:
 
 def open_blob(path: str) -> BinaryIO:
     """A file in a bucket to read from, piece by piece and from any place."""
-    if is_web(path):
-        return open_web(path)
+    if in_parts(path):
+        return open_parts(path)
     return ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "rb", streaming=True)))
 
 
 def read_part(path: str, start: int, size: int) -> bytes:
     """Bytes from a place of a file; fewer where it ends before."""
-    if is_web(path):
-        return web_part(path, start, size)[0]
+    if in_parts(path):
+        return part(path, start, size)[0]
     with open_blob(path) if is_remote(path) else open(path, "rb", buffering=0) as file:
         file.seek(start)
         return file.read(size)

@@ -48,13 +48,15 @@ RESOLVED = {
     "~/data": str(Path("~/data").expanduser()),
     "gs://bucket/run": "gs://bucket/run",
     "gs:/bucket/run": "gs://bucket/run",
+    "s3://bucket/run": "s3://bucket/run",
+    "s3:/bucket/run": "s3://bucket/run",
     "az://account/container/x": "az://account/container/x",
     "https://account.blob.core.windows.net/container/x": "https://account.blob.core.windows.net/container/x",
 }
 REFUSED = {
     **dict.fromkeys(
-        ["s3://bucket/run", "https://host/a.zip", "http://host/a.zip", "hf://datasets/x", "ftp://host/x"],
-        "fetch others first (curl -LO URL, aws s3 cp",
+        ["https://host/a.zip", "http://host/a.zip", "hf://datasets/x", "ftp://host/x"],
+        "fetch others first (curl -LO URL, hf download",
     ),
     "webdav://host/x": "give a local path",
     "file://data/x": "file:///PATH with three slashes",
@@ -68,7 +70,7 @@ REFUSED = {
 def test_what_a_path_means(path: str) -> None:
     assert files.resolve(path) == RESOLVED[path]
     assert files.resolve(files.resolve(path)) == RESOLVED[path]
-    assert files.is_remote(RESOLVED[path]) == RESOLVED[path].startswith(("gs", "az", "https"))
+    assert files.is_remote(RESOLVED[path]) == RESOLVED[path].startswith(("gs", "s3", "az", "https"))
 
 
 @pytest.mark.parametrize("path", REFUSED)
@@ -137,10 +139,10 @@ def test_every_flag_of_a_path_is_one() -> None:
 def test_every_command_takes_or_refuses_paths_in_one_way(
     command: str, flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused = ["s3://bucket/x", "C:\\x"]
-    taken = ["data:1", "file:///data", "gs://bucket/x"]
-    if COMMANDS[command].flags()[flag].metadata["convert"] is config.local_path:
-        refused.append(taken.pop())
+    refused = ["hf://bucket/x", "C:\\x"]
+    taken = ["data:1", "file:///data"]
+    bucket = refused if COMMANDS[command].flags()[flag].metadata["convert"] is config.local_path else taken
+    bucket += ["gs://bucket/x", "s3://bucket/x"]
     parser = cli.parser(command)
     for value in taken:
         given = vars(parser.parse_args(command_line(command, flag, value)))[flag]  # whatever else it needs
@@ -235,8 +237,8 @@ def test_checkpoints_and_logs_open(place: Any, monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_functions_refuse_what_flags_refuse(open_it: Any) -> None:
-    for path in ("s3://bucket/x.npz", "https://host/x.npz", "C:\\x.npz"):
-        with pytest.raises(ValueError, match=r"aws s3|curl|/mnt/c") as caught:
+    for path in ("hf://bucket/x.npz", "https://host/x.npz", "C:\\x.npz"):
+        with pytest.raises(ValueError, match=r"hf download|curl|/mnt/c") as caught:
             open_it(path)
         assert "\n" not in str(caught.value)
 
