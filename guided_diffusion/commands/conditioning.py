@@ -16,7 +16,7 @@ from ..data.labels import read_labels
 from ..data.sources import ImageSource, Selection
 from ..data.upsampling import BaseImages, read_base as read
 from ..networks.tiling import MOST_OVERLAP, tiled
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from ..runtime.options import parse_range, parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
 from .flags import Flags
@@ -130,10 +130,8 @@ def read_base(flags: Flags, names: Sequence[str] = ()) -> BaseImages:
     config, options, source = flags.part(SuperResConfig), flags.part(SampleConfig), flags.part(UpsampleConfig)
 
     def label(listing: ImageSource) -> list[int]:
-        try:
+        with as_user_error(f"the images have no labels that fit ({WHY}); or give --classes", ValueError):
             return _label_ids(listing, names, config.num_classes, source.class_from, source.label_column)
-        except ValueError as error:
-            raise UserError(f"the images have no labels that fit ({error}); or give --classes") from error
 
     by_files = (_wants_labels(flags) and not options.classes) or source.class_from != "auto"
     selection = Selection(options.num_samples, all="num_samples" in flags.changed, label=label if by_files else None)

@@ -21,7 +21,7 @@ from ..data.archives import expanded
 from ..data.labels import Labels, read_labels, save_classes
 from ..data.sources import ImageSource, find_images, paths_in, read_bytes, read_pixels
 from ..runtime.atomic import PART, explained
-from ..runtime.errors import UserError, quoted, reason, refuse
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, quoted, refuse
 from ..runtime.files import load_classes, parse_json, write_json
 from ..runtime.npz import PROMPTS, Npz, Rows, write_arrays, write_npz
 from ..runtime.options import parse_range
@@ -129,14 +129,12 @@ def _in_order(listing: ImageSource) -> tuple[ImageSource, tuple[int, ...]]:
     """The files in the order of the npz that they come from, and the shape of its images; () for any other folder."""
     if ORDER not in listing.others:
         return listing, ()
-    try:
-        order = parse_json(read_bytes(listing.path(ORDER)))
+    where = listing.path(ORDER)
+    with as_user_error(f"{where} does not tell the order of the images ({WHY}): remove it", *DAMAGE):
+        order = parse_json(read_bytes(where))
         names, shape = list(order["names"]), tuple(map(int, order["shape"]))
         if len(names) != len(listing.images) or set(names) != set(listing.images):
             raise UserError(f"it names {len(names)} files, and others than the {len(listing.images)} that are there")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        fault = f"{listing.path(ORDER)} does not tell the order of the images ({reason(error)}): remove it"
-        raise UserError(fault) from error
     return ImageSource(listing.root, names, listing.others, listing.refused), shape
 
 

@@ -8,7 +8,6 @@ Shapes: N images, H W space, C channels.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
@@ -29,7 +28,7 @@ from .. import dist_util, logger
 from ..config import ClassifierConfig, CompileConfig, ProcessConfig, SuperResConfig, UNetConfig
 from ..evaluation.likelihood import measured
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, nearest, refuse
 from ..runtime.labels import parse_classes
 from ..runtime.npz import PROMPTS, write_arrays
 from ..runtime.options import means_not_given, reader_of
@@ -177,10 +176,8 @@ def _flags_of(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) 
             raise UserError(f"{word!r} is no option{hint.replace('mean --', 'mean ')}")
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            try:
+            with as_user_error(f"{word}: {WHY}", UserError):
                 given[word] = reader_of(specs[word])(text)
-            except (argparse.ArgumentTypeError, UserError) as error:
-                raise UserError(f"{word}: {error}") from error
     return Flags(name, {word: value for word, value in given.items() if not means_not_given(specs[word], value)})
 
 

@@ -24,7 +24,7 @@ from ..networks.context import (
     clip_embedding,
 )
 from ..nn import traits_of
-from ..runtime.errors import UserError, quoted, reason, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, quoted, reason, refuse
 from ..runtime.files import read_file, writing
 from ..sampling.guidance import clip_guidance, combine
 from ..training import checkpoints
@@ -111,10 +111,8 @@ def prompts_of(flags: Flags) -> list[str]:
     config = flags.part(PromptConfig)
     if not config.prompts:
         return [" ".join(config.prompt.split())] if config.prompt else []
-    try:
+    with as_user_error(f"--prompts {config.prompts} cannot be read as text ({WHY})", OSError, ValueError):
         lines = read_file(config.prompts).decode("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {config.prompts} cannot be read as text ({reason(error)})") from error
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {config.prompts} holds no prompt: write one on each line")

@@ -30,7 +30,7 @@ from ..networks.context import ScratchEncoder
 from ..networks.first_stage import FirstStage
 from ..networks.memory import recompute_at
 from ..runtime import files
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
 from ..train_util import TrainLoop
@@ -287,7 +287,5 @@ def _validation(path: str, train: ImageStream, load: Load, options: Mapping[str,
         if not line.startswith(" "):
             logger.log(f"validation: {line}")
 
-    try:
+    with as_user_error(f"--val_data_dir: {WHY}", ValueError):
         return load(data_dir=path, log=log, **fixed, **options)
-    except ValueError as error:
-        raise UserError(f"--val_data_dir: {error}") from error

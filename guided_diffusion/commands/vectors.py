@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 
 from ..nn import traits_of
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import WHY, UserError, as_user_error
 from ..runtime.files import read_file
 from ..runtime.npz import fingerprint
 from .flags import Flags
@@ -51,14 +51,12 @@ def extend(plan: Plan, model: Restored) -> None:
 
 def _rows(config: SampleConfig, dim: int, columns: str) -> list[list[float]]:
     """The vectors of --vector or --vectors, [] where none are given."""
-    name, lines = "--vector", [part for part in config.vector.split(";") if part.strip()]
-    try:
+    name = f"--vectors {config.vectors}" if config.vectors else "--vector"
+    lines = [part for part in config.vector.split(";") if part.strip()]
+    with as_user_error(f"{name} is no list of numbers ({WHY}): write such as 1,0,0.5", OSError, ValueError):
         if config.vectors:
-            name = f"--vectors {config.vectors}"
             lines = [line for line in read_file(config.vectors).decode("utf-8-sig").splitlines() if line.strip()]
         rows = [[float(word) for word in line.split(",")] for line in lines]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} is no list of numbers ({reason(error)}): write such as 1,0,0.5") from error
     for row in rows:
         if len(row) != dim or any(map(np.isinf, row)):
             raise UserError(f"{name} has the vector {row} and the network needs {dim} numbers, of {columns}")

@@ -22,7 +22,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from ..runtime import files
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import UserError, as_user_error, refuse
 from .crops import MAX_PIXELS, Picture, size_of
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
@@ -111,10 +111,9 @@ def _turned(image: Image.Image) -> Image.Image:
 
 def opened(file: IO[bytes]) -> Image.Image:
     """A picture of which the header is read."""
-    try:
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # Pillow's own limit came first
+    with as_user_error(f"it has too many pixels, more than {MAX_PIXELS} are not read", *bombs):
         image = Image.open(file, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
-        raise UserError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
     check_pixels(image.width, image.height)
     return image
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, printable, reason
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, nearest, printable
 from ..runtime.files import parse_json, read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 from .tables import LABEL_COLUMNS, Label, Table, beside, file_beside, find_table
@@ -225,11 +225,9 @@ def _of_files(source: ImageSource, extension: str, column: str) -> list[Label]:
     labels = list[Any]()
     for image in source.images:
         file = file_beside(source, image, extension)
-        try:
+        with as_user_error(f"{file!r} in {source.root!r} cannot be used: {WHY}; correct it", *DAMAGE):
             content = read_bytes(source.path(file)).decode() if file else ""
             labels.append(parse_json(content)[columns[0]] if extension == ".json" and file else content.strip())
-        except (ValueError, OSError, LookupError, TypeError) as error:
-            raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
         if labels[-1] == "" or isinstance(labels[-1], bool) or not isinstance(labels[-1], str | int):
             raise UserError(f"{image!r} has no label: give it {beside(image, extension)[0]!r} with a class id or name")
     return _as_numbers(labels)
@@ -254,12 +252,10 @@ def _of_table(source: ImageSource, rule: str, column: str) -> tuple[list[Label],
             f"class_from {rule} needs the file {' or '.join(LABEL_FILES[rule])} in {source.root!r}: write it, or "
             f"choose another of {', '.join(CLASS_RULES)}"
         )
-    try:
+    with as_user_error(f"{file!r} in {source.root!r} cannot be used: {WHY}; correct it", ValueError, OSError):
         table = Table(source, file)
         column = table.label_column(column)
         labels, surplus = table.labels(column)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
     unlabelled = [name for name in table.images if name not in labels]
     if unlabelled:
         raise UserError(

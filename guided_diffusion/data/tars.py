@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..runtime import files
 from ..runtime.atomic import explained, lock, replacing
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import WHY, UserError, as_user_error, reason
 from ..runtime.files import MAX_BYTES, path_fault
 from ..runtime.npz import Npz, write_arrays
 
@@ -57,11 +57,8 @@ class Member:
         """
         if self.fault:
             raise UserError(self.fault)
-        try:
-            with self.open() as file:
-                return file.read()
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(reason(error)) from error
+        with as_user_error(WHY, tarfile.TarError, EOFError, OSError), self.open() as file:
+            return file.read()
 
 
 class Truncated(UserError):
@@ -77,10 +74,8 @@ def members(file: IO[bytes], *, largest: int = MAX_BYTES, packed: bool = True) -
     :raises Truncated: where it ends too early, after what could be read.
     """
     seen = set[str]()
-    try:
+    with as_user_error(f"it is no tar ({WHY})", tarfile.TarError, EOFError, OSError):
         archive = tarfile.open(fileobj=file, mode="r" if packed else "r:")  # noqa: SIM115  the caller closes the file
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"it is no tar ({reason(error)})") from error
     try:
         for info in archive:  # which keeps all that it has found, a million in ImageNet
             if not info.isdir():

@@ -25,7 +25,7 @@ from .. import logger
 from ..config import ClassifierConfig
 from ..data.crops import center_crop_arr
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, printable, quoted, reason, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, nearest, printable, quoted, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
 from ..runtime.pictures import levels, to_unit
@@ -200,13 +200,11 @@ PRETRAINED = {
 def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> NetworkExtractor:
     """A network of transformers; images are scaled, cropped and normalised as the folder's preprocessor_config says."""
     title, _, _, output = PRETRAINED[kind]
-    try:
+    with as_user_error(
+        f"--features {kind}:{folder} cannot be used: {WHY}; give a folder with config.json, "
+        "preprocessor_config.json and model.safetensors"
+    ):  # transformers raises all kinds of them on a damaged folder
         network, processor = _from_folder(kind, folder)
-    except Exception as error:  # transformers raises all kinds of them on a damaged folder
-        raise UserError(
-            f"--features {kind}:{folder} cannot be used: {reason(error)}; give a folder with config.json, "
-            "preprocessor_config.json and model.safetensors"
-        ) from error
     settings = processor.to_dict()
     identity = f"{kind} {fingerprint(network.state_dict())} {_digest(sorted(settings.items()))} {precision} {VERSION}"
     network.to(device)

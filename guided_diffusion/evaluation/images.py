@@ -34,7 +34,7 @@ from ..data.sources import (
     tar_of,
 )
 from ..runtime import files
-from ..runtime.errors import UserError, printable, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, printable, refuse
 from ..runtime.files import parse_json, read_file
 from ..runtime.npz import Npz, read_npz
 from ..runtime.options import Size, parse_size
@@ -370,12 +370,10 @@ def _read_pair(archive: Npz, mu: str, sigma: str, n: int) -> Statistics:
 
 
 def _read_record(archive: Npz) -> dict[str, Any]:
-    try:
+    with as_user_error(
+        f"{archive.path}: {RECORD} does not say what the statistics are of ({WHY}): make the file again", ValueError
+    ):
         record = parse_json(archive.whole(RECORD).tobytes())
         if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in RECORDED.items()):
             raise UserError(f"it does not name {', '.join(RECORDED)}")
-    except ValueError as error:
-        raise UserError(
-            f"{archive.path}: {RECORD} does not say what the statistics are of ({error}): make the file again"
-        ) from error
     return record

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.errors import UserError, as_user_errors, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from .metrics import Statistics, density_coverage, frechet_distance, inception_score, kernel_distance, precision_recall
 
 
@@ -99,7 +99,7 @@ class Metric:
                 return f"{' and '.join(self.labels)} {verb} {WORDS[self.field]}, and the {side} {has} none: {reason}"
         return ""
 
-    @as_user_errors()
+    @as_user_error(WHY, ValueError)
     def compute(self, reference: FeatureSet, samples: FeatureSet, options: Options) -> tuple[float, ...]:
         """One number for each label; an error has the sentence of `lacks`."""
         refuse((lack := self.lacks(reference, samples), lack))

@@ -17,7 +17,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..config import LoaderConfig, TrainEvaluationConfig
-from ..runtime.errors import UserError
+from ..runtime.errors import WHY, UserError, as_user_error
 from ..runtime.jobs import Job
 from ..runtime.log_writers import CSVOutputFormat
 from ..runtime.pictures import levels, to_uint8
@@ -118,13 +118,11 @@ class Evaluation:
         return side
 
     def _check_reference(self, side: Side) -> None:
-        try:
+        with as_user_error(f"{side.images.path} cannot be the reference: {WHY}", ValueError):
             for metric in self._metrics:
                 if metric.compares and (sentence := metric.lacks(side.features, side.features)):
                     raise UserError(f"{sentence}; give images, or leave that out of --eval_metrics")
             rehearse(side.features, self._metrics, Options())
-        except ValueError as error:
-            raise UserError(f"{side.images.path} cannot be the reference: {error}") from error
 
     def __call__(self, model: th.nn.Module, step: int) -> None:
         samples = FreshSamples(f"the samples of step {step}", self._process, model, self._job)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from . import files
 from .atomic import explained, lock, replacing
-from .errors import UserError, reason
+from .errors import UserError, as_user_error, reason
 
 TIMEOUT = 30.0  # seconds without a byte from a server
 ATTEMPTS = 20  # connections to one address, as long as each brings some bytes
@@ -140,10 +140,8 @@ def _put(part: str, path: str, member: str) -> str:
 def _alone(part: str) -> Iterator[str]:
     """The path of a half of a file that no other process writes meanwhile; an empty one does not stay."""
     with explained(part), open(part, "ab") as file:
-        try:
+        with as_user_error(f"another process fetches {part.removesuffix(PART)}: wait for it", OSError):
             lock(file, wait=False)
-        except OSError as error:
-            raise UserError(f"another process fetches {part.removesuffix(PART)}: wait for it") from error
         try:
             yield part
         finally:

@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any, TextIO
 
 from .atomic import explained
-from .errors import UserError
+from .errors import UserError, as_user_error
 
 KeyValues = Mapping[str, Any]
 
@@ -215,10 +215,8 @@ class WandbOutputFormat(_CurveWriter):
 
 @contextmanager
 def _needing(package: str) -> Iterator[None]:
-    try:
+    with as_user_error(f"log format {package!r} needs a package: run `pip install {package}`", ImportError):
         yield
-    except ImportError as error:
-        raise UserError(f"log format {package!r} needs a package: run `pip install {package}`") from error
 
 
 FORMATS: dict[str, Callable[[str, str], KVWriter]] = {

@@ -7,6 +7,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import IO, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch as th
 
 from . import files
 from .atomic import replacing
-from .errors import UserError, printable, reason
+from .errors import WHY, UserError, as_user_error, printable
 
 PROMPTS = "prompts"  # the array of texts that images were made for
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
@@ -165,13 +166,9 @@ class Npz:
                 raise UserError("it is one number, no array")
             yield member, header
 
-    @contextlib.contextmanager
-    def _explained(self, task: str = "") -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # zipfile does not say what a damaged member leads it to
-            fault = f"{task}{reason(error)}"
-            raise UserError(f"{self.path} is no npz with rows of numbers ({fault}): make or copy it again") from error
+    def _explained(self, task: str = "") -> AbstractContextManager[None]:
+        """Of every error, as zipfile does not say what a damaged member leads it to."""
+        return as_user_error(f"{self.path} is no npz with rows of numbers ({task}{WHY}): make or copy it again")
 
 
 def holds(path: str, *arrays: tuple[tuple[int, ...], Any]) -> bool:

@@ -23,7 +23,7 @@ import torch as th
 from .. import dist_util, logger
 from ..networks.architecture import Weights, architecture
 from ..runtime import files
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from ..runtime.options import Size, parse_size
 from .manifests import manifest_fault
@@ -238,17 +238,13 @@ def config_beside(path: str) -> dict[str, Any]:
     text, file_path = files.safetensors_header(files.resolve(path)).get(CONFIG), _in_folder_of(path, CONFIG)
     if not text and not exists(file_path):
         return {}
-    try:
+    fault = f"{file_path} is no config of a run ({WHY}): repair it, or move it away and give the flags"
+    with as_user_error(fault, *DAMAGE):
         config = files.parse_json(text or files.read_file(file_path))
         flags = {} if "_class_name" in config else {**config["flags"]}  # that one is of diffusers
         if str(flags.get("text_encoder", "")).startswith(HERE):
             flags["text_encoder"] = os.path.normpath(join(os.path.dirname(file_path), flags["text_encoder"]))
         return flags
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        detail = reason(error)
-        raise UserError(
-            f"{file_path} is no config of a run ({detail}): repair it, or move it away and give the flags"
-        ) from error
 
 
 def from_folder(path: str, folder: str) -> str:

@@ -9,7 +9,7 @@ import torch as th
 from torch import nn
 
 from ..networks.autoencoder import AutoencoderKL, VQModel
-from ..runtime.errors import UserError
+from ..runtime.errors import WHY, UserError, as_user_error
 from . import diffusers_files
 from .checkpoints import open_checkpoint
 from .published import FIRST_STAGE, tensors_in
@@ -62,10 +62,8 @@ def load_autoencoder(path: str) -> tuple[AutoencoderKL | VQModel, float]:
     if prefix is None:
         raise UserError(f"{files.path} holds no autoencoder: give one of latent-diffusion, or a run's folder")
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    try:
+    with as_user_error(f"{files.path} holds no whole autoencoder: {WHY}", LookupError, ValueError, ArithmeticError):
         network = read_autoencoder(state)
-    except (LookupError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{files.path} holds no whole autoencoder: {error}") from error
     weights = {name: state[name].float() for name in network.state_dict() if name in state}
     if faults := "; ".join(tensor_differences(weights, network.state_dict())):
         raise UserError(f"{files.path} holds no whole autoencoder: {faults}")
