@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import resolved_path
 from ..runtime.errors import WHY, UserError, as_user_error
+from ..runtime.options import from_here
 
 # never taken from an earlier run, nor from an earlier part of one
 OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "plugin", "resume_checkpoint")
@@ -52,16 +53,8 @@ def flags_in(path: str) -> tuple[dict[str, Any], bool]:
     table = read_table(path)
     if "command" in table and isinstance(table.get("flags"), dict):
         flags = {name: value for name, value in table["flags"].items() if name not in OF_A_PROCESS}
-        return {name: _from_folder(name, value, path) for name, value in flags.items()}, True
+        return from_here(flags, os.path.dirname(path)), True
     return table, False
-
-
-def _from_folder(name: str, value: Any, path: str) -> Any:
-    """The value of a flag in a config.json; of those that name a place from its folder, from here."""
-    relative = name == "autoencoder_path" or (name == "text_encoder" and str(value).startswith("."))
-    if not (value and relative) or "://" in value:
-        return value
-    return os.path.normpath(os.path.join(os.path.dirname(path), value))
 
 
 def as_words(flags: Mapping[str, Any]) -> list[str]:

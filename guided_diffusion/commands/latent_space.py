@@ -36,13 +36,19 @@ COPY = "autoencoder.pt"  # in a run's folder
 def opened(flags: Flags, beside: str = "") -> tuple[Flags, FirstStage | None]:
     """The flags with what the autoencoder that they name says of latents, and the autoencoder.
 
-    :param beside: the checkpoint, or the folder, that the flags were saved with.
+    :param beside: the checkpoint, or the folder, that the flags were saved with, for messages.
     """
-    values, path = flags.values, _place(flags, beside)
+    values = flags.values
+    path = values.get("autoencoder_path", "")
     if not path:
         if values.get("latent_channels"):
             raise UserError("the network works on latents, and no autoencoder is named: give --autoencoder_path")
         return flags, None
+    if "autoencoder_path" not in flags.given and not files.exists(path):
+        raise UserError(
+            f"the autoencoder of {beside} is not at {path}, where it was in training: give its place by "
+            "--autoencoder_path"
+        )
     stage = _open(path, flags)
     known = values["autoencoder_id"]
     unlike = (
@@ -70,22 +76,6 @@ def opened(flags: Flags, beside: str = "") -> tuple[Flags, FirstStage | None]:
         if flags.given.get(name, value) != value:
             raise UserError(f"--{name} {flags.given[name]} is not the autoencoder's, {value}: leave it out")
     return Flags(flags.command, flags.given, {**flags.saved, **facts}), stage
-
-
-def _place(flags: Flags, beside: str) -> str:
-    """The path of the autoencoder, '' where none is named; a saved one is relative to the folder of its run."""
-    path: str = flags.values.get("autoencoder_path", "")
-    if not path or "autoencoder_path" in flags.given:
-        return path
-    folder = beside if files.isdir(beside) else os.path.dirname(beside)
-    place = path if files.is_remote(path) else files.join(folder, path)
-    place = place if files.is_remote(place) else os.path.normpath(place)
-    if not files.exists(place):
-        raise UserError(
-            f"the autoencoder of {beside} is not at {place}, where it was in training: give its place by "
-            "--autoencoder_path"
-        )
-    return place
 
 
 def _open(path: str, flags: Flags) -> FirstStage:

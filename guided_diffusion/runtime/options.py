@@ -6,6 +6,8 @@ A field made by `flag` carries its help text and limits, from which command line
 from __future__ import annotations
 
 import math
+import os
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields
@@ -15,6 +17,7 @@ from .errors import WHY, UserError, as_user_error, nearest, refuse
 
 T = TypeVar("T")
 WIDEST_PROFILE = 0.28  # all updates alike are 1 / sqrt(12)
+HERE = (f".{os.sep}", f"..{os.sep}")  # what relative paths begin with that are those from the folder of a config.json
 Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
 
 
@@ -74,6 +77,19 @@ def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> No
     for name in names:
         if name not in known:
             raise TypeError(f"{where} has no keyword {name!r}{nearest(name, known)}")
+
+
+def from_here(flags: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The flags of a config.json in a folder, with the paths that begin there.
+
+    That is the autoencoder's, and that of a text encoder if it is no name, but begins with ./ or ../.
+    """
+    way, (scheme, mark, top) = posixpath if "://" in folder else os.path, folder.rpartition("://")
+    found = {name: str(flags.get(name) or "") for name in ("autoencoder_path", "text_encoder")}
+    found = {name: path for name, path in found.items() if path and "://" not in path and not os.path.isabs(path)}
+    if not found.get("text_encoder", "").startswith(HERE):
+        found.pop("text_encoder", None)
+    return {**flags, **{name: f"{scheme}{mark}{way.normpath(way.join(top, path))}" for name, path in found.items()}}
 
 
 # ---- texts of values

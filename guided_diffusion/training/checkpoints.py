@@ -25,14 +25,13 @@ from ..networks.architecture import Weights, architecture
 from ..runtime import files
 from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
-from ..runtime.options import Size, parse_size
+from ..runtime.options import HERE, Size, from_here, parse_size
 from .manifests import manifest_fault
 from .weights import State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # the second is of diffusers
 _PUBLISHED = (".ckpt", ".pt", ".pth", ".safetensors")  # endings of files of other programs
-HERE = (f".{os.sep}", f"..{os.sep}")  # what relative paths begin with that are those from the folder of a config.json
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
     r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_|power_(?P<width>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
@@ -77,7 +76,8 @@ class Checkpoint:
     def flags(self) -> dict[str, Any]:
         """The flags of the run that made it, or that a published file shows; {} where there are none."""
         flags = config_beside(self.path)
-        return self.picked.flags if not flags and self.path.endswith(_PUBLISHED) else flags
+        published = not flags and self.path.endswith(_PUBLISHED)
+        return from_here(self.picked.flags, os.path.dirname(self.path)) if published else flags
 
     @cached_property
     def classes(self) -> Sequence[str]:
@@ -233,7 +233,7 @@ def load_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | No
 def config_beside(path: str) -> dict[str, Any]:
     """The flags that the run of a checkpoint (or run folder) was made with, from its header or the config.json there.
 
-    {} where there is neither. The folder of a text encoder that lies relative to it is joined to its own.
+    {} where there is neither. The places of an autoencoder and of a text encoder are those from here.
     """
     text, file_path = files.safetensors_header(files.resolve(path)).get(CONFIG), _in_folder_of(path, CONFIG)
     if not text and not exists(file_path):
@@ -241,10 +241,8 @@ def config_beside(path: str) -> dict[str, Any]:
     fault = f"{file_path} is no config of a run ({WHY}): repair it, or move it away and give the flags"
     with as_user_error(fault, *DAMAGE):
         config = files.parse_json(text or files.read_file(file_path))
-        flags = {} if "_class_name" in config else {**config["flags"]}  # that one is of diffusers
-        if str(flags.get("text_encoder", "")).startswith(HERE):
-            flags["text_encoder"] = os.path.normpath(join(os.path.dirname(file_path), flags["text_encoder"]))
-        return flags
+        flags = {} if "_class_name" in config else config["flags"]  # that one is of diffusers
+        return from_here(flags, os.path.dirname(file_path))
 
 
 def from_folder(path: str, folder: str) -> str:
