@@ -64,7 +64,7 @@ class ImageStream(Iterator[Batch]):
     :param dataset: whose `options` say num_workers, as_bytes, fit, rank and world_size (see `DataOptions`).
     :param batch_size: of one rank.
     :param labels: of the data set's images; None leaves the stream without a class table.
-    :param order: None is a permutation of all images in every epoch, or with `deterministic` that of their names.
+    :param order: None is a permutation of all images in every epoch.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class ImageStream(Iterator[Batch]):
         dataset: ImageDataset,
         batch_size: int,
         *,
-        deterministic: bool = False,
         labels: Labels | None = None,
         order: Order | None = None,
     ) -> None:
@@ -97,7 +96,7 @@ class ImageStream(Iterator[Batch]):
             )
         self._schedule = Schedule(
             count,
-            order or order_of(count, None if deterministic else options.seed),
+            order or order_of(count, options.seed),
             batch_size=self.batch_size,
             rank=self.rank,
             world_size=self.world_size,

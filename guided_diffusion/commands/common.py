@@ -28,7 +28,7 @@ from ..networks.context import ContextEncoder, ScratchEncoder, build_context_enc
 from ..networks.glide import GlideEncoder, Text2ImUNet, read_glide
 from ..networks.hardware import fastest_precision
 from ..runtime import files
-from ..runtime.errors import WHY, UserError, as_user_error
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import defaults, parse_size
 from ..sampling.guidance import dynamic_thresholding
@@ -240,8 +240,7 @@ def network_of_glide(state: State, path: str) -> Text2ImUNet:
     """
     with as_user_error(f"{path} holds no whole network of GLIDE: {WHY}", LookupError, ValueError, ArithmeticError):
         network = read_glide(state)
-    if faults := "; ".join(tensor_differences(state, network.state_dict())):
-        raise UserError(f"{path} holds no whole network of GLIDE: {faults}")
+        refuse((faults := "; ".join(tensor_differences(state, network.state_dict())), faults))
     return network.to_empty(device=th.get_default_device())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -44,12 +43,6 @@ def pairing_of(flags: Flags) -> Pairing | None:
         folders = "--cond_dir, and --val_cond_dir with --val_data_dir"
         raise UserError(f"--cond_type {kind.name} needs the conditioning images: give {folders}")
     return Pairing(config.cond_dir, kind, config.skip_unpaired, flags.values.get("cond_dropout", 0.0))
-
-
-def validation_pairing(flags: Flags) -> Pairing | None:
-    """The pairs of the validation images."""
-    pairing = pairing_of(flags)
-    return pairing and replace(pairing, folder=flags.values["val_cond_dir"], dropout=0.0)
 
 
 def drawn(kind: CondKind, cond_image: th.Tensor) -> Pixels | None:

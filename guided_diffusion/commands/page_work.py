@@ -417,7 +417,7 @@ def write_files(folder: str, settings: Settings, runs: Sequence[Run], made: Sequ
     labels = [samples.labels for samples in made if samples.labels is not None]
     arrays |= {"arr_1": np.concatenate(labels)} if labels else {}
     stem = os.path.join(tempfile.mkdtemp(dir=folder), f"{settings.model}-{settings.task}-seed{settings.seed}")
-    write_arrays(f"{stem}.npz", {name: (array.shape, array.dtype, [array]) for name, array in sorted(arrays.items())})
+    write_arrays(f"{stem}.npz", dict(sorted(arrays.items())))
     info = PngInfo()
     info.add_text("settings", text.item())
     if len(made) > 1:

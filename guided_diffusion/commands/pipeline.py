@@ -101,15 +101,13 @@ class Samples:
         if path.endswith(".npz"):
             texts = np.asarray([*islice(cycle(self.prompts), len(self))]) if self.prompts else None
             arrays = {"arr_0": self.images, "arr_1": self.labels, PROMPTS: texts}
-            write_arrays(path, {name: (x.shape, x.dtype, [x]) for name, x in arrays.items() if x is not None})
+            write_arrays(path, {name: array for name, array in arrays.items() if array is not None})
             return path
         if path.endswith(".png"):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             self.grid().save(path, format="PNG")
             return path
-        with tempfile.TemporaryDirectory() as place:
-            whole = self.save(os.path.join(place, "samples.npz"))
-            draw_each(path, whole, labelled=self.labels is not None, prompts=self.prompts)
+        draw_each(path, self.images, self.labels, prompts=self.prompts)
         return path
 
 
@@ -409,8 +407,7 @@ class Model:
         """What the network works on [N, C, H, W]: the most probable latents of images, else images in [-1, 1]."""
         with self._running(), _as_paths({"init_image": images}) as paths:
             model = self._with(paths)
-            source = editing.images_of(model, model.flags.values["init_image"])
-            return source.rows(range(len(source)))["init_image"]
+            return editing.starts_of(model, editing.images_of(model, model.flags.values["init_image"]))
 
     def invert(self, images: Images, *, classes: Any = "", strength: float = 1.0, **options: Any) -> th.Tensor:
         """The noise [N, C, H, W] that the unguided process without randomness turns images to, for `sample(start=...)`.
@@ -421,14 +418,14 @@ class Model:
         """
         with self._running(), _as_paths({**options, "init_image": images}) as paths:
             model = self._with({**paths, "classes": classes or None})
-            source = editing.images_of(model, model.flags.values["init_image"])
-            config, indices = model.flags.part(UNetConfig), range(len(source))
+            images = editing.starts_of(model, editing.images_of(model, model.flags.values["init_image"]))
+            config, indices = model.flags.part(UNetConfig), range(len(images))
             text, count = model.flags.values["classes"], len(self.classes) or config.num_classes
             turns = parse_classes(text, count, self.classes) if text else []
             labels = th.tensor([turns[index % len(turns)] for index in indices]) if turns else None
             prompts.extend(plan := Plan(model.network), model)
             beside = plan.job["conditioning"](indices) if "conditioning" in plan.job else {}
-            return editing.noise_of(model, source.rows(indices)["init_image"], labels, beside, strength)
+            return editing.noise_of(model, images, labels, beside, strength)
 
     def bits_per_dim(
         self, images: Images, labels: Sequence[int] | None = None, **options: Any

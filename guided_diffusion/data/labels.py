@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files
-from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, nearest, printable
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, check_choice, nearest, printable
 from ..runtime.files import parse_json, read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 from .tables import LABEL_COLUMNS, Label, Table, beside, file_beside, find_table
@@ -74,10 +74,8 @@ def read_labels(
     if isinstance(classes, str):
         classes, rule = read_classes(classes)
         class_from = rule if class_from == "auto" and not any(source.array for source in sources) else class_from
-    if class_from not in (*CLASS_RULES, ARRAY):
-        raise UserError(
-            f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
-        )
+    if class_from != ARRAY:
+        check_choice("class_from", class_from, CLASS_RULES)
     known, rules, labels, notes = list(classes or ()), set[str](), list[Label](), list[str]()
     for source in sources:
         rule, new, remarks = _labels_of(source, class_from, label_column)

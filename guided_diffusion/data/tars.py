@@ -259,7 +259,7 @@ def write_index(path: str, file: IO[bytes], size: int) -> None:
         "faults": np.frombuffer(json.dumps(faults).encode(), np.uint8),
         "tar": np.array([size], np.int64),
     }
-    write_arrays(path, {name: (array.shape, array.dtype, [array]) for name, array in arrays.items()})
+    write_arrays(path, arrays)
 
 
 KINDS = {"names": "u1", "ends": "i8", "places": "i8", "sizes": "i8", "texts": "u1", "faults": "u1", "tar": "i8"}

@@ -28,9 +28,10 @@ from ..runtime import files
 from ..runtime.errors import WHY, UserError, as_user_error, nearest, printable, quoted, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
-from ..runtime.pictures import levels, to_unit
+from ..runtime.pictures import Pixels, levels, to_unit
 from ..runtime.pretrained import OPTIONS, open_folder, read_network
 from ..runtime.seeds import to_device
+from .metrics import frechet_distance, statistics
 from .weights import find_inception, load_inception
 
 VERSION = 1  # of the preparation of images for the networks; features of other versions are computed again
@@ -289,3 +290,27 @@ def make_extractor(
     if name == "inception":
         path = find_inception(path or weights)
     return makers[name](files.resolve(path), th.device(device), precision)
+
+
+# ---- the distance of reconstructions
+
+RECONSTRUCTIONS = 64  # images per pass of the network
+
+
+def frechet(extractor: Extractor) -> Callable[[Pixels, Pixels], tuple[str, float]]:
+    """The function of (images, reconstructions) uint8 [N, H, W, C] that gives the name and the value of their distance.
+
+    The name is fid for the published network's features, else fd.
+    """
+
+    def distance(images: Pixels, made: Pixels) -> tuple[str, float]:
+        both = [
+            statistics(
+                extractor(rows[start : start + RECONSTRUCTIONS]).pool for start in range(0, len(rows), RECONSTRUCTIONS)
+            )
+            for rows in (images, made)
+        ]
+        value = frechet_distance(both[0].mean, both[0].cov, both[1].mean, both[1].cov)
+        return ("fid" if extractor.published else "fd"), value
+
+    return distance

@@ -54,6 +54,13 @@ def refuse(*cases: tuple[object, str]) -> None:
             raise UserError(sentence)
 
 
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Refuse a value that is none of those allowed."""
+    words = list(allowed)
+    if value not in words:
+        raise UserError(f"{name} must be one of {', '.join(words)}, got {value!r}{nearest(value, words)}")
+
+
 def quoted(text: str) -> str:
     """A name between quotation marks: control characters and undecodable bytes escaped, a long name cut."""
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")

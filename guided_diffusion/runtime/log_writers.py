@@ -156,6 +156,21 @@ class CSVOutputFormat(_FileWriter, KVWriter):
         self._replace(_csv_lines(row for row in csv.reader(self._lines()) if not is_later(row)))
 
 
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows of a table with the numbers in them, each with its step."""
+    with open(path, encoding="utf-8", newline="") as file:
+        table = [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    rows = [{name: value for name, value in row.items() if value is not None} for row in table]
+    return [row for row in rows if "step" in row]
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
 def _csv_lines(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)

@@ -36,10 +36,11 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
 Rows = tuple[tuple[int, ...], Any, Iterable[npt.NDArray[Any]]]  # shape, dtype, chunks along the first axis
 
 
-def write_arrays(path: str, arrays: Mapping[str, Rows]) -> None:
-    """Write arrays by name, chunk by chunk; the same arrays give the same bytes."""
+def write_arrays(path: str, arrays: Mapping[str, Rows | npt.NDArray[Any]]) -> None:
+    """Write arrays by name, chunk by chunk or as they are; the same arrays give the same bytes."""
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, (shape, dtype, chunks) in arrays.items():
+        for name, array in arrays.items():
+            shape, dtype, chunks = array if isinstance(array, tuple) else (array.shape, array.dtype, [array])
             info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980
             info.create_system, info.external_attr = 3, 0o600 << 16
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
@@ -55,7 +56,7 @@ def write_npz(path: str, *arrays: Rows) -> None:
 
 def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
     """The same of whole arrays."""
-    write_npz(path, *((array.shape, array.dtype, [array]) for array in arrays))
+    write_arrays(path, {f"arr_{number}": array for number, array in enumerate(arrays)})
 
 
 def read_npz(path: str, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:

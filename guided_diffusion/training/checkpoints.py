@@ -225,11 +225,6 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     return replace(taken, path=replace(taken, emas=old).best or taken.best)
 
 
-def load_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> None:
-    """Load a checkpoint into a network that was built from `flags`."""
-    network.load_state_dict(open_checkpoint(path).fitting(network, flags or {}))
-
-
 def config_beside(path: str) -> dict[str, Any]:
     """The flags that the run of a checkpoint (or run folder) was made with, from its header or the config.json there.
 
