@@ -273,8 +273,7 @@ def _found(
             captions = replace(more, texts={**(captions.texts if captions else {}), **more.texts})
         sources.append(source)
     if options.pairing:
-        if len(sources) > 1:
-            raise UserError(f"conditioning images go with one data_dir, got {data_dir}: give one")
+        refuse((len(sources) > 1, f"conditioning images go with one data_dir, got {data_dir}: give one"))
         source, partners = options.pairing.match(sources[0], say)
         sources = [source]
     return sources, captions, partners
@@ -296,8 +295,7 @@ def _order(
         tars = [tar_of(str(name)) for name in names]
     if options.shuffle != "all":
         shards = numbers
-        if "" in names:
-            raise UserError("shuffle shards needs images in tars or zips: leave it out, or see datasets/shards.py")
+        refuse(("" in names, "shuffle shards needs images in tars or zips: leave it out, or see datasets/shards.py"))
     order = order_of(
         len(dataset),
         None if deterministic else options.seed,

@@ -86,8 +86,7 @@ def sampler_of(flags: Flags) -> Sampler:
     config = flags.part(SampleConfig)
     name = config.sampler or ("ddim" if config.use_ddim else "ddpm")
     sampler = make_sampler(name, **{word: flags.given[word] for word in SAMPLER_OPTIONS if word in flags.given})
-    if sampler.ascending:
-        raise UserError(f"--sampler {name} turns images to noise: give --invert True and another sampler")
+    refuse((sampler.ascending, f"--sampler {name} turns images to noise: give --invert True and another sampler"))
     return sampler
 
 
@@ -108,8 +107,7 @@ def precision_of(values: Mapping[str, Any]) -> tuple[str, list[str]]:
     precision, (alias, width) = values[name], PRECISIONS[name]
     if precision != "auto":
         return resolve_precision(precision, values.get(alias, False), name, alias), []
-    if values[alias]:
-        raise UserError(f"{name} auto contradicts {alias} True: give one of the two")
+    refuse((values[alias], f"{name} auto contradicts {alias} True: give one of the two"))
     choice = dist_util.decide(lambda: fastest_precision(dist_util.dev(), values[width]))
     return choice.precision, [f"{name} auto: {choice.precision}, because {choice.reason}"]
 
@@ -276,8 +274,7 @@ def described(
     its weights, and above all from the command line. Of the weaker network of --autoguide_path this says nothing but
     the precision.
     """
-    if not flags.values[source]:
-        raise UserError(f"--{source} is missing: give a checkpoint or the folder of a run")
+    refuse((not flags.values[source], f"--{source} is missing: give a checkpoint or the folder of a run"))
     checkpoint, section = checkpoint or open_checkpoint(flags.values[source], f"--{source}"), section_of(flags, source)
     saved = OLDER | latent_space.ON_PIXELS | (checkpoint.flags or _shapes(checkpoint, flags))
     check_kind(saved, section, f"--{source} {checkpoint.path}")

@@ -89,8 +89,7 @@ def extend(plan: Plan, model: Restored, names: Sequence[str]) -> None:
 def level_of(flags: Flags) -> float:
     """The noise to put on the small images, at most that of the training."""
     level, trained = flags.part(UpsampleConfig).cond_aug_level, flags.part(SuperResConfig).cond_aug
-    if level > trained:
-        raise UserError(f"--cond_aug_level {level} is above {trained}, the greatest level of the training")
+    refuse((level > trained, f"--cond_aug_level {level} is above {trained}, the greatest level of the training"))
     return level
 
 

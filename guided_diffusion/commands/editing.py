@@ -50,8 +50,7 @@ def extend(plan: Plan, model: Restored) -> None:
     config, network = model.flags.part(EditConfig), model.flags.part(UNetConfig)
     if not config.init_image:
         return
-    if network.dims != 2:
-        raise UserError(f"--init_image has no effect with --dims {network.dims}: pictures have 2")
+    refuse((network.dims != 2, f"--init_image has no effect with --dims {network.dims}: pictures have 2"))
     count = model.flags.part(SampleConfig).num_samples
     images = images_of(model, config.init_image, masks=config.mask, swap=config.mask_invert)
     for line in images.describe_masks(count):

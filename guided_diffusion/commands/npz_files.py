@@ -207,8 +207,7 @@ def _in_turn(parts: list[ArrayImages]) -> list[ArrayImages]:
         )
         end += parts[number].count
     total = max(int(request.get("total", 0)) for request in requests)
-    if end < total:
-        raise UserError(f"the images from {end} to {total} are missing: make that part too")
+    refuse((end < total, f"the images from {end} to {total} are missing: make that part too"))
     return [parts[number] for number in turns]
 
 

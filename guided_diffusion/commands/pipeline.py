@@ -223,8 +223,7 @@ def _write(path: str, name: str, value: Any, labels: Sequence[int] | None) -> No
     """Write images as an npz, prompts as lines."""
     if name == TEXTS:
         lines = [" ".join(text.split()) for text in value]
-        if not all(lines):
-            raise UserError("a text of prompt is empty: leave it out")
+        refuse((not all(lines), "a text of prompt is empty: leave it out"))
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         return
@@ -383,8 +382,7 @@ class Model:
         :param options: flags of super_res_sample, and of the loop as for `sample`.
         """
         stages = [self] if self._restored.flags.command == ENLARGE else self._stages()
-        if not stages:
-            raise UserError(f"{self.path} has no upsampler: give load(..., upsampler=PATH)")
+        refuse((not stages, f"{self.path} has no upsampler: give load(..., upsampler=PATH)"))
         for number, stage in enumerate(stages):
             enlarged = images = stage._enlarged(images, {**options, "seed": seed + number * SEED_STEP})
         return enlarged

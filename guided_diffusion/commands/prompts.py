@@ -104,8 +104,7 @@ def prompts_of(flags: Flags) -> list[str]:
     with as_user_error(f"--prompts {config.prompts} cannot be read as text ({WHY})", OSError, ValueError):
         lines = read_file(config.prompts).decode("utf-8-sig").splitlines()
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {config.prompts} holds no prompt: write one on each line")
+    refuse((not prompts, f"--prompts {config.prompts} holds no prompt: write one on each line"))
     return prompts
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 
 from ..nn import traits_of
-from ..runtime.errors import WHY, UserError, as_user_error
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from ..runtime.files import read_file
 from ..runtime.npz import fingerprint
 from .flags import Flags
@@ -24,8 +24,7 @@ def of_training(flags: Flags, *streams: ImageStream | None) -> Flags:
     """The flags with the length of the vectors of the images; refused where those of validation are of another one."""
     vectors = [stream.dataset.vectors for stream in streams if stream is not None]
     dims = {0 if each is None else each.shape[1] for each in vectors}
-    if len(dims) > 1:
-        raise UserError(f"the vectors of --data_dir and --val_data_dir have {' and '.join(map(str, dims))} numbers")
+    refuse((len(dims) > 1, f"the vectors of --data_dir and --val_data_dir have {' and '.join(map(str, dims))} numbers"))
     return flags.with_values(vector_dim=dims.pop()) if flags.values.get("vector_columns") else flags
 
 

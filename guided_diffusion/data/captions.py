@@ -17,7 +17,7 @@ from typing import Any
 
 import torch as th
 
-from ..runtime.errors import WHY, UserError, as_user_error, nearest, printable, quoted
+from ..runtime.errors import WHY, UserError, as_user_error, nearest, printable, quoted, refuse
 from ..runtime.files import parse_json
 from .sources import ImageSource, read_bytes
 from .tables import Table, beside, find_table
@@ -59,8 +59,7 @@ def read_captions(source: ImageSource, column: str = "") -> CaptionTable:
     if texts:
         return CaptionTable([texts.get(name, []) for name in source.images], "NAME.json" if column else "NAME.txt")
     file = file or find_table(source, OTHER_TABLES)
-    if not file:
-        raise UserError(f"{source.root} holds no captions: give {FORMS}")
+    refuse((not file, f"{source.root} holds no captions: give {FORMS}"))
     with as_user_error(f"{file!r} in {source.root!r} cannot be used: {WHY}", ValueError, OSError):
         table = Table(source, file, _rows(read_bytes(source.path(file)), file))
         if not any(table.find(row.get(table.path_column)) for row in table.rows):
@@ -132,8 +131,7 @@ def _caption_columns(table: Table, asked: str) -> list[str]:
         if word.lower() not in columns:
             raise UserError(f"caption_column {word!r} is none of its columns ({listed}){nearest(word, columns)}")
     names = words or [name for name in CAPTION_COLUMNS if name in columns][:1]
-    if not names:
-        raise UserError(f"it has no column {' or '.join(CAPTION_COLUMNS[:3])} ({listed}): give caption_column")
+    refuse((not names, f"it has no column {' or '.join(CAPTION_COLUMNS[:3])} ({listed}): give caption_column"))
     return [columns[name.lower()] for name in names]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files
-from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, check_choice, nearest, printable
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, check_choice, nearest, printable, refuse
 from ..runtime.files import parse_json, read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 from .tables import LABEL_COLUMNS, Label, Table, beside, file_beside, find_table
@@ -83,8 +83,7 @@ def read_labels(
     class_from = rule if len(rules) == 1 else "auto"
     images = [name for source in sources for name in source.images]
     for name in {*known, *(label for label in labels if isinstance(label, str))}:
-        if files.name_fault(name):
-            raise UserError(f"the class {printable(name)} has {files.name_fault(name)}; give it another")
+        refuse((files.name_fault(name), f"the class {printable(name)} has {files.name_fault(name)}; give it another"))
     ids, names = _numbered(images, labels, known, num_classes, by_number=class_from == "folder")
     if num_classes is not None and len(names) > num_classes:
         raise UserError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")

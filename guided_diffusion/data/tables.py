@@ -155,8 +155,7 @@ def read_vectors(source: ImageSource, columns: str) -> NDArray[np.float32]:
     """
     file = next(filter(None, (find_table(source, names) for names in LABEL_FILES.values())), "")
     tables = ", ".join(itertools.chain(*LABEL_FILES.values()))
-    if not file:
-        raise UserError(f"vector_columns {columns!r} needs a table in {source.root!r}: write one of {tables}")
+    refuse((not file, f"vector_columns {columns!r} needs a table in {source.root!r}: write one of {tables}"))
     with as_user_error(f"{file!r} in {source.root!r} gives no vectors: {WHY}; correct it", ValueError, OSError):
         return Table(source, file).vectors([name.strip() for name in columns.split(",") if name.strip()])
 

@@ -208,8 +208,7 @@ class ArrayImages(ImageSet):
                 ids = None
         self.labels = None if ids is None else np.asarray(ids, np.int64)
         self.count, self.dtype, self.stored_shape = header.shape[0], header.dtype, header.shape[1:]
-        if not self.count:
-            raise UserError(f"{path} holds no images: {name} has the shape {header.shape}")
+        refuse((not self.count, f"{path} holds no images: {name} has the shape {header.shape}"))
         height, width, channels = (*self.stored_shape, 1)[:3]
         self.shape = height, width, channels
 
@@ -295,8 +294,7 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
         if not source.images:
             raise UserError(f"{path} holds no images, {source.skipped()}: give an npz, or a folder or a zip of images")
         return FileImages(source, size, data_range)
-    if not files.exists(path):
-        raise UserError(f"{path!r} does not exist: give an npz, or a folder or zip of images")
+    refuse((not files.exists(path), f"{path!r} does not exist: give an npz, or a folder or zip of images"))
     return _open_npz(path)
 
 

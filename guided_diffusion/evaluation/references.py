@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import dist_util, logger
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import UserError, reason, refuse
 from ..runtime.files import cache_folder
 from ..runtime.npz import Npz, write_arrays
 from ..runtime.options import Size, parse_size
@@ -168,8 +168,7 @@ def write_reference(
     :param num_samples: images to keep, evenly over all; 0 for all of them.
     :return: sentences that say what was written.
     """
-    if not images.count:
-        raise UserError(f"{images.path} holds statistics and no images: a reference is made of images")
+    refuse((not images.count, f"{images.path} holds statistics and no images: a reference is made of images"))
     images.share_scan()
     if images.shape is not None and images.shape[:2] != parse_size(size):
         height, width, _ = images.shape

@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any, TextIO
 
 from .atomic import explained
-from .errors import UserError, as_user_error
+from .errors import as_user_error, refuse
 
 KeyValues = Mapping[str, Any]
 
@@ -250,7 +250,6 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
     :param format: one of FORMATS.
     :param log_suffix: goes before the extension of the file's name.
     """
-    if format not in FORMATS:
-        raise UserError(f"unknown log format {format!r}: choose from {', '.join(FORMATS)}")
+    refuse((format not in FORMATS, f"unknown log format {format!r}: choose from {', '.join(FORMATS)}"))
     os.makedirs(ev_dir, exist_ok=True)
     return FORMATS[format](ev_dir, log_suffix)

@@ -16,7 +16,7 @@ import torch as th
 
 from . import files
 from .atomic import replacing
-from .errors import WHY, UserError, as_user_error, printable
+from .errors import WHY, UserError, as_user_error, printable, refuse
 
 PROMPTS = "prompts"  # the array of texts that images were made for
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
@@ -114,16 +114,14 @@ class Npz:
         """All of an array."""
         with self._opened(name) as (member, header):
             array = files.read_numbers(member, header)
-            if member.read(1):
-                raise UserError("there is more behind its numbers")
+            refuse((member.read(1), "there is more behind its numbers"))
             return array
 
     def texts(self, name: str) -> list[str]:
         """An array of texts, as numpy keeps them without pickling."""
         with self._explained(f"{name} cannot be read, "):
             member = self._archive.getinfo(f"{name}.npy")
-            if fault := files.member_fault(member):
-                raise UserError(fault)
+            refuse((fault := files.member_fault(member), fault))
             content = io.BytesIO(files.read_member(self._archive, member))
             header = files.read_header(content, kinds="U")
             texts: list[str] = np.frombuffer(content.read(), header.dtype).reshape(header.shape).tolist()
@@ -163,8 +161,7 @@ class Npz:
             raise UserError(f"{self.path} holds no {name}, but {self.content()}")
         with self._explained(f"{name} cannot be read, "), self._archive.open(f"{name}.npy") as member:
             header = files.read_header(member)
-            if not header.shape:
-                raise UserError("it is one number, no array")
+            refuse((not header.shape, "it is one number, no array"))
             yield member, header
 
     def _explained(self, task: str = "") -> AbstractContextManager[None]:

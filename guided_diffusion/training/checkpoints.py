@@ -23,7 +23,7 @@ import torch as th
 from .. import dist_util, logger
 from ..networks.architecture import Weights, architecture
 from ..runtime import files
-from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, refuse
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
 from ..runtime.options import HERE, Size, from_here, parse_size
 from .manifests import manifest_fault
@@ -330,8 +330,7 @@ def find_set(path: str, *, checksums: bool = False) -> Checkpoint:
         return complete
     entry, match = _with_file(path, "the checkpoint"), _NAME.search(os.path.basename(path))
     reason = _damaged(entry, checksums=checksums)
-    if reason:
-        raise UserError(f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder")
+    refuse((reason, f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder"))
     if match is None or match["kind"] == "model" or (match["rate"] and not entry.model):
         entry.model = path
     if not entry.model:
