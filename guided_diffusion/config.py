@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .runtime.errors import UserError, nearest, refuse
+from .runtime.errors import check_choice, refuse
 from .runtime.options import flag, kind_of, names_of, parse_microbatch, range_flag, share_flag, size_flag
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -435,13 +435,11 @@ def resolve_precision(precision: str, use_fp16: bool, name: str = "precision", a
 
 def seen_channels(cond_type: str, cond_channels: int, image_channels: int) -> int:
     """Channels of the conditioning images that flags describe, 0 without them."""
+    without = not cond_type and cond_channels
+    refuse((without, f"cond_channels {cond_channels} has no effect without cond_type: give both or none"))
     if not cond_type:
-        if cond_channels:
-            raise UserError(f"cond_channels {cond_channels} has no effect without cond_type: give both or none")
         return 0
-    if cond_type not in COND_TYPES:
-        hint = nearest(cond_type, COND_TYPES)
-        raise UserError(f"cond_type must be one of {', '.join(COND_TYPES)}, got {cond_type!r}{hint}")
+    check_choice("cond_type", cond_type, COND_TYPES)
     uncounted, several = cond_type == "classes" and not cond_channels, cond_type == "mask" and cond_channels > 1
     refuse(
         (uncounted, "cond_type classes needs the number of classes in the maps: give cond_channels"),

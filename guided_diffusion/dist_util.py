@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from . import logger
 from .runtime import files, launchers
-from .runtime.errors import UserError, sentence as sentence_of
+from .runtime.errors import UserError, refuse, sentence as sentence_of
 from .runtime.launchers import Place
 
 T = TypeVar("T")
@@ -195,8 +195,7 @@ def decide(work: Callable[[], T]) -> T:
         except (ValueError, OSError) as error:
             answer = (None, str(error))
     result, sentence = broadcast_object(answer)
-    if sentence:
-        raise UserError(sentence)
+    refuse((sentence, sentence))
     return cast(T, result)
 
 

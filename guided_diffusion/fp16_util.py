@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from . import logger
 from .config import resolve_precision
 from .nn import convert_module_to_f16 as convert_module_to_f16, convert_module_to_f32 as convert_module_to_f32
-from .runtime.errors import UserError
+from .runtime.errors import UserError, refuse
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 
@@ -272,8 +272,7 @@ class MixedPrecisionTrainer:
         self.master_params = self._make_masters()
         pairs = zip(self.model_params, self.master_params, strict=True)
         self._trained = [(param, master) for param, master in pairs if param.requires_grad]
-        if not self._trained:
-            raise UserError("the model has no parameter that requires a gradient: nothing can be trained")
+        refuse((not self._trained, "the model has no parameter that requires a gradient: nothing can be trained"))
         self.gradients = self._make_gradients()
 
     def _make_gradients(self) -> Gradients:

@@ -64,7 +64,7 @@ class ImageStream(Iterator[Batch]):
     :param dataset: whose `options` say num_workers, as_bytes, fit, rank and world_size (see `DataOptions`).
     :param batch_size: of one rank.
     :param labels: of the data set's images; None leaves the stream without a class table.
-    :param order: None is a permutation of all images in every epoch, or with `deterministic` that of their names.
+    :param order: None is a permutation of all images in every epoch.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class ImageStream(Iterator[Batch]):
         dataset: ImageDataset,
         batch_size: int,
         *,
-        deterministic: bool = False,
         labels: Labels | None = None,
         order: Order | None = None,
     ) -> None:
@@ -97,7 +96,7 @@ class ImageStream(Iterator[Batch]):
             )
         self._schedule = Schedule(
             count,
-            order or order_of(count, None if deterministic else options.seed),
+            order or order_of(count, options.seed),
             batch_size=self.batch_size,
             rank=self.rank,
             world_size=self.world_size,
@@ -274,8 +273,7 @@ def _found(
             captions = replace(more, texts={**(captions.texts if captions else {}), **more.texts})
         sources.append(source)
     if options.pairing:
-        if len(sources) > 1:
-            raise UserError(f"conditioning images go with one data_dir, got {data_dir}: give one")
+        refuse((len(sources) > 1, f"conditioning images go with one data_dir, got {data_dir}: give one"))
         source, partners = options.pairing.match(sources[0], say)
         sources = [source]
     return sources, captions, partners
@@ -297,8 +295,7 @@ def _order(
         tars = [tar_of(str(name)) for name in names]
     if options.shuffle != "all":
         shards = numbers
-        if "" in names:
-            raise UserError("shuffle shards needs images in tars or zips: leave it out, or see datasets/shards.py")
+        refuse(("" in names, "shuffle shards needs images in tars or zips: leave it out, or see datasets/shards.py"))
     order = order_of(
         len(dataset),
         None if deterministic else options.seed,

@@ -24,7 +24,7 @@ from .runtime.errors import UserError, refuse
 from .runtime.files import write_json
 from .runtime.jobs import Job
 from .runtime.labels import check_labels
-from .runtime.npz import PROMPTS, fingerprint, save_npz, write_arrays
+from .runtime.npz import PROMPTS, fingerprint, read_npz, save_npz, write_arrays
 from .runtime.pictures import FILM_IMAGES, LEVEL, Film, Pixels, can_draw, draw_each, draw_grid, save_grid, to_uint8
 from .runtime.seeds import image_generator, seeded
 from .sampling.loop import SampleOptions, network_calls
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Model = Callable[..., th.Tensor]
 
 PREVIEW_STEPS = 25
+CHUNK = 64  # images in memory at a time
 LISTED = 32  # longer lists of labels are a fingerprint in the request
 NOT_IN_THE_RESULT = ("device", "progress", "callback")
 STRAYED = 0.1  # share of the values of a guided x_0 outside of [-1, 1] that is worth a line
@@ -241,10 +242,9 @@ def _strayed(outside: Sequence[th.Tensor | None], *, clipped: bool) -> str:
 
 def merge(job: Job) -> None:
     """Put the shards together, batch by batch, and the prompts beside them."""
-    arrays = {f"arr_{number}": rows for number, rows in enumerate(job.merged())}
+    arrays: dict[str, Any] = {f"arr_{number}": rows for number, rows in enumerate(job.merged())}
     if job.prompts:
-        texts = np.asarray([job.prompt(job.start_index + index) for index in range(job.size)])
-        arrays[PROMPTS] = (texts.shape, texts.dtype, [texts])
+        arrays[PROMPTS] = np.asarray([job.prompt(job.start_index + index) for index in range(job.size)])
     write_arrays(job.path, arrays)
 
 
@@ -261,7 +261,9 @@ def _draw_pictures(job: Job, rank: int, world_size: int) -> None:
         draw_grid(job.file("samples.png"), job.path, *rows)
     if job.save_images:
         names, share = picture_names(job.names), {"rank": rank, "world_size": world_size, "first": job.start_index}
-        draw_each(job.file("images"), job.path, labelled=job.labelled, names=names, prompts=job.prompts, **share)
+        images = (image for chunk in read_npz(job.path, "arr_0", CHUNK) for image in chunk)
+        labels = np.concatenate([*read_npz(job.path, "arr_1", CHUNK)]) if job.labelled else None
+        draw_each(job.file("images"), images, labels, names=names, prompts=job.prompts, **share)
 
 
 def sampled(

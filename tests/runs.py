@@ -59,6 +59,11 @@ def scrambled(network: th.nn.Module) -> Any:
     return network.eval()
 
 
+def load_weights(network: th.nn.Module, path: str, **flags: Any) -> None:
+    """Load a checkpoint into a network that was built from some flags."""
+    network.load_state_dict(checkpoints.open_checkpoint(path).fitting(network, flags))
+
+
 def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) -> Path:
     """A folder as training leaves it."""
     flags = defaults(*cli.COMMANDS[command].sections)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.commands import flags as cli
 from guided_diffusion.commands.entry import Main, entry
-from guided_diffusion.runtime.errors import as_user_errors
+from guided_diffusion.runtime.errors import UserError
 
 from .config import DATASETS
 
@@ -28,8 +28,10 @@ def converter(name: str, read: Callable[[Any], Source]) -> Main:
         from .writer import check_paths, convert
 
         config = flags.part(DATASETS[name].sections[0])
-        with as_user_errors():
+        try:
             check_paths(config.source, config.out)  # before the script looks for its files there
             convert(read(config), config, name)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     return entry(name, work)

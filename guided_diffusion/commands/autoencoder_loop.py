@@ -16,7 +16,7 @@ from torch import nn
 from .. import dist_util, logger
 from ..config import AutoencoderTrainConfig
 from ..networks.autoencoder import AutoencoderKL, VQModel
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, save_grid, to_uint8, to_unit
 from ..runtime.seeds import to_device
 from ..train_util import TrainLoop
@@ -72,8 +72,7 @@ class AutoencoderLoop(TrainLoop):
         diffusion: Any = None,
         **keywords: Any,
     ) -> None:
-        if keywords.get("fsdp"):
-            raise UserError("fsdp does not go with autoencoders: leave it out")
+        refuse((keywords.get("fsdp"), "fsdp does not go with autoencoders: leave it out"))
         if losses.disc_weight and keywords["microbatch"] == "auto" and dist_util.world_size() > 1:
             raise UserError("microbatch auto does not go with a discriminator on several ranks: give a number")
         if bool(losses.feature_weight) != (features is not None):

@@ -10,7 +10,7 @@ def train(flags: Flags) -> None:
     """Train as the flags say."""
     from .. import dist_util
     from ..config import AutoencoderConfig, AutoencoderTrainConfig
-    from ..evaluation.reconstruction import frechet
+    from ..evaluation.features import frechet
     from ..runtime.errors import UserError
     from ..script_util import build_autoencoder
     from . import training

@@ -28,7 +28,7 @@ from ..networks.context import ContextEncoder, ScratchEncoder, build_context_enc
 from ..networks.glide import GlideEncoder, Text2ImUNet, read_glide
 from ..networks.hardware import fastest_precision
 from ..runtime import files
-from ..runtime.errors import UserError
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import defaults, parse_size
 from ..sampling.guidance import dynamic_thresholding
@@ -86,8 +86,7 @@ def sampler_of(flags: Flags) -> Sampler:
     config = flags.part(SampleConfig)
     name = config.sampler or ("ddim" if config.use_ddim else "ddpm")
     sampler = make_sampler(name, **{word: flags.given[word] for word in SAMPLER_OPTIONS if word in flags.given})
-    if sampler.ascending:
-        raise UserError(f"--sampler {name} turns images to noise: give --invert True and another sampler")
+    refuse((sampler.ascending, f"--sampler {name} turns images to noise: give --invert True and another sampler"))
     return sampler
 
 
@@ -108,8 +107,7 @@ def precision_of(values: Mapping[str, Any]) -> tuple[str, list[str]]:
     precision, (alias, width) = values[name], PRECISIONS[name]
     if precision != "auto":
         return resolve_precision(precision, values.get(alias, False), name, alias), []
-    if values[alias]:
-        raise UserError(f"{name} auto contradicts {alias} True: give one of the two")
+    refuse((values[alias], f"{name} auto contradicts {alias} True: give one of the two"))
     choice = dist_util.decide(lambda: fastest_precision(dist_util.dev(), values[width]))
     return choice.precision, [f"{name} auto: {choice.precision}, because {choice.reason}"]
 
@@ -238,12 +236,9 @@ def network_of_glide(state: State, path: str) -> Text2ImUNet:
 
     :param path: of their file, for messages.
     """
-    try:
+    with as_user_error(f"{path} holds no whole network of GLIDE: {WHY}", LookupError, ValueError, ArithmeticError):
         network = read_glide(state)
-    except (LookupError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{path} holds no whole network of GLIDE: {error}") from error
-    if faults := "; ".join(tensor_differences(state, network.state_dict())):
-        raise UserError(f"{path} holds no whole network of GLIDE: {faults}")
+        refuse((faults := "; ".join(tensor_differences(state, network.state_dict())), faults))
     return network.to_empty(device=th.get_default_device())
 
 
@@ -279,8 +274,7 @@ def described(
     its weights, and above all from the command line. Of the weaker network of --autoguide_path this says nothing but
     the precision.
     """
-    if not flags.values[source]:
-        raise UserError(f"--{source} is missing: give a checkpoint or the folder of a run")
+    refuse((not flags.values[source], f"--{source} is missing: give a checkpoint or the folder of a run"))
     checkpoint, section = checkpoint or open_checkpoint(flags.values[source], f"--{source}"), section_of(flags, source)
     saved = OLDER | latent_space.ON_PIXELS | (checkpoint.flags or _shapes(checkpoint, flags))
     check_kind(saved, section, f"--{source} {checkpoint.path}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from ..data.labels import read_labels
 from ..data.sources import ImageSource, Selection
 from ..data.upsampling import BaseImages, read_base as read
 from ..networks.tiling import MOST_OVERLAP, tiled
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from ..runtime.options import parse_range, parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
 from .flags import Flags
@@ -44,12 +43,6 @@ def pairing_of(flags: Flags) -> Pairing | None:
         folders = "--cond_dir, and --val_cond_dir with --val_data_dir"
         raise UserError(f"--cond_type {kind.name} needs the conditioning images: give {folders}")
     return Pairing(config.cond_dir, kind, config.skip_unpaired, flags.values.get("cond_dropout", 0.0))
-
-
-def validation_pairing(flags: Flags) -> Pairing | None:
-    """The pairs of the validation images."""
-    pairing = pairing_of(flags)
-    return pairing and replace(pairing, folder=flags.values["val_cond_dir"], dropout=0.0)
 
 
 def drawn(kind: CondKind, cond_image: th.Tensor) -> Pixels | None:
@@ -96,8 +89,7 @@ def extend(plan: Plan, model: Restored, names: Sequence[str]) -> None:
 def level_of(flags: Flags) -> float:
     """The noise to put on the small images, at most that of the training."""
     level, trained = flags.part(UpsampleConfig).cond_aug_level, flags.part(SuperResConfig).cond_aug
-    if level > trained:
-        raise UserError(f"--cond_aug_level {level} is above {trained}, the greatest level of the training")
+    refuse((level > trained, f"--cond_aug_level {level} is above {trained}, the greatest level of the training"))
     return level
 
 
@@ -130,10 +122,8 @@ def read_base(flags: Flags, names: Sequence[str] = ()) -> BaseImages:
     config, options, source = flags.part(SuperResConfig), flags.part(SampleConfig), flags.part(UpsampleConfig)
 
     def label(listing: ImageSource) -> list[int]:
-        try:
+        with as_user_error(f"the images have no labels that fit ({WHY}); or give --classes", ValueError):
             return _label_ids(listing, names, config.num_classes, source.class_from, source.label_column)
-        except ValueError as error:
-            raise UserError(f"the images have no labels that fit ({error}); or give --classes") from error
 
     by_files = (_wants_labels(flags) and not options.classes) or source.class_from != "auto"
     selection = Selection(options.num_samples, all="num_samples" in flags.changed, label=label if by_files else None)

@@ -30,7 +30,8 @@ PLACES = {
     for spec in command.flags().values()
     if spec.metadata["convert"] in (resolved_path, local_path)
 }
-MOVED = ("autoencoder_path",)  # but these go with the weights, and are relative to their folder
+MOVED = ("autoencoder_path", "text_encoder")  # but these go with the weights, and are relative to their folder
+NAMED = ("scratch", "minilm", "glide")  # text encoders that have no folder
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -128,27 +129,17 @@ def _weights_of(checkpoint: Checkpoint, *, for_diffusers: bool) -> tuple[State, 
     return weights, config
 
 
-def _moved(place: str, path: str, folder: str) -> str:
-    """The path that a checkpoint names, from another folder; as it is where nothing lies there."""
-    from ..runtime import files
-    from ..training.checkpoints import from_folder
-
-    joined = files.join(os.path.dirname(path), place) if place else ""
-    return from_folder(joined, folder) if joined and not files.is_remote(joined) and files.exists(joined) else place
-
-
 def _texts(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
     """What is known of the weights, by the names of the files in a run's folder.
 
     :param folder: that they are written to.
     """
     from ..runtime.files import parse_json
-    from ..training.checkpoints import CLASSES, CONFIG, TOKENIZER, tokenizer_beside
+    from ..training.checkpoints import CLASSES, CONFIG, TOKENIZER, from_folder, tokenizer_beside
 
-    known = {name: value for name, value in checkpoint.flags.items() if name not in PLACES}
-    known |= {name: _moved(place, checkpoint.path, folder) for name, place in checkpoint.flags.items() if name in MOVED}
-    if os.path.isabs(known.get("text_encoder", "")):
-        known["text_encoder"] = _moved(known["text_encoder"], checkpoint.path, folder)
+    known = {name: value for name, value in checkpoint.flags.items() if name not in PLACES or name in MOVED}
+    there = {name: known[name] for name in MOVED if os.path.exists(known.get(name, "")) and known[name] not in NAMED}
+    known |= {name: from_folder(place, folder) for name, place in there.items()}
     texts: dict[str, Any] = {CONFIG: {"flags": known}} if known else {}
     texts |= {CLASSES: {"classes": list(checkpoint.classes)}} if checkpoint.classes else {}
     if (known.get("context"), known.get("text_encoder")) == ("text", "scratch"):

@@ -50,8 +50,7 @@ def extend(plan: Plan, model: Restored) -> None:
     config, network = model.flags.part(EditConfig), model.flags.part(UNetConfig)
     if not config.init_image:
         return
-    if network.dims != 2:
-        raise UserError(f"--init_image has no effect with --dims {network.dims}: pictures have 2")
+    refuse((network.dims != 2, f"--init_image has no effect with --dims {network.dims}: pictures have 2"))
     count = model.flags.part(SampleConfig).num_samples
     images = images_of(model, config.init_image, masks=config.mask, swap=config.mask_invert)
     for line in images.describe_masks(count):
@@ -66,17 +65,23 @@ def extend(plan: Plan, model: Restored) -> None:
     if config.resample > 1:
         plan.loop |= {"resample": config.resample, "jump": config.resample_jump}
     plan.request["init_image"] = images.check(count)
-    plan.job["start"] = lambda indices, _: images.rows(indices)
-    latent_space.paste(plan, images)
+    rows = latent_space.starts(model.first_stage, images)
+    plan.job["start"] = lambda indices, _: rows(indices)
+    if model.first_stage is not None:
+        plan.job["decode"] = latent_space.pasted(model.first_stage, images)
     if config.invert:
-        _invert(plan, model, images, classes, strength)
+        _invert(plan, model, classes, strength)
 
 
-def images_of(model: Restored, path: str, **options: Any) -> InitImages | latent_space.InitLatents:
+def images_of(model: Restored, path: str, **options: Any) -> InitImages:
     """The images at a path, of the size and the channels of the model's."""
     config, span = model.flags.part(UNetConfig), parse_range(model.flags.part(RangeConfig).data_range)
-    images = InitImages(path, config.image_size, config.image_channels, data_range=span, **options)
-    return latent_space.starting(model, images)
+    return InitImages(path, config.image_size, config.image_channels, data_range=span, **options)
+
+
+def starts_of(model: Restored, images: InitImages) -> th.Tensor:
+    """All of some images as what a network works on."""
+    return latent_space.starts(model.first_stage, images)(range(len(images)))["init_image"]
 
 
 def noise_of(
@@ -97,14 +102,13 @@ def noise_of(
     return invert(model.process, model.network, images.to(device), strength=strength, **options)
 
 
-def _invert(
-    plan: Plan, model: Restored, images: InitImages | latent_space.InitLatents, classes: list[int], strength: float
-) -> None:
+def _invert(plan: Plan, model: Restored, classes: list[int], strength: float) -> None:
     """Start every sample from the noise of its image, under the image's class."""
+    images = plan.job["start"]
 
     def start(indices: Sequence[int], kwargs: dict[str, Any]) -> dict[str, th.Tensor]:
         labels = th.tensor([classes[index % len(classes)] for index in indices]) if classes else kwargs.get("y")
-        rows = images.rows(indices)
+        rows = images(indices, kwargs)
         beside = {name: value for name, value in kwargs.items() if name != "y"}
         return {**rows, "start": noise_of(model, rows["init_image"], labels, beside, strength)}
 
@@ -113,12 +117,10 @@ def _invert(
     plan.calls += network_calls(model.process, make_sampler("ddim"), strength=strength)
 
 
-def _interpolate(plan: Plan, model: Restored, first: InitImages | latent_space.InitLatents, classes: list[int]) -> None:
+def _interpolate(plan: Plan, model: Restored, first: InitImages, classes: list[int]) -> None:
     """Start samples from noise on the way from that of one image to that of another."""
-    second, count = (
-        images_of(model, model.flags.part(EditConfig).interpolate),
-        model.flags.part(SampleConfig).num_samples,
-    )
+    second = images_of(model, model.flags.part(EditConfig).interpolate)
+    count = model.flags.part(SampleConfig).num_samples
     turns = list(plan.job.get("labels", ()))
     unlabelled = model.flags.part(UNetConfig).class_cond and not turns
     several = "images, and --interpolate goes from one to one: give one"
@@ -133,7 +135,7 @@ def _interpolate(plan: Plan, model: Restored, first: InitImages | latent_space.I
 
     def start(indices: Sequence[int], _: dict[str, Any]) -> dict[str, th.Tensor]:
         if not ends:
-            both = th.cat([images.rows([0])["init_image"] for images in (first, second)])
+            both = th.cat([starts_of(model, images) for images in (first, second)])
             labels = th.tensor([classes[0], classes[-1]]) if classes else None
             ends.extend(noise_of(model, both, labels, conditioning([0, count - 1]) if conditioning else {}))
         return {"start": slerp(ends[0], ends[1], th.tensor([index / (count - 1) for index in indices]))}

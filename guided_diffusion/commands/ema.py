@@ -10,7 +10,7 @@ from .tool_sections import EmaConfig
 def make(flags: Flags) -> None:
     """Write the average that the flags ask for."""
     from .. import dist_util, logger
-    from ..runtime.errors import UserError
+    from ..runtime.errors import UserError, refuse
     from ..runtime.files import join
     from ..training import averages
     from ..training.checkpoints import Checkpoint, powers_in
@@ -22,8 +22,7 @@ def make(flags: Flags) -> None:
         return
     common.log_to_screen()
     files = powers_in(config.source)
-    if not files:
-        raise UserError(f"{config.source} holds no power_WIDTH_NNNNNN.pt: give the folder of a run with --ema_profiles")
+    refuse((not files, f"{config.source} holds no power_WIDTH_NNNNNN.pt: give the folder of a run with --ema_profiles"))
     steps = sorted({step for step, _ in files})
     step = config.step or steps[-1]
     if step not in steps:

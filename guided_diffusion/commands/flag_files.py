@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import resolved_path
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import WHY, UserError, as_user_error
+from ..runtime.options import from_here
 
 # never taken from an earlier run, nor from an earlier part of one
 OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "plugin", "resume_checkpoint")
@@ -20,7 +21,7 @@ def read_table(path: str) -> dict[str, Any]:
     """
     from ..runtime.files import parse_json, read_file
 
-    try:
+    with as_user_error(f"{path} cannot be used ({WHY})", OSError, ValueError, RecursionError):
         content = read_file(resolved_path(path))
         ending = path.lower().rpartition(".")[2]
         if ending == "toml":
@@ -28,18 +29,14 @@ def read_table(path: str) -> dict[str, Any]:
 
             return tomllib.loads(content.decode())
         table = _read_yaml(content) if ending in ("yaml", "yml") else parse_json(content)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be used ({reason(error)})") from error
     if not isinstance(table, dict):
         raise UserError(f"{path} cannot be used (it holds no table): write NAME: VALUE lines, or a JSON object")
     return {str(name): value for name, value in table.items()}
 
 
 def _read_yaml(content: bytes) -> Any:
-    try:
+    with as_user_error("YAML needs a package: run `pip install pyyaml`, or write JSON or TOML", ImportError):
         import yaml
-    except ImportError as error:
-        raise UserError("YAML needs a package: run `pip install pyyaml`, or write JSON or TOML") from error
     try:
         return yaml.safe_load(content)
     except yaml.YAMLError as error:
@@ -56,16 +53,8 @@ def flags_in(path: str) -> tuple[dict[str, Any], bool]:
     table = read_table(path)
     if "command" in table and isinstance(table.get("flags"), dict):
         flags = {name: value for name, value in table["flags"].items() if name not in OF_A_PROCESS}
-        return {name: _from_folder(name, value, path) for name, value in flags.items()}, True
+        return from_here(flags, os.path.dirname(path)), True
     return table, False
-
-
-def _from_folder(name: str, value: Any, path: str) -> Any:
-    """The value of a flag in a config.json; of those that name a place from its folder, from here."""
-    relative = name == "autoencoder_path" or (name == "text_encoder" and str(value).startswith("."))
-    if not (value and relative) or "://" in value:
-        return value
-    return os.path.normpath(os.path.join(os.path.dirname(path), value))
 
 
 def as_words(flags: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..networks.architecture import GLIDE
 from ..networks.glide import Text2ImUNet
 from ..runtime import files
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..script_util import create_gaussian_diffusion
 from ..training.published import is_glide, tensors_in
 from ..training.weights import load
@@ -33,8 +33,7 @@ def load_glide(path: str, timestep_respacing: str = "") -> tuple[Text2ImUNet, Sp
     :param timestep_respacing: as `space_timesteps` takes it; '' for all 1000.
     """
     state = tensors_in(load(path, inert=True))
-    if not is_glide(state):
-        raise UserError(f"{path} holds no network of GLIDE: give its base.pt, upsample.pt or the like")
+    refuse((not is_glide(state), f"{path} holds no network of GLIDE: give its base.pt, upsample.pt or the like"))
     network = network_of_glide(state, path)
     network.load_state_dict(state)
     network.eval().requires_grad_(False)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..config import DiffusionConfig, FlowConfig, RunConfig, UNetConfig
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import refuse
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
@@ -23,8 +23,7 @@ def measure(flags: Flags) -> None:
     from ..evaluation.likelihood import carry_out
     from . import common
 
-    if not flags.part(LikelihoodConfig).data_dir:
-        raise UserError("--data_dir is missing: give a folder or a zip of images")
+    refuse((not flags.part(LikelihoodConfig).data_dir, "--data_dir is missing: give a folder or a zip of images"))
     common.start(flags)
     carry_out(survey_of(common.restore(flags)))
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch as th
@@ -24,7 +23,6 @@ from .sections import LatentConfig, LatentTrainConfig
 
 if TYPE_CHECKING:
     from ..data.init_images import InitImages
-    from .common import Plan, Restored
 
 ON_PIXELS = {**defaults(LatentConfig), "latent_factor": 1, "latent_channels": 0}  # what older configs do not say
 COPY = "autoencoder.pt"  # in a run's folder
@@ -36,13 +34,19 @@ COPY = "autoencoder.pt"  # in a run's folder
 def opened(flags: Flags, beside: str = "") -> tuple[Flags, FirstStage | None]:
     """The flags with what the autoencoder that they name says of latents, and the autoencoder.
 
-    :param beside: the checkpoint, or the folder, that the flags were saved with.
+    :param beside: the checkpoint, or the folder, that the flags were saved with, for messages.
     """
-    values, path = flags.values, _place(flags, beside)
+    values = flags.values
+    path = values.get("autoencoder_path", "")
     if not path:
         if values.get("latent_channels"):
             raise UserError("the network works on latents, and no autoencoder is named: give --autoencoder_path")
         return flags, None
+    if "autoencoder_path" not in flags.given and not files.exists(path):
+        raise UserError(
+            f"the autoencoder of {beside} is not at {path}, where it was in training: give its place by "
+            "--autoencoder_path"
+        )
     stage = _open(path, flags)
     known = values["autoencoder_id"]
     unlike = (
@@ -70,22 +74,6 @@ def opened(flags: Flags, beside: str = "") -> tuple[Flags, FirstStage | None]:
         if flags.given.get(name, value) != value:
             raise UserError(f"--{name} {flags.given[name]} is not the autoencoder's, {value}: leave it out")
     return Flags(flags.command, flags.given, {**flags.saved, **facts}), stage
-
-
-def _place(flags: Flags, beside: str) -> str:
-    """The path of the autoencoder, '' where none is named; a saved one is relative to the folder of its run."""
-    path: str = flags.values.get("autoencoder_path", "")
-    if not path or "autoencoder_path" in flags.given:
-        return path
-    folder = beside if files.isdir(beside) else os.path.dirname(beside)
-    place = path if files.is_remote(path) else files.join(folder, path)
-    place = place if files.is_remote(place) else os.path.normpath(place)
-    if not files.exists(place):
-        raise UserError(
-            f"the autoencoder of {beside} is not at {place}, where it was in training: give its place by "
-            "--autoencoder_path"
-        )
-    return place
 
 
 def _open(path: str, flags: Flags) -> FirstStage:
@@ -160,43 +148,24 @@ def refuse_clipping(flags: Flags) -> None:
             raise UserError(f"--{name} has no effect on latents, which do not end at -1 and 1: leave it out")
 
 
-@dataclass(frozen=True)
-class InitLatents:
-    """Images to start from, as latents; a number of a latent is kept as far as all of its pixels are."""
+def starts(stage: FirstStage | None, images: InitImages) -> Callable[[Sequence[int]], dict[str, th.Tensor]]:
+    """`InitImages.rows`, with an autoencoder as latents, whose numbers are kept as far as all of their pixels are."""
 
-    images: InitImages
-    stage: FirstStage
+    def rows(indices: Sequence[int]) -> dict[str, th.Tensor]:
+        assert stage is not None
+        rows = images.rows(indices)
+        latents = {"init_image": stage.encode(to_device(rows["init_image"], dist_util.dev()))}
+        return latents | {"mask": stage.kept(rows["mask"])} if "mask" in rows else latents
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def rows(self, indices: Sequence[int]) -> dict[str, th.Tensor]:
-        """`InitImages.rows`, with latents and their mask."""
-        rows = self.images.rows(indices)
-        latents = {"init_image": self.stage.encode(to_device(rows["init_image"], dist_util.dev()))}
-        return latents | {"mask": self.stage.kept(rows["mask"])} if "mask" in rows else latents
-
-    def check(self, count: int) -> str:
-        """`InitImages.check`."""
-        return self.images.check(count)
-
-    def describe_masks(self, count: int) -> list[str]:
-        """`InitImages.describe_masks`."""
-        return self.images.describe_masks(count)
-
-    def decode(self, latents: th.Tensor, indices: Sequence[int]) -> th.Tensor:
-        """Images of latents, in which the pixels that a mask keeps are those of the images."""
-        made = self.stage.decode(latents)
-        rows = {name: to_device(x, made.device) for name, x in self.images.rows(indices[: len(made)]).items()}
-        return th.lerp(made, rows["init_image"], rows["mask"].to(made)) if self.images.masks else made
+    return rows if stage else images.rows
 
 
-def starting(model: Restored, images: InitImages) -> InitImages | InitLatents:
-    """The images that samples of a network start from, as what it works on."""
-    return images if model.first_stage is None else InitLatents(images, model.first_stage)
+def pasted(stage: FirstStage, images: InitImages) -> Callable[[th.Tensor, Sequence[int]], th.Tensor]:
+    """Makes images of latents, in which the pixels that a mask keeps are exactly those of the images."""
 
+    def decode(latents: th.Tensor, indices: Sequence[int]) -> th.Tensor:
+        made = stage.decode(latents)
+        rows = {name: to_device(x, made.device) for name, x in images.rows(indices[: len(made)]).items()}
+        return th.lerp(made, rows["init_image"], rows["mask"].to(made)) if images.masks else made
 
-def paste(plan: Plan, images: InitImages | InitLatents) -> None:
-    """Let the pixels that a mask keeps come back exactly at the end."""
-    if isinstance(images, InitLatents):
-        plan.job["decode"] = images.decode
+    return decode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import RangeConfig
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
@@ -19,8 +19,7 @@ def make(flags: Flags) -> None:
     from . import evaluation as common
 
     config = flags.part(ReferenceConfig)
-    if not config.out.endswith(".npz"):
-        raise UserError(f"{config.out!r} is not the name of an npz: give one that ends in .npz")
+    refuse((not config.out.endswith(".npz"), f"{config.out!r} is not the name of an npz: give one that ends in .npz"))
     common.start(flags)
     common.check_writable(config.out)
     source = open_images(config.data_dir, config.image_size, parse_range(flags.part(RangeConfig).data_range))

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from ..data.archives import expanded
 from ..data.labels import Labels, read_labels, save_classes
 from ..data.sources import ImageSource, find_images, paths_in, read_bytes, read_pixels
 from ..runtime.atomic import PART, explained
-from ..runtime.errors import UserError, quoted, reason, refuse
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, quoted, refuse
 from ..runtime.files import load_classes, parse_json, write_json
-from ..runtime.npz import PROMPTS, Npz, Rows, write_arrays, write_npz
+from ..runtime.npz import PROMPTS, Npz, write_arrays
 from ..runtime.options import parse_range
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, save_png
 from .flags import Flags
@@ -116,8 +116,8 @@ def from_images(config: NpzToolConfig, options: FromImagesConfig) -> list[str]:
     flat = len(shape) == 2 and not options.image_channels
     count, shape = len(listing.images), sides if flat else (*sides, channels)
     images = (image.reshape(1, *shape) for image in _pixels(listing, channels, options))
-    ids = [] if labels is None else [((count,), np.int64, [np.asarray(labels.ids, np.int64)])]
-    write_npz(config.out, ((count, *shape), np.uint8, images), *ids)
+    ids = {} if labels is None else {"arr_1": np.asarray(labels.ids, np.int64)}
+    write_arrays(config.out, {"arr_0": ((count, *shape), np.uint8, images), **ids})
     if labels is not None:
         table = f"{os.path.splitext(config.out)[0]}.{CLASSES}"
         save_classes(table, labels)
@@ -129,14 +129,12 @@ def _in_order(listing: ImageSource) -> tuple[ImageSource, tuple[int, ...]]:
     """The files in the order of the npz that they come from, and the shape of its images; () for any other folder."""
     if ORDER not in listing.others:
         return listing, ()
-    try:
-        order = parse_json(read_bytes(listing.path(ORDER)))
+    where = listing.path(ORDER)
+    with as_user_error(f"{where} does not tell the order of the images ({WHY}): remove it", *DAMAGE):
+        order = parse_json(read_bytes(where))
         names, shape = list(order["names"]), tuple(map(int, order["shape"]))
         if len(names) != len(listing.images) or set(names) != set(listing.images):
             raise UserError(f"it names {len(names)} files, and others than the {len(listing.images)} that are there")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        fault = f"{listing.path(ORDER)} does not tell the order of the images ({reason(error)}): remove it"
-        raise UserError(fault) from error
     return ImageSource(listing.root, names, listing.others, listing.refused), shape
 
 
@@ -184,7 +182,8 @@ def merge(config: NpzToolConfig) -> str:
         raise UserError(f"{config.source} are no npz files of parts: write run1,run2, or run{{1..8}} for eight runs")
     arrays = _sum_of(parts) or _joined(_in_turn(parts))
     write_arrays(config.out, arrays)
-    return f"{config.out}: {', '.join(f'{name} {list(rows[0])}' for name, rows in arrays.items())}"
+    shapes = {name: array[0] if isinstance(array, tuple) else array.shape for name, array in arrays.items()}
+    return f"{config.out}: {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}"
 
 
 def _in_turn(parts: list[ArrayImages]) -> list[ArrayImages]:
@@ -208,12 +207,11 @@ def _in_turn(parts: list[ArrayImages]) -> list[ArrayImages]:
         )
         end += parts[number].count
     total = max(int(request.get("total", 0)) for request in requests)
-    if end < total:
-        raise UserError(f"the images from {end} to {total} are missing: make that part too")
+    refuse((end < total, f"the images from {end} to {total} are missing: make that part too"))
     return [parts[number] for number in turns]
 
 
-def _joined(parts: Sequence[ArrayImages]) -> dict[str, Rows]:
+def _joined(parts: Sequence[ArrayImages]) -> dict[str, Any]:
     """Images, labels and prompts, one part after the other."""
     first, count = parts[0], sum(part.count for part in parts)
     for part in parts:
@@ -223,20 +221,17 @@ def _joined(parts: Sequence[ArrayImages]) -> dict[str, Rows]:
                 f"{part.path} and {first.path} differ in shape, type or labels: they are no parts of one set"
             )
     chunks = (chunk for part in parts for chunk in part.stored())
-    arrays: dict[str, Rows] = {"arr_0": ((count, *first.stored_shape), first.dtype, chunks)}
+    arrays: dict[str, Any] = {"arr_0": ((count, *first.stored_shape), first.dtype, chunks)}
     if first.labels is not None:
         arrays["arr_1"] = ((count,), np.int64, [part.labels for part in parts if part.labels is not None])
     texts = list[str]()
     for part in parts:
         with Npz(part.file) as archive:
             texts += archive.texts(PROMPTS) if PROMPTS in archive else []
-    if texts:
-        prompts = np.asarray(texts)
-        arrays[PROMPTS] = (prompts.shape, prompts.dtype, [prompts])
-    return arrays
+    return arrays | ({PROMPTS: np.asarray(texts)} if texts else {})
 
 
-def _sum_of(parts: Sequence[ArrayImages]) -> dict[str, Rows]:
+def _sum_of(parts: Sequence[ArrayImages]) -> dict[str, Any]:
     """Mean and covariance of the features of all images, {} where the parts are no statistics."""
     from ..evaluation.images import read_statistics
     from ..evaluation.references import statistics_arrays

@@ -17,7 +17,7 @@ import gradio as gr
 from PIL import Image
 
 from .. import Samples
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, as_user_error
 from ..runtime.pictures import Pixels
 from . import page_work as work
 from .page_work import SPECS, TITLES, Drawing, Facts, Shelf, View
@@ -71,10 +71,8 @@ def start(blocks: Any, port: int = 0) -> None:
     )
     options: dict[str, Any] = {"quiet": True, "share": False, "prevent_thread_lock": True, "footer_links": []}
     options |= {"theme": theme, "css": CSS, "max_file_size": "20mb", "ssr_mode": False}
-    try:
+    with as_user_error(f"--port {port} of {HOST} cannot be used: give another, or 0 for any that is free", OSError):
         blocks.queue(max_size=WAITING).launch(server_name=HOST, server_port=port or None, **options)
-    except OSError as error:
-        raise UserError(f"--port {port} of {HOST} cannot be used: give another, or 0 for any that is free") from error
 
 
 class Page:

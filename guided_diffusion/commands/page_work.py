@@ -5,7 +5,6 @@ Nothing here knows of gradio. Shapes: N images, H W space, C channels.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -24,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .. import Samples, __version__, dist_util, load
 from ..nn import traits_of
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from ..runtime.labels import parse_classes
 from ..runtime.npz import write_arrays
 from ..runtime.options import flag, parse_size, reader_of
@@ -109,10 +108,8 @@ def _read(name: str, value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-    try:
+    with as_user_error(f"{TITLES[name]}: {WHY if text else 'nothing is given'}", UserError):
         return reader_of(SPECS[name])(text)
-    except (argparse.ArgumentTypeError, UserError) as error:
-        raise UserError(f"{TITLES[name]}: {error if text else 'nothing is given'}") from error
 
 
 def to_address(settings: Settings) -> str:
@@ -420,7 +417,7 @@ def write_files(folder: str, settings: Settings, runs: Sequence[Run], made: Sequ
     labels = [samples.labels for samples in made if samples.labels is not None]
     arrays |= {"arr_1": np.concatenate(labels)} if labels else {}
     stem = os.path.join(tempfile.mkdtemp(dir=folder), f"{settings.model}-{settings.task}-seed{settings.seed}")
-    write_arrays(f"{stem}.npz", {name: (array.shape, array.dtype, [array]) for name, array in sorted(arrays.items())})
+    write_arrays(f"{stem}.npz", dict(sorted(arrays.items())))
     info = PngInfo()
     info.add_text("settings", text.item())
     if len(made) > 1:

@@ -8,7 +8,6 @@ Shapes: N images, H W space, C channels.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
@@ -29,7 +28,7 @@ from .. import dist_util, logger
 from ..config import ClassifierConfig, CompileConfig, ProcessConfig, SuperResConfig, UNetConfig
 from ..evaluation.likelihood import measured
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, nearest, refuse
 from ..runtime.labels import parse_classes
 from ..runtime.npz import PROMPTS, write_arrays
 from ..runtime.options import means_not_given, reader_of
@@ -102,15 +101,13 @@ class Samples:
         if path.endswith(".npz"):
             texts = np.asarray([*islice(cycle(self.prompts), len(self))]) if self.prompts else None
             arrays = {"arr_0": self.images, "arr_1": self.labels, PROMPTS: texts}
-            write_arrays(path, {name: (x.shape, x.dtype, [x]) for name, x in arrays.items() if x is not None})
+            write_arrays(path, {name: array for name, array in arrays.items() if array is not None})
             return path
         if path.endswith(".png"):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             self.grid().save(path, format="PNG")
             return path
-        with tempfile.TemporaryDirectory() as place:
-            whole = self.save(os.path.join(place, "samples.npz"))
-            draw_each(path, whole, labelled=self.labels is not None, prompts=self.prompts)
+        draw_each(path, self.images, self.labels, prompts=self.prompts)
         return path
 
 
@@ -177,10 +174,8 @@ def _flags_of(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) 
             raise UserError(f"{word!r} is no option{hint.replace('mean --', 'mean ')}")
         if value is not None:
             text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            try:
+            with as_user_error(f"{word}: {WHY}", UserError):
                 given[word] = reader_of(specs[word])(text)
-            except (argparse.ArgumentTypeError, UserError) as error:
-                raise UserError(f"{word}: {error}") from error
     return Flags(name, {word: value for word, value in given.items() if not means_not_given(specs[word], value)})
 
 
@@ -228,8 +223,7 @@ def _write(path: str, name: str, value: Any, labels: Sequence[int] | None) -> No
     """Write images as an npz, prompts as lines."""
     if name == TEXTS:
         lines = [" ".join(text.split()) for text in value]
-        if not all(lines):
-            raise UserError("a text of prompt is empty: leave it out")
+        refuse((not all(lines), "a text of prompt is empty: leave it out"))
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         return
@@ -388,8 +382,7 @@ class Model:
         :param options: flags of super_res_sample, and of the loop as for `sample`.
         """
         stages = [self] if self._restored.flags.command == ENLARGE else self._stages()
-        if not stages:
-            raise UserError(f"{self.path} has no upsampler: give load(..., upsampler=PATH)")
+        refuse((not stages, f"{self.path} has no upsampler: give load(..., upsampler=PATH)"))
         for number, stage in enumerate(stages):
             enlarged = images = stage._enlarged(images, {**options, "seed": seed + number * SEED_STEP})
         return enlarged
@@ -412,8 +405,7 @@ class Model:
         """What the network works on [N, C, H, W]: the most probable latents of images, else images in [-1, 1]."""
         with self._running(), _as_paths({"init_image": images}) as paths:
             model = self._with(paths)
-            source = editing.images_of(model, model.flags.values["init_image"])
-            return source.rows(range(len(source)))["init_image"]
+            return editing.starts_of(model, editing.images_of(model, model.flags.values["init_image"]))
 
     def invert(self, images: Images, *, classes: Any = "", strength: float = 1.0, **options: Any) -> th.Tensor:
         """The noise [N, C, H, W] that the unguided process without randomness turns images to, for `sample(start=...)`.
@@ -424,14 +416,14 @@ class Model:
         """
         with self._running(), _as_paths({**options, "init_image": images}) as paths:
             model = self._with({**paths, "classes": classes or None})
-            source = editing.images_of(model, model.flags.values["init_image"])
-            config, indices = model.flags.part(UNetConfig), range(len(source))
+            images = editing.starts_of(model, editing.images_of(model, model.flags.values["init_image"]))
+            config, indices = model.flags.part(UNetConfig), range(len(images))
             text, count = model.flags.values["classes"], len(self.classes) or config.num_classes
             turns = parse_classes(text, count, self.classes) if text else []
             labels = th.tensor([turns[index % len(turns)] for index in indices]) if turns else None
             prompts.extend(plan := Plan(model.network), model)
             beside = plan.job["conditioning"](indices) if "conditioning" in plan.job else {}
-            return editing.noise_of(model, source.rows(indices)["init_image"], labels, beside, strength)
+            return editing.noise_of(model, images, labels, beside, strength)
 
     def bits_per_dim(
         self, images: Images, labels: Sequence[int] | None = None, **options: Any

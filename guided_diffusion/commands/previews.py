@@ -49,9 +49,7 @@ def first_images(stream: ImageStream, count: int) -> tuple[th.Tensor, dict[str, 
 
 def file(name: str) -> str:
     """The path of a file in the folder of all previews."""
-    folder = os.path.join(logger.get_dir(), "previews")
-    os.makedirs(folder, exist_ok=True)
-    return os.path.join(folder, name)
+    return os.path.join(logger.get_dir(), "previews", name)
 
 
 def _draw(run: Training, network: Any, shape: tuple[int, ...], labels: list[int], step: int) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from ..networks.context import (
     clip_embedding,
 )
 from ..nn import traits_of
-from ..runtime.errors import UserError, quoted, reason, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, quoted, reason, refuse
 from ..runtime.files import read_file, writing
 from ..sampling.guidance import clip_guidance, combine
 from ..training import checkpoints
@@ -51,11 +50,6 @@ def captioning_of(flags: Flags) -> dict[str, Any]:
     return {"captioning": Captioning(config.caption_column, config.skip_uncaptioned, config.caption_dropout)}
 
 
-def of_validation(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same for validation images, of which no caption is dropped."""
-    return {name: replace(value, dropout=0.0) for name, value in options.items()}
-
-
 def encoder_of_training(
     flags: Flags, stream: ImageStream, validation: ImageStream | None
 ) -> tuple[Flags, ContextEncoder | None]:
@@ -79,13 +73,9 @@ def encoder_of_training(
         if part.captions is not None:
             part.captions.keywords = encoder.keywords
     place = checkpoints.from_folder(settings["text_encoder"], logger.get_dir())
-    of_folder = {"text_encoder": place} if _is_folder(config) else {}
+    of_folder = {} if config.text_encoder in ("scratch", "minilm") else {"text_encoder": place}
     known = {"context_dim": settings["context_dim"], "text_fingerprint": settings["fingerprint"], **of_folder}
     return flags.with_values(**known), encoder
-
-
-def _is_folder(config: ContextConfig) -> bool:
-    return config.text_encoder not in ("scratch", "minilm")
 
 
 def _trained_before(flags: Flags) -> str:
@@ -111,13 +101,10 @@ def prompts_of(flags: Flags) -> list[str]:
     config = flags.part(PromptConfig)
     if not config.prompts:
         return [" ".join(config.prompt.split())] if config.prompt else []
-    try:
+    with as_user_error(f"--prompts {config.prompts} cannot be read as text ({WHY})", OSError, ValueError):
         lines = read_file(config.prompts).decode("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"--prompts {config.prompts} cannot be read as text ({reason(error)})") from error
     prompts = [" ".join(line.split()) for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {config.prompts} holds no prompt: write one on each line")
+    refuse((not prompts, f"--prompts {config.prompts} holds no prompt: write one on each line"))
     return prompts
 
 

@@ -6,7 +6,7 @@ import inspect
 import os
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from ..networks.context import ScratchEncoder
 from ..networks.first_stage import FirstStage
 from ..networks.memory import recompute_at
 from ..runtime import files
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
 from ..train_util import TrainLoop
@@ -101,11 +101,6 @@ def begin(flags: Flags) -> Training:
     if flags.part(TrainSpeedConfig).compile:
         compile_network(network, "the network in training", log=logger.log)
     return Training(flags, network, process, stream, validation, first_stage)
-
-
-def trained_kind(flags: Flags) -> type[Any]:
-    """The config class of the network that a command trains."""
-    return AutoencoderConfig if flags.command == "autoencoder_train" else finetuning.KINDS[flags.command][1]
 
 
 def recompute(flags: Flags, model: Any) -> None:
@@ -184,7 +179,8 @@ def _over_resumed(flags: Flags) -> Flags:
     given = {k: v for k, v in flags.given.items() if not (k in PRECISION_FLAGS and v == "auto" and config.get(k))}
     if any(name in given for name in PRECISION_FLAGS):
         known -= set(PRECISION_FLAGS)
-    check_kind(config, trained_kind(flags), f"--resume_checkpoint {path}")
+    _, kind = finetuning.KINDS.get(flags.command, ("", AutoencoderConfig))
+    check_kind(config, kind, f"--resume_checkpoint {path}")
     return Flags(flags.command, given, {name: value for name, value in config.items() if name in known})
 
 
@@ -226,15 +222,15 @@ def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
 
 def _stream_options(flags: Flags, config: Any) -> dict[str, Any]:
     """Keywords of `open_streams` for the images of a network."""
-    captions = prompts.captioning_of(flags)
-    options: dict[str, Any] = {**captions, "validation": prompts.of_validation(captions)}
+    options = prompts.captioning_of(flags)
+    options["validation"] = {name: replace(captioning, dropout=0.0) for name, captioning in options.items()}
     if isinstance(config, SuperResConfig):
         sizes = {name: getattr(config, name) for name in ("large_size", "small_size", "cond_aug", "class_cond")}
         return {**options, "load": load_superres_data, **sizes}
     options |= {"image_size": config.image_size, "class_cond": getattr(config, "class_cond", True)}
-    if flags.values.get("cond_type"):
-        options["pairing"] = conditioning.pairing_of(flags)
-        options["validation"]["pairing"] = conditioning.validation_pairing(flags)
+    if flags.values.get("cond_type") and (pairing := conditioning.pairing_of(flags)):
+        options["pairing"] = pairing
+        options["validation"]["pairing"] = replace(pairing, folder=flags.values["val_cond_dir"], dropout=0.0)
     return options
 
 
@@ -287,7 +283,5 @@ def _validation(path: str, train: ImageStream, load: Load, options: Mapping[str,
         if not line.startswith(" "):
             logger.log(f"validation: {line}")
 
-    try:
+    with as_user_error(f"--val_data_dir: {WHY}", ValueError):
         return load(data_dir=path, log=log, **fixed, **options)
-    except ValueError as error:
-        raise UserError(f"--val_data_dir: {error}") from error

@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 
 from ..nn import traits_of
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from ..runtime.files import read_file
 from ..runtime.npz import fingerprint
 from .flags import Flags
@@ -24,8 +24,7 @@ def of_training(flags: Flags, *streams: ImageStream | None) -> Flags:
     """The flags with the length of the vectors of the images; refused where those of validation are of another one."""
     vectors = [stream.dataset.vectors for stream in streams if stream is not None]
     dims = {0 if each is None else each.shape[1] for each in vectors}
-    if len(dims) > 1:
-        raise UserError(f"the vectors of --data_dir and --val_data_dir have {' and '.join(map(str, dims))} numbers")
+    refuse((len(dims) > 1, f"the vectors of --data_dir and --val_data_dir have {' and '.join(map(str, dims))} numbers"))
     return flags.with_values(vector_dim=dims.pop()) if flags.values.get("vector_columns") else flags
 
 
@@ -51,14 +50,12 @@ def extend(plan: Plan, model: Restored) -> None:
 
 def _rows(config: SampleConfig, dim: int, columns: str) -> list[list[float]]:
     """The vectors of --vector or --vectors, [] where none are given."""
-    name, lines = "--vector", [part for part in config.vector.split(";") if part.strip()]
-    try:
+    name = f"--vectors {config.vectors}" if config.vectors else "--vector"
+    lines = [part for part in config.vector.split(";") if part.strip()]
+    with as_user_error(f"{name} is no list of numbers ({WHY}): write such as 1,0,0.5", OSError, ValueError):
         if config.vectors:
-            name = f"--vectors {config.vectors}"
             lines = [line for line in read_file(config.vectors).decode("utf-8-sig").splitlines() if line.strip()]
         rows = [[float(word) for word in line.split(",")] for line in lines]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} is no list of numbers ({reason(error)}): write such as 1,0,0.5") from error
     for row in rows:
         if len(row) != dim or any(map(np.isinf, row)):
             raise UserError(f"{name} has the vector {row} and the network needs {dim} numbers, of {columns}")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime import files
-from ..runtime.errors import UserError, quoted
+from ..runtime.errors import UserError, quoted, refuse
 from ..runtime.npz import Npz
 
 K = TypeVar("K")
@@ -86,8 +86,7 @@ class Stack:
         self._images: NDArray[Any] | None = None
         header, start = self._header()
         self.shape = stacked_shape(header.shape, channels)
-        if not self.shape:
-            raise UserError(f"an array of shape {header.shape}, where [N, H, W] or [N, H, W, C] is read")
+        refuse((not self.shape, f"an array of shape {header.shape}, where [N, H, W] or [N, H, W, C] is read"))
         if start >= 0 and not files.is_remote(path):
             order: Literal["F", "C"] = "F" if header.fortran else "C"
             self._images = np.memmap(path, header.dtype, "r", start, header.shape, order).reshape(self.shape)
@@ -120,8 +119,7 @@ class Stack:
     def read(self, name: str) -> NDArray[Any]:
         """An image by its name."""
         number = name.removesuffix(".npy")
-        if not number.isdecimal() or int(number) >= self.shape[0]:
-            raise UserError("it is not in the array")
+        refuse((not number.isdecimal() or int(number) >= self.shape[0], "it is not in the array"))
         return np.asarray(self.hold()[int(number)])
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch as th
 
-from ..runtime.errors import UserError, nearest, printable, quoted, reason
+from ..runtime.errors import WHY, UserError, as_user_error, nearest, printable, quoted, refuse
 from ..runtime.files import parse_json
 from .sources import ImageSource, read_bytes
 from .tables import Table, beside, find_table
@@ -59,16 +59,13 @@ def read_captions(source: ImageSource, column: str = "") -> CaptionTable:
     if texts:
         return CaptionTable([texts.get(name, []) for name in source.images], "NAME.json" if column else "NAME.txt")
     file = file or find_table(source, OTHER_TABLES)
-    if not file:
-        raise UserError(f"{source.root} holds no captions: give {FORMS}")
-    try:
+    refuse((not file, f"{source.root} holds no captions: give {FORMS}"))
+    with as_user_error(f"{file!r} in {source.root!r} cannot be used: {WHY}", ValueError, OSError):
         table = Table(source, file, _rows(read_bytes(source.path(file)), file))
         if not any(table.find(row.get(table.path_column)) for row in table.rows):
             raise UserError(f"it names no image: it begins with {table.first_row!r}")
         columns = _caption_columns(table, column)
         texts = _texts_of(table, columns)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}") from error
     return CaptionTable([texts.get(name, []) for name in table.images], f"{file}, {', '.join(map(printable, columns))}")
 
 
@@ -81,11 +78,9 @@ def _texts_beside(source: ImageSource, column: str) -> dict[str, list[str]]:
         if file.endswith(".json") and ".tar/" not in file:
             continue
         if file:
-            try:
+            with as_user_error(f"{file!r} in {source.root!r} is no text in UTF-8 ({WHY})", ValueError, OSError):
                 content = read_bytes(source.path(file)).decode("utf-8-sig")
                 texts[name] = _cleaned(_of_json(content, column) if file.endswith(".json") else content.splitlines())
-            except (ValueError, OSError) as error:
-                raise UserError(f"{file!r} in {source.root!r} is no text in UTF-8 ({reason(error)})") from error
     return texts
 
 
@@ -116,18 +111,14 @@ def _rows(content: bytes, file: str) -> Rows | None:
 
 def _rows_of_parquet(content: bytes) -> Rows:
     """The columns of text and of lists, without images that lie beside them."""
-    try:
+    with as_user_error('a parquet needs pyarrow: run `pip install "guided-diffusion[datasets]"`', ImportError):
         import pyarrow
         from pyarrow import parquet
-    except ImportError as error:
-        raise UserError('a parquet needs pyarrow: run `pip install "guided-diffusion[datasets]"`') from error
-    try:
+    with as_user_error(f"it is no parquet ({WHY})", pyarrow.ArrowException):
         file, kinds = parquet.ParquetFile(io.BytesIO(content)), pyarrow.types
         readable = (kinds.is_string, kinds.is_large_string, kinds.is_list, kinds.is_large_list)
         columns = [entry.name for entry in file.schema_arrow if any(is_kind(entry.type) for is_kind in readable)]
         rows: Rows = file.read(columns).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise UserError(f"it is no parquet ({reason(error)})") from error
     return rows
 
 
@@ -140,8 +131,7 @@ def _caption_columns(table: Table, asked: str) -> list[str]:
         if word.lower() not in columns:
             raise UserError(f"caption_column {word!r} is none of its columns ({listed}){nearest(word, columns)}")
     names = words or [name for name in CAPTION_COLUMNS if name in columns][:1]
-    if not names:
-        raise UserError(f"it has no column {' or '.join(CAPTION_COLUMNS[:3])} ({listed}): give caption_column")
+    refuse((not names, f"it has no column {' or '.join(CAPTION_COLUMNS[:3])} ({listed}): give caption_column"))
     return [columns[name.lower()] for name in names]
 
 

@@ -22,7 +22,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from ..runtime import files
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import UserError, as_user_error, refuse
 from .crops import MAX_PIXELS, Picture, size_of
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "TIFF", "WEBP")  # in files of whatever name: not EPS, which is a program
@@ -111,10 +111,9 @@ def _turned(image: Image.Image) -> Image.Image:
 
 def opened(file: IO[bytes]) -> Image.Image:
     """A picture of which the header is read."""
-    try:
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # Pillow's own limit came first
+    with as_user_error(f"it has too many pixels, more than {MAX_PIXELS} are not read", *bombs):
         image = Image.open(file, formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # Pillow's own limit came first
-        raise UserError(f"it has too many pixels, more than {MAX_PIXELS} are not read") from error
     check_pixels(image.width, image.height)
     return image
 
@@ -148,8 +147,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _decode_array(array: NDArray[Any], channels: int, data_range: Range | None) -> Picture:
     array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3:
-        raise UserError(f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read")
+    refuse((array.ndim != 3, f"an array of shape {array.shape}, where [H, W] or [H, W, C] is read"))
     check_pixels(array.shape[1], array.shape[0])
     if array.dtype == np.uint8 and channels in MODES and array.shape[-1] in MODES:
         image = Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[-1] == 1 else array))
@@ -195,8 +193,7 @@ def _of_bytes(data_range: Range) -> bool:
 def _planes(array: NDArray[Any], data_range: Range | None) -> NDArray[np.float32]:
     """Numbers of the declared range, or of their type's, in [-1, 1]; those outside a declared range are clipped."""
     finite = array.dtype.kind != "f" or bool(np.isfinite(array).all())
-    if data_range is not None and not finite:
-        raise UserError("numbers that are not finite")
+    refuse((data_range is not None and not finite, "numbers that are not finite"))
     if data_range is not None and array.dtype.kind in "iuf" and (array.dtype != np.uint8 or _of_bytes(data_range)):
         black, white = data_range
         planes = (array.astype(np.float64) - black) * (2 / (white - black)) - 1

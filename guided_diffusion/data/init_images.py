@@ -14,7 +14,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from ..runtime.errors import UserError, printable
+from ..runtime.errors import UserError, printable, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
 from ..runtime.pictures import levels
@@ -57,8 +57,7 @@ class InitImages:
         self.images, self.masks = source.paths, partners.paths if partners else []
         if partners and min(len(source), len(partners)) > 1:
             pairs, unpaired = by_name(source, partners, "mask")
-            if unpaired:
-                raise UserError(f"{unpaired}: several images and masks belong together by name: add or remove some")
+            refuse((unpaired, f"{unpaired}: several images and masks belong together by name: add or remove some"))
             self.masks = [partners.path(mask) for _, mask in pairs]
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import BAD_IMAGE_RULES, LoaderConfig
-from ..runtime.errors import refuse
+from ..runtime.errors import check_choice, refuse
 from ..runtime.files import is_remote
 from ..runtime.options import Size
 from ..runtime.pictures import to_unit
@@ -89,11 +89,9 @@ class DataOptions(LoaderConfig):
     world_size: int | None = None
 
     def __post_init__(self) -> None:
-        unknown, negative = self.on_bad_image not in BAD_IMAGE_RULES, self.seed < 0 or self.num_workers < 0
-        refuse(
-            (unknown, f"on_bad_image must be one of {', '.join(BAD_IMAGE_RULES)}, got {self.on_bad_image!r}"),
-            (negative, f"seed {self.seed} and num_workers {self.num_workers} must not be negative"),
-        )
+        check_choice("on_bad_image", self.on_bad_image, BAD_IMAGE_RULES)
+        negative = self.seed < 0 or self.num_workers < 0
+        refuse((negative, f"seed {self.seed} and num_workers {self.num_workers} must not be negative"))
 
 
 class ImageDataset(Dataset[Item]):

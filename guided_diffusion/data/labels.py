@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, printable, reason
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, check_choice, nearest, printable, refuse
 from ..runtime.files import parse_json, read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 from .tables import LABEL_COLUMNS, Label, Table, beside, file_beside, find_table
@@ -74,10 +74,8 @@ def read_labels(
     if isinstance(classes, str):
         classes, rule = read_classes(classes)
         class_from = rule if class_from == "auto" and not any(source.array for source in sources) else class_from
-    if class_from not in (*CLASS_RULES, ARRAY):
-        raise UserError(
-            f"class_from must be one of {', '.join(CLASS_RULES)}, got {class_from!r}{nearest(class_from, CLASS_RULES)}"
-        )
+    if class_from != ARRAY:
+        check_choice("class_from", class_from, CLASS_RULES)
     known, rules, labels, notes = list(classes or ()), set[str](), list[Label](), list[str]()
     for source in sources:
         rule, new, remarks = _labels_of(source, class_from, label_column)
@@ -85,8 +83,7 @@ def read_labels(
     class_from = rule if len(rules) == 1 else "auto"
     images = [name for source in sources for name in source.images]
     for name in {*known, *(label for label in labels if isinstance(label, str))}:
-        if files.name_fault(name):
-            raise UserError(f"the class {printable(name)} has {files.name_fault(name)}; give it another")
+        refuse((files.name_fault(name), f"the class {printable(name)} has {files.name_fault(name)}; give it another"))
     ids, names = _numbered(images, labels, known, num_classes, by_number=class_from == "folder")
     if num_classes is not None and len(names) > num_classes:
         raise UserError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
@@ -225,11 +222,9 @@ def _of_files(source: ImageSource, extension: str, column: str) -> list[Label]:
     labels = list[Any]()
     for image in source.images:
         file = file_beside(source, image, extension)
-        try:
+        with as_user_error(f"{file!r} in {source.root!r} cannot be used: {WHY}; correct it", *DAMAGE):
             content = read_bytes(source.path(file)).decode() if file else ""
             labels.append(parse_json(content)[columns[0]] if extension == ".json" and file else content.strip())
-        except (ValueError, OSError, LookupError, TypeError) as error:
-            raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
         if labels[-1] == "" or isinstance(labels[-1], bool) or not isinstance(labels[-1], str | int):
             raise UserError(f"{image!r} has no label: give it {beside(image, extension)[0]!r} with a class id or name")
     return _as_numbers(labels)
@@ -254,12 +249,10 @@ def _of_table(source: ImageSource, rule: str, column: str) -> tuple[list[Label],
             f"class_from {rule} needs the file {' or '.join(LABEL_FILES[rule])} in {source.root!r}: write it, or "
             f"choose another of {', '.join(CLASS_RULES)}"
         )
-    try:
+    with as_user_error(f"{file!r} in {source.root!r} cannot be used: {WHY}; correct it", ValueError, OSError):
         table = Table(source, file)
         column = table.label_column(column)
         labels, surplus = table.labels(column)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file!r} in {source.root!r} cannot be used: {reason(error)}; correct it") from error
     unlabelled = [name for name in table.images if name not in labels]
     if unlabelled:
         raise UserError(

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ..runtime import files
-from ..runtime.errors import UserError, printable, quoted, reason
+from ..runtime.errors import UserError, printable, quoted, reason, refuse
 from ..runtime.files import is_remote
 from ..runtime.options import Size
 from .archives import Archive, Stack, archives_of, is_stack, read_each
@@ -141,8 +141,7 @@ def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
         raise UserError(
             f"data_dir {quoted(root)} is neither a folder, a zip or a tar, nor an array (.npy, .npz) of images"
         )
-    if fault := dict(entries).get(""):
-        raise UserError(f"data_dir {quoted(root)} is {fault}; give one that can be read")
+    refuse((fault := dict(entries).get(""), f"data_dir {quoted(root)} is {fault}; give one that can be read"))
     names = sorted((name for name, fault in entries if not fault), key=lambda name: name.split("/"))
     others = [name for name in names if not _is_image(name)]
     return ImageSource(root, [*filter(_is_image, names)], others, sorted(entry for entry in entries if entry[1]))
@@ -405,8 +404,7 @@ def read_size(path: str) -> tuple[int, int]:
     if is_remote(path) or split_archive(path):
         return read_by(path, size_of_content)
     with naming(path), files.open_file(path) as file:
-        if not files.local_size(file):
-            raise UserError(EMPTY)
+        refuse((not files.local_size(file), EMPTY))
         return size_in(file, _extension(path))
 
 
@@ -429,8 +427,7 @@ def read_by(path: str, decoder: Callable[[Content, str], T]) -> T:
     """What a decoder makes of (content, extension) of an image file."""
     with naming(path):
         content = read_content(path)
-        if len(content) == 0:
-            raise UserError(EMPTY)
+        refuse((len(content) == 0, EMPTY))
         return decoder(content, _extension(path))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.errors import UserError, nearest, printable, reason, refuse
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, nearest, printable, refuse
 from ..runtime.files import parse_json
 from .sources import LABEL_FILES, ImageSource, read_bytes, shared_folder
 
@@ -118,14 +118,12 @@ class Table:
 
     def _of_text(self, content: bytes) -> list[dict[str, Any]]:
         """Rows with commas, semicolons or tabs; without a heading they are files and labels."""
-        try:
+        with as_user_error(f"it is no table of UTF-8 text ({WHY})", ValueError, csv.Error):
             text = content.decode("utf-8-sig")
             delimiter = max(",;\t", key=text.strip().partition("\n")[0].count)
             lines = io.StringIO(text, newline=None)  # line ends of any system
             cells = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
             rows = [row for row in cells if any(cell.strip() for cell in row)]
-        except (ValueError, csv.Error) as error:
-            raise UserError(f"it is no table of UTF-8 text ({reason(error)})") from error
         if rows and self.find(rows[0][0]):
             rows.insert(0, ["file", "label"])
         odd = next((row for row in rows if len(row) != len(rows[0])), None)
@@ -157,17 +155,15 @@ def read_vectors(source: ImageSource, columns: str) -> NDArray[np.float32]:
     """
     file = next(filter(None, (find_table(source, names) for names in LABEL_FILES.values())), "")
     tables = ", ".join(itertools.chain(*LABEL_FILES.values()))
-    if not file:
-        raise UserError(f"vector_columns {columns!r} needs a table in {source.root!r}: write one of {tables}")
-    try:
+    refuse((not file, f"vector_columns {columns!r} needs a table in {source.root!r}: write one of {tables}"))
+    with as_user_error(f"{file!r} in {source.root!r} gives no vectors: {WHY}; correct it", ValueError, OSError):
         return Table(source, file).vectors([name.strip() for name in columns.split(",") if name.strip()])
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file!r} in {source.root!r} gives no vectors: {reason(error)}; correct it") from error
 
 
 def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
     """Rows of EDM's ``{"labels": [[path, id], ...]}``, or of objects ``{"file_name": ..., ...}``."""
-    try:
+    formats = '{"labels": [[path, id], ...]}, nor rows of {"file_name": ..., "label": ...}'
+    with as_user_error(f"it is not {formats} ({WHY})", *DAMAGE):
         lines = [line for line in content.splitlines() if line.strip()]
         value = [parse_json(line) for line in lines] if file.endswith(".jsonl") else parse_json(content)
         if isinstance(value, dict):
@@ -176,9 +172,6 @@ def _of_json(content: bytes, file: str) -> list[dict[str, Any]]:
             return [{"file": path, "label": label} for path, label in pairs]
         columns = [*value[0]]
         return [{name: row.get(name) for name in columns} for row in value]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        formats = '{"labels": [[path, id], ...]}, nor rows of {"file_name": ..., "label": ...}'
-        raise UserError(f"it is not {formats} ({reason(error)})") from error
 
 
 def find_table(source: ImageSource, names: Sequence[str]) -> str:

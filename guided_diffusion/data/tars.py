@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..runtime import files
 from ..runtime.atomic import explained, lock, replacing
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import WHY, UserError, as_user_error, reason, refuse
 from ..runtime.files import MAX_BYTES, path_fault
 from ..runtime.npz import Npz, write_arrays
 
@@ -55,13 +55,9 @@ class Member:
 
         :raises ValueError: if there is a fault, or the tar ends before it does.
         """
-        if self.fault:
-            raise UserError(self.fault)
-        try:
-            with self.open() as file:
-                return file.read()
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(reason(error)) from error
+        refuse((self.fault, self.fault))
+        with as_user_error(WHY, tarfile.TarError, EOFError, OSError), self.open() as file:
+            return file.read()
 
 
 class Truncated(UserError):
@@ -77,10 +73,8 @@ def members(file: IO[bytes], *, largest: int = MAX_BYTES, packed: bool = True) -
     :raises Truncated: where it ends too early, after what could be read.
     """
     seen = set[str]()
-    try:
+    with as_user_error(f"it is no tar ({WHY})", tarfile.TarError, EOFError, OSError):
         archive = tarfile.open(fileobj=file, mode="r" if packed else "r:")  # noqa: SIM115  the caller closes the file
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"it is no tar ({reason(error)})") from error
     try:
         for info in archive:  # which keeps all that it has found, a million in ImageNet
             if not info.isdir():
@@ -188,14 +182,12 @@ class Tar:
     def read(self, name: str) -> bytes:
         """The content of a member."""
         number = bisect_left(range(len(self._index["ends"])), name.encode(), key=self._name)
-        if number == len(self._index["ends"]) or self._name(number) != name.encode():
-            raise UserError("it is not in the tar")
+        refuse((number == len(self._index["ends"]) or self._name(number) != name.encode(), "it is not in the tar"))
         place, size = int(self._index["places"][number]), int(self._index["sizes"][number])
         if place < 0:
             return self._index["texts"][-place - 1 : -place - 1 + size].tobytes()
         content = self._part(place - BLOCK, size + BLOCK)
-        if len(content) < size + BLOCK:
-            raise UserError(f"{self.path} was cut since its index was made: copy it again")
+        refuse((len(content) < size + BLOCK, f"{self.path} was cut since its index was made: copy it again"))
         if not _heads(content[:BLOCK], name, size):
             raise UserError(f"{self.path} has changed since its index was made: start again")
         return content[BLOCK:]
@@ -264,7 +256,7 @@ def write_index(path: str, file: IO[bytes], size: int) -> None:
         "faults": np.frombuffer(json.dumps(faults).encode(), np.uint8),
         "tar": np.array([size], np.int64),
     }
-    write_arrays(path, {name: (array.shape, array.dtype, [array]) for name, array in arrays.items()})
+    write_arrays(path, arrays)
 
 
 KINDS = {"names": "u1", "ends": "i8", "places": "i8", "sizes": "i8", "texts": "u1", "faults": "u1", "tar": "i8"}
@@ -283,8 +275,7 @@ def _mapped(path: str, size: int) -> dict[str, NDArray[Any]]:
             header = files.read_header(file)
             start, count = file.tell(), header.shape[0]
             part = whole[start : start + count * np.dtype(kind).itemsize]
-            if header.dtype != np.dtype(kind) or len(header.shape) != 1:
-                raise UserError("it is no index of a tar")
+            refuse((header.dtype != np.dtype(kind) or len(header.shape) != 1, "it is no index of a tar"))
             arrays[name] = part.view(kind)
     ends, places, sizes, texts = (arrays[name] for name in ("ends", "places", "sizes", "texts"))
     last = np.where(places < 0, sizes - places - 1 - len(texts), sizes + places - size)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..runtime import files
-from ..runtime.errors import UserError, quoted, reason
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, quoted
 from ..runtime.files import parse_json, path_fault, read_file
 from ..runtime.jobs import REQUEST
 from ..runtime.npz import PROMPTS, Npz, fingerprint
@@ -160,7 +160,7 @@ def _names_beside(path: str, count: int) -> list[str]:
     where = files.join(os.path.dirname(path) or ".", NAMES)
     if not files.exists(where):
         return []
-    try:
+    with as_user_error(f"{where} cannot be used ({WHY}): repair or remove it", *DAMAGE):
         record = parse_json(read_file(where))
         if record["file"] != os.path.basename(path):
             return []
@@ -168,8 +168,6 @@ def _names_beside(path: str, count: int) -> list[str]:
         if not isinstance(names, list) or len(names) != count or any(path_fault(name, "folder") for name in names):
             raise UserError(f"it does not name {count} files within the folder")
         return names
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{where} cannot be used ({reason(error)}): repair or remove it") from error
 
 
 # ---- the files that they become

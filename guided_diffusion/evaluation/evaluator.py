@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import dist_util
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, check_choice, refuse
 from .features import Extractor
 from .images import ImageSet, Opened, open_images, read_statistics, request_of
 from .metrics import Statistics
@@ -74,8 +74,8 @@ def evaluate(
     """
     samples = open_images(samples)
     names = metrics.split(",") if isinstance(metrics, str) else metrics
-    if unknown := [name for name in names if name not in METRICS]:
-        raise UserError(f"a metric must be one of {', '.join(METRICS)}, got {unknown[0]!r}")
+    for name in names:
+        check_choice("a metric", name, METRICS)
     chosen = [METRICS[name] for name in METRICS if name in names]
     if not samples.count:
         raise UserError(f"{samples.path} holds statistics and no images, and samples must be images: give the images")
@@ -159,8 +159,7 @@ def _report(
             results |= dict(
                 zip(metric.labels_for(extractor.name, extractor.published), map(float, values), strict=True)
             )
-    if not results:
-        raise UserError(f"nothing can be computed: {'; '.join(omitted)}")
+    refuse((not results, f"nothing can be computed: {'; '.join(omitted)}"))
     notes = (*reference.notes, *samples.notes)
     warnings = (*reference.warnings, *samples.warnings, *_few(reference), *_few(samples), *_sizes(reference, samples))
     facts = {

@@ -25,12 +25,13 @@ from .. import logger
 from ..config import ClassifierConfig
 from ..data.crops import center_crop_arr
 from ..runtime import files
-from ..runtime.errors import UserError, nearest, printable, quoted, reason, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, nearest, printable, quoted, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
-from ..runtime.pictures import levels, to_unit
+from ..runtime.pictures import Pixels, levels, to_unit
 from ..runtime.pretrained import OPTIONS, open_folder, read_network
 from ..runtime.seeds import to_device
+from .metrics import frechet_distance, statistics
 from .weights import find_inception, load_inception
 
 VERSION = 1  # of the preparation of images for the networks; features of other versions are computed again
@@ -200,13 +201,11 @@ PRETRAINED = {
 def _pretrained(kind: str, folder: str, device: th.device, precision: str) -> NetworkExtractor:
     """A network of transformers; images are scaled, cropped and normalised as the folder's preprocessor_config says."""
     title, _, _, output = PRETRAINED[kind]
-    try:
+    with as_user_error(
+        f"--features {kind}:{folder} cannot be used: {WHY}; give a folder with config.json, "
+        "preprocessor_config.json and model.safetensors"
+    ):  # transformers raises all kinds of them on a damaged folder
         network, processor = _from_folder(kind, folder)
-    except Exception as error:  # transformers raises all kinds of them on a damaged folder
-        raise UserError(
-            f"--features {kind}:{folder} cannot be used: {reason(error)}; give a folder with config.json, "
-            "preprocessor_config.json and model.safetensors"
-        ) from error
     settings = processor.to_dict()
     identity = f"{kind} {fingerprint(network.state_dict())} {_digest(sorted(settings.items()))} {precision} {VERSION}"
     network.to(device)
@@ -291,3 +290,27 @@ def make_extractor(
     if name == "inception":
         path = find_inception(path or weights)
     return makers[name](files.resolve(path), th.device(device), precision)
+
+
+# ---- the distance of reconstructions
+
+RECONSTRUCTIONS = 64  # images per pass of the network
+
+
+def frechet(extractor: Extractor) -> Callable[[Pixels, Pixels], tuple[str, float]]:
+    """The function of (images, reconstructions) uint8 [N, H, W, C] that gives the name and the value of their distance.
+
+    The name is fid for the published network's features, else fd.
+    """
+
+    def distance(images: Pixels, made: Pixels) -> tuple[str, float]:
+        both = [
+            statistics(
+                extractor(rows[start : start + RECONSTRUCTIONS]).pool for start in range(0, len(rows), RECONSTRUCTIONS)
+            )
+            for rows in (images, made)
+        ]
+        value = frechet_distance(both[0].mean, both[0].cov, both[1].mean, both[1].cov)
+        return ("fid" if extractor.published else "fd"), value
+
+    return distance

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from ..config import FlowConfig
 from ..diffusion.methods import Kwargs, Model
 from ..losses import HALF_BIN, discretized_gaussian_log_likelihood
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..sampling.loop import drawer
 from ..sampling.steps import Generators, Level
 
@@ -229,5 +229,4 @@ def _error(before: th.Tensor, after: th.Tensor, error: th.Tensor, tolerance: flo
 
 
 def _check_finite(finite: bool) -> None:
-    if not finite:
-        raise UserError("the flow leads to numbers that are not finite: look at the diffusion flags and --precision")
+    refuse((not finite, "the flow leads to numbers that are not finite: look at the diffusion flags and --precision"))

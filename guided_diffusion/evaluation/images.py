@@ -34,7 +34,7 @@ from ..data.sources import (
     tar_of,
 )
 from ..runtime import files
-from ..runtime.errors import UserError, printable, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, printable, refuse
 from ..runtime.files import parse_json, read_file
 from ..runtime.npz import Npz, read_npz
 from ..runtime.options import Size, parse_size
@@ -208,8 +208,7 @@ class ArrayImages(ImageSet):
                 ids = None
         self.labels = None if ids is None else np.asarray(ids, np.int64)
         self.count, self.dtype, self.stored_shape = header.shape[0], header.dtype, header.shape[1:]
-        if not self.count:
-            raise UserError(f"{path} holds no images: {name} has the shape {header.shape}")
+        refuse((not self.count, f"{path} holds no images: {name} has the shape {header.shape}"))
         height, width, channels = (*self.stored_shape, 1)[:3]
         self.shape = height, width, channels
 
@@ -295,8 +294,7 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
         if not source.images:
             raise UserError(f"{path} holds no images, {source.skipped()}: give an npz, or a folder or a zip of images")
         return FileImages(source, size, data_range)
-    if not files.exists(path):
-        raise UserError(f"{path!r} does not exist: give an npz, or a folder or zip of images")
+    refuse((not files.exists(path), f"{path!r} does not exist: give an npz, or a folder or zip of images"))
     return _open_npz(path)
 
 
@@ -370,12 +368,10 @@ def _read_pair(archive: Npz, mu: str, sigma: str, n: int) -> Statistics:
 
 
 def _read_record(archive: Npz) -> dict[str, Any]:
-    try:
+    with as_user_error(
+        f"{archive.path}: {RECORD} does not say what the statistics are of ({WHY}): make the file again", ValueError
+    ):
         record = parse_json(archive.whole(RECORD).tobytes())
         if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in RECORDED.items()):
             raise UserError(f"it does not name {', '.join(RECORDED)}")
-    except ValueError as error:
-        raise UserError(
-            f"{archive.path}: {RECORD} does not say what the statistics are of ({error}): make the file again"
-        ) from error
     return record

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.atomic import replacing
-from ..runtime.errors import UserError
+from ..runtime.errors import as_user_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,10 +32,8 @@ STYLE: dict[str, Any] = {"axes.grid": True, "grid.color": "#ececec", "legend.fra
 
 def require() -> None:
     """Refuse to go on without matplotlib."""
-    try:
+    with as_user_error('pictures need matplotlib: run `pip install "guided-diffusion[eval]"`', ImportError):
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError('pictures need matplotlib: run `pip install "guided-diffusion[eval]"`') from error
 
 
 def base(label: str) -> str:

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import dist_util, logger
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import UserError, reason, refuse
 from ..runtime.files import cache_folder
-from ..runtime.npz import Npz, Rows, write_arrays
+from ..runtime.npz import Npz, write_arrays
 from ..runtime.options import Size, parse_size
 from .features import Extractor, Features
 from .metrics import RunningStatistics, Statistics
@@ -123,7 +123,7 @@ def _keep(images: ImageSet, extractor: Extractor, computed: Mapping[str, Any]) -
             arrays = {} if values is None else {"rows": values}  # none: the network does not give them
             if isinstance(values, Statistics):
                 arrays = {"mean": values.mean, "cov": values.cov}
-            write_arrays(kept_path(images, extractor, field), {name: _whole(x) for name, x in arrays.items()})
+            write_arrays(kept_path(images, extractor, field), arrays)
     except OSError as error:
         logger.warn(f"the features are not kept: {error}")
 
@@ -168,8 +168,7 @@ def write_reference(
     :param num_samples: images to keep, evenly over all; 0 for all of them.
     :return: sentences that say what was written.
     """
-    if not images.count:
-        raise UserError(f"{images.path} holds statistics and no images: a reference is made of images")
+    refuse((not images.count, f"{images.path} holds statistics and no images: a reference is made of images"))
     images.share_scan()
     if images.shape is not None and images.shape[:2] != parse_size(size):
         height, width, _ = images.shape
@@ -179,9 +178,9 @@ def write_reference(
         )
     kept = images.count if not num_samples else min(num_samples, images.count)
     indices = np.arange(kept) * images.count // kept
-    arrays: dict[str, Rows] = {"arr_0": ((kept, *parse_size(size), 3), np.uint8, images.take(indices))}
+    arrays: dict[str, Any] = {"arr_0": ((kept, *parse_size(size), 3), np.uint8, images.take(indices))}
     if images.labels is not None:
-        arrays["arr_1"] = ((kept,), np.int64, [images.labels[indices]])
+        arrays["arr_1"] = images.labels[indices]
     about = ""
     if extractor is not None:
         arrays |= _statistics_of(images, extractor, batch_size)
@@ -190,7 +189,7 @@ def write_reference(
     return [*images.notes, *(f"warning: {text}" for text in images.warnings()), f"{out}: {kept} images{about}"]
 
 
-def _statistics_of(images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, Rows]:
+def _statistics_of(images: ImageSet, extractor: Extractor, batch_size: int) -> dict[str, NDArray[Any]]:
     needs = ("pool_statistics", "spatial_statistics")
     features = feature_set(images, extractor, needs=needs, batch_size=batch_size, cache=False, progress=True)
     statistics = {kind: getattr(features, f"{kind}_statistics") for kind in STATISTICS}
@@ -198,17 +197,12 @@ def _statistics_of(images: ImageSet, extractor: Extractor, batch_size: int) -> d
     return statistics_arrays({kind: value for kind, value in statistics.items() if value is not None}, record)
 
 
-def statistics_arrays(statistics: Mapping[str, Statistics], record: Mapping[str, Any]) -> dict[str, Rows]:
+def statistics_arrays(statistics: Mapping[str, Statistics], record: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """The arrays of a reference: of "pool" and "spatial" features, and the record of what they are of."""
     arrays: dict[str, NDArray[Any]] = {}
     for kind, value in statistics.items():
         arrays |= dict(zip(STATISTICS[kind], (value.mean, value.cov), strict=True))
-    arrays[RECORD] = record_bytes(record)
-    return {name: _whole(array) for name, array in arrays.items()}
-
-
-def _whole(array: NDArray[Any]) -> Rows:
-    return array.shape, array.dtype, [array]
+    return {**arrays, RECORD: record_bytes(record)}
 
 
 def record_bytes(record: Mapping[str, Any]) -> NDArray[np.uint8]:

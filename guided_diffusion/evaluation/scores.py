@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.errors import UserError, as_user_errors, refuse
+from ..runtime.errors import WHY, as_user_error, refuse
 from .metrics import Statistics, density_coverage, frechet_distance, inception_score, kernel_distance, precision_recall
 
 
@@ -99,7 +99,7 @@ class Metric:
                 return f"{' and '.join(self.labels)} {verb} {WORDS[self.field]}, and the {side} {has} none: {reason}"
         return ""
 
-    @as_user_errors()
+    @as_user_error(WHY, ValueError)
     def compute(self, reference: FeatureSet, samples: FeatureSet, options: Options) -> tuple[float, ...]:
         """One number for each label; an error has the sentence of `lacks`."""
         refuse((lack := self.lacks(reference, samples), lack))
@@ -107,15 +107,13 @@ class Metric:
 
 
 def _frechet(reference: Statistics, samples: Statistics, _: Options) -> tuple[float, ...]:
-    if 1 in (reference.n, samples.n):
-        raise UserError("one image has no covariance: take 2 images or more")
+    refuse((1 in (reference.n, samples.n), "one image has no covariance: take 2 images or more"))
     return (frechet_distance(reference.mean, reference.cov, samples.mean, samples.cov),)
 
 
 def _kernel(reference: Any, samples: Any, options: Options) -> tuple[float, ...]:
     size = min(options.subset_size, len(reference) // 2, len(samples) // 2)
-    if size < 2:
-        raise UserError("KID needs 4 images of each, to draw subsets of 2 of them: take more")
+    refuse((size < 2, "KID needs 4 images of each, to draw subsets of 2 of them: take more"))
     return kernel_distance(reference, samples, subsets=options.subsets, subset_size=size, seed=options.seed)
 
 

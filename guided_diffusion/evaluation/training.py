@@ -5,7 +5,6 @@ Shapes: N images, n per batch, H W space, C channels.
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ import torch as th
 
 from .. import dist_util, logger
 from ..config import LoaderConfig, TrainEvaluationConfig
-from ..runtime.errors import UserError
+from ..runtime.errors import WHY, UserError, as_user_error
 from ..runtime.jobs import Job
-from ..runtime.log_writers import CSVOutputFormat
+from ..runtime.log_writers import CSVOutputFormat, read_rows
 from ..runtime.pictures import levels, to_uint8
 from ..sample_util import Model, sampled
 from .evaluator import Report, Side, evaluate, prepare
@@ -118,13 +117,11 @@ class Evaluation:
         return side
 
     def _check_reference(self, side: Side) -> None:
-        try:
+        with as_user_error(f"{side.images.path} cannot be the reference: {WHY}", ValueError):
             for metric in self._metrics:
                 if metric.compares and (sentence := metric.lacks(side.features, side.features)):
                     raise UserError(f"{sentence}; give images, or leave that out of --eval_metrics")
             rehearse(side.features, self._metrics, Options())
-        except ValueError as error:
-            raise UserError(f"{side.images.path} cannot be the reference: {error}") from error
 
     def __call__(self, model: th.nn.Module, step: int) -> None:
         samples = FreshSamples(f"the samples of step {step}", self._process, model, self._job)
@@ -138,7 +135,7 @@ class Evaluation:
         self._table.writekvs({"step": step, "samples": self._job.num_samples, **results})
         for name, value in results.items():
             logger.logkv(f"eval_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}", value)
-        rows = [row for row in read_table(os.path.join(folder, TABLE)) if row["samples"] == self._job.num_samples]
+        rows = [row for row in read_rows(os.path.join(folder, TABLE)) if row["samples"] == self._job.num_samples]
         draw_progress(rows, list(results), os.path.join(folder, PICTURE))
         for line in [*report.warnings, *report.omitted] if not self._warned else []:
             logger.warn(f"evaluation: {line}")
@@ -148,9 +145,3 @@ class Evaluation:
         if top := best(rows, leading):
             numbers += f"; the best {leading} so far is {top[leading]:.4g}, at step {top['step']:.0f}"
         logger.log(f"evaluation at step {step}: {numbers}")
-
-
-def read_table(path: str) -> list[dict[str, Any]]:
-    """The rows of a table of numbers, without the empty cells."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return [{name: float(text) for name, text in row.items() if name and text} for row in csv.DictReader(file)]

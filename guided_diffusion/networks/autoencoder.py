@@ -234,6 +234,9 @@ class Autoencoder(nn.Module):
     :param embed_dim: D, channels of a latent.
     """
 
+    quant_conv: nn.Conv2d
+    post_quant_conv: nn.Conv2d
+
     def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
         self.ddconfig, self.embed_dim = dict(ddconfig), embed_dim
@@ -252,12 +255,21 @@ class Autoencoder(nn.Module):
         """f, by which a side of an image is longer than that of its latent."""
         return int(2 ** (len(self.ddconfig["ch_mult"]) - 1))
 
-    def _check_size(self, x: th.Tensor) -> None:
+    def _encoded(self, x: th.Tensor) -> th.Tensor:
         if any(side % self.factor for side in x.shape[2:]):
             raise ValueError(
                 f"images must be a multiple of {self.factor} on each side for this autoencoder, got "
                 f"{'x'.join(map(str, x.shape[2:]))}"
             )
+        with self._computing(x):
+            out: th.Tensor = self.quant_conv(self.encoder(x))
+        return out.float()
+
+    def decode(self, z: th.Tensor) -> th.Tensor:
+        """Images of latents."""
+        with self._computing(z):
+            out: th.Tensor = self.decoder(self.post_quant_conv(z))
+        return out.float()
 
 
 class AutoencoderKL(Autoencoder):
@@ -271,16 +283,7 @@ class AutoencoderKL(Autoencoder):
 
     def encode(self, x: th.Tensor) -> DiagonalGaussian:
         """The distribution of the latents of images."""
-        self._check_size(x)
-        with self._computing(x):
-            parameters = self.quant_conv(self.encoder(x))
-        return DiagonalGaussian(parameters.float())
-
-    def decode(self, z: th.Tensor) -> th.Tensor:
-        """Images of latents."""
-        with self._computing(z):
-            out: th.Tensor = self.decoder(self.post_quant_conv(z))
-        return out.float()
+        return DiagonalGaussian(self._encoded(x))
 
 
 def straight_through(latents: th.Tensor, codes: th.Tensor) -> th.Tensor:
@@ -329,17 +332,11 @@ class VQModel(Autoencoder):
 
     def encode(self, x: th.Tensor) -> th.Tensor:
         """Latents [N, D, h, w] of images, before the codebook."""
-        self._check_size(x)
-        with self._computing(x):
-            out: th.Tensor = self.quant_conv(self.encoder(x))
-        return out.float()
+        return self._encoded(x)
 
     def decode(self, h: th.Tensor, force_not_quantize: bool = False) -> th.Tensor:
         """Images of latents, which go through the codebook first unless `force_not_quantize`."""
-        codes = h if force_not_quantize else self.quantize(h)
-        with self._computing(h):
-            out: th.Tensor = self.decoder(self.post_quant_conv(codes))
-        return out.float()
+        return super().decode(h if force_not_quantize else self.quantize(h))
 
 
 VQModelInterface = VQModel  # latent-diffusion's name for a VQModel whose encode() stops before the codebook

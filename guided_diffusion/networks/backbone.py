@@ -13,7 +13,7 @@ import torch as th
 import torch.nn as nn
 
 from ..nn import conv_nd, dtype_of, linear, normalization, timestep_embedding, zero_module
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, check_choice
 from .attention import SpatialTransformer
 from .blocks import (
     WIDE,
@@ -232,8 +232,7 @@ class UNetBackbone(nn.Module):
         :param precision: fp32, fp16 or bf16.
         :param device: that the network will be on, where it is on the meta device, without values.
         """
-        if precision not in _DTYPES:
-            raise UserError(f"precision must be one of {', '.join(_DTYPES)}, got {precision!r}.")
+        check_choice("precision", precision, _DTYPES)
         self._dtype = None
         on_cpu = (device or next(self.parameters()).device).type in ("cpu", "meta")
         innermost = precision != "fp32" and (min(self._widths) >= WIDE or not on_cpu)

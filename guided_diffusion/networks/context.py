@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..runtime import files
-from ..runtime.errors import UserError, quoted, reason
+from ..runtime.errors import WHY, UserError, as_user_error, quoted
 from ..runtime.pretrained import OPTIONS, open_folder, read_network
 from .text import TextTransformer
 
@@ -166,13 +166,11 @@ class FolderEncoder(ContextEncoder):
     ) -> None:
         super().__init__(0, max_tokens, log, padding=padding)
         self.folder = files.resolve(folder)
-        try:
+        with as_user_error(  # of any kind, as the library does not say what it raises
+            f"text_encoder {quoted(folder)} cannot be used: {WHY}; give scratch, minilm, or a folder of "
+            "CLIP, T5 or BERT with config.json, its tokenizer and model.safetensors"
+        ):
             self.tokenizer, self.network = _from_folder(self.folder)
-        except Exception as error:  # the library does not say what it raises
-            raise UserError(
-                f"text_encoder {quoted(folder)} cannot be used: {reason(error)}; give scratch, minilm, or a folder of "
-                "CLIP, T5 or BERT with config.json, its tokenizer and model.safetensors"
-            ) from error
         limit = getattr(self.network.config, "max_position_embeddings", max_tokens)
         if not 2 <= max_tokens <= limit:
             raise UserError(f"max_tokens {max_tokens} is not in 2 .. {limit}, what the text encoder {folder} takes")
@@ -378,22 +376,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> str:
 
 def read_tokenizer(content: str) -> Any:
     """The tokenizer of a JSON."""
-    try:
-        return _tokenizers().Tokenizer.from_str(content)
-    except UserError:
-        raise
-    except Exception as error:  # the library raises bare ones
-        raise UserError(
-            f"the tokenizer.json is no tokenizer ({reason(error)}): take that of the folder of the training"
-        ) from error
+    library = _tokenizers()
+    with as_user_error(f"the tokenizer.json is no tokenizer ({WHY}): take that of the folder of the training"):
+        return library.Tokenizer.from_str(content)
 
 
 def _tokenizers() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks after its threads
-    try:
+    with as_user_error(f"texts need the library tokenizers: {INSTALL}", ImportError):
         import tokenizers
-    except ImportError as error:
-        raise UserError(f"texts need the library tokenizers: {INSTALL}") from error
     return tokenizers
 
 

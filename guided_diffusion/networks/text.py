@@ -101,12 +101,6 @@ class TextTransformer(nn.Module):
         return out if return_embeddings else self.to_logits(out)
 
 
-def _read_tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 class BERTEmbedder(nn.Module):
     """Texts, or tokens [N, L] int64, as context [N, L, n_embed].
 
@@ -129,7 +123,11 @@ class BERTEmbedder(nn.Module):
             raise ValueError(
                 "use_tokenizer must name a local folder of a tokenizer, or be False: nothing is downloaded"
             )
-        self.tokenizer = _read_tokenizer(use_tokenizer) if use_tokenizer else None
+        self.tokenizer: Any = None
+        if use_tokenizer:
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(use_tokenizer, local_files_only=True)
         self.max_seq_len = max_seq_len
         self.transformer = TextTransformer(n_embed, n_layer, vocab_size, max_seq_len, embedding_dropout)
         self.to(device)

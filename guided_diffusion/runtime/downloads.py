@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from . import files
 from .atomic import explained, lock, replacing
-from .errors import UserError, reason
+from .errors import UserError, as_user_error, reason, refuse
 
 TIMEOUT = 30.0  # seconds without a byte from a server
 ATTEMPTS = 20  # connections to one address, as long as each brings some bytes
@@ -140,10 +140,8 @@ def _put(part: str, path: str, member: str) -> str:
 def _alone(part: str) -> Iterator[str]:
     """The path of a half of a file that no other process writes meanwhile; an empty one does not stay."""
     with explained(part), open(part, "ab") as file:
-        try:
+        with as_user_error(f"another process fetches {part.removesuffix(PART)}: wait for it", OSError):
             lock(file, wait=False)
-        except OSError as error:
-            raise UserError(f"another process fetches {part.removesuffix(PART)}: wait for it") from error
         try:
             yield part
         finally:
@@ -189,13 +187,11 @@ def _once(url: str, part: str, source: Source) -> str:
         os.truncate(part, 0)
         return _once(url, part, source)
     with answer:
-        if answer.headers.get_content_type() == "text/html":
-            raise UserError("it answers a web page")
+        refuse((answer.headers.get_content_type() == "text/html", "it answers a web page"))
         start = start if answer.status == 206 else 0  # else it begins anew
         length = answer.headers.get("Content-Length")
         total = start + int(length) if length else 0
-        if total and source.size and total != source.size:
-            raise UserError(f"it has {total} bytes in place of {source.size}")
+        refuse((total and source.size and total != source.size, f"it has {total} bytes in place of {source.size}"))
         _write(answer, part, start, total or source.size)
         return answer.headers.get("Content-MD5") or ""
 

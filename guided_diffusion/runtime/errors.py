@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 SHOWN = 200  # characters of a name in a message
+WHY = "<why>"  # in a sentence of `as_user_error`
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError)  # what the content of a foreign file leads to
 
 
-class UserError(ValueError):
-    """A wrong flag, file or argument: its message says what to give instead, and commands print nothing else."""
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """A wrong flag, file or argument: its message says what to give instead, and commands print nothing else.
+
+    argparse prints it as it is too.
+    """
 
 
 def sentence(error: BaseException) -> str:
@@ -21,14 +27,18 @@ def sentence(error: BaseException) -> str:
 
 
 @contextmanager
-def as_user_errors() -> Iterator[None]:
-    """Make UserErrors of the ValueErrors of a module that stands alone, where its input comes from a user."""
+def as_user_error(sentence: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Make a UserError of the errors of some kinds that are raised inside the block.
+
+    :param sentence: with `WHY` where the reason is to stand.
+    :param kinds: every Exception where none is named.
+    """
+    taken = kinds or (Exception,)
     try:
         yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except taken as error:
+        why = str(error) if isinstance(error, UserError) else reason(error)
+        raise UserError(sentence.replace(WHY, why)) from error
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -42,6 +52,13 @@ def refuse(*cases: tuple[object, str]) -> None:
     for applies, sentence in cases:
         if applies:
             raise UserError(sentence)
+
+
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Refuse a value that is none of those allowed."""
+    words = list(allowed)
+    if value not in words:
+        raise UserError(f"{name} must be one of {', '.join(words)}, got {value!r}{nearest(value, words)}")
 
 
 def quoted(text: str) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import torch as th
 
 from .atomic import PART
-from .errors import UserError, printable, reason, refuse
+from .errors import DAMAGE, WHY, UserError, as_user_error, printable, refuse
 from .files import parse_json, read_file, write_json
 from .labels import check_labels
 from .npz import Rows, holds, read_npz
@@ -101,11 +101,9 @@ class RestartableJob(ABC):
             write_json(path, request)
             return False
         earlier = {key: value for key, value in self.request_defaults.items() if key in request}
-        try:
+        fault = f"{path} does not say whose {self.what} lie there ({WHY}): give another --log_dir, or remove it"
+        with as_user_error(fault, *DAMAGE):
             earlier = {**earlier, **parse_json(read_file(path))}
-        except (OSError, ValueError, TypeError) as error:
-            fault = f"{path} does not say whose {self.what} lie there ({reason(error)})"
-            raise UserError(f"{fault}: give another --log_dir, or remove it") from error
         pairs = {key: (earlier.get(key), request.get(key)) for key in {**earlier, **request}}
         changes = [
             f"{printable(k)} was {_shown(old)} and is {_shown(new)}" for k, (old, new) in pairs.items() if old != new

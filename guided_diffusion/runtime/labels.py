@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from .errors import UserError, nearest, printable
+from .errors import UserError, nearest, printable, refuse
 
 SHOWN_NAMES = 32  # of an error message
 
@@ -29,8 +29,7 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> lis
     :param names: names by class id, as in classes.json.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise UserError(f"classes {text!r} names no class: write ids or names with commas in between")
+    refuse((not words, f"classes {text!r} names no class: write ids or names with commas in between"))
     ids = {tuple(map(str.strip, name.split(","))): label for label, name in reversed([*enumerate(names)])}
     longest, labels, start = max(map(len, ids), default=1), list[int](), 0
     while start < len(words):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
 
-from .errors import UserError
+from .errors import WHY, UserError, as_user_error
 
 # The environment variables in which launchers tell each process its place: rank, size, local rank. The first that are
 # set decide: torchrun may itself run under srun, and mpiexec inside a Slurm job.
@@ -62,13 +62,10 @@ def place() -> Place:
 
 
 def _mpi(size: int) -> Any:
-    try:
+    fault = f"mpiexec started {size} ranks, but mpi4py does not work here ({WHY})"
+    remedy = "run `pip install mpi4py mpich`, or start the script with torchrun or as one process"
+    with as_user_error(f"{fault}: {remedy}", ImportError, RuntimeError):  # the second where there is no MPI library
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, an MPI library is not
-        raise UserError(
-            f"mpiexec started {size} ranks, but mpi4py does not work here ({error}): "
-            "run `pip install mpi4py mpich`, or start the script with torchrun or as one process"
-        ) from error
     return MPI
 
 

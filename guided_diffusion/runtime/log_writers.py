@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any, TextIO
 
 from .atomic import explained
-from .errors import UserError
+from .errors import as_user_error, refuse
 
 KeyValues = Mapping[str, Any]
 
@@ -156,6 +156,21 @@ class CSVOutputFormat(_FileWriter, KVWriter):
         self._replace(_csv_lines(row for row in csv.reader(self._lines()) if not is_later(row)))
 
 
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows of a table with the numbers in them, each with its step."""
+    with open(path, encoding="utf-8", newline="") as file:
+        table = [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    rows = [{name: value for name, value in row.items() if value is not None} for row in table]
+    return [row for row in rows if "step" in row]
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
 def _csv_lines(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -215,10 +230,8 @@ class WandbOutputFormat(_CurveWriter):
 
 @contextmanager
 def _needing(package: str) -> Iterator[None]:
-    try:
+    with as_user_error(f"log format {package!r} needs a package: run `pip install {package}`", ImportError):
         yield
-    except ImportError as error:
-        raise UserError(f"log format {package!r} needs a package: run `pip install {package}`") from error
 
 
 FORMATS: dict[str, Callable[[str, str], KVWriter]] = {
@@ -237,7 +250,6 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> Any:
     :param format: one of FORMATS.
     :param log_suffix: goes before the extension of the file's name.
     """
-    if format not in FORMATS:
-        raise UserError(f"unknown log format {format!r}: choose from {', '.join(FORMATS)}")
+    refuse((format not in FORMATS, f"unknown log format {format!r}: choose from {', '.join(FORMATS)}"))
     os.makedirs(ev_dir, exist_ok=True)
     return FORMATS[format](ev_dir, log_suffix)

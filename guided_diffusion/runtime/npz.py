@@ -7,6 +7,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import IO, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch as th
 
 from . import files
 from .atomic import replacing
-from .errors import UserError, printable, reason
+from .errors import WHY, UserError, as_user_error, printable, refuse
 
 PROMPTS = "prompts"  # the array of texts that images were made for
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
@@ -35,10 +36,11 @@ def fingerprint(tensors: Mapping[str, Any]) -> str:
 Rows = tuple[tuple[int, ...], Any, Iterable[npt.NDArray[Any]]]  # shape, dtype, chunks along the first axis
 
 
-def write_arrays(path: str, arrays: Mapping[str, Rows]) -> None:
-    """Write arrays by name, chunk by chunk; the same arrays give the same bytes."""
+def write_arrays(path: str, arrays: Mapping[str, Rows | npt.NDArray[Any]]) -> None:
+    """Write arrays by name, chunk by chunk or as they are; the same arrays give the same bytes."""
     with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for name, (shape, dtype, chunks) in arrays.items():
+        for name, array in arrays.items():
+            shape, dtype, chunks = array if isinstance(array, tuple) else (array.shape, array.dtype, [array])
             info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980
             info.create_system, info.external_attr = 3, 0o600 << 16
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
@@ -54,7 +56,7 @@ def write_npz(path: str, *arrays: Rows) -> None:
 
 def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
     """The same of whole arrays."""
-    write_npz(path, *((array.shape, array.dtype, [array]) for array in arrays))
+    write_arrays(path, {f"arr_{number}": array for number, array in enumerate(arrays)})
 
 
 def read_npz(path: str, name: str, rows: int) -> Iterator[npt.NDArray[Any]]:
@@ -112,16 +114,14 @@ class Npz:
         """All of an array."""
         with self._opened(name) as (member, header):
             array = files.read_numbers(member, header)
-            if member.read(1):
-                raise UserError("there is more behind its numbers")
+            refuse((member.read(1), "there is more behind its numbers"))
             return array
 
     def texts(self, name: str) -> list[str]:
         """An array of texts, as numpy keeps them without pickling."""
         with self._explained(f"{name} cannot be read, "):
             member = self._archive.getinfo(f"{name}.npy")
-            if fault := files.member_fault(member):
-                raise UserError(fault)
+            refuse((fault := files.member_fault(member), fault))
             content = io.BytesIO(files.read_member(self._archive, member))
             header = files.read_header(content, kinds="U")
             texts: list[str] = np.frombuffer(content.read(), header.dtype).reshape(header.shape).tolist()
@@ -161,17 +161,12 @@ class Npz:
             raise UserError(f"{self.path} holds no {name}, but {self.content()}")
         with self._explained(f"{name} cannot be read, "), self._archive.open(f"{name}.npy") as member:
             header = files.read_header(member)
-            if not header.shape:
-                raise UserError("it is one number, no array")
+            refuse((not header.shape, "it is one number, no array"))
             yield member, header
 
-    @contextlib.contextmanager
-    def _explained(self, task: str = "") -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # zipfile does not say what a damaged member leads it to
-            fault = f"{task}{reason(error)}"
-            raise UserError(f"{self.path} is no npz with rows of numbers ({fault}): make or copy it again") from error
+    def _explained(self, task: str = "") -> AbstractContextManager[None]:
+        """Of every error, as zipfile does not say what a damaged member leads it to."""
+        return as_user_error(f"{self.path} is no npz with rows of numbers ({task}{WHY}): make or copy it again")
 
 
 def holds(path: str, *arrays: tuple[tuple[int, ...], Any]) -> bool:

@@ -5,17 +5,19 @@ A field made by `flag` carries its help text and limits, from which command line
 
 from __future__ import annotations
 
-import argparse
 import math
+import os
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields
 from typing import Any, TypeVar
 
-from .errors import UserError, nearest
+from .errors import WHY, UserError, as_user_error, nearest, refuse
 
 T = TypeVar("T")
 WIDEST_PROFILE = 0.28  # all updates alike are 1 / sqrt(12)
+HERE = (f".{os.sep}", f"..{os.sep}")  # what relative paths begin with that are those from the folder of a config.json
 Size = int | str | Sequence[int]  # 64, "64", "64x128", (64, 128): height before width
 
 
@@ -62,7 +64,7 @@ def str2bool(v: str | bool) -> bool:
         return True
     if v.lower() in ("no", "false", "f", "n", "0", "off"):
         return False
-    raise argparse.ArgumentTypeError(f"boolean value expected: {v!r} is neither True nor False")
+    raise UserError(f"boolean value expected: {v!r} is neither True nor False")
 
 
 def defaults(*sections: type[Any]) -> dict[str, Any]:
@@ -75,6 +77,19 @@ def check_keywords(names: Iterable[str], known: Iterable[str], where: str) -> No
     for name in names:
         if name not in known:
             raise TypeError(f"{where} has no keyword {name!r}{nearest(name, known)}")
+
+
+def from_here(flags: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The flags of a config.json in a folder, with the paths that begin there.
+
+    That is the autoencoder's, and that of a text encoder if it is no name, but begins with ./ or ../.
+    """
+    way, (scheme, mark, top) = posixpath if "://" in folder else os.path, folder.rpartition("://")
+    found = {name: str(flags.get(name) or "") for name in ("autoencoder_path", "text_encoder")}
+    found = {name: path for name, path in found.items() if path and "://" not in path and not os.path.isabs(path)}
+    if not found.get("text_encoder", "").startswith(HERE):
+        found.pop("text_encoder", None)
+    return {**flags, **{name: f"{scheme}{mark}{way.normpath(way.join(top, path))}" for name, path in found.items()}}
 
 
 # ---- texts of values
@@ -215,11 +230,9 @@ def reader_of(spec: Field[Any]) -> Callable[[str], Any]:
 def _converted(spec: Field[Any], text: str) -> Any:
     kind: type[Any] = type(spec.default)
     convert = spec.metadata["convert"] or (str2bool if kind is bool else kind)
-    try:
+    told = spec.metadata["convert"] or kind is bool
+    with as_user_error(WHY if told else f"{text!r} is not of type {kind.__name__}", ValueError):
         return convert(text)
-    except ValueError as error:
-        detail = str(error) if spec.metadata["convert"] else f"{text!r} is not of type {kind.__name__}"
-        raise argparse.ArgumentTypeError(detail) from error
 
 
 def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
@@ -232,14 +245,14 @@ def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
     ]
     for applies, fault in faults:
         if applies:
-            raise argparse.ArgumentTypeError(f"{fault}{nearest(text, choices)}")
+            raise UserError(f"{fault}{nearest(text, choices)}")
 
 
 def means_not_given(spec: Field[Any], value: Any) -> bool:
     """Whether a value is a default that no other value could be: --steps 0, --eta -1, --image_size ''."""
     try:
         _check_limits(spec, str(value), _converted(spec, str(value)))
-    except argparse.ArgumentTypeError:
+    except UserError:
         return bool(value == spec.default)
     return False
 
@@ -251,11 +264,8 @@ def saved_values(saved: Mapping[str, Any], *sections: type[Any]) -> dict[str, An
     for name, value in taken.items():
         spec = known[name]
         kinds = f"{spec.type} int" if "float" in spec.type else spec.type
-        try:
-            if type(value).__name__ not in kinds.replace("|", "").split():
-                raise UserError(f"it should be of type {spec.type}")
+        says = f"the checkpoint's config.json says {name} {value!r:.200}"
+        with as_user_error(f"{says}, which cannot be used: {WHY}", ValueError):
+            refuse((type(value).__name__ not in kinds.replace("|", "").split(), f"it should be of type {spec.type}"))
             reader_of(spec)(str(value))
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            says = f"the checkpoint's config.json says {name} {f'{value!r:.200}'}"
-            raise UserError(f"{says}, which cannot be used: {error}") from error
     return taken

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -38,7 +38,6 @@ LONGEST_NAME = 24
 LETTER, LINE, CAPTION_LINES = 6, 12, 3  # pixels of a letter and of a line below an image, and most lines
 LONGEST_STEM = 40  # characters of a prompt in the name of a file
 GRID_IMAGES = 100
-CHUNK = 64  # images in memory at a time
 
 # ---- bytes and numbers
 
@@ -195,22 +194,20 @@ def grid_of_classes(images: Pixels, turns: Sequence[int] = (), class_names: Sequ
 
 def draw_each(
     folder: str,
-    samples: str,
+    images: Iterable[Pixels],
+    labels: Sequence[int] | npt.NDArray[np.int64] | None,
     *,
-    labelled: bool,
     rank: int = 0,
     world_size: int = 1,
     first: int = 0,
     names: Sequence[str] = (),
     prompts: Sequence[str] = (),
 ) -> None:
-    """NNNNNN_yK_a-red-apple.png, or as `names` say, of every world_size-th image of the npz `samples`.
+    """NNNNNN_yK_a-red-apple.png, or as `names` say, of every world_size-th image.
 
     :param first: number of the first image.
     :param prompts: for the images in turn; they stand in the files as the text "prompt".
     """
-    labels = np.concatenate(list(read_npz(samples, "arr_1", CHUNK))) if labelled else None
-    images = (image for chunk in read_npz(samples, "arr_0", CHUNK) for image in chunk)
     for index, image in islice(enumerate(images), rank, None, world_size):
         texts = {"prompt": prompts[(first + index) % len(prompts)]} if prompts else {}
         suffix = "" if labels is None else f"_y{labels[index]}"

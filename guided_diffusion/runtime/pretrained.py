@@ -10,7 +10,7 @@ from typing import Any
 
 import torch as th
 
-from .errors import UserError
+from .errors import UserError, as_user_error, refuse
 
 OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -20,14 +20,11 @@ def open_folder(folder: str, extra: str) -> tuple[Any, Any]:
 
     :param extra: of this package, which brings the library.
     """
-    if not os.path.isdir(folder):
-        raise UserError("there is no such folder")
+    refuse((not os.path.isdir(folder), "there is no such folder"))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process forks after its threads
-    try:
+    with as_user_error(f'transformers is missing: run `pip install "guided-diffusion[{extra}]"`', ImportError):
         import transformers
-    except ImportError as error:
-        raise UserError(f'transformers is missing: run `pip install "guided-diffusion[{extra}]"`') from error
     return transformers, transformers.AutoConfig.from_pretrained(folder, **OPTIONS)
 
 

@@ -103,14 +103,10 @@ def chart(title: str, curves: Curves, *, scale: str = "auto", note: str = "") ->
     return f'<figure class="card"><h3>{escape(title)}</h3>{about}<div class="keys">{keys}</div>{picture}</figure>'
 
 
-def _stretch(x: float, across: _Axis, count: int) -> int:
-    return min(int((x - across.low) / (across.high - across.low) * count), count - 1)
-
-
 def _thinned(points: Points, across: _Axis, count: int) -> dict[int, _Point]:
     """One point for each stretch of the axis that holds some."""
-    result = {}
-    for index, group in groupby(points, lambda point: _stretch(point[0], across, count)):
+    result, span = {}, across.high - across.low
+    for index, group in groupby(points, lambda point: min(int((point[0] - across.low) / span * count), count - 1)):
         xs, ys = zip(*group, strict=True)
         result[index] = _Point(sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys))
     return result

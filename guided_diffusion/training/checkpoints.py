@@ -23,16 +23,15 @@ import torch as th
 from .. import dist_util, logger
 from ..networks.architecture import Weights, architecture
 from ..runtime import files
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, refuse
 from ..runtime.files import exists, is_remote, isdir, join, load_classes, names_in
-from ..runtime.options import Size, parse_size
+from ..runtime.options import HERE, Size, from_here, parse_size
 from .manifests import manifest_fault
 from .weights import State, difference, load as load, neighbours, pick, save as save, shapes
 
 CONFIG, CLASSES, TOKENIZER = "config.json", "classes.json", "tokenizer.json"
 SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # the second is of diffusers
 _PUBLISHED = (".ckpt", ".pt", ".pth", ".safetensors")  # endings of files of other programs
-HERE = (f".{os.sep}", f"..{os.sep}")  # what relative paths begin with that are those from the folder of a config.json
 UNET, UPSAMPLER, CLASSIFIER = "diffusion model", "upsampler", "classifier"
 _NAME = re.compile(
     r"(?:(?:(?P<kind>model|opt|state)_?|ema_(?P<rate>[\d.e-]+)_|power_(?P<width>[\d.e-]+)_)(?P<step>\d+)\.(?:pt|pth|safetensors)"
@@ -77,7 +76,8 @@ class Checkpoint:
     def flags(self) -> dict[str, Any]:
         """The flags of the run that made it, or that a published file shows; {} where there are none."""
         flags = config_beside(self.path)
-        return self.picked.flags if not flags and self.path.endswith(_PUBLISHED) else flags
+        published = not flags and self.path.endswith(_PUBLISHED)
+        return from_here(self.picked.flags, os.path.dirname(self.path)) if published else flags
 
     @cached_property
     def classes(self) -> Sequence[str]:
@@ -225,30 +225,19 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     return replace(taken, path=replace(taken, emas=old).best or taken.best)
 
 
-def load_weights(network: th.nn.Module, path: str, flags: Mapping[str, Any] | None = None) -> None:
-    """Load a checkpoint into a network that was built from `flags`."""
-    network.load_state_dict(open_checkpoint(path).fitting(network, flags or {}))
-
-
 def config_beside(path: str) -> dict[str, Any]:
     """The flags that the run of a checkpoint (or run folder) was made with, from its header or the config.json there.
 
-    {} where there is neither. The folder of a text encoder that lies relative to it is joined to its own.
+    {} where there is neither. The places of an autoencoder and of a text encoder are those from here.
     """
     text, file_path = files.safetensors_header(files.resolve(path)).get(CONFIG), _in_folder_of(path, CONFIG)
     if not text and not exists(file_path):
         return {}
-    try:
+    fault = f"{file_path} is no config of a run ({WHY}): repair it, or move it away and give the flags"
+    with as_user_error(fault, *DAMAGE):
         config = files.parse_json(text or files.read_file(file_path))
-        flags = {} if "_class_name" in config else {**config["flags"]}  # that one is of diffusers
-        if str(flags.get("text_encoder", "")).startswith(HERE):
-            flags["text_encoder"] = os.path.normpath(join(os.path.dirname(file_path), flags["text_encoder"]))
-        return flags
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        detail = reason(error)
-        raise UserError(
-            f"{file_path} is no config of a run ({detail}): repair it, or move it away and give the flags"
-        ) from error
+        flags = {} if "_class_name" in config else config["flags"]  # that one is of diffusers
+        return from_here(flags, os.path.dirname(file_path))
 
 
 def from_folder(path: str, folder: str) -> str:
@@ -341,8 +330,7 @@ def find_set(path: str, *, checksums: bool = False) -> Checkpoint:
         return complete
     entry, match = _with_file(path, "the checkpoint"), _NAME.search(os.path.basename(path))
     reason = _damaged(entry, checksums=checksums)
-    if reason:
-        raise UserError(f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder")
+    refuse((reason, f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder"))
     if match is None or match["kind"] == "model" or (match["rate"] and not entry.model):
         entry.model = path
     if not entry.model:

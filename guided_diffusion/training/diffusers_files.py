@@ -17,7 +17,7 @@ import torch as th
 from ..networks.architecture import Weights, architecture
 from ..networks.autoencoder import AutoencoderKL, VQModel
 from ..runtime import files
-from ..runtime.errors import UserError, printable, reason, refuse
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, printable, refuse
 from ..runtime.options import parse_size, size_flag
 
 CONFIG, FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -273,7 +273,7 @@ def _process_beside(path: str) -> dict[str, Any]:
     place = files.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), "scheduler", "scheduler_config.json")
     if not files.exists(place):
         return {}
-    try:
+    with as_user_error(f"{place} is no config of a scheduler ({WHY}): fetch it again, or remove it", *DAMAGE):
         values = {**SCHEDULER_DEFAULTS, **files.parse_json(files.read_file(place))}
         steps = values["num_train_timesteps"]
         ends = ",".join(f"{values[end] * steps / 1000:g}" for end in ("beta_start", "beta_end"))
@@ -283,10 +283,6 @@ def _process_beside(path: str) -> dict[str, Any]:
             if (kind := values["beta_schedule"]) == "linear"
             else names.get(kind, "")
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{place} is no config of a scheduler ({reason(error)}): fetch it again, or remove it"
-        ) from error
     if not schedule or values.get("trained_betas"):
         raise UserError(f"{place} has the betas {printable(str(kind))} from {ends}, which --noise_schedule has not")
     predicts = values["prediction_type"]
@@ -377,23 +373,17 @@ def _saved(path: str) -> dict[str, Any]:
 def _config_beside(path: str, kind: str, defaults: Mapping[str, Any]) -> Config:
     """The config of a file, with their defaults for what it leaves out."""
     place = files.join(os.path.dirname(path) or ".", CONFIG)
-    try:
+    with as_user_error(f"{path} needs the config.json of its {kind} beside it, and {place} is none ({WHY})", *DAMAGE):
         config = {**defaults, **files.parse_json(files.read_file(place))}
         refuse((config["_class_name"] != kind, f"it is of a {printable(str(config['_class_name']))}"))
         return config | {"sample_size": config["sample_size"] or defaults["sample_size"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} needs the config.json of its {kind} beside it, and {place} is none ({reason(error)})"
-        ) from error
 
 
 def _told(config: Config, path: str, read: Any, write: Any) -> Any:
     """What a config of theirs tells, or a UserError where no network of ours is that."""
-    try:
+    with as_user_error(f"the config.json of {path} is damaged ({WHY}): fetch it again", *DAMAGE, ArithmeticError):
         told = read(config)
         ours = write(told)
-    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"the config.json of {path} is damaged ({reason(error)}): fetch it again") from error
     theirs = {**ours, **config}  # what it leaves out has the value that is fixed here
     unlike = [f"{name} {theirs[name]!r} in place of {value!r}" for name, value in ours.items() if theirs[name] != value]
     if unlike:

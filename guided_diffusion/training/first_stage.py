@@ -9,7 +9,7 @@ import torch as th
 from torch import nn
 
 from ..networks.autoencoder import AutoencoderKL, VQModel
-from ..runtime.errors import UserError
+from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from . import diffusers_files
 from .checkpoints import open_checkpoint
 from .published import FIRST_STAGE, tensors_in
@@ -58,26 +58,20 @@ def load_autoencoder(path: str) -> tuple[AutoencoderKL | VQModel, float]:
     """
     files = open_checkpoint(path)
     tensors = diffusers_files.read_autoencoder(tensors_in(load(files.path, inert=True)), files.path)
-    prefix = next((name.removesuffix("encoder.conv_in.weight") for name in tensors if _begins(name)), None)
-    if prefix is None:
+    first = next((name for name in tensors if re.fullmatch(r"(.*\.)?encoder\.conv_in\.weight", name)), None)
+    if first is None:
         raise UserError(f"{files.path} holds no autoencoder: give one of latent-diffusion, or a run's folder")
+    prefix = first.removesuffix("encoder.conv_in.weight")
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    try:
+    with as_user_error(f"{files.path} holds no whole autoencoder: {WHY}", LookupError, ValueError, ArithmeticError):
         network = read_autoencoder(state)
-    except (LookupError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{files.path} holds no whole autoencoder: {error}") from error
-    weights = {name: state[name].float() for name in network.state_dict() if name in state}
-    if faults := "; ".join(tensor_differences(weights, network.state_dict())):
-        raise UserError(f"{files.path} holds no whole autoencoder: {faults}")
+        weights = {name: state[name].float() for name in network.state_dict() if name in state}
+        refuse((faults := "; ".join(tensor_differences(weights, network.state_dict())), faults))
     network.load_state_dict(weights, assign=True)
     network.eval().requires_grad_(False)
     saved = load(files.state).get("extra", {}).get("scale") if files.state else None
     factor = saved["factor"] if saved else _published_scale(network, prefix, tensors)
     return network, float(factor)
-
-
-def _begins(name: str) -> bool:
-    return re.fullmatch(r"(?:.*\.)?encoder\.conv_in\.weight", name) is not None
 
 
 def _published_scale(network: nn.Module, prefix: str, tensors: Mapping[str, th.Tensor]) -> float:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch as th
 
 from .. import dist_util, logger
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 
 R = TypeVar("R")
 
@@ -116,8 +116,7 @@ class Failures:
         """Raise this rank's error, or one that names the ranks that failed."""
         if self.error is not None:
             raise self.error
-        if self.sentences:
-            raise UserError(f"{'; '.join(self.sentences)}, and all ranks end")
+        refuse((self.sentences, f"{'; '.join(self.sentences)}, and all ranks end"))
 
 
 def _sentence(error: Exception) -> str:

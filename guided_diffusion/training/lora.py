@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from ..networks.blocks import AttentionBlock, ResBlock
 from ..runtime import files
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, as_user_error
 from ..runtime.npz import fingerprint
 from . import checkpoints
 from .weights import load, shapes
@@ -52,10 +52,8 @@ def attach(
     ]
     if not targets or rank < 1:
         raise UserError(f"lora_on {','.join(on)} with rank {rank} finds nothing to adapt in {type(model).__name__}")
-    try:
+    with as_user_error('adapters are those of the library peft: pip install "guided-diffusion[lora]"', ImportError):
         import peft
-    except ImportError as error:
-        raise UserError('adapters are those of the library peft: pip install "guided-diffusion[lora]"') from error
     scale: Any = alpha or rank  # a fraction too, whatever peft's annotation
     config = peft.LoraConfig(r=rank, lora_alpha=scale, target_modules=targets)
     peft.inject_adapter_in_model(config, model)

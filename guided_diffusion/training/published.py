@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 
 from ..networks.architecture import GLIDE, Weights, architecture
-from ..runtime.errors import UserError, printable
+from ..runtime.errors import UserError, printable, refuse
 
 UNET, AVERAGE = "model.diffusion_model.", "model_ema."
 FIRST_STAGE, CONDITION = "first_stage_model.", "cond_stage_model."
@@ -57,8 +57,7 @@ def read_published(content: Any, path: str) -> Weights | None:
     condition, known = _condition(tensors)
     weights, clip = network | condition, any(name.startswith(CLIP) for name in tensors)
     flags = _flags(weights, known, tensors, 512 if clip else 256)
-    if not flags:
-        raise UserError(f"{path} holds no whole U-Net of latent-diffusion: fetch it again")
+    refuse((not flags, f"{path} holds no whole U-Net of latent-diffusion: fetch it again"))
     if FIRST in tensors:
         flags["autoencoder_path"] = os.path.basename(path)
     kind = "Stable Diffusion 1" if clip else "latent-diffusion"

@@ -6,7 +6,6 @@ It is drawn from the files of the run's folder, so that a resumed run shows its 
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import os
 import re
@@ -16,14 +15,13 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from .. import dist_util, logger
 from ..runtime.atomic import replacing
 from ..runtime.errors import sentence
-from ..runtime.log_writers import CSVOutputFormat, KeyValues, KVWriter
+from ..runtime.log_writers import CSVOutputFormat, KeyValues, KVWriter, read_rows
 from .charts import CHART_STYLE, Curves, chart, short
 
 NAME, TABLE, EVALUATION = "report.html", "progress.csv", "evaluation.csv"
@@ -163,21 +161,6 @@ def reporting(values: KeyValues, defaults: KeyValues, *, title: str = "", limit:
         report.write("complete")
     finally:
         current.output_formats = before
-
-
-def read_rows(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a table with the numbers in them, each with its step."""
-    with open(path, encoding="utf-8", newline="") as file:
-        table = [{name: _number(text) for name, text in row.items()} for row in csv.DictReader(file)]
-    rows = [{name: value for name, value in row.items() if value is not None} for row in table]
-    return [row for row in rows if "step" in row]
-
-
-def _number(text: Any) -> float | None:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return None
 
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[tuple[float, float]]]:

@@ -114,7 +114,8 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
         names = [name.rpartition(".") for name in _foreign_names(path)] if inert else []
         stand_ins: list[Any] = [type(name, (Inert,), {"__module__": module}) for module, _, name in names]
         with th.serialization.safe_globals(stand_ins):
-            state = th.load(_source(path), map_location=map_location, weights_only=True)
+            file: Any = io.BytesIO(files.open_file(path).read()) if files.is_remote(path) else path
+            state = th.load(file, map_location=map_location, weights_only=True)
         _check_filled(state)
         return state
     except (MemoryError, th.cuda.OutOfMemoryError):
@@ -122,11 +123,6 @@ def load(path: str, map_location: Any = "cpu", *, inert: bool = False) -> Any:
     except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
         size = files.stat(path).size
         raise UserError(f"{path} ({size} bytes) cannot be read as a checkpoint: {_reason(path, error)}") from error
-
-
-def _source(path: str) -> Any:
-    """What torch.load reads from: a local file itself, or the content of one in a bucket."""
-    return io.BytesIO(files.open_file(path).read()) if files.is_remote(path) else path
 
 
 def _reason(path: str, error: Exception) -> str:

@@ -25,7 +25,7 @@ from guided_diffusion.config import (
     UNetConfig,
     resolve_precision,
 )
-from guided_diffusion.runtime.errors import nearest
+from guided_diffusion.runtime.errors import WHY, UserError, as_user_error, nearest
 from guided_diffusion.runtime.options import check_keywords, defaults, parse_size, size_flag
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "flags.json").read_text())
@@ -583,6 +583,18 @@ def test_precision_contradictions():
         resolve_precision("bf16", True)
     with pytest.raises(ValueError, match="use one of fp32, fp16, bf16"):
         resolve_precision("half", False)
+
+
+def test_a_foreign_error_becomes_one_printable_sentence_and_a_users_mistake_stays_whole():
+    for error, why in ((ValueError("bad\nsecond line"), "bad"), (OSError(2, "No such file"), "No such file")):
+        told = pytest.raises(UserError, match=rf"^x cannot be used \({why}\): write y$")
+        with told as raised, as_user_error(f"x cannot be used ({WHY}): write y", ValueError, OSError):
+            raise error
+        assert raised.value.__cause__ is error
+    with pytest.raises(UserError, match=r"^a{300}$"), as_user_error(WHY):
+        raise UserError("a" * 300)
+    with pytest.raises(KeyError), as_user_error(WHY, ValueError):
+        raise KeyError("another kind")
 
 
 def test_unknown_keywords_name_the_nearest():

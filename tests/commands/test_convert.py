@@ -50,6 +50,19 @@ def test_the_file_is_the_average_of_the_run_with_its_flags_and_classes(tmp_path,
     assert th.equal(restored(tmp_path / name).network.out[2].bias, model.out[2].bias)
 
 
+def test_the_places_of_what_goes_with_the_weights_are_those_from_the_new_folder(tmp_path, run, monkeypatch):
+    config = json.loads((run / "config.json").read_text())
+    config["flags"] |= {"text_encoder": "../encoder", "autoencoder_path": "first.pt", "context": "text"}
+    (run / "config.json").write_text(json.dumps(config))
+    for folder in ("encoder", "new"):
+        (tmp_path / folder).mkdir()
+    (run / "first.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    convert.main(["run", "new/one.pt"])
+    saved = json.loads((tmp_path / "new" / "config.json").read_text())["flags"]
+    assert (saved["text_encoder"], saved["autoencoder_path"]) == ("../encoder", "../run/first.pt")
+
+
 def test_an_average_is_chosen_by_its_rate(tmp_path, run, capsys):
     checkpoints.save(str(run / "ema_0.5_000002.pt"), {"of": th.ones(1)})
     for rate, source in (("", "ema_0.9"), ("0.90", "ema_0.9"), ("0.5", "ema_0.5"), ("0", "model000002")):

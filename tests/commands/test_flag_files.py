@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from guided_diffusion.commands import cascade_sample, flag_files, flags as cli
+from guided_diffusion.runtime.options import from_here
 
 YAML = "lr: 2e-4\nchannel_mult: [1, 2]\nclass_cond: yes\nema_rate: 0.9,0.99\nweight_decay: 0.01\n"
 TOML = 'lr = 2e-4\nchannel_mult = [1, 2]\nclass_cond = true\nema_rate = "0.9,0.99"\nweight_decay = 0.01\n'
@@ -28,6 +29,25 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object, command: str = "
     assert len(printed.strip().splitlines()) == 1
     assert printed.startswith(f"{command}.py: error: ")
     return printed.removeprefix(f"{command}.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "path", "expected"),
+    [
+        ("runs/mine", "autoencoder_path", "../first/a.pt", "runs/first/a.pt"),
+        ("runs/mine", "autoencoder_path", "a.pt", "runs/mine/a.pt"),
+        ("runs/mine", "autoencoder_path", "", ""),
+        ("runs/mine", "autoencoder_path", "/elsewhere/a.pt", "/elsewhere/a.pt"),
+        ("gs://bucket/mine", "autoencoder_path", "../first/a.pt", "gs://bucket/first/a.pt"),
+        ("runs/mine", "autoencoder_path", "gs://bucket/a.pt", "gs://bucket/a.pt"),
+        ("", "autoencoder_path", "a.pt", "a.pt"),
+        ("runs/mine", "text_encoder", "../clip", "runs/clip"),
+        ("runs/mine", "text_encoder", "scratch", "scratch"),
+        ("runs/mine", "log_dir", "../other", "../other"),
+    ],
+)
+def test_places_in_a_config_are_those_from_its_folder(folder: str, name: str, path: str, expected: str) -> None:
+    assert from_here({name: path, "seed": 3}, folder) == {name: expected, "seed": 3}
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.yaml", YAML), ("a.yml", YAML), ("a.toml", TOML), ("a.json", JSON)])

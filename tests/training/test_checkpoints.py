@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch as th
+from runs import load_weights
 
 from guided_diffusion import logger
 from guided_diffusion.config import ClassifierConfig, UNetConfig
@@ -47,7 +48,7 @@ def test_safetensors_hold_the_same_weights(tmp_path):
     path = str(tmp_path / "ema_0.99_000007.safetensors")
     safetensors.torch.save_file(model.state_dict(), path)
     other = tiny()
-    checkpoints.load_weights(other, checkpoints.open_checkpoint(str(tmp_path)).path)
+    load_weights(other, checkpoints.open_checkpoint(str(tmp_path)).path)
     assert all(th.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -196,7 +197,7 @@ def test_config_and_classes_lie_beside_the_weights(tmp_path):
 def refusal(tmp_path, model, state, name="model000004.pt", **flags):
     checkpoints.save(str(tmp_path / name), state)
     with pytest.raises(ValueError, match=name) as caught:
-        checkpoints.load_weights(model, str(tmp_path / name), {**vars(TINY), **flags})
+        load_weights(model, str(tmp_path / name), **{**vars(TINY), **flags})
     return str(caught.value)
 
 
@@ -309,7 +310,7 @@ def test_weights_that_other_programs_wrapped_are_found_and_the_average_preferred
     th.save(WRAPPERS[name](plain, ema.state_dict()), path, _use_new_zipfile_serialization=name != "legacy")
     logger.configure(str(tmp_path), ["log"])
     model = tiny()
-    checkpoints.load_weights(model, path)
+    load_weights(model, path)
     assert all(th.equal(a, b) for a, b in zip(model.parameters(), ema.parameters(), strict=True))
     said = (tmp_path / "log.txt").read_text()
     assert (f"of {path} the weights at " in said) == (name != "with a step")
@@ -331,7 +332,7 @@ def test_a_file_without_weights_is_answered_by_what_it_holds(tmp_path):
     ):
         th.save(content, tmp_path / "theirs.pt")
         with pytest.raises(ValueError, match="holds no weights of a network") as caught:
-            checkpoints.load_weights(tiny(), str(tmp_path / "theirs.pt"))
+            load_weights(tiny(), str(tmp_path / "theirs.pt"))
         assert sentence in str(caught.value)
         assert "again" not in str(caught.value)
 
@@ -364,5 +365,5 @@ def test_weights_saved_from_inside_a_data_parallel_wrapper(tmp_path):
     model, path = th.nn.Linear(2, 3), str(tmp_path / "wrapped.pt")
     checkpoints.save(path, {f"module.{name}": value + 1 for name, value in model.state_dict().items()})
     expected = {name: value + 1 for name, value in model.state_dict().items()}
-    checkpoints.load_weights(model, path)
+    load_weights(model, path)
     assert all(th.equal(value, expected[name]) for name, value in model.state_dict().items())

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch as th
+from runs import load_weights
 
 from guided_diffusion import logger
 from guided_diffusion.config import DiffusionConfig, SuperResConfig, UNetConfig
@@ -199,7 +200,7 @@ def test_peft_loads_the_folder(tmp_path: Path) -> None:
 
     train(tmp_path, adapted(alpha=3.0, train=["out.2.bias"]), 2, ema_rate="")
     trained, model = unet(), unet()
-    checkpoints.load_weights(trained, str(tmp_path / "model000002.pt"))
+    load_weights(trained, str(tmp_path / "model000002.pt"))
     loaded = peft.PeftModel.from_pretrained(model, str(tmp_path / "lora000002"))
     th.testing.assert_close(outputs(loaded), outputs(trained), rtol=0, atol=1e-5)
 

@@ -145,7 +145,7 @@ def test_a_file_is_the_network_that_it_was_made_of(kind, tmp_path):
         assert th.equal(network(x, t, **words), original(x, t, **words))
     process = build_diffusion(DiffusionConfig(**{n: flags[n] for n in defaults(DiffusionConfig) if n in flags}))
     assert np.allclose(process.betas, state["betas"].double(), rtol=1e-6)
-    assert (flags["autoencoder_path"], flags["image_channels"]) == ("model.ckpt", 3)
+    assert (flags["autoencoder_path"], flags["image_channels"]) == (str(tmp_path / "model.ckpt"), 3)
     assert flags["latent_factor"] == load_autoencoder(str(tmp_path / "model.ckpt"))[0].factor
     if kind is class_conditional:
         assert (flags["num_classes"], flags["null_class"], network.null_label) == (1000, True, 1000)
