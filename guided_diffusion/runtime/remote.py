@@ -214,22 +214,21 @@ class _S3:
         date = head["LastModified"].timestamp()
         return SimpleNamespace(size=head["ContentLength"], mtime=date, version=head["ETag"])
 
-    def part(self, path: str, start: int, size: int) -> tuple[bytes, Any]:
+    def part(self, path: str, start: int, size: int, attempts: int = ATTEMPTS) -> tuple[bytes, Any]:
         from botocore.exceptions import HTTPClientError, IncompleteReadError
 
-        for attempt in range(ATTEMPTS):
-            try:
-                answer = self._client.get_object(**_place(path), Range=f"bytes={start}-{start + size - 1}")
-            except self._client.exceptions.ClientError as error:
-                if _status(error) != 416:
-                    raise
-                return b"", error.response["ResponseMetadata"]["HTTPHeaders"]
-            try:
-                return answer["Body"].read(), answer["ResponseMetadata"]["HTTPHeaders"]
-            except (HTTPClientError, IncompleteReadError):  # boto3 asks again before the content begins, and not after
-                if attempt == ATTEMPTS - 1:
-                    raise
-        raise AssertionError("the last attempt returns or raises")
+        try:
+            answer = self._client.get_object(**_place(path), Range=f"bytes={start}-{start + size - 1}")
+        except self._client.exceptions.ClientError as error:
+            if _status(error) != 416:
+                raise
+            return b"", error.response["ResponseMetadata"]["HTTPHeaders"]
+        try:
+            return answer["Body"].read(), answer["ResponseMetadata"]["HTTPHeaders"]
+        except (HTTPClientError, IncompleteReadError):  # boto3 asks again before the content begins, and not after
+            if attempts == 1:
+                raise
+        return self.part(path, start, size, attempts - 1)
 
     @contextlib.contextmanager
     def BlobFile(self, path: str, mode: str, **_: Any) -> Iterator[BinaryIO]:
@@ -308,8 +307,7 @@ class _Parts(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_END and self._size is None:
-            path = self._path
-            self._size = int((web_stat(path) if is_web(path) else ask(path, lambda s3: s3.stat(path))).size)
+            self._size = _whole_size(part(self._path, 0, 1)[1])
         place = offset + (0, self._place, self._size or 0)[whence]
         if not 0 <= place - self._place < AHEAD:
             self._ahead = LEAST
