@@ -9,8 +9,8 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from numbers import Real
 from typing import Any, TextIO
 
@@ -228,10 +228,8 @@ class WandbOutputFormat(_CurveWriter):
         self._run.log(numbers, step=self.step)
 
 
-@contextmanager
-def _needing(package: str) -> Iterator[None]:
-    with as_user_error(f"log format {package!r} needs a package: run `pip install {package}`", ImportError):
-        yield
+def _needing(package: str) -> AbstractContextManager[None]:
+    return as_user_error(f"log format {package!r} needs a package: run `pip install {package}`", ImportError)
 
 
 FORMATS: dict[str, Callable[[str, str], KVWriter]] = {
