@@ -118,7 +118,7 @@ def sample(name, images):
 folder = sys.argv[1]
 logger.configure(folder, format_strs=[])
 few = sample(f"{folder}/few", 10)
-print(1024 * (sample(f"{folder}/many", 80) - few))
+print(1024 * (sample(f"{folder}/many", 200) - few))
 """
 
 
@@ -127,7 +127,8 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, ranks: N
     script.write_text(GROWTH)
     done = ranks.run([script, tmp_path, ROOT / "tests"], ranks=1)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 15e6  # the 70 more are 37 MB, and as floats four times that
+    # the 190 more are 100 MB, and as floats four times that; what the allocator keeps varies by some 25
+    assert int(done.stdout.split()[-1]) < 40e6
     few, many = (next(read_npz(str(path), "arr_0", 10)) for path in sorted(tmp_path.glob("*/*.npz")))
     np.testing.assert_array_equal(few, many)
 
