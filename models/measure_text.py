@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 from measure import HERE, SAMPLING, SEED
-from retrieval import Pixels, captioned, open_pair, retrieval
+from retrieval import captioned, open_pair, retrieval
 
 from guided_diffusion import load
 from guided_diffusion.commands.evaluation import extractor_named
 from guided_diffusion.commands.pipeline import Model, Samples
-from guided_diffusion.evaluation.features import Extractor
-from guided_diffusion.evaluation.metrics import frechet_distance, statistics
+from guided_diffusion.evaluation.features import frechet
 from guided_diffusion.runtime.files import write_json
 
 OWN, COUNT, SCALES, SHOWN = HERE.parent / "emoji32-text", 144, (1.0, 2.0, 4.0, 7.0), 4.0
@@ -36,16 +35,10 @@ def samples_of(model: Model, prompts: Sequence[str], scale: float) -> Samples:
     return model.sample(prompt=[*prompts], num_samples=len(prompts), **options)
 
 
-def distance(judge: Extractor, reference: Pixels, images: Pixels) -> float:
-    """The Frechet distance of the judge's features."""
-    sides = [statistics(judge(each).pool) for each in (reference, images)]
-    return frechet_distance(*[value for side in sides for value in (side.mean, side.cov)])
-
-
 def measure(train: str, held_out: str, pair_file: str) -> None:
     """Write results.json and texts.png."""
     model, pair = load(str(OWN)), open_pair(pair_file)
-    judge, unseen = extractor_named(f"classifier:{HERE / 'judge'}"), captioned(held_out)[0]
+    distance, unseen = frechet(extractor_named(f"classifier:{HERE / 'judge'}")), captioned(held_out)[0]
     results = dict[str, dict[str, float]]()
     for side, path in (("training", train), ("held-out", held_out)):
         images, texts = captioned(path)
@@ -54,7 +47,7 @@ def measure(train: str, held_out: str, pair_file: str) -> None:
         real = images[[first[name] for name in names]]
         made = {f"scale {scale:g}": samples_of(model, names, scale).images for scale in SCALES}
         for title, pictures in {"real": real, **made}.items():
-            values = {"retrieval": retrieval(pair, pictures, names), "fd": distance(judge, unseen, pictures)}
+            values = {"retrieval": retrieval(pair, pictures, names), "fd": distance(unseen, pictures)[1]}
             results[f"{side} captions, {title}"] = {"n": len(names), **values}
             print(side, title, values, flush=True)
     samples_of(model, [line for line in PROMPTS.splitlines() if line], SHOWN).save(OWN / "texts.png")

@@ -29,9 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "classifier-free, scale 2": {"cfg_scale": 2.0},
 }
 FILM_STEPS = 2  # from one frame to the next
-TEXT_MODEL, TEXT_SCALE, EACH, UNSEEN = "emoji32-text", 3.0, 3, 6
-PROMPTS = """grinning face\nblue heart\nfrance flag\nred apple\ndog face\npolice officer
-orange heart\nlarge green circle\nnicaragua flag\nblue apple\nangry apple\ngreen dog face""".split("\n")
+TEXT_MODEL, TEXT_SCALE, EACH = "emoji32-text", 3.0, 3
+KNOWN = ["grinning face", "blue heart", "france flag", "red apple", "dog face", "police officer"]
+UNSEEN = ["orange heart", "large green circle", "nicaragua flag", "blue apple", "angry apple", "green dog face"]
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 img { max-width: 100%; image-rendering: pixelated }
 td, th { padding: .2rem 1rem .2rem 0; text-align: right } td:first-child, th:first-child { text-align: left }"""
@@ -168,16 +168,16 @@ def draw_texts(folder: str, seed: int) -> str:
     """The part of the page about texts.png, which is drawn; '' without the text encoder, with a line that says so."""
     from .. import load
 
-    began, count = time.perf_counter(), EACH * len(PROMPTS)
+    began, count = time.perf_counter(), EACH * len(KNOWN + UNSEEN)
     options: dict[str, Any] = {**SAMPLING, "cfg_scale": TEXT_SCALE, "num_samples": count, "batch_size": count}
     try:
-        samples = load(TEXT_MODEL).sample(prompt=[*PROMPTS], seed=seed, **options)
+        samples = load(TEXT_MODEL).sample(prompt=KNOWN + UNSEEN, seed=seed, **options)
     except UserError as error:
         print(f"no samples of {TEXT_MODEL}: {error}")
         return ""
     samples.save(f"{folder}/texts.png")
     print(f"{count} samples of {TEXT_MODEL} for texts {time.perf_counter() - began:22.1f}", flush=True)
-    return TEXTS.format(model=TEXT_MODEL, scale=TEXT_SCALE, seed=seed, unseen=UNSEEN)
+    return TEXTS.format(model=TEXT_MODEL, scale=TEXT_SCALE, seed=seed, unseen=len(UNSEEN))
 
 
 def write_page(path: str, results: dict[str, Any], **facts: Any) -> None:
