@@ -16,6 +16,7 @@ from .runtime.options import flag, kind_of, names_of, parse_microbatch, range_fl
 PRECISIONS = ("fp32", "fp16", "bf16")
 PRECISION_CHOICES = ("", *PRECISIONS, "auto")
 SCHEDULE_NAMES = ("linear", "cosine", "sigmoid", "scaled_linear")
+NORM_HELP = "groups of group normalization; 8 where there are 32 channels, which could not tell colours apart else"
 SCHEDULE_HELP = f"betas over t: {', '.join(SCHEDULE_NAMES)}, or scaled_linear:FIRST,LAST with the ends for T = 1000"
 LOSS_WEIGHTS = ("", "min_snr")
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -125,9 +126,7 @@ class ContextConfig:
     vocab_size: int = flag(8192, "tokens that scratch knows, at most", at_least=258, needs="text_encoder=scratch")
     context_dim: int = flag(0, "width of the context; 0: the text encoder's, else 512", needs="context!=none")
     transformer_depth: int = flag(1, "transformers at each place of attention", at_least=1, needs="context!=none")
-    context_pooled: bool = flag(
-        False, "add the mean of the context to the embedding of the timestep too, as GLIDE does", needs="context!=none"
-    )
+    context_pooled: bool = flag(False, "add the context's mean to the timestep's embedding", needs="context!=none")
     text_fingerprint: str = flag(
         "", "of the text encoder: its folder or tokenizer; the training sets it", needs="context=text"
     )
@@ -155,6 +154,7 @@ class NetworkConfig(ImageConfig, ContextConfig):
     vector_dim: int = flag(0, "how many numbers these are; the training sets it", needs="vector_columns")
     use_checkpoint: bool = flag(False, "activation checkpointing: recompute them backwards, for memory", runtime=True)
     use_scale_shift_norm: bool = flag(True, "the embedding scales and shifts the normalised activations (FiLM)")
+    norm_groups: int = flag(32, NORM_HELP, at_least=1, at_most=2**20)
     resblock_updown: bool = flag(False, "residual blocks, not plain convolutions, change the resolution")
     use_fp16: bool = flag(False, "alias of --precision fp16", runtime=True)
     use_new_attention_order: bool = flag(False, "channels of qkv: q, k, v first, then heads")
@@ -192,6 +192,7 @@ class ClassifierConfig(SizedConfig):
     classifier_depth: int = flag(2, "residual blocks per level of the classifier", at_least=1, at_most=100)
     classifier_attention_resolutions: str = flag("32,16,8", "resolutions with attention in the classifier")
     classifier_use_scale_shift_norm: bool = flag(True, "as --use_scale_shift_norm, for the classifier")
+    classifier_norm_groups: int = flag(32, "as --norm_groups, for the classifier", at_least=1, at_most=2**20)
     classifier_resblock_updown: bool = flag(True, "as --resblock_updown, for the classifier")
     classifier_pool: str = flag("attention", "the classifier's head", choices=POOLS)
     classifier_channel_mult: str = flag("", "as --channel_mult, for the classifier")
@@ -208,6 +209,7 @@ class AutoencoderConfig:
     ch: int = flag(32, "channels of the first level, a multiple of 32", at_least=32, at_most=2**20)
     ch_mult: str = flag("1,2,4", "channels of each level over --ch; each but the last halves the resolution")
     num_res_blocks: int = flag(1, "residual blocks per level of the encoder", at_least=1, at_most=100)
+    norm_groups: int = flag(32, NORM_HELP, at_least=1, at_most=2**20)
     attn_resolutions: str = flag("", "resolutions (pixels of the longer side) with attention; '' for the middle alone")
     z_channels: int = flag(4, "channels between encoder and decoder", at_least=1, at_most=2**20)
     embed_dim: int = flag(4, "channels of a latent", at_least=1, at_most=2**20)

@@ -54,6 +54,18 @@ def normalization(channels: int) -> GroupNorm32:
     return GroupNorm32(GROUPS, channels)
 
 
+def set_norm_groups(network: nn.Module, groups: int) -> None:
+    """Let every group normalization in a network have so many groups; the weights stay as they are.
+
+    :raises UserError: if channels of one of them cannot be shared among so many.
+    """
+    for layer in network.modules():
+        if isinstance(layer, nn.GroupNorm):
+            if layer.num_channels % groups:
+                raise UserError(f"norm_groups {groups} does not divide {layer.num_channels} channels: use 32, 16 or 8")
+            layer.num_groups = groups
+
+
 def _for_dims(table: dict[int, _Layer], dims: int) -> _Layer:
     if dims not in table:
         raise UserError(f"dims must be one of 1, 2, 3, the axes of space, got {dims!r}.")

@@ -226,6 +226,7 @@ def build_classifier(config: ClassifierConfig) -> EncoderUNetModel:
         use_scale_shift_norm=config.classifier_use_scale_shift_norm,
         resblock_updown=config.classifier_resblock_updown,
         pool=config.classifier_pool,
+        norm_groups=config.classifier_norm_groups,
     )
 
 
@@ -234,17 +235,15 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL | VQModel:
     size = parse_size(config.image_size)
     multipliers = channel_multipliers(config.ch_mult, size)
     rates = attention_rates(config.attn_resolutions, size, len(multipliers), "attn_resolutions")
+    same = "ch", "num_res_blocks", "z_channels", "dropout", "norm_groups"
     ddconfig = {
-        "ch": config.ch,
+        **{name: getattr(config, name) for name in same},
         "ch_mult": [int(number) for number in multipliers],
-        "num_res_blocks": config.num_res_blocks,
         "attn_resolutions": [max(size) // rate for rate in rates],
         "resolution": max(size),
         "in_channels": config.image_channels,
         "out_ch": config.image_channels,
-        "z_channels": config.z_channels,
         "double_z": config.kind == "kl",
-        "dropout": config.dropout,
     }
     if config.kind == "vq":
         return VQModel(ddconfig, config.n_embed, config.embed_dim)

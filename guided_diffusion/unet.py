@@ -34,6 +34,7 @@ from .networks.blocks import (
     count_flops_attn as count_flops_attn,
 )
 from .nn import (
+    GROUPS,
     avg_pool_nd as avg_pool_nd,
     checkpoint as checkpoint,
     conv_nd,
@@ -42,6 +43,7 @@ from .nn import (
     dtype_of,
     linear,
     normalization,
+    set_norm_groups,
     timestep_embedding,
     zero_module,
 )
@@ -137,11 +139,14 @@ class EncoderUNetModel(UNetBackbone):
         use_new_attention_order: bool = False,
         pool: str = "adaptive",
         use_neighborhood_attention: bool = False,
+        *,
+        norm_groups: int = GROUPS,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "pool", "__class__")}
         super().__init__(**options)
         self.pool = pool
         self.out = self._head()
+        set_norm_groups(self.out, norm_groups)
 
     def _head(self) -> nn.Sequential:
         width = self._widths[-1]

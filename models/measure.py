@@ -34,9 +34,9 @@ SETTINGS = {
 Pixels = NDArray[np.uint8]
 
 
-def pictures(path: str) -> tuple[Pixels, NDArray[np.int64]]:
-    """All pictures of a zip, uint8 [N, H, W, C], and their classes [N]."""
-    options = {"batch_size": 1, "image_size": SIZE, "class_cond": True, "random_flip": False}
+def pictures(path: str, size: int = SIZE) -> tuple[Pixels, NDArray[np.int64]]:
+    """All pictures of a zip, uint8 [N, size, size, C], and their classes [N]."""
+    options = {"batch_size": 1, "image_size": size, "class_cond": True, "random_flip": False}
     data = load_data(data_dir=path, classes=str(HERE / "classes.json"), rank=0, world_size=1, **options).dataset
     images, labels = zip(
         *[(image, extra["y"]) for image, extra in (data[index] for index in range(len(data)))], strict=True

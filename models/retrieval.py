@@ -15,27 +15,23 @@ from pathlib import Path
 import numpy as np
 import torch as th
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from measure import SIZE, Pixels, pictures
 
 from guided_diffusion.data.captions import read_captions
 from guided_diffusion.data.sources import find_images
-from guided_diffusion.image_datasets import load_data
 from guided_diffusion.networks.context import FolderEncoder, minilm_folder
-from guided_diffusion.runtime.pictures import HALF
+from guided_diffusion.runtime.pictures import planes
 from guided_diffusion.unet import EncoderUNetModel
 
-SIZE, WIDTH, SHIFT = 32, 64, 3  # pixels, E, pixels by which training moves a picture
+WIDTH, SHIFT = 64, 3  # E, pixels by which training moves a picture
 CANDIDATES, MAX_TOKENS = 20, 32
 STEPS, BATCH, RATE = 800, 64, 1e-3
 COLUMNS = "name,short_name"
-Pixels = NDArray[np.uint8]
 
 
 def captioned(path: str) -> tuple[Pixels, list[list[str]]]:
     """The pictures of a zip, uint8 [N, S, S, 3], and the captions of each."""
-    dataset = load_data(data_dir=path, batch_size=1, image_size=SIZE, random_flip=False, rank=0, world_size=1).dataset
-    images = np.stack([dataset[index][0] for index in range(len(dataset))]).transpose(0, 2, 3, 1)
-    return ((images + 1) * HALF).round().astype(np.uint8), read_captions(find_images(path), COLUMNS).texts
+    return pictures(path)[0], read_captions(find_images(path), COLUMNS).texts
 
 
 class Pair(th.nn.Module):
@@ -67,11 +63,6 @@ class Pair(th.nn.Module):
         return {name: value for name, value in state.items() if not name.startswith("_reader.")}
 
 
-def as_input(images: Pixels) -> th.Tensor:
-    """[N, 3, S, S] in [-1, 1]."""
-    return th.from_numpy(images).permute(0, 3, 1, 2).float() / HALF - 1
-
-
 def moved(images: th.Tensor, generator: th.Generator) -> th.Tensor:
     """Each picture moved by some pixels, its edge repeated, with its colours a little stronger or weaker."""
     shifts = th.randint(-SHIFT, SHIFT + 1, (len(images), 2), generator=generator).tolist()
@@ -85,7 +76,7 @@ def train(path: str, seed: int = 0) -> Pair:
     """Encoders trained on the pictures and captions of a zip."""
     th.manual_seed(seed)
     images, texts = captioned(path)
-    pair, inputs, generator = Pair(), as_input(images), th.Generator().manual_seed(seed)
+    pair, inputs, generator = Pair(), planes(images), th.Generator().manual_seed(seed)
     parameters = [p for name, p in pair.named_parameters() if not name.startswith("_reader.")]
     optimizer = th.optim.AdamW(parameters, RATE, weight_decay=0.05)
     schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
@@ -110,7 +101,7 @@ def train(path: str, seed: int = 0) -> Pair:
 def retrieval(pair: Pair, images: Pixels, captions: Sequence[str], seed: int = 0) -> float:
     """How often the own caption is the nearest of twenty, of which nineteen are other captions of these pictures."""
     generator, names = np.random.default_rng(seed), sorted(set(captions))
-    pictures = th.cat([pair.of_pictures(part) for part in as_input(images).split(100)])
+    pictures = th.cat([pair.of_pictures(part) for part in planes(images).split(100)])
     right = 0
     for picture, caption in zip(pictures, captions, strict=True):
         others = generator.permutation([name for name in names if name != caption])[: CANDIDATES - 1]

@@ -1,4 +1,4 @@
-"""Sample from the bundled models in a minute: without and with guidance, from texts, a film, numbers, a page.
+"""Sample from the bundled models in a minute: without and with guidance, from texts, enlarged, a film, numbers, a page.
 
 With --train, small networks are trained first, for some minutes, and sampled in the same ways.
 """
@@ -18,6 +18,7 @@ from .flags import Flags
 from .tool_sections import DemoConfig
 
 if TYPE_CHECKING:
+    from ..runtime.pictures import Pixels
     from .pipeline import Model
 
 MODEL, SHOWN = "emoji32", 4  # columns for each setting
@@ -29,6 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "classifier-free, scale 2": {"cfg_scale": 2.0},
 }
 FILM_STEPS = 2  # from one frame to the next
+ENLARGED, ENLARGING = "classifier, scale 3", {"sampler": "dpm++2m", "steps": 5}  # one of each class
 TEXT_MODEL, TEXT_SCALE, EACH = "emoji32-text", 3.0, 3
 KNOWN = ["grinning face", "blue heart", "france flag", "red apple", "dog face", "police officer"]
 UNSEEN = ["orange heart", "large green circle", "nicaragua flag", "blue apple", "angry apple", "green dog face"]
@@ -48,7 +50,7 @@ PAGE = """<!doctype html>
 {rows}</table>
 <p>Accuracy: how often a classifier of clean pictures, which guides none, sees the class that was asked for. FD: Frechet
 distance of its features to those of {real} pictures, which is larger the fewer samples there are.</p>
-{texts}<h2>From noise to pictures</h2>
+{parts}<h2>From noise to pictures</h2>
 <img src="film.png" alt="the predicted pictures after every second step">
 </html>
 """
@@ -56,6 +58,10 @@ TEXTS = """<h2>From texts</h2>
 <img src="texts.png" alt="samples for texts">
 <p>{model}, classifier-free guidance of scale {scale:g}: the first samples of seed {seed}. No picture that it was
 trained on has one of the last {unseen} captions.</p>
+"""
+ENLARGEMENT = """<h2>Enlarged</h2>
+<img src="enlarged.png" alt="small samples, and the same four times as large">
+<p>The first sample of each class ({setting}), and what {steps} steps of an upsampler make of it.</p>
 """
 PICTURES = Path(__file__).parents[2] / "datasets" / "emoji64.zip"
 IMAGES = "--image_size 32 --num_classes 9 --noise_schedule cosine --diffusion_steps 1000 --random_flip False --lr 1e-3"
@@ -159,8 +165,9 @@ def present(model: Model, folder: str, seed: int, name: str, compared: str = "he
     film.save(f"{folder}/film.png", f"{folder}/film.gif")
     write_json(f"{folder}/results.json", {"seed": seed, **SAMPLING, "samples": results})
     facts = {"model": name, "seed": seed, "count": len(grid) * grid.shape[1], "style": STYLE, "real": compared}
-    texts = draw_texts(folder, seed) if name == MODEL else ""
-    write_page(f"{folder}/index.html", results, texts=texts, **SAMPLING, **facts)
+    small = columns[[*SETTINGS].index(ENLARGED)][:, 0]
+    parts = draw_texts(folder, seed) + draw_enlarged(model, folder, seed, small) if name == MODEL else ""
+    write_page(f"{folder}/index.html", results, parts=parts, **SAMPLING, **facts)
     print(f"\nLook at {os.path.abspath(folder)}/index.html, or at the pictures there.")
 
 
@@ -178,6 +185,21 @@ def draw_texts(folder: str, seed: int) -> str:
     samples.save(f"{folder}/texts.png")
     print(f"{count} samples of {TEXT_MODEL} for texts {time.perf_counter() - began:22.1f}", flush=True)
     return TEXTS.format(model=TEXT_MODEL, scale=TEXT_SCALE, seed=seed, unseen=len(UNSEEN))
+
+
+def draw_enlarged(model: Model, folder: str, seed: int, small: Pixels) -> str:
+    """The part of the page about enlarged.png, which is drawn: pictures [N, H, W, C], and below them large ones."""
+    import numpy as np
+
+    from ..runtime.pictures import save_grid
+
+    began = time.perf_counter()
+    large = model.upsample(small, seed=seed, batch_size=len(small), **ENLARGING).images
+    factor = large.shape[1] // small.shape[1]
+    pairs = np.concatenate([small.repeat(factor, axis=1).repeat(factor, axis=2), large])
+    save_grid(f"{folder}/enlarged.png", pairs, len(small))
+    print(f"{len(small)} samples enlarged to {large.shape[1]} pixels {time.perf_counter() - began:24.1f}", flush=True)
+    return ENLARGEMENT.format(setting=ENLARGED, **ENLARGING)
 
 
 def write_page(path: str, results: dict[str, Any], **facts: Any) -> None:

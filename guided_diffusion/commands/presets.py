@@ -1,8 +1,8 @@
 """Models by name: published checkpoints, of presets.json, and those in models/ of a checkout.
 
 A bundled model is a folder models/NAME as a training leaves it (config.json, classes.json, ema_RATE_NNNNNN.safetensors
-or modelNNNNNN.safetensors), with its classifier, if it has one, in models/NAME/classifier, and an upsampler in
-models/NAME/upsampler. Nothing here imports torch.
+or modelNNNNNN.safetensors), with its classifier, if it has one, in models/NAME/classifier, and an upsampler that is
+its alone in models/NAME/upsampler. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -100,10 +100,8 @@ class Preset:
 
     def companion(self, role: str) -> str:
         """The path or name of its classifier or upsampler, '' where it has none."""
-        if self.file:
-            return str(getattr(self, role))
         folder = os.path.join(self.place, role)
-        return folder if os.path.isdir(folder) else ""
+        return folder if not self.file and os.path.isdir(folder) else str(getattr(self, role))
 
 
 @cache

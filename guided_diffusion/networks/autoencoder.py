@@ -16,7 +16,9 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-GROUPS, EPSILON = 32, 1e-6
+from ..nn import GROUPS, set_norm_groups
+
+EPSILON, NORM_GROUPS = 1e-6, "norm_groups"
 DISCRIMINATOR_GROUPS = 8
 DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -230,7 +232,7 @@ class DiagonalGaussian:
 class Autoencoder(nn.Module):
     """What both kinds share.
 
-    :param ddconfig: arguments of `Encoder` and `Decoder`, as latent-diffusion's configs spell them.
+    :param ddconfig: arguments of `Encoder` and `Decoder`, as latent-diffusion's configs spell them, and norm_groups.
     :param embed_dim: D, channels of a latent.
     """
 
@@ -241,6 +243,11 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.ddconfig, self.embed_dim = dict(ddconfig), embed_dim
         self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
+        if (groups := ddconfig.get(NORM_GROUPS, GROUPS)) != GROUPS:
+            set_norm_groups(self, groups)
+            self.register_buffer(
+                NORM_GROUPS, th.tensor(float(groups))
+            )  # weights alone then tell the whole architecture
         self.precision = "fp32"
 
     def convert_to(self, precision: str) -> None:

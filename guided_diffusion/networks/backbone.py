@@ -12,7 +12,7 @@ from typing import Any
 import torch as th
 import torch.nn as nn
 
-from ..nn import conv_nd, dtype_of, linear, normalization, timestep_embedding, zero_module
+from ..nn import GROUPS, conv_nd, dtype_of, linear, normalization, set_norm_groups, timestep_embedding, zero_module
 from ..runtime.errors import UserError, check_choice
 from .attention import SpatialTransformer
 from .blocks import (
@@ -51,6 +51,7 @@ class UNetBackbone(nn.Module):
     :param context_pooled: the mean of the context's vectors is added to the embedding of the timesteps too (GLIDE).
     :param vector_dim: D of vectors [N, D] that a linear layer adds to the embedding, such as attributes; 0: none.
     :param encoder_channels: E of a context [N, L, E] that the attention of the U-Net attends to as well, as in GLIDE.
+    :param norm_groups: of group normalization; fewer than channels let a network of few channels tell colours apart.
     """
 
     null_class = False
@@ -88,6 +89,7 @@ class UNetBackbone(nn.Module):
         encoder_channels: int | None = None,
         class_context: bool = False,
         context_pooled: bool = False,
+        norm_groups: int = GROUPS,
     ) -> None:
         if context_pooled and context_dim is None:
             raise UserError("context_pooled needs context_dim")
@@ -115,6 +117,7 @@ class UNetBackbone(nn.Module):
         self.class_context, self.context_pooled = class_context, context_pooled
         self.context_encoder: nn.Module | None = None  # or a ScratchEncoder, put here when the network is made
         self._build()
+        set_norm_groups(self, norm_groups)
 
     def _build(self) -> None:
         """Make the modules, in the order of the parameters."""

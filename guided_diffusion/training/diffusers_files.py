@@ -15,14 +15,14 @@ from typing import Any
 import torch as th
 
 from ..networks.architecture import Weights, architecture
-from ..networks.autoencoder import AutoencoderKL, VQModel
+from ..networks.autoencoder import GROUPS, NORM_GROUPS, AutoencoderKL, VQModel
 from ..runtime import files
 from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, printable, refuse
 from ..runtime.options import parse_size, size_flag
 
 CONFIG, FILE = "config.json", "diffusion_pytorch_model.safetensors"
 UNET, AUTOENCODER = "UNet2DModel", "AutoencoderKL"
-QKV, GROUPS = ("to_q", "to_k", "to_v"), 32
+QKV = "to_q", "to_k", "to_v"
 ANY_SIZE = 2**20  # pixels, where they are not known: attention_resolutions are parts of it
 Config = dict[str, Any]
 State = Mapping[str, th.Tensor]
@@ -46,7 +46,7 @@ ATTENTION_PARTS = {"norm": "group_norm", "proj_out": "to_out.0"}
 OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names in older files of theirs
 
 # what their networks can be and ours are not; these values are also theirs where a config has none
-FIXED: Config = {"act_fn": "silu", "norm_num_groups": GROUPS}
+FIXED: Config = {"act_fn": "silu"}
 FIXED_UNET = FIXED | {"center_input_sample": False, "time_embedding_type": "positional", "time_embedding_dim": None}
 FIXED_UNET |= {"freq_shift": 0, "flip_sin_to_cos": True, "mid_block_type": "UNetMidBlock2D", "norm_eps": 1e-5}
 FIXED_UNET |= {"mid_block_scale_factor": 1, "add_attention": True, "downsample_padding": 1, "class_embed_type": None}
@@ -55,10 +55,15 @@ FIXED_AUTOENCODER |= {"use_post_quant_conv": True, "mid_block_add_attention": Tr
 NEVER: Config = {"dims": 2, "num_heads_upsample": -1, "use_neighborhood_attention": False, "null_class": False}
 NEVER |= {"cond_type": "", "cond_channels": 0, "null_cond": False}  # flags that their networks have no word for
 UNET_DEFAULTS: Config = {"sample_size": 64, "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "dropout": 0.0}
-UNET_DEFAULTS |= {"attention_head_dim": 8, "num_class_embeds": None, "resnet_time_scale_shift": "default"}
+UNET_DEFAULTS |= {
+    "norm_num_groups": GROUPS,
+    "attention_head_dim": 8,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+}
 UNET_DEFAULTS |= {"downsample_type": "conv", "upsample_type": "conv", "attn_norm_num_groups": None}
 AUTOENCODER_DEFAULTS: Config = {"in_channels": 3, "out_channels": 3, "layers_per_block": 1, "latent_channels": 4}
-AUTOENCODER_DEFAULTS |= {"sample_size": 32, "scaling_factor": 0.18215}
+AUTOENCODER_DEFAULTS |= {"norm_num_groups": GROUPS, "sample_size": 32, "scaling_factor": 0.18215}
 
 SCHEDULER_DEFAULTS: Config = {
     "num_train_timesteps": 1000,
@@ -137,6 +142,7 @@ def _unet_config(flags: Mapping[str, Any]) -> Config:
     size, first = parse_size(flags["image_size"]), flags["num_channels"]
     widths = [int(float(mult) * first) for mult in flags["channel_mult"].split(",")]
     rates = [max(size) // int(part) for part in flags["attention_resolutions"].split(",") if part]
+    groups = flags.get(NORM_GROUPS, GROUPS)
     attends, updown = [2**level in rates for level in range(len(widths))], flags.get("resblock_updown", False)
     kinds = [f"Resnet{way}sampleBlock2D" if updown else f"{way}Block2D" for way in ("Down", "Up")]
     down, up = (
@@ -155,7 +161,8 @@ def _unet_config(flags: Mapping[str, Any]) -> Config:
         "downsample_type": "resnet" if updown else "conv",
         "upsample_type": "resnet" if updown else "conv",
         "resnet_time_scale_shift": "scale_shift" if flags["use_scale_shift_norm"] else "default",
-        "attn_norm_num_groups": GROUPS if flags["use_scale_shift_norm"] else None,  # without it the middle has no norm
+        "norm_num_groups": groups,
+        "attn_norm_num_groups": groups if flags["use_scale_shift_norm"] else None,  # without it the middle has no norm
         "attention_head_dim": None if flags["num_head_channels"] == -1 else flags["num_head_channels"],
         "num_class_embeds": flags["num_classes"] if flags["class_cond"] else None,
         "dropout": flags.get("dropout", 0.0),
@@ -180,6 +187,7 @@ def _unet_flags(config: Config) -> dict[str, Any]:
         "num_heads": 1,
         "num_head_channels": config["attention_head_dim"] or -1,
         "use_new_attention_order": True,
+        NORM_GROUPS: config["norm_num_groups"],
         "resblock_updown": bool(kinds & set(config["down_block_types"])),
         "use_scale_shift_norm": config["resnet_time_scale_shift"] == "scale_shift",
         "dropout": config["dropout"],
@@ -309,6 +317,7 @@ def _autoencoder_config(shapes: Mapping[str, Any], scale_factor: float) -> Confi
         "up_block_types": ["Attn" * attending + "UpDecoderBlock2D" for attending in reversed(attends)],
         "latent_channels": shapes["z_channels"],
         "scaling_factor": scale_factor,
+        "norm_num_groups": shapes.get(NORM_GROUPS, GROUPS),
         **FIXED_AUTOENCODER,
     }
 
@@ -319,7 +328,8 @@ def _autoencoder_shapes(config: Config) -> dict[str, Any]:
     attends = [size // 2**level for level, kind in enumerate(config["down_block_types"]) if kind.startswith("Attn")]
     names = {"resolution": size, "in_channels": config["in_channels"], "out_ch": config["out_channels"]}
     names |= {"ch": widths[0], "ch_mult": [width // widths[0] for width in widths], "attn_resolutions": attends}
-    return names | {"num_res_blocks": config["layers_per_block"], "z_channels": config["latent_channels"]}
+    names |= {"num_res_blocks": config["layers_per_block"], NORM_GROUPS: config["norm_num_groups"]}
+    return names | {"z_channels": config["latent_channels"]}
 
 
 def write_autoencoder(
@@ -337,7 +347,8 @@ def write_autoencoder(
         (latent != width, f"{unlike} --embed_dim {latent} beside --z_channels {width}"),
     )
     config = _autoencoder_config(shapes, scale_factor)
-    return config, _renamed(network.state_dict(), _names(config), path, 0)
+    weights = {name: value for name, value in network.state_dict().items() if name != NORM_GROUPS}
+    return config, _renamed(weights, _names(config), path, 0)
 
 
 def read_autoencoder(state: State, path: str) -> dict[str, th.Tensor]:
@@ -348,7 +359,8 @@ def read_autoencoder(state: State, path: str) -> dict[str, th.Tensor]:
     factor = config["scaling_factor"]
     _told(config, path, _autoencoder_shapes, lambda shapes: _autoencoder_config(shapes, factor))
     network = _renamed(_by_newer_names(state), _inverse(_names(config)), path, 2)
-    return {**network, "scale_factor": th.tensor(factor)}
+    groups = {} if (number := config["norm_num_groups"]) == GROUPS else {NORM_GROUPS: th.tensor(float(number))}
+    return {**network, **groups, "scale_factor": th.tensor(factor)}
 
 
 # ---- files

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch as th
 from torch import nn
 
-from ..networks.autoencoder import AutoencoderKL, VQModel
+from ..networks.autoencoder import GROUPS, NORM_GROUPS, AutoencoderKL, VQModel
 from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from . import diffusers_files
 from .checkpoints import open_checkpoint
@@ -39,6 +39,7 @@ def read_autoencoder(state: Mapping[str, th.Tensor]) -> AutoencoderKL | VQModel:
         "in_channels": in_channels,
         "out_ch": state["decoder.conv_out.weight"].shape[0],
         "z_channels": z_channels,
+        NORM_GROUPS: int(state.get(NORM_GROUPS, GROUPS)),
         "double_z": state["encoder.conv_out.weight"].shape[0] == 2 * z_channels,
     }
     embed_dim = state["post_quant_conv.weight"].shape[1]

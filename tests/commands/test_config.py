@@ -77,6 +77,7 @@ VALUES_BEYOND = [
     ("fp32", "eval_precision"),
     (3, "image_channels"),
     (5.0, "min_snr_gamma"),
+    (32, "norm_groups"),
     (-1.0, "eta churn strength"),
     ("vlb", "likelihood"),
     ("uniform", "dequantize"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from guided_diffusion.commands.tool_sections import SweepConfig
 from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.networks.architecture import architecture
+from guided_diffusion.networks.compiling import compile_network
 from guided_diffusion.networks.context import clip_embedding, train_tokenizer
 from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.sampling.guidance import autoguidance, classifier_free
@@ -222,6 +225,29 @@ def test_previews_validation_and_evaluation_know_the_captions(
     texts = [run.network.context_encoder.tokenizer.decode(row.tolist()).strip() for row in tokens]
     assert sorted(texts) == sorted(TEXTS * 2)
     run.stream.close()
+
+
+def losses(folder: Path) -> list[float]:
+    with open(folder / "progress.csv", encoding="utf-8") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def test_ranks_that_hold_parts_learn_from_captions_as_whole_ones(pictures: str, tmp_path: Path, ranks: Nursery) -> None:
+    for name, more in (("whole", {}), ("parts", {"fsdp": True})):
+        flags = {**BASE, "batch_size": 2, "data_dir": pictures, "max_steps": 2, "device": "cpu", **more}
+        result = ranks.run([SCRIPTS / "image_train.py", *words(**flags, log_dir=tmp_path / name)])
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    one, two = (weights(tmp_path / name, "model000002.pt") for name in ("whole", "parts"))
+    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in two.items()}
+
+
+@pytest.mark.slow
+def test_a_network_of_text_is_compiled(run: str, pictures: str, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "compile_network", partial(compile_network, backend="aot_eager"))
+        image_train.main(words(**BASE, data_dir=pictures, max_steps=3, compile=True, log_dir=tmp_path))
+    assert losses(tmp_path) == pytest.approx(losses(Path(run)), rel=1e-4)
 
 
 def test_an_upsampler_trains_on_captions(pictures: str, tmp_path: Path) -> None:

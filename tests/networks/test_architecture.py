@@ -38,6 +38,7 @@ def test_published_checkpoints_tell_their_flags(name):
         unreadable = {
             "latent_factor",
             "latent_channels",
+            "classifier_norm_groups",
             "classifier_use_fp16",
             "classifier_precision",
             "classifier_channel_mult",
@@ -114,6 +115,7 @@ def test_a_classifier_tells_its_pool(pool, dims, updown):
     found = architecture(state, 32)
     assert found == {key: value for key, value in asdict(config).items() if key in found}
     unseen = {"image_size", "latent_factor", "latent_channels", "classifier_use_fp16", "classifier_precision"}
+    unseen |= {"classifier_norm_groups"}
     assert set(asdict(config)) - set(found) == unseen
     assert architecture(state).get("image_size") == (32 if pool == "attention" and dims == 2 else None)
 

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import nn, unet
+from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 
 Network = UNetModel | EncoderUNetModel
@@ -388,6 +389,24 @@ def test_windowed_network_is_the_plain_one_at_the_size_of_training_only() -> Non
         assert th.equal(windowed(x, T), plain(x, T))
     x = images(8, 12)
     assert (windowed(x, T) - plain(x, T)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [UNetModel, EncoderUNetModel])
+def test_groups_of_normalization_change_what_is_computed_and_no_weight(kind: Callable[..., Any]) -> None:
+    """With a group for each channel nothing is left of what is added to one; with fewer groups something is."""
+    usual, wider = (small(kind, model_channels=32, channel_mult=(1, 1), **more) for more in ({}, {"norm_groups": 8}))
+    wider.load_state_dict(usual.state_dict())
+    norms = [layer for layer in wider.modules() if isinstance(layer, th.nn.GroupNorm)]
+    assert {layer.num_groups for layer in norms} == {8}
+    x = images(8, 8)
+    assert not th.allclose(wider(x, T), usual(x, T))
+    shift = th.zeros(1, 32, 1, 1).index_fill(1, th.tensor(3), 5.0)
+    block = [layer for layer in (usual, wider) for layer in [layer.input_blocks[1][0].in_layers[0]]]
+    h = th.randn(1, 32, 4, 4)
+    for layer, hidden in zip(block, (True, False), strict=True):
+        assert th.allclose(layer(h + shift), layer(h), atol=1e-4) == hidden
+    with pytest.raises(UserError, match="norm_groups 5 does not divide 32 channels: use 32, 16 or 8"):
+        small(kind, norm_groups=5, model_channels=32)
 
 
 # ---- other ways to run the same network

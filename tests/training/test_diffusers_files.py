@@ -33,12 +33,19 @@ NETWORKS = {
     ),
     "one head": UNetConfig(**SMALL, attention_resolutions="16,4", num_heads=1, use_scale_shift_norm=False),
     "residual": UNetConfig(
-        **SMALL, attention_resolutions="8", num_head_channels=32, resblock_updown=True, use_new_attention_order=True
+        **SMALL,
+        attention_resolutions="8",
+        num_head_channels=32,
+        resblock_updown=True,
+        use_new_attention_order=True,
+        norm_groups=8,
     ),
     "plain": replace(UNetConfig(**SMALL, attention_resolutions="", num_heads=2), num_res_blocks=2, dropout=0.1),
 }
 AUTOENCODERS = {
-    "middle": AutoencoderConfig(image_size=16, ch_mult="1,2", z_channels=3, embed_dim=3, num_res_blocks=2),
+    "middle": AutoencoderConfig(
+        norm_groups=16, image_size=16, ch_mult="1,2", z_channels=3, embed_dim=3, num_res_blocks=2
+    ),
     "levels": AutoencoderConfig(image_size=16, ch_mult="1,1,2", z_channels=4, embed_dim=4, attn_resolutions="8"),
 }
 
