@@ -13,7 +13,7 @@ import torch as th
 from guided_diffusion.networks import glide
 from guided_diffusion.networks.autoencoder import AutoencoderKL, VQModelInterface
 from guided_diffusion.networks.memory import recompute_at
-from guided_diffusion.networks.text import BERTEmbedder, TextTransformer
+from guided_diffusion.networks.text import TextTransformer
 from guided_diffusion.unet import UNetModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -43,7 +43,7 @@ def published(group, entry, name):
     if group == "autoencoders":
         return autoencoder(entry["kind"], entry["embed_dim"], entry["ddconfig"], entry["n_embed"])
     if group == "text_transformers":
-        return BERTEmbedder(entry["n_embed"], entry["n_layer"]).transformer
+        return TextTransformer(entry["n_embed"], entry["n_layer"], vocab_size=30522, max_seq_len=77)
     return GLIDE[name](**entry["kwargs"])
 
 

@@ -23,7 +23,7 @@ from guided_diffusion.networks.attention import CrossAttention
 from guided_diffusion.networks.autoencoder import AutoencoderKL, VQModel
 from guided_diffusion.networks.blocks import AttentionBlock
 from guided_diffusion.networks.context import FolderEncoder
-from guided_diffusion.networks.text import BERTEmbedder
+from guided_diffusion.networks.text import TextTransformer
 from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.options import defaults
 from guided_diffusion.runtime.pictures import to_uint8
@@ -75,7 +75,7 @@ def average_of(network):
 
 
 def text_encoder_of(bert):
-    return behind(f"{CONDITION}transformer.", bert.transformer.state_dict())
+    return behind(f"{CONDITION}transformer.", bert.state_dict())
 
 
 def bert_tokenizer():
@@ -201,10 +201,8 @@ def test_a_model_that_has_a_name_knows_the_names_of_imagenet(tmp_path, monkeypat
 
 
 def test_a_text_transformer_in_the_file_needs_its_tokenizer_alone(tmp_path):
-    bert, tokenizer = (
-        filled(BERTEmbedder(64, 2, vocab_size=bert_tokenizer().get_vocab_size(), max_seq_len=9)),
-        bert_tokenizer(),
-    )
+    tokenizer = bert_tokenizer()
+    bert = filled(TextTransformer(64, 2, vocab_size=tokenizer.get_vocab_size(), max_seq_len=9))
     network = unet(4, num_heads=8, context_dim=64, **ATTENDING)
     state = {**behind(UNET, network.state_dict()), **text_encoder_of(bert)}
     path = saved(tmp_path / "text2img.ckpt", state | behind(FIRST_STAGE, filled(AutoencoderKL(KL, 4)).state_dict()))
@@ -215,7 +213,7 @@ def test_a_text_transformer_in_the_file_needs_its_tokenizer_alone(tmp_path):
     context = model.network.context_encoder.conditioning(["a red cat"])
     ids = [2, *tokenizer.encode("a red cat").ids, 3]
     with th.no_grad():
-        expected = bert(th.tensor([[*ids, *[0] * (9 - len(ids))]]))
+        expected = bert(th.tensor([[*ids, *[0] * (9 - len(ids))]]), return_embeddings=True)
     assert context["context_mask"].all(), "the padding counts, as in training"
     assert th.allclose(context["context"], expected, atol=1e-6)
     assert model.sample(prompt="a red cat", steps=2, sampler="ddim").images.shape == (1, 64, 64, 3)
