@@ -64,7 +64,7 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
 def listed(names: Iterable[str], most: int = 3) -> str:
     """The first of some names, and how many more there are."""
     every = list(names)
-    return ", ".join(every[:most]) + f" and {len(every) - most} more" * (len(every) > most)
+    return ", ".join(every[:most]) + f", and {len(every) - most} more" * (len(every) > most)
 
 
 def quoted(text: str) -> str:
