@@ -363,7 +363,7 @@ def _read_record(archive: Npz) -> dict[str, Any]:
     with as_user_error(
         f"{archive.path}: {RECORD} does not say what the statistics are of ({WHY}): make the file again", ValueError
     ):
-        record = parse_json(archive.whole(RECORD).tobytes())
+        record: dict[str, Any] = parse_json(archive.whole(RECORD).tobytes())
         named = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in RECORDED.items())
         refuse((not named, f"it does not name {', '.join(RECORDED)}"))
     return record
