@@ -136,10 +136,12 @@ class Table:
 def _numbers_of(cells: Sequence[Any]) -> list[float]:
     """The numbers of cells, one each, or a list of them."""
     flat = [number for cell in cells for number in (cell if isinstance(cell, list) else [cell])]
-    cells_shown = f"its cells {printable(str(flat))} are not all"
-    with as_user_error(f"{cells_shown} numbers", TypeError, ValueError):
+    try:
         numbers = [math.nan if cell in (None, "") else float(cell) for cell in flat]
-    refuse((any(map(math.isinf, numbers)), f"{cells_shown} finite"))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"its cells {printable(str(flat))} are not all numbers") from error
+    if any(map(math.isinf, numbers)):
+        raise UserError(f"its cells {printable(str(flat))} are not all finite")
     return numbers
 
 
