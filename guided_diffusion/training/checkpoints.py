@@ -329,7 +329,8 @@ def find_set(path: str, *, checksums: bool = False) -> Checkpoint:
     refuse((reason, f"{path} belongs to a damaged checkpoint, {reason}: copy it again, or give the run's folder"))
     if match is None or match["kind"] == "model" or (match["rate"] and not entry.model):
         entry.model = path
-    refuse((not entry.model, f"{path} has no model{entry.step:06d}.pt beside it: there are no weights to go on from"))
+    if not entry.model:
+        raise UserError(f"{path} has no model{entry.step:06d}.pt beside it: there are no weights to go on from")
     return entry
 
 
