@@ -242,7 +242,9 @@ def _check_limits(spec: Field[Any], text: str, value: Any) -> None:
         (low is not None and value < low, f"{text} is below the least value, {low}"),
         (high is not None and value > high, f"{text} is above the greatest value, {high}"),
     ]
-    refuse(*((applies, f"{fault}{nearest(text, choices)}") for applies, fault in faults))
+    for applies, fault in faults:
+        if applies:
+            raise UserError(f"{fault}{nearest(text, choices)}")
 
 
 def means_not_given(spec: Field[Any], value: Any) -> bool:
