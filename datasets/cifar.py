@@ -12,7 +12,7 @@ from conversion.command import converter
 from conversion.config import CifarConfig
 from conversion.images import Item, Source, bad
 from conversion.planes import row_items, with_empty_classes
-from guided_diffusion.data.tars import members, open_tar
+from guided_diffusion.data.tars import members
 from guided_diffusion.runtime import files as untrusted
 from guided_diffusion.runtime.errors import UserError, reason
 
@@ -50,7 +50,7 @@ def _files(source: str) -> Files:
     if os.path.isdir(source):
         return {name: _reader(os.path.join(source, name)) for name in sorted(known & set(os.listdir(source)))}
     files: Files = {}
-    with open_tar(source) as file:
+    with untrusted.open_file(source) as file:
         try:
             for member in members(file):
                 name = os.path.basename(member.name)

@@ -14,7 +14,7 @@ from conversion.command import converter
 from conversion.config import ImagenetConfig
 from conversion.folder import folder_name
 from conversion.images import EMPTY_CLASS, Item, Source, bad
-from guided_diffusion.data.tars import Member, members, open_tar
+from guided_diffusion.data.tars import Member, members
 from guided_diffusion.runtime import files
 from guided_diffusion.runtime.errors import UserError, printable, quoted, reason
 
@@ -34,7 +34,7 @@ def read(config: ImagenetConfig) -> Source:
 
 
 def _closing(path: str, classify: Classify, name: str = "") -> Iterator[Item]:
-    with open_tar(path) as file:
+    with files.open_file(path) as file:
         yield from (
             _class_tar(file, name) if re.fullmatch(r"n\d+\.tar", name) else _tar(file, folder_name(path), classify)
         )

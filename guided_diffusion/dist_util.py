@@ -118,16 +118,11 @@ def _meet(place: Place) -> dist.Store:
 def _refuse_unequal(descriptions: list[str]) -> None:
     """Fails on every rank alike, by the descriptions of all ranks' devices, before the first collective would hang."""
     kinds = {text.split()[0] for text in descriptions}
-    if len(kinds) > 1:
-        shown = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
-        raise UserError(f"the ranks have different kinds of device ({shown}): give all of them the same --device")
+    shown = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(descriptions))
+    refuse((len(kinds) > 1, f"the ranks have different kinds of device ({shown}): give all of them the same --device"))
     for rank, text in enumerate(descriptions):
-        first = descriptions.index(text)
-        if first != rank and text != "cpu":
-            raise UserError(
-                f"ranks {first} and {rank} share one GPU ({text}): start at most one rank per visible GPU, or give "
-                "--device cpu"
-            )
+        first, remedy = descriptions.index(text), "start at most one rank per visible GPU, or give --device cpu"
+        refuse((first != rank and text != "cpu", f"ranks {first} and {rank} share one GPU ({text}): {remedy}"))
 
 
 # ---- who and where

@@ -17,12 +17,11 @@ import numpy as np  # noqa: F401
 import torch as th
 import torch.nn as nn
 from torch.nn.utils import get_total_norm
-from torch.utils.hooks import RemovableHandle
 
 from . import logger
 from .config import resolve_precision
 from .nn import convert_module_to_f16 as convert_module_to_f16, convert_module_to_f32 as convert_module_to_f32
-from .runtime.errors import UserError, refuse
+from .runtime.errors import refuse
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 
@@ -140,11 +139,6 @@ def laid_out_as(value: th.Tensor, like: th.Tensor) -> th.Tensor:
 # ---- from a backward pass to the optimizer
 
 
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
 class Gradients:
     """The gradients of one process, each moved to its fp32 master and added up as soon as autograd has it.
 
@@ -156,8 +150,9 @@ class Gradients:
     def __init__(self, pairs: Pairs) -> None:
         self.pairs, self._collects, self._last = pairs, False, False
         self._loss: th.Tensor | None = None
-        handles = [pairs[index][0].register_post_accumulate_grad_hook(self._hook(index)) for index in self._watched()]
-        weakref.finalize(self, _remove, handles)
+        for index in self._watched():
+            handle = pairs[index][0].register_post_accumulate_grad_hook(self._hook(index))
+            weakref.finalize(self, handle.remove)
 
     def _watched(self) -> list[int]:
         return [index for index, (param, master) in enumerate(self.pairs) if param is not master]
@@ -280,11 +275,9 @@ class MixedPrecisionTrainer:
 
     def _make_masters(self) -> list[nn.Parameter]:
         if self.precision == "fp32":
-            odd = {param.dtype for param in self.model_params} - {th.float32, th.float64}
-            if odd:
-                raise UserError(
-                    f"the model has parameters of {odd.pop()} but precision is fp32: call convert_to_fp32()"
-                )
+            odd = {str(param.dtype) for param in self.model_params} - {"torch.float32", "torch.float64"}
+            found = f"the model has parameters of {' and '.join(odd)}"
+            refuse((odd, f"{found} but precision is fp32: call convert_to_fp32()"))
             return self.model_params
         # Copied before the conversion, or the masters would start from rounded values.
         copies = [param.detach().float().clone() for param in self.model_params]

@@ -18,7 +18,7 @@ from .config import LOSS_WEIGHTS
 from .diffusion.methods import DenoisedFn, Kwargs, Model, SamplingMethods
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .runtime.errors import UserError, refuse
+from .runtime.errors import refuse
 from .sampling.prediction import Bounds, CondFn, MeanVariance, Prediction, apply_rule, detached, sees_denoiser
 from .sampling.schedules import (
     Array,
@@ -149,10 +149,9 @@ class GaussianDiffusion(SamplingMethods):
         """The network's output without its variance channels, log-variance, variance."""
         learned = self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
         expected = (x.shape[0], x.shape[1] * (2 if learned else 1), *x.shape[2:])
-        if output.shape != expected:
-            raise UserError(
-                f"the network returned shape {tuple(output.shape)} where {expected} is expected: does learn_sigma fit?"
-            )
+        got = tuple(output.shape)
+        fault = f"the network returned shape {got} where {expected} is expected: does learn_sigma fit?"
+        refuse((got != expected, fault))
         if not learned:
             names = ("posterior_variance", "posterior_log_variance_clipped")
             if self.model_var_type is ModelVarType.FIXED_LARGE:

@@ -29,15 +29,7 @@ from .data.fetching import Fetcher
 from .data.items import DataOptions, ImageDataset as ImageDataset, Loaded, Schedule, batches
 from .data.labels import ClassRow, Labels, read_labels, save_classes as save_classes
 from .data.orders import WINDOW, Order, order_of
-from .data.sources import (
-    IMAGE_EXTENSIONS,
-    ImageSource,
-    UnreadableImage,
-    find_images,
-    paths_in,
-    split_archive,
-    tar_of,
-)
+from .data.sources import IMAGE_EXTENSIONS, ImageSource, UnreadableImage, find_images, paths_in, split_archive, tar_of
 from .data.tables import read_vectors
 from .data.upsampling import SmallVersions
 from .runtime.errors import UserError, printable, refuse
@@ -68,12 +60,7 @@ class ImageStream(Iterator[Batch]):
     """
 
     def __init__(
-        self,
-        dataset: ImageDataset,
-        batch_size: int,
-        *,
-        labels: Labels | None = None,
-        order: Order | None = None,
+        self, dataset: ImageDataset, batch_size: int, *, labels: Labels | None = None, order: Order | None = None
     ) -> None:
         options, count = dataset.options, len(dataset)
         self.dataset, self.labels, self.num_workers = dataset, labels, options.num_workers

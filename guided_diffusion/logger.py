@@ -272,10 +272,7 @@ def progress_bar(*, shown: bool = True, **options: Any) -> Any:
 
 
 def configure(
-    dir: str | None = None,
-    format_strs: Iterable[str] | None = None,
-    comm: Comm | None = None,
-    log_suffix: str = "",
+    dir: str | None = None, format_strs: Iterable[str] | None = None, comm: Comm | None = None, log_suffix: str = ""
 ) -> None:
     """Makes a new current logger.
 

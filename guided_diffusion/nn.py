@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .runtime.errors import UserError
+from .runtime.errors import refuse
 
 GROUPS = 32
 _CONVOLUTIONS: dict[int, type[_ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -46,11 +46,8 @@ def normalization(channels: int) -> GroupNorm32:
 
     :param channels: a positive multiple of 32, else ValueError.
     """
-    if channels <= 0 or channels % GROUPS:
-        raise UserError(
-            f"channels must be a positive multiple of {GROUPS} for group normalization, got {channels}; "
-            "change num_channels or channel_mult."
-        )
+    fault = f"channels must be a positive multiple of {GROUPS} for group normalization, got {channels}"
+    refuse((channels <= 0 or channels % GROUPS, f"{fault}; change num_channels or channel_mult."))
     return GroupNorm32(GROUPS, channels)
 
 
@@ -61,14 +58,13 @@ def set_norm_groups(network: nn.Module, groups: int) -> None:
     """
     for layer in network.modules():
         if isinstance(layer, nn.GroupNorm):
-            if layer.num_channels % groups:
-                raise UserError(f"norm_groups {groups} does not divide {layer.num_channels} channels: use 32, 16 or 8")
+            whole = layer.num_channels % groups == 0
+            refuse((not whole, f"norm_groups {groups} does not divide {layer.num_channels} channels: use 32, 16 or 8"))
             layer.num_groups = groups
 
 
 def _for_dims(table: dict[int, _Layer], dims: int) -> _Layer:
-    if dims not in table:
-        raise UserError(f"dims must be one of 1, 2, 3, the axes of space, got {dims!r}.")
+    refuse((dims not in table, f"dims must be one of 1, 2, 3, the axes of space, got {dims!r}."))
     return table[dims]
 
 

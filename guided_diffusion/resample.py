@@ -16,7 +16,7 @@ import torch as th
 import torch.distributed as dist  # noqa: F401
 
 from . import dist_util
-from .runtime.errors import UserError, nearest
+from .runtime.errors import check_choice, refuse
 from .runtime.seeds import to_device
 
 Array = npt.NDArray[np.float64]
@@ -24,11 +24,7 @@ Array = npt.NDArray[np.float64]
 
 def create_named_schedule_sampler(name: str, diffusion: Any) -> ScheduleSampler:
     """The distribution called "uniform" or "loss-second-moment"."""
-    if name not in SCHEDULE_SAMPLERS:
-        raise UserError(
-            f"schedule_sampler {name!r} is unknown: use {' or '.join(SCHEDULE_SAMPLERS)}"
-            f"{nearest(name, SCHEDULE_SAMPLERS)}"
-        )
+    check_choice("schedule_sampler", name, SCHEDULE_SAMPLERS)
     sampler: ScheduleSampler = SCHEDULE_SAMPLERS[name](diffusion)
     return sampler
 
@@ -123,11 +119,8 @@ class LossSecondMomentResampler(LossAwareSampler):
         return {"losses": th.from_numpy(self._loss_history.copy()), "counts": th.from_numpy(self._loss_counts.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if tuple(state["losses"].shape) != self._loss_history.shape:
-            got = tuple(state["losses"].shape)
-            raise UserError(
-                f"a history of shape {got} does not fit {self._loss_history.shape} (steps, losses per step)"
-            )
+        got, expected = tuple(state["losses"].shape), self._loss_history.shape
+        refuse((got != expected, f"a history of shape {got} does not fit {expected} (steps, losses per step)"))
         self._loss_history, self._loss_counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from .diffusion.forward_process import Tables, table_of
 from .diffusion.methods import Model
 from .gaussian_diffusion import GaussianDiffusion, Losses
-from .runtime.errors import UserError, refuse
+from .runtime.errors import UserError, as_user_error, refuse
 from .runtime.seeds import to_device
 from .sampling.prediction import CondFn, MeanVariance
 from .sampling.schedules import Array, NoiseLevels
@@ -57,16 +57,14 @@ def space_timesteps(
 
 
 def _count(text: str, whole: str) -> int:
-    if not text.strip().isdigit():
-        raise UserError(f"timestep_respacing {whole!r} is not a grid: {WRITE}")
+    refuse((not text.strip().isdigit(), f"timestep_respacing {whole!r} is not a grid: {WRITE}"))
     return int(text)
 
 
 def _numbers(text: str) -> list[float]:
-    try:
+    fault = f"timestep_respacing {text!r} is not a list of timesteps: write 'list:0,10.5,999'"
+    with as_user_error(fault, ValueError):
         return [float(word) for word in text.removeprefix("list:").split(",")]
-    except ValueError:
-        raise UserError(f"timestep_respacing {text!r} is not a list of timesteps: write 'list:0,10.5,999'") from None
 
 
 def _sections(num_timesteps: int, counts: Sequence[int]) -> set[int]:
@@ -177,8 +175,8 @@ class SpacedDiffusion(GaussianDiffusion):
         kept: list[float] = given if real else sorted({int(step) for step in given})
         self.use_timesteps = set(kept)
         alphas_cumprod: Array = np.cumprod(1 - np.array(kwargs["betas"], np.float64), dtype=np.float64)
-        if not kept or not 0 <= min(kept) <= max(kept) < len(alphas_cumprod):
-            raise UserError(f"use_timesteps must lie in 0 .. {len(alphas_cumprod) - 1}, and are {kept}")
+        inside = bool(kept) and 0 <= min(kept) <= max(kept) < len(alphas_cumprod)
+        refuse((not inside, f"use_timesteps must lie in 0 .. {len(alphas_cumprod) - 1}, and are {kept}"))
         self.timestep_map, self.original_num_steps = kept, len(alphas_cumprod)
         self.original_alphas_cumprod = alphas_cumprod
         levels = np.append(1.0, _alpha_bar(kept, alphas_cumprod))

@@ -20,7 +20,7 @@ from .data.upsampling import NAMES, picture_names
 from .networks.compiling import evaluating as evaluating
 from .nn import traits_of
 from .respace import respaced, space_timesteps
-from .runtime.errors import UserError, refuse
+from .runtime.errors import refuse
 from .runtime.files import write_json
 from .runtime.jobs import Job
 from .runtime.labels import check_labels
@@ -90,7 +90,8 @@ def _check(job: Job, model: Model, options: SampleOptions) -> None:
 
 def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: SampleOptions) -> dict[str, Any]:
     """Everything that the result depends on, as JSON values."""
-    labels = list(job.labels)
+    labels, texts = list(job.labels), list(job.prompts)
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
     settings = {
         "shape": job.shape,
         "num_samples": job.num_samples,
@@ -99,11 +100,7 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         "seed": job.seed,
         "labels": labels if len(labels) <= LISTED else fingerprint({"labels": np.asarray(labels)}),
         "random_classes": 0 if labels else job.num_classes,
-        **(
-            {"prompts": list(job.prompts) if len(job.prompts) <= LISTED else _digest(job.prompts)}
-            if job.prompts
-            else {}
-        ),
+        **({"prompts": texts if len(texts) <= LISTED else digest} if texts else {}),
         "sampler": repr(make_sampler(job.sampler)),
         "steps": process.num_timesteps,
         "schedule": fingerprint({"betas": process.betas, "timesteps": np.asarray(process.timestep_map)}),
@@ -115,10 +112,6 @@ def _manifest(process: GaussianDiffusion, model: Model, job: Job, options: Sampl
         if not isinstance(value, bool | int | float | str | None):
             loop[name] = fingerprint({"": value}) if isinstance(value, th.Tensor) else "given"
     return {**job.request, **settings, **loop, "device": _device(model, options).type}
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def _claim(job: Job, manifest: Mapping[str, Any]) -> bool:
@@ -145,11 +138,14 @@ def make_shards(
     The first batch comes with its film.
     """
     missing, warned = job.missing(rank, world_size, log=logger.log), set[str]()
+    decode: Any = job.decode or (lambda x, _: x)
     show = options.pop("progress", False) and rank == 0
     total = len(missing) * network_calls(process, make_sampler("ddim"), **options)  # which asks once in every step
     with logger.progress_bar(shown=show, total=total, desc="sampling", unit="step") as bar, evaluating(model):
         for batch in missing:
-            film = _film(job) if job.film and batch == 0 else None
+            film = None
+            if job.film and batch == 0:
+                film = Film(job.film, min(FILM_IMAGES, len(job.rows(0))), lambda x: decode(x, range(len(x))))
             outside: list[th.Tensor | None] = []
 
             def each(output: StepOutput, film: Film | None = film, outside: list[Any] = outside) -> None:
@@ -167,12 +163,6 @@ def make_shards(
             if film is not None:
                 film.save(job.file("film.png"), job.file("film.gif"))
             save_npz(job.shard(batch), to_uint8(x), *([] if labels is None else [labels.cpu().numpy()]))
-
-
-def _film(job: Job) -> Film:
-    """A film of the first images of a job."""
-    count, decode = min(FILM_IMAGES, len(job.rows(0))), job.decode
-    return Film(job.film, count) if decode is None else Film(job.film, count, lambda x: decode(x, range(len(x))))
 
 
 def _sample_batch(
@@ -217,12 +207,10 @@ def _device(model: Model, options: SampleOptions) -> th.device:
 def plain_images(x: th.Tensor, batch: int) -> str:
     """A warning of images that are of one colour; '' where there are none. Those that are not finite are refused."""
     pixels = x.flatten(1)
-    if broken := int((~pixels.isfinite().all(dim=1)).sum()):
-        raise UserError(
-            f"{broken} of the {len(x)} samples of batch {batch} have values that are not finite, and no result is "
-            "written: do the diffusion flags fit those of the training? Else give --precision fp32 or a lower scale of "
-            "guidance, and another --log_dir"
-        )
+    broken = int((~pixels.isfinite().all(dim=1)).sum())
+    fault = f"{broken} of the {len(x)} samples of batch {batch} have values that are not finite"
+    remedy = "Else give --precision fp32 or a lower scale of guidance, and another --log_dir"
+    refuse((broken, f"{fault}, and no result is written: do the diffusion flags fit those of the training? {remedy}"))
     plain = int((pixels.amax(dim=1) - pixels.amin(dim=1) < LEVEL).sum())
     cause = "do the diffusion flags fit those of the training, and is the model trained long enough?"
     return f"{plain} of the {len(x)} samples of batch {batch} are of one colour: {cause}" if plain else ""

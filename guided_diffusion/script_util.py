@@ -33,7 +33,7 @@ from .networks.autoencoder import AutoencoderKL, VQModel
 from .networks.context import context_arguments
 from .networks.hardware import fastest_precision
 from .respace import SpacedDiffusion, space_timesteps
-from .runtime.errors import UserError
+from .runtime.errors import UserError, refuse
 from .runtime.options import Size, check_keywords, defaults, parse_size, size_flag, str2bool as str2bool
 from .sampling.schedules import rescale_zero_terminal_snr
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
@@ -121,8 +121,8 @@ def channel_multipliers(text: str, size: tuple[int, int], table: Mapping[int, st
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if min(numbers, default=0) <= 0:
-        raise UserError(f"channel_mult {text!r} is not a list of positive numbers: write for example 0.5,1,2")
+    none = min(numbers, default=0) <= 0
+    refuse((none, f"channel_mult {text!r} is not a list of positive numbers: write for example 0.5,1,2"))
     levels, rate = len(numbers), 2 ** (len(numbers) - 1)
     for side in size:
         if side % rate:
@@ -141,15 +141,15 @@ def attention_rates(
 ) -> tuple[int, ...]:
     """Downsample factors at which there is attention, from resolutions in pixels of the longer side."""
     words = [word for word in text.split(",") if word.strip()]
-    if not all(word.strip().isdigit() and int(word) for word in words):
-        raise UserError(f"{name} {text!r} is not a list of resolutions: write for example 32,16,8, or '' for none")
+    sound = all(word.strip().isdigit() and int(word) for word in words)
+    refuse((not sound, f"{name} {text!r} is not a list of resolutions: write for example 32,16,8, or '' for none"))
     longer = max(size)
     rates = {int(word): longer // int(word) for word in words}
     existing = {2**level: str(longer // 2**level) for level in range(levels)}
     lost = [str(resolution) for resolution, rate in rates.items() if rate not in existing]
     message = f"{name} {', '.join(lost)} of {text!r} do not occur at size {longer}"
-    if lost and len(lost) == len(rates):
-        raise UserError(f"{message}: its levels are {', '.join(existing.values())}; use these, or '' for none")
+    nothing = lost and len(lost) == len(rates)
+    refuse((nothing, f"{message}: its levels are {', '.join(existing.values())}; use these, or '' for none"))
     if lost:
         warnings.warn(f"{message} and have no effect", stacklevel=3)
     return tuple(rates.values())
@@ -406,8 +406,8 @@ def create_gaussian_diffusion(
     min_snr_gamma: float = 5.0,
 ) -> SpacedDiffusion:
     """A process from its flags; without `timestep_respacing` it takes all its steps."""
-    if predict_v and predict_xstart:
-        raise UserError("predict_v and predict_xstart are both True: the network predicts one of the two")
+    both = predict_v and predict_xstart
+    refuse((both, "predict_v and predict_xstart are both True: the network predicts one of the two"))
     loss = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
     fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
     mean = gd.ModelMeanType.VELOCITY if predict_v else gd.ModelMeanType.EPSILON

@@ -26,9 +26,9 @@ from .networks.compiling import eagerly, evaluating
 from .nn import traits_of, update_ema
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler as UniformSampler, create_named_schedule_sampler
 from .runtime import files
-from .runtime.errors import UserError, refuse
+from .runtime.errors import refuse
 from .runtime.files import write_json
-from .runtime.options import parse_profiles, parse_rates
+from .runtime.options import parse_microbatch, parse_profiles, parse_rates
 from .runtime.seeds import seeded
 from .training import batches, checkpoints
 from .training.averages import PowerAverages
@@ -91,7 +91,8 @@ class TrainLoop:
         self.settings = options = Settings(**settings)
         self.model, self.diffusion, self.data, self.batch_size = model, diffusion, data, batch_size
         self.global_batch = batch_size * dist_util.world_size()
-        self.microbatch, self.auto_microbatch = batches.first_microbatch(microbatch, batch_size)
+        self.auto_microbatch, size = microbatch == "auto", parse_microbatch(str(microbatch))
+        self.microbatch = size if isinstance(size, int) and size > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
         self.ema_rate, self.seed = parse_rates(ema_rate), options.seed
         self.log_interval, self.save_interval = log_interval, save_interval
@@ -133,8 +134,7 @@ class TrainLoop:
         self.powers = PowerAverages(parse_profiles(self.settings.ema_profiles), self.mp_trainer)
         if files is not None or self.resume_step:  # the step alone: of a subclass that has loaded the weights itself
             self._resume(files or self._chosen() or Checkpoint(self.resume_step))
-        if self.lr is None:
-            raise UserError("lr is None, and there is no optimizer file to take it from: give a learning rate")
+        refuse((self.lr is None, "lr is None, and there is no optimizer file to take it from: give a learning rate"))
         self._losses_at: tuple[th.Tensor, th.Tensor] | None = None
         self.meter = Meter(self.global_batch, done=self.updates, total=self.limit, progress=self.settings.progress)
         self.supply, self._saved = Supply(self.data, self.meter), self.updates

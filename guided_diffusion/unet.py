@@ -47,7 +47,7 @@ from .nn import (
     timestep_embedding,
     zero_module,
 )
-from .runtime.errors import UserError
+from .runtime.errors import UserError, check_choice
 
 
 class _Door(ModuleType):
@@ -158,8 +158,7 @@ class EncoderUNetModel(UNetBackbone):
             shape = self._shape(len(self._widths) - 1)
             pool = AttentionPool2d(shape, width, self.num_head_channels, self.out_channels)
             return nn.Sequential(normalization(width), nn.SiLU(), pool)
-        if self.pool not in POOLS:
-            raise UserError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}.")
+        check_choice("pool", self.pool, POOLS)
         hidden = linear(self._feature_size, 2048)
         between = [nn.ReLU()] if self.pool == "spatial" else [normalization(2048), nn.SiLU()]
         return nn.Sequential(hidden, *between, linear(2048, self.out_channels))

@@ -16,7 +16,7 @@ from torch import nn
 from .. import dist_util, logger
 from ..config import AutoencoderTrainConfig
 from ..networks.autoencoder import AutoencoderKL, VQModel
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import refuse
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, save_grid, to_uint8, to_unit
 from ..runtime.seeds import to_device
 from ..train_util import TrainLoop
@@ -72,11 +72,13 @@ class AutoencoderLoop(TrainLoop):
         diffusion: Any = None,
         **keywords: Any,
     ) -> None:
-        refuse((keywords.get("fsdp"), "fsdp does not go with autoencoders: leave it out"))
-        if losses.disc_weight and keywords["microbatch"] == "auto" and dist_util.world_size() > 1:
-            raise UserError("microbatch auto does not go with a discriminator on several ranks: give a number")
-        if bool(losses.feature_weight) != (features is not None):
-            raise UserError("feature_weight and a network of features need each other")
+        uneven = losses.disc_weight and keywords["microbatch"] == "auto" and dist_util.world_size() > 1
+        alone = bool(losses.feature_weight) != (features is not None)
+        refuse(
+            (keywords.get("fsdp"), "fsdp does not go with autoencoders: leave it out"),
+            (uneven, "microbatch auto does not go with a discriminator on several ranks: give a number"),
+            (alone, "feature_weight and a network of features need each other"),
+        )
         device, channels = next(model.parameters()).device, model.ddconfig["in_channels"]
         self.losses, self.distance = AutoencoderLoss(losses, features), distance
         self.autoencoder, self.scale, self.extra = model, Scale(), {}

@@ -11,7 +11,7 @@ def train(flags: Flags) -> None:
     from .. import dist_util
     from ..config import AutoencoderConfig, AutoencoderTrainConfig
     from ..evaluation.features import frechet
-    from ..runtime.errors import UserError
+    from ..runtime.errors import refuse
     from ..script_util import build_autoencoder
     from . import training
     from .autoencoder_loop import AutoencoderLoop, Untimed
@@ -26,8 +26,8 @@ def train(flags: Flags) -> None:
         extractor = extractor_of(flags)
         options["distance"] = frechet(extractor) if losses.val_distance else None
         options["features"] = getattr(extractor, "differentiable", None) if losses.feature_weight else None
-        if losses.feature_weight and options["features"] is None:
-            raise UserError(f"--feature_weight needs --features inception or classifier:PATH, not {extractor.name}")
+        lacking = losses.feature_weight and options["features"] is None
+        refuse((lacking, f"--feature_weight needs --features inception or classifier:PATH, not {extractor.name}"))
     run = training.Training(flags, network, Untimed(), stream, validation)
     run.run(AutoencoderLoop, losses=losses, **options)
 

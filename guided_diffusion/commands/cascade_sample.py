@@ -19,14 +19,8 @@ from .flags import COMMANDS, Flags, parse, parser
 from .sections import SEED_STEP, CascadeConfig
 
 NAME = "cascade_sample"
-FILLED_IN = (
-    "log_dir",
-    "device",
-    "num_samples",
-    "base_samples",
-    "start_index",
-    "shard",
-)  # flags of the stages' commands
+# flags of the stages' commands that no stage is given by itself
+FILLED_IN = ("log_dir", "device", "num_samples", "base_samples", "start_index", "shard")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -254,10 +254,8 @@ def encoder_beside(network: Any, config: Any, path: str) -> ContextEncoder | Non
 
 
 def _adapted(config: AdapterConfig, weights: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
-    if not files.exists(config.lora_path):
-        raise UserError(
-            f"--lora_path {config.lora_path!r} does not exist: give a folder loraNNNNNN, or that of its run"
-        )
+    remedy = "give a folder loraNNNNNN, or that of its run"
+    refuse((not files.exists(config.lora_path), f"--lora_path {config.lora_path!r} does not exist: {remedy}"))
     weights, doubt = lora.applied(weights, lora.read(config.lora_path), scale=config.lora_scale)
     logger.log(f"lora_path: {config.lora_path}, times {config.lora_scale:g}")
     if doubt:

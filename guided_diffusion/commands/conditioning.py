@@ -15,7 +15,7 @@ from ..data.labels import read_labels
 from ..data.sources import ImageSource, Selection
 from ..data.upsampling import BaseImages, read_base as read
 from ..networks.tiling import MOST_OVERLAP, tiled
-from ..runtime.errors import WHY, UserError, as_user_error, refuse
+from ..runtime.errors import WHY, as_user_error, refuse
 from ..runtime.options import parse_range, parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, to_uint8
 from .flags import Flags
@@ -39,9 +39,9 @@ def pairing_of(flags: Flags) -> Pairing | None:
     kind, config = kind_of(flags), flags.part(CondDataConfig)
     if kind is None:
         return None
-    if not config.cond_dir or (flags.values.get("val_data_dir") and not flags.values["val_cond_dir"]):
-        folders = "--cond_dir, and --val_cond_dir with --val_data_dir"
-        raise UserError(f"--cond_type {kind.name} needs the conditioning images: give {folders}")
+    lacking = not config.cond_dir or (flags.values.get("val_data_dir") and not flags.values["val_cond_dir"])
+    folders = "--cond_dir, and --val_cond_dir with --val_data_dir"
+    refuse((lacking, f"--cond_type {kind.name} needs the conditioning images: give {folders}"))
     return Pairing(config.cond_dir, kind, config.skip_unpaired, flags.values.get("cond_dropout", 0.0))
 
 
@@ -66,8 +66,8 @@ def extend(plan: Plan, model: Restored, names: Sequence[str]) -> None:
     kind, config, network = kind_of(flags), flags.part(CondSampleConfig), flags.part(UNetConfig)
     if kind is None:
         return
-    if not config.cond_images:
-        raise UserError(f"{model.path} was trained with conditioning images ({kind.name}): give --cond_images")
+    trained = f"{model.path} was trained with conditioning images ({kind.name})"
+    refuse((not config.cond_images, f"{trained}: give --cond_images"))
 
     def label(source: ImageSource) -> list[int]:
         return _label_ids(source, names, network.num_classes, config.cond_class_from, config.label_column)
@@ -75,8 +75,8 @@ def extend(plan: Plan, model: Restored, names: Sequence[str]) -> None:
     sampling, all_of_them = flags.part(SampleConfig), "num_samples" in flags.changed
     selection = Selection(sampling.num_samples, all=all_of_them, label=label if config.cond_class_from else None)
     images = open_cond_images(config.cond_images, kind, network.image_size, selection)
-    if images.source.array and config.cond_class_from not in ("", "auto"):
-        raise UserError(f"--cond_class_from {config.cond_class_from} has no effect on an array of images: leave it out")
+    idle = images.source.array and config.cond_class_from not in ("", "auto")
+    refuse((idle, f"--cond_class_from {config.cond_class_from} has no effect on an array of images: leave it out"))
     if images.labels is not None and "labels" in plan.job and not sampling.classes:
         plan.job |= {"labels": images.labels, "num_classes": 0}
     plan.job |= {"num_samples": len(images.source), "names": images.names, "conditioning": images.conditioning}
@@ -143,15 +143,11 @@ def _enlarged(plan: Plan, flags: Flags, size: tuple[int, int]) -> tuple[int, ...
     if not overlap:
         return (config.image_channels, *large)
     scale, shown = large[0] // small[0], f"{size[0]}x{size[1]}"
+    uneven = large != (scale * small[0], scale * small[1])
+    less = size[0] < small[0] or size[1] < small[1]
     refuse(
-        (
-            large != (scale * small[0], scale * small[1]),
-            f"--tile_overlap needs a large_size that is a multiple of {small}",
-        ),
-        (
-            size[0] < small[0] or size[1] < small[1],
-            f"images of {shown} are smaller than a tile of {small}: enlarge them",
-        ),
+        (uneven, f"--tile_overlap needs a large_size that is a multiple of {small}"),
+        (less, f"images of {shown} are smaller than a tile of {small}: enlarge them"),
         (overlap > MOST_OVERLAP, f"--tile_overlap {overlap} is above {MOST_OVERLAP}: usual is 0.25"),
     )
     plan.network = tiled(plan.network, small, scale, overlap)

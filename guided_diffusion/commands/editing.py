@@ -85,11 +85,7 @@ def starts_of(model: Restored, images: InitImages) -> th.Tensor:
 
 
 def noise_of(
-    model: Restored,
-    images: th.Tensor,
-    labels: th.Tensor | None,
-    beside: Mapping[str, th.Tensor],
-    strength: float = 1.0,
+    model: Restored, images: th.Tensor, labels: th.Tensor | None, beside: Mapping[str, th.Tensor], strength: float = 1.0
 ) -> th.Tensor:
     """The noise that the unguided sampler without randomness turns images [B, C, H, W] to.
 

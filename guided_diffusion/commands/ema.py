@@ -10,7 +10,7 @@ from .tool_sections import EmaConfig
 def make(flags: Flags) -> None:
     """Write the average that the flags ask for."""
     from .. import dist_util, logger
-    from ..runtime.errors import UserError, refuse
+    from ..runtime.errors import refuse
     from ..runtime.files import join
     from ..training import averages
     from ..training.checkpoints import Checkpoint, powers_in
@@ -25,8 +25,8 @@ def make(flags: Flags) -> None:
     refuse((not files, f"{config.source} holds no power_WIDTH_NNNNNN.pt: give the folder of a run with --ema_profiles"))
     steps = sorted({step for step, _ in files})
     step = config.step or steps[-1]
-    if step not in steps:
-        raise UserError(f"--step {step} is none of {', '.join(map(str, steps))}, of which {config.source} has averages")
+    known = f"{', '.join(map(str, steps))}, of which {config.source} has averages"
+    refuse((step not in steps, f"--step {step} is none of {known}"))
     out = config.out or join(config.source, f"profile_{config.profile:g}_{step:06d}.safetensors")
     check_ending(out)
     stored = [key for key in files if key[0] <= step]

@@ -63,8 +63,8 @@ def _classifier(path: str, device: th.device, precision: str) -> Extractor:
     given = {"classifier_path": path, "classifier_precision": precision, "classifier_use_fp16": False}
     try:
         restored = restore(Flags("classifier_sample", given), "classifier_path")
-        if restored.flags.values["latent_channels"]:
-            raise UserError(f"{path} sees the latents of an autoencoder and not images: give another")
+        latents = restored.flags.values["latent_channels"]
+        refuse((latents, f"{path} sees the latents of an autoencoder and not images: give another"))
     except ValueError as error:
         fault = str(error).replace("--classifier_path ", "")
         raise UserError(f"--features classifier:{path} cannot be used: {fault}") from error
@@ -77,8 +77,8 @@ def check_writable(path: str) -> None:
     folder = os.path.dirname(path) or "."
     while not os.path.exists(folder):
         folder = os.path.dirname(folder) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"{path} cannot be written: give a file in a folder that may be written to")
+    barred = os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)
+    refuse((barred, f"{path} cannot be written: give a file in a folder that may be written to"))
 
 
 def evaluation_of(flags: Flags, stream: ImageStream, first_stage: FirstStage | None = None) -> Evaluation:
@@ -107,8 +107,8 @@ def evaluation_job(flags: Flags, sampler: Sampler, stream: ImageStream) -> Job:
     These images are evenly spread over the data and in random order.
     """
     unet, seed, count = flags.part(UNetConfig), flags.part(RunConfig).seed, flags.values["eval_samples"]
-    if unet.image_channels not in (1, 3):
-        raise UserError(f"--eval_interval compares images of 1 or 3 channels, not {unet.image_channels}: leave it out")
+    odd = unet.image_channels not in (1, 3)
+    refuse((odd, f"--eval_interval compares images of 1 or 3 channels, not {unet.image_channels}: leave it out"))
     dataset = stream.dataset
     chosen = (np.arange(count) * len(dataset) // count)[np.random.default_rng(seed).permutation(count)]
     classes = dataset.local_classes if unet.class_cond else None

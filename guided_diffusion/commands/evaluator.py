@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import RangeConfig
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..runtime.options import parse_range
 from .entry import entry
 from .flags import Flags
@@ -27,8 +27,8 @@ def compare(flags: Flags) -> None:
     reference, samples = (
         open_images(path, config.image_size or None, span) for path in (config.reference, config.samples)
     )
-    if config.image_size and not any(isinstance(images, FileImages) for images in (reference, samples)):
-        raise UserError(f"--image_size {config.image_size} has no effect, as no folder or zip is given: leave it out")
+    idle = config.image_size and not any(isinstance(images, FileImages) for images in (reference, samples))
+    refuse((idle, f"--image_size {config.image_size} has no effect, as no folder or zip is given: leave it out"))
     report = evaluate(
         reference,
         samples,

@@ -12,7 +12,7 @@ import torch as th
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, SuperResConfig, UNetConfig
 from ..runtime import files
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..training import finetuning, lora
 from ..training.checkpoints import CLASSIFIER, UNET, UPSAMPLER
 from .flags import COMMANDS, Flags
@@ -28,11 +28,9 @@ KINDS: dict[str, tuple[str, type[Any]]] = {
 
 def check_beginning(flags: Flags) -> None:
     """Refuse a command line that would start a run and go on with one."""
-    if flags.given.get("init_from") and flags.given.get("resume_checkpoint", "auto") not in ("", "auto"):
-        raise UserError(
-            "--init_from starts a run and --resume_checkpoint goes on with one: give one of the two, or "
-            "--resume_checkpoint auto"
-        )
+    both = flags.given.get("init_from") and flags.given.get("resume_checkpoint", "auto") not in ("", "auto")
+    remedy = "give one of the two, or --resume_checkpoint auto"
+    refuse((both, f"--init_from starts a run and --resume_checkpoint goes on with one: {remedy}"))
 
 
 def over_source(flags: Flags) -> Flags:
@@ -80,11 +78,8 @@ def choose_trained(flags: Flags, model: th.nn.Module, changed: Sequence[str] = (
         return
     train = finetuning.matching(model, adapters.lora_train, "lora_train")
     untrained = [name for name in changed if name not in train]
-    if untrained:
-        raise UserError(
-            f"{untrained[0]} is not the checkpoint's, and adapters would leave it as it is: name it in --lora_train, "
-            "e.g. label_emb.*"
-        )
+    left = f"{''.join(untrained[:1])} is not the checkpoint's, and adapters would leave it as it is"
+    refuse((untrained, f"{left}: name it in --lora_train, e.g. label_emb.*"))
     kinds = adapters.lora_on.split(",")
     names = lora.attach(model, rank=adapters.lora_rank, alpha=adapters.lora_alpha, on=kinds, train=train)
     also = f", trained beside {len(train)} other parameters" if train else ""

@@ -11,7 +11,7 @@ import torch as th
 from .. import dist_util, logger
 from ..networks.first_stage import FirstStage
 from ..runtime import files
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import defaults
 from ..runtime.seeds import to_device
@@ -38,26 +38,21 @@ def opened(flags: Flags, beside: str = "") -> tuple[Flags, FirstStage | None]:
     """
     values = flags.values
     path = values.get("autoencoder_path", "")
+    unnamed, lost = not path and values.get("latent_channels"), path and "autoencoder_path" not in flags.given
+    gone = f"the autoencoder of {beside} is not at {path}, where it was in training"
+    refuse(
+        (unnamed, "the network works on latents, and no autoencoder is named: give --autoencoder_path"),
+        (lost and not files.exists(path), f"{gone}: give its place by --autoencoder_path"),
+    )
     if not path:
-        if values.get("latent_channels"):
-            raise UserError("the network works on latents, and no autoencoder is named: give --autoencoder_path")
         return flags, None
-    if "autoencoder_path" not in flags.given and not files.exists(path):
-        raise UserError(
-            f"the autoencoder of {beside} is not at {path}, where it was in training: give its place by "
-            "--autoencoder_path"
-        )
     stage = _open(path, flags)
     known = values["autoencoder_id"]
-    unlike = (
-        f"{path} is of images with {stage.image_channels} channels, and --image_channels {values['image_channels']}"
-    )
+    given = f"--image_channels {values['image_channels']}"
+    unlike = f"{path} is of images with {stage.image_channels} channels, and {given}"
+    other = f"{path} is another autoencoder (fingerprint {stage.fingerprint}) than that of the training ({known})"
     refuse(
-        (
-            known and known != stage.fingerprint,
-            f"{path} is another autoencoder (fingerprint {stage.fingerprint}) than that of the training ({known}): "
-            "give its place by --autoencoder_path",
-        ),
+        (known and known != stage.fingerprint, f"{other}: give its place by --autoencoder_path"),
         (stage.image_channels != values["image_channels"], f"{unlike}: give another, or the channels"),
     )
     logger.log(
@@ -71,8 +66,8 @@ def opened(flags: Flags, beside: str = "") -> tuple[Flags, FirstStage | None]:
         "latent_channels": stage.channels,
     }
     for name, value in facts.items():
-        if flags.given.get(name, value) != value:
-            raise UserError(f"--{name} {flags.given[name]} is not the autoencoder's, {value}: leave it out")
+        said = flags.given.get(name, value)
+        refuse((said != value, f"--{name} {said} is not the autoencoder's, {value}: leave it out"))
     return Flags(flags.command, flags.given, {**flags.saved, **facts}), stage
 
 
@@ -88,25 +83,22 @@ def of_sampling(flags: Flags, checkpoint: Checkpoint) -> tuple[Flags, FirstStage
     """`opened` for a network that is sampled from."""
     config, given = checkpoint.flags, "autoencoder_path" in flags.given
     if "autoencoder_path" not in COMMANDS[flags.command].flags():
-        on_pixels = f"and {flags.command} measures and makes pixels alone"
-        if flags.values.get("latent_channels"):
-            raise UserError(
-                f"{checkpoint.path} works on the latents of an autoencoder, {on_pixels}: give another model"
-            )
+        on_pixels = f"and {flags.command} measures and makes pixels alone: give another model"
+        latents = flags.values.get("latent_channels")
+        refuse((latents, f"{checkpoint.path} works on the latents of an autoencoder, {on_pixels}"))
         return flags, None
-    if given and config and not config.get("latent_channels"):
-        raise UserError(f"{checkpoint.path} works on pixels, and --autoencoder_path has no effect: leave it out")
+    idle = given and config and not config.get("latent_channels")
+    refuse((idle, f"{checkpoint.path} works on pixels, and --autoencoder_path has no effect: leave it out"))
     if given and not config:  # the weights show the channels of the latents as those of images
         saved = {name: value for name, value in flags.saved.items() if name != "image_channels"}
         flags = Flags(flags.command, flags.given, saved)
-    if flags.values.get("cond_type") and flags.values.get("latent_channels"):
-        raise UserError(
-            f"{checkpoint.path} sees images beside its latents, as for inpainting, which no command gives it: build it "
-            "in Python, and give them as cond_image"
-        )
+    paints = f"{checkpoint.path} sees images beside its latents, as for inpainting, which no command gives it"
+    remedy = "build it in Python, and give them as cond_image"
+    refuse((flags.values.get("cond_type") and flags.values.get("latent_channels"), f"{paints}: {remedy}"))
     flags, stage = opened(flags, checkpoint.path)
-    if stage is not None:
-        refuse_clipping(flags)
+    for name in ("clip_denoised", "dynamic_threshold", "clip_guided") if stage else ():
+        clips = flags.given.get(name) not in (None, False, 0.0, "False")
+        refuse((clips, f"--{name} has no effect on latents, which do not end at -1 and 1: leave it out"))
     return flags, stage
 
 
@@ -139,13 +131,6 @@ def decoded(stage: FirstStage | None, shape: Sequence[int]) -> dict[str, Any]:
     if stage is None:
         return {}
     return {"latent_shape": stage.latent_shape(shape), "decode": lambda latents, _: stage.decode(latents)}
-
-
-def refuse_clipping(flags: Flags) -> None:
-    """Refuse what has no meaning for latents, which are in no range."""
-    for name in ("clip_denoised", "dynamic_threshold", "clip_guided"):
-        if flags.given.get(name) not in (None, False, 0.0, "False"):
-            raise UserError(f"--{name} has no effect on latents, which do not end at -1 and 1: leave it out")
 
 
 def starts(stage: FirstStage | None, images: InitImages) -> Callable[[Sequence[int]], dict[str, th.Tensor]]:

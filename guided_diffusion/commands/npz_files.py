@@ -61,10 +61,12 @@ def to_png(config: NpzToolConfig) -> str:
             "((x + 1) * 127.5).clip(0, 255).astype(uint8)"
         )
     with Npz(images.file) as archive:
-        if images.labels is None and images.name == "arr_0" and "arr_1" in archive:
-            raise UserError(f"{config.source}: arr_1 is no label for each of {images.count} images")
-    if images.labels is None and config.classes:
-        raise UserError(f"{config.source} has no labels (arr_1): leave out --classes {config.classes}")
+        others = images.labels is None and images.name == "arr_0" and "arr_1" in archive
+    idle = images.labels is None and config.classes
+    refuse(
+        (others, f"{config.source}: arr_1 is no label for each of {images.count} images"),
+        (idle, f"{config.source} has no labels (arr_1): leave out --classes {config.classes}"),
+    )
     ids = None if images.labels is None else images.labels.tolist()
     classes = [] if ids is None else _classes(ids, config.classes)
     digits = max(6, len(str(images.count - 1)))
@@ -91,11 +93,11 @@ def to_png(config: NpzToolConfig) -> str:
 def _classes(ids: Sequence[int], table: str) -> list[str]:
     """Names of classes by id, which file names can begin with; without a classes.json their numbers."""
     low, high, names = min(ids), max(ids), load_classes(table) if table else []
-    if low < 0 or high > (len(names) - 1 if names else MAX_LABEL):
-        raise UserError(f"label {min(low, 0) or high} has no name: give a classes.json that names it")
+    nameless = low < 0 or high > (len(names) - 1 if names else MAX_LABEL)
+    refuse((nameless, f"label {min(low, 0) or high} has no name: give a classes.json that names it"))
     for name in names:
-        if not name or name[0] == "." or set(name) & set('_/\\:*?"<>|\0'):
-            raise UserError(f"the class {quoted(name)} is no beginning of a file name: change it in classes.json")
+        odd = not name or name[0] == "." or set(name) & set('_/\\:*?"<>|\0')
+        refuse((odd, f"the class {quoted(name)} is no beginning of a file name: change it in classes.json"))
     return names or [f"{number:0{len(str(high))}d}" for number in range(high + 1)]
 
 
@@ -215,11 +217,9 @@ def _joined(parts: Sequence[ArrayImages]) -> dict[str, Any]:
     """Images, labels and prompts, one part after the other."""
     first, count = parts[0], sum(part.count for part in parts)
     for part in parts:
-        like = (part.stored_shape, part.dtype, part.labels is None)
-        if like != (first.stored_shape, first.dtype, first.labels is None):
-            raise UserError(
-                f"{part.path} and {first.path} differ in shape, type or labels: they are no parts of one set"
-            )
+        ours, theirs = ((each.stored_shape, each.dtype, each.labels is None) for each in (part, first))
+        differ = f"{part.path} and {first.path} differ in shape, type or labels"
+        refuse((ours != theirs, f"{differ}: they are no parts of one set"))
     chunks = (chunk for part in parts for chunk in part.stored())
     arrays: dict[str, Any] = {"arr_0": ((count, *first.stored_shape), first.dtype, chunks)}
     if first.labels is not None:
@@ -241,7 +241,8 @@ def _sum_of(parts: Sequence[ArrayImages]) -> dict[str, Any]:
         return {}
     first = records[0]
     for part, record in zip(parts, records, strict=True):
-        if not record or record["identity"] != first.get("identity"):
-            raise UserError(f"{part.path} and {parts[0].path} do not say that they are of one network: make them again")
+        other = not record or record["identity"] != first.get("identity")
+        fault = f"{part.path} and {parts[0].path} do not say that they are of one network"
+        refuse((other, f"{fault}: make them again"))
     sums = {kind: reduce(add, (part[kind] for part in statistics)) for kind in statistics[0]}
     return statistics_arrays(sums, {**first, "n": sum(record["n"] for record in records)})

@@ -32,7 +32,7 @@ from ..runtime.errors import WHY, UserError, as_user_error, nearest, refuse
 from ..runtime.labels import parse_classes
 from ..runtime.npz import PROMPTS, write_arrays
 from ..runtime.options import means_not_given, reader_of
-from ..runtime.pictures import Pixels, draw_each, grid_of_classes, to_uint8
+from ..runtime.pictures import Pixels, as_picture, draw_each, grid_of_classes, save_picture, to_uint8
 from ..sample_util import plain_images, sampled
 from ..sampling.guidance import combine
 from ..training.checkpoints import CLASSIFIER, UPSAMPLER, Checkpoint, open_checkpoint
@@ -80,7 +80,7 @@ class Samples:
 
     def pil(self) -> list[Image.Image]:
         """Each image as a picture of PIL."""
-        return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in self.images]
+        return list(map(as_picture, self.images))
 
     def grid(self) -> Image.Image:
         """The first 100 in one picture, a row for each class or prompt where they take turns."""
@@ -102,12 +102,10 @@ class Samples:
             texts = np.asarray([*islice(cycle(self.prompts), len(self))]) if self.prompts else None
             arrays = {"arr_0": self.images, "arr_1": self.labels, PROMPTS: texts}
             write_arrays(path, {name: array for name, array in arrays.items() if array is not None})
-            return path
-        if path.endswith(".png"):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            self.grid().save(path, format="PNG")
-            return path
-        draw_each(path, self.images, self.labels, prompts=self.prompts)
+        elif path.endswith(".png"):
+            save_picture(path, self.grid())
+        else:
+            draw_each(path, self.images, self.labels, prompts=self.prompts)
         return path
 
 
@@ -185,9 +183,6 @@ class _Warnings(logger.SeqWriter):
     def writeseq(self, seq: Iterable[str]) -> None:
         warnings.warn(" ".join(seq), stacklevel=5)
 
-    def close(self) -> None:
-        """Nothing is open."""
-
 
 @contextmanager
 def _logging(verbose: bool) -> Iterator[None]:
@@ -245,11 +240,9 @@ def _pixels(value: Images, name: str) -> Pixels:
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255
     several = array.ndim == 4 or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4))
-    if array.dtype != np.uint8 or array.ndim not in (2, 3, 4):
-        raise UserError(
-            f"{name} {array.dtype} {list(array.shape)} is no image: give a path, a picture of PIL, uint8 [H, W, C] or "
-            "[N, H, W, C], or a float tensor [N, C, H, W] in [-1, 1]"
-        )
+    forms = "a path, a picture of PIL, uint8 [H, W, C] or [N, H, W, C], or a float tensor [N, C, H, W] in [-1, 1]"
+    odd = array.dtype != np.uint8 or array.ndim not in (2, 3, 4)
+    refuse((odd, f"{name} {array.dtype} {list(array.shape)} is no image: give {forms}"))
     return array if several else array[None]
 
 
@@ -306,8 +299,7 @@ class Model:
             yield
 
     def _classifier(self) -> Restored:
-        if not self._guide:
-            raise UserError("classifier_scale needs a classifier: give load(..., classifier=PATH)")
+        refuse((not self._guide, "classifier_scale needs a classifier: give load(..., classifier=PATH)"))
         if isinstance(self._guide, str):
             flags = self._restored.flags.with_values(**presets.classifier_flags(self._guide))
             self._guide = sampling.restore_guide(replace(self._restored, flags=flags))
@@ -343,8 +335,8 @@ class Model:
             at most 16; init_image, mask, interpolate and cond_images may be images themselves: see `Images`; prompt a
             list, which the images take in turn; and of the loop cond_fn, cond_fn_with_grad, callback and progress.
         """
-        if self._restored.flags.command == ENLARGE:
-            raise UserError(f"{self.path} is an upsampler: give .upsample(IMAGES) what it is to enlarge")
+        enlarges = self._restored.flags.command == ENLARGE
+        refuse((enlarges, f"{self.path} is an upsampler: give .upsample(IMAGES) what it is to enlarge"))
         turns = [len(options[name]) for name in ("classes", "prompt") if isinstance(options.get(name), list | tuple)]
         options = {"num_samples": max(turns, default=1 if start is None else len(start)), **options}
         options.setdefault("batch_size", min(BATCH, options["num_samples"]))

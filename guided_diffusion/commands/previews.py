@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .. import dist_util, logger
 from ..config import RunConfig, SuperResConfig, UNetConfig
 from ..image_datasets import ImageStream
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..runtime.options import parse_size
 from ..runtime.pictures import DRAWN_CHANNELS, Pixels, planes, save_grid, to_uint8
 from ..sample_util import preview
@@ -61,8 +61,8 @@ def _draw(run: Training, network: Any, shape: tuple[int, ...], labels: list[int]
 def of_samples(run: Training) -> Draw:
     """The function that draws a grid of samples, the classes in turn."""
     config, kind = run.flags.part(UNetConfig), conditioning.kind_of(run.flags)
-    if config.dims != 2 or config.image_channels not in DRAWN_CHANNELS:
-        raise UserError("--sample_interval draws images of 1, 3 or 4 channels in 2 dimensions only: leave it out")
+    undrawable = config.dims != 2 or config.image_channels not in DRAWN_CHANNELS
+    refuse((undrawable, "--sample_interval draws images of 1, 3 or 4 channels in 2 dimensions only: leave it out"))
     shape = (PREVIEWED, *image_shape(config.image_channels, config.image_size))
     labels = list(range(min(PREVIEWED, len(run.stream.classes)))) if config.class_cond else []
     images, _ = first_images(run.stream, min(COMPARED, len(run.stream.dataset)))

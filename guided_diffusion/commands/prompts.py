@@ -16,12 +16,7 @@ import torch as th
 from .. import dist_util, logger
 from ..config import CaptionConfig, ContextConfig
 from ..data.captions import Captioning
-from ..networks.context import (
-    ContextEncoder,
-    ScratchEncoder,
-    build_context_encoder,
-    clip_embedding,
-)
+from ..networks.context import ContextEncoder, ScratchEncoder, build_context_encoder, clip_embedding
 from ..nn import traits_of
 from ..runtime.errors import WHY, UserError, as_user_error, quoted, reason, refuse
 from ..runtime.files import read_file, writing
@@ -59,7 +54,8 @@ def encoder_of_training(
     """
     if stream.captions is None:
         return flags, None
-    config, source = flags.part(ContextConfig), _trained_before(flags)
+    config, path = flags.part(ContextConfig), flags.values["resume_checkpoint"] or flags.values["init_from"]
+    source = path if path and checkpoints.config_beside(path).get("context") == "text" else ""
     tokenizer = checkpoints.tokenizer_beside(source) if source and config.text_encoder == "scratch" else ""
     encoder = build_context_encoder(
         config, captions=stream.captions.all_texts(), tokenizer=tokenizer, device=dist_util.dev(), log=logger.warn
@@ -76,12 +72,6 @@ def encoder_of_training(
     of_folder = {} if config.text_encoder in ("scratch", "minilm") else {"text_encoder": place}
     known = {"context_dim": settings["context_dim"], "text_fingerprint": settings["fingerprint"], **of_folder}
     return flags.with_values(**known), encoder
-
-
-def _trained_before(flags: Flags) -> str:
-    """The checkpoint whose text encoder the network takes over; '' where there is none."""
-    path: str = flags.values["resume_checkpoint"] or flags.values["init_from"]
-    return path if path and checkpoints.config_beside(path).get("context") == "text" else ""
 
 
 def first_captions(stream: ImageStream, indices: Sequence[int]) -> dict[str, th.Tensor]:
@@ -113,9 +103,9 @@ def check_prompts(flags: Flags, *, prompted: bool = False) -> bool:
 
     :param prompted: the images that are enlarged have prompts of their own.
     """
-    texts = bool(prompts_of(flags)) or prompted
-    if flags.values["context"] == "text" and not texts:
-        raise UserError(f"{flags.values['model_path']} was trained with captions: give --prompt or --prompts")
+    texts, path = bool(prompts_of(flags)) or prompted, flags.values["model_path"]
+    lacking = flags.values["context"] == "text" and not texts
+    refuse((lacking, f"{path} was trained with captions: give --prompt or --prompts"))
     return texts
 
 

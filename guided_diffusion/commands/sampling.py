@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, UNetConfig
-from ..runtime.errors import UserError, refuse
+from ..runtime.errors import refuse
 from ..runtime.jobs import Job
 from ..runtime.labels import parse_classes
 from ..runtime.options import parse_range, parse_size, size_flag
@@ -169,9 +169,9 @@ def _check_agreement(model: Restored, other: Restored, title: str, names: Sequen
         ours["classes"], theirs["classes"] = (model.classes, other.classes) if known else ([], [])
     for name in (name for name in names if name in ours):
         same = size_flag if name.endswith("_size") else lambda value: value
-        if same(ours[name]) != same(theirs[name]):
-            both = f"the model has {name} {ours[name]} and the {title} {theirs[name]}"
-            raise UserError(f"{both}: they must be of the same images, classes and noise")
+        both = f"the model has {name} {ours[name]} and the {title} {theirs[name]}"
+        differ = same(ours[name]) != same(theirs[name])
+        refuse((differ, f"{both}: they must be of the same images, classes and noise"))
 
 
 def guided(model: Restored, classifier: Restored | None = None) -> Plan:
@@ -238,9 +238,8 @@ def _interval(model: Restored, text: str) -> tuple[float, float]:
     """The bounds of --guidance_interval in the unit of what networks are fed."""
     low, high = parse_range(text) or (0.0, 0.0)
     taus: Any = model.process.timestep_map
-    if not any(low <= tau <= high for tau in taus):
-        steps = f"{len(taus)} from {taus[0]:g} to {taus[-1]:g}"
-        raise UserError(f"--guidance_interval {text} holds none of the steps, which are {steps}: widen it")
+    none, steps = not any(low <= tau <= high for tau in taus), f"{len(taus)} from {taus[0]:g} to {taus[-1]:g}"
+    refuse((none, f"--guidance_interval {text} holds none of the steps, which are {steps}: widen it"))
     schedule = model.flags.part(DiffusionConfig)
     unit = 1000.0 / schedule.diffusion_steps if schedule.rescale_timesteps else 1.0
     return low * unit, high * unit
@@ -283,9 +282,8 @@ def prepare(model: Restored, plan: Plan) -> tuple[Job, dict[str, Any], int]:
     """Announce a job: itself, the options of its loop, and the evaluations of the network per batch of the loop."""
     job = job_of(model.flags, plan)
     calls = network_calls(model.process, sampler_of(model.flags), **plan.loop)
-    if not calls:
-        steps = model.process.num_timesteps
-        raise UserError(f"--strength {plan.loop['strength']} takes none of the {steps} steps: raise it")
+    strength, steps = plan.loop.get("strength"), model.process.num_timesteps
+    refuse((not calls, f"--strength {strength} takes none of the {steps} steps: raise it"))
     announce(model, job, plan.calls + calls)
     return job, {**plan.loop, **model.clipping, "device": dist_util.dev()}, calls
 

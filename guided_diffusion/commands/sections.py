@@ -17,15 +17,7 @@ from ..config import (
     local_flag,
     path_flag,
 )
-from ..runtime.options import (
-    flag,
-    list_of,
-    names_of,
-    range_flag,
-    share_flag,
-    share_of_job,
-    shuffle_flag,
-)
+from ..runtime.options import flag, list_of, names_of, range_flag, share_flag, share_of_job, shuffle_flag
 
 SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 MISMATCHES = ("error", "reinit", "inflate")

@@ -20,11 +20,7 @@ from ..config import (
     path_flag,
 )
 from ..runtime.options import flag, list_of, range_flag, size_flag
-from .sections import (
-    CLASSES,
-    INTERVAL,
-    ModelConfig,
-)
+from .sections import CLASSES, INTERVAL, ModelConfig
 
 ACTIONS = ("list", "show", "download", "verify")
 TOOLS = ("to-png", "from-images", "merge")

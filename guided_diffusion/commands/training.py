@@ -30,7 +30,7 @@ from ..networks.context import ScratchEncoder
 from ..networks.first_stage import FirstStage
 from ..networks.memory import recompute_at
 from ..runtime import files
-from ..runtime.errors import WHY, UserError, as_user_error, refuse
+from ..runtime.errors import WHY, as_user_error, refuse
 from ..runtime.options import parse_range
 from ..script_util import build_diffusion, build_network
 from ..train_util import TrainLoop
@@ -188,11 +188,9 @@ def _with_null_rows(flags: Flags) -> Flags:
     """The flags with the null class and the null conditioning image that dropping classes and images makes."""
     values, saved = flags.values, flags.saved
     lacking = saved and not saved.get(NULL_ROWS["class_dropout"])
-    if values.get("class_dropout") and values["resume_checkpoint"] and lacking:
-        raise UserError(
-            f"--class_dropout {values['class_dropout']} needs a null class, and the network of "
-            f"{values['resume_checkpoint']} has none: start a new run with it, or leave it out"
-        )
+    dropout, resumed = values.get("class_dropout"), values["resume_checkpoint"]
+    fault = f"--class_dropout {dropout} needs a null class, and the network of {resumed} has none"
+    refuse((dropout and resumed and lacking, f"{fault}: start a new run with it, or leave it out"))
     return flags.with_values(**{name: True for dropout, name in NULL_ROWS.items() if values.get(dropout)})
 
 
@@ -210,11 +208,8 @@ def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
             last = files.step or 0
     elif not auto:
         newest = max(checkpoints.sets_in(folder), default=-1)
-    if newest > last:
-        raise UserError(
-            f"{folder} holds the checkpoints of a run, up to step {newest}: give --resume_checkpoint {folder} to go on "
-            "with it, or another --log_dir"
-        )
+    remedy = f"give --resume_checkpoint {folder} to go on with it, or another --log_dir"
+    refuse((newest > last, f"{folder} holds the checkpoints of a run, up to step {newest}: {remedy}"))
 
 
 # ---- data

@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 
 from ..nn import traits_of
-from ..runtime.errors import WHY, UserError, as_user_error, refuse
+from ..runtime.errors import WHY, as_user_error, refuse
 from ..runtime.files import read_file
 from ..runtime.npz import fingerprint
 from .flags import Flags
@@ -36,8 +36,8 @@ def extend(plan: Plan, model: Restored) -> None:
         return
     config = model.flags.part(SampleConfig)
     rows = _rows(config, dim, columns)
-    if not rows and not traits_of(model.network).null_vector:
-        raise UserError(f"{model.path} was trained with vectors of {columns}: give --vector or --vectors")
+    lacking = not rows and not traits_of(model.network).null_vector
+    refuse((lacking, f"{model.path} was trained with vectors of {columns}: give --vector or --vectors"))
     table = np.array(rows or [[np.nan] * dim], np.float32)
 
     def conditioning(indices: Sequence[int]) -> dict[str, th.Tensor]:
@@ -57,8 +57,8 @@ def _rows(config: SampleConfig, dim: int, columns: str) -> list[list[float]]:
             lines = [line for line in read_file(config.vectors).decode("utf-8-sig").splitlines() if line.strip()]
         rows = [[float(word) for word in line.split(",")] for line in lines]
     for row in rows:
-        if len(row) != dim or any(map(np.isinf, row)):
-            raise UserError(f"{name} has the vector {row} and the network needs {dim} numbers, of {columns}")
+        odd = len(row) != dim or any(map(np.isinf, row))
+        refuse((odd, f"{name} has the vector {row} and the network needs {dim} numbers, of {columns}"))
     return rows
 
 

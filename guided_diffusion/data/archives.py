@@ -10,6 +10,7 @@ import math
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime import files
-from ..runtime.errors import UserError, quoted, refuse
+from ..runtime.errors import UserError, listed, quoted, refuse
 from ..runtime.npz import Npz
 
 K = TypeVar("K")
@@ -163,24 +164,22 @@ def archives_of(path: str) -> list[str]:
 
     :raises UserError: if it names one twice, or something else.
     """
-    listed = path.lower().endswith(".txt") and not files.is_remote(path) and os.path.isfile(path)
-    if not listed and (not _COUNT.search(path) or os.path.lexists(path)):
+    of_file = path.lower().endswith(".txt") and not files.is_remote(path) and os.path.isfile(path)
+    if not of_file and (not _COUNT.search(path) or os.path.lexists(path)):
         return []
     lines = [path]
-    if listed:
+    if of_file:
         text = files.read_file(path).decode("utf-8", "replace")
         lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    folder = os.path.dirname(path) if listed else ""
+    folder = os.path.dirname(path) if of_file else ""
     resolved = [files.resolve(line) for line in lines]
     places = [where if files.is_remote(where) else os.path.join(folder, where) for where in resolved]
     names = [name for place in places for name in expanded(place)]
     odd = next((name for name in names if not name.lower().endswith((".tar", ".zip"))), "")
-    if odd or not names:
-        fault = f"{quoted(odd)} is neither a tar nor a zip" if odd else f"{quoted(path)} names nothing"
-        raise UserError(f"{fault}: name shards such as train-{{000..146}}.tar, or one on each line")
-    if len(set(names)) < len(names):
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise UserError(f"{quoted(twice)} is named twice: leave it out once")
+    fault = f"{quoted(odd)} is neither a tar nor a zip" if odd else f"{quoted(path)} names nothing"
+    refuse((odd or not names, f"{fault}: name shards such as train-{{000..146}}.tar, or one on each line"))
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    refuse((twice, f"{listed(map(quoted, twice), 1)} is named twice: leave it out once"))
     return names
 
 
@@ -190,8 +189,8 @@ def expanded(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
     first, last = int(match[1]), int(match[2])
-    if not 0 <= last - first < MOST_ARCHIVES:
-        raise UserError(f"{quoted(pattern)} counts from {first} to {last}: write the smaller number first")
+    falling = not 0 <= last - first < MOST_ARCHIVES
+    refuse((falling, f"{quoted(pattern)} counts from {first} to {last}: write the smaller number first"))
     numbers = [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
     rest = expanded(pattern[match.end() :])
     return [f"{pattern[: match.start()]}{number}{end}" for number in numbers for end in rest]

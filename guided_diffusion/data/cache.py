@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..runtime.errors import UserError, quoted
+from ..runtime.errors import UserError, quoted, refuse
 from ..runtime.options import Size
 from .crops import fitted_arr, shrunk, shrunk_size
 from .decoding import MODES, Decoded
@@ -31,8 +31,8 @@ class ImageCache:
     def __init__(
         self, paths: Sequence[str], image_size: Size, channels: int, *, random_crop: bool, fit: str = "crop"
     ) -> None:
-        if channels not in MODES:
-            raise UserError(f"pictures of 1, 3 or 4 channels are kept in memory, not of {channels}: leave that out")
+        kept = "pictures of 1, 3 or 4 channels are kept in memory"
+        refuse((channels not in MODES, f"{kept}, not of {channels}: leave that out"))
         self._paths, self._image_size, self._random_crop, self._fit = paths, image_size, random_crop, fit
         self._channels = channels
         self._starts = np.cumsum([0, *(height * width * channels for height, width in map(self._size, paths))])

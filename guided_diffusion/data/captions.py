@@ -17,7 +17,7 @@ from typing import Any
 
 import torch as th
 
-from ..runtime.errors import WHY, UserError, as_user_error, nearest, printable, quoted, refuse
+from ..runtime.errors import WHY, UserError, as_user_error, listed, nearest, printable, quoted, refuse
 from ..runtime.files import parse_json
 from .sources import ImageSource, read_bytes
 from .tables import Table, beside, find_table
@@ -62,8 +62,8 @@ def read_captions(source: ImageSource, column: str = "") -> CaptionTable:
     refuse((not file, f"{source.root} holds no captions: give {FORMS}"))
     with as_user_error(f"{file!r} in {source.root!r} cannot be used: {WHY}", ValueError, OSError):
         table = Table(source, file, _rows(read_bytes(source.path(file)), file))
-        if not any(table.find(row.get(table.path_column)) for row in table.rows):
-            raise UserError(f"it names no image: it begins with {table.first_row!r}")
+        named = any(table.find(row.get(table.path_column)) for row in table.rows)
+        refuse((not named, f"it names no image: it begins with {table.first_row!r}"))
         columns = _caption_columns(table, column)
         texts = _texts_of(table, columns)
     return CaptionTable([texts.get(name, []) for name in table.images], f"{file}, {', '.join(map(printable, columns))}")
@@ -126,12 +126,12 @@ def _caption_columns(table: Table, asked: str) -> list[str]:
     """The columns that are asked for, or the first of `CAPTION_COLUMNS` that there is."""
     columns = {name.lower(): name for name in table.columns if name != table.path_column}
     words = [word.strip() for word in asked.split(",")] if asked else []
-    listed = ", ".join(map(printable, columns.values()))
+    shown = ", ".join(map(printable, columns.values()))
     for word in words:
         if word.lower() not in columns:
-            raise UserError(f"caption_column {word!r} is none of its columns ({listed}){nearest(word, columns)}")
+            raise UserError(f"caption_column {word!r} is none of its columns ({shown}){nearest(word, columns)}")
     names = words or [name for name in CAPTION_COLUMNS if name in columns][:1]
-    refuse((not names, f"it has no column {' or '.join(CAPTION_COLUMNS[:3])} ({listed}): give caption_column"))
+    refuse((not names, f"it has no column {' or '.join(CAPTION_COLUMNS[:3])} ({shown}): give caption_column"))
     return [columns[name.lower()] for name in names]
 
 
@@ -143,8 +143,8 @@ def _texts_of(table: Table, columns: Sequence[str]) -> dict[str, list[str]]:
         for column in columns if name else ():
             cell = row.get(column)
             cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
-            if not all(isinstance(text, str) for text in cells):
-                raise UserError(f"the {column} of {quoted(name)} is neither a text nor a list of texts")
+            odd = not all(isinstance(text, str) for text in cells)
+            refuse((odd, f"the {column} of {quoted(name)} is neither a text nor a list of texts"))
             texts.setdefault(name, []).extend(_cleaned(cells))
     return {name: list(dict.fromkeys(captions)) for name, captions in texts.items()}
 
@@ -217,12 +217,11 @@ class Captioning:
         table = read_captions(source, self.column)
         texts = {name: captions for name, captions in zip(source.images, table.texts, strict=True) if captions}
         bare = [name for name in source.images if name not in texts]
-        if bare and not (self.skip_uncaptioned and texts):
-            shown = ", ".join(map(quoted, bare[:5])) + ", ..." * (len(bare) > 5)
-            remedy = "add some, or set skip_uncaptioned to True" if texts else "add some"
-            raise UserError(
-                f"{len(bare)} of {len(source)} images have no caption in {table.origin} ({shown}): {remedy}"
-            )
+        fault = (
+            f"{len(bare)} of {len(source)} images have no caption in {table.origin} ({listed(map(quoted, bare), 5)})"
+        )
+        remedy = "add some, or set skip_uncaptioned to True" if texts else "add some"
+        refuse((bare and not (self.skip_uncaptioned and texts), f"{fault}: {remedy}"))
         count = sum(map(len, texts.values()))
         say(f"captions from {table.origin}: {count} of {len(texts)} images" + f", {len(bare)} left out" * bool(bare))
         captions = Captions({source.path(name): values for name, values in texts.items()}, seed, self.dropout)

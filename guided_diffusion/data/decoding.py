@@ -234,11 +234,10 @@ def decode_mask(content: Content, extension: str) -> Image.Image:
     top = {"u1": 255, "u2": 65535}.get(plane.dtype.str[1:]) or next((top for top in TOPS if high <= top), TOPS[-1])
     bottom = -top if low < 0 else 0
     middle = (bottom + top) / 2
-    if not bottom <= low <= middle < high <= top:
-        raise UserError(
-            f"{len(values)} values from {low:g} to {high:g}, all on one side of {middle:g}, the middle of "
-            f"{bottom:g} .. {top:g}: a mask has two values, or shades from black to white"
-        )
+    place = f"all on one side of {middle:g}, the middle of {bottom:g} .. {top:g}"
+    fault = f"{len(values)} values from {low:g} to {high:g}, {place}"
+    unclear = not bottom <= low <= middle < high <= top
+    refuse((unclear, f"{fault}: a mask has two values, or shades from black to white"))
     return Image.fromarray(plane) if plane.dtype == np.uint8 else _picture(plane > middle)
 
 

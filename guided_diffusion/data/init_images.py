@@ -14,7 +14,7 @@ import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
-from ..runtime.errors import UserError, printable, refuse
+from ..runtime.errors import printable, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import Size
 from ..runtime.pictures import levels
@@ -85,11 +85,9 @@ class InitImages:
             if self.masks:
                 image, mask = self.images[index % len(self)], self.masks[index % len(self.masks)]
                 sizes = ["x".join(map(str, read_size(path))) for path in (image, mask)]
-                if sizes[0] != sizes[1]:
-                    raise UserError(
-                        f"the mask {os.path.basename(mask)} is {sizes[1]} and its image {os.path.basename(image)} "
-                        f"{sizes[0]} (height x width): give a mask of the image's own size"
-                    )
+                names = [os.path.basename(path) for path in (image, mask)]
+                both = f"the mask {names[1]} is {sizes[1]} and its image {names[0]} {sizes[0]} (height x width)"
+                refuse((sizes[0] != sizes[1], f"{both}: give a mask of the image's own size"))
             digest.update(fingerprint(self.rows([index])).encode())
         return digest.hexdigest()[:16]
 

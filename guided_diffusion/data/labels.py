@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import CLASS_RULES
 from ..runtime import files
-from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, check_choice, nearest, printable, refuse
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, check_choice, listed, nearest, printable, refuse
 from ..runtime.files import parse_json, read_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 from .tables import LABEL_COLUMNS, Label, Table, beside, file_beside, find_table
@@ -85,8 +85,8 @@ def read_labels(
     for name in {*known, *(label for label in labels if isinstance(label, str))}:
         refuse((files.name_fault(name), f"the class {printable(name)} has {files.name_fault(name)}; give it another"))
     ids, names = _numbered(images, labels, known, num_classes, by_number=class_from == "folder")
-    if num_classes is not None and len(names) > num_classes:
-        raise UserError(f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}")
+    more = num_classes is not None and len(names) > num_classes
+    refuse((more, f"{len(names)} classes are more than num_classes {num_classes}; set num_classes {len(names)}"))
     numbers = [f"id {i} is class {name}" for i, name in enumerate(names) if name.isdecimal() and int(name) != i]
     if numbers and not known and not rules & {*LABEL_FILES, CLS}:
         notes.append(f"ids follow the text of the names: {numbers[0]}; a table of labels can say others")
@@ -99,8 +99,8 @@ def _labels_of(source: ImageSource, rule: str, label_column: str) -> tuple[str, 
     if rule in ("auto", ARRAY):
         rule, *notes = _choose_rule(source, label_column)
     tabular = rule in (*LABEL_FILES, CLS)
-    if label_column and not tabular:
-        raise UserError(f"label_column {label_column!r} has no effect with class_from {rule}: there is no table")
+    idle = label_column and not tabular
+    refuse((idle, f"label_column {label_column!r} has no effect with class_from {rule}: there is no table"))
     alone = rule == "json" and not find_table(source, LABEL_FILES["json"])
     if rule == CLS or (alone and file_beside(source, source.images[0], ".json")):
         labels, names = _of_files(source, f".{rule}", label_column), find_table(source, ("classes.json",))
@@ -128,7 +128,7 @@ def _numbered(
     for image, label in zip(images, labels, strict=True):
         number = by_name.get(str(label), label)
         if isinstance(number, str) or (names and not 0 <= number < len(names)):
-            shown = ", ".join(map(printable, names[:10])) + ", ..." * (len(names) > 10)
+            shown = listed(map(printable, names), 10)
             hint = nearest(str(label), names) or "; correct it, or leave out the known classes to number all anew"
             raise UserError(f"class {label!r} of {image!r} is none of the {len(names)} known ones ({shown}){hint}")
         if not 0 <= number < limit:
@@ -217,8 +217,8 @@ def _columns(source: ImageSource, image: str) -> list[str]:
 def _of_files(source: ImageSource, extension: str, column: str) -> list[Label]:
     """The label in the file beside each image: all of a NAME.cls, a key of a NAME.json."""
     columns = [column] if column else _columns(source, source.images[0])
-    if extension == ".json" and len(columns) != 1:
-        raise UserError(f"NAME.json beside {source.images[0]!r} has no clear label: --label_column names the key")
+    unclear = extension == ".json" and len(columns) != 1
+    refuse((unclear, f"NAME.json beside {source.images[0]!r} has no clear label: --label_column names the key"))
     labels = list[Any]()
     for image in source.images:
         file = file_beside(source, image, extension)
@@ -244,21 +244,17 @@ def _has_labels(source: ImageSource, file: str) -> bool:
 def _of_table(source: ImageSource, rule: str, column: str) -> tuple[list[Label], list[str]]:
     """The label of every image from the table of a rule, and lines for the user."""
     file = find_table(source, LABEL_FILES[rule])
-    if not file:
-        raise UserError(
-            f"class_from {rule} needs the file {' or '.join(LABEL_FILES[rule])} in {source.root!r}: write it, or "
-            f"choose another of {', '.join(CLASS_RULES)}"
-        )
+    needed = f"class_from {rule} needs the file {' or '.join(LABEL_FILES[rule])} in {source.root!r}"
+    refuse((not file, f"{needed}: write it, or choose another of {', '.join(CLASS_RULES)}"))
     with as_user_error(f"{file!r} in {source.root!r} cannot be used: {WHY}; correct it", ValueError, OSError):
         table = Table(source, file)
         column = table.label_column(column)
         labels, surplus = table.labels(column)
     unlabelled = [name for name in table.images if name not in labels]
-    if unlabelled:
-        raise UserError(
-            f"{len(unlabelled)} of {len(table.images)} images have no label in {file!r}, the first {unlabelled[0]!r}; "
-            f"add them, with paths as they are below that file, which begins with {table.first_row!r}"
-        )
+    first = f"the first {next(iter(unlabelled), '')!r}"
+    fault = f"{len(unlabelled)} of {len(table.images)} images have no label in {file!r}, {first}"
+    remedy = f"add them, with paths as they are below that file, which begins with {table.first_row!r}"
+    refuse((unlabelled, f"{fault}; {remedy}"))
     notes = [f"{file} labels {surplus} files that are not there"] * bool(surplus)
     notes += [f"labels are the column {column!r} of {', '.join(table.columns)}"] * (len(table.columns) > 2)
     return _as_numbers([labels[name] for name in table.images]), notes

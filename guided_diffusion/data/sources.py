@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ..runtime import files
-from ..runtime.errors import UserError, printable, quoted, reason, refuse
+from ..runtime.errors import UserError, listed, printable, quoted, reason, refuse
 from ..runtime.files import is_remote
 from ..runtime.options import Size
 from .archives import Archive, Stack, archives_of, is_stack, read_each
@@ -161,16 +161,14 @@ def images_at(path: files.AnyPath, name: str, channels: int = 0) -> ImageSource:
     """
     where = files.resolve(path)
     inside = split_archive(where)
-    if not inside and not (where and files.exists(where)):
-        raise UserError(
-            f"{name} {where!r} does not exist: give an image, or a folder, zip or array (npy, npz) of images"
-        )
+    missing = not inside and not (where and files.exists(where))
+    remedy = "give an image, or a folder, zip or array (npy, npz) of images"
+    refuse((missing, f"{name} {where!r} does not exist: {remedy}"))
     alone = inside[1].lower().endswith(IMAGE_EXTENSIONS) if inside else not files.isdir(where)
     if alone and (inside or not is_stack(where, channels)):
         return ImageSource(os.path.dirname(where) or ".", [os.path.basename(where)])
     source = find_images(where, channels)
-    if not source.images:
-        raise UserError(f"{name} {where!r} holds no images, {source.skipped()}: give some, or an image itself")
+    refuse((not source.images, f"{name} {where!r} holds no images, {source.skipped()}: give some, or an image itself"))
     return source
 
 
@@ -189,8 +187,8 @@ class Selection:
 
     def of(self, source: ImageSource) -> tuple[ImageSource, list[int] | None]:
         """These images, and their class ids if there are any."""
-        if self.all and self.count > len(source):
-            raise UserError(f"--num_samples {self.count} is more than the {len(source)} images of {source.root}")
+        few = self.all and self.count > len(source)
+        refuse((few, f"--num_samples {self.count} is more than the {len(source)} images of {source.root}"))
         ids = source.ids if self.label is None or source.array else self.label(source)
         return replace(source, images=source.images[: self.count]), None if ids is None else list(ids)[: self.count]
 
@@ -207,7 +205,7 @@ def by_name(images: ImageSource, partners: ImageSource, kind: str) -> tuple[list
         (alone, f"{len(alone)} of {len(image_of)} images have no {kind} in {partners.root}"),
         (extra, f"{len(extra)} of {len(partner_of)} {kind}s have no image"),
     ]
-    faults = [f"{text} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})" for names, text in unpaired if names]
+    faults = [f"{text} ({listed(names, 5)})" for names, text in unpaired if names]
     return [(name, partner_of[stem]) for stem, name in image_of.items() if stem in partner_of], "; ".join(faults)
 
 
@@ -215,8 +213,7 @@ def _by_stem(source: ImageSource) -> dict[str, str]:
     names: dict[str, str] = {}
     for name in source.images:
         other = names.setdefault(os.path.splitext(name)[0], name)
-        if other != name:
-            raise UserError(f"{quoted(other)} and {quoted(name)} in {source.root} differ in the extension alone")
+        refuse((other != name, f"{quoted(other)} and {quoted(name)} in {source.root} differ in the extension alone"))
     return names
 
 

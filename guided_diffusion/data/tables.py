@@ -93,12 +93,9 @@ class Table:
         """The column of that name; for '' the one that is called like a label, or the only one beside the files."""
         rest = [name for name in self.columns if name != self.path_column]
         likely = self.columns_called([asked] if asked else LABEL_COLUMNS) or ([] if asked else rest)
-        if len(likely) != 1:
-            named = f", and none of them is {asked!r}{nearest(asked, rest)}" if asked else ""
-            columns = ", ".join(map(printable, rest))
-            raise UserError(
-                f"beside the files its columns are {columns}{named}: --label_column names that of the labels"
-            )
+        named = f", and none of them is {asked!r}{nearest(asked, rest)}" if asked else ""
+        found = f"beside the files its columns are {', '.join(map(printable, rest))}{named}"
+        refuse((len(likely) != 1, f"{found}: --label_column names that of the labels"))
         return likely[0]
 
     def labels(self, column: str) -> tuple[dict[str, Label], int]:

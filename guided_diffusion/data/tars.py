@@ -16,6 +16,7 @@ import os
 import tarfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
@@ -111,15 +112,6 @@ def _check_end(archive: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"there is no end of a tar at byte {archive.offset}")
 
 
-def open_tar(path: str) -> IO[bytes]:
-    """A local tar to hand to `members`.
-
-    :raises OSError, ValueError: if it is no regular file.
-    """
-    files.check_regular(path)
-    return open(path, "rb")
-
-
 # ---- indexes
 
 
@@ -142,12 +134,10 @@ class Tar:
 
     def _open(self) -> Mapping[str, NDArray[Any]] | None:
         """The index that is kept, mapped."""
-        if not os.path.exists(f"{self._kept}{BESIDE}"):
-            return None
-        try:
-            return _mapped(f"{self._kept}{BESIDE}", self.size)
-        except (OSError, ValueError, LookupError):  # it is made again
-            return None
+        if os.path.exists(f"{self._kept}{BESIDE}"):
+            with suppress(OSError, ValueError, LookupError):  # it is made again
+                return _mapped(f"{self._kept}{BESIDE}", self.size)
+        return None
 
     def _made(self) -> Mapping[str, NDArray[Any]]:
         """The index, made or fetched by the first process of this machine that wants it, for which others wait."""
@@ -156,7 +146,11 @@ class Tar:
             file = open(f"{self._kept}.lock", "w")  # noqa: SIM115  closed below
         with file:
             lock(file)
-            return self._open() or self._fetch() or self._make()
+            if kept := self._open() or self._fetch():
+                return kept
+            with files.open_file(self.path) as tar:
+                write_index(f"{self._kept}{BESIDE}", tar, self.size)
+            return _mapped(f"{self._kept}{BESIDE}", self.size)
 
     def _fetch(self) -> Mapping[str, NDArray[Any]] | None:
         """The index beside the tar, if it is of a tar of that size."""
@@ -166,11 +160,6 @@ class Tar:
         with replacing(f"{self._kept}{BESIDE}") as file:
             file.write(content)
         return self._open()
-
-    def _make(self) -> Mapping[str, NDArray[Any]]:
-        with files.open_file(self.path) as file:
-            write_index(f"{self._kept}{BESIDE}", file, self.size)
-        return _mapped(f"{self._kept}{BESIDE}", self.size)
 
     def members(self) -> Iterator[tuple[str, bool, str]]:
         """(name, False, why it is not read or '') of every member, by name; of one name twice the first is read."""
@@ -187,9 +176,10 @@ class Tar:
         if place < 0:
             return self._index["texts"][-place - 1 : -place - 1 + size].tobytes()
         content = self._part(place - BLOCK, size + BLOCK)
-        refuse((len(content) < size + BLOCK, f"{self.path} was cut since its index was made: copy it again"))
-        if not _heads(content[:BLOCK], name, size):
-            raise UserError(f"{self.path} has changed since its index was made: start again")
+        refuse(
+            (len(content) < size + BLOCK, f"{self.path} was cut since its index was made: copy it again"),
+            (not _heads(content[:BLOCK], name, size), f"{self.path} has changed since its index was made: start again"),
+        )
         return content[BLOCK:]
 
     def _name(self, number: int) -> bytes:
@@ -201,8 +191,8 @@ class Tar:
         try:
             with open(self.copy, "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
-                if not self.remote and (status.st_size, status.st_mtime) != (self.size, self._date):
-                    raise UserError(f"{self.path} has changed since its index was made: start again")
+                changed = not self.remote and (status.st_size, status.st_mtime) != (self.size, self._date)
+                refuse((changed, f"{self.path} has changed since its index was made: start again"))
                 file.seek(start)
                 return file.read(size)
         except FileNotFoundError:
@@ -281,6 +271,6 @@ def _mapped(path: str, size: int) -> dict[str, NDArray[Any]]:
     last = np.where(places < 0, sizes - places - 1 - len(texts), sizes + places - size)
     sound = len(ends) == len(places) == len(sizes) and int(arrays["tar"][0]) == size
     sound = sound and bool((np.diff(ends) >= 0).all()) and (not len(ends) or int(ends[-1]) == len(arrays["names"]))
-    if not (sound and bool((last <= 0).all() and (sizes >= 0).all() and (sizes <= MAX_BYTES).all())):
-        raise UserError("it is the index of another tar")
+    sound = sound and bool((last <= 0).all() and (sizes >= 0).all() and (sizes <= MAX_BYTES).all())
+    refuse((not sound, "it is the index of another tar"))
     return arrays

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from ..runtime import files
-from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, quoted
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, quoted, refuse
 from ..runtime.files import parse_json, path_fault, read_file
 from ..runtime.jobs import REQUEST
 from ..runtime.npz import PROMPTS, Npz, fingerprint
@@ -121,13 +121,10 @@ def read_base(
         chosen, labels = selection.of(source)
         sizes = {name: read_size(where) for name, where in zip(chosen.images, chosen.paths, strict=True)}
         size = shape[:2] if shape[0] else next(iter(sizes.values()))
-        odd = [(name, other) for name, other in sizes.items() if other != size]
-        if odd:
-            (name, (height, width)), kind = odd[0], "small_size " * bool(shape[0])
-            raise UserError(
-                f"{len(odd)} of {len(chosen)} images are not of {kind}{size[0]}x{size[1]}, the first is {quoted(name)} "
-                f"with {height}x{width}: scale them, or leave them out"
-            )
+        odd = [f"{quoted(name)} with {other[0]}x{other[1]}" for name, other in sizes.items() if other != size]
+        of_size = f"of {'small_size ' * bool(shape[0])}{size[0]}x{size[1]}"
+        fault = f"{len(odd)} of {len(chosen)} images are not {of_size}, the first is {''.join(odd[:1])}"
+        refuse((odd, f"{fault}: scale them, or leave them out"))
         pixels = [read_pixels(where, shape[2], data_range=data_range) for where in chosen.paths]
         names = _names_beside(source.root, len(source)) if source.array else list(source.images)
         prompts = _prompts_in(source.root, len(source)) if source.array else []
@@ -150,8 +147,8 @@ def _prompts_in(path: str, count: int) -> list[str]:
         return []
     with Npz(path) as archive:
         prompts = archive.texts(PROMPTS) if PROMPTS in archive else []
-    if len(prompts) not in (0, count):
-        raise UserError(f"{path} holds {len(prompts)} {PROMPTS} for {count} images: give one for each, or none")
+    other = len(prompts) not in (0, count)
+    refuse((other, f"{path} holds {len(prompts)} {PROMPTS} for {count} images: give one for each, or none"))
     return prompts
 
 
@@ -165,8 +162,9 @@ def _names_beside(path: str, count: int) -> list[str]:
         if record["file"] != os.path.basename(path):
             return []
         names: list[str] = record["names"]
-        if not isinstance(names, list) or len(names) != count or any(path_fault(name, "folder") for name in names):
-            raise UserError(f"it does not name {count} files within the folder")
+        named = isinstance(names, list) and len(names) == count
+        named = named and not any(path_fault(name, "folder") for name in names)
+        refuse((not named, f"it does not name {count} files within the folder"))
         return names
 
 

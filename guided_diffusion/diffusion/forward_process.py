@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..runtime.seeds import to_device
 from ..sampling.schedules import Array, NoiseLevels, interpolate
 from ..sampling.steps import Level
@@ -103,8 +103,8 @@ class ForwardProcess:
     def __init__(self, *, betas: npt.ArrayLike, rescale_timesteps: bool = False) -> None:
         self.rescale_timesteps = rescale_timesteps
         self.betas = np.array(betas, dtype=np.float64)
-        if self.betas.ndim != 1 or not ((self.betas > 0) & (self.betas <= 1)).all():
-            raise UserError(f"betas must be a row of numbers in (0, 1], and are {betas!r}")
+        sound = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas <= 1)).all()
+        refuse((not sound, f"betas must be a row of numbers in (0, 1], and are {betas!r}"))
         self.num_timesteps = len(self.betas)
         with np.errstate(divide="ignore"):  # alpha_bar may end at 0
             self._set_coefficients()
@@ -254,8 +254,8 @@ class ForwardProcess:
     def q_sample(self, x_start: th.Tensor, t: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
         """x_t from x_0 and noise (drawn when absent)."""
         noise = th.randn_like(x_start) if noise is None else noise
-        if noise.shape != x_start.shape:
-            raise UserError(f"noise of shape {tuple(noise.shape)} does not fit x_start, {tuple(x_start.shape)}")
+        shapes = f"noise of shape {tuple(noise.shape)} does not fit x_start, {tuple(x_start.shape)}"
+        refuse((noise.shape != x_start.shape, shapes))
         signal, sigma = (self._at(f"sqrt_{name}alphas_cumprod", t, x_start) for name in ("", "one_minus_"))
         return signal * x_start + sigma * noise
 

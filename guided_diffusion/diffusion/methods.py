@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, Unpack
 
 import torch as th
 
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..sampling.loop import MoreOptions, SampleOptions, sample_loop
 from ..sampling.prediction import CondFn, MeanVariance, shift_mean, shift_score
 from ..sampling.samplers import DDIM, PLMS, Ancestral, DDIMReverse, make_sampler
@@ -246,8 +246,7 @@ class SamplingMethods(ForwardProcess):
 
         :raises ValueError: if eta is not 0: the noise of a random step cannot be undone.
         """
-        if eta != 0:
-            raise UserError(f"eta is {eta}, but only the deterministic path, eta = 0, can be followed backwards")
+        refuse((eta != 0, f"eta is {eta}, but only the deterministic path, eta = 0, can be followed backwards"))
         return self._step(DDIMReverse(), **_given(locals(), "eta"))[0]
 
     def ddim_sample_loop_progressive(

@@ -77,8 +77,8 @@ def evaluate(
     for name in names:
         check_choice("a metric", name, METRICS)
     chosen = [METRICS[name] for name in METRICS if name in names]
-    if not samples.count:
-        raise UserError(f"{samples.path} holds statistics and no images, and samples must be images: give the images")
+    of_images = "and samples must be images: give the images"
+    refuse((not samples.count, f"{samples.path} holds statistics and no images, {of_images}"))
     samples.share_scan()  # errors come before the reference's features, which take their time
     if not isinstance(reference, Side):
         reference = prepare(reference, extractor, needs=needs_of(chosen), **making)
@@ -87,12 +87,7 @@ def evaluate(
 
 
 def prepare(
-    images: Opened,
-    extractor: Extractor,
-    *,
-    needs: Collection[str] = tuple(FIELDS),
-    stored: bool = True,
-    **making: Any,
+    images: Opened, extractor: Extractor, *, needs: Collection[str] = tuple(FIELDS), stored: bool = True, **making: Any
 ) -> Side:
     """One side of a comparison; collective.
 

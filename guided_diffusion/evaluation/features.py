@@ -25,7 +25,7 @@ from .. import logger
 from ..config import ClassifierConfig
 from ..data.crops import center_crop_arr
 from ..runtime import files
-from ..runtime.errors import WHY, UserError, as_user_error, nearest, printable, quoted, refuse
+from ..runtime.errors import WHY, as_user_error, nearest, printable, quoted, refuse
 from ..runtime.npz import fingerprint
 from ..runtime.options import parse_size
 from ..runtime.pictures import Pixels, levels, to_unit
@@ -76,10 +76,9 @@ class NetworkExtractor:
 
     def __call__(self, images: Images) -> Features:
         """Features of images, which must be uint8 [N, H, W, C], grey or RGB."""
-        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in MODES or not all(images.shape):
-            raise UserError(
-                f"features are made of uint8 [N, H, W, C] with C 1 or 3, got {images.dtype} {list(images.shape)}"
-            )
+        fit = images.ndim == 4 and images.dtype == np.uint8 and images.shape[-1] in MODES and all(images.shape)
+        given = f"{images.dtype} {list(images.shape)}"
+        refuse((not fit, f"features are made of uint8 [N, H, W, C] with C 1 or 3, got {given}"))
         with th.no_grad():
             pool, spatial, logits = self.run(images)
         probs = None if logits is None else logits.float().softmax(dim=1)
@@ -146,8 +145,8 @@ def classifier_extractor(
     :param path: of its run or checkpoint, which gives the name.
     :param facts: everything that the features depend on, for the identity.
     """
-    if config.image_channels not in MODES:
-        raise UserError(f"--features classifier:{path} is no classifier of grey or RGB images: give one of these")
+    others = config.image_channels not in MODES
+    refuse((others, f"--features classifier:{path} is no classifier of grey or RGB images: give one of these"))
     name = _stem(path) if _stem(path).endswith("classifier") else f"{_stem(path)} classifier"
     size, warned = parse_size(config.image_size), False
     head_inputs: list[th.Tensor] = []
@@ -230,8 +229,8 @@ def _from_folder(kind: str, folder: str) -> tuple[Any, Any]:
     """The network and its image processor."""
     title, model_types, loader, _ = PRETRAINED[kind]
     library, config = open_folder(folder, "eval")
-    if config.model_type not in model_types:
-        raise UserError(f"its config.json is of a model_type {quoted(config.model_type)}, not {title}")
+    other = config.model_type not in model_types
+    refuse((other, f"its config.json is of a model_type {quoted(config.model_type)}, not {title}"))
     if config.model_type == "clip":  # of images and texts together
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config

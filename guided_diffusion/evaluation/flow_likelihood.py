@@ -71,8 +71,8 @@ def calc_flow_bpd(
     :param generator: source of all randomness; a sequence of N draws each image from its own.
     :raises ValueError: if the solver cannot follow the flow, or there is none.
     """
-    if process.num_timesteps < 2:
-        raise UserError("one step has no flow between its ends: give --timestep_respacing 2 or more, or none")
+    one = process.num_timesteps < 2
+    refuse((one, "one step has no flow between its ends: give --timestep_respacing 2 or more, or none"))
     x, data = _dequantized(process, model, x_start, clip_denoised, model_kwargs, options=options, generator=generator)
     probes = _probes(x, options, generator)
     slope = partial(

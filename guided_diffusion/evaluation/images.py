@@ -24,15 +24,7 @@ from numpy.typing import NDArray
 from .. import dist_util
 from ..data.archives import archives_of, is_stack, read_each
 from ..data.decoding import Range, decode
-from ..data.sources import (
-    ImageSource,
-    find_images,
-    read_by,
-    read_pixels,
-    size_of_content,
-    split_archive,
-    tar_of,
-)
+from ..data.sources import ImageSource, find_images, read_by, read_pixels, size_of_content, split_archive, tar_of
 from ..runtime import files
 from ..runtime.errors import WHY, UserError, as_user_error, printable, refuse
 from ..runtime.files import parse_json, read_file
@@ -291,8 +283,8 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
         if samples:
             return ArrayImages(path, f"{path.rstrip('/')}/{samples}", "arr_0", [f"{path}: the samples are {samples}"])
         source = find_images(path)
-        if not source.images:
-            raise UserError(f"{path} holds no images, {source.skipped()}: give an npz, or a folder or a zip of images")
+        remedy = "give an npz, or a folder or a zip of images"
+        refuse((not source.images, f"{path} holds no images, {source.skipped()}: {remedy}"))
         return FileImages(source, size, data_range)
     refuse((not files.exists(path), f"{path!r} does not exist: give an npz, or a folder or zip of images"))
     return _open_npz(path)
@@ -371,7 +363,7 @@ def _read_record(archive: Npz) -> dict[str, Any]:
     with as_user_error(
         f"{archive.path}: {RECORD} does not say what the statistics are of ({WHY}): make the file again", ValueError
     ):
-        record = parse_json(archive.whole(RECORD).tobytes())
-        if not isinstance(record, dict) or any(type(record.get(name)) is not kind for name, kind in RECORDED.items()):
-            raise UserError(f"it does not name {', '.join(RECORDED)}")
+        record: dict[str, Any] = parse_json(archive.whole(RECORD).tobytes())
+        named = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in RECORDED.items())
+        refuse((not named, f"it does not name {', '.join(RECORDED)}"))
     return record

@@ -5,9 +5,7 @@ Shapes: N images in all, B per batch, T steps of the process, K columns of numbe
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +20,11 @@ from .. import dist_util, logger
 from ..config import FlowConfig
 from ..diffusion.methods import Kwargs, Model
 from ..runtime.atomic import replacing
-from ..runtime.errors import UserError, quoted
+from ..runtime.errors import quoted, refuse
 from ..runtime.files import write_json
 from ..runtime.jobs import RestartableJob
-from ..runtime.npz import holds, read_npz, save_npz, write_npz
+from ..runtime.log_writers import csv_text
+from ..runtime.npz import holds, read_npz, save_npz
 from ..runtime.seeds import image_generator
 from ..sampling.loop import drawer
 from .flow_likelihood import calc_flow_bpd
@@ -159,11 +158,9 @@ def measured(survey: Survey, batch: int) -> list[npt.NDArray[Any]]:
     out = measure.bits(th.tensor(np.stack(images), device=device), kwargs, generators)
     columns = th.stack([out[name].cpu().double() for name in measure.columns], dim=1)
     broken = (~columns.isfinite().all(dim=1)).nonzero().flatten().tolist()
-    if broken:
-        raise UserError(
-            f"{len(broken)} of the {len(rows)} images of batch {batch} have no finite likelihood, the first is "
-            f"{quoted(survey.names[rows[broken[0]]])}: look at the diffusion flags and --precision"
-        )
+    fault = f"{len(broken)} of the {len(rows)} images of batch {batch} have no finite likelihood"
+    first = "".join(quoted(survey.names[rows[row]]) for row in broken[:1])
+    refuse((broken, f"{fault}, the first is {first}: look at the diffusion flags and --precision"))
     return [columns.numpy(), *(out[name].cpu().float().numpy() for name in measure.terms)]
 
 
@@ -178,13 +175,11 @@ def merge(survey: Survey) -> None:
         start = np.zeros(survey.measure.steps)
         total = sum((part.sum(axis=0, dtype=np.float64) for part in survey.column(array)), start)
         each = [survey.merged()[array]] if survey.save_terms else []
-        write_npz(survey.file(TERMS.format(name)), (total.shape, np.float64, [total / survey.size]), *each)
+        save_npz(survey.file(TERMS.format(name)), (total.shape, np.float64, [total / survey.size]), *each)
     with replacing(survey.file(TABLE)) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["image", *survey.measure.columns])
-        writer.writerows([name, *map(repr, row)] for name, row in zip(survey.names, rows.tolist(), strict=True))
-        text.detach()
+        lines = ([name, *map(repr, row)] for name, row in zip(survey.names, rows.tolist(), strict=True))
+        text = csv_text([["image", *survey.measure.columns], *lines])
+        file.write(text.encode("utf-8", "surrogateescape"))
     write_json(survey.file(SUMMARY), summary(survey, rows))
     save_npz(survey.file(BPD_FILE), rows[:, 0].copy(), rows[:, 1].copy())
 

@@ -100,12 +100,9 @@ def _in_order(images: ImageSet, extractor: Extractor, batch_size: int) -> Iterat
 
 def _check_finite(features: Features, start: int, images: ImageSet, extractor: Extractor) -> None:
     for values in features:
-        finite = True if values is None else np.isfinite(values).all(axis=1)
-        if not np.all(finite):
-            raise UserError(
-                f"{images.path}: image {start + int(np.argmin(finite))} has features by {extractor.name} that are not "
-                "finite: give other weights, or --eval_precision fp32"
-            )
+        finite = np.isfinite(values).all(axis=1) if values is not None else np.ones(1, bool)
+        fault = f"{images.path}: image {start + int(np.argmin(finite))} has features by {extractor.name} that are not"
+        refuse((not finite.all(), f"{fault} finite: give other weights, or --eval_precision fp32"))
 
 
 # ---- keeping

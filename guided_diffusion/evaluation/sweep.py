@@ -6,8 +6,6 @@ request, so that a sweep that was killed goes on when it is run again, and comes
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from typing import Any
 from .. import dist_util, logger
 from ..runtime.atomic import replacing
 from ..runtime.files import parse_json, read_file, write_json
+from ..runtime.log_writers import csv_text
 from ..runtime.npz import fingerprint
 from .evaluator import Side, evaluate
 from .features import Extractor
@@ -130,10 +129,6 @@ def _kept(path: str, request: Row) -> dict[str, float]:
 
 def _write(rows: Sequence[Row], folder: str, facts: Mapping[str, Any]) -> None:
     """The table so far, as CSV and as JSON."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     with replacing(os.path.join(folder, TABLE)) as file:
-        file.write(text.getvalue().encode())
+        file.write(csv_text([rows[0], *([row[name] for name in rows[0]] for row in rows)]).encode())
     write_json(os.path.join(folder, RESULTS), {**facts, "rows": list(rows)})

@@ -16,7 +16,7 @@ import torch as th
 
 from .. import dist_util, logger
 from ..config import LoaderConfig, TrainEvaluationConfig
-from ..runtime.errors import WHY, UserError, as_user_error
+from ..runtime.errors import WHY, as_user_error, refuse
 from ..runtime.jobs import Job
 from ..runtime.log_writers import CSVOutputFormat, read_rows
 from ..runtime.pictures import levels, to_uint8
@@ -93,8 +93,8 @@ class Evaluation:
         self._extractor, self._job, self._process, self._batch_size = extractor, job, process, batch_size
         features = extractor(np.zeros((1, *job.shape[1:], 3), np.uint8))
         for name, metric in zip(self._names, self._metrics, strict=True):
-            if getattr(features, FIELDS[metric.field]) is None:
-                raise UserError(f"--eval_metrics {name} needs {WORDS[metric.field]}, and {extractor.name} gives none")
+            lacks = getattr(features, FIELDS[metric.field]) is None
+            refuse((lacks, f"--eval_metrics {name} needs {WORDS[metric.field]}, and {extractor.name} gives none"))
         self._reference = self._prepare(config, stream)
         self._table: CSVOutputFormat | None = None
         if dist_util.rank() == 0:
@@ -119,8 +119,8 @@ class Evaluation:
     def _check_reference(self, side: Side) -> None:
         with as_user_error(f"{side.images.path} cannot be the reference: {WHY}", ValueError):
             for metric in self._metrics:
-                if metric.compares and (sentence := metric.lacks(side.features, side.features)):
-                    raise UserError(f"{sentence}; give images, or leave that out of --eval_metrics")
+                lack = metric.lacks(side.features, side.features)
+                refuse((metric.compares and lack, f"{lack}; give images, or leave that out of --eval_metrics"))
             rehearse(side.features, self._metrics, Options())
 
     def __call__(self, model: th.nn.Module, step: int) -> None:

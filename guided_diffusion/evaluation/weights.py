@@ -12,7 +12,7 @@ import torch as th
 
 from ..runtime import files
 from ..runtime.downloads import Source
-from ..runtime.errors import UserError, printable, quoted, reason
+from ..runtime.errors import WHY, as_user_error, printable, quoted, refuse
 from .inception import InceptionNetwork
 
 VARIABLE = "GUIDED_DIFFUSION_INCEPTION"  # of the environment, with the path of the file
@@ -54,21 +54,17 @@ def load_inception(path: str, *, dtype: th.dtype = th.float32) -> InceptionNetwo
     """
     network = InceptionNetwork(dtype=dtype)
     expected = {name: value.shape for name, value in network.state_dict().items() if not name.endswith(COUNTER)}
-    try:
+    kind = "" if files.is_remote(path) or not os.path.exists(path) else files.kind_of_file(path)
+    fault = f"it is {kind}" if kind else WHY
+    with as_user_error(f"{path} does not hold the weights of the Inception network ({fault}): {_remedy()}"):
         state = _read(path)
-        if not isinstance(state, dict) or not all(isinstance(value, th.Tensor) for value in state.values()):
-            raise UserError("it is no state dict")
+        tensors = isinstance(state, dict) and all(isinstance(value, th.Tensor) for value in state.values())
+        refuse((not tensors, "it is no state dict"))
         state = {name: value for name, value in state.items() if not name.endswith(COUNTER)}
         for name in (*expected, *state):
             shape = list(state[name].shape) if name in state else "missing"
             needed = list(expected[name]) if name in expected else "none"
-            if shape != needed:
-                raise UserError(f"{printable(name)} is {shape} in place of {needed}")
-    except Exception as error:  # an unpickler raises whatever the first bytes of some other file lead it to
-        local = not files.is_remote(path) and os.path.exists(path)
-        kind = files.kind_of_file(path) if local else ""
-        fault = f"it is {kind}" if kind else reason(error)
-        raise UserError(f"{path} does not hold the weights of the Inception network ({fault}): {_remedy()}") from error
+            refuse((shape != needed, f"{printable(name)} is {shape} in place of {needed}"))
     network.load_state_dict(state)
     return network
 

@@ -13,7 +13,7 @@ import torch as th
 import torch.nn as nn
 
 from ..nn import GROUPS, conv_nd, dtype_of, linear, normalization, set_norm_groups, timestep_embedding, zero_module
-from ..runtime.errors import UserError, check_choice
+from ..runtime.errors import UserError, check_choice, refuse
 from .attention import SpatialTransformer
 from .blocks import (
     WIDE,
@@ -91,14 +91,15 @@ class UNetBackbone(nn.Module):
         context_pooled: bool = False,
         norm_groups: int = GROUPS,
     ) -> None:
-        if context_pooled and context_dim is None:
-            raise UserError("context_pooled needs context_dim")
-        if context_dim is not None and not use_spatial_transformer:
-            raise UserError("context_dim needs use_spatial_transformer=True, which attends to the context")
-        if class_context and (num_classes is None or context_dim is None):
-            raise UserError("class_context needs num_classes and context_dim")
-        if null_class and num_classes is None and not vector_dim:
-            raise UserError("null_class needs a network with classes: give num_classes (by flags: class_cond True).")
+        attends, unlabelled = context_dim is not None, num_classes is None and not vector_dim
+        transformer = "use_spatial_transformer=True, which attends to the context"
+        classes = "a network with classes: give num_classes (by flags: class_cond True)."
+        refuse(
+            (context_pooled and not attends, "context_pooled needs context_dim"),
+            (attends and not use_spatial_transformer, f"context_dim needs {transformer}"),
+            (class_context and (num_classes is None or not attends), "class_context needs num_classes and context_dim"),
+            (null_class and unlabelled, f"null_class needs {classes}"),
+        )
         super().__init__()
         self.image_size, self.dims, self.dropout = image_size, dims, dropout
         self.in_channels, self.model_channels, self.out_channels = in_channels, model_channels, out_channels
@@ -205,8 +206,8 @@ class UNetBackbone(nn.Module):
     def _shape(self, level: int) -> tuple[int, ...]:
         """Shape of a level's feature map for images of image_size."""
         sides = (self.image_size,) * self.dims if isinstance(self.image_size, int) else tuple(self.image_size)
-        if len(sides) != self.dims:
-            raise UserError(f"image_size must be an int or have {self.dims} sides (dims), got {self.image_size!r}.")
+        fault = f"image_size must be an int or have {self.dims} sides (dims), got {self.image_size!r}."
+        refuse((len(sides) != self.dims, fault))
         keeps_odd = self.conv_resample and not self.resblock_updown  # a strided convolution rounds up, averaging down
         rates = strides(self.dims, 2**level)
         return tuple((side + keeps_odd * (rate - 1)) // rate for side, rate in zip(sides, rates, strict=True))

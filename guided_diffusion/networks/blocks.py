@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..nn import avg_pool_nd, checkpoint, conv_nd, linear, make_neighborhood_mask, normalization, zero_module
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from .attention import SpatialTransformer
 from .ops import attention, over_tokens, skippable, through, untouched
 
@@ -75,10 +75,8 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None) -> None:
         super().__init__()
-        if not use_conv and out_channels not in (None, channels):
-            raise UserError(
-                f"out_channels {out_channels} needs use_conv=True: averaging keeps the {channels} channels."
-            )
+        widens = not use_conv and out_channels not in (None, channels)
+        refuse((widens, f"out_channels {out_channels} needs use_conv=True: averaging keeps the {channels} channels."))
         self.channels, self.out_channels = channels, out_channels or channels
         self.use_conv, self.dims = use_conv, dims
         stride = strides(dims, 2)
@@ -211,8 +209,8 @@ class _QKVAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.n_heads = n_heads
-        if use_neighborhood_attention and spatial is None:
-            raise UserError("use_neighborhood_attention needs spatial, the shape of the feature map in training.")
+        unknown = use_neighborhood_attention and spatial is None
+        refuse((unknown, "use_neighborhood_attention needs spatial, the shape of the feature map in training."))
         self.window = tuple(spatial or ()) if use_neighborhood_attention else None
 
     def get_neighborhood_mask(self, spatial: Sequence[int] | None, device: th.device | str) -> th.Tensor | None:
@@ -271,11 +269,9 @@ def _attend(attention: nn.Module, qkv: th.Tensor, *more: Any) -> th.Tensor:
 
 
 def _share(channels: int, divisor: int, name: str) -> int:
-    if divisor < 1 or channels % divisor:
-        raise UserError(
-            f"{name} must divide the {channels} channels that attend, got {divisor}; change it, or the width of the "
-            "network (num_channels, classifier_width) or where it attends."
-        )
+    remedy = "change it, or the width of the network (num_channels, classifier_width) or where it attends."
+    odd = divisor < 1 or channels % divisor
+    refuse((odd, f"{name} must divide the {channels} channels that attend, got {divisor}; {remedy}"))
     return channels // divisor
 
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..runtime import files
-from ..runtime.errors import WHY, UserError, as_user_error, quoted
+from ..runtime.errors import WHY, UserError, as_user_error, quoted, refuse
 from ..runtime.pretrained import OPTIONS, open_folder, read_network
 from .text import TextTransformer
 
@@ -127,19 +127,6 @@ class ContextEncoder(nn.Module, ABC):
         context, mask = self.encode(texts)
         return {"context": context, "context_mask": mask}
 
-    def check(self, saved: dict[str, Any], name: str) -> None:
-        """Refuse an encoder other than the one whose `settings` were saved.
-
-        :param name: of the flag or folder that it comes from, for the error.
-        """
-        settings = self.settings()
-        for key in ("context_dim", "max_tokens", "fingerprint"):
-            if key in saved and saved[key] != settings[key]:
-                raise UserError(
-                    f"text_encoder {quoted(name)} is not the one that the network was trained with ({key} "
-                    f"{settings[key]} in place of {saved[key]}): give the folder of that one"
-                )
-
     def _tell_cut(self, text: str, count: int, kept: str) -> None:
         if not self._has_cut:
             self._has_cut = True
@@ -172,8 +159,8 @@ class FolderEncoder(ContextEncoder):
         ):
             self.tokenizer, self.network = _from_folder(self.folder)
         limit = getattr(self.network.config, "max_position_embeddings", max_tokens)
-        if not 2 <= max_tokens <= limit:
-            raise UserError(f"max_tokens {max_tokens} is not in 2 .. {limit}, what the text encoder {folder} takes")
+        takes = f"2 .. {limit}, what the text encoder {folder} takes"
+        refuse((not 2 <= max_tokens <= limit, f"max_tokens {max_tokens} is not in {takes}"))
         self.network.to(device)
         self.device = th.device(device)
         self._cache: dict[str, th.Tensor] = {}
@@ -242,8 +229,8 @@ class ScratchEncoder(ContextEncoder):
         self.tokenizer = read_tokenizer(tokenizer)
         pairs = [[self.tokenizer.token_to_id(name) for name in pair] for pair in ENDS]
         self.ends = next((pair for pair in pairs if None not in pair), [])
-        if not self.ends or max_tokens < 2:
-            raise UserError(f"a text encoder needs max_tokens of 2 or more, and a tokenizer with {START} and {END}")
+        needs = f"max_tokens of 2 or more, and a tokenizer with {START} and {END}"
+        refuse((not self.ends or max_tokens < 2, f"a text encoder needs {needs}"))
         self.transformer = TextTransformer(context_dim, depth, self.tokenizer.get_vocab_size(), max_tokens)
         self.transformer.to_logits = nn.Identity()  # type: ignore[assignment]  # no token is predicted
         for embedding in (self.transformer.token_emb, self.transformer.pos_emb.emb):
@@ -321,13 +308,15 @@ def build_context_encoder(
     else:
         folder = minilm_folder() if config.text_encoder == "minilm" else config.text_encoder
         encoder = FolderEncoder(folder, config.max_tokens, padding=config.text_padding, device=device, log=log)
-    if config.context_dim not in (0, encoder.context_dim):
-        raise UserError(
-            f"text_encoder {config.text_encoder!r} gives vectors of {encoder.context_dim} numbers, and context_dim is "
-            f"{config.context_dim}: give the text encoder that the network was trained with, or leave context_dim out"
-        )
-    if config.text_fingerprint:
-        encoder.check({"fingerprint": config.text_fingerprint}, config.text_encoder)
+    known, has = config.text_fingerprint, encoder.settings()["fingerprint"]
+    name, dim = f"text_encoder {quoted(config.text_encoder)}", config.context_dim
+    wide = f"{name} gives vectors of {encoder.context_dim} numbers, and context_dim is {dim}"
+    other = f"{name} is not the one that the network was trained with (fingerprint {has} in place of {known})"
+    trained = "give the text encoder that the network was trained with"
+    refuse(
+        (dim not in (0, encoder.context_dim), f"{wide}: {trained}, or leave context_dim out"),
+        (known and known != has, f"{other}: give the folder of that one"),
+    )
     return encoder
 
 
@@ -340,8 +329,8 @@ def context_arguments(config: ContextConfig, *, class_cond: bool = True) -> dict
     """
     if config.context == "none":
         return {}
-    if config.context == "classes" and not class_cond:
-        raise UserError("context classes needs labels: set class_cond to True, or take context text")
+    bare = config.context == "classes" and not class_cond
+    refuse((bare, "context classes needs labels: set class_cond to True, or take context text"))
     return {
         "use_spatial_transformer": True,
         "transformer_depth": config.transformer_depth,
@@ -428,10 +417,8 @@ def _from_folder(folder: str) -> tuple[Any, Any]:
 def clip_embedding(folder: str, text: str) -> th.Tensor:
     """The embedding [E] of a text by the CLIP in a folder, to compare images with."""
     library, config = open_folder(folder, "text")
-    if config.model_type != "clip":
-        raise UserError(
-            f"its config.json is of a model_type {quoted(config.model_type)}, not of a CLIP with both parts"
-        )
+    found = f"its config.json is of a model_type {quoted(config.model_type)}"
+    refuse((config.model_type != "clip", f"{found}, not of a CLIP with both parts"))
     config.text_config.projection_dim = config.projection_dim
     tokenizer = library.AutoTokenizer.from_pretrained(folder, **OPTIONS)
     network = read_network(library, "CLIPTextModelWithProjection", folder, config.text_config)

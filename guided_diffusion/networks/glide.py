@@ -138,11 +138,7 @@ class Text2ImUNet(UNetModel):
         return tokens, mask
 
     def forward(  # type: ignore[override]
-        self,
-        x: th.Tensor,
-        timesteps: th.Tensor,
-        tokens: th.Tensor | None = None,
-        mask: th.Tensor | None = None,
+        self, x: th.Tensor, timesteps: th.Tensor, tokens: th.Tensor | None = None, mask: th.Tensor | None = None
     ) -> th.Tensor:
         """Predict from noisy images and the tokens of their texts."""
         emb = self._embed(x[:, : self.in_channels], timesteps, None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from .attention import SpatialTransformer
 from .blocks import AttentionBlock, ResBlock
 
@@ -24,12 +24,9 @@ def recompute_at(network: UNetBackbone, resolutions: str) -> int:
     longer = network.image_size if isinstance(network.image_size, int) else max(network.image_size)
     level_of = {str(longer // 2**level): level for level in range(len(network.channel_mult))}
     words = {word.strip() for word in resolutions.split(",")} - {""}
-    if words - set(level_of):
-        unknown = ", ".join(sorted(words - set(level_of)))
-        raise UserError(
-            f"checkpoint_resolutions {unknown} of {resolutions!r} do not occur at size {longer}: its levels are "
-            f"{', '.join(level_of)}; use these, or '' for none"
-        )
+    unknown = ", ".join(sorted(words - set(level_of)))
+    fault = f"checkpoint_resolutions {unknown} of {resolutions!r} do not occur at size {longer}"
+    refuse((unknown, f"{fault}: its levels are {', '.join(level_of)}; use these, or '' for none"))
     levels, blocks = {level_of[word] for word in words}, (ResBlock, AttentionBlock, SpatialTransformer)
     chosen = [block for block in network.modules() if isinstance(block, blocks) and block.level in levels]
     for block in chosen:

@@ -74,14 +74,10 @@ class Source:
         if size < self.least:
             return f"it has {size} bytes, and its weights alone take {self.least}"
         for name, digest in (("sha256", self.sha256), ("md5", base64.b64decode(md5).hex() if md5 else "")):
-            if digest and not _digest(path, name).startswith(digest):
-                return f"its {name} is another one"
+            with open(path, "rb") as file:
+                if digest and not hashlib.file_digest(file, name).hexdigest().startswith(digest):
+                    return f"its {name} is another one"
         return ""
-
-
-def _digest(path: str, name: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, name).hexdigest()
 
 
 def fetch(source: Source, path: str = "") -> str:

@@ -61,6 +61,12 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
         raise UserError(f"{name} must be one of {', '.join(words)}, got {value!r}{nearest(value, words)}")
 
 
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    every = list(names)
+    return ", ".join(every[:most]) + f", and {len(every) - most} more" * (len(every) > most)
+
+
 def quoted(text: str) -> str:
     """A name between quotation marks: control characters and undecodable bytes escaped, a long name cut."""
     return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")

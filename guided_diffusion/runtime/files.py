@@ -25,7 +25,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, TypeVar, cast
 import numpy as np
 
 from .atomic import explained, replacing
-from .errors import UserError, printable, reason, refuse
+from .errors import WHY, UserError, as_user_error, printable, reason, refuse
 from .remote import S3, ask, in_parts, is_web, open_parts, part, web_stat
 
 T = TypeVar("T")
@@ -163,11 +163,6 @@ def read_part(path: str, start: int, size: int) -> bytes:
         return file.read(size)
 
 
-def new_blob(path: str) -> BinaryIO:
-    """A file in a bucket to write, which is seen when it is closed, and never after an error."""
-    return ask(path, lambda blobs: cast(BinaryIO, blobs.BlobFile(path, "wb", partial_writes_on_exc=False)))
-
-
 def remove(path: str) -> None:
     """Remove a file."""
     ask(path, lambda blobs: blobs.remove(path)) if is_remote(path) else os.remove(path)
@@ -188,8 +183,7 @@ def open_file(path: AnyPath) -> BinaryIO:
 def check_regular(path: str) -> None:
     """Refuse a local path that is no file with an end: to read a pipe or a device may wait for ever."""
     mode = os.stat(path).st_mode
-    if not modes.S_ISREG(mode):
-        raise UserError("it is a folder" if modes.S_ISDIR(mode) else "it is no regular file")
+    refuse((not modes.S_ISREG(mode), "it is a folder" if modes.S_ISDIR(mode) else "it is no regular file"))
 
 
 def read_file(path: AnyPath) -> bytes:
@@ -209,8 +203,7 @@ def local_size(file: BinaryIO) -> int:
 
 
 def _check_size(size: int) -> None:
-    if size > MAX_BYTES:
-        raise UserError(f"it is larger than {MAX_BYTES} bytes, the limit")
+    refuse((size > MAX_BYTES, f"it is larger than {MAX_BYTES} bytes, the limit"))
 
 
 def kind_of_file(path: str) -> str:
@@ -238,14 +231,12 @@ def kind_of_file(path: str) -> str:
 
 def open_archive(path: str) -> zipfile.ZipFile:
     """A zip to read from."""
-    try:
+    with as_user_error(WHY):  # zipfile does not say what a damaged directory leads it to
         where = resolve(path)
         if is_remote(where):
             return zipfile.ZipFile(open_blob(where))
         check_regular(where)
         return zipfile.ZipFile(where)
-    except Exception as error:  # zipfile does not say what a damaged directory leads it to
-        raise UserError(reason(error)) from error
 
 
 def check_unpacked(path: str) -> None:
@@ -254,8 +245,7 @@ def check_unpacked(path: str) -> None:
     if zipfile.is_zipfile(path):
         with open_archive(path) as archive:
             claimed = sum(member.file_size for member in archive.infolist())
-        if claimed > os.path.getsize(path):
-            raise UserError(f"its members unpack to {claimed} bytes")
+        refuse((claimed > os.path.getsize(path), f"its members unpack to {claimed} bytes"))
 
 
 def name_fault(name: str) -> str:
@@ -288,23 +278,18 @@ def member_fault(member: zipfile.ZipInfo, name: str = "") -> str:
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     """All of a member of a zip, and no more than its entry claims."""
-    try:
-        with archive.open(member) as file:
-            return file.read(member.file_size + 1)
-    except Exception as error:  # zipfile does not say what a damaged member leads it to
-        raise UserError(reason(error)) from error
+    with as_user_error(WHY), archive.open(member) as file:  # zipfile does not say what a damaged member leads it to
+        return file.read(member.file_size + 1)
 
 
 def member_at(handle: int, member: zipfile.ZipInfo) -> bytes:
     """The same by the handle of a file on the disk, whose position is neither used nor changed; twice as fast."""
-    try:
+    with as_user_error(WHY, OSError, struct.error, zlib.error):
         content = os.pread(handle, member.compress_size, member_place(handle, member))
         if member.compress_type == zipfile.ZIP_DEFLATED:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, member.file_size + 1)
-    except (OSError, struct.error, zlib.error) as error:
-        raise UserError(reason(error)) from error
-    if len(content) != member.file_size or zlib.crc32(content) != member.CRC:
-        raise UserError("it is damaged: its checksum is another")
+    whole = len(content) == member.file_size and zlib.crc32(content) == member.CRC
+    refuse((not whole, "it is damaged: its checksum is another"))
     return content
 
 
@@ -370,7 +355,7 @@ class Header(NamedTuple):
 
 def read_header(file: IO[bytes], kinds: str = "biufc") -> Header:
     """The header of an npy with numbers of these `kinds` of numpy's types, leaving the file at the first of them."""
-    try:
+    with as_user_error(f"it is no npy ({WHY})"):  # a header is Python source, whose parser may raise anything
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         start = file.tell()
@@ -379,10 +364,8 @@ def read_header(file: IO[bytes], kinds: str = "biufc") -> Header:
         except SystemError:  # of CPython 3.11, now and then, where other threads parse Python at the same time
             file.seek(start)
             shape, fortran, dtype = read(file)
-    except Exception as error:  # a header is Python source, and numpy's parser raises what Python's does
-        raise UserError(f"it is no npy ({reason(error)})") from error
-    if dtype.kind not in kinds or not all(type(side) is int and side >= 0 for side in shape):
-        raise UserError(f"an array of type {printable(f'{dtype} {shape}')}, where numbers are read")
+    sound = dtype.kind in kinds and all(type(side) is int and side >= 0 for side in shape)
+    refuse((not sound, f"an array of type {printable(f'{dtype} {shape}')}, where numbers are read"))
     return Header(shape, dtype, fortran and len(shape) > 1)
 
 
@@ -395,8 +378,8 @@ def read_array(content: bytes) -> np.ndarray[Any, Any]:
 def read_numbers(file: IO[bytes], header: Header) -> np.ndarray[Any, Any]:
     """The array of a header that was read."""
     size = math.prod(header.shape) * header.dtype.itemsize
-    if size > MAX_ARRAY:
-        raise UserError(f"an array of {size} bytes, more than the {MAX_ARRAY} that are held: np.save it in C order")
+    held = f"more than the {MAX_ARRAY} that are held: np.save it in C order"
+    refuse((size > MAX_ARRAY, f"an array of {size} bytes, {held}"))
     array = read_rows(file, header.shape, header.dtype)
     return array.reshape(-1).reshape(header.shape, order="F") if header.fortran else array
 
@@ -404,12 +387,9 @@ def read_numbers(file: IO[bytes], header: Header) -> np.ndarray[Any, Any]:
 def read_rows(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """The next numbers of an npy; for those that the file has not got no memory is taken."""
     size = math.prod(shape) * dtype.itemsize
-    try:
+    with as_user_error(WHY):  # of a damaged member of a zip
         content = b"".join(_pieces(file, size))
-    except Exception as error:  # of a damaged member of a zip
-        raise UserError(reason(error)) from error
-    if len(content) < size:
-        raise UserError(f"it ends after {len(content)} of {size} bytes")
+    refuse((len(content) < size, f"it ends after {len(content)} of {size} bytes"))
     return np.frombuffer(content, dtype).reshape(shape)
 
 
@@ -427,7 +407,7 @@ def _pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
 def writing(path: str) -> Iterator[BinaryIO]:
     """A local or remote file to write, seen under its name only once it is whole; its errors are as in `replacing`."""
     if is_remote(path):  # object stores show a file when it is closed, and nothing of it after an error
-        with explained(path), new_blob(path) as file:
+        with explained(path), ask(path, lambda blobs: blobs.BlobFile(path, "wb", partial_writes_on_exc=False)) as file:
             yield file
     else:
         with replacing(path) as file:

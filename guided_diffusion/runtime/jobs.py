@@ -18,7 +18,7 @@ import numpy as np
 import torch as th
 
 from .atomic import PART
-from .errors import DAMAGE, WHY, UserError, as_user_error, printable, refuse
+from .errors import DAMAGE, WHY, UserError, as_user_error, listed, printable, refuse
 from .files import parse_json, read_file, write_json
 from .labels import check_labels
 from .npz import Rows, holds, read_npz
@@ -108,10 +108,8 @@ class RestartableJob(ABC):
         changes = [
             f"{printable(k)} was {_shown(old)} and is {_shown(new)}" for k, (old, new) in pairs.items() if old != new
         ]
-        if changes:
-            more = f", and {len(changes) - 4} more" if len(changes) > 4 else ""
-            fault = f"{self.out_dir} holds the {self.what} of another request ({', '.join(changes[:4])}{more})"
-            raise UserError(f"{fault}: give another --log_dir")
+        fault = f"{self.out_dir} holds the {self.what} of another request ({listed(changes, 4)})"
+        refuse((changes, f"{fault}: give another --log_dir"))
         return True
 
     def missing(self, rank: int, world_size: int, *, log: Callable[[str], None]) -> list[int]:
@@ -124,11 +122,9 @@ class RestartableJob(ABC):
 
     def check_complete(self) -> None:
         """Refuse to go on if the shard of a batch is missing or damaged."""
-        if missing := [batch for batch in range(self.batches) if not self.is_whole(batch)]:
-            raise UserError(
-                f"{len(missing)} of {self.batches} batches are missing in {self.file('shards')}, the first is "
-                f"{missing[0]}: all ranks must write to the same folder"
-            )
+        missing = [batch for batch in range(self.batches) if not self.is_whole(batch)]
+        fault = f"{len(missing)} of {self.batches} batches are missing in {self.file('shards')}, the first is"
+        refuse((missing, f"{fault} {min(missing, default=0)}: all ranks must write to the same folder"))
 
     def column(self, array: int) -> Iterator[np.ndarray[Any, Any]]:
         """One array of the shards, batch by batch; a shard that was damaged is removed, and an error says so."""
@@ -234,17 +230,14 @@ class Job(RestartableJob):
     def part(self, number: int, count: int) -> Job:
         """Part `number` of 1 .. count of the job: whole batches, as many in one part as in another or one more."""
         first, end = (share * self.batches // count * self.batch_size for share in (number - 1, number))
-        if first == end:
-            raise UserError(
-                f"part {number} of {count} would be empty: of {self.batches} batches of {self.batch_size} there are at "
-                f"most {self.batches} parts"
-            )
+        whole = f"of {self.batches} batches of {self.batch_size} there are at most {self.batches} parts"
+        refuse((first == end, f"part {number} of {count} would be empty: {whole}"))
         return self.cut(first, min(end, self.num_samples))
 
     def cut(self, first: int, end: int) -> Job:
         """The images from number `first` to before `end` of a job that begins at 0."""
-        if not 0 <= first < end:
-            raise UserError(f"start_index {first} is beyond the {end} images that there are: give a lower one")
+        beyond = not 0 <= first < end
+        refuse((beyond, f"start_index {first} is beyond the {end} images that there are: give a lower one"))
         names = self.names[first:end]
         return replace(self, start_index=first, total=self.num_samples, num_samples=end - first, names=names)
 

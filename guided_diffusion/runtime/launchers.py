@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
 
-from .errors import WHY, UserError, as_user_error
+from .errors import WHY, as_user_error, refuse
 
 # The environment variables in which launchers tell each process its place: rank, size, local rank. The first that are
 # set decide: torchrun may itself run under srun, and mpiexec inside a Slurm job.
@@ -73,11 +73,8 @@ def _mpi(size: int) -> Any:
 def _join_mpi(size: int) -> Place:
     mpi = _mpi(size)
     world = mpi.COMM_WORLD
-    if world.size != size:
-        raise UserError(
-            f"mpiexec started {size} ranks, but mpi4py's MPI library sees {world.size}: use the mpiexec that came "
-            "with mpi4py's library"
-        )
+    fault = f"mpiexec started {size} ranks, but mpi4py's MPI library sees {world.size}"
+    refuse((world.size != size, f"{fault}: use the mpiexec that came with mpi4py's library"))
     machine = world.Split_type(mpi.COMM_TYPE_SHARED)
     return Place(world.rank, world.size, machine.rank, "mpiexec", one_machine=machine.size == world.size)
 

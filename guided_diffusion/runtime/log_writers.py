@@ -9,12 +9,12 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any, TextIO
 
-from .atomic import explained
+from .atomic import explained, replacing
 from .errors import as_user_error, refuse
 
 KeyValues = Mapping[str, Any]
@@ -32,9 +32,15 @@ class KVWriter(ABC):
     def rewind(self, step: int) -> None:  # noqa: B027 - most writers cannot take anything back
         """Forgets rows of later steps, and one that a killed process did not finish; where that is possible."""
 
+    def close(self) -> None:  # noqa: B027 - most writers keep nothing open
+        """Closes what this writer has opened."""
+
 
 class SeqWriter(ABC):
     """Writes one line of text per message."""
+
+    def close(self) -> None:  # noqa: B027
+        """Closes what this writer has opened."""
 
     @abstractmethod
     def writeseq(self, seq: Iterable[str]) -> None:
@@ -53,23 +59,13 @@ class _FileWriter:
             file.write(text)
 
     def _replace(self, text: str) -> None:
-        part = f"{self.filename}.part-{os.getpid()}"
-        with explained(self.filename):
-            try:
-                with open(part, "w", encoding="utf-8", newline="") as file:
-                    file.write(text)
-                os.replace(part, self.filename)
-            finally:
-                with suppress(OSError):
-                    os.remove(part)
+        with replacing(self.filename) as file:
+            file.write(text.encode())
 
     def _lines(self) -> list[str]:
         """The complete lines, with their ends."""
         with open(self.filename, encoding="utf-8", newline="") as file:
             return [line for line in file if line.endswith("\n")]
-
-    def close(self) -> None:
-        """Nothing to close: every row is on disk already."""
 
 
 class HumanOutputFormat(KVWriter, SeqWriter):
@@ -96,9 +92,6 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
     def writeseq(self, seq: Iterable[str]) -> None:
         self._write(" ".join(seq) + "\n")
-
-    def close(self) -> None:
-        """Leaves a stream open: it belongs to whoever opened it."""
 
 
 def _cell(value: Any) -> str:
@@ -139,12 +132,12 @@ class CSVOutputFormat(_FileWriter, KVWriter):
         if new_keys := sorted(kvs.keys() - set(self.keys)):
             self._add_columns(new_keys)
         values: list[Any] = [kvs.get(key) for key in self.keys]
-        self._append(_csv_lines([[value.item() if hasattr(value, "detach") else value for value in values]]))
+        self._append(csv_text([[value.item() if hasattr(value, "detach") else value for value in values]]))
 
     def _add_columns(self, new_keys: list[str]) -> None:
         self.keys.extend(new_keys)
         rows = [row + [""] * len(new_keys) for row in csv.reader(self._lines())]
-        self._replace(_csv_lines([self.keys, *rows[1:]]))
+        self._replace(csv_text([self.keys, *rows[1:]]))
 
     def rewind(self, step: int) -> None:
         def is_later(row: list[str]) -> bool:
@@ -153,7 +146,7 @@ class CSVOutputFormat(_FileWriter, KVWriter):
             except (ValueError, IndexError):
                 return False
 
-        self._replace(_csv_lines(row for row in csv.reader(self._lines()) if not is_later(row)))
+        self._replace(csv_text(row for row in csv.reader(self._lines()) if not is_later(row)))
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -171,7 +164,8 @@ def _number(text: Any) -> float | None:
         return None
 
 
-def _csv_lines(rows: Iterable[Sequence[Any]]) -> str:
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """The text of a table with commas."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -16,7 +16,7 @@ import torch as th
 
 from . import files
 from .atomic import replacing
-from .errors import WHY, UserError, as_user_error, printable, refuse
+from .errors import WHY, as_user_error, printable, refuse
 
 PROMPTS = "prompts"  # the array of texts that images were made for
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")  # of images, as the evaluator keeps them
@@ -49,13 +49,8 @@ def write_arrays(path: str, arrays: Mapping[str, Rows | npt.NDArray[Any]]) -> No
                 member.writelines(np.ascontiguousarray(chunk, dtype).data for chunk in chunks)
 
 
-def write_npz(path: str, *arrays: Rows) -> None:
+def save_npz(path: str, *arrays: Rows | npt.NDArray[Any]) -> None:
     """The same of arr_0, arr_1, ..."""
-    write_arrays(path, {f"arr_{number}": array for number, array in enumerate(arrays)})
-
-
-def save_npz(path: str, *arrays: npt.NDArray[Any]) -> None:
-    """The same of whole arrays."""
     write_arrays(path, {f"arr_{number}": array for number, array in enumerate(arrays)})
 
 
@@ -132,9 +127,8 @@ class Npz:
         if "arr_0" in self:
             return "arr_0"
         names = [name for name in self.names() if name not in STATISTICS and len(self.header(name).shape) > 1]
-        if len(names) != 1:
-            unclear = "and it is not clear which are images: save them as arr_0"
-            raise UserError(f"{self.path} holds {self.content()}, {unclear}")
+        unclear = "and it is not clear which are images: save them as arr_0"
+        refuse((len(names) != 1, f"{self.path} holds {self.content()}, {unclear}"))
         return names[0]
 
     def labels(self) -> list[int] | None:
@@ -144,11 +138,8 @@ class Npz:
         count, labels = self.header("arr_0").shape[0], self.header("arr_1")
         whole = labels.shape == (count,) and labels.dtype.kind in "iu"
         ids: list[int] = self.whole("arr_1").tolist() if whole else []
-        if len(ids) != count or max(ids, default=0) >= 2**63:
-            raise UserError(
-                f"{self.path} holds labels arr_1 {labels.shape} of {labels.dtype}: give one class id for each of the "
-                f"{count} images, or none"
-            )
+        odd, found = len(ids) != count or max(ids, default=0) >= 2**63, f"arr_1 {labels.shape} of {labels.dtype}"
+        refuse((odd, f"{self.path} holds labels {found}: give one class id for each of the {count} images, or none"))
         return ids
 
     def content(self) -> str:
@@ -157,8 +148,7 @@ class Npz:
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[tuple[IO[bytes], files.Header]]:
-        if name not in self:
-            raise UserError(f"{self.path} holds no {name}, but {self.content()}")
+        refuse((name not in self, f"{self.path} holds no {name}, but {self.content()}"))
         with self._explained(f"{name} cannot be read, "), self._archive.open(f"{name}.npy") as member:
             header = files.read_header(member)
             refuse((not header.shape, "it is one number, no array"))

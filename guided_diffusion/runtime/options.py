@@ -60,11 +60,10 @@ def str2bool(v: str | bool) -> bool:
     """The boolean that a word on the command line stands for."""
     if isinstance(v, bool):
         return v
-    if v.lower() in ("yes", "true", "t", "y", "1", "on"):
-        return True
-    if v.lower() in ("no", "false", "f", "n", "0", "off"):
-        return False
-    raise UserError(f"boolean value expected: {v!r} is neither True nor False")
+    yes = v.lower() in ("yes", "true", "t", "y", "1", "on")
+    no = v.lower() in ("no", "false", "f", "n", "0", "off")
+    refuse((not yes and not no, f"boolean value expected: {v!r} is neither True nor False"))
+    return yes
 
 
 def defaults(*sections: type[Any]) -> dict[str, Any]:
@@ -123,9 +122,9 @@ def _numbers(text: str) -> list[float]:
 
 def parse_rates(text: str | float) -> list[float]:
     """The rates of moving averages in "0.999,0.9999"; [] of ''."""
-    rates = _numbers(str(text).strip(" ,"))
-    if not all(0 <= rate <= 1 for rate in rates):
-        raise UserError(f"ema_rate {text!r} is not a list of rates from 0 to 1: write 0.9999 or 0.999,0.9999")
+    rates, remedy = _numbers(str(text).strip(" ,")), "write 0.9999 or 0.999,0.9999"
+    sound = all(0 <= rate <= 1 for rate in rates)
+    refuse((not sound, f"ema_rate {text!r} is not a list of rates from 0 to 1: {remedy}"))
     return rates
 
 
@@ -177,8 +176,8 @@ def kind_of(names: Sequence[str]) -> Callable[[str], str]:
     """A reader of one of these names, perhaps with details after a colon, which returns the text that it is given."""
 
     def read(text: str) -> str:
-        if text.partition(":")[0] not in names:
-            raise UserError(f"{text!r} is none of {', '.join(names)}{nearest(text, names)}")
+        known = text.partition(":")[0] in names
+        refuse((not known, f"{text!r} is none of {', '.join(names)}{nearest(text, names)}"))
         return text
 
     return read

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from .atomic import replacing
-from .errors import UserError
+from .errors import refuse
 from .npz import read_npz
 
 Pixels = npt.NDArray[np.uint8]
@@ -88,9 +88,10 @@ def can_draw(shape: Sequence[int]) -> bool:
     return len(shape) == 3 and shape[0] in DRAWN_CHANNELS
 
 
-def _as_picture(image: Pixels) -> Image.Image:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in DRAWN_CHANNELS:
-        raise UserError(f"{image.dtype} {image.shape} cannot be drawn: give uint8 [H, W, C] with C = 1, 3 or 4")
+def as_picture(image: Pixels) -> Image.Image:
+    """An image [H, W, C] as a picture of PIL."""
+    drawable = image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] in DRAWN_CHANNELS
+    refuse((not drawable, f"{image.dtype} {image.shape} cannot be drawn: give uint8 [H, W, C] with C = 1, 3 or 4"))
     return Image.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[-1] == 1 else image))
 
 
@@ -99,14 +100,18 @@ def save_png(path: str, image: Pixels, **texts: str) -> None:
     info = PngInfo()
     for keyword, text in texts.items():
         info.add_text(keyword, text)
-    _as_picture(image).save(path, format="PNG", pnginfo=info)
+    as_picture(image).save(path, format="PNG", pnginfo=info)
+
+
+def save_picture(path: str, picture: Image.Image, kind: str = "PNG", **options: Any) -> None:
+    """Write a picture of PIL, and the folder that it lies in where that is missing."""
+    with replacing(path) as file:
+        picture.save(file, format=kind, **options)
 
 
 def save_grid(path: str, images: Pixels, columns: int, row_names: Sequence[str] = (), **options: Any) -> None:
     """Write the picture that `grid` makes."""
-    picture = grid(images, columns, row_names, **options)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    picture.save(path, format="PNG")
+    save_picture(path, grid(images, columns, row_names, **options))
 
 
 def grid(
@@ -128,8 +133,8 @@ def grid(
     :param zoom: how many pixels wide a pixel is drawn; 0 enlarges small images.
     """
     rows, groups = -(-len(images) // columns) if columns > 0 else 0, max(1, len(titles))
-    if rows == 0 or columns % groups or len(row_names) not in (0, rows):
-        raise UserError(f"{len(images)} images, {columns} columns, {groups} titles, {len(row_names)} names: no grid")
+    given = f"{len(images)} images, {columns} columns, {groups} titles, {len(row_names)} names"
+    refuse((rows == 0 or columns % groups or len(row_names) not in (0, rows), f"{given}: no grid"))
     zoom = zoom or max(1, CELL // min(images.shape[1:3]))
     height, width = (side * zoom + PAD for side in images.shape[1:3])
     lines = [textwrap.wrap(_latin(text), max(5, width // LETTER))[:CAPTION_LINES] for text in captions]
@@ -139,12 +144,12 @@ def grid(
     left = round(max((font.getlength(name) for name in names), default=-MARGIN)) + MARGIN
     top = 2 * MARGIN + 8 if titles else 0
     size = left + columns * width + (groups - 1) * gap + PAD, top + rows * height + PAD
-    sheet = Image.new(_as_picture(images[0]).mode, size, "white")
+    sheet = Image.new(as_picture(images[0]).mode, size, "white")
     pen = ImageDraw.Draw(sheet)
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         place = left + PAD + column * width + column * groups // columns * gap, top + PAD + row * height
-        sheet.paste(_as_picture(image.repeat(zoom, axis=0).repeat(zoom, axis=1)), place)
+        sheet.paste(as_picture(image.repeat(zoom, axis=0).repeat(zoom, axis=1)), place)
         if lines:
             under = place[0] + width // 2, place[1] + height - below
             pen.multiline_text(under, "\n".join(lines[index]), "black", font, anchor="ma", spacing=1, align="center")
@@ -170,9 +175,7 @@ def _latin(text: str) -> str:
 
 def draw_grid(path: str, samples: str, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> None:
     """Write the picture that `grid_of_classes` makes of the first images of an npz."""
-    images = next(read_npz(samples, "arr_0", GRID_IMAGES))
-    with replacing(path) as file:
-        grid_of_classes(images, turns, class_names).save(file, format="PNG")
+    save_picture(path, grid_of_classes(next(read_npz(samples, "arr_0", GRID_IMAGES)), turns, class_names))
 
 
 def grid_of_classes(images: Pixels, turns: Sequence[int] = (), class_names: Sequence[str] = ()) -> Image.Image:
@@ -211,15 +214,12 @@ def draw_each(
     for index, image in islice(enumerate(images), rank, None, world_size):
         texts = {"prompt": prompts[(first + index) % len(prompts)]} if prompts else {}
         suffix = "" if labels is None else f"_y{labels[index]}"
-        suffix += "".join(f"_{words}" for words in map(_file_name, texts.values()) if words)
+        # letters, digits and dashes alone, which every file system takes
+        words = (re.sub(r"[^a-z0-9]+", "-", text.lower())[:LONGEST_STEM].strip("-") for text in texts.values())
+        suffix += "".join(f"_{word}" for word in words if word)
         path = os.path.join(folder, names[index] if names else f"{first + index:06d}{suffix}.png")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         save_png(path, image, **texts)
-
-
-def _file_name(text: str) -> str:
-    """The beginning of a text in lower-case letters, digits and dashes, which every file system takes."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:LONGEST_STEM].strip("-")
 
 
 # ---- films
@@ -269,15 +269,13 @@ class Film:
         frames = self.frames()
         rows = np.stack([images for _, images in frames], axis=1)
         titles = [title for title, _ in frames]
-        picture = grid(rows.reshape(-1, *rows.shape[2:]), len(frames), titles=titles, gap=0)
-        with replacing(strip) as file:
-            picture.save(file, format="PNG")
+        save_picture(strip, grid(rows.reshape(-1, *rows.shape[2:]), len(frames), titles=titles, gap=0))
         columns = min(GIF_ROW, len(frames[0][1]))
         first, *others = [_paletted(grid(images, columns, titles=[title])) for title, images in frames]
         pace = round(min(max(1000 * SECONDS / len(frames), FASTEST), SLOWEST))
         times = [pace] * len(others) + [LAST]
-        with replacing(animation) as file:
-            first.save(file, format="GIF", save_all=True, append_images=others, duration=times, loop=0, optimize=False)
+        options = {"save_all": True, "append_images": others, "duration": times, "loop": 0, "optimize": False}
+        save_picture(animation, first, "GIF", **options)
 
 
 def _paletted(picture: Image.Image) -> Image.Image:

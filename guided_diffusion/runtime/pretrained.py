@@ -10,7 +10,7 @@ from typing import Any
 
 import torch as th
 
-from .errors import UserError, as_user_error, refuse
+from .errors import as_user_error, refuse
 
 OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -46,7 +46,7 @@ def read_network(library: Any, loader: str, folder: str, config: Any, *, spare: 
         if shows_bar:
             library.logging.enable_progress_bar()
     missing = sorted(name for name in info["missing_keys"] if not spare or spare not in name)
-    faults = [*missing, *(name for name, *_ in info["mismatched_keys"])]
-    if faults:  # which the library draws at random
-        raise UserError(f"{len(faults)} of its tensors are missing or of another shape, the first is {faults[0]}")
+    faults = [*missing, *(name for name, *_ in info["mismatched_keys"])]  # which the library draws at random
+    first = "".join(faults[:1])
+    refuse((faults, f"{len(faults)} of its tensors are missing or of another shape, the first is {first}"))
     return network.eval().requires_grad_(False)

@@ -21,7 +21,7 @@ import torch as th
 import torch.nn.functional as F
 
 from ..nn import traits_of
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, check_choice, refuse
 from .prediction import CondFn, MeanVariance, sees_denoiser
 
 Scale = float | Callable[[th.Tensor], th.Tensor | float]
@@ -36,8 +36,8 @@ def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> float | th
     A number stays one, since to ask a tensor on a GPU what it holds is to wait for it.
     """
     value = scale(timesteps) if callable(scale) else scale
-    if not bool(value.isfinite().all() if isinstance(value, th.Tensor) else math.isfinite(value)):
-        raise UserError(f"the scale of the guidance is {value}: give a finite number, 0 for none")
+    finite = bool(value.isfinite().all() if isinstance(value, th.Tensor) else math.isfinite(value))
+    refuse((not finite, f"the scale of the guidance is {value}: give a finite number, 0 for none"))
     if not isinstance(value, th.Tensor):
         return float(value) or None
     value = value.to(like.device, like.dtype).expand(len(like)).view(-1, *[1] * (like.ndim - 1))
@@ -118,8 +118,7 @@ def dps(residual: Callable[[th.Tensor], th.Tensor], zeta: Scale = 1.0, *, weight
     :param residual: x_0 [N, C, H, W] in [-1, 1] -> measured - A(x_0), [N, ...].
     :param weighting: "norm", zeta over the norm of the residual, as in the paper's experiments, or "constant".
     """
-    if weighting not in ("norm", "constant"):
-        raise UserError(f"weighting must be one of norm, constant, got {weighting!r}")
+    check_choice("weighting", weighting, ("norm", "constant"))
 
     def slope(x: th.Tensor, out: MeanVariance) -> th.Tensor:
         squares = residual(out["pred_xstart"]).flatten(1).square().sum(dim=1)
@@ -150,8 +149,7 @@ def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[...
     :param guide: a cond_fn, or a guided network, which elsewhere calls its own unguided one.
     :param low: in what the network is fed: 0 .. T-1 of training, or 0 .. 1000 with rescale_timesteps.
     """
-    if not low <= high:
-        raise UserError(f"the interval of guidance from {low} to {high} is empty: give the lower end first")
+    refuse((not low <= high, f"the interval of guidance from {low} to {high} is empty: give the lower end first"))
 
     def inside(timesteps: th.Tensor) -> th.Tensor:
         return (timesteps >= low) & (timesteps <= high)
@@ -179,8 +177,7 @@ class GuidedNetwork(th.nn.Module, ABC):
 
     def __init__(self, model: Callable[..., th.Tensor], scale: Scale, rescale: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= rescale <= 1:
-            raise UserError(f"rescale {rescale} is not in 0 .. 1: 0 leaves the result as it is")
+        refuse((not 0 <= rescale <= 1, f"rescale {rescale} is not in 0 .. 1: 0 leaves the result as it is"))
         _scale_at(0.0 if callable(scale) else scale, th.zeros(1), th.zeros(1))
         self.model, self.scale, self.rescale = model, scale, rescale
         traits = traits_of(model)
@@ -256,11 +253,10 @@ class ClassifierFree(GuidedNetwork):
         self.null_label = self.null_label if null_label is None else null_label
         traits, self.null = traits_of(model), dict(null or {})
         self.null_cond, self.null_vector = traits.null_cond, traits.null_vector
-        if self.null_label is None and not self.null_cond and not self.null_vector and not self.null:
-            raise UserError(
-                "classifier-free guidance needs a network that was trained without labels too: train with "
-                "class_dropout above 0, or give the null_label that it has, or the keywords `null` of an empty text"
-            )
+        conditional = self.null_label is None and not self.null_cond and not self.null_vector and not self.null
+        needs = "classifier-free guidance needs a network that was trained without labels too"
+        remedy = "give the null_label that it has, or the keywords `null` of an empty text"
+        refuse((conditional, f"{needs}: train with class_dropout above 0, or {remedy}"))
 
     def both(self, x: th.Tensor, timesteps: th.Tensor, kwargs: dict[str, Any]) -> tuple[th.Tensor, th.Tensor]:
         """The model's output with and without its condition."""
@@ -349,8 +345,7 @@ def clip_guidance(
         prediction of x_0, with the gradient through the network.
     :param cutouts: images -> parts of them [K * N, C, S, S], such as `random_cutouts`.
     """
-    if mode not in ("noisy", "denoised"):
-        raise UserError(f"mode {mode!r} is unknown: use noisy or denoised")
+    check_choice("mode", mode, ("noisy", "denoised"))
     targets = F.normalize(target.detach().reshape(-1, target.shape[-1]), dim=-1)
 
     def loss(images: th.Tensor) -> th.Tensor:
@@ -376,8 +371,8 @@ def dynamic_thresholding(percentile: float = 0.995) -> Callable[[th.Tensor], th.
 
     (Saharia et al. 2022, sec. 2.3.) Strong guidance then loses contrast instead of saturating.
     """
-    if not 0 < percentile <= 1:
-        raise UserError(f"the percentile {percentile} of dynamic thresholding is not in (0, 1]: usual is 0.995")
+    outside = not 0 < percentile <= 1
+    refuse((outside, f"the percentile {percentile} of dynamic thresholding is not in (0, 1]: usual is 0.995"))
 
     def threshold(xstart: th.Tensor) -> th.Tensor:
         size = xstart.detach().abs().flatten(1).float()

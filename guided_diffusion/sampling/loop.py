@@ -152,8 +152,7 @@ def _indices(process: Process, sampler: Sampler, options: SampleOptions) -> list
     if strength is not None:
         furthest = strength * (process.original_num_steps - 1)
         skip = sum(tau > furthest for tau in process.timestep_map[:steps]) if strength else steps
-    if not 0 <= skip <= steps:
-        raise UserError(f"skip_timesteps {skip} is not in 0 .. {steps}, the steps of this process")
+    refuse((not 0 <= skip <= steps, f"skip_timesteps {skip} is not in 0 .. {steps}, the steps of this process"))
     if sampler.ascending:
         return list(range(steps - skip - 1))  # the last of them ends where the first one of the way back starts
     return list(reversed(range(steps - skip)))
@@ -195,8 +194,8 @@ def _fitted(image: th.Tensor, x: th.Tensor, name: str) -> th.Tensor:
     :raises ValueError: if its sides are others.
     """
     sides = zip(reversed(image.shape), reversed(x.shape), strict=False)
-    if image.ndim > x.ndim or any(given not in (1, side) for given, side in sides):
-        raise UserError(f"{name} of shape {tuple(image.shape)} does not fit the samples, {tuple(x.shape)}")
+    odd = image.ndim > x.ndim or any(given not in (1, side) for given, side in sides)
+    refuse((odd, f"{name} of shape {tuple(image.shape)} does not fit the samples, {tuple(x.shape)}"))
     return image.to(x).expand_as(x)
 
 
@@ -213,8 +212,8 @@ class _Kept:
         if mask is None or image is None:
             return None
         mask = _fitted(mask, x, "mask")
-        if not bool(((mask >= 0) & (mask <= 1)).all()):
-            raise UserError("mask has values outside of 0 .. 1: 1 keeps the image, 0 paints")
+        inside = bool(((mask >= 0) & (mask <= 1)).all())
+        refuse((not inside, "mask has values outside of 0 .. 1: 1 keeps the image, 0 paints"))
         needed = mask.flatten(1).any(dim=1).tolist() if options.get("resample", 1) == 1 else [True] * len(mask)
         if not any(needed):
             return None
@@ -258,8 +257,8 @@ def drawer(
         return lambda: make(tuple(shape), device=device)
     if isinstance(generator, th.Generator):
         return lambda: make(tuple(shape), device=generator.device, generator=generator).to(device)
-    if len(generator) != shape[0]:
-        raise UserError(f"{len(generator)} generators for {shape[0]} images: give one, or one per image")
+    other = len(generator) != shape[0]
+    refuse((other, f"{len(generator)} generators for {shape[0]} images: give one, or one per image"))
     return lambda: th.stack([make(tuple(shape[1:]), device=g.device, generator=g) for g in generator]).to(device)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch as th
 from torch import Tensor
 
-from ..runtime.errors import UserError, nearest
+from ..runtime.errors import UserError, nearest, refuse
 from .solvers import (
     DEIS,
     DPMSolver2,
@@ -35,18 +35,7 @@ from .solvers import (
     recall,
     remember,
 )
-from .steps import (
-    Draw,
-    Level,
-    Predict,
-    Sampler,
-    State,
-    Step,
-    mix,
-    polynomial_weights,
-    predict_at,
-    where_noisy,
-)
+from .steps import Draw, Level, Predict, Sampler, State, Step, mix, polynomial_weights, predict_at, where_noisy
 
 if TYPE_CHECKING:
     from ..diffusion.methods import SamplingMethods as Process
@@ -168,8 +157,9 @@ class Euler(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.churn_max >= self.churn_min:
-            raise UserError(f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned")
+        nothing = not self.churn_max >= self.churn_min
+        fault = f"churn_max {self.churn_max} is below churn_min {self.churn_min}: nothing would be churned"
+        refuse((nothing, fault))
 
     def step(self, process: Process, predict: Predict, x: Tensor, t: Tensor, state: State, draw: Draw) -> Step:
         prediction, _, _ = self._noisier(process, predict, x, t, draw)
@@ -191,7 +181,7 @@ class Euler(Solver):
         grown = now.ratio * (1 + min(self.churn / process.num_timesteps, 2**0.5 - 1))
         churned = (now.ratio >= self.churn_min) & (now.ratio <= self.churn_max)
         ratio = th.where(churned, grown, now.ratio).minimum(most)
-        level = Level.at_ratio(ratio)
+        level = Level.at_lam(-th.log(ratio))
         added = self.churn_noise * th.sqrt((ratio**2 - now.ratio**2).clamp(min=0))
         x = mix((level.alpha / now.alpha, x), (level.alpha * added, draw()))
         return predict_at(process, predict, x, level), x, level

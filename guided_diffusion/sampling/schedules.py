@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch as th
 import torch.nn.functional as F
 
-from ..runtime.errors import UserError, nearest
+from ..runtime.errors import UserError, check_choice
 from ..runtime.seeds import to_device
 from .steps import NO_SIGNAL
 
@@ -80,9 +80,7 @@ SCHEDULES: dict[str, Callable[..., Array]] = {
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> Array:
     """Betas [T] of a schedule in `SCHEDULES`, of linear ones perhaps with ends: "scaled_linear:0.0015,0.0195"."""
     name, colon, text = schedule_name.partition(":")
-    if name not in SCHEDULES:
-        hint = nearest(name, SCHEDULES)
-        raise UserError(f"noise_schedule {name!r} is unknown: use one of {', '.join(SCHEDULES)}{hint}")
+    check_choice("noise_schedule", name, SCHEDULES)
     return SCHEDULES[name](num_diffusion_timesteps, *(_ends(name, text) if colon else ()))
 
 

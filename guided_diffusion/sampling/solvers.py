@@ -26,18 +26,7 @@ import torch as th
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from .steps import (
-    Draw,
-    Level,
-    Predict,
-    Sampler,
-    State,
-    Step,
-    mix,
-    polynomial_weights,
-    predict_at,
-    where_noisy,
-)
+from .steps import Draw, Level, Predict, Sampler, State, Step, mix, polynomial_weights, predict_at, where_noisy
 
 if TYPE_CHECKING:
     from ..diffusion.methods import SamplingMethods as Process

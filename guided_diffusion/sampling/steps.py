@@ -104,11 +104,6 @@ class Level(NamedTuple):
         """The level of a given lambda."""
         return cls(th.sigmoid(2 * lam).sqrt(), th.sigmoid(-2 * lam).sqrt())
 
-    @classmethod
-    def at_ratio(cls, ratio: Tensor) -> Level:
-        """The level of a given sigma / alpha."""
-        return cls.at_lam(-th.log(ratio))
-
     @property
     def log_alpha_bar(self) -> Tensor:
         """2 log alpha, what a process calls the level."""

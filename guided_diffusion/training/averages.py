@@ -14,7 +14,7 @@ import torch as th
 
 from ..fp16_util import MixedPrecisionTrainer
 from ..nn import update_ema
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.options import WIDEST_PROFILE as WIDEST
 from .weights import load, shapes
 
@@ -115,8 +115,8 @@ def weighted(parts: Sequence[tuple[float, str]]) -> dict[str, th.Tensor]:
     total: dict[str, th.Tensor] = {}
     for share, path in parts:
         weights = load(path)
-        if total and shapes(weights) != shapes(total):
-            raise UserError(f"{path} is of another network than the averages beside it: move it out of the folder")
+        unlike = total and shapes(weights) != shapes(total)
+        refuse((unlike, f"{path} is of another network than the averages beside it: move it out of the folder"))
         for name, value in weights.items():
             exact = value.is_floating_point()
             total[name] = total.get(name, 0) + share * value.double() if exact else value

@@ -12,10 +12,9 @@ import torch as th
 
 from .. import dist_util, logger
 from ..fp16_util import MixedPrecisionTrainer
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, listed
 from . import checkpoints
 from .meter import Meter
-from .weights import listed
 
 SHOWN = 8  # images in a line of the log
 COLUMN = "skipped_steps"

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch as th
 
 from .. import dist_util, logger
-from ..runtime.errors import UserError
-from ..runtime.options import parse_microbatch
+from ..runtime.errors import as_user_error
 from ..runtime.pictures import range_in_words, to_unit
 from ..runtime.seeds import to_device
 from .meter import Meter
@@ -45,12 +44,9 @@ class Supply:
     def take(self, updates: int) -> tuple[th.Tensor, Cond]:
         """The next batch, after so many updates; logs the range of the first one's numbers."""
         with self._meter.waiting_for_data():
-            try:
+            ended = f"the data ended after {updates} updates"
+            with as_user_error(f"{ended}: give an endless iterator, or max_steps {updates}", StopIteration):
                 batch, cond = next(self._iterator)
-            except StopIteration as error:
-                raise UserError(
-                    f"the data ended after {updates} updates: give an endless iterator, or max_steps {updates}"
-                ) from error
         if not self.begun:
             logger.log(self._first(batch))
         self._last = batch, cond
@@ -130,14 +126,6 @@ def microbatches(batch: th.Tensor, cond: Cond, draw: Draw, size: int) -> Iterato
         part = slice(start, start + size)
         keywords = {name: to_device(value[part], device) for name, value in cond.items()}
         yield to_unit(to_device(batch[part], device)), keywords, draw.cut(part)
-
-
-def first_microbatch(microbatch: int | str, batch_size: int) -> tuple[int, bool]:
-    """(images that are computed at once at first, whether fewer are tried where the memory does not hold them)."""
-    size = parse_microbatch(str(microbatch))
-    if isinstance(size, int):
-        return size if size > 0 else batch_size, False
-    return batch_size, True
 
 
 def halve_until_it_fits(attempt: Callable[[int], None], size: int, forget: Callable[[], None] | None) -> None:

@@ -161,12 +161,13 @@ def sets_in(folder: str) -> dict[int, Checkpoint]:
     folder = files.resolve(folder)
     for match in filter(None, map(_NAME.match, names_in(folder))):
         entry = sets.setdefault(_number(match), Checkpoint(_number(match)))
-        if match["rate"] or match["width"]:
-            (entry.emas if match["rate"] else entry.powers)[match["rate"] or match["width"]] = join(
-                folder, match.string
-            )
+        path = join(folder, match.string)
+        if match["rate"]:
+            entry.emas[match["rate"]] = path
+        elif match["width"]:
+            entry.powers[match["width"]] = path
         else:
-            setattr(entry, match["kind"] or match.lastgroup or "", join(folder, match.string))
+            setattr(entry, match["kind"] or match.lastgroup or "", path)
     for entry in sets.values():  # a folder of parts has them all
         entry.model, entry.opt = entry.model or entry.shards, entry.opt or entry.shards
     return {step: sets[step] for step in sorted(sets) if {*sets[step].files} - {sets[step].manifest}}
@@ -215,11 +216,8 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     sets = sorted(
         sets_in(path).values(), key=lambda e: (not _damaged(e), bool(e.emas or e.shards), bool(e.model), e.step or 0)
     )
-    if not sets or not sets[-1].best:
-        raise UserError(
-            f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder, of "
-            f"diffusers one with {SINGLE[1]}, such as unet in that of a pipeline"
-        )
+    bare = f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder"
+    refuse((not sets or not sets[-1].best, f"{bare}, of diffusers one with {SINGLE[1]}, such as unet in a pipeline's"))
     taken, warmed_up = sets[-1], config_beside(path).get("ema_warmup")
     old = {rate: name for rate, name in taken.emas.items() if warmed_up or not is_young(rate, taken.step or 0)}
     return replace(taken, path=replace(taken, emas=old).best or taken.best)
@@ -257,11 +255,9 @@ def classes_beside(path: str) -> str:
 def tokenizer_beside(path: str) -> str:
     """The tokenizer, as JSON, of a text encoder that was trained along, from the header of weights or beside them."""
     text, file_path = files.safetensors_header(files.resolve(path)).get(TOKENIZER), _in_folder_of(path, TOKENIZER)
-    if not text and not exists(file_path):
-        raise UserError(
-            f"{file_path} is missing, without which the network reads no text: copy it from the run's folder (for "
-            "latent-diffusion's text-to-image model, from one of bert-base-uncased; for GLIDE, from one of gpt2)"
-        )
+    others = "for latent-diffusion's text-to-image model, from one of bert-base-uncased; for GLIDE, from one of gpt2"
+    missing = f"{file_path} is missing, without which the network reads no text"
+    refuse((not text and not exists(file_path), f"{missing}: copy it from the run's folder ({others})"))
     return str(text or files.read_file(file_path).decode(errors="replace"))
 
 

@@ -17,7 +17,7 @@ import torch as th
 from ..networks.architecture import Weights, architecture
 from ..networks.autoencoder import GROUPS, NORM_GROUPS, AutoencoderKL, VQModel
 from ..runtime import files
-from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, printable, refuse
+from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, listed, printable, refuse
 from ..runtime.options import parse_size, size_flag
 
 CONFIG, FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -126,8 +126,8 @@ def _renamed(state: State, names: Mapping[str, str], path: str, axes: int) -> di
 
     :param axes: of space of the convolutions that attention has in the result; 0: it has matrices.
     """
-    if unknown := [name for name in state if name not in names]:
-        raise UserError(f"{path} holds {len(unknown)} tensors of another network, {printable(unknown[0])} is the first")
+    unknown = [printable(name) for name in state if name not in names]
+    refuse((unknown, f"{path} holds {len(unknown)} tensors of another network, {listed(unknown, 1)}"))
     flat = {name: ".attentions." in f"{name} {names[name]}" and value.ndim > 1 for name, value in state.items()}
     return {
         names[name]: value.flatten(1)[(..., *[None] * axes)] if flat[name] else value for name, value in state.items()
@@ -204,10 +204,9 @@ def write_unet(state: State, flags: Mapping[str, Any], size: Any, path: str) -> 
     :raises UserError: naming the flag of a network that theirs cannot be.
     """
     read, unlike = architecture(state, size or ANY_SIZE), f"{path} cannot become a {UNET}, which has no"
-    if not {"channel_mult", "learn_sigma"} <= set(read):
-        raise UserError(
-            f"{path} holds no whole U-Net and no autoencoder: only these can be written to a folder of diffusers"
-        )
+    partial = not {"channel_mult", "learn_sigma"} <= set(read)
+    only = "only these can be written to a folder of diffusers"
+    refuse((partial, f"{path} holds no whole U-Net and no autoencoder: {only}"))
     first = float(read["channel_mult"].split(",")[0])
     seen = {state["input_blocks.0.0.weight"].shape[1], len(state["out.2.bias"]) // (1 + read["learn_sigma"])}
     refuse(
@@ -242,11 +241,9 @@ def _head_size(flags: Mapping[str, Any], state: State, path: str) -> int:
     size, heads = int(flags.get("num_head_channels", -1)), flags["num_heads"]
     if size != -1:
         return size
-    if heads is None:
-        example = '{"flags": {"num_head_channels": 64, "use_new_attention_order": true}}'
-        raise UserError(
-            f"the weights of {path} do not show their heads: write config.json beside it, such as {example}"
-        )
+    example = '{"flags": {"num_head_channels": 64, "use_new_attention_order": true}}'
+    remedy = f"write config.json beside it, such as {example}"
+    refuse((heads is None, f"the weights of {path} do not show their heads: {remedy}"))
     sizes = sorted({len(value) // 3 // heads for name, value in state.items() if name.endswith(".qkv.bias")})
     if heads == 1 or (len(sizes) == 1 and flags.get("num_heads_upsample", -1) in (-1, heads)):
         return -1 if heads == 1 else sizes[0]
@@ -265,13 +262,11 @@ def read_unet(state: State, path: str) -> Weights | None:
     newer = _saved(path).get("use_new_attention_order", True)  # it was written here
     parts = _renamed(_by_newer_names(state), _inverse(_names(config)), path, 1)
     network = {name: value for name, value in parts.items() if not re.search(r"\.to_[qkv]\.", name)}
-    try:
-        for stem, _, end in (name.partition(".to_q.") for name in parts if ".to_q." in name):
+    for stem, _, end in (name.partition(".to_q.") for name in parts if ".to_q." in name):
+        with as_user_error(f"{path} holds no whole attention, of {stem}: fetch it again", LookupError, RuntimeError):
             rows = [parts[f"{stem}.{part}.{end}"] for part in QKV]
             heads = 1 if newer else len(rows[0]) // (config["attention_head_dim"] or len(rows[0]))
             network[f"{stem}.qkv.{end}"] = th.stack(rows).unflatten(1, (heads, -1)).transpose(0, 1).flatten(0, 2)
-    except (LookupError, RuntimeError) as error:
-        raise UserError(f"{path} holds no whole attention, of {stem}: fetch it again") from error
     known = NEVER | _process_beside(path) | flags | {"use_new_attention_order": newer}
     return Weights(network, known, f"of {path} the {UNET} is taken")
 
@@ -286,13 +281,11 @@ def _process_beside(path: str) -> dict[str, Any]:
         steps = values["num_train_timesteps"]
         ends = ",".join(f"{values[end] * steps / 1000:g}" for end in ("beta_start", "beta_end"))
         names = {"squaredcos_cap_v2": "cosine", "scaled_linear": f"scaled_linear:{ends}"}
-        schedule = (
-            ("linear" if ends == "0.0001,0.02" else "")
-            if (kind := values["beta_schedule"]) == "linear"
-            else names.get(kind, "")
-        )
-    if not schedule or values.get("trained_betas"):
-        raise UserError(f"{place} has the betas {printable(str(kind))} from {ends}, which --noise_schedule has not")
+        kind = values["beta_schedule"]
+        names |= {"linear": "linear"} if ends == "0.0001,0.02" else {}
+        schedule = names.get(kind, "")
+    unlike = f"{place} has the betas {printable(str(kind))} from {ends}, which --noise_schedule has not"
+    refuse((not schedule or values.get("trained_betas"), unlike))
     predicts = values["prediction_type"]
     known = {"noise_schedule": schedule, "diffusion_steps": steps, "predict_v": predicts == "v_prediction"}
     return known | {"predict_xstart": predicts == "sample", "zero_terminal_snr": values["rescale_betas_zero_snr"]}
@@ -398,8 +391,6 @@ def _told(config: Config, path: str, read: Any, write: Any) -> Any:
         ours = write(told)
     theirs = {**ours, **config}  # what it leaves out has the value that is fixed here
     unlike = [f"{name} {theirs[name]!r} in place of {value!r}" for name, value in ours.items() if theirs[name] != value]
-    if unlike:
-        raise UserError(
-            f"{path} is a {config['_class_name']} that no network here computes: it has {printable(unlike[0])}"
-        )
+    which = f"{path} is a {config['_class_name']} that no network here computes"
+    refuse((unlike, f"{which}: it has {''.join(map(printable, unlike[:1]))}"))
     return told

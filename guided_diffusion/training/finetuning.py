@@ -17,10 +17,10 @@ import torch.nn as nn
 
 from ..networks.architecture import CLASSIFIER_NAMES, architecture
 from ..nn import traits_of
-from ..runtime.errors import UserError, nearest
+from ..runtime.errors import UserError, listed, nearest, refuse
 from ..runtime.options import Size
 from .checkpoints import CLASSIFIER, UNET, UPSAMPLER, Checkpoint, open_checkpoint
-from .weights import difference, listed, shapes
+from .weights import difference, shapes
 
 POSSIBLE = {(UNET, UNET), (UNET, UPSAMPLER), (UNET, CLASSIFIER), (UPSAMPLER, UPSAMPLER), (CLASSIFIER, CLASSIFIER)}
 SIZE_FLAGS = {UNET: "image_size", UPSAMPLER: "large_size", CLASSIFIER: "image_size"}
@@ -36,8 +36,8 @@ _SHOWN = 6
 def open_source(path: str) -> Checkpoint:
     """The checkpoint at a path, or the newest moving average of a run's folder."""
     source = open_checkpoint(path, "--init_from")
-    if not source.kind:
-        raise UserError(f"--init_from {source.path} is no U-Net, upsampler or classifier: give the checkpoint of one")
+    kinds = "U-Net, upsampler or classifier: give the checkpoint of one"
+    refuse((not source.kind, f"--init_from {source.path} is no {kinds}"))
     return source
 
 
@@ -49,8 +49,8 @@ def flags_for(source: Checkpoint, kind: str, size: Size | None, default: Size) -
     :param size: of the new network's images; None for those of the checkpoint, as far as they are known and have the
         same part in both kinds, else `default`.
     """
-    if (source.kind, kind) not in POSSIBLE:
-        raise UserError(f"--init_from {source.path} is of kind {source.kind}, from which no {kind} can start")
+    other = (source.kind, kind) not in POSSIBLE
+    refuse((other, f"--init_from {source.path} is of kind {source.kind}, from which no {kind} can start"))
     name = SIZE_FLAGS[source.kind]
     known = source.flags.get(name, architecture(source.weights).get(name)) if name == SIZE_FLAGS[kind] else None
     size = next(side for side in (size, known, default) if side is not None)

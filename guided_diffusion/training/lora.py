@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from ..networks.blocks import AttentionBlock, ResBlock
 from ..runtime import files
-from ..runtime.errors import UserError, as_user_error
+from ..runtime.errors import UserError, as_user_error, refuse
 from ..runtime.npz import fingerprint
 from . import checkpoints
 from .weights import load, shapes
@@ -50,8 +50,8 @@ def attach(
         for name, module in model.get_submodule(owner).named_modules()
         if isinstance(module, _CONVOLUTIONS)
     ]
-    if not targets or rank < 1:
-        raise UserError(f"lora_on {','.join(on)} with rank {rank} finds nothing to adapt in {type(model).__name__}")
+    nothing = f"lora_on {','.join(on)} with rank {rank} finds nothing to adapt in {type(model).__name__}"
+    refuse((not targets or rank < 1, nothing))
     with as_user_error('adapters are those of the library peft: pip install "guided-diffusion[lora]"', ImportError):
         import peft
     scale: Any = alpha or rank  # a fraction too, whatever peft's annotation
@@ -123,11 +123,9 @@ def layered(model: nn.Module, named: Mapping[str, th.Tensor]) -> Weights:
     :raises ValueError: if they are of other adapters.
     """
     expected = model.state_dict()
-    if shapes(named) != shapes(plain_names(expected)):
-        raise UserError(
-            "the adapters of the checkpoint are others than those asked for: leave lora_rank and lora_on to the run "
-            "that is resumed"
-        )
+    others = "the adapters of the checkpoint are others than those asked for"
+    remedy = "leave lora_rank and lora_on to the run that is resumed"
+    refuse((shapes(named) != shapes(plain_names(expected)), f"{others}: {remedy}"))
     return {name: named[_plain(name)] for name in expected}
 
 
@@ -169,8 +167,8 @@ def read(path: str) -> Pack:
         path = os.path.dirname(path) or "."
     if files.isdir(path) and CONFIG not in files.names_in(path):
         adapted = [entry.lora for entry in checkpoints.sets_in(path).values() if entry.lora]
-        if not adapted:
-            raise UserError(f"{path} holds no loraNNNNNN: give the folder of a run with --lora_rank, or one of peft's")
+        remedy = "give the folder of a run with --lora_rank, or one of peft's"
+        refuse((not adapted, f"{path} holds no loraNNNNNN: {remedy}"))
         path = adapted[-1]
     folder = files.isdir(path)
     config = files.read_file(files.join(path, CONFIG)) if folder else b""
@@ -184,10 +182,8 @@ def read(path: str) -> Pack:
         whole = _is_paired(pack.weights)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError):
         whole = False
-    if not whole:
-        raise UserError(
-            f"{path} holds no adapters that can be merged: give a folder loraNNNNNN of a run with --lora_rank"
-        )
+    remedy = "give a folder loraNNNNNN of a run with --lora_rank"
+    refuse((not whole, f"{path} holds no adapters that can be merged: {remedy}"))
     return pack
 
 

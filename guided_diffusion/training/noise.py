@@ -18,7 +18,7 @@ import numpy as np
 import torch as th
 
 from .. import dist_util
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 from ..runtime.seeds import image_seed, to_device
 
 if TYPE_CHECKING:
@@ -91,10 +91,11 @@ class LabelDropout:
     null_vector: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1:
-            raise UserError(f"class_dropout {self.rate} is no probability: give 0 for none, or a number up to 1")
-        if self.rate and self.null_label is None and not self.null_vector:
-            raise UserError(f"class_dropout {self.rate} needs a network that knows 'no class', by its null_label")
+        flag, unknown = f"class_dropout {self.rate}", self.null_label is None and not self.null_vector
+        refuse(
+            (not 0 <= self.rate <= 1, f"{flag} is no probability: give 0 for none, or a number up to 1"),
+            (self.rate and unknown, f"{flag} needs a network that knows 'no class', by its null_label"),
+        )
 
     def __call__(self, cond: Mapping[str, th.Tensor], seed: int, index: int) -> Mapping[str, th.Tensor]:
         """The model keywords of step `index` with "y" and "vector" of this rank dropped; rate 0 draws nothing."""
@@ -102,10 +103,9 @@ class LabelDropout:
         used = {name: value for name, value in nulls.items() if value is not None and self.rate}
         if not used:
             return cond
-        if missing := used.keys() - cond.keys():
-            raise UserError(
-                f"class_dropout {self.rate} drops labels and the data have none: give them under {missing.pop()!r}"
-            )
+        missing = sorted(used.keys() - cond.keys())
+        remedy = f"give them under {' and '.join(map(repr, missing))}"
+        refuse((missing, f"class_dropout {self.rate} drops labels and the data have none: {remedy}"))
         labels = cond[next(iter(used))]
         # spawned, unlike the key of t: another stream
         rng = np.random.default_rng(np.random.SeedSequence(seed + TRAINING, spawn_key=(2, index)))

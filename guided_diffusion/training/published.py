@@ -15,7 +15,7 @@ import numpy as np
 import torch as th
 
 from ..networks.architecture import GLIDE, Weights, architecture
-from ..runtime.errors import UserError, printable, refuse
+from ..runtime.errors import UserError, listed, printable, refuse
 
 UNET, AVERAGE = "model.diffusion_model.", "model_ema."
 FIRST_STAGE, CONDITION = "first_stage_model.", "cond_stage_model."
@@ -63,7 +63,7 @@ def read_published(content: Any, path: str) -> Weights | None:
     kind = "Stable Diffusion 1" if clip else "latent-diffusion"
     others = [printable(str(name)) for name, value in content.items() if not isinstance(value, th.Tensor)]
     others = [name for name in others if name != "state_dict"]
-    left = f"; what is no tensor is left out ({', '.join(others[:SHOWN])}{', ...' * (len(others) > SHOWN)})"
+    left = f"; what is no tensor is left out ({listed(others, SHOWN)})"
     place = (AVERAGE if averaged else UNET).rstrip(".")
     return Weights(weights, flags, f"of {path} the weights at {place} are taken: {kind}{left if others else ''}")
 
@@ -155,8 +155,8 @@ def _schedule(betas: th.Tensor | None) -> dict[str, Any]:
     if betas is None:
         return {"noise_schedule": SCHEDULE}
     steps, roots = len(betas), np.sqrt(betas.double().numpy())
-    if not np.allclose(roots, np.linspace(roots[0], roots[-1], steps), rtol=1e-2):
-        raise UserError("the betas of the file are of no schedule that is known: their square roots are not linear")
+    linear = np.allclose(roots, np.linspace(roots[0], roots[-1], steps), rtol=1e-2)
+    refuse((not linear, "the betas of the file are of no schedule that is known: their square roots are not linear"))
     first, last = roots[[0, -1]] ** 2 * steps / 1000
     ends = "" if np.allclose((first, last), USUAL_ENDS, rtol=1e-2) else f":{first:.3g},{last:.3g}"
     return {"noise_schedule": SCHEDULE + ends, "diffusion_steps": steps}  # files of 16 bits hold three digits of them

@@ -93,9 +93,6 @@ class Report(KVWriter):
         if time.monotonic() >= self._due:
             self.write()
 
-    def close(self) -> None:
-        """There is nothing to close."""
-
     def write(self, outcome: str = "") -> None:
         """Write the report now.
 

@@ -17,7 +17,7 @@ from .. import dist_util, logger
 from ..fp16_util import Groups, get_param_groups_and_shapes, laid_out_as, unflatten_master_params
 from ..networks.architecture import Weights
 from ..runtime import files
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, refuse
 from ..runtime.seeds import rng_state, set_rng_state
 from . import checkpoints, lora, manifests
 from .sharded_files import read, write
@@ -67,15 +67,13 @@ def load_weights(model: th.nn.Module, files: checkpoints.Checkpoint, flags: Mapp
         model.load_state_dict(source.fitting(model, flags))
         return
     state = read_state(files)
-    if "lora" not in state:
-        raise UserError(
-            f"{files.model} is no checkpoint of a run with adapters: give --init_from {files.model} to start one, or "
-            "leave out --lora_rank"
-        )
-    if state["lora_scale"] != lora.scale_of(model):
-        raise UserError(
-            f"the adapters of {files.lora} are scaled by {state['lora_scale']:g}: leave --lora_alpha as it was"
-        )
+    bare = "lora" not in state
+    start, scale = f"give --init_from {files.model} to start one", state.get("lora_scale", 1.0)
+    scaled = f"the adapters of {files.lora} are scaled by {scale:g}"
+    refuse(
+        (bare, f"{files.model} is no checkpoint of a run with adapters: {start}, or leave out --lora_rank"),
+        (scale != lora.scale_of(model), f"{scaled}: leave --lora_alpha as it was"),
+    )
     expected = {name: value for name, value in lora.plain_names(model.state_dict()).items() if not lora.is_part(name)}
     weights = {**source.fitting(expected, flags), **state["base"], **state["lora"]["model"]}
     model.load_state_dict(lora.layered(model, weights))
@@ -372,8 +370,8 @@ class Saver:
         """
         path = files.join(folder, f"shards{step:06d}")
         if self.kind == "sharded" and self.source != path:
-            if files.is_remote(folder):
-                raise UserError(f"{folder} is a bucket, to which sharded checkpoints are not written: give a folder")
+            fault = f"{folder} is a bucket, to which sharded checkpoints are not written: give a folder"
+            refuse((files.is_remote(folder), fault))
             self.wait()
             self._begin_sharded(state, path, step)
             return

@@ -15,7 +15,7 @@ from typing import Any
 import torch as th
 import torch.distributed as dist
 
-from ..runtime.errors import UserError, reason
+from ..runtime.errors import UserError, reason, refuse
 
 INDEX = ".metadata"
 # what an index of tensors is made of; a pickle may name anything else, and run it
@@ -49,8 +49,7 @@ class _Index(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """A class that an index may name."""
-        if (module, name) not in _NAMES:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        refuse(((module, name) not in _NAMES, f"it names {module}.{name}"))
         return super().find_class(module, name)
 
 
@@ -65,9 +64,8 @@ def read(folder: str, wanted: Callable[[str], bool]) -> dict[str, dict[str, th.T
     class Reader(dcp.FileSystemReader):
         def read_metadata(self, *_: Any, **__: Any) -> Metadata:
             with open(os.path.join(folder, INDEX), "rb") as file:
-                metadata = _Index(file).load()
-            if not isinstance(metadata, Metadata):
-                raise pickle.UnpicklingError("it is no index")
+                metadata: Metadata = _Index(file).load()
+            refuse((not isinstance(metadata, Metadata), "it is no index"))
             return metadata
 
     try:
@@ -75,8 +73,8 @@ def read(folder: str, wanted: Callable[[str], bool]) -> dict[str, dict[str, th.T
         every = reader.read_metadata().state_dict_metadata
         tensors = {name: entry for name, entry in every.items() if isinstance(entry, TensorStorageMetadata)}
         held = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
-        if len(tensors) < len(every) or 4 * sum(entry.size.numel() for entry in tensors.values()) > held:
-            raise pickle.UnpicklingError("it holds more than tensors, or less than their numbers")
+        more = len(tensors) < len(every) or 4 * sum(entry.size.numel() for entry in tensors.values()) > held
+        refuse((more, "it holds more than tensors, or less than their numbers"))
         entries = {name: entry for name, entry in tensors.items() if wanted(name.partition("/")[0])}
         flat: dict[str, Any] = {n: th.empty(entry.size, dtype=entry.properties.dtype) for n, entry in entries.items()}
         with warnings.catch_warnings():  # that ranks read on their own is meant

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from .. import dist_util
 from ..fp16_util import Gradients, MixedPrecisionTrainer, convert, laid_out_as
 from ..networks.blocks import TimestepBlock, TimestepEmbedSequential
-from ..runtime.errors import UserError
+from ..runtime.errors import refuse
 
 OLDEST_TORCH = "2.7"
 _DTYPES = {"fp16": th.float16, "bf16": th.bfloat16}
@@ -49,16 +49,15 @@ def shard(model: nn.Module, like: nn.Module, precision: str, mesh: DeviceMesh) -
     pairs = list(zip(model.parameters(), like.parameters(), strict=True))
     small = {param for param, converted in pairs if converted.dtype != param.dtype}
     device = pairs[0][0].device
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"fsdp splits parameters on cpu or cuda, not on {device.type}: leave it out")
     blocks = [module for module in model.modules() if isinstance(module, TimestepEmbedSequential)]
     layers = [layer for block in blocks for layer in block if small & set(layer.parameters())]
     elsewhere = small - {param for layer in layers for param in layer.parameters()}
-    if elsewhere:
-        raise UserError(
-            f"{type(model).__name__} has {len(elsewhere)} parameters in {precision} outside of its blocks, which fsdp "
-            "cannot split: train it in fp32, or without fsdp"
-        )
+    outside = f"{len(elsewhere)} parameters in {precision} outside of its blocks, which fsdp cannot split"
+    other_device = device.type not in ("cpu", "cuda")
+    refuse(
+        (other_device, f"fsdp splits parameters on cpu or cuda, not on {device.type}: leave it out"),
+        (elsewhere, f"{type(model).__name__} has {outside}: train it in fp32, or without fsdp"),
+    )
     # One group has one precision: the layers get theirs last, or their blocks would pass over all that is in them.
     for module in [*blocks, model]:
         fully_shard(module, mesh=mesh, ignored_params=small)
@@ -110,11 +109,11 @@ class ShardedTrainer(MixedPrecisionTrainer):
     """
 
     def _make_masters(self) -> list[nn.Parameter]:
-        odd = {param.dtype for param in self.model_params} - {th.float32}
-        if odd:
-            raise UserError(f"fsdp splits weights in fp32, and the model has some of {odd.pop()}: convert them first")
-        if th.__version__ < OLDEST_TORCH:
-            raise UserError(f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out")
+        odd, old = {str(param.dtype) for param in self.model_params} - {"torch.float32"}, th.__version__ < OLDEST_TORCH
+        refuse(
+            (odd, f"fsdp splits weights in fp32, and the model has some of {' and '.join(odd)}: convert them first"),
+            (old, f"fsdp needs torch {OLDEST_TORCH} or newer, and this is {th.__version__}: leave it out"),
+        )
         self._names = [name for name, _ in self.model.named_parameters()]
         self._plain = _without_memory(self.model)
         convert_to: Any = hasattr(self._plain, "model_channels") and self._plain.convert_to  # of our networks

@@ -7,14 +7,14 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any, TypedDict, cast
 
 import torch as th
 
 from ..networks.architecture import Weights, architecture, networks_in
 from ..runtime import files
-from ..runtime.errors import UserError, printable
+from ..runtime.errors import UserError, listed, printable, refuse
 from .sharded_files import read
 
 SHOWN = 3
@@ -144,8 +144,8 @@ def neighbours(path: str) -> str:
 def _check_filled(value: Any) -> None:
     """Refuse tensors of more numbers than the file has for them: shapes that cost nothing until they are used."""
     if isinstance(value, th.Tensor):
-        if value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise UserError(f"a tensor of shape {tuple(value.shape)} without its numbers")
+        hollow = value.is_meta or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+        refuse((hollow, f"a tensor of shape {tuple(value.shape)} without its numbers"))
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             _check_filled(part)
@@ -173,7 +173,10 @@ def pick(path: str, beside: str, read: Callable[[Any, str], Weights | None]) -> 
     """
     content = load(path, inert=True)
     picked = read(content, path) or _picked(content, path, beside)
-    _check_finite(picked.state, path)
+    bad = [name for name, value in picked.state.items() if not value.isfinite().all()]
+    where = f"in {len(bad)} of its {len(picked.state)} tensors ({''.join(bad[:1])} is the first)"
+    diverged = "training has diverged, take an earlier checkpoint"
+    refuse((bad, f"{path} holds numbers that are not finite, {where}: {diverged}"))
     return picked
 
 
@@ -184,15 +187,6 @@ def _picked(content: Any, path: str, beside: str) -> Weights:
     left = f", not those at {', '.join(others)}" if others else ""
     sentence = f"of {path} the weights at {place or 'its top level'} are taken{left}" if place or others else ""
     return Weights(networks[place], {}, sentence)
-
-
-def _check_finite(state: State, path: str) -> None:
-    bad = [name for name, value in state.items() if not value.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"{path} holds numbers that are not finite, in {len(bad)} of its {len(state)} tensors ({bad[0]} is the "
-            "first): training has diverged, take an earlier checkpoint"
-        )
 
 
 def _plain_weights(content: Any, path: str, beside: str) -> dict[str, th.Tensor]:
@@ -249,10 +243,3 @@ def tensor_differences(theirs: State, ours: State) -> Iterator[str]:
         ],
     }
     yield from (f"{what}: {listed(map(printable, names))}" for what, names in differences.items() if names)
-
-
-def listed(names: Iterable[str], most: int = SHOWN) -> str:
-    """The first of some names, and how many more there are."""
-    first = list(names)
-    more = f" and {len(first) - most} more" if len(first) > most else ""
-    return ", ".join(first[:most]) + more

@@ -21,7 +21,7 @@ from guided_diffusion.config import UNetConfig
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.runtime.jobs import Job
 from guided_diffusion.runtime.labels import parse_classes
-from guided_diffusion.runtime.npz import fingerprint, read_npz, save_npz, write_npz
+from guided_diffusion.runtime.npz import fingerprint, read_npz, save_npz
 from guided_diffusion.runtime.pictures import GROUP_GAP, PAD, grid_of_classes, save_grid, save_png, to_uint8
 from guided_diffusion.runtime.seeds import image_generator, image_seed, seeded
 from guided_diffusion.sample_util import generate, make_shards, merge, preview
@@ -520,7 +520,7 @@ def test_arrays_survive_the_npz_and_give_the_same_bytes(tmp_path: Path) -> None:
     arrays = [rng.integers(0, 256, (10, 4, 3)).astype(np.uint8), np.arange(10), rng.standard_normal((10, 2))]
     paths = [str(tmp_path / name) for name in ("a.npz", "b.npz")]
     save_npz(paths[0], *arrays)
-    write_npz(paths[1], *((a.shape, a.dtype, [a[i : i + 3] for i in range(0, 10, 3)]) for a in arrays))
+    save_npz(paths[1], *((a.shape, a.dtype, [a[i : i + 3] for i in range(0, 10, 3)]) for a in arrays))
     assert Path(paths[0]).read_bytes() == Path(paths[1]).read_bytes()
     with np.load(paths[0]) as saved:
         for number, array in enumerate(arrays):
@@ -541,7 +541,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise Interruption
 
     with pytest.raises(Interruption):
-        write_npz(path, ((3,), np.int64, broken()))
+        save_npz(path, ((3,), np.int64, broken()))
     with np.load(path) as saved:
         assert saved["arr_0"].tolist() == [0, 1, 2]
     assert os.listdir(tmp_path) == ["a.npz"]

@@ -223,7 +223,7 @@ def test_of_many_bad_images_the_first_are_shown():
     images = [(f"{index}.png (t {index})", index % 2 == 0) for index in range(40)]
     shown = bad_steps.blamed(images, "loss")
     assert shown.startswith("the loss of 20 of its 40 images was not finite: 1.png (t 1), 3.png (t 3), ")
-    assert shown.endswith("15.png (t 15) and 12 more")
+    assert shown.endswith("15.png (t 15), and 12 more")
 
 
 def test_a_loss_that_is_not_finite_never_enters_the_distribution_of_timesteps():

@@ -84,7 +84,7 @@ def test_a_generator_makes_the_draw_repeatable_and_leaves_the_global_one_alone()
 
 def test_names():
     assert isinstance(create_named_schedule_sampler("uniform", PROCESS), UniformSampler)
-    with pytest.raises(ValueError, match="use uniform or loss-second-moment; did you mean uniform"):
+    with pytest.raises(ValueError, match="one of uniform, loss-second-moment, got 'unifrom'; did you mean uniform"):
         create_named_schedule_sampler("unifrom", PROCESS)
 
 

@@ -128,12 +128,11 @@ def test_a_network_whose_tensors_are_missing_is_refused(folders, tmp_path):
 
 
 def test_another_encoder_than_the_one_trained_with_is_refused(folders, tmp_path):
-    encoder = FolderEncoder(str(folders / "bert"), 10)
-    saved = encoder.settings()
-    encoder.check(saved, "bert")
-    other = FolderEncoder(str(folders / "t5"), 10)
-    with pytest.raises(ValueError, match=r"text_encoder 't5' is not the one .* \(fingerprint"):
-        other.check(saved, "t5")
+    known = FolderEncoder(str(folders / "bert"), 10).settings()["fingerprint"]
+    config = replace(TEXT, text_encoder=str(folders / "bert"), context_dim=0, text_fingerprint=known)
+    assert build_context_encoder(config).settings()["fingerprint"] == known
+    with pytest.raises(ValueError, match=r"text_encoder .*t5' is not the one .* \(fingerprint"):
+        build_context_encoder(replace(config, text_encoder=str(folders / "t5")))
     (tmp_path / "model.safetensors").write_bytes(b"0" * 9)
     before = folder_fingerprint(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"0" * 8 + b"1")

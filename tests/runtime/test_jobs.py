@@ -12,7 +12,7 @@ import pytest
 
 from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.runtime.jobs import RestartableJob
-from guided_diffusion.runtime.npz import save_npz, write_npz
+from guided_diffusion.runtime.npz import save_npz
 
 ROWS, WIDTH = 7, 60_000  # more than is read along with a header
 
@@ -34,7 +34,7 @@ class Squares(RestartableJob):
 
     def merge(self) -> bytes:
         """The bytes of the result."""
-        write_npz(self.file("squares.npz"), *self.merged())
+        save_npz(self.file("squares.npz"), *self.merged())
         return Path(self.file("squares.npz")).read_bytes()
 
 

@@ -733,7 +733,7 @@ REFUSED = {
         f"interval {ends}": (lambda e=ends: interval(zero, *e), "is empty: give the lower end first")
         for ends in ((5, 3), (math.nan, 3), (3, math.nan))
     },
-    "mode": (lambda: clip_guidance(zero, th.ones(6), mode="clean"), "mode 'clean' is unknown: use noisy or denoised"),
+    "mode": (lambda: clip_guidance(zero, th.ones(6), mode="clean"), "mode must be one of noisy, denoised, got 'clean'"),
     "weighting": (lambda: dps(zero, weighting="size"), "weighting must be one of norm, constant, got 'size'"),
     **{
         f"percentile {value}": (lambda v=value: dynamic_thresholding(v), r"is not in \(0, 1\]: usual is 0.995")

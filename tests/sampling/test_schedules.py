@@ -61,7 +61,7 @@ def test_betas_for_alpha_bar_clamps():
 
 
 def test_unknown_schedule():
-    with pytest.raises(ValueError, match="use one of linear, cosine, sigmoid, scaled_linear; did you mean cosine"):
+    with pytest.raises(ValueError, match="scaled_linear, got 'cosin'; did you mean cosine"):
         get_named_beta_schedule("cosin", 10)
 
 

@@ -328,7 +328,7 @@ def test_a_file_without_weights_is_answered_by_what_it_holds(tmp_path):
         ),
         (whole, "but one object (types.SimpleNamespace): save the state_dict() of its network"),
         ([1, 2], "but one object (builtins.list)"),
-        ({f"layer{i}": {"w": th.ones(1)} for i in range(20)}, "'layer11' and 8 more"),
+        ({f"layer{i}": {"w": th.ones(1)} for i in range(20)}, "'layer11', and 8 more"),
     ):
         th.save(content, tmp_path / "theirs.pt")
         with pytest.raises(ValueError, match="holds no weights of a network") as caught:
