@@ -16,7 +16,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn import GROUPS, set_norm_groups
+from ..nn import GROUPS as GROUPS, set_norm_groups
 
 EPSILON, NORM_GROUPS = 1e-6, "norm_groups"
 DISCRIMINATOR_GROUPS = 8
