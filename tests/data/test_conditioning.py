@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from few import few
 from PIL import Image
 from runs import PROCESS, SAMPLING, scrambled, write_run
 from test_docs import ROOT, run as run_code, snippets
@@ -359,6 +360,7 @@ def samples_in(folder: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+@pytest.mark.parametrize("pairs", few(KINDS, ["mask"]), indirect=True)
 def test_from_training_to_samples(pairs: tuple[CondKind, Path, Path], tmp_path: Path) -> None:
     kind, images, conds = pairs
     run = tmp_path / "run"

@@ -357,6 +357,7 @@ def test_bits_per_dimension_add_up():
     assert th.allclose(out["prior_bpd"], prior)
 
 
+@pytest.mark.slow
 def test_the_bound_of_the_best_network_is_the_entropy_of_the_data():
     """With the best mean and variance in every step the bound of Gaussian data is its entropy.
 
