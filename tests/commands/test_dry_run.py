@@ -75,6 +75,7 @@ def without_values(network: nn.Module, n: int) -> th.Tensor:
     return out
 
 
+@pytest.mark.slow
 def test_recomputing_costs_arithmetic() -> None:
     costs = []
     for resolutions in ("", "8", "16,8"):

@@ -274,6 +274,7 @@ def test_two_ranks_encode_and_train_as_one(runs: Path, pictures: Path, tmp_path:
         th.testing.assert_close(weights(tmp_path / "two", 2)[name], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_whole_chain_of_commands(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An autoencoder, a diffusion model with previews, a classifier of the same latents, samples that it guides."""
     monkeypatch.chdir(tmp_path)
@@ -296,6 +297,7 @@ def test_a_whole_chain_of_commands(pictures: Path, tmp_path: Path, monkeypatch: 
     assert Path("samples/film.gif").exists()
 
 
+@pytest.mark.slow
 def test_metrics_during_the_training_are_of_decoded_samples(runs: Path, pictures: Path, tmp_path: Path) -> None:
     judge = {"classifier_width": 32, "classifier_depth": 1, "classifier_attention_resolutions": "8", "max_steps": 1}
     shared = {"data_dir": pictures, "num_workers": 0, "image_size": 16}
@@ -404,6 +406,7 @@ def test_a_loss_of_images_guides_through_the_decoder(runs: Path) -> None:
     assert guided.mean() < plain.mean() - 1
 
 
+@pytest.mark.slow
 def test_clip_sees_decoded_latents(runs: Path, tmp_path: Path) -> None:
     clip = save_clip(tmp_path / "clip")
     extractor, target = make_extractor(f"clip:{clip}"), F.normalize(clip_embedding(clip, "a red cat"), dim=0).numpy()
@@ -423,6 +426,7 @@ def test_the_page_shows_guidance_through_the_decoder(runs: Path) -> None:
     assert (by_hand(runs, sampler="ddim", cond_fn=guide) != by_hand(runs, sampler="ddim")).any()
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_on_the_same_latents(
     runs: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -220,7 +220,7 @@ def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher, ranks):
         ("srun", "mistake", 2, "rank 1 of 2: error: 'no-such-file.pt' cannot be used (No such"),
         ("srun", "exit", 3, "rank 1 of 2: exit: 3"),
         ("srun", "quiet exit", 1, "rank 0 of 2: error: a collective failed"),
-        ("mpiexec", "exit", 3, "rank 1 of 2: exit: 3"),
+        pytest.param("mpiexec", "exit", 3, "rank 1 of 2: exit: 3", marks=pytest.mark.slow),
         pytest.param("mpiexec", "early", 1, "rank 1 of 2: failed", marks=pytest.mark.slow),
         pytest.param("torchrun", "exit", 1, "rank 1 of 2: exit: 3", marks=pytest.mark.slow),
     ],

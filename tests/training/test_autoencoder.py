@@ -184,6 +184,7 @@ def test_psnr_and_ssim_are_those_of_the_papers():
 # ---- the loop
 
 
+@pytest.mark.slow
 def test_a_tiny_autoencoder_overfits_four_images(tmp_path, pictures):
     images = next(stream(pictures))[0]
     data, seen = itertools.repeat((images, {})), itertools.repeat((images, {}))

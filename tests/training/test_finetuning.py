@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from few import few
 from PIL import Image
 from ranks import Nursery
 
@@ -280,7 +281,7 @@ def train(folder: Path, model: Any, steps: int, **options: Any) -> None:
     TrainLoop(model=model, diffusion=process, data=stream(), max_steps=steps, **{**usual, **more, **options}).run_loop()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", few(["fp32", "bf16", "fp16"], ["bf16"]))
 def test_frozen_parameters_stay_what_they_are(tmp_path: Path, precision: str) -> None:
     """No update, no decay, no drift of the average; and a resumed run is the unbroken one."""
     before = unet().state_dict()

@@ -135,6 +135,7 @@ def test_a_tiny_network_overfits_four_images(tmp_path, pictures):
     assert float(rows(tmp_path)[-1]["val_loss"]) < 0.15
 
 
+@pytest.mark.slow
 def test_a_classifier_of_three_classes_learns_them(tmp_path, pictures):
     config = ClassifierConfig(
         image_size=8,
@@ -202,7 +203,8 @@ def test_one_network_learns_the_classes_and_what_all_have_in_common(tmp_path):
 # ---- resuming
 
 
-@pytest.mark.parametrize("precision", ["bf16", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "fp16"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp16"])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, pictures, precision):
     """Weights, moving averages, optimizer, loss scale, loss history, data position; with dropout and warm-up.
 
@@ -315,6 +317,7 @@ def channels_last(network):
     return network
 
 
+@pytest.mark.slow
 def test_a_channels_last_run_leaves_contiguous_files_and_goes_on_from_them_to_the_bit(tmp_path, pictures):
     def run(name, steps, **options):
         network = channels_last(labelled(dropout=0.2))
@@ -914,8 +917,9 @@ def test_files_hold_exactly_as_many_updates_as_their_names_say(tmp_path, picture
     def weights(kind, step):
         return checkpoints.load(str(tmp_path / f"{kind}{step:06d}.pt"))
 
+    before, model = weights("ema_0.25_", 4), weights("model", 5)
     for name, value in weights("ema_0.25_", 5).items():
-        follows = 0.25 * weights("ema_0.25_", 4)[name] + 0.75 * weights("model", 5)[name]
+        follows = 0.25 * before[name] + 0.75 * model[name]
         th.testing.assert_close(value, follows)
 
 
