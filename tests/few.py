@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 # One sampler of each kind: drawing or not, with memory or not, of one call or several, on either grid.
-FEW = ("ddpm", "ddim", "plms", "heun", "unipc", "dpm++2m", "dpm++2m_sde")
+FEW = ("ddpm", "ddim", "heun", "unipc", "dpm++2m", "dpm++2m_sde")
 
 
 def few(rows: Iterable[Any], fast: Collection[Any] | Callable[[Any], bool] = FEW) -> list[Any]:

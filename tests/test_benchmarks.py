@@ -242,6 +242,7 @@ def measured(main: Callable[[list[str]], object], folder: Path, *words: str) -> 
     return list(json.loads(path.read_text())["tables"])
 
 
+@pytest.mark.slow
 def test_the_network_is_measured(tmp_path: Path) -> None:
     tables = measured(network_benchmark.main, tmp_path, "--no-diffusers")
     assert [table["title"].split(",")[0] for table in tables] == [

@@ -415,6 +415,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_samples_follow_their_conditioning_images_for_any_source(trained: Path, tmp_path: Path) -> None:
     listing = find_images(str(trained / "conds"))
     seen = np.stack([KINDS["mask"].load(listing.path(name), SIDE) for name in listing.images])

@@ -151,6 +151,7 @@ def test_a_resumed_run_makes_the_same_table_as_an_unbroken_one(flags, tmp_path):
     assert (broken / "evaluation.csv").read_bytes() == (tmp_path / "whole" / "evaluation.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_ranks_come_to_the_numbers_of_one(flags, tmp_path, ranks):
     """At a learning rate of 0, so that it is the samples and their features alone that are shared out."""
     options = {**flags, "lr": 0, "max_steps": 1, "eval_metrics": "fid,kid,pr"}

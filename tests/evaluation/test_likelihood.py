@@ -325,6 +325,7 @@ def test_ranks_and_batches_change_nothing_and_count_each_image_once(
     assert means == pytest.approx([means[0]] * 5, rel=1e-4)  # convolutions round by the shape of a batch
 
 
+@pytest.mark.slow
 def test_three_processes_measure_what_one_does(run: Path, folder: Path, tmp_path: Path, ranks: Nursery) -> None:
     argv = words(run, folder)
     image_nll.main([*argv, "--log_dir", str(tmp_path / "one")])
@@ -519,6 +520,7 @@ def test_the_originals_command_line_and_files(
     assert [value.shape for value in arrays(tmp_path / "bpd.npz")] == [(8,), (8,)]
 
 
+@pytest.mark.slow
 def test_the_pages_snippet_runs() -> None:
     names = run_snippet("\n".join(snippets("docs/likelihood.md")))
     assert names["bound"].shape == names["flow"].shape == (2,)

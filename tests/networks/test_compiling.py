@@ -206,6 +206,7 @@ def test_a_command_trains_compiled_what_it_trains_otherwise(tmp_path: Path, monk
     ]
 
 
+@pytest.mark.slow
 def test_a_command_samples_compiled_what_it_samples_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "compile_network", traced)
     sizes = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": ""}

@@ -455,6 +455,7 @@ def test_upsamplers_and_classifiers_start_from_a_bare_file(tmp_path: Path, pictu
     assert "of the checkpoint, not used: output_blocks.0.0.in_layers.0.weight" in said
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_does(tmp_path: Path, pictures: str, trained: Path, ranks: Nursery) -> None:
     flags = {**COMMAND, "data_dir": pictures, "init_from": trained, "max_steps": 2, "lr": 0.01, "ema_rate": 0.5}
     flags |= {"lora_rank": 2, "batch_size": 4}

@@ -275,6 +275,7 @@ def older(parts: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
     return dict(zip(renamed, parts.values(), strict=True))
 
 
+@pytest.mark.slow
 def test_an_older_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(run, adapted(), 2)

@@ -162,6 +162,7 @@ def test_the_moving_average_is_taken_and_what_is_no_tensor_is_told(tmp_path, cap
     assert "what is no tensor is left out (epoch, callbacks)" in told
 
 
+@pytest.mark.slow
 def test_a_safetensors_of_16_bits_opens_alike(tmp_path):
     state, original = stable_diffusion()
     halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
@@ -202,6 +203,7 @@ def test_a_model_that_has_a_name_knows_the_names_of_imagenet(tmp_path, monkeypat
     assert model.sample(classes=["golden retriever"], cfg_scale=3, steps=2, sampler="ddim").labels.tolist() == [207]
 
 
+@pytest.mark.slow
 def test_a_text_transformer_in_the_file_needs_its_tokenizer_alone(tmp_path):
     bert, tokenizer = (
         filled(BERTEmbedder(64, 2, vocab_size=bert_tokenizer().get_vocab_size(), max_seq_len=9)),
