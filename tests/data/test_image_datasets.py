@@ -905,6 +905,7 @@ def test_the_emoji() -> None:
     assert (styles.count("google"), styles.count("twitter")) == (1906, 1906)
 
 
+@pytest.mark.slow
 def test_every_emoji_is_readable_and_captioned() -> None:
     dataset = stream(EMOJI, 1, image_size=64).dataset
     for index in range(len(dataset)):

@@ -163,6 +163,7 @@ def test_after_so_many_in_a_row_the_run_ends_with_the_last_checkpoint_named(tmp_
         assert again.bad_steps.in_a_row == 0
 
 
+@pytest.mark.slow
 def test_without_a_limit_it_never_ends(tmp_path):
     data = Stream({number: {0: NAN} for number in range(60)})
     loop = make(tmp_path, data, max_bad_steps=0, max_steps=60, log_interval=100, ema_rate="")

@@ -341,6 +341,7 @@ def test_glide_samples_for_tokens(name, tmp_path):
     assert not th.equal(guided, process.p_sample_loop(network, x.shape, noise=x, model_kwargs=words))
 
 
+@pytest.mark.slow
 def test_load_takes_prompts_for_glide_and_its_upsampler(tmp_path):
     tokenizer = bert_tokenizer()  # of less than 20 tokens
     tokenizer.save(str(tmp_path / "tokenizer.json"))
