@@ -121,6 +121,7 @@ def test_a_file_of_stages_says_the_same_and_the_command_line_has_the_last_word(
     assert contents(tmp_path / "out") == contents(made)
 
 
+@pytest.mark.slow
 def test_an_interrupted_cascade_goes_on_where_it_stopped(
     runs: Runs, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -482,6 +482,7 @@ def test_both_label_and_conditioning_image_are_hidden_where_the_network_knows_bo
     assert th.allclose(guided, 2 * seen - hidden, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_classifier_guides_too(trained: Path, tmp_path: Path) -> None:
     settings = ClassifierConfig(
         image_size=SIDE,

@@ -137,6 +137,7 @@ def test_evaluations_leave_the_training_alone(flags, tmp_path):
     assert not (tmp_path / "plain" / "evaluation.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_makes_the_same_table_as_an_unbroken_one(flags, tmp_path):
     options = {"lr": 1e-3, "save_interval": 1, "resume_checkpoint": "auto"}
     image_train.main(command_line(**flags, **options, max_steps=3, log_dir=tmp_path / "whole"))

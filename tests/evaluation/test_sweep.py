@@ -138,6 +138,7 @@ def test_a_cell_is_what_the_commands_make_of_the_same_flags(flags, places, tmp_p
         assert picture.width > 1200
 
 
+@pytest.mark.slow
 def test_a_model_guides_itself_and_at_scale_1_not_at_all(flags, tmp_path):
     options = {name: value for name, value in flags.items() if name != "classifier_path"} | {"scales": "1,9"}
     sweep.main(command_line(**options, guidance="cfg", guidance_interval="5,30", log_dir=tmp_path / "sweep"))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from few import few
 from PIL import Image
 from text_encoders import CORPUS, networks, save_encoder, save_tokenizer
 
@@ -325,7 +324,8 @@ def trained(folder: Any, pictures: Any, config: ContextConfig, steps: int, resum
     return loop
 
 
-@pytest.mark.parametrize("trained_along", few([True, False], [True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("trained_along", [True, False])
 def test_training_on_captions_resumes_bit_for_bit(folders, tmp_path, trained_along):
     (tmp_path / "set").mkdir()
     for number, text in enumerate(CORPUS[:4]):
