@@ -5,6 +5,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; subprocesses inherit it
 os.environ.pop("PYTHONUNBUFFERED", None)  # with it a line of one rank may stand within that of another
 
+import gc
 import random
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch as th
 from ranks import Nursery
 
 th.set_num_threads(1)
+gc.disable()  # until all is collected, see below
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = (
@@ -29,6 +31,12 @@ LAUNCHER_PREFIXES = (
     "DIFFUSION_",
     "GUIDED_DIFFUSION_",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: the garbage collector need not look at a million objects time and again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -151,7 +151,7 @@ def start_ranks(request: dict[str, Any]) -> None:
 def run_script(argv: list[str]) -> int:
     """Be ``python SCRIPT ...``; returns its exit code."""
     sys.argv[:] = argv
-    sys.path[0] = str(Path(argv[0]).parent)
+    sys.path[:1] = [str(Path(argv[0]).parent), sys.path[0]]  # and what tests share, for programs that import one
     try:
         runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:

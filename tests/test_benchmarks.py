@@ -242,6 +242,7 @@ def measured(main: Callable[[list[str]], object], folder: Path, *words: str) -> 
     return list(json.loads(path.read_text())["tables"])
 
 
+@pytest.mark.slow
 def test_the_network_is_measured(tmp_path: Path) -> None:
     tables = measured(network_benchmark.main, tmp_path, "--no-diffusers")
     assert [table["title"].split(",")[0] for table in tables] == [
@@ -271,6 +272,7 @@ def test_the_memory_of_texts_is_measured(tmp_path: Path, monkeypatch: pytest.Mon
     assert ours[1] == theirs[1] != "0"
 
 
+@pytest.mark.slow
 def test_sampling_is_measured(tmp_path: Path) -> None:
     tables = measured(sampling.main, tmp_path, "--no-diffusers")
     assert len(tables) == 5
@@ -279,6 +281,7 @@ def test_sampling_is_measured(tmp_path: Path) -> None:
     assert {*sampling.MEASURED, "ddim_reverse"} == set(SAMPLERS)
 
 
+@pytest.mark.slow
 def test_training_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, in place of one for each way."""
     monkeypatch.setattr(training, "in_a_process", training.measure)
@@ -290,6 +293,7 @@ def test_training_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert 0 <= run["waited"] < run["seconds"]
 
 
+@pytest.mark.slow
 def test_the_loader_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No epoch of the originals' way ends meanwhile, as it would start its worker anew."""
     epochs: list[int] = []
@@ -330,6 +334,7 @@ def write_run(folder: Path, command: str, network: th.nn.Module, *configs: Any) 
     return str(folder)
 
 
+@pytest.mark.slow
 def test_precisions_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = DiffusionConfig(learn_sigma=True)
     model = write_run(tmp_path / "model", "image_train", TINY.make_unet(), TINY.unet, process)

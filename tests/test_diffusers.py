@@ -281,6 +281,7 @@ def test_dpm_single_step(process, name, algorithm, rules, inner):
     assert distance(ours(process, name)[:-1], steps[order - 1 :: order]) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [EMOJI32, IMAGES64], ids=lambda case: case.name)
 def test_the_unet_that_benchmarks_compare_with_is_of_the_same_size(case):
     with th.device("meta"):

@@ -32,6 +32,7 @@ def run(code: str) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 def test_the_guidance_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run("\n".join(snippets("docs/guidance.md")))

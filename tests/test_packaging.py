@@ -43,6 +43,7 @@ def wheel(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_its_marker_and_its_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("guided_diffusion/**/*.py")}
@@ -52,6 +53,7 @@ def test_the_wheel_holds_the_package_its_marker_and_its_licence(wheel):
     assert any(name.endswith("LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_runs_its_console_command_outside_the_checkout(wheel, tmp_path):
     """The environment sees this one's torch and nothing else of it: not the checkout, not an editable install."""
     venv.create(tmp_path / "env", with_pip=False)

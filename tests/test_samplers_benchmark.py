@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from few import few
 from oracle import GaussianData, make_process
 
 import mixture
@@ -23,8 +24,8 @@ def problem(data="plane", schedule="linear", scale=0.0, count=128):
     return benchmark.Problem(DATA[data], schedule, scale, count)
 
 
-@pytest.mark.parametrize("scale", [0.0, 2.0])
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("scale", few([0.0, 2.0], [2.0]))
+@pytest.mark.parametrize("data", few(DATA, ["plane"]))
 def test_20_calls_of_the_best_solver_beat_100_of_ddim(data, scale):
     case = problem(data, "linear", scale, 64)
     (calls, best), (ddim_calls, ddim) = (
@@ -62,7 +63,7 @@ def test_the_flow_of_one_gaussian_is_affine():
     assert th.allclose(benchmark.flow(case, 400), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("scale", [0.0, 2.0])
+@pytest.mark.parametrize("scale", few([0.0, 2.0], [2.0]))
 def test_the_flow_is_solved_finely_enough(scale):
     case = problem(scale=scale)
     assert (benchmark.flow(case, 250) - benchmark.flow(case, 500)).abs().max() < 1e-5
@@ -107,6 +108,7 @@ def test_the_overview_is_that_of_the_samplers_as_they_are():
         assert f"| `{name}` |" in block
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn(tmp_path):
     rows = {name: [(5, 0.5), (10, 0.05)] for name in [*report.LOOKS, report.EXACT]}
     report.draw({key: rows for key, _ in report.PANELS}, tmp_path / "picture.png")

@@ -121,6 +121,7 @@ def test_a_file_of_stages_says_the_same_and_the_command_line_has_the_last_word(
     assert contents(tmp_path / "out") == contents(made)
 
 
+@pytest.mark.slow
 def test_an_interrupted_cascade_goes_on_where_it_stopped(
     runs: Runs, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def test_an_interrupted_cascade_goes_on_where_it_stopped(
     assert contents(tmp_path) == contents(made)
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path, ranks: Nursery) -> None:
     flags = [*SHARED, *stages_of(runs), "--log_dir", tmp_path, "--device", "cpu"]
     result = ranks.run([SCRIPTS / "cascade_sample.py", *flags])

@@ -75,6 +75,7 @@ def without_values(network: nn.Module, n: int) -> th.Tensor:
     return out
 
 
+@pytest.mark.slow
 def test_recomputing_costs_arithmetic() -> None:
     costs = []
     for resolutions in ("", "8", "16,8"):
@@ -155,6 +156,7 @@ def test_every_training_has_a_dry_run(kind: str, capsys: pytest.CaptureFixture[s
         assert "blocks, those at 8, compute their activations again" in out
 
 
+@pytest.mark.slow
 def test_adapters_over_another_network_train_themselves_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from few import few
 from runs import CLASSIFIER, SAMPLING, UNET, UPSAMPLER, Runs
 
 from guided_diffusion.commands import classifier_sample, image_sample, npz_tool, super_res_sample
@@ -50,7 +51,7 @@ WAYS: dict[str, tuple[list[str], list[list[str]]]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", few(WAYS, ["indices"]))
 def test_parts_are_merged_to_the_file_of_one_job(runs: Runs, tmp_path: Path, way: str) -> None:
     """Byte for byte, also with what a sampler, a class and a guide draw at random."""
     more, parts = WAYS[way]

@@ -58,6 +58,7 @@ def test_the_images_are_those_of_image_sample(model: Model, runs: Runs, tmp_path
     assert np.array_equal(Image.open(tmp_path / "grid.png"), Image.open(tmp_path / "samples.png"))
 
 
+@pytest.mark.slow
 def test_guided_they_are_those_of_classifier_sample_with_random_classes_too(
     model: Model, runs: Runs, tmp_path: Path
 ) -> None:

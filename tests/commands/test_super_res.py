@@ -274,6 +274,7 @@ def test_the_request_tells_images_labels_and_names_apart() -> None:
 # ---- enlarging
 
 
+@pytest.mark.slow
 def test_three_ranks_enlarge_ten_images_in_order_as_one_does(
     models: Runs, folder: Path, tmp_path: Path, ranks: Nursery
 ) -> None:

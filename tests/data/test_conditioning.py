@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
+from few import few
 from PIL import Image
 from runs import PROCESS, SAMPLING, scrambled, write_run
 from test_docs import ROOT, run as run_code, snippets
@@ -359,6 +360,7 @@ def samples_in(folder: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+@pytest.mark.parametrize("pairs", few(KINDS, ["mask"]), indirect=True)
 def test_from_training_to_samples(pairs: tuple[CondKind, Path, Path], tmp_path: Path) -> None:
     kind, images, conds = pairs
     run = tmp_path / "run"
@@ -413,6 +415,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_samples_follow_their_conditioning_images_for_any_source(trained: Path, tmp_path: Path) -> None:
     listing = find_images(str(trained / "conds"))
     seen = np.stack([KINDS["mask"].load(listing.path(name), SIDE) for name in listing.images])
@@ -479,6 +482,7 @@ def test_both_label_and_conditioning_image_are_hidden_where_the_network_knows_bo
     assert th.allclose(guided, 2 * seen - hidden, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_classifier_guides_too(trained: Path, tmp_path: Path) -> None:
     settings = ClassifierConfig(
         image_size=SIDE,

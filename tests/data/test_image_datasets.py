@@ -748,12 +748,13 @@ def spawn() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("spawn")
-def test_workers_change_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_workers_change_nothing(tmp_path: Path, workers: int) -> None:
     """What they hold ready does not count as taken."""
     files = {f"{i:02}.png": encoded(noise(9, 7, seed=i)) for i in range(7)}
     packed = write(tmp_path, files | {"labels.csv": csv_file(*[f"{i:02}.png,{i}" for i in range(7)])}, as_zip=True)
     options = {"random_crop": True, "random_flip": True, "class_cond": True}
-    here, there = stream(packed, 3, **options), stream(packed, 3, num_workers=2, **options)
+    here, there = stream(packed, 3, **options), stream(packed, 3, num_workers=workers, **options)
     for step in range(8):
         (images, cond), (other_images, other_cond) = next(here), next(there)
         assert th.equal(images, other_images)
@@ -762,7 +763,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     for images in (here, there):
         images.load_state_dict({"batches": 2})
     assert all(th.equal(next(here)[0], next(there)[0]) for _ in range(3))
-    assert len(multiprocessing.active_children()) == 2
+    assert len(multiprocessing.active_children()) == workers
     there.close()
     assert multiprocessing.active_children() == []
     there.num_workers = 0
@@ -904,6 +905,7 @@ def test_the_emoji() -> None:
     assert (styles.count("google"), styles.count("twitter")) == (1906, 1906)
 
 
+@pytest.mark.slow
 def test_every_emoji_is_readable_and_captioned() -> None:
     dataset = stream(EMOJI, 1, image_size=64).dataset
     for index in range(len(dataset)):

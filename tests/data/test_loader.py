@@ -457,6 +457,7 @@ def test_training_on_bytes_is_training_on_their_floats(folder: Path, tmp_path: P
     assert all(map(th.equal, found[0][1:], found[1][1:]))
 
 
+@pytest.mark.slow
 def test_the_log_has_the_wait_of_the_rank_that_waited_longest(tmp_path: Path, ranks: Nursery) -> None:
     script = tmp_path / "wait.py"
     script.write_text(

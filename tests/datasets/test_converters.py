@@ -20,6 +20,7 @@ import dataset_sources as sources
 import numpy as np
 import pytest
 from dataset_sources import SCRIPTS, SOURCES, packed, run, tar_of
+from few import few
 from PIL import Image
 
 from conversion import output
@@ -100,7 +101,7 @@ def kinds_of(name):
     return ("data.tars", "data2.tars") if name == "shards" else ("data", "data.zip")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", few(SOURCES, ["imagenet", "lsun", "parquet", "shards"]))
 def test_killed_and_run_again_gives_the_bytes_of_an_unbroken_run(name, made, monkeypatch, capfd):
     """The unbroken one has two workers, the other none; a torn image and a torn line lie where it was killed."""
     source, flags, classes, folder = made(name)
@@ -184,6 +185,7 @@ def test_checksums_are_those_of_sha256sum(made):
         assert found == wanted
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_nothing_that_looks_whole(made):
     """SIGKILL, in the middle of 1,500 images."""
     images = np.random.default_rng(0).integers(0, 256, (1500, 28, 28), np.uint8)

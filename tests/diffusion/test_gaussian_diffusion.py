@@ -357,6 +357,7 @@ def test_bits_per_dimension_add_up():
     assert th.allclose(out["prior_bpd"], prior)
 
 
+@pytest.mark.slow
 def test_the_bound_of_the_best_network_is_the_entropy_of_the_data():
     """With the best mean and variance in every step the bound of Gaussian data is its entropy.
 
@@ -425,11 +426,11 @@ def wrapped(process):
 
 def test_an_outside_sampler_works_on_the_public_attributes():
     """Euler's method in sigma is DDIM: both give the same image."""
-    process = make_process(1000)
+    process = make_process(250)
     data, noise = GaussianData(process), noise_like()
     sigmas, denoise = wrapped(process)
     x = noise * (sigmas[-1] ** 2 + 1) ** 0.5
-    for index in reversed(range(1000)):
+    for index in reversed(range(250)):
         after = sigmas[index - 1] if index else 0.0
         x = x + (after - sigmas[index]) * (x - denoise(data, x, index)) / sigmas[index]
     ours = process.ddim_sample_loop(data, SHAPE, noise=noise, device="cpu", clip_denoised=False)

@@ -128,8 +128,8 @@ def test_labels_are_drawn_in_the_shares_of_the_data(flags, tmp_path, monkeypatch
 def test_evaluations_leave_the_training_alone(flags, tmp_path):
     options = {"max_steps": 3, "save_interval": 2, "dropout": 0.3, "class_cond": True, "num_classes": 2}
     image_train.main(command_line(**without_evaluation(flags), **options, log_dir=tmp_path / "plain"))
-    more = {"eval_metrics": "fid,kid,pr,dc,is", "sample_interval": 1}
-    image_train.main(command_line(**flags, **options, **more, log_dir=tmp_path / "busy"))
+    more = {"eval_metrics": "fid,kid,pr,dc,is", "sample_interval": 2, "eval_interval": 2}
+    image_train.main(command_line(**{**flags, **options, **more}, log_dir=tmp_path / "busy"))
     names = sorted(name for name in os.listdir(tmp_path / "plain") if name.endswith(".pt"))
     assert len(names) == 8
     for name in names:
@@ -137,20 +137,22 @@ def test_evaluations_leave_the_training_alone(flags, tmp_path):
     assert not (tmp_path / "plain" / "evaluation.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_makes_the_same_table_as_an_unbroken_one(flags, tmp_path):
-    options = {"lr": 1e-3, "save_interval": 2, "resume_checkpoint": "auto"}
-    image_train.main(command_line(**flags, **options, max_steps=4, log_dir=tmp_path / "whole"))
+    options = {"lr": 1e-3, "save_interval": 1, "resume_checkpoint": "auto"}
+    image_train.main(command_line(**flags, **options, max_steps=3, log_dir=tmp_path / "whole"))
     broken = tmp_path / "broken"
-    image_train.main(command_line(**flags, **options, max_steps=3, log_dir=broken))
-    os.remove(broken / "set000003.json")
-    os.remove(broken / "model000003.pt")  # as if it had been killed after the evaluation at step 3
+    image_train.main(command_line(**flags, **options, max_steps=2, log_dir=broken))
+    os.remove(broken / "set000002.json")
+    os.remove(broken / "model000002.pt")  # as if it had been killed after the evaluation at step 2
     with open(broken / "evaluation.csv", "a") as file:
-        file.write("4,1")
-    image_train.main(command_line(**flags, **options, max_steps=4, log_dir=broken))
-    assert [row["step"] for row in table(broken)] == ["1", "2", "3", "4"]
+        file.write("3,1")
+    image_train.main(command_line(**flags, **options, max_steps=3, log_dir=broken))
+    assert [row["step"] for row in table(broken)] == ["1", "2", "3"]
     assert (broken / "evaluation.csv").read_bytes() == (tmp_path / "whole" / "evaluation.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_ranks_come_to_the_numbers_of_one(flags, tmp_path, ranks):
     """At a learning rate of 0, so that it is the samples and their features alone that are shared out."""
     options = {**flags, "lr": 0, "max_steps": 1, "eval_metrics": "fid,kid,pr"}

@@ -538,7 +538,8 @@ def test_the_page_on_evaluation_runs_from_top_to_bottom(tmp_path, monkeypatch):
 # ---- real networks
 
 
-@pytest.mark.parametrize("metrics", ["is,pr", pytest.param("is,fid,sfid,pr", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("metrics", ["is,pr", "is,fid,sfid,pr"])
 def test_inception_prints_the_lines_of_the_original(pair, tmp_path, capsys, metrics):
     th.manual_seed(0)
     network = InceptionNetwork()

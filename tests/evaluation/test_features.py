@@ -186,6 +186,7 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Inception
     return path, network
 
 
+@pytest.mark.slow
 def test_inception_gives_what_the_published_evaluator_compares(inception: tuple[Path, InceptionNetwork]) -> None:
     path, network = inception
     extractor = extractor_named(f"inception:{path}")

@@ -159,6 +159,7 @@ def test_images_do_not_see_each_other(network, seen):
         close(output, wanted[1:].numpy(), 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_of_the_convolutions_alone(weights, seen):
     network = InceptionNetwork(dtype=th.bfloat16)
     network.load_state_dict(weights)

@@ -510,6 +510,7 @@ def test_the_plain_formulas_of_the_benchmark_are_the_scores():
     assert near_published == pytest.approx(GOLDEN["near/precision_recall"], abs=5e-3)
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_what_it_measures_in_other_processes_and_writes_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "QUICK", benchmark.Sizes(features=24, images=40, batch=1, batches=1))
     path = tmp_path / "numbers.json"

@@ -74,6 +74,7 @@ def refused(path: Path) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_are_named(tmp_path: Path, state: dict[str, th.Tensor]) -> None:
     path = tmp_path / "other.pth"
     config = {"width": 64, "depth": 1, "channel_mult": "1", "attention_resolutions": "8"}

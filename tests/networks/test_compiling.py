@@ -86,6 +86,7 @@ class Small(th.nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_a_network_is_compiled_in_place(tmp_path: Path) -> None:
     logger.configure(str(tmp_path), ["log"])
     network = random_weights(UNetModel(**OPTIONS))
@@ -187,6 +188,7 @@ def test_weights_that_change_are_those_that_compiled_code_uses() -> None:
     th.testing.assert_close(network(X, T), plain(X, T))
 
 
+@pytest.mark.slow
 def test_a_command_trains_compiled_what_it_trains_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "compile_network", traced)
     flags = ["--data_dir", EMOJI, "--image_size=8", "--num_classes=9", "--classifier_width=64", "--iterations=2"]
@@ -204,6 +206,7 @@ def test_a_command_trains_compiled_what_it_trains_otherwise(tmp_path: Path, monk
     ]
 
 
+@pytest.mark.slow
 def test_a_command_samples_compiled_what_it_samples_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "compile_network", traced)
     sizes = {"image_size": 8, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1", "attention_resolutions": ""}

@@ -323,6 +323,7 @@ def trained(folder: Any, pictures: Any, config: ContextConfig, steps: int, resum
     return loop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained_along", [True, False])
 def test_training_on_captions_resumes_bit_for_bit(folders, tmp_path, trained_along):
     (tmp_path / "set").mkdir()

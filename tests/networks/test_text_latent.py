@@ -184,6 +184,7 @@ def test_recomputing_changes_nothing(name):
 SLOW = [pytest.param(name, "aot_eager", marks=pytest.mark.slow) for name in ("unet/context", "glide/base")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "backend"), [("unet/context", "eager"), *SLOW])
 def test_a_network_is_one_graph(name, backend):
     network, x, t, more = small(name)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch as th
 import torch.nn.functional as F
+from few import few
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -755,7 +756,9 @@ def derived(form: str, precision: str) -> tuple[Any, dict[str, float]]:
 
 
 @TORCHS_OWN
-@pytest.mark.parametrize(("form", "precision"), [("film", "bf16"), ("checkpoint", "fp32"), ("attention", "bf16")])
+@pytest.mark.parametrize(
+    ("form", "precision"), few([("film", "bf16"), ("checkpoint", "fp32"), ("attention", "bf16")], ["attention"])
+)
 def test_derivatives_along_a_direction_and_of_gradients(form: str, precision: str) -> None:
     model, near = derived(form, precision)
 
@@ -819,6 +822,7 @@ def compiled_gradients(form: str, backend: str) -> None:
     th.testing.assert_close(joined(gradients(whole, *inputs)), joined(gradients(model, *inputs)), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_networks_compile_as_one_graph() -> None:
     compiled_gradients("spatial", "aot_eager")
 
@@ -835,7 +839,7 @@ def test_networks_compile_to_machine_code() -> None:
     compiled_gradients("windows, classes", "inductor")
 
 
-@pytest.mark.parametrize("form", ["windows, classes", "attention"])
+@pytest.mark.parametrize("form", few(["windows, classes", "attention"], ["attention"]))
 def test_networks_export(form: str) -> None:
     kind, options = WHOLE_GRAPHS[form]
     model = small(kind, **options)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch as th
 import torch.nn.functional as F
+from few import FEW, few
 from oracle import GaussianData, make_process
 from torch.overrides import TorchFunctionMode
 
@@ -121,7 +122,7 @@ POSTERIOR = [(name, {}) for name in NAMES] + [
 ]
 
 
-@pytest.mark.parametrize(("name", "options"), POSTERIOR, ids=str)
+@pytest.mark.parametrize(("name", "options"), few(POSTERIOR, [(name, {}) for name in FEW]), ids=str)
 def test_guidance_by_a_likelihood_samples_the_posterior(name, options):
     """Both rules are exact in the limit of small steps: the samples are those of the data given the observation.
 
@@ -140,7 +141,7 @@ def test_guidance_by_a_likelihood_samples_the_posterior(name, options):
         assert fine < 0.04
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in RANDOM])
+@pytest.mark.parametrize("name", few(name for name in NAMES if name not in RANDOM))
 def test_guidance_from_pure_noise_samples_the_posterior(name):
     """Where alpha_bar ends at 0 there is nothing to guide in the first step, and everything in the others."""
     process = make_process(1000, "trailing100", mean="VELOCITY", zero_terminal_snr=True)
@@ -154,7 +155,7 @@ def test_guidance_from_pure_noise_samples_the_posterior(name):
 
 
 @pytest.mark.parametrize("mean", ["START_X", "VELOCITY"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_what_the_network_predicts_does_not_matter_to_guidance(name, mean):
     images = []
     for kind in ("EPSILON", mean):
@@ -175,7 +176,7 @@ def nothing(*args, **kwargs):
     return None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 @pytest.mark.parametrize("with_grad", [False, True])
 def test_zero_gradient_is_no_guidance(name, with_grad):
     process = make_process(respacing="6")
@@ -188,7 +189,7 @@ def test_zero_gradient_is_no_guidance(name, with_grad):
     assert th.allclose(plain, guided, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_a_gradient_through_the_denoiser_that_ignores_it_is_the_plain_gradient(name):
     process = make_process(respacing="10")
     plain = sample(process, name, GaussianData(process), cond_fn=lambda x, t: th.sin(x))
@@ -196,7 +197,7 @@ def test_a_gradient_through_the_denoiser_that_ignores_it_is_the_plain_gradient(n
     assert th.equal(plain, through)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_the_denoisers_gradient_is_right(name):
     """d pred_xstart / dx of the exact denoiser is a known number, also between the steps of the process."""
     process = make_process(respacing="10")
@@ -215,7 +216,7 @@ def test_the_denoisers_gradient_is_right(name):
     assert seen[-1] == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 @pytest.mark.parametrize("through", [False, True])
 def test_a_cond_fn_gets_what_the_network_gets(name, through):
     """Mapped, and rescaled; also between the steps."""
@@ -325,7 +326,7 @@ def distance_from_classes(name, steps, count=400):
     return total
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_an_uncertain_classifier_guides_every_sampler_from_pure_noise(name):
     """As near to the data as 50 steps of ddpm, which are at 0.03; without clipping dpm++2m is at 0.2, ddim at 0.7."""
     th.manual_seed(1)
@@ -340,7 +341,7 @@ def strong(x, timesteps):
     return 50 * th.sin(3 * x)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_what_is_guided_is_clipped_as_predictions_are(name):
     process, outputs = make_process(1000, "6", name="cosine", mean="START_X"), []
     data = GaussianData(process)
@@ -501,7 +502,7 @@ def test_several_classifiers_add_up():
     assert combine()(x, t) is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_guides_of_both_kinds_add_up(name):
     """Two losses share the graph through the network with a classifier that does not need it."""
     process = make_process(respacing="10")
@@ -566,7 +567,7 @@ def run_classes(process, name, model, y=LABELS, **options):
     return sample(process, name, model, model_kwargs={"y": y}, **options)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_where_nothing_guides_the_images_are_those_of_the_network_bit_for_bit(name):
     """And nothing is asked in vain: no batch is doubled, no classifier and no weaker network called."""
     process = make_process(respacing="6")
@@ -596,7 +597,7 @@ def test_where_nothing_guides_the_images_are_those_of_the_network_bit_for_bit(na
     assert model.batches == [2] * calls * (1 + len(guides) + len(networks))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_scale_0_is_the_network_without_labels_bit_for_bit(name):
     process = make_process(respacing="10")
     model = Classes(process)
@@ -609,7 +610,7 @@ def test_scale_0_is_the_network_without_labels_bit_for_bit(name):
     assert th.equal(run_classes(process, name, autoguidance(refusing, weaker, 0.0)), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_classifier_free_guidance_asks_once_for_both(name):
     process = make_process(respacing="10")
     model, plain = Classes(process), Classes(process)
@@ -813,7 +814,7 @@ def test_a_scale_that_is_a_number_is_not_asked_of_the_device(scale):
 # ---- intervals
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 @pytest.mark.parametrize("through", [False, True])
 def test_a_guide_acts_in_its_interval_alone(name, through):
     """As in a run that is guided there and not elsewhere, bit for bit; elsewhere nothing is asked."""
@@ -848,7 +849,7 @@ def test_a_guide_acts_in_its_interval_alone(name, through):
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_a_guided_network_acts_in_its_interval_alone(name):
     process = make_process(respacing="8")
     model, weaker = Classes(process), Classes(process, shift=0.3)
@@ -895,7 +896,7 @@ def test_an_interval_leaves_the_guided_network_as_it_was():
     assert not th.equal(network(x, t, y=LABELS), model(x, t, y=LABELS))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_everything_together_is_the_formula(name):
     """A classifier in an interval, the null class in another, and a weaker network, in one run."""
     process = make_process(respacing="8")
@@ -935,7 +936,7 @@ class Conditional(mixture.Oracle):
         return (x - math.exp(level / 2) * own) / math.sqrt(-math.expm1(level))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_classifier_free_guidance_is_guidance_by_the_exact_classifier(name):
     """Of the same scale: the one has Bayes' rule from the network, the other from the classifier (rule "score")."""
     process = make_process(respacing="12")
@@ -1187,7 +1188,7 @@ def test_dynamic_thresholding_keeps_the_graph():
     assert (grad >= 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_clipping_after_dynamic_thresholding_changes_nothing(name):
     """Strong guidance that leaves the range comes back into it."""
     process = make_process(respacing="6")

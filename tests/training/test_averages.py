@@ -62,7 +62,7 @@ def test_any_profile_is_the_average_that_a_run_would_have_kept(run: Path, width:
     ("words", "sentence"),
     [
         (["--profile", "0.01"], "outside of what the averages up to step 2000 make, 0.022 to 0.2"),
-        (["--profile", "0.5"], "outside of what the averages up to step 2000 make"),
+        pytest.param(["--profile", "0.5"], "outside of what the averages up to step 2000 make", marks=pytest.mark.slow),
         (["--step", "7"], "--step 7 is none of 125, 250"),
         (["--out", "x.bin"], "must end in .safetensors or .pt"),
     ],

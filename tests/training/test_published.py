@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch as th
+from few import few
 from text_encoders import CORPUS, save_encoder
 
 from guided_diffusion import load
@@ -134,7 +135,7 @@ def rebuilt(path):
     return network.eval(), checkpoint.flags
 
 
-@pytest.mark.parametrize("kind", [stable_diffusion, class_conditional, unconditional])
+@pytest.mark.parametrize("kind", few([stable_diffusion, class_conditional, unconditional], [stable_diffusion]))
 def test_a_file_is_the_network_that_it_was_made_of(kind, tmp_path):
     state, original = kind()
     network, flags = rebuilt(saved(tmp_path / "model.ckpt", state))
@@ -161,6 +162,7 @@ def test_the_moving_average_is_taken_and_what_is_no_tensor_is_told(tmp_path, cap
     assert "what is no tensor is left out (epoch, callbacks)" in told
 
 
+@pytest.mark.slow
 def test_a_safetensors_of_16_bits_opens_alike(tmp_path):
     state, original = stable_diffusion()
     halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
@@ -186,6 +188,7 @@ def test_stable_diffusion_samples_for_prompts_and_decodes(tmp_path):
     assert (images[0] != images[1]).any()
 
 
+@pytest.mark.slow
 def test_class_conditional_models_sample_with_guidance(tmp_path):
     path = saved(tmp_path / "cin.ckpt", class_conditional()[0])
     images = [sampled(path, of={"image_size": 32}, classes=[label], cfg_scale=20) for label in (1, 2)]
@@ -200,6 +203,7 @@ def test_a_model_that_has_a_name_knows_the_names_of_imagenet(tmp_path, monkeypat
     assert model.sample(classes=["golden retriever"], cfg_scale=3, steps=2, sampler="ddim").labels.tolist() == [207]
 
 
+@pytest.mark.slow
 def test_a_text_transformer_in_the_file_needs_its_tokenizer_alone(tmp_path):
     bert, tokenizer = (
         filled(BERTEmbedder(64, 2, vocab_size=bert_tokenizer().get_vocab_size(), max_seq_len=9)),
@@ -250,7 +254,7 @@ def meta(shapes):
     return {name: th.zeros(shape, device="meta") for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("name", MANIFESTS["latent_unets"])
+@pytest.mark.parametrize("name", few(MANIFESTS["latent_unets"], ["txt2img-1p4B", "cin256-v2", "inpainting-vq4"]))
 def test_the_published_networks_tell_their_flags(name):
     entry = MANIFESTS["latent_unets"][name]
     arguments: dict[str, Any] = entry["kwargs"]
@@ -287,7 +291,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", few(KINDS, ["base", "upsample-inpaint"]))
 def test_the_networks_of_glide_tell_their_arguments(name):
     entry = MANIFESTS["glide"][name]
     network = glide.read_glide(meta(entry["shapes"]))
@@ -313,7 +317,7 @@ def glide_file(path, kind):
     return str(path), network
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", few(KINDS, ["base", "upsample-inpaint"]))
 def test_glide_samples_for_tokens(name, tmp_path):
     path, original = glide_file(tmp_path / "glide.pt", KINDS[name])
     network, process = load_glide(path, "2")
@@ -337,6 +341,7 @@ def test_glide_samples_for_tokens(name, tmp_path):
     assert not th.equal(guided, process.p_sample_loop(network, x.shape, noise=x, model_kwargs=words))
 
 
+@pytest.mark.slow
 def test_load_takes_prompts_for_glide_and_its_upsampler(tmp_path):
     tokenizer = bert_tokenizer()  # of less than 20 tokens
     tokenizer.save(str(tmp_path / "tokenizer.json"))

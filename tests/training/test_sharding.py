@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import test_train_util as training
 import torch as th
+from few import few
 
 from guided_diffusion import dist_util
 from guided_diffusion.config import ClassifierConfig, SuperResConfig, UNetConfig
@@ -27,7 +28,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_sharding as tests
-tests.dist_util.run(tests.on_a_rank, Path(sys.argv[2]), sys.argv[3])
+tests.dist_util.run(tests.on_a_rank, Path(sys.argv[2]), *sys.argv[3:])
 """
 X, T, Y = th.linspace(-1, 1, 192).view(1, 3, 8, 8), th.tensor([7.0]), th.tensor([1])
 
@@ -63,22 +64,22 @@ def run(folder, pictures, precision, *, batch_size=2, data=None, **options):
 # ---- on each of two ranks
 
 
-def on_a_rank(folder, pictures):
+def on_a_rank(folder, pictures, precision):
     warnings.simplefilter("error")
     th.set_num_threads(1)
     dist_util.setup_dist(device="cpu")
-    for precision in PRECISIONS:
-        for kind in ("whole", "split"):
-            seen, path = Seen(), folder / f"{kind}_{precision}"
-            hooks = [Hook(2, seen), Hook(2, seen, on_all_ranks=True)]
-            loop = run(path, pictures, precision, fsdp=kind == "split", hooks=hooks)
-            th.save(th.cat(seen), path / f"seen.{dist_util.rank()}")
-            if precision == "fp32":
-                share = held(loop) / sum(param.numel() for param in loop.model.parameters())
-                print(f"rank {dist_util.rank()} holds {share:.2f} of {kind}", flush=True)
-    for precision in PRECISIONS[1:]:
+    for kind in ("whole", "split"):
+        seen, path = Seen(), folder / f"{kind}_{precision}"
+        hooks = [Hook(2, seen), Hook(2, seen, on_all_ranks=True)]
+        loop = run(path, pictures, precision, fsdp=kind == "split", hooks=hooks)
+        th.save(th.cat(seen), path / f"seen.{dist_util.rank()}")
+        if precision == "fp32":
+            share = held(loop) / sum(param.numel() for param in loop.model.parameters())
+            print(f"rank {dist_util.rank()} holds {share:.2f} of {kind}", flush=True)
+    if precision == "fp32":
+        few_rows()
+    else:
         fall_and_go_on(folder / f"parts_{precision}", pictures, precision)
-    few_rows()
 
 
 def held(loop):
@@ -115,7 +116,7 @@ def few_rows():
     th.testing.assert_close(dict(split), {name: value.detach() for name, value in whole.items()})
 
 
-# ---- on each of four ranks of two machines
+# ---- on each of two ranks of a machine, or of four of two machines
 
 HYBRID = """
 import os, socket, sys
@@ -123,11 +124,11 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 socket.gethostname = lambda: f"machine{int(os.environ['SLURM_PROCID']) // 2}"
 import test_sharding as tests
-tests.dist_util.run(tests.on_two_machines, Path(sys.argv[2]), sys.argv[3])
+tests.dist_util.run(tests.on_machines, Path(sys.argv[2]), sys.argv[3])
 """
 
 
-def on_two_machines(folder, pictures):
+def on_machines(folder, pictures):
     warnings.simplefilter("error")
     th.set_num_threads(1)
     dist_util.setup_dist(device="cpu")
@@ -135,34 +136,34 @@ def on_two_machines(folder, pictures):
     run(folder / "whole", pictures, "fp32", **usual)
     split = {**usual, "fsdp": True, "checkpoint_format": "sharded", "async_save": True}
     loop = run(folder / "split", pictures, "fp32", **split)
-    assert dict(zip(loop.mp_trainer.mesh.mesh_dim_names, loop.mp_trainer.mesh.shape, strict=True)) == {
-        "copies": 2,
-        "split": 2,
-    }
+    mesh, copies = loop.mp_trainer.mesh, dist_util.world_size() // 2
+    expected = {"copies": copies, "split": 2} if copies > 1 else {"split": 2}
+    assert dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) == expected
     print(f"{held(loop) / sum(param.numel() for param in loop.model.parameters()):.2f}", flush=True)
     run(folder / "again", pictures, "fp32", resume_checkpoint=str(folder / "split" / "shards000001"), **split)
 
 
-def made_by_ranks(program, nursery, folder, **options):
+def made_by_ranks(program, nursery, folder, *words, **options):
     """A folder in which ranks did what a program says, their pictures, and what they printed."""
     pictures = training.pictures.__wrapped__(folder)
     (folder / "program.py").write_text(program)
-    done = nursery.run([folder / "program.py", Path(__file__).parent, folder, pictures], **options)
+    done = nursery.run([folder / "program.py", Path(__file__).parent, folder, pictures, *words], **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, pictures, done.stdout
 
 
-@pytest.fixture(scope="module")
-def parts(ranks, tmp_path_factory):
-    """The folder of `on_two_machines`, and its pictures."""
-    folder, pictures, said = made_by_ranks(HYBRID, ranks, tmp_path_factory.mktemp("parts"), ranks=4, timeout=900)
+@pytest.fixture(scope="module", params=few([2, 4], [2]))
+def parts(request, ranks, tmp_path_factory):
+    """The folder of `on_machines`, its pictures, and the number of ranks."""
+    count = request.param
+    folder, pictures, said = made_by_ranks(HYBRID, ranks, tmp_path_factory.mktemp("parts"), ranks=count, timeout=900)
     # masters, two moments, an average: half of each
-    assert [line for line in said.splitlines() if line.startswith("2.")] == ["2.00"] * 4
-    return folder, pictures
+    assert [line for line in said.splitlines() if line.startswith("2.")] == ["2.00"] * count
+    return folder, pictures, count
 
 
 def test_machines_that_hold_copies_learn_what_one_network_learns(parts):
-    folder, _ = parts
+    folder, *_ = parts
     whole = checkpoints.load(str(folder / "whole" / "model000002.pt"))
     origin = {name: value.detach() for name, value in network("fp32").state_dict().items()}
     read = checkpoints.load(str(folder / "split" / "shards000002"))
@@ -174,7 +175,7 @@ def test_machines_that_hold_copies_learn_what_one_network_learns(parts):
 
 def test_parts_are_read_by_any_number_of_ranks(parts, tmp_path):
     """By those that wrote them to the bit; by one process, split or not; and to sample from."""
-    folder, pictures = parts
+    folder, pictures, count = parts
     one, two = (checkpoints.load(str(folder / name / "shards000002")) for name in ("split", "again"))
     for part, values in one.items():
         assert all(th.equal(value, two[part][name]) for name, value in values.items()), part
@@ -186,7 +187,7 @@ def test_parts_are_read_by_any_number_of_ranks(parts, tmp_path):
         tmp_path,
         pictures,
         "fp32",
-        batch_size=4,
+        batch_size=count,
         max_steps=1,
         ema_profiles="0.1",
         ema_rate="0.5",
@@ -237,9 +238,9 @@ def test_parts_that_are_cut_changed_or_more_than_tensors_are_refused(parts, tmp_
 
 
 @pytest.fixture(scope="module")
-def runs(ranks, tmp_path_factory):
-    """The folder in which two ranks did what `on_a_rank` says, their pictures, and what they printed."""
-    return made_by_ranks(PROGRAM, ranks, tmp_path_factory.mktemp("sharding"))
+def runs(request, ranks, tmp_path_factory):
+    """The folder in which two ranks did what `on_a_rank` says in a precision, their pictures, and what they printed."""
+    return made_by_ranks(PROGRAM, ranks, tmp_path_factory.mktemp("sharding"), request.param)
 
 
 def distance(one, two, origin):
@@ -253,7 +254,10 @@ def both(runs, precision, read):
     return (read(runs[0] / f"{kind}_{precision}") for kind in ("split", "whole"))
 
 
-@pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-5), ("bf16", 5e-2), ("fp16", 1e-3)])
+NEAR = few([("fp32", "fp32", 1e-5), ("bf16", "bf16", 5e-2), ("fp16", "fp16", 1e-3)], ["fp32"])
+
+
+@pytest.mark.parametrize(("runs", "precision", "near"), NEAR, indirect=["runs"], scope="module")
 def test_a_split_run_writes_the_files_of_the_whole_one_within_rounding(runs, precision, near):
     """The same names, types, layouts and, but for sums in another order, numbers."""
     origin = lora.merged(network(precision), network(precision).state_dict())
@@ -278,7 +282,10 @@ def layouts(tensors):
     return {name: (value.dtype, value.shape, value.stride()) for name, value in tensors.items()}
 
 
-@pytest.mark.parametrize(("precision", "near"), [("fp32", 1e-5), ("bf16", 2e-2), ("fp16", 1e-3)])
+LIKE = few([("fp32", "fp32", 1e-5), ("bf16", "bf16", 2e-2), ("fp16", "fp16", 1e-3)], ["fp32"])
+
+
+@pytest.mark.parametrize(("runs", "precision", "near"), LIKE, indirect=["runs"], scope="module")
 def test_a_split_run_sees_what_the_whole_one_sees(runs, precision, near):
     """Losses, the first one to the bit; norms; validation; hooks, on one rank or on both."""
     losses, others = both(runs, precision, lambda folder: training.column(folder, "loss"))
@@ -296,13 +303,17 @@ def test_a_split_run_sees_what_the_whole_one_sees(runs, precision, near):
         assert th.equal(one[0], one[-1])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS[1:])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runs", "precision"), [(name, name) for name in PRECISIONS[1:]], indirect=["runs"], scope="module"
+)
 def test_a_split_run_that_falls_goes_on_to_the_bit(runs, precision):
     straight, parts = (runs[0] / f"{kind}_{precision}" for kind in ("split", "parts"))
     for name in training.files(straight):
         assert (straight / name).read_bytes() == (parts / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("runs", ["fp32"], indirect=True)
 def test_each_of_two_ranks_holds_half_of_masters_moments_and_averages(runs):
     """Four numbers for each parameter, and here all sizes are even."""
     for rank in (0, 1):
@@ -310,6 +321,7 @@ def test_each_of_two_ranks_holds_half_of_masters_moments_and_averages(runs):
         assert f"rank {rank} holds 2.00 of split" in runs[2]
 
 
+@pytest.mark.parametrize("runs", ["fp32"], indirect=True)
 def test_any_number_of_ranks_goes_on_split_or_whole(runs, tmp_path):
     dist_util.setup_dist(device="cpu")
     losses = {}
