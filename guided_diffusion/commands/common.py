@@ -57,7 +57,8 @@ PRECISIONS = {
 }
 PRECISION_FLAGS = ("precision", "use_fp16", "classifier_precision", "classifier_use_fp16")
 NOT_IN_THE_RESULT = ("use_checkpoint", "text_encoder", *PRECISION_FLAGS)  # of an encoder its fingerprint is
-OLDER = defaults(ContextConfig)  # what the config.json of an older run does not say
+NEWER = {"norm_groups": 32, "classifier_norm_groups": 32}  # what older results do not say, where it is so
+OLDER = defaults(ContextConfig) | NEWER  # what the config.json of an older run does not say
 SAMPLER_OPTIONS = ("eta", "order", "churn")
 SIZES, OF_LEVELS = ("image_size", "large_size"), ("attention_resolutions", "channel_mult")
 
@@ -201,7 +202,8 @@ def restore(flags: Flags, source: str = "model_path", checkpoint: Checkpoint | N
     precision, choices = precision_of(asdict(config))
     for line in choices:
         logger.log(line)
-    identity = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
+    depends = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
+    identity = {key: value for key, value in depends.items() if (key, value) not in NEWER.items()}
     if not identity.get("latent_channels"):  # as results before there were latents say it
         identity = {key: value for key, value in identity.items() if key not in latent_space.ON_PIXELS}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}

@@ -30,7 +30,7 @@ def test_the_demo_samples_measures_and_draws(
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 4 * 64
     assert (tmp_path / "film.png").exists()
-    drawn = {"demo.png", "film.png"} | ({"texts.png"} if find_spec(MINILM) else set())
+    drawn = {"demo.png", "film.png", "enlarged.png"} | ({"texts.png"} if find_spec(MINILM) else set())
     assert {path.name for path in tmp_path.glob("*.png") if f'src="{path.name}"' in page} == drawn
 
 
