@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "classifier-free, scale 2": {"cfg_scale": 2.0},
 }
 FILM_STEPS = 2  # from one frame to the next
-ENLARGED, ENLARGING = "classifier, scale 3", {"sampler": "dpm++2m", "steps": 5}  # one of each class
+ENLARGED, ENLARGING = "classifier, scale 3", {"sampler": "dpm++2m", "steps": 2}  # one of each class
 TEXT_MODEL, TEXT_SCALE, EACH = "emoji32-text", 3.0, 3
 KNOWN = ["grinning face", "blue heart", "france flag", "red apple", "dog face", "police officer"]
 UNSEEN = ["orange heart", "large green circle", "nicaragua flag", "blue apple", "angry apple", "green dog face"]
