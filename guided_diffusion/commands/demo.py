@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 FILM_STEPS = 2  # from one frame to the next
 ENLARGED, ENLARGING = "classifier, scale 3", {"sampler": "dpm++2m", "steps": 2}  # one of each class
-TEXT_MODEL, TEXT_SCALE, EACH = "emoji32-text", 3.0, 3
+TEXT_MODEL, TEXT_SCALE, EACH = "emoji32-text", 3.0, 2
 KNOWN = ["grinning face", "blue heart", "france flag", "red apple", "dog face", "police officer"]
 UNSEEN = ["orange heart", "large green circle", "nicaragua flag", "blue apple", "angry apple", "green dog face"]
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
