@@ -198,7 +198,7 @@ def draw_enlarged(model: Model, folder: str, seed: int, small: Pixels) -> str:
     factor = large.shape[1] // small.shape[1]
     pairs = np.concatenate([small.repeat(factor, axis=1).repeat(factor, axis=2), large])
     save_grid(f"{folder}/enlarged.png", pairs, len(small))
-    print(f"{len(small)} samples enlarged to {large.shape[1]} pixels {time.perf_counter() - began:24.1f}", flush=True)
+    print(f"{len(small)} samples enlarged to {large.shape[1]} pixels {time.perf_counter() - began:25.1f}", flush=True)
     return ENLARGEMENT.format(setting=ENLARGED, **ENLARGING)
 
 
