@@ -183,7 +183,7 @@ def draw_texts(folder: str, seed: int) -> str:
         print(f"no samples of {TEXT_MODEL}: {error}")
         return ""
     samples.save(f"{folder}/texts.png")
-    print(f"{count} samples of {TEXT_MODEL} for texts {time.perf_counter() - began:22.1f}", flush=True)
+    print(f"{count} samples of {TEXT_MODEL} for texts {time.perf_counter() - began:16.1f}", flush=True)
     return TEXTS.format(model=TEXT_MODEL, scale=TEXT_SCALE, seed=seed, unseen=len(UNSEEN))
 
 
@@ -198,7 +198,7 @@ def draw_enlarged(model: Model, folder: str, seed: int, small: Pixels) -> str:
     factor = large.shape[1] // small.shape[1]
     pairs = np.concatenate([small.repeat(factor, axis=1).repeat(factor, axis=2), large])
     save_grid(f"{folder}/enlarged.png", pairs, len(small))
-    print(f"{len(small)} samples enlarged to {large.shape[1]} pixels {time.perf_counter() - began:25.1f}", flush=True)
+    print(f"{len(small)} samples enlarged to {large.shape[1]} pixels {time.perf_counter() - began:20.1f}", flush=True)
     return ENLARGEMENT.format(setting=ENLARGED, **ENLARGING)
 
 
