@@ -54,12 +54,13 @@ def normalization(channels: int) -> GroupNorm32:
 def set_norm_groups(network: nn.Module, groups: int) -> None:
     """Let every group normalization in a network have so many groups; the weights stay as they are.
 
+    :param groups: with the usual 32 nothing is changed, so that a `normalization` of one's own stays what it is.
     :raises UserError: if channels of one of them cannot be shared among so many.
     """
-    for layer in network.modules():
+    for layer in network.modules() if groups != GROUPS else ():
         if isinstance(layer, nn.GroupNorm):
-            whole = layer.num_channels % groups == 0
-            refuse((not whole, f"norm_groups {groups} does not divide {layer.num_channels} channels: use 32, 16 or 8"))
+            uneven = layer.num_channels % groups
+            refuse((uneven, f"norm_groups {groups} does not divide {layer.num_channels} channels: use 32, 16 or 8"))
             layer.num_groups = groups
 
 

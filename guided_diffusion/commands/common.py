@@ -202,8 +202,7 @@ def restore(flags: Flags, source: str = "model_path", checkpoint: Checkpoint | N
     precision, choices = precision_of(asdict(config))
     for line in choices:
         logger.log(line)
-    depends = {key: value for key, value in asdict(config).items() if key not in NOT_IN_THE_RESULT}
-    identity = {key: value for key, value in depends.items() if (key, value) not in NEWER.items()}
+    identity = {k: v for k, v in asdict(config).items() if k not in NOT_IN_THE_RESULT and (k, v) not in NEWER.items()}
     if not identity.get("latent_channels"):  # as results before there were latents say it
         identity = {key: value for key, value in identity.items() if key not in latent_space.ON_PIXELS}
     identity |= {f"{source} weights": fingerprint(network.state_dict()), f"{source} precision": precision}

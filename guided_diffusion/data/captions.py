@@ -143,8 +143,8 @@ def _texts_of(table: Table, columns: Sequence[str]) -> dict[str, list[str]]:
         for column in columns if name else ():
             cell = row.get(column)
             cells = cell if isinstance(cell, list) else [] if cell is None else [cell]
-            odd = not all(isinstance(text, str) for text in cells)
-            refuse((odd, f"the {column} of {quoted(name)} is neither a text nor a list of texts"))
+            if not all(isinstance(text, str) for text in cells):
+                raise UserError(f"the {column} of {quoted(name)} is neither a text nor a list of texts")
             texts.setdefault(name, []).extend(_cleaned(cells))
     return {name: list(dict.fromkeys(captions)) for name, captions in texts.items()}
 

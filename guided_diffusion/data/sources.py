@@ -168,7 +168,8 @@ def images_at(path: files.AnyPath, name: str, channels: int = 0) -> ImageSource:
     if alone and (inside or not is_stack(where, channels)):
         return ImageSource(os.path.dirname(where) or ".", [os.path.basename(where)])
     source = find_images(where, channels)
-    refuse((not source.images, f"{name} {where!r} holds no images, {source.skipped()}: give some, or an image itself"))
+    if not source.images:
+        raise UserError(f"{name} {where!r} holds no images, {source.skipped()}: give some, or an image itself")
     return source
 
 
@@ -213,7 +214,8 @@ def _by_stem(source: ImageSource) -> dict[str, str]:
     names: dict[str, str] = {}
     for name in source.images:
         other = names.setdefault(os.path.splitext(name)[0], name)
-        refuse((other != name, f"{quoted(other)} and {quoted(name)} in {source.root} differ in the extension alone"))
+        if other != name:
+            raise UserError(f"{quoted(other)} and {quoted(name)} in {source.root} differ in the extension alone")
     return names
 
 

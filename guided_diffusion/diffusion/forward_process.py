@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch as th
 
-from ..runtime.errors import refuse
+from ..runtime.errors import UserError, refuse
 from ..runtime.seeds import to_device
 from ..sampling.schedules import Array, NoiseLevels, interpolate
 from ..sampling.steps import Level
@@ -103,8 +103,8 @@ class ForwardProcess:
     def __init__(self, *, betas: npt.ArrayLike, rescale_timesteps: bool = False) -> None:
         self.rescale_timesteps = rescale_timesteps
         self.betas = np.array(betas, dtype=np.float64)
-        sound = self.betas.ndim == 1 and ((self.betas > 0) & (self.betas <= 1)).all()
-        refuse((not sound, f"betas must be a row of numbers in (0, 1], and are {betas!r}"))
+        if self.betas.ndim != 1 or not ((self.betas > 0) & (self.betas <= 1)).all():
+            raise UserError(f"betas must be a row of numbers in (0, 1], and are {betas!r}")
         self.num_timesteps = len(self.betas)
         with np.errstate(divide="ignore"):  # alpha_bar may end at 0
             self._set_coefficients()

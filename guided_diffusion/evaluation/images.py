@@ -283,8 +283,8 @@ def open_images(path: Opened, size: Size | None = None, data_range: Range | None
         if samples:
             return ArrayImages(path, f"{path.rstrip('/')}/{samples}", "arr_0", [f"{path}: the samples are {samples}"])
         source = find_images(path)
-        remedy = "give an npz, or a folder or a zip of images"
-        refuse((not source.images, f"{path} holds no images, {source.skipped()}: {remedy}"))
+        if not source.images:
+            raise UserError(f"{path} holds no images, {source.skipped()}: give an npz, or a folder or a zip of images")
         return FileImages(source, size, data_range)
     refuse((not files.exists(path), f"{path!r} does not exist: give an npz, or a folder or zip of images"))
     return _open_npz(path)

@@ -16,7 +16,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn import GROUPS as GROUPS, set_norm_groups
+from ..nn import GROUPS, set_norm_groups
 
 EPSILON, NORM_GROUPS = 1e-6, "norm_groups"
 DISCRIMINATOR_GROUPS = 8
@@ -243,11 +243,9 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.ddconfig, self.embed_dim = dict(ddconfig), embed_dim
         self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
-        if (groups := ddconfig.get(NORM_GROUPS, GROUPS)) != GROUPS:
+        if (groups := ddconfig.get(NORM_GROUPS, GROUPS)) != GROUPS:  # in the weights, which tell the architecture
             set_norm_groups(self, groups)
-            self.register_buffer(
-                NORM_GROUPS, th.tensor(float(groups))
-            )  # weights alone then tell the whole architecture
+            self.register_buffer(NORM_GROUPS, th.tensor(float(groups)))
         self.precision = "fp32"
 
     def convert_to(self, precision: str) -> None:

@@ -176,8 +176,8 @@ def kind_of(names: Sequence[str]) -> Callable[[str], str]:
     """A reader of one of these names, perhaps with details after a colon, which returns the text that it is given."""
 
     def read(text: str) -> str:
-        known = text.partition(":")[0] in names
-        refuse((not known, f"{text!r} is none of {', '.join(names)}{nearest(text, names)}"))
+        if text.partition(":")[0] not in names:
+            raise UserError(f"{text!r} is none of {', '.join(names)}{nearest(text, names)}")
         return text
 
     return read

@@ -36,8 +36,8 @@ def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> float | th
     A number stays one, since to ask a tensor on a GPU what it holds is to wait for it.
     """
     value = scale(timesteps) if callable(scale) else scale
-    finite = bool(value.isfinite().all() if isinstance(value, th.Tensor) else math.isfinite(value))
-    refuse((not finite, f"the scale of the guidance is {value}: give a finite number, 0 for none"))
+    if not bool(value.isfinite().all() if isinstance(value, th.Tensor) else math.isfinite(value)):
+        raise UserError(f"the scale of the guidance is {value}: give a finite number, 0 for none")
     if not isinstance(value, th.Tensor):
         return float(value) or None
     value = value.to(like.device, like.dtype).expand(len(like)).view(-1, *[1] * (like.ndim - 1))

@@ -15,7 +15,8 @@ from typing import Any
 import torch as th
 
 from ..networks.architecture import Weights, architecture
-from ..networks.autoencoder import GROUPS, NORM_GROUPS, AutoencoderKL, VQModel
+from ..networks.autoencoder import NORM_GROUPS, AutoencoderKL, VQModel
+from ..nn import GROUPS
 from ..runtime import files
 from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, listed, printable, refuse
 from ..runtime.options import parse_size, size_flag

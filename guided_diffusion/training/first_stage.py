@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch as th
 from torch import nn
 
-from ..networks.autoencoder import GROUPS, NORM_GROUPS, AutoencoderKL, VQModel
+from ..networks.autoencoder import NORM_GROUPS, AutoencoderKL, VQModel
+from ..nn import GROUPS
 from ..runtime.errors import WHY, UserError, as_user_error, refuse
 from . import diffusers_files
 from .checkpoints import open_checkpoint

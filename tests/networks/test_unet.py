@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from guided_diffusion import nn, unet
+from guided_diffusion.networks import backbone, blocks
 from guided_diffusion.runtime.errors import UserError
 from guided_diffusion.unet import EncoderUNetModel, SuperResModel, UNetModel
 
@@ -408,6 +409,14 @@ def test_groups_of_normalization_change_what_is_computed_and_no_weight(kind: Cal
         assert th.allclose(layer(h + shift), layer(h), atol=1e-4) == hidden
     with pytest.raises(UserError, match="norm_groups 5 does not divide 32 channels: use 32, 16 or 8"):
         small(kind, norm_groups=5, model_channels=32)
+
+
+def test_a_normalization_of_ones_own_keeps_its_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old repositories put another one in the place of ours, to have widths that are no multiple of 32."""
+    for module in (backbone, blocks):
+        monkeypatch.setattr(module, "normalization", lambda channels: th.nn.GroupNorm(4, channels))
+    norms = [layer for layer in small(model_channels=20).modules() if isinstance(layer, th.nn.GroupNorm)]
+    assert {layer.num_groups for layer in norms} == {4}
 
 
 # ---- other ways to run the same network
