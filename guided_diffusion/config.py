@@ -206,7 +206,7 @@ class AutoencoderConfig:
     kind: str = flag("kl", "kl: latents near N(0, 1); vq: of the vectors of a codebook", choices=("kl", "vq"))
     image_size: int | str = flag(64, "pixels: 64, or HEIGHTxWIDTH", convert=size_flag)
     image_channels: int = flag(3, "channels of the images: 1, 3, 4 or any N", at_least=1, at_most=2**20)
-    ch: int = flag(32, "channels of the first level, a multiple of 32", at_least=32, at_most=2**20)
+    ch: int = flag(32, "channels of the first level, a multiple of --norm_groups", at_least=1, at_most=2**20)
     ch_mult: str = flag("1,2,4", "channels of each level over --ch; each but the last halves the resolution")
     num_res_blocks: int = flag(1, "residual blocks per level of the encoder", at_least=1, at_most=100)
     norm_groups: int = flag(32, NORM_HELP, at_least=1, at_most=2**20)

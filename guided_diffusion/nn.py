@@ -4,7 +4,9 @@ Shapes: N batch, C channels, T tokens (positions of a feature map in row-major o
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch as th
@@ -17,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from .runtime.errors import refuse
 
 GROUPS = 32
+_groups: ContextVar[int] = ContextVar("groups", default=GROUPS)
 _CONVOLUTIONS: dict[int, type[_ConvNd]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _AVERAGE_POOLS: dict[int, type[nn.Module]] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -41,27 +44,35 @@ class GroupNorm32(nn.GroupNorm):
         return super().forward(x.to(th.promote_types(x.dtype, th.float32))).to(x.dtype)
 
 
+@contextmanager
+def grouped_norms(groups: int) -> Iterator[None]:
+    """Inside, `normalization` and the other norms of our networks are made with so many groups."""
+    token = _groups.set(groups)
+    try:
+        yield
+    finally:
+        _groups.reset(token)
+
+
+def groups_for(channels: int) -> int:
+    """The groups of a group normalization that is made now: 32, or those of `grouped_norms`.
+
+    :raises UserError: if they cannot share so many channels.
+    """
+    groups = _groups.get()
+    fault = f"channels must be a positive multiple of {groups} for group normalization, got {channels}"
+    fewer = next((fewer for fewer in (16, 8, 4, 2, 1) if fewer < groups and channels % fewer == 0), 1)
+    help_ = f"change num_channels or channel_mult, or take norm_groups {fewer}."
+    refuse((channels <= 0 or channels % groups, f"{fault}; {help_}"))
+    return groups
+
+
 def normalization(channels: int) -> GroupNorm32:
-    """Group normalization in 32 groups.
+    """Group normalization in 32 groups, or in those of `grouped_norms`.
 
-    :param channels: a positive multiple of 32, else ValueError.
+    :param channels: a positive multiple of the groups, else UserError.
     """
-    fault = f"channels must be a positive multiple of {GROUPS} for group normalization, got {channels}"
-    refuse((channels <= 0 or channels % GROUPS, f"{fault}; change num_channels or channel_mult."))
-    return GroupNorm32(GROUPS, channels)
-
-
-def set_norm_groups(network: nn.Module, groups: int) -> None:
-    """Let every group normalization in a network have so many groups; the weights stay as they are.
-
-    :param groups: with the usual 32 nothing is changed, so that a `normalization` of one's own stays what it is.
-    :raises UserError: if channels of one of them cannot be shared among so many.
-    """
-    for layer in network.modules() if groups != GROUPS else ():
-        if isinstance(layer, nn.GroupNorm):
-            uneven = layer.num_channels % groups
-            refuse((uneven, f"norm_groups {groups} does not divide {layer.num_channels} channels: use 32, 16 or 8"))
-            layer.num_groups = groups
+    return GroupNorm32(groups_for(channels), channels)
 
 
 def _for_dims(table: dict[int, _Layer], dims: int) -> _Layer:

@@ -41,9 +41,9 @@ from .nn import (
     convert_module_to_f16 as convert_module_to_f16,
     convert_module_to_f32 as convert_module_to_f32,
     dtype_of,
+    grouped_norms,
     linear,
     normalization,
-    set_norm_groups,
     timestep_embedding,
     zero_module,
 )
@@ -145,8 +145,8 @@ class EncoderUNetModel(UNetBackbone):
         options = {name: value for name, value in locals().items() if name not in ("self", "pool", "__class__")}
         super().__init__(**options)
         self.pool = pool
-        self.out = self._head()
-        set_norm_groups(self.out, norm_groups)
+        with grouped_norms(norm_groups):
+            self.out = self._head()
 
     def _head(self) -> nn.Sequential:
         width = self._widths[-1]

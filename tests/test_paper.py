@@ -42,13 +42,16 @@ def test_a_claim_is_written_as_far_as_it_is_measured(
         assert picture.width > picture.height
 
 
+@pytest.mark.parametrize("name", ["paper.py", "trainings.py"])
 def test_the_committed_page_is_what_the_committed_results_give(
-    paper: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = paper["write_page"].__globals__
+    monkeypatch.setattr(sys, "path", [str(ROOT / "models"), *sys.path])
+    module = runpy.run_path(str(ROOT / "models" / name))
+    space = module["write_page"].__globals__
     text = space["PAGE"].read_text()
     monkeypatch.setitem(space, "PAGE", tmp_path / "page")
     monkeypatch.setattr(space["pages"], "DOCS", tmp_path)
     (tmp_path / "page").write_text(text)
-    paper["write_page"]()
+    module["write_page"]()
     assert (tmp_path / "page").read_text() == text

@@ -12,7 +12,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn import GroupNorm32, checkpoint, zero_module
+from ..nn import GroupNorm32, checkpoint, groups_for, zero_module
 
 
 class LayerNorm32(nn.LayerNorm):
@@ -112,7 +112,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         inner, self.use_checkpoint = heads * head_channels, use_checkpoint
-        self.norm = GroupNorm32(32, channels, eps=1e-6)
+        self.norm = GroupNorm32(groups_for(channels), channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(inner, context_dim, heads, head_channels) for _ in range(depth)

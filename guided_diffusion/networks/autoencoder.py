@@ -16,7 +16,7 @@ import torch as th
 import torch.nn.functional as F
 from torch import nn
 
-from ..nn import GROUPS, set_norm_groups
+from ..nn import GROUPS, grouped_norms, groups_for
 
 EPSILON, NORM_GROUPS = 1e-6, "norm_groups"
 DISCRIMINATOR_GROUPS = 8
@@ -25,7 +25,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=EPSILON)
+    return nn.GroupNorm(groups_for(channels), channels, eps=EPSILON)
 
 
 class AutoencoderResBlock(nn.Module):
@@ -242,9 +242,9 @@ class Autoencoder(nn.Module):
     def __init__(self, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
         self.ddconfig, self.embed_dim = dict(ddconfig), embed_dim
-        self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
-        if (groups := ddconfig.get(NORM_GROUPS, GROUPS)) != GROUPS:  # in the weights, which tell the architecture
-            set_norm_groups(self, groups)
+        with grouped_norms(groups := ddconfig.get(NORM_GROUPS, GROUPS)):
+            self.encoder, self.decoder = Encoder(**ddconfig), Decoder(**ddconfig)
+        if groups != GROUPS:  # in the weights, which tell the architecture
             self.register_buffer(NORM_GROUPS, th.tensor(float(groups)))
         self.precision = "fp32"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch as th
 import torch.nn as nn
 
-from ..nn import GROUPS, conv_nd, dtype_of, linear, normalization, set_norm_groups, timestep_embedding, zero_module
+from ..nn import GROUPS, conv_nd, dtype_of, grouped_norms, linear, normalization, timestep_embedding, zero_module
 from ..runtime.errors import UserError, check_choice, refuse
 from .attention import SpatialTransformer
 from .blocks import (
@@ -117,8 +117,8 @@ class UNetBackbone(nn.Module):
         self.context_dim, self.encoder_channels, self.legacy = context_dim, encoder_channels, legacy
         self.class_context, self.context_pooled = class_context, context_pooled
         self.context_encoder: nn.Module | None = None  # or a ScratchEncoder, put here when the network is made
-        self._build()
-        set_norm_groups(self, norm_groups)
+        with grouped_norms(norm_groups):
+            self._build()
 
     def _build(self) -> None:
         """Make the modules, in the order of the parameters."""
