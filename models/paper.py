@@ -64,11 +64,11 @@ DIGITS = {"fd": "{:.2f}", "precision": "{:.3f}", "recall": "{:.3f}", "score": "{
 
 
 def settings(seeds: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each setting with each seed, under the key of its scores: all settings once before the second seed."""
+    """Each setting with each seed, under the key of its scores: one seed after another, few steps first."""
+    rows = [(f"{claim}|{row}", options) for claim, rows in CLAIMS.items() for row, options in rows.items()]
     for seed in range(seeds):
-        for claim, rows in CLAIMS.items():
-            for row, options in rows.items():
-                yield f"{claim}|{row}|{seed}", {**options, "seed": seed}
+        for key, options in sorted(rows, key=lambda row: row[1]["steps"]):
+            yield f"{key}|{seed}", {**options, "seed": seed}
 
 
 def measure(train: str, held_out: str, seeds: int) -> None:
