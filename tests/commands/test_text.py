@@ -37,6 +37,8 @@ from guided_diffusion.commands import (
 )
 from guided_diffusion.commands.common import restore
 from guided_diffusion.commands.flag_files import flags_in
+from guided_diffusion.commands.flags import Flags
+from guided_diffusion.commands.prompts import prompts_of
 from guided_diffusion.commands.tool_sections import SweepConfig
 from guided_diffusion.evaluation.features import make_extractor
 from guided_diffusion.evaluation.images import open_images
@@ -604,3 +606,9 @@ def test_a_sweep_takes_prompts(run: str) -> None:
     base = sweep.sampling_flags(flags, config)
     negative = [base.with_values(**sweep.values_of(cell, config)).values for cell in sweep.cells_of(config)]
     assert [(v["prompt"], v["negative_prompt"]) for v in negative[:2]] == [("a cat", ""), ("a cat", "rain")]
+
+
+def test_a_file_of_prompts_that_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat")
+    with pytest.raises(UserError, match=r"prompt.txt does not exist; did you mean prompts.txt\?: give a file with"):
+        prompts_of(Flags("image_sample", {"prompts": str(tmp_path / "prompt.txt")}))
