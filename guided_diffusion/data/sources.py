@@ -140,9 +140,9 @@ def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
     else:
         kinds = "a folder, a zip, a tar or an array (.npy, .npz) of images"
         gone = not root or not files.exists(root)
-        fault = f"does not exist{files.near(root)}" if gone else "is none of the kinds that are read"
+        state = f"does not exist{files.near(root)}" if gone else "is none of the kinds that are read"
         refuse((not gone and _is_image(root), f"data_dir {quoted(root)} is a single picture: give its folder"))
-        raise UserError(f"data_dir {quoted(root)} {fault}: give {kinds}")
+        raise UserError(f"data_dir {quoted(root)} {state}: give {kinds}")
     refuse((fault := dict(entries).get(""), f"data_dir {quoted(root)} is {fault}; give one that can be read"))
     names = sorted((name for name, fault in entries if not fault), key=lambda name: name.split("/"))
     others = [name for name in names if not _is_image(name)]

@@ -267,4 +267,4 @@ def test_parsers_are_made_of_the_originals_dictionaries_and_more_keys():
 
 def test_a_network_predicts_one_thing() -> None:
     with pytest.raises(ValueError, match=r"predict_v and predict_xstart are both True, .*: give one"):
-        create_gaussian_diffusion(predict_v=True, predict_xstart=True)
+        su.create_gaussian_diffusion(predict_v=True, predict_xstart=True)
