@@ -235,10 +235,11 @@ def build_autoencoder(config: AutoencoderConfig) -> AutoencoderKL | VQModel:
     size = parse_size(config.image_size)
     multipliers = channel_multipliers(config.ch_mult, size)
     rates = attention_rates(config.attn_resolutions, size, len(multipliers), "attn_resolutions")
-    same = "ch", "num_res_blocks", "z_channels", "dropout", "norm_groups"
+    if not all(isinstance(number, int) for number in multipliers):
+        raise UserError(f"ch_mult {config.ch_mult!r} must be whole numbers, such as 1,2,4: change --ch as well")
     ddconfig = {
-        **{name: getattr(config, name) for name in same},
-        "ch_mult": [int(number) for number in multipliers],
+        **{name: getattr(config, name) for name in ("ch", "num_res_blocks", "z_channels", "dropout", "norm_groups")},
+        "ch_mult": list(multipliers),
         "attn_resolutions": [max(size) // rate for rate in rates],
         "resolution": max(size),
         "in_channels": config.image_channels,

@@ -46,17 +46,16 @@ def _show(flags: Flags) -> None:
         facts |= {"address": preset.source.urls[0], "bytes": size, "sha256": preset.sha256 or "none is published"}
     facts |= {"parameters": preset.parameters, "classifier": preset.companion("classifier")}
     facts |= {"upsampler": preset.companion("upsampler"), "classifier_scale": preset.classifier_scale}
-    facts |= {"cfg_scale": preset.cfg_scale}
+    facts |= {"cfg_scale": preset.cfg_scale, "sampler": preset.sampler}
     facts |= {"steps": preset.steps, "flags": " ".join(f"--{name} {value}" for name, value in preset.flags.items())}
-    if preset.file:
-        facts |= {"licence": preset.facts["licence"], "paper": preset.facts["paper"]}
+    facts |= {"licence": preset.facts["licence"], "paper": preset.facts["paper"]}
     for name, fact in facts.items():
         if fact:
             print(f"{name + ':':<18}{fact}")
     for scores in preset.results:
         numbers = ", ".join(f"{name} {value}" for name, value in scores.items() if name != "of")
         print(f"{'results:':<18}{scores['of']}: {numbers}")
-    for note in preset.facts["notes"] if preset.file else []:
+    for note in preset.facts["notes"]:
         print(f"{'note:':<18}{note}")
 
 

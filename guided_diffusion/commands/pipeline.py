@@ -46,6 +46,7 @@ Images = Any  # a path; or uint8 [N, H, W, C] or [H, W, C], float [N, C, H, W] i
 
 SAMPLE, ENLARGE, MEASURE = "classifier_sample", "super_res_sample", "image_nll"
 BATCH = 16  # images per pass of the network, unless there are fewer
+MANY = 250  # evaluations for a batch, from which on whoever chose neither sampler nor steps is told of fewer
 PATHS = ("init_image", "mask", "interpolate", "cond_images", "base_samples", "data_dir")  # where images may be given
 TEXTS = "prompts"  # a path where a list may be given
 LOOP = ("cond_fn", "cond_fn_with_grad", "callback", "progress")  # what the loop takes beside flags
@@ -355,7 +356,9 @@ class Model:
     def _drawn(self, model: Restored, plan: Plan, loop: dict[str, Any]) -> Samples:
         """The samples of a plan."""
         guides = [guide for guide in (plan.loop.get("cond_fn"), loop.get("cond_fn")) if guide is not None]
-        job, options, _ = sampling.prepare(model, plan)
+        job, options, calls = sampling.prepare(model, plan)
+        if calls >= MANY and not model.flags.given.keys() & {"sampler", "steps", "timestep_respacing"}:
+            logger.warn(f"{calls} evaluations of the network for each batch: sampler='dpm++2m', steps=20 take 20")
         options |= loop | ({"cond_fn": combine(*guides)} if len(guides) > 1 else {})
         images, labels = list[Pixels](), list[th.Tensor]()
         for batch, (x, y) in enumerate(sampled(model.process, plan.network, job, **options)):

@@ -35,7 +35,7 @@ class Preset:
     :param parameters: how many numbers its network holds.
     :param flags: of the network and the process, as a command line would say them; none where the file tells them.
     :param classifier: and `upsampler`: the names of those that go with it, '' for none.
-    :param classifier_scale: and `cfg_scale` and `steps`: what its authors recommend, 0 for none.
+    :param classifier_scale: and `cfg_scale`, `sampler` and `steps`: what its authors recommend, 0 or '' for none.
     :param classes: whose names they are: "imagenet", or ''.
     :param results: published scores: what of, fid, sfid, precision, recall.
     """
@@ -54,6 +54,7 @@ class Preset:
     upsampler: str = ""
     classifier_scale: float = 0.0
     cfg_scale: float = 0.0
+    sampler: str = ""
     steps: int = 0
     classes: str = ""
     results: tuple[Mapping[str, Any], ...] = ()
@@ -163,6 +164,8 @@ def given(name: str, command: str, known: Collection[str], words: Mapping[str, A
     flags = {flag: value for flag, value in preset.flags.items() if flag in known}
     if "model_path" not in words:
         flags["model_path"] = preset.path
+    if preset.cfg_scale:
+        flags["cfg_scale"] = preset.cfg_scale
     guides = "classifier_path" in known and preset.companion("classifier") and words.get("guidance") != "cfg"
     if guides and "classifier_path" not in words:
         flags |= {**classifier_flags(preset.companion("classifier")), "classifier_scale": preset.classifier_scale}

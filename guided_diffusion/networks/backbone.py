@@ -25,7 +25,7 @@ from .blocks import (
     cast_convolutions,
     strides,
 )
-from .context import ClassEmbedder, context_for, pooled
+from .context import ClassEmbedder, check_context, context_for, pooled
 
 _DTYPES = {"fp32": th.float32, "fp16": th.float16, "bf16": th.bfloat16}  # by config.PRECISIONS
 _CONVERTED = ("input_blocks", "middle_block", "output_blocks")
@@ -353,6 +353,8 @@ class UNetModel(UNetBackbone):
     def _predict(self, x: th.Tensor, emb: th.Tensor, *context: th.Tensor | None) -> th.Tensor:
         """The output for images and the embedding [N, E] of all else but the context and its mask."""
         self._check_size(x)
+        if context and context[0] is not None:
+            check_context(len(x), context[0], *context[1:])
         if self.context_pooled and context[0] is not None:
             emb = emb + self.context_emb(pooled(context[0], *context[1:]).to(emb.dtype))
         skips = list(self._encode(x, emb, *context))

@@ -87,6 +87,14 @@ def context_for(
     return context
 
 
+def check_context(count: int, context: th.Tensor, mask: th.Tensor | None = None) -> None:
+    """Refuse a context of other images than the `count` that are there, and a mask of other vectors."""
+    if len(context) != count:
+        raise UserError(f"context is of {len(context)} images where there are {count}: give one for each")
+    if mask is not None and mask.shape != context.shape[:2]:
+        raise UserError(f"context_mask must be {list(context.shape[:2])}, as the context, got {list(mask.shape)}")
+
+
 def pooled(context: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     """The mean [N, D] of the vectors of a context [N, L, D], with mean 0 and deviation 1 in each."""
     weights = context.new_ones(context.shape[:2]) if mask is None else mask.to(context.dtype)

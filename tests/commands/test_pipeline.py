@@ -164,6 +164,8 @@ def test_nothing_is_written_joined_or_printed(
 def test_the_log_is_shown_when_asked_for_and_warnings_always(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     load(runs["unet"], verbose=True).sample(steps=2)
     assert "sampling 1 images 8x8" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match=r"1000 evaluations .* sampler='dpm\+\+2m', steps=20 take 20"):
+        load(runs["unet"], diffusion_steps=1000).sample()
     with pytest.warns(UserWarning, match="of one colour"):
         load(runs["unet"]).sample(steps=2, cond_fn=lambda x, t, **_: th.full_like(x, 1e4))
 

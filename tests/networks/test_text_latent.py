@@ -218,6 +218,10 @@ def test_a_context_that_does_not_fit_is_refused():
         network(x, t)
     with pytest.raises(ValueError, match=r"context must be \[N, L, 24\] for this network, got \[2, 7, 20\]"):
         network(x, t, context=th.zeros(2, 7, 20))
+    with pytest.raises(ValueError, match="context is of 3 images where there are 2: give one for each"):
+        network(x, t, context=th.zeros(3, 7, 24))
+    with pytest.raises(ValueError, match=r"context_mask must be \[2, 7\], as the context, got \[2, 6\]"):
+        network(x, t, context=th.zeros(2, 7, 24), context_mask=th.ones(2, 6, dtype=th.bool))
     with pytest.raises(ValueError, match="context_dim needs use_spatial_transformer"):
         UNetModel(16, 3, 32, 3, 1, (1,), context_dim=8)
     plain = UNetModel(16, 3, 32, 3, 1, (), channel_mult=(1,))

@@ -296,6 +296,21 @@ def test_a_file_without_an_autoencoder_is_refused(tmp_path):
         load_autoencoder(path)
 
 
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        ({"ch": 33}, "must be a positive multiple of 32 .* got 33; .* norm_groups 1"),
+        ({"ch": 24}, "must be a positive multiple of 32 .* got 24; .* norm_groups 8"),
+        ({"ch_mult": "1,2.5"}, "ch_mult '1,2.5' must be whole numbers"),
+        ({"ch_mult": "1,0.5"}, "ch_mult '1,0.5' must be whole numbers"),
+    ],
+)
+def test_widths_that_cannot_be_are_refused(options, answer):
+    with pytest.raises(UserError, match=answer):
+        build_autoencoder(AutoencoderConfig(**options))
+    assert build_autoencoder(AutoencoderConfig(ch=24, norm_groups=8)).encoder.norm_out.num_groups == 8
+
+
 def test_precision_is_of_the_computation_alone():
     network, images = tiny(), th.rand(1, 3, 16, 16)
     exact = network.decode(network.encode(images).mean)
