@@ -374,9 +374,3 @@ def test_other_images_are_another_request(models: Runs, tmp_path: Path) -> None:
         np.savez(tmp_path / f"{seed}.npz", pixels(2, seed=seed))
     super_res_sample.main([*argv, "--base_samples", str(tmp_path / "0.npz")])
     refused([*argv, "--base_samples", str(tmp_path / "1.npz")], "base_samples was")
-
-
-def test_no_images_to_enlarge_is_told_before_a_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        super_res_sample.main(["--model_path", "nowhere"])
-    assert "--base_samples is missing: give small images: an npz" in capsys.readouterr().err
