@@ -413,6 +413,9 @@ def test_what_the_checkpoint_says_is_known_when_it_is_read():
     flags = cli.parse("image_sample", ["--decode_tile", "8"]).over({"autoencoder_path": ""}, LatentConfig)
     with pytest.raises(ValueError, match="without --autoencoder_path, and the checkpoint is without: leave it out"):
         flags.check()
+    started = cli.Flags("image_train", {"init_from": "pixels", "cache_latents": True}, {"autoencoder_path": ""})
+    with pytest.raises(ValueError, match="--cache_latents has no effect without --autoencoder_path"):
+        started.check()
     resumed = cli.Flags("classifier_train", {"fit": "pad"}, {"random_crop": True})
     with pytest.raises(ValueError, match="exclude each other: give --random_crop False beside it"):
         resumed.check()
