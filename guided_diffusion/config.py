@@ -23,6 +23,7 @@ POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 CLASS_RULES = ("auto", "filename", "folder", "csv", "json", "cls")
 LABEL_COLUMN = "column of the labels in a table that has several; '' where it is clear"
 BAD_IMAGE_RULES = ("error", "skip")
+FITS, BALANCES = ("crop", "pad", "squash"), ("", "classes")
 COND_TYPES = ("image", "mask", "classes")
 CONTEXTS = ("none", "text", "classes")
 METRIC_NAMES = ("is", "fid", "sfid", "pr", "kid", "dc")
@@ -104,10 +105,8 @@ class SizedConfig(ImageConfig):
     """Images of one size."""
 
     image_size: int | str = flag(64, "pixels: 64, or HEIGHTxWIDTH", convert=size_flag)
-    latent_factor: int = flag(
-        1, "pixels along the side of a number of a latent; --autoencoder_path says it", at_least=1
-    )
-    latent_channels: int = flag(0, "channels of latents, 0: it works on pixels; from --autoencoder_path", at_least=0)
+    latent_factor: int = flag(1, "pixels along the side of a number of a latent", at_least=1, needs="autoencoder_path")
+    latent_channels: int = flag(0, "channels of latents, 0: it works on pixels", at_least=0, needs="autoencoder_path")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +142,7 @@ class NetworkConfig(ImageConfig, ContextConfig):
     num_channels: int = flag(128, "channels of the first level", at_least=1, at_most=2**20)
     num_res_blocks: int = flag(2, "residual blocks per level", at_least=1, at_most=100)
     num_heads: int = flag(4, "attention heads, where --num_head_channels is -1", at_least=1, at_most=2**20)
-    num_heads_upsample: int = flag(-1, "attention heads of the decoder; -1: as in the encoder")
+    num_heads_upsample: int = flag(-1, "attention heads of the decoder; -1: as in the encoder", at_least=1)
     num_head_channels: int = flag(-1, "channels per attention head; -1: use --num_heads")
     attention_resolutions: str = flag("16,8", "resolutions (pixels of the longer side) with attention; '' for none")
     channel_mult: str = flag("", "channels of each level over --num_channels, e.g. 1,2,3,4; '' chooses by size")
@@ -387,7 +386,7 @@ class TrainSpeedConfig(CompileConfig):
         choices=CHECKPOINT_FORMATS,
         needs="fsdp",
     )
-    dry_run: bool = flag(False, "say how large the network is, what a step costs and what memory it takes, and end")
+    dry_run: bool = flag(False, "say what a step costs, and the memory of weights, optimizer and averages, and end")
 
 
 @dataclass(frozen=True, kw_only=True)

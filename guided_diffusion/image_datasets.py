@@ -31,10 +31,10 @@ from .data.labels import ClassRow, Labels, read_labels, save_classes as save_cla
 from .data.orders import WINDOW, Order, order_of
 from .data.sources import IMAGE_EXTENSIONS, ImageSource, UnreadableImage, find_images, paths_in, split_archive, tar_of
 from .data.tables import read_vectors
-from .data.upsampling import SmallVersions
+from .data.upsampling import SmallVersions, check_sizes
 from .runtime.errors import UserError, printable, refuse
 from .runtime.files import load_classes as load_classes
-from .runtime.options import Size, parse_size, size_flag
+from .runtime.options import Size, size_flag
 from .runtime.pictures import to_unit
 
 Batch = tuple[th.Tensor, dict[str, th.Tensor]]
@@ -274,7 +274,8 @@ def _order(
     window = options.shuffle.partition(":")[2]
     weights = [float(word) for word in options.data_weights.split(",") if word]
     if weights and len(weights) != len(parts):
-        raise UserError(f"data_weights {options.data_weights} are {len(weights)}, and data_dir names {len(parts)}")
+        says = f"data_weights {options.data_weights} are {len(weights)}, and data_dir names {len(parts)}"
+        raise UserError(f"{says}: give one for each")
     shards, numbers = None, None
     if dataset.remote or options.shuffle != "all":
         archives = [split_archive(path) for path in dataset.local_images]
@@ -314,11 +315,9 @@ def load_superres_data(
     :param cond_aug: above 0 there is noise on them, and cond["low_res_level"] says how much, up to this.
     :param options: further keywords of `load_data`.
     """
-    (height, width), (small_height, small_width) = parse_size(large_size), parse_size(small_size)
-    if small_height > height or small_width > width:
-        raise UserError(f"small_size {small_size} exceeds large_size {large_size}; give a small_size within it")
+    small = check_sizes(large_size, small_size)
     stream = load_data(
         data_dir=data_dir, batch_size=batch_size, image_size=large_size, class_cond=class_cond, **options
     )
-    stream.small_versions = SmallVersions((small_height, small_width), cond_aug, stream.dataset.options.seed)
+    stream.small_versions = SmallVersions(small, cond_aug, stream.dataset.options.seed)
     return stream

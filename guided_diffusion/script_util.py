@@ -408,7 +408,7 @@ def create_gaussian_diffusion(
 ) -> SpacedDiffusion:
     """A process from its flags; without `timestep_respacing` it takes all its steps."""
     both = predict_v and predict_xstart
-    refuse((both, "predict_v and predict_xstart are both True: the network predicts one of the two"))
+    refuse((both, "predict_v and predict_xstart are both True, and the network predicts one of the two: give one"))
     loss = gd.LossType.RESCALED_MSE if rescale_learned_sigmas else gd.LossType.MSE
     fixed = gd.ModelVarType.FIXED_SMALL if sigma_small else gd.ModelVarType.FIXED_LARGE
     mean = gd.ModelMeanType.VELOCITY if predict_v else gd.ModelMeanType.EPSILON

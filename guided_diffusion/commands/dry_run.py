@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, TrainConfig
+from ..data.upsampling import check_sizes
 from ..networks.context import SCRATCH_DIM
-from ..runtime.options import parse_profiles, parse_rates, parse_size
+from ..runtime.options import parse_profiles, parse_rates
 from ..script_util import build_diffusion, build_network, in_its_space
 from . import conditioning, finetuning, latent_space, training
 from .common import image_shape, log_to_screen, precision_of
@@ -91,7 +92,8 @@ def loss_of(flags: Flags, config: Any) -> Loss:
         beside |= {"vector": th.randn(n, config.vector_dim)} if getattr(config, "vector_dim", 0) else {}
         beside |= {"cond_image": th.randn(n, kind.channels, *shape[1:])} if kind else {}
         if upsampler:
-            beside["low_res"] = th.randn(n, config.image_channels, *parse_size(config.small_size))
+            small = check_sizes(config.large_size, config.small_size)
+            beside["low_res"] = th.randn(n, config.image_channels, *small)
             beside |= {"low_res_level": th.rand(n)} if config.cond_aug else {}
         return process.training_losses(network, x, t, model_kwargs=beside, noise=th.randn_like(x))["loss"].mean()
 

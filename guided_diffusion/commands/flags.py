@@ -216,18 +216,24 @@ class Flags:
                 ways = [way for way in need.split("|") if _names(way) <= specs.keys()]
                 if ways and not any(all(map(holds, way.split("&"))) for way in ways):
                     text = " or ".join(f"--{way}".replace("&", " with --") for way in ways)
-                    text = (
-                        text.replace("--tool=", "the tool ")
-                        .replace("--action=", "the action ")
-                        .replace("!=", " other than ")
-                        .replace("=", " ")
-                    )
+                    text = re.sub("--(tool|action)=", r"the \1 ", text).replace("!=", " other than ").replace("=", " ")
                     fixed = all(_names(way) <= self.saved.keys() for way in ways)
                     remedy = "and the checkpoint is without: leave it out" if fixed else f"leave it out or give {text}"
                     raise UserError(f"--{name} has no effect without {text}{', ' if fixed else ': '}{remedy}")
             for other in specs[name].metadata["excludes"].split():
                 if _names(other) <= specs.keys() - pending and holds(other):
-                    raise UserError(f"--{name} and --{_names(other).pop()} exclude each other: give one")
+                    flag = _names(other).pop()
+                    raise UserError(f"--{name} and --{flag} exclude each other{self._remedy(name, flag)}")
+
+    def _remedy(self, name: str, other: str) -> str:
+        """What to write where a flag of the command line excludes another one."""
+        default = self.defaults[other]
+        off = type(default)() if self.values[other] == default else default
+        if other in self.changed:
+            return ": give one"
+        if other in self.saved.keys() & SAVED_NAMES:
+            return f", and the checkpoint has --{other}: leave --{name} out"
+        return f": give --{other} {off!r} beside it"
 
 
 def _names(way: str) -> set[str]:

@@ -89,8 +89,7 @@ def _verify(flags: Flags) -> None:
 
     preset = presets.get(flags.part(ModelsConfig).name)
     path = preset.path
-    if preset.file and (fault := preset.source.fault_of(path)):
-        raise UserError(f"{path} is not {preset.file}, {fault}: remove it, and fetch it again")
+    preset.check(checksum=True)
     import torch as th
 
     from .common import described, network_of, section_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class Preset:
         :raises UserError: saying how to get it.
         """
         if os.path.exists(self.place):
+            self.check()
             return self.place
         if self.file:
             size = f"{'' if self.flags else 'at least '}{self.least / 1e9:.1f} GB"
@@ -98,6 +99,13 @@ class Preset:
             f"the model {self.name} comes with a checkout of the repository, not with the package, and is not at "
             f"{self.place}: run this in a checkout, or give the path of its folder"
         )
+
+    def check(self, *, checksum: bool = False) -> None:
+        """Refuse what is at `place` if it is not what is published, by its size or the bytes themselves."""
+        source = self.source if checksum else replace(self.source, sha256="")
+        if self.file and (fault := source.fault_of(self.place)):
+            remedy = f"remove it, and fetch it again with 'guided-diffusion models download {self.name}'"
+            raise UserError(f"{self.place} is not {self.file}, {fault}: {remedy}")
 
     def companion(self, role: str) -> str:
         """The path or name of its classifier or upsampler, '' where it has none."""

@@ -21,7 +21,7 @@ from ..script_util import build_diffusion
 from . import conditioning, editing, latent_space, prompts, vectors
 from .common import Plan, Restored, described, image_shape, restore, sampler_of, schedule_of, start
 from .flags import Flags
-from .sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig
+from .sections import FreeGuidanceConfig, GuidanceConfig, SampleConfig, UpsampleConfig
 
 LONG = 10000  # evaluations of the network, from which on a run without --num_samples gets advice
 # flags that two networks must have in common
@@ -91,6 +91,10 @@ def _from_zero(model: Restored) -> Restored:
 def enlarge(flags: Flags) -> str:
     """Enlarge images with an upsampler; returns the path of the npz."""
     sampler_of(flags)  # refuses a wrong one before anything else
+    missing = (
+        "--base_samples is missing: give small images: an npz, the folder of a run that sampled, a folder or a zip"
+    )
+    refuse((not flags.part(UpsampleConfig).base_samples, missing))
     start(flags)
     model = restore(flags)
     guide = restore_guide(model) if model.flags.part(GuidanceConfig).classifier_path else None

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..config import (
+    BALANCES,
     CLASS_RULES,
+    FITS,
     LABEL_COLUMN,
     LABELLED,
     PRECISIONS,
@@ -17,7 +19,7 @@ from ..config import (
     local_flag,
     path_flag,
 )
-from ..runtime.options import flag, list_of, names_of, range_flag, share_flag, share_of_job, shuffle_flag
+from ..runtime.options import flag, interval_flag, list_of, names_of, share_flag, share_of_job, shuffle_flag
 
 SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would draw the noise of the one before it
 MISMATCHES = ("error", "reinit", "inflate")
@@ -47,12 +49,12 @@ class MixConfig:
     shuffle: str = flag("all", "all; or shards:N, N tars or zips at a time (shards is shards:16)", convert=shuffle_flag)
     data_weights: str = flag("", "of the data sets in --data_dir, such as 3,1; '' by size", convert=WEIGHTS)
     balance: str = flag(
-        "", "classes: all come equally often", choices=("", "classes"), needs="class_cond", excludes="data_weights"
+        "", "classes: all come equally often", choices=BALANCES, needs="class_cond", excludes="data_weights"
     )
     fit: str = flag(
         "crop",
         "crop to --image_size; pad with black; squash",
-        choices=("crop", "pad", "squash"),
+        choices=FITS,
         excludes="random_crop",
     )
 
@@ -67,7 +69,11 @@ class LatentConfig:
     )
     autoencoder_id: str = flag("", "fingerprint of its weights; the training sets it", needs="autoencoder_path")
     decode_tile: int = flag(
-        0, "decode in tiles of so many numbers a side, to save memory; 0: as a whole", at_least=8, runtime=True
+        0,
+        "decode in tiles of so many numbers a side, to save memory; 0: as a whole",
+        at_least=8,
+        runtime=True,
+        needs="autoencoder_path",
     )
     scale_factor: float = flag(
         0.0, "what latents are multiplied by; 0: the autoencoder's own", at_least=0, needs="autoencoder_path"
@@ -78,7 +84,7 @@ class LatentConfig:
 class LatentTrainConfig(LatentConfig):
     """An autoencoder, in whose space the diffusion happens."""
 
-    NEEDS: ClassVar[str] = "autoencoder_path|init_from|resume_checkpoint"
+    NEEDS: ClassVar[str] = "autoencoder_path"
     cache_latents: bool = flag(
         False, "encode every image once, to files in the run's folder", excludes="random_crop cache_images"
     )
@@ -208,7 +214,7 @@ class FreeGuidanceConfig:
     cfg_rescale: float = share_flag("share of guidance's gain in contrast to take back", needs="cfg_scale!=1.0")
     autoguide_path: str = path_flag("a weaker model of the same kind to guide away from", needs="autoguide_scale!=1.0")
     autoguide_scale: float = flag(1.0, "w in weak + w (model - weak); above 1 guides", needs="autoguide_path")
-    guidance_interval: str = flag("", INTERVAL, convert=range_flag, needs=f"cfg_scale!=1.0|autoguide_path|{COND_FN}")
+    guidance_interval: str = flag("", INTERVAL, convert=interval_flag, needs=f"cfg_scale!=1.0|autoguide_path|{COND_FN}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from ..config import (
     local_flag,
     path_flag,
 )
-from ..runtime.options import flag, list_of, range_flag, size_flag
+from ..runtime.options import flag, interval_flag, list_of, size_flag
 from .sections import CLASSES, INTERVAL, ModelConfig
 
 ACTIONS = ("list", "show", "download", "verify")
@@ -71,7 +71,7 @@ class SweepConfig(ModelConfig):
     num_samples: int = flag(1000, "images of each cell of the grid, always from the same noise", at_least=10)
     batch_size: int = flag(16, "images per pass of the diffusion model", at_least=1)
     classes: str = flag("", CLASSES)
-    guidance_interval: str = flag("", INTERVAL, convert=range_flag)
+    guidance_interval: str = flag("", INTERVAL, convert=interval_flag)
     distances: str = flag("float16", DISTANCES, choices=DISTANCE_TYPES)
 
 

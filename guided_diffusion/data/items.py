@@ -18,10 +18,10 @@ import torch as th
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import BAD_IMAGE_RULES, LoaderConfig
+from ..config import BAD_IMAGE_RULES, BALANCES, FITS, LoaderConfig
 from ..runtime.errors import check_choice, refuse
 from ..runtime.files import is_remote
-from ..runtime.options import Size
+from ..runtime.options import Size, shuffle_flag
 from ..runtime.pictures import to_unit
 from .archives import read_each
 from .cache import ImageCache
@@ -90,6 +90,9 @@ class DataOptions(LoaderConfig):
 
     def __post_init__(self) -> None:
         check_choice("on_bad_image", self.on_bad_image, BAD_IMAGE_RULES)
+        check_choice("fit", self.fit, FITS)
+        check_choice("balance", self.balance, BALANCES)
+        shuffle_flag(self.shuffle)
         negative = self.seed < 0 or self.num_workers < 0
         refuse((negative, f"seed {self.seed} and num_workers {self.num_workers} must not be negative"))
 

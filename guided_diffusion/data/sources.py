@@ -31,7 +31,7 @@ from ..runtime.options import Size
 from .archives import Archive, Stack, archives_of, is_stack, read_each
 from .crops import Picture, as_bytes, center_crop_arr
 from .decoding import Content, Decoded, Range, decode, decode_ids, decode_mask, size_in
-from .tars import BESIDE, TEXTS, Tar
+from .tars import BESIDE, TEXTS, Changed, Tar
 
 T = TypeVar("T")
 Entry = tuple[str, str]  # name of a file, and why it is not taken; '' if it is
@@ -138,9 +138,11 @@ def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
         assert isinstance(stack, Stack)
         return ImageSource(root, [f"{index:06d}.npy" for index in range(stack.shape[0])], array=True, ids=stack.labels)
     else:
-        raise UserError(
-            f"data_dir {quoted(root)} is neither a folder, a zip or a tar, nor an array (.npy, .npz) of images"
-        )
+        kinds = "a folder, a zip, a tar or an array (.npy, .npz) of images"
+        gone = not root or not files.exists(root)
+        state = f"does not exist{files.near(root)}" if gone else "is none of the kinds that are read"
+        refuse((not gone and _is_image(root), f"data_dir {quoted(root)} is a single picture: give its folder"))
+        raise UserError(f"data_dir {quoted(root)} {state}: give {kinds}")
     refuse((fault := dict(entries).get(""), f"data_dir {quoted(root)} is {fault}; give one that can be read"))
     names = sorted((name for name, fault in entries if not fault), key=lambda name: name.split("/"))
     others = [name for name in names if not _is_image(name)]
@@ -163,7 +165,8 @@ def images_at(path: files.AnyPath, name: str, channels: int = 0) -> ImageSource:
     inside = split_archive(where)
     missing = not inside and not (where and files.exists(where))
     remedy = "give an image, or a folder, zip or array (npy, npz) of images"
-    refuse((missing, f"{name} {where!r} does not exist: {remedy}"))
+    if missing:
+        raise UserError(f"{name} {where!r} does not exist{files.near(where)}: {remedy}")
     alone = inside[1].lower().endswith(IMAGE_EXTENSIONS) if inside else not files.isdir(where)
     if alone and (inside or not is_stack(where, channels)):
         return ImageSource(os.path.dirname(where) or ".", [os.path.basename(where)])
@@ -432,10 +435,10 @@ def read_by(path: str, decoder: Callable[[Content, str], T]) -> T:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Turn any error inside the block into an `UnreadableImage`."""
+    """Turn any error inside the block into an `UnreadableImage`, but for that of a whole tar."""
     try:
         yield
-    except UnreadableImage:
+    except (UnreadableImage, Changed):
         raise
     except Exception as error:  # Pillow does not say what it raises on a damaged file
         no_image = isinstance(error, UnidentifiedImageError)

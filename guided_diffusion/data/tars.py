@@ -65,6 +65,10 @@ class Truncated(UserError):
     """A tar that ends early or is damaged, behind members that are sound."""
 
 
+class Changed(UserError):
+    """A tar that is no longer the one of its index: no image in it may be taken, nor another in its place."""
+
+
 def members(file: IO[bytes], *, largest: int = MAX_BYTES, packed: bool = True) -> Iterator[Member]:
     """The members of an open tar, packed or not, in their order.
 
@@ -176,11 +180,14 @@ class Tar:
         if place < 0:
             return self._index["texts"][-place - 1 : -place - 1 + size].tobytes()
         content = self._part(place - BLOCK, size + BLOCK)
-        refuse(
-            (len(content) < size + BLOCK, f"{self.path} was cut since its index was made: copy it again"),
-            (not _heads(content[:BLOCK], name, size), f"{self.path} has changed since its index was made: start again"),
-        )
+        self._check(cut=len(content) < size + BLOCK, other=not _heads(content[:BLOCK], name, size))
         return content[BLOCK:]
+
+    def _check(self, *, cut: bool, other: bool) -> None:
+        if cut:
+            raise Changed(f"{self.path} was cut since its index was made, when it had {self.size} bytes: copy it again")
+        if other:
+            raise Changed(f"{self.path} has changed since its index was made: start again")
 
     def _name(self, number: int) -> bytes:
         ends, names = self._index["ends"], self._index["names"]
@@ -191,13 +198,14 @@ class Tar:
         try:
             with open(self.copy, "rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
-                changed = not self.remote and (status.st_size, status.st_mtime) != (self.size, self._date)
-                refuse((changed, f"{self.path} has changed since its index was made: start again"))
+                if not self.remote:
+                    other = (status.st_size, status.st_mtime) != (self.size, self._date)
+                    self._check(cut=status.st_size < self.size, other=other)
                 file.seek(start)
                 return file.read(size)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
             if not self.remote:
-                raise
+                raise Changed(f"{self.path} is gone since its index was made: put it back") from error
         return files.read_part(self.path, start, size)
 
     def identity(self) -> str:

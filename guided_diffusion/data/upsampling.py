@@ -20,6 +20,7 @@ from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, quoted, refu
 from ..runtime.files import parse_json, path_fault, read_file
 from ..runtime.jobs import REQUEST
 from ..runtime.npz import PROMPTS, Npz, fingerprint
+from ..runtime.options import Size, parse_size
 from ..runtime.pictures import planes
 from ..runtime.seeds import image_generator
 from .decoding import Range
@@ -66,6 +67,14 @@ class SmallVersions:
         generators = [image_generator(self.seed + TRAINING_NOISE, place) for place in places]
         levels = self.cond_aug * th.stack([th.rand((), generator=generator) for generator in generators])
         return _noised(low_res, levels, generators)
+
+
+def check_sizes(large_size: Size, small_size: Size) -> tuple[int, int]:
+    """(height, width) of the small images of an upsampler, which are no larger than its large ones."""
+    (height, width), small = parse_size(large_size), parse_size(small_size)
+    larger = small[0] > height or small[1] > width
+    refuse((larger, f"small_size {small_size} exceeds large_size {large_size}; give a small_size within it"))
+    return small
 
 
 # ---- images to enlarge

@@ -269,7 +269,8 @@ def _attend(attention: nn.Module, qkv: th.Tensor, *more: Any) -> th.Tensor:
 
 
 def _share(channels: int, divisor: int, name: str) -> int:
-    remedy = "change it, or the width of the network (num_channels, classifier_width) or where it attends."
+    it = "it, or in the decoder num_heads_upsample" if name == "num_heads" else "it"
+    remedy = f"change {it}, or the width of the network (num_channels, classifier_width) or where it attends."
     odd = divisor < 1 or channels % divisor
     refuse((odd, f"{name} must divide the {channels} channels that attend, got {divisor}; {remedy}"))
     return channels // divisor

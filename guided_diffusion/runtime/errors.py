@@ -43,8 +43,9 @@ def as_user_error(sentence: str, *kinds: type[Exception]) -> Iterator[None]:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    likeness = {each: difflib.SequenceMatcher(None, each, word).ratio() for each in words}
+    close = max(likeness, key=likeness.__getitem__, default="")  # of several the first
+    return f"; did you mean {close}?" if likeness.get(close, 0) >= 0.6 else ""
 
 
 def refuse(*cases: tuple[object, str]) -> None:
@@ -58,7 +59,8 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     """Refuse a value that is none of those allowed."""
     words = list(allowed)
     if value not in words:
-        raise UserError(f"{name} must be one of {', '.join(words)}, got {value!r}{nearest(value, words)}")
+        names = ", ".join(word or repr(word) for word in words)
+        raise UserError(f"{name} must be one of {names}, got {value!r}{nearest(value, words)}")
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

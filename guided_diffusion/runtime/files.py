@@ -25,7 +25,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, TypeVar, cast
 import numpy as np
 
 from .atomic import explained, replacing
-from .errors import WHY, UserError, as_user_error, printable, reason, refuse
+from .errors import WHY, UserError, as_user_error, nearest, printable, reason, refuse
 from .remote import S3, ask, in_parts, is_web, open_parts, part, web_stat
 
 T = TypeVar("T")
@@ -131,6 +131,12 @@ def names_in(folder: AnyPath) -> list[str]:
     where = resolve(folder)
     names = ask(where, lambda blobs: list(blobs.listdir(where))) if is_remote(where) else os.listdir(where)
     return sorted(name.rstrip("/") for name in names)
+
+
+def near(path: str) -> str:
+    """What a message adds about a local path that is not there: the name in its folder that is most like it."""
+    names = [] if is_remote(path) else names_in(os.path.dirname(path) or ".")
+    return nearest(os.path.basename(path), filter(str.isprintable, names))
 
 
 def folders_and_files(bucket: str) -> list[tuple[str, bool]]:

@@ -143,19 +143,25 @@ def parse_microbatch(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def parse_range(text: str) -> tuple[float, float] | None:
+def parse_range(text: str, example: str = "0,4095 or 0,1") -> tuple[float, float] | None:
     """(LOW, HIGH) of "LOW,HIGH"; None of ''."""
     numbers = _numbers(text)
     if not numbers:
         return None
     if len(numbers) != 2 or not -math.inf < numbers[0] < numbers[1] < math.inf:
-        raise UserError(f"{text!r} is no range: write LOW,HIGH, such as 0,4095 or 0,1")
+        raise UserError(f"{text!r} is no range: write LOW,HIGH, such as {example}")
     return numbers[0], numbers[1]
 
 
 def range_flag(text: str) -> str:
     """The same text, if it is a range or ''."""
     parse_range(text)
+    return text
+
+
+def interval_flag(text: str) -> str:
+    """The same text, if it is a range of timesteps or ''."""
+    parse_range(text, "100,800")
     return text
 
 

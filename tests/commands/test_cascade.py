@@ -177,7 +177,7 @@ def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path,
         ),
         ("--upp.steps 3", "the stages are base, up1, up2, up3, and up3 is missing"),
         ("--numsamples 3", "cascade_sample.py: error: unknown flag --numsamples; did you mean --num_samples?"),
-        ("--stages nowhere.toml", "--stages nowhere.toml cannot be used (No such file or directory)"),
+        ("--stages nowhere.toml", "--stages nowhere.toml does not exist: give a file of flags"),
     ],
 )
 def test_mistakes_are_seen_before_anything_is_sampled(

@@ -15,7 +15,7 @@ import pytest
 import guided_diffusion.commands
 from conversion.command import DATASETS
 from guided_diffusion.commands import cascade_sample, flags as cli, help_page
-from guided_diffusion.commands.sections import ClipConfig, PromptConfig
+from guided_diffusion.commands.sections import ClipConfig, LatentConfig, PromptConfig
 from guided_diffusion.config import (
     CaptionConfig,
     ClassifierConfig,
@@ -251,6 +251,7 @@ NOT_GIVEN = {
     *(("cond_channels", 0), ("image_size", ""), ("rows", 0), ("columns", 0), ("decode_tile", 0)),
     ("data_weights", ""),
     ("port", 0),
+    ("num_heads_upsample", -1),
 }
 
 
@@ -369,6 +370,17 @@ def test_conditions_name_flags():
         ("image_sample", "--clip_prompt a", "--clip_prompt has no effect without --clip_path"),
         ("image_train", "--resume_checkpoint auto --cond_dropout 0.1", ""),  # that of the run that goes on
         ("classifier_train", "--eval_interval 3", "--eval_interval has no effect without --val_data_dir"),
+        ("classifier_train", "--fit pad", "--random_crop exclude each other: give --random_crop False beside it"),
+        ("classifier_train", "--fit pad --random_crop True", "give --random_crop False beside it"),
+        ("classifier_train", "--fit pad --random_crop False", ""),
+        ("classifier_train", "--autoencoder_path x --cache_latents", "give --random_crop False beside it"),
+        ("image_train", "--latent_factor 2", "--latent_factor has no effect without --autoencoder_path: leave it out"),
+        ("image_train", "--latent_channels 4", "--latent_channels has no effect without --autoencoder_path"),
+        ("image_train", "--decode_tile 8", "--decode_tile has no effect without --autoencoder_path"),
+        ("image_train", "--num_heads_upsample 0", "--num_heads_upsample: 0 is below the least value, 1"),
+        ("classifier_sample", "--classifier_path x --guidance_interval 5", "write LOW,HIGH, such as 100,800"),
+        ("sweep", "--guidance_interval 5", "write LOW,HIGH, such as 100,800"),
+        ("image_train", "--data_range 5", "write LOW,HIGH, such as 0,4095 or 0,1"),
         ("classifier_train", "--noised False --schedule_sampler loss-second-moment", "without --noised: leave it out"),
         (
             "sweep",
@@ -395,6 +407,18 @@ def test_what_the_checkpoint_says_is_known_when_it_is_read():
     ):
         flags.over({"class_cond": False, "cond_type": "", "context": "none"}, UNetConfig).check()
     flags.over({"class_cond": True, "cond_type": ""}, UNetConfig).check()
+    flags = cli.parse("image_sample", ["--autoencoder_path", "x"]).over({"cond_type": "image"}, UNetConfig)
+    with pytest.raises(ValueError, match="and the checkpoint has --cond_type: leave --autoencoder_path out"):
+        flags.check()
+    flags = cli.parse("image_sample", ["--decode_tile", "8"]).over({"autoencoder_path": ""}, LatentConfig)
+    with pytest.raises(ValueError, match="without --autoencoder_path, and the checkpoint is without: leave it out"):
+        flags.check()
+    started = cli.Flags("image_train", {"init_from": "pixels", "cache_latents": True}, {"autoencoder_path": ""})
+    with pytest.raises(ValueError, match="--cache_latents has no effect without --autoencoder_path"):
+        started.check()
+    resumed = cli.Flags("classifier_train", {"fit": "pad"}, {"random_crop": True})
+    with pytest.raises(ValueError, match="exclude each other: give --random_crop False beside it"):
+        resumed.check()
 
 
 def test_iterations_and_max_steps_are_one_flag():

@@ -176,3 +176,6 @@ def test_what_a_training_would_refuse_a_dry_run_refuses(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         image_train.main([*TINY, "--dry_run", "--checkpoint_resolutions=4"])
     assert "checkpoint_resolutions 4 of '4' do not occur at size 8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        super_res_train.main(["--dry_run", "--small_size=64", "--large_size=32"])
+    assert "small_size 64 exceeds large_size 32; give a small_size within it" in capsys.readouterr().err

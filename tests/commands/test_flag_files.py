@@ -121,7 +121,7 @@ def test_plugins_of_a_file_run_before_the_flags_are_read(tmp_path: Path) -> None
         ("a.json", "{", "a.json cannot be used (Expecting property name"),
         ("a.json", "[" * 100_000, "a.json cannot be used ("),
         ("a.json", "\udcff", "a.json cannot be used ('utf-8' codec can't decode byte 0xff"),
-        ("a.json", None, "a.json cannot be used (No such file or directory)"),
+        ("a.json", None, "a.json does not exist: give a file of flags, .yaml, .toml or .json"),
         ("a.json", '{"eval_samples": 20}', "--eval_samples has no effect without --eval_interval"),
     ],
 )

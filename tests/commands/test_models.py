@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def test_the_table_has_the_networks_of_glide_and_latent_diffusion() -> None:
 
 def test_flags_of_every_model_fit_the_commands_that_take_it(place: Path) -> None:
     for preset in FILES.values():
-        Path(preset.place).write_bytes(b"")
+        Path(preset.place).write_bytes(b"0")
+        os.truncate(preset.place, preset.bytes or preset.least)  # a hole
     for name, preset in FILES.items():
         commands = {presets.DIFFUSION: ("image_sample", "image_nll"), presets.UPSAMPLER: ("super_res_sample",)}
         for command in commands.get(preset.kind, ()):
@@ -155,9 +157,12 @@ def test_a_file_of_another_project_is_named(place: Path, capsys: pytest.CaptureF
     th.save({"layer.weight": th.zeros(3)}, preset.place)
     error = error_of(models, ["verify", "imagenet64-classifier"], capsys)
     assert "is not 64x64_classifier.pt, it has" in error
-    with pytest.raises(UserError, match=r"64x64_diffusion\.pt"):
-        th.save({"layer.weight": th.zeros(3)}, FILES["imagenet64"].place)
+    th.save({"layer.weight": th.zeros(3)}, FILES["imagenet64"].place)
+    cut = r"64x64_diffusion\.pt, it has \d+ bytes.*: remove it, and fetch it again with .* models download imagenet64'"
+    with pytest.raises(UserError, match=cut):
         load("imagenet64", device="cpu")
+    with pytest.raises(UserError, match=cut):
+        presets.given("imagenet64", "image_sample", {"model_path"}, {})
 
 
 # ---- bundled ones

@@ -828,7 +828,7 @@ def test_mistakes_in_enlarging_get_one_sentence(
         np.savez(tmp_path / f"{name}.npz", *arrays)
     argv = ["--model_path", runs["upsampler"], "--timestep_respacing", "2", "--log_dir", str(tmp_path / "out")]
     for words, message in (
-        ("", "--base_samples '' does not exist"),
+        ("", "--base_samples is missing: give small images: an npz"),
         ("--base_samples TMP/text.npz", "is no npz"),
         ("--base_samples TMP/picture.png", "the images have no labels that fit"),
         (f"--base_samples {base} --num_samples 6", "--num_samples 6 is more than the 5 images of"),
@@ -859,7 +859,7 @@ def test_mistakes_in_guiding_and_measuring_get_one_sentence(
     shutil.copy(os.path.join(runs["unet"], "ema_0.5_000100.pt"), tmp_path / "unet.pt")
     bare = ["--model_path", str(tmp_path / "unet.pt"), "--log_dir", str(tmp_path)]
     assert "unet.pt is a diffusion model: give the checkpoint of an upsampler" in refused(
-        super_res_sample.main, bare, capsys
+        super_res_sample.main, [*bare, "--base_samples", "x.npz"], capsys
     )
     image_nll.main([*argv, "--data_dir", str(pictures), "--timestep_respacing", "2"])
     again = [*argv, "--data_dir", str(pictures), "--timestep_respacing", "4"]

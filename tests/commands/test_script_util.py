@@ -263,3 +263,8 @@ def test_parsers_are_made_of_the_originals_dictionaries_and_more_keys():
     given = parser.parse_args(shlex.split("--image_size 128 --prompt 'a cat' --save yes --tv 1"))
     assert (given.image_size, given.prompt, given.cutn, given.save, given.tv) == (128, "a cat", 16, True, 1.0)
     assert vars(parser.parse_args([])).items() >= theirs.items()
+
+
+def test_a_network_predicts_one_thing() -> None:
+    with pytest.raises(ValueError, match=r"predict_v and predict_xstart are both True, .*: give one"):
+        su.create_gaussian_diffusion(predict_v=True, predict_xstart=True)

@@ -565,7 +565,10 @@ def test_mistakes_of_sampling_are_a_sentence(
         ({**bare, "model_path": run}, "was trained with captions: give --prompt or --prompts"),
         ({**bare, "model_path": run, "prompts": tmp_path / "empty.txt"}, "empty.txt holds no prompt"),
         ({**bare, "model_path": run, "prompts": tmp_path / "bytes.txt"}, "bytes.txt cannot be read as text"),
-        ({**bare, "model_path": run, "prompts": tmp_path / "nowhere"}, "nowhere cannot be read as text (No such file"),
+        (
+            {**bare, "model_path": run, "prompts": tmp_path / "empt.txt"},
+            "empt.txt does not exist; did you mean empty.txt?",
+        ),
         ({**flags, "model_path": tmp_path / "bare"}, "tokenizer.json is missing, without which"),
         ({**flags, "model_path": tmp_path / "other"}, "text_encoder 'scratch' is not the one that the network was"),
         ({**flags, "model_path": frozen_run, "text_encoder": tmp_path / "t5"}, "is not the one that the network was"),

@@ -136,6 +136,8 @@ def test_from_a_table_to_guided_samples(tmp_path: Path, pictures: Path, capsys) 
     made("c")
     sampling = {"model_path": run, "log_dir": tmp_path / "d", "num_samples": 1}
     assert "needs 2 numbers, of hat,age" in refused(capsys, image_sample.main, **sampling, vector="1")
+    gone = refused(capsys, image_sample.main, **sampling, vectors=tmp_path / "row.csv")
+    assert "row.csv does not exist; did you mean rows.csv?: give a file with a vector on each line" in gone
     assert "--vector is no list of numbers" in refused(capsys, image_sample.main, **sampling, vector="red,1")
     image_nll.main(
         command_line(model_path=run, data_dir=pictures, log_dir=tmp_path / "nll", num_samples=2, timestep_respacing="2")

@@ -840,6 +840,9 @@ STREAM_ERRORS = {
     "workers": ({"batch_size": 1, "num_workers": -1}, "num_workers -1 must not be negative"),
     "rank": ({"batch_size": 1, "rank": 2, "world_size": 2}, "batch_size 1 on rank 2 of 2"),
     "seed": ({"batch_size": 1, "seed": -1}, "seed -1 and num_workers 0 must not be negative"),
+    "fit": ({"batch_size": 1, "fit": "foo"}, "fit must be one of crop, pad, squash, got 'foo'"),
+    "shuffle": ({"batch_size": 1, "shuffle": "foo"}, "'foo' is no way to shuffle: write all, shards or shards:16"),
+    "balance": ({"batch_size": 1, "balance": "foo"}, "balance must be one of '', classes, got 'foo'"),
     "size": ({"batch_size": 1, "image_size": "4by4"}, "'4by4' is not a size"),
 }
 
@@ -854,9 +857,13 @@ def test_streams_that_cannot_be(tmp_path: Path, name: str) -> None:
 def test_places_without_images(tmp_path: Path) -> None:
     (tmp_path / "not.zip").write_bytes(b"hello")
     empty = write(tmp_path, {"a.txt": b"", "b.txt": b"", "c.mp4": b""})
+    pictures = numbered(tmp_path / "pictures", 1)
     cases = {
-        "": "data_dir '' is neither a folder, a zip",
-        str(tmp_path / "gone"): "is neither a folder",
+        "": "data_dir '' does not exist: give a folder, a zip, a tar",
+        str(tmp_path / "gone"): "gone' does not exist: give a folder, a zip, a tar",
+        str(tmp_path / "nto.zip"): "nto.zip' does not exist; did you mean not.zip?",
+        f"{pictures}/a_000.png": "a_000.png' is a single picture: give its folder",
+        f"{empty}/c.mp4": "c.mp4' is none of the kinds that are read: give a folder, a zip, a tar",
         str(tmp_path / "not.zip"): "is not a readable zip",
         f"{empty}/a.txt": "names nothing: name shards such as",
         empty: r"holds no images, skipped 3 \(.mp4: 1, .txt: 2\); readable are jpg jpeg png",

@@ -116,7 +116,7 @@ def test_several_data_sets_have_their_classes_in_common(tmp_path: Path) -> None:
     stream = opened(two_sets(tmp_path), class_cond=True, data_weights="1,3")
     taken = [round((image.mean().item() + 1) * 127.5) for _ in range(8) for image in next(stream)[0]]
     assert sum(grey >= 100 for grey in taken) == 36
-    with pytest.raises(UserError, match="data_weights 1,2,3 are 3, and data_dir names 2"):
+    with pytest.raises(UserError, match="data_weights 1,2,3 are 3, and data_dir names 2: give one for each"):
         opened(two_sets(tmp_path), data_weights="1,2,3")
     with pytest.raises(UserError, match="shuffle shards needs images in tars or zips"):
         opened(tmp_path / "more", shuffle="shards:2")

@@ -25,6 +25,7 @@ from guided_diffusion.data.sources import find_images, read_bytes
 from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.image_datasets import ImageStream, load_data
 from guided_diffusion.runtime import files
+from guided_diffusion.runtime.errors import UserError
 from shards import picture, samples, served, write_shards, write_tar
 
 
@@ -170,6 +171,31 @@ def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path: Path, where: st
             path.write_bytes(path.read_bytes()[:550])
             with pytest.raises(ValueError, match=r"a.tar was cut since its index was made"):
                 read_bytes(source.path("1.png"))
+
+
+@pytest.mark.parametrize("rule", ["error", "skip"])
+@pytest.mark.parametrize("change", ["other", "cut", "gone"])
+def test_a_tar_that_changes_ends_the_run_whatever_is_done_with_bad_images(
+    tmp_path: Path, change: str, rule: str
+) -> None:
+    write_shards(tmp_path, 2)
+    options: dict[str, Any] = {"batch_size": 1, "image_size": 8, "log": lambda line: None}
+    images = load_data(data_dir=f"{tmp_path}/train-{{00..01}}.tar", on_bad_image=rule, **options)
+    path = tmp_path / "train-01.tar"
+    size = path.stat().st_size
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: -tars.BLOCK if change == "cut" else None] + b"more" * (change == "other"))
+    faults = {
+        "other": "has changed since its index was made: start again",
+        "cut": f"was cut since its index was made, when it had {size} bytes: copy it again",
+        "gone": "is gone since its index was made: put it back",
+    }
+    with pytest.raises(UserError) as caught:
+        for _ in range(20):
+            next(images)
+    assert str(caught.value) == f"{path} {faults[change]}"
 
 
 def test_servers_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -874,6 +874,7 @@ REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "tiny": (lambda: small(channel_mult=(1, 1, 1))(images(1, 8), T), "got 1x8; the nearest is 4x8"),
     "low_res": (lambda: small(SuperResModel)(images(), T), "low_res is missing"),
     "heads": (lambda: small(num_heads=3), "num_heads must divide the 64 channels that attend, got 3"),
+    "heads of the decoder": (lambda: small(num_heads_upsample=0), "got 0; change it, or in the decoder num_heads_ups"),
     "head size": (lambda: small(num_head_channels=48), "num_head_channels must divide the 64 .*, got 48"),
     "no head size": (lambda: small(EncoderUNetModel, pool="attention"), "num_head_channels must divide .*, got -1"),
     "channels": (lambda: small(model_channels=40), "multiple of 32 .*, got 40"),

@@ -474,6 +474,7 @@ def test_other_libraries_names_lead_to_ours(theirs, ours):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
+        ("dpm++", r"did you mean dpm\+\+2m\?"),
         ("unipq", "sampler 'unipq' is unknown: use one of ddpm, .*; did you mean unipc"),
         ("DPM++ 2M Karras", "; karras is a grid of steps: use dpm\\+\\+2m on the grid 'karras20'"),
         ("", "sampler '' is unknown"),

@@ -76,7 +76,8 @@ def test_what_cannot_be_made_is_a_sentence(run: Path, words: list[str], sentence
 def test_a_folder_without_averages_or_with_those_of_two_networks_is_refused(run: Path, capsys) -> None:
     (run / "empty").mkdir()
     checkpoints.save(str(run / "power_0.05_002000.pt"), {"other": th.ones(2)})
-    for source, sentence in ((run / "empty", "holds no power_WIDTH_NNNNNN.pt"), (run, "is of another network")):
+    cases = {"emptt": "emptt does not exist; did you mean empty?", "empty": "holds no power_WIDTH_NNNNNN.pt"}
+    for source, sentence in [*((run / name, fault) for name, fault in cases.items()), (run, "is of another network")]:
         with pytest.raises(SystemExit):
             ema.main([str(source), "--profile", "0.07"])
         assert sentence in capsys.readouterr().err

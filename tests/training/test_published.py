@@ -196,10 +196,9 @@ def test_class_conditional_models_sample_with_guidance(tmp_path):
     assert (images[0] != images[1]).any()
 
 
-def test_a_model_that_has_a_name_knows_the_names_of_imagenet(tmp_path, monkeypatch):
-    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path))
-    saved(tmp_path / "ldm-imagenet256.ckpt", class_conditional()[0])
-    model = load("ldm-imagenet256", image_size=32, device="cpu")
+def test_a_model_that_has_a_name_knows_the_names_of_imagenet(tmp_path):
+    path = saved(tmp_path / "small.ckpt", class_conditional()[0])
+    model = load(path, preset="ldm-imagenet256", image_size=32, device="cpu")
     assert model.sample(classes=["golden retriever"], cfg_scale=3, steps=2, sampler="ddim").labels.tolist() == [207]
 
 
