@@ -74,7 +74,7 @@ $(READY): setup.py constraints.txt
 
 # What bf16 does to samples (benchmarks/precision.py) is not here: it wants a trained network.
 bench: $(READY)
-	for part in startup loader evaluation network sampling training; do \
+	for part in startup loader evaluation context network sampling training; do \
 		.venv/bin/python benchmarks/$$part.py --write || exit 1; \
 	done
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/samplers.py
