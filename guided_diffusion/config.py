@@ -310,6 +310,7 @@ class TrainConfig:
     log_interval: int = flag(10, "steps between two lines of the log", at_least=1)
     save_interval: int = flag(10000, "steps between two checkpoints", at_least=1)
     keep_last: int = flag(0, "how many checkpoints to keep; 0: all", at_least=0)
+    keep_every: int = flag(0, "--keep_last leaves those at multiples of so many steps", at_least=0, needs="keep_last")
     async_save: bool = flag(True, "write checkpoints while training goes on, from a copy in the memory of the CPU")
 
 

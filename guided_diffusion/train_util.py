@@ -94,11 +94,11 @@ class TrainLoop:
         self.auto_microbatch, size = microbatch == "auto", parse_microbatch(str(microbatch))
         self.microbatch = size if isinstance(size, int) and size > 0 else batch_size
         self.lr, self.lr_anneal_steps, self.weight_decay = lr, lr_anneal_steps, weight_decay
-        self.ema_rate, self.seed = parse_rates(ema_rate), options.seed
-        self.log_interval, self.save_interval = log_interval, save_interval
-        self.saver = Saver(asynchronous=options.async_save, keep_last=options.keep_last, kind=options.checkpoint_format)
+        self.ema_rate, self.seed, self.hooks = parse_rates(ema_rate), options.seed, options.hooks
+        self.log_interval, self.save_interval, self.val_interval = log_interval, save_interval, options.val_interval
+        kept = {"keep_last": options.keep_last, "keep_every": options.keep_every}
+        self.saver = Saver(asynchronous=options.async_save, kind=options.checkpoint_format, **kept)
         self.validation = self.validation_of(options.val_data, options.val_batches)
-        self.val_interval, self.hooks = options.val_interval, options.hooks
         chosen: Any = schedule_sampler or "uniform"
         self.schedule_sampler = create_named_schedule_sampler(chosen, diffusion) if isinstance(chosen, str) else chosen
         self.resume_checkpoint = find_resume_checkpoint() or resume_checkpoint

@@ -23,6 +23,7 @@ import pages
 
 PAGE, RESULTS = pages.DOCS / "paper.md", Path(__file__).parent / "paper.json"
 EACH = 16  # samples of a class
+MISSING = "Not measured yet; `make paper` fills this in."
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 FAST = {"sampler": "dpm++2m", "steps": 20}
 GUIDED = {"classifier_scale": 2.0}
@@ -100,7 +101,7 @@ def write_page() -> None:
             if runs:
                 lines.append([row, *(cell([run[name] for run in runs], name) for name in COLUMNS), len(runs)])
         table = pages.table([claim.partition(",")[0], *COLUMNS.values(), "seeds"], lines)
-        pages.write(PAGE, claim, table if lines else "Not measured yet; `make paper` fills this in.")
+        pages.write(PAGE, claim, table if lines else MISSING)
     draw(found)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from measure import HERE, SIZE, Pixels, pictures, scores
-from paper import EACH, PAGE, pages
+from paper import EACH, MISSING, PAGE, pages
 from PIL import Image
 
 from guided_diffusion import load
@@ -107,9 +107,15 @@ def results(folder: Path, judge: Extractor, held_out: str, seed: int) -> dict[st
     return {**found, "speed": float(np.nanmedian(speeds))}
 
 
+def known() -> dict[str, dict[str, float]]:
+    """What is measured already, by row and seed."""
+    found: dict[str, dict[str, float]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found
+
+
 def measure(data: str, held_out: str, runs: Path, seeds: int) -> None:
     """Train and measure what trainings.json does not have yet: all rows once before the second seed."""
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = known()
     judge = extractor_named(f"classifier:{HERE / 'judge'}")
     for key, row, seed in ((f"{row}|{seed}", row, seed) for seed in range(seeds) for row in ROWS):
         if key not in found:
@@ -122,13 +128,14 @@ def measure(data: str, held_out: str, runs: Path, seeds: int) -> None:
 
 def write_page() -> None:
     """The table of docs/paper.md: the mean over the seeds, and how many there are."""
-    found: dict[str, dict[str, float]] = json.loads(RESULTS.read_text())
+    found = known()
     lines = []
     for row in ROWS:
         runs = [values for key, values in found.items() if key.rpartition("|")[0] == row]
         cells = [form.format(np.mean([run[key] for run in runs])) for key, (_, form) in COLUMNS.items() if runs]
         lines += [[row, *cells, len(runs)]] if runs else []
-    pages.write(PAGE, "trainings", pages.table(["what", *(title for title, _ in COLUMNS.values()), "seeds"], lines))
+    table = pages.table(["what", *(title for title, _ in COLUMNS.values()), "seeds"], lines)
+    pages.write(PAGE, "trainings", table if lines else MISSING)
 
 
 if __name__ == "__main__":

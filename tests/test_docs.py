@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch as th
 from oracle import GaussianData, make_process
 from PIL import Image
 
+from guided_diffusion.commands.cascade_sample import parse_stages
+from guided_diffusion.commands.flags import COMMANDS, parse
 from guided_diffusion.sampling.loop import network_calls
 from guided_diffusion.sampling.samplers import DDIM, SAMPLERS, make_sampler
 
@@ -118,6 +121,19 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+OF_OTHERS = r"\$|\.\.\.|--plugin|--preset|--stages|N_ROW"  # shell variables, files that are not there
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_command_lines_have_flags_and_values_that_there_are(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    for name, words in re.findall(r"^    .*(?:scripts/|guided-diffusion )(\w+)(?:\.py)?( .*)$", text, re.MULTILINE):
+        if name in COMMANDS and not re.search(OF_OTHERS, words):
+            argv = shlex.split(words, comments=True)
+            parse_stages(argv) if name == "cascade_sample" else parse(name, argv)
 
 
 def size_of(program: str) -> tuple[int, int, int]:

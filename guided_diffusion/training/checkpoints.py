@@ -352,15 +352,17 @@ def choose(path: str, *, auto: bool = False) -> tuple[Checkpoint | None, list[st
 # ---- to remove
 
 
-def keep_last(folder: str, count: int) -> None:
+def keep_last(folder: str, count: int, every: int = 0) -> None:
     """Remove all complete checkpoints but the newest `count`, and what is not complete before them; 0 keeps all.
 
+    :param every: complete ones at multiples of so many steps stay as well; 0: none.
     :raises OSError: naming a file that cannot be removed.
     """
     sets = sets_in(folder)
     complete = [step for step, entry in sets.items() if not fault(entry, sets)] if count else []
     for step, entry in sets.items():
-        if complete and step < complete[-1] and step not in complete[-count:]:
+        stays = step in complete[-count:] or (every and step % every == 0 and step in complete)
+        if complete and step < complete[-1] and not stays:
             remove(entry)
 
 

@@ -339,11 +339,13 @@ class Saver:
 
     :param asynchronous: a save returns when there is a copy of everything in CPU memory, and a thread writes that; the
         next save waits for it, and raises what went wrong.
-    :param keep_last: how many complete ones stay in the folder; 0: all.
+    :param keep_last: how many complete ones stay in the folder, beside multiples of `keep_every` steps; 0: all.
     """
 
-    def __init__(self, *, asynchronous: bool = False, keep_last: int = 0, kind: str = "gathered") -> None:
-        self.asynchronous, self.keep_last, self.kind = asynchronous, keep_last, kind
+    def __init__(
+        self, *, asynchronous: bool = False, keep_last: int = 0, keep_every: int = 0, kind: str = "gathered"
+    ) -> None:
+        self.asynchronous, self.keep_last, self.keep_every, self.kind = asynchronous, keep_last, keep_every, kind
         self.source = ""  # the weights that were resumed from: never written again
         self._pending: Future[list[str]] | None = None
         self._swept = False
@@ -431,7 +433,7 @@ class Saver:
         self._swept = True
         lines = [f"saved {path}" for path in write_set(folder, step, parts, entries)]
         try:
-            checkpoints.keep_last(folder, self.keep_last)
+            checkpoints.keep_last(folder, self.keep_last, self.keep_every)
         except OSError as error:  # a full folder is no reason to stop
             lines.append(f"an older checkpoint could not be removed: {error}")
         return lines

@@ -29,6 +29,7 @@ class Settings:
     :param warmup_steps: updates over which the learning rate rises from 0.
     :param val_data: as `data`; its first `val_batches` batches are measured, always alike, every `val_interval` steps.
     :param keep_last: how many checkpoints stay in the folder; 0: all.
+    :param keep_every: those at multiples of so many steps stay besides; 0: none.
     :param config: what is saved as config.json beside the checkpoints.
     :param class_dropout: probability that a label becomes the null_label of the model, never in validation.
     :param max_bad_steps: skipped steps in a row after which the run ends; 0: it never does.
@@ -50,6 +51,7 @@ class Settings:
     val_batches: int = 8
     seed: int = 0
     keep_last: int = 0
+    keep_every: int = 0
     hooks: Sequence[Hook] = ()
     progress: bool = False
     config: Mapping[str, Any] | None = None

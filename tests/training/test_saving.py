@@ -255,6 +255,11 @@ def test_only_complete_sets_count_for_keep_last(run):
     assert list(checkpoints.sets_in(str(run))) == [4, 8]  # the damaged one goes when a newer one is complete
 
 
+def test_multiples_of_keep_every_stay(run):
+    Saver(keep_last=1, keep_every=4).save(State(), str(run), 7)
+    assert list(checkpoints.sets_in(str(run))) == [4, 7]
+
+
 def test_temporary_files_of_killed_processes_are_removed_and_others_are_not(run):
     for name in ("model000008.pt.part-123", "set000008.json.part-1", "notes.part-1", "model000009.pt"):
         (run / name).write_bytes(b"half")
