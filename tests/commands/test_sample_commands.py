@@ -486,6 +486,7 @@ def test_a_guided_model_may_start_from_images_too(runs: Runs, pictures: Path, ma
     np.testing.assert_array_equal(saved["arr_0"][:2], expected)
 
 
+@pytest.mark.slow
 def test_two_ranks_guide_paint_and_film_as_one(
     runs: Runs, pictures: Path, masks: Path, tmp_path: Path, ranks: Nursery
 ) -> None:

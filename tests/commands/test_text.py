@@ -232,6 +232,7 @@ def losses(folder: Path) -> list[float]:
         return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_parts_learn_from_captions_as_whole_ones(pictures: str, tmp_path: Path, ranks: Nursery) -> None:
     for name, more in (("whole", {}), ("parts", {"fsdp": True})):
         flags = {**BASE, "batch_size": 2, "data_dir": pictures, "max_steps": 2, "device": "cpu", **more}

@@ -122,6 +122,7 @@ print(1024 * (sample(f"{folder}/many", 200) - few))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, ranks: Nursery) -> None:
     script = tmp_path / "growth.py"
     script.write_text(GROWTH)
