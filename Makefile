@@ -43,8 +43,8 @@ test-slow: lint
 	.venv/bin/python -m pytest $(PARALLEL) -m ''
 
 test-page: $(PAGE)/ready
-	@command -v chromium || command -v chromium-browser || command -v google-chrome || { \
-		echo 'These tests need a browser: apt-get install chromium, or Google Chrome.'; exit 1; }
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || apt-get install -y chromium || { \
+		echo 'These tests need a browser, which only root may install: apt-get install chromium, or Google Chrome.'; exit 1; }
 	$(PAGE)/bin/python -m pytest -m '' -rs tests/commands/test_page.py
 
 # gradio needs an older Pillow, whose cubic resizing gives other numbers than those that the tests hold

@@ -127,8 +127,10 @@ def draw(found: dict[str, dict[str, float]]) -> None:
             points = [(scale, np.mean(each)) for scale, each in zip(SCALES, runs, strict=True) if each]
             if points:
                 panel.plot(*zip(*points, strict=True), look, label=kind)
-            panel.set(title=COLUMNS[name], xlabel="classifier scale", xscale="symlog", xticks=SCALES, ylim=(0, None))
+            panel.set(title=COLUMNS[name], xlabel="classifier scale", xscale="symlog", xticks=SCALES)
             panel.set_xticklabels([f"{scale:g}" for scale in SCALES])
+    for panel in panels:
+        panel.set_ylim(bottom=0)
     panels[0].legend(frameon=False)
     figure.savefig(str(pages.DOCS / "paper.png"))
 

@@ -44,6 +44,15 @@ def test_the_guidance_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "film.gif").stat().st_size > 0
 
 
+@pytest.mark.slow
+def test_the_three_lines_of_the_readme_make_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run("\n".join(snippets("README.md")))
+    assert names["images"].images.shape == (8, 32, 32, 3)
+    with Image.open(tmp_path / "emoji.png") as picture:
+        assert picture.width > picture.height > 32
+
+
 def test_the_page_about_text_runs_from_top_to_bottom() -> None:
     names = run("\n".join(snippets("docs/text.md")))
     assert names["images"].shape == (2, 3, 16, 16)
