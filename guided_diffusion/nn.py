@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint as recompute
 
-from .runtime.errors import refuse
+from .runtime.errors import UserError, refuse
 
 GROUPS = 32
 _groups: ContextVar[int] = ContextVar("groups", default=GROUPS)
@@ -60,11 +60,11 @@ def groups_for(channels: int) -> int:
     :raises UserError: if they cannot share so many channels.
     """
     groups = _groups.get()
+    if channels > 0 and channels % groups == 0:
+        return groups
+    fewer = next(fewer for fewer in (16, 8, 4, 2, 1) if channels % fewer == 0)
     fault = f"channels must be a positive multiple of {groups} for group normalization, got {channels}"
-    fewer = next((fewer for fewer in (16, 8, 4, 2, 1) if fewer < groups and channels % fewer == 0), 1)
-    help_ = f"change num_channels or channel_mult, or take norm_groups {fewer}."
-    refuse((channels <= 0 or channels % groups, f"{fault}; {help_}"))
-    return groups
+    raise UserError(f"{fault}; change num_channels or channel_mult, or take norm_groups {fewer}.")
 
 
 def normalization(channels: int) -> GroupNorm32:

@@ -72,14 +72,20 @@ def settings(seeds: int) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{key}|{seed}", {**options, "seed": seed}
 
 
+def known(path: Path) -> dict[str, dict[str, float]]:
+    """The scores that a file has already."""
+    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
 def measure(train: str, held_out: str, seeds: int) -> None:
     """Sample and score what paper.json does not have yet."""
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = known(RESULTS)
     model, judge = load(str(HERE), classifier=str(HERE / "classifier")), extractor_named(f"classifier:{HERE / 'judge'}")
     unseen, _ = pictures(held_out)
-    known = {json.dumps(options, sort_keys=True): key for key, options in settings(seeds) if key in found}
+    keys = {json.dumps(options, sort_keys=True): key for key, options in settings(seeds) if key in found}
     for key, options in settings(seeds):
-        same = known.setdefault(json.dumps(options, sort_keys=True), key)
+        same = keys.setdefault(json.dumps(options, sort_keys=True), key)
         if same in found:  # another row of the same setting
             found[key] = found[same]
             continue
@@ -93,7 +99,7 @@ def measure(train: str, held_out: str, seeds: int) -> None:
 
 def write_page() -> None:
     """The tables of docs/paper.md, mean and standard deviation over the seeds, and its picture."""
-    found: dict[str, dict[str, float]] = json.loads(RESULTS.read_text())
+    found = known(RESULTS)
     for claim, rows in CLAIMS.items():
         lines = []
         for row in rows:

@@ -6,7 +6,6 @@ as emoji32 is, its samples and the held-out pictures enlarged to the 32 pixels t
 trainings.json, so that a run that was stopped goes on where it was; then the table of docs/paper.md is made anew.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from measure import HERE, SIZE, Pixels, pictures, scores
-from paper import EACH, MISSING, PAGE, pages
+from paper import EACH, MISSING, PAGE, known, pages
 from PIL import Image
 
 from guided_diffusion import load
@@ -107,15 +106,9 @@ def results(folder: Path, judge: Extractor, held_out: str, seed: int) -> dict[st
     return {**found, "speed": float(np.nanmedian(speeds))}
 
 
-def known() -> dict[str, dict[str, float]]:
-    """What is measured already, by row and seed."""
-    found: dict[str, dict[str, float]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return found
-
-
 def measure(data: str, held_out: str, runs: Path, seeds: int) -> None:
     """Train and measure what trainings.json does not have yet: all rows once before the second seed."""
-    found = known()
+    found = known(RESULTS)
     judge = extractor_named(f"classifier:{HERE / 'judge'}")
     for key, row, seed in ((f"{row}|{seed}", row, seed) for seed in range(seeds) for row in ROWS):
         if key not in found:
@@ -128,7 +121,7 @@ def measure(data: str, held_out: str, runs: Path, seeds: int) -> None:
 
 def write_page() -> None:
     """The table of docs/paper.md: the mean over the seeds, and how many there are."""
-    found = known()
+    found = known(RESULTS)
     lines = []
     for row in ROWS:
         runs = [values for key, values in found.items() if key.rpartition("|")[0] == row]

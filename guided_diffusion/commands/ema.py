@@ -11,7 +11,7 @@ def make(flags: Flags) -> None:
     """Write the average that the flags ask for."""
     from .. import dist_util, logger
     from ..runtime.errors import refuse
-    from ..runtime.files import exists, join, near
+    from ..runtime.files import join, refuse_missing
     from ..training import averages
     from ..training.checkpoints import Checkpoint, powers_in
     from . import common
@@ -21,9 +21,10 @@ def make(flags: Flags) -> None:
     if dist_util.rank() > 0:
         return
     common.log_to_screen()
-    files, remedy = powers_in(config.source), "give the folder of a run with --ema_profiles"
-    fault = "holds no power_WIDTH_NNNNNN.pt" if exists(config.source) else f"does not exist{near(config.source)}"
-    refuse((not files, f"{config.source} {fault}: {remedy}"))
+    remedy = "give the folder of a run with --ema_profiles"
+    refuse_missing(config.source, config.source, remedy)
+    files = powers_in(config.source)
+    refuse((not files, f"{config.source} holds no power_WIDTH_NNNNNN.pt: {remedy}"))
     steps = sorted({step for step, _ in files})
     step = config.step or steps[-1]
     known = f"{', '.join(map(str, steps))}, of which {config.source} has averages"

@@ -19,10 +19,9 @@ def read_table(path: str) -> dict[str, Any]:
 
     :raises UserError: where it holds no table, or cannot be read.
     """
-    from ..runtime.files import exists, near, parse_json, read_file
+    from ..runtime.files import parse_json, read_file, refuse_missing
 
-    if not exists(resolved_path(path)):
-        raise UserError(f"{path} does not exist{near(path)}: give a file of flags, .yaml, .toml or .json")
+    refuse_missing(resolved_path(path), path, "give a file of flags, .yaml, .toml or .json")
     with as_user_error(f"{path} cannot be used ({WHY})", OSError, ValueError, RecursionError):
         content = read_file(resolved_path(path))
         ending = path.lower().rpartition(".")[2]

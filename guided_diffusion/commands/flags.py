@@ -227,13 +227,12 @@ class Flags:
 
     def _remedy(self, name: str, other: str) -> str:
         """What to write where a flag of the command line excludes another one."""
-        default = self.defaults[other]
-        off = type(default)() if self.values[other] == default else default
         if other in self.changed:
             return ": give one"
         if other in self.saved.keys() & SAVED_NAMES:
             return f", and the checkpoint has --{other}: leave --{name} out"
-        return f": give --{other} {off!r} beside it"
+        default = self.defaults[other]
+        return f": give --{other} {type(default)() if self.values[other] == default else default!r} beside it"
 
 
 def _names(way: str) -> set[str]:

@@ -19,7 +19,7 @@ from ..data.captions import Captioning
 from ..networks.context import ContextEncoder, ScratchEncoder, build_context_encoder, clip_embedding
 from ..nn import traits_of
 from ..runtime.errors import WHY, UserError, as_user_error, quoted, reason, refuse
-from ..runtime.files import exists, near, read_file, writing
+from ..runtime.files import read_file, refuse_missing, writing
 from ..sampling.guidance import clip_guidance, combine
 from ..training import checkpoints
 from .flags import Flags
@@ -91,9 +91,7 @@ def prompts_of(flags: Flags) -> list[str]:
     config = flags.part(PromptConfig)
     if not config.prompts:
         return [" ".join(config.prompt.split())] if config.prompt else []
-    if not exists(config.prompts):
-        remedy = "give a file with a prompt on each line"
-        raise UserError(f"--prompts {config.prompts} does not exist{near(config.prompts)}: {remedy}")
+    refuse_missing(config.prompts, f"--prompts {config.prompts}", "give a file with a prompt on each line")
     with as_user_error(f"--prompts {config.prompts} cannot be read as text ({WHY})", OSError, ValueError):
         lines = read_file(config.prompts).decode("utf-8-sig").splitlines()
     prompts = [" ".join(line.split()) for line in lines if line.strip()]

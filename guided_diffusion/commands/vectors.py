@@ -9,8 +9,8 @@ import numpy as np
 import torch as th
 
 from ..nn import traits_of
-from ..runtime.errors import WHY, UserError, as_user_error, refuse
-from ..runtime.files import exists, near, read_file
+from ..runtime.errors import WHY, as_user_error, refuse
+from ..runtime.files import read_file, refuse_missing
 from ..runtime.npz import fingerprint
 from .flags import Flags
 from .sections import SampleConfig
@@ -51,8 +51,8 @@ def extend(plan: Plan, model: Restored) -> None:
 def _rows(config: SampleConfig, dim: int, columns: str) -> list[list[float]]:
     """The vectors of --vector or --vectors, [] where none are given."""
     name = f"--vectors {config.vectors}" if config.vectors else "--vector"
-    if config.vectors and not exists(config.vectors):
-        raise UserError(f"{name} does not exist{near(config.vectors)}: give a file with a vector on each line")
+    if config.vectors:
+        refuse_missing(config.vectors, name, "give a file with a vector on each line")
     lines = [part for part in config.vector.split(";") if part.strip()]
     with as_user_error(f"{name} is no list of numbers ({WHY}): write such as 1,0,0.5", OSError, ValueError):
         if config.vectors:

@@ -139,10 +139,9 @@ def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
         return ImageSource(root, [f"{index:06d}.npy" for index in range(stack.shape[0])], array=True, ids=stack.labels)
     else:
         kinds = "a folder, a zip, a tar or an array (.npy, .npz) of images"
-        gone = not root or not files.exists(root)
-        state = f"does not exist{files.near(root)}" if gone else "is none of the kinds that are read"
-        refuse((not gone and _is_image(root), f"data_dir {quoted(root)} is a single picture: give its folder"))
-        raise UserError(f"data_dir {quoted(root)} {state}: give {kinds}")
+        files.refuse_missing(root, f"data_dir {quoted(root)}", f"give {kinds}")
+        refuse((_is_image(root), f"data_dir {quoted(root)} is a single picture: give its folder"))
+        raise UserError(f"data_dir {quoted(root)} is none of the kinds that are read: give {kinds}")
     refuse((fault := dict(entries).get(""), f"data_dir {quoted(root)} is {fault}; give one that can be read"))
     names = sorted((name for name, fault in entries if not fault), key=lambda name: name.split("/"))
     others = [name for name in names if not _is_image(name)]
@@ -163,10 +162,10 @@ def images_at(path: files.AnyPath, name: str, channels: int = 0) -> ImageSource:
     """
     where = files.resolve(path)
     inside = split_archive(where)
-    missing = not inside and not (where and files.exists(where))
-    remedy = "give an image, or a folder, zip or array (npy, npz) of images"
-    if missing:
-        raise UserError(f"{name} {where!r} does not exist{files.near(where)}: {remedy}")
+    if not inside:
+        files.refuse_missing(
+            where, f"{name} {where!r}", "give an image, or a folder, zip or array (npy, npz) of images"
+        )
     alone = inside[1].lower().endswith(IMAGE_EXTENSIONS) if inside else not files.isdir(where)
     if alone and (inside or not is_stack(where, channels)):
         return ImageSource(os.path.dirname(where) or ".", [os.path.basename(where)])

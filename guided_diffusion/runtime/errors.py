@@ -43,9 +43,12 @@ def as_user_error(sentence: str, *kinds: type[Exception]) -> Iterator[None]:
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """``; did you mean X?`` for the word most like `word`, or nothing when none is close."""
-    likeness = {each: difflib.SequenceMatcher(None, each, word).ratio() for each in words}
-    close = max(likeness, key=likeness.__getitem__, default="")  # of several the first
-    return f"; did you mean {close}?" if likeness.get(close, 0) >= 0.6 else ""
+    matcher, close, most = difflib.SequenceMatcher(b=word), "", 0.599
+    for each in words:  # of several that are as near the first; there may be a million
+        matcher.set_seq1(each)
+        if min(matcher.real_quick_ratio(), matcher.quick_ratio()) > most and matcher.ratio() > most:
+            close, most = each, matcher.ratio()
+    return f"; did you mean {close}?" if close else ""
 
 
 def refuse(*cases: tuple[object, str]) -> None:

@@ -133,10 +133,12 @@ def names_in(folder: AnyPath) -> list[str]:
     return sorted(name.rstrip("/") for name in names)
 
 
-def near(path: str) -> str:
-    """What a message adds about a local path that is not there: the name in its folder that is most like it."""
-    names = [] if is_remote(path) else names_in(os.path.dirname(path) or ".")
-    return nearest(os.path.basename(path), filter(str.isprintable, names))
+def refuse_missing(path: str, name: str, remedy: str) -> None:
+    """Refuse a path at which there is nothing; of a local one with the name in its folder that is most like it."""
+    if not exists(path):
+        names = [] if is_remote(path) else names_in(os.path.dirname(path) or ".")
+        near = nearest(os.path.basename(path), filter(str.isprintable, names))
+        raise UserError(f"{name} does not exist{near}: {remedy}")
 
 
 def folders_and_files(bucket: str) -> list[tuple[str, bool]]:
