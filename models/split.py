@@ -1,6 +1,7 @@
 """Cut a zip of emoji in two: ``python split.py SOURCE TRAIN HELD_OUT``. All drawings of one emoji lie on one side.
 
-A tenth of the emoji is held out, the one that datasets/emoji.py keeps for tests.
+A tenth of the emoji is held out, the one that datasets/emoji.py keeps for tests. With the config.json of a model as a
+fourth argument, the split is recorded in it.
 Samples of a model of TRAIN are compared with HELD_OUT, which it has never seen in any style of drawing.
 """
 
@@ -34,7 +35,18 @@ def split(source: str, train: str, rest: str) -> None:
             print(f"{part.filename}: {len(taken)} pictures")
 
 
+def record(train: str, rest: str, config: str) -> None:
+    """Write into a config.json how many pictures each side has, and the code points of the emoji held out."""
+    sides = [[name for name in zipfile.ZipFile(path).namelist() if name.endswith(".png")] for path in (train, rest)]
+    emoji = " ".join(sorted({Path(name).stem.partition("-")[2] for name in sides[1]}))
+    content = json.loads(Path(config).read_text())
+    content["split"] = {"by": "emoji", "training": len(sides[0]), "held_out": len(sides[1]), "held_out_emoji": emoji}
+    Path(config).write_text(json.dumps(content, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        raise SystemExit("usage: python split.py SOURCE TRAIN HELD_OUT")
-    split(*sys.argv[1:])
+    if len(sys.argv) not in (4, 5):
+        raise SystemExit("usage: python split.py SOURCE TRAIN HELD_OUT [CONFIG]")
+    split(*sys.argv[1:4])
+    if sys.argv[4:]:
+        record(*sys.argv[2:])
