@@ -18,7 +18,7 @@ from guided_diffusion.evaluation.features import Extractor
 from guided_diffusion.evaluation.metrics import frechet_distance, inception_score, precision_recall, statistics
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.runtime.files import write_json
-from guided_diffusion.runtime.pictures import HALF, save_grid
+from guided_diffusion.runtime.pictures import HALF, Film, save_grid
 
 HERE = Path(__file__).parent / "emoji32"
 EACH, SIZE, SEED = 16, 32, 0  # samples of each class, pixels
@@ -63,8 +63,13 @@ def nearest(images: Pixels, training: Pixels) -> tuple[NDArray[np.int64], NDArra
     return np.asarray([each.argmin() for each in squared]), np.sqrt([each.min() for each in squared])
 
 
+def near(unseen: Pixels, training: Pixels) -> float:
+    """The distance within which a twentieth of the unseen pictures have a training picture."""
+    return float(np.quantile(nearest(unseen, training)[1], 0.05))
+
+
 def measure(train: str, held_out: str) -> None:
-    """Write results.json, samples.png and neighbours.png."""
+    """Write results.json, its pictures."""
     model = load(str(HERE), classifier=str(HERE / "classifier"))
     judge = extractor_named(f"classifier:{HERE / 'judge'}")
     (known, known_labels), (unseen, unseen_labels) = pictures(train), pictures(held_out)
@@ -77,7 +82,7 @@ def measure(train: str, held_out: str) -> None:
         ),
         "one half of the training pictures against the other": scores(judge, *halves, known_labels[order[1::2]]),
     }
-    limit = float(np.quantile(nearest(unseen, known)[1], 0.05))
+    limit = near(unseen, known)
     for title, options in SETTINGS.items():
         options = {
             **SAMPLING,
@@ -100,6 +105,10 @@ def measure(train: str, held_out: str) -> None:
     write_json(
         str(HERE / "results.json"), {"seed": SEED, **SAMPLING, "closest 5% of held-out": limit, "results": results}
     )
+    each, film = len(model.classes), Film(2, len(model.classes))
+    options = {**SAMPLING, "classes": model.classes, "classifier_scale": 2.0, "seed": SEED, "callback": film.collect}
+    model.sample(num_samples=each, batch_size=each, **options)
+    film.save(str(HERE / "film.png"), str(HERE / "film.gif"))
 
 
 if __name__ == "__main__":

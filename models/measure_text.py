@@ -2,7 +2,8 @@
 
 Samples of 144 captions that the model was trained on and of 144 that it has never seen, at several scales of
 classifier-free guidance: how often the own caption is the nearest of twenty (`retrieval`), and the Frechet distance of
-the judge's features to the held-out pictures. Real pictures are measured beside them.
+the judge's features to the held-out pictures, and how many are nearer to a training picture than held-out pictures are.
+Real pictures are measured beside them.
 """
 
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from measure import HERE, SAMPLING, SEED
+from measure import HERE, SAMPLING, SEED, near, nearest
 from retrieval import captioned, open_pair, retrieval
 
 from guided_diffusion import load
@@ -39,6 +40,8 @@ def measure(train: str, held_out: str, pair_file: str) -> None:
     """Write results.json and texts.png."""
     model, pair = load(str(OWN)), open_pair(pair_file)
     distance, unseen = frechet(extractor_named(f"classifier:{HERE / 'judge'}")), captioned(held_out)[0]
+    known = captioned(train)[0]
+    limit = near(unseen, known)
     results = dict[str, dict[str, float]]()
     for side, path in (("training", train), ("held-out", held_out)):
         images, texts = captioned(path)
@@ -48,6 +51,7 @@ def measure(train: str, held_out: str, pair_file: str) -> None:
         made = {f"scale {scale:g}": samples_of(model, names, scale).images for scale in SCALES}
         for title, pictures in {"real": real, **made}.items():
             values = {"retrieval": retrieval(pair, pictures, names), "fd": distance(unseen, pictures)[1]}
+            values["close to training"] = float(np.mean(nearest(pictures, known)[1] < limit))
             results[f"{side} captions, {title}"] = {"n": len(names), **values}
             print(side, title, values, flush=True)
     samples_of(model, [line for line in PROMPTS.splitlines() if line], SHOWN).save(OWN / "texts.png")
