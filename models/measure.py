@@ -8,6 +8,7 @@ nearest training picture.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from guided_diffusion.image_datasets import load_data
 from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.pictures import HALF, Film, save_grid
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import pages
+
 HERE = Path(__file__).parent / "emoji32"
 EACH, SIZE, SEED = 16, 32, 0  # samples of each class, pixels
 SAMPLING = {"sampler": "dpm++2m", "steps": 20}
@@ -30,6 +34,15 @@ SETTINGS = {
     "classifier, scale 4": {"classifier_scale": 4.0},
     "classifier-free, scale 2": {"cfg_scale": 2.0},
     "classifier-free, scale 3": {"cfg_scale": 3.0},
+}
+# column of a card's table, the key of its number, how it is written
+Forms = dict[str, tuple[str, str]]
+FORMS: Forms = {
+    "n": ("n", "{}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "FD": ("fd", "{:.2f}"),
+    "precision": ("precision", "{:.2f}"),
+    "recall": ("recall", "{:.2f}"),
 }
 Pixels = NDArray[np.uint8]
 
@@ -68,6 +81,13 @@ def near(unseen: Pixels, training: Pixels) -> float:
     return float(np.quantile(nearest(unseen, training)[1], 0.05))
 
 
+def write_results(folder: Path, facts: dict[str, Any], results: dict[str, dict[str, float]], forms: Forms) -> None:
+    """Write results.json and the table of the model's card."""
+    write_json(str(folder / "results.json"), {**facts, "results": results})
+    rows = [[title, *(form.format(row[key]) for key, form in forms.values())] for title, row in results.items()]
+    pages.write(folder / "README.md", "results", pages.table(["", *forms], rows))
+
+
 def measure(train: str, held_out: str) -> None:
     """Write results.json, its pictures."""
     model = load(str(HERE), classifier=str(HERE / "classifier"))
@@ -102,9 +122,8 @@ def measure(train: str, held_out: str) -> None:
             chosen = np.argsort(distance)[:24]
             pairs = np.stack([samples.images[chosen], known[which[chosen]]], axis=1).reshape(-1, SIZE, SIZE, 3)
             save_grid(str(HERE / "neighbours.png"), pairs, 12)
-    write_json(
-        str(HERE / "results.json"), {"seed": SEED, **SAMPLING, "closest 5% of held-out": limit, "results": results}
-    )
+    facts = {"seed": SEED, **SAMPLING, "closest 5% of held-out": limit}
+    write_results(HERE, facts, results, FORMS)
     each, film = len(model.classes), Film(2, len(model.classes))
     options = {**SAMPLING, "classes": model.classes, "classifier_scale": 2.0, "seed": SEED, "callback": film.collect}
     model.sample(num_samples=each, batch_size=each, **options)

@@ -10,18 +10,22 @@ import sys
 import numpy as np
 import torch as th
 import torch.nn.functional as F
-from measure import HERE, SEED, SIZE, Pixels, pictures
+from measure import HERE, SEED, SIZE, Forms, Pixels, pictures, write_results
 from measure_text import PROMPTS, SHOWN, samples_of
 
 from guided_diffusion import load
 from guided_diffusion.commands.evaluation import extractor_named
 from guided_diffusion.evaluation.metrics import frechet_distance, statistics
-from guided_diffusion.runtime.files import write_json
 from guided_diffusion.runtime.pictures import planes, save_grid, to_uint8
 from guided_diffusion.training.similarity import psnr, ssim
 
 OWN, LARGE, COUNT, DRAWN = HERE.parent / "emoji128", 128, 64, 9
 STEPS = (2, 5, 10)
+FORMS: Forms = {
+    "PSNR, dB": ("psnr", "{:.1f}"),
+    "SSIM": ("ssim", "{:.3f}"),
+    "FD of crops": ("fd of crops", "{:.2f}"),
+}
 
 
 def crops(images: Pixels) -> Pixels:
@@ -48,7 +52,7 @@ def measure(held_out: str) -> None:
         distance = frechet_distance(unseen.mean, unseen.cov, made.mean, made.cov)
         results[title] = {**values, "fd of crops": distance}
         print(title, results[title], flush=True)
-    write_json(str(OWN / "results.json"), {"seed": SEED, "n": COUNT, "sampler": "dpm++2m", "results": results})
+    write_results(OWN, {"seed": SEED, "n": COUNT, "sampler": "dpm++2m"}, results, FORMS)
     rows = [small.repeat(LARGE // SIZE, 1).repeat(LARGE // SIZE, 2), *enlarged.values(), chosen]
     save_grid(str(OWN / "enlarged.png"), np.concatenate([row[:DRAWN] for row in rows]), DRAWN)
     texts = samples_of(load("emoji32-text"), [line for line in PROMPTS.splitlines() if line], SHOWN)

@@ -11,15 +11,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from measure import HERE, SAMPLING, SEED, near, nearest
+from measure import HERE, SAMPLING, SEED, Forms, near, nearest, write_results
 from retrieval import captioned, open_pair, retrieval
 
 from guided_diffusion import load
 from guided_diffusion.commands.evaluation import extractor_named
 from guided_diffusion.commands.pipeline import Model, Samples
 from guided_diffusion.evaluation.features import frechet
-from guided_diffusion.runtime.files import write_json
 
+FORMS: Forms = {
+    "n": ("n", "{}"),
+    "retrieval": ("retrieval", "{:.0%}"),
+    "FD": ("fd", "{:.2f}"),
+    "close to training": ("close to training", "{:.0%}"),
+}
 OWN, COUNT, SCALES, SHOWN = HERE.parent / "emoji32-text", 144, (1.0, 2.0, 4.0, 7.0), 4.0
 # of emoji that it was trained on (to the first blank line), of emoji that it has never seen, of things that are none
 PROMPTS = """grinning face\nblue heart\nfrance flag\nred apple\ndog face\npolice officer\nfire\nlarge purple square
@@ -55,7 +60,7 @@ def measure(train: str, held_out: str, pair_file: str) -> None:
             results[f"{side} captions, {title}"] = {"n": len(names), **values}
             print(side, title, values, flush=True)
     samples_of(model, [line for line in PROMPTS.splitlines() if line], SHOWN).save(OWN / "texts.png")
-    write_json(str(OWN / "results.json"), {"seed": SEED, **SAMPLING, "results": results})
+    write_results(OWN, {"seed": SEED, **SAMPLING}, results, FORMS)
 
 
 if __name__ == "__main__":
