@@ -53,7 +53,7 @@ VALUES_BEYOND = [
     (
         0,
         "seed warmup_steps keep_last keep_every max_steps sample_interval eval_interval steps order save_intermediate "
-        "lora_rank cond_channels latent_channels start_index decode_tile vector_dim",
+        "lora_rank cond_channels latent_channels start_index decode_tile vector_dim ema_start",
     ),
     (0.0, "grad_clip cond_aug cond_aug_level class_dropout dynamic_threshold cfg_rescale lora_alpha cond_dropout"),
     (0.0, "scale_factor tile_overlap"),

@@ -243,6 +243,14 @@ def test_a_classifier_is_trained_and_measured(tmp_path, pictures):
     assert column(out, "lr") == pytest.approx([3e-4, 1.5e-4])
     assert all(0 <= value <= 1 for value in column(out, "val_acc@1") + column(out, "train_acc@1"))
     assert len(column(out, "val_acc@2")) == 2
+    rows = list(csv.reader((out / "confusion.csv").read_text().splitlines()))
+    assert rows[0] == ["class", "a", "b"]
+    assert [(row[0], sum(map(int, row[1:]))) for row in rows[1:]] == [("a", 4), ("b", 4)]
+    right = (int(rows[1][1]) + int(rows[2][2])) / 8
+    best = json.loads((out / "best.json").read_text())
+    assert (best["step"], best["acc@1"]) == (2, right)
+    assert len(best["quarters"]) == 4
+    assert f"all 8 validation images after 2 steps: acc@1 {right:.4f}" in (out / "log.txt").read_text()
 
 
 def test_an_upsampler_is_trained(tmp_path, pictures):
