@@ -42,13 +42,13 @@ VALUES_BEYOND = [
         "autoguide_path guidance_interval init_image mask interpolate init_classes init_from freeze lora_train "
         "lora_path cond_type cond_dir val_cond_dir cond_images cond_class_from classifier_path ema_rate "
         "channel_mult autoencoder_path autoencoder_id preset shard data_weights balance vector vectors vector_columns "
-        "ema_profiles",
+        "ema_profiles class_sampling",
     ),
     (
         False,
         "compile fsdp dry_run fast_decode cache_images random_crop use_neighborhood_attention predict_v "
         "zero_terminal_snr null_class save_images spread save_terms mask_invert invert null_cond skip_unpaired "
-        "ema_warmup use_new_attention_order cache_latents copy_autoencoder",
+        "ema_warmup randomize_class use_new_attention_order cache_latents copy_autoencoder",
     ),
     (
         0,
@@ -334,6 +334,7 @@ def test_conditions_name_flags():
         ),
         ("image_sample", "--lora_scale 2", "--lora_scale has no effect without --lora_path"),
         ("image_sample", "--cond_class_from auto", "--cond_class_from has no effect without --cond_images"),
+        ("image_sample", "--randomize_class --classes 1", "--randomize_class and --classes exclude each other"),
         ("image_sample", "--cfg_scale 2", ""),  # the checkpoint says whether there are classes
         ("classifier_sample", "--classifier_path x --classifier_scale 0 --guidance_interval 10,30", "has no effect"),
         ("classifier_sample", "--classifier_path x --guidance_interval 10,30", ""),
