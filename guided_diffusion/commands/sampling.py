@@ -9,9 +9,9 @@ from typing import Any
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, UNetConfig
+from ..data.labels import listed_classes
 from ..runtime.errors import refuse
 from ..runtime.jobs import Job
-from ..runtime.labels import read_classes
 from ..runtime.options import parse_range, parse_size, size_flag
 from ..sample_util import generate
 from ..sampling.guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
@@ -268,7 +268,7 @@ def labels_of(flags: Flags, classes: Sequence[str], num_classes: int) -> dict[st
         (rule == "list" and not config.classes, "--class_sampling list has no effect without --classes: give both"),
         (rule != "list" and config.classes, f"--class_sampling {rule} and --classes exclude each other: give one"),
     )
-    labels = read_classes(config.classes, num_classes, classes) if rule == "list" else []
+    labels = listed_classes(config.classes, num_classes, classes) if rule == "list" else []
     labels = [*range(num_classes)] if rule == "balanced" else labels
     return {"labels": labels, "num_classes": num_classes, "class_names": classes}
 

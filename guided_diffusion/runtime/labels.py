@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from .errors import UserError, nearest, printable, refuse
-from .files import lines_of, resolve
 
 SHOWN_NAMES = 32  # of an error message
 
@@ -20,12 +19,6 @@ def check_labels(labels: Iterable[int], num_classes: float) -> None:
         if not 0 <= label < num_classes:
             allowed = f"0 .. {num_classes - 1}" if num_classes < math.inf else "0 or more"
             raise UserError(f"class {label} does not exist: the classes are {allowed}")
-
-
-def read_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
-    """As `parse_classes`, of each line of a file where the text is @ and its path."""
-    lines = lines_of(resolve(text[1:]), f"classes {text}", "class") if text.startswith("@") else [text]
-    return [label for line in lines for label in parse_classes(line, num_classes, names)]
 
 
 def parse_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:

@@ -20,9 +20,10 @@ from PIL import Image
 
 from guided_diffusion import logger
 from guided_diffusion.config import UNetConfig
+from guided_diffusion.data.labels import listed_classes
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.runtime.jobs import Job
-from guided_diffusion.runtime.labels import parse_classes, read_classes
+from guided_diffusion.runtime.labels import parse_classes
 from guided_diffusion.runtime.npz import fingerprint, read_npz, save_npz
 from guided_diffusion.runtime.pictures import GROUP_GAP, PAD, grid_of_classes, save_grid, save_png, to_uint8
 from guided_diffusion.runtime.seeds import image_generator, image_seed, seeded
@@ -288,16 +289,16 @@ def test_class_lists() -> None:
 def test_a_file_lists_classes_line_by_line(tmp_path: Path) -> None:
     names, path = ["a, b", "a", "b"], tmp_path / "classes.txt"
     path.write_text("a\n\n b \na, b\n1,2\n")
-    assert read_classes(f"@{path}", 3, names) == [1, 2, 0, 1, 2]
-    assert read_classes("a,b", 3, names) == [0]
+    assert listed_classes(f"@{path}", 3, names) == [1, 2, 0, 1, 2]
+    assert listed_classes("a,b", 3, names) == [0]
     path.write_text("a\ncow\n")
     with pytest.raises(ValueError, match="class 'cow' is unknown"):
-        read_classes(f"@{path}", 3, names)
+        listed_classes(f"@{path}", 3, names)
     path.write_text(" \n")
     with pytest.raises(ValueError, match="holds no class: write one on each line"):
-        read_classes(f"@{path}", 3)
+        listed_classes(f"@{path}", 3)
     with pytest.raises(ValueError, match="give a file with a class on each line"):
-        read_classes(f"@{tmp_path / 'nothing'}", 3)
+        listed_classes(f"@{tmp_path / 'nothing'}", 3)
     with pytest.raises(ValueError, match="class '@"):
         parse_classes(f"@{path}", 3, names)  # what a browser sends reads no file
 
