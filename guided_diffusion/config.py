@@ -266,7 +266,7 @@ class DataConfig(LabelConfig, RangeConfig):
     data_dir: str = path_flag("images: folder, zip, tars (cats-{00..99}.tar) or array; several with commas")
     random_crop: bool = flag(False, "crop at random instead of the centre")
     random_flip: bool = flag(True, "mirror half of the images")
-    num_workers: int = flag(2, "processes that decode images; 0: the main process does", at_least=0)
+    num_workers: int = flag(-1, "processes that decode images; 0: the main one; -1: as many as CPUs, to 8", at_least=0)
     on_bad_image: str = flag("error", "an unreadable image; skip: another takes its place", choices=BAD_IMAGE_RULES)
 
 

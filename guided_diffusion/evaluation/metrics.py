@@ -349,15 +349,14 @@ def nearest_neighbours(
 ) -> tuple[Array, npt.NDArray[np.int64]]:
     """Distance [N, k] of each sample from its nearest images of the reference, the nearest first, and their indices."""
     real, made = _two_sets(reference, samples, k)
-    found = np.full((len(made), k), np.inf, np.float32), np.zeros((len(made), k), np.int64)
+    near, which = np.full((len(made), k), np.inf, np.float32), np.zeros((len(made), k), np.int64)
     for rows, columns, distances in _tiles(made, real, "float32", block):
-        indices = np.broadcast_to(np.arange(columns.start, columns.stop), distances.shape)
-        both = np.hstack([found[0][rows], distances]), np.hstack([found[1][rows], indices])
-        nearest = np.argpartition(both[0], k - 1, axis=1)[:, :k]
-        for kept, values in zip(found, both, strict=True):
-            kept[rows] = np.take_along_axis(values, nearest, axis=1)
-    order = np.argsort(found[0], axis=1, kind="stable")
-    return np.sqrt(np.take_along_axis(found[0], order, axis=1)), np.take_along_axis(found[1], order, axis=1)
+        both = np.hstack([near[rows], distances])
+        indices = np.hstack([which[rows], np.broadcast_to(np.arange(columns.start, columns.stop), distances.shape)])
+        first = np.argpartition(both, k - 1, axis=1)[:, :k]
+        near[rows], which[rows] = np.take_along_axis(both, first, axis=1), np.take_along_axis(indices, first, axis=1)
+    order = np.argsort(near, axis=1, kind="stable")
+    return np.sqrt(np.take_along_axis(near, order, axis=1)), np.take_along_axis(which, order, axis=1)
 
 
 def _smallest(distances: Array, k: int) -> Array:

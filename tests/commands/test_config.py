@@ -64,7 +64,8 @@ VALUES_BEYOND = [
     (1.0, "cfg_scale autoguide_scale lora_scale classifier_scale"),
     (10.0, "dist_timeout"),
     ("auto", "class_from clip_guided"),
-    (2, "num_workers dims"),
+    (2, "dims"),
+    (-1, "num_workers"),
     ("error", "on_bad_image init_mismatch"),
     (True, "random_flip async_save"),
     (50, "max_bad_steps"),
@@ -252,6 +253,7 @@ NOT_GIVEN = {
     ("data_weights", ""),
     ("port", 0),
     ("num_heads_upsample", -1),
+    ("num_workers", -1),
 }
 
 
