@@ -5,10 +5,10 @@ Shapes: N samples, k neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..runtime.pictures import Pixels, save_grid
@@ -45,7 +45,7 @@ def draw_neighbours(path: str, reference: Side, samples: Side) -> tuple[dict[str
     )
 
 
-def _together(images: ImageSet, indices: Sequence[int]) -> list[Pixels]:
+def _together(images: ImageSet, indices: NDArray[np.int64]) -> list[Pixels]:
     """The images with these indices, in any order."""
     rising, places = np.unique(indices, return_inverse=True)
     taken = [image for batch in images.take(rising) for image in batch]

@@ -6,7 +6,7 @@ Shapes: N images on all ranks together, K classes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch as th
 
@@ -42,7 +42,12 @@ def judge(loop: ClassifierTrainLoop, folder: str) -> None:
     with writing(join(folder, CONFUSION)) as file:
         rows = [["class", *names], *([name, *row] for name, row in zip(names, table, strict=True))]
         file.write(csv_text(rows).encode())
-    result = {"step": step, "acc@1": right.mean().item(), "loss": values["loss"].mean().item(), "quarters": quarters}
+    result: dict[str, Any] = {
+        "step": step,
+        "acc@1": right.mean().item(),
+        "loss": values["loss"].mean().item(),
+        "quarters": quarters,
+    }
     best: Any = parse_json(read_file(join(folder, BEST))) if exists(join(folder, BEST)) else {}
     if (result["acc@1"], -result["loss"]) > (best.get("acc@1", -1), -best.get("loss", 0)):
         write_json(join(folder, BEST), best := result)
@@ -63,7 +68,8 @@ def _measured(loop: ClassifierTrainLoop) -> dict[str, th.Tensor]:
             batch = loop.failures.keep(next, data)
             if loop.failures.tell() or batch is None:
                 return
-            yield Part(key, *batch, min(size, total - key * size))
+            images, cond = batch
+            yield Part(key, images, cond, min(size, total - key * size))
 
     def terms(images: th.Tensor, cond: Cond, draw: Draw, model: Any) -> dict[str, th.Tensor]:
         logits: list[th.Tensor] = []
@@ -72,7 +78,7 @@ def _measured(loop: ClassifierTrainLoop) -> dict[str, th.Tensor]:
             logits.append(model(*args, **keywords))
             return logits[0]
 
-        loss, guess = loop.compute_losses(images, cond, draw, network)["loss"], logits[0].argmax(dim=1)
+        loss, guess = loop.compute_losses(images, cond, draw, cast(Any, network))["loss"], logits[0].argmax(dim=1)
         return {"loss": loss, "label": cond["y"], "guess": guess, "classes": th.full_like(guess, logits[0].shape[1])}
 
     with loop.evaluation_model() as model:
