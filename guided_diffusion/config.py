@@ -266,7 +266,7 @@ class DataConfig(LabelConfig, RangeConfig):
     data_dir: str = path_flag("images: folder, zip, tars (cats-{00..99}.tar) or array; several with commas")
     random_crop: bool = flag(False, "crop at random instead of the centre")
     random_flip: bool = flag(True, "mirror half of the images")
-    num_workers: int = flag(2, "processes that decode images; 0: the main process does", at_least=0)
+    num_workers: int = flag(-1, "processes that decode images; 0: the main one; -1: as many as CPUs, to 8", at_least=0)
     on_bad_image: str = flag("error", "an unreadable image; skip: another takes its place", choices=BAD_IMAGE_RULES)
 
 
@@ -303,6 +303,7 @@ class TrainConfig:
     ema_rate: str = flag("0.9999", "rates of the moving averages of the weights, separated by commas; '' for none")
     ema_profiles: str = flag("", "widths of averages by power functions to save too, e.g. 0.05,0.1; see command ema")
     ema_warmup: bool = flag(False, "rates of at most (1 + n) / (10 + n) after n steps", needs="ema_rate")
+    ema_start: int = flag(0, "step from which averages are kept; until then, the weights", at_least=0, needs="ema_rate")
     fp16_scale_growth: float = flag(1e-3, "growth of the logarithmic loss scale per step, with fp16", at_least=0)
     resume_checkpoint: str = path_flag("a checkpoint or run to go on from; auto: the newest in --log_dir, if any")
     val_data_dir: str = path_flag("folder or zip of validation images")
@@ -368,9 +369,7 @@ class AutoencoderTrainConfig(TrainConfig):
 class CompileConfig:
     """Compiling the networks."""
 
-    compile: bool = flag(
-        False, "compile networks first, which takes minutes; rounds otherwise", excludes="fsdp microbatch=auto"
-    )
+    compile: bool = flag(False, "compile networks, for minutes; rounds otherwise", excludes="fsdp microbatch=auto")
 
 
 @dataclass(frozen=True, kw_only=True)

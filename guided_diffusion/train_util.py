@@ -27,7 +27,6 @@ from .nn import traits_of, update_ema
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler as UniformSampler, create_named_schedule_sampler
 from .runtime import files
 from .runtime.errors import refuse
-from .runtime.files import write_json
 from .runtime.options import parse_microbatch, parse_profiles, parse_rates
 from .runtime.seeds import seeded
 from .training import batches, checkpoints
@@ -37,7 +36,7 @@ from .training.batches import Cond, RollingValidation, Supply, Validation
 from .training.checkpoints import Checkpoint
 from .training.gradients import AdamW, AveragingTrainer
 from .training.interruption import Failures, Interruption
-from .training.meter import Meter, gather_losses, join, log_loss_dict as log_loss_dict
+from .training.meter import Meter, join, log_loss_dict as log_loss_dict
 from .training.noise import TRAINING, VALIDATION, Draw, LabelDropout, draw_for_training, draw_for_validation
 from .training.saving import (
     RunState,
@@ -219,18 +218,18 @@ class TrainLoop:
 
     def _announce(self) -> None:
         """Log what will be trained and how, and save the config."""
-        settings, trainer = self.settings, self.mp_trainer
+        settings, trainer, start = self.settings, self.mp_trainer, self.settings.ema_start
         trained = sum(param.numel() for param in trainer.trained(trainer.model_params))
         logger.log(
             f"training {trained:,} parameters{', split over all ranks,' if settings.fsdp else ''} in "
             f"{trainer.precision} on {self.device}: global batch {self.global_batch}, in microbatches of "
             f"{self.microbatch}, step {self.updates} to {self.limit or 'no end'}, lr {self.lr:g}, EMA "
-            f"{self.ema_rate or 'none'}{', warmed up' if self.ema_rate and settings.ema_warmup else ''}"
+            f"{self.ema_rate or 'none'}{', warmed up' * settings.ema_warmup}{f', from step {start}' * (start > 0)}"
         )
         if not hasattr(self.data, "state_dict"):
             logger.log("the data iterator has no state_dict(): a resumed run will not know its position")
-        for rate in self.ema_rate:
-            if rate < 1 and self.limit and not settings.ema_warmup and checkpoints.is_young(rate, self.limit):
+        for rate in () if settings.ema_warmup or start else self.ema_rate:
+            if rate < 1 and self.limit and checkpoints.is_young(rate, self.limit):
                 logger.warn(
                     f"EMA {rate} averages over about {1 / (1 - rate):.0f} updates and the run has {self.limit}: it "
                     "will still resemble the first weights; choose a smaller ema_rate, or ema_warmup True"
@@ -238,7 +237,7 @@ class TrainLoop:
         if self.done:
             logger.log(f"nothing to do: {self.updates} updates are made and the limit is {self.limit}")
         if settings.config is not None and dist_util.rank() == 0:
-            write_json(files.join(get_blob_logdir(), checkpoints.CONFIG), settings.config)
+            files.write_json(files.join(get_blob_logdir(), checkpoints.CONFIG), settings.config)
 
     def _make_step(self) -> bool:
         """Make the coming update; False, and everything is as before, where a rank has failed."""
@@ -296,9 +295,8 @@ class TrainLoop:
             with seeded(self.seed + TRAINING, key, self.device):
                 self.forward_backward(batch, cond)
 
-        batches.halve_until_it_fits(
-            attempt, self.microbatch, self.mp_trainer.zero_grad if self.auto_microbatch else None
-        )
+        forget = self.mp_trainer.zero_grad if self.auto_microbatch else None
+        batches.halve_until_it_fits(attempt, self.microbatch, forget)
         self._unchanged = False
 
     def forward_backward(self, batch: th.Tensor, cond: Cond) -> None:
@@ -336,7 +334,8 @@ class TrainLoop:
         return losses
 
     def _update_ema(self) -> None:
-        most = (1 + self.updates) / (10 + self.updates) if self.settings.ema_warmup else 1.0
+        n = self.updates - self.settings.ema_start
+        most = 0.0 if n < 0 else (1 + n) / (10 + n) if self.settings.ema_warmup else 1.0
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             update_ema(self.mp_trainer.trained(params), self.mp_trainer.trained(), rate=min(rate, most))
         self.powers.update(self.updates + 1)
@@ -404,22 +403,16 @@ class TrainLoop:
         parts = self.failures.keep(self.validation.parts, self.updates)
         if self.failures.tell() or parts is None:
             return
-        rows = []
         with self.evaluation_model() as model:
-            for key, batch, cond, counted in parts:
-                draw = self._draw(batch, key, validation=True, counted=counted)
-                cut = batches.microbatches(batch, cond, draw, self.microbatch)
-                terms = [self.compute_losses(*part, model) for part in cut]
-                t, losses = gather_losses({"t": draw.t, **join(terms)})
-                rows.append({name: value[:counted] for name, value in [("t", t), *losses.items()]})
-        values = join(rows)
+            values = batches.measured(parts, self._draw, self.compute_losses, model, self.microbatch)
         log_loss_dict(self.diffusion, values.pop("t"), {f"val_{name}": value for name, value in values.items()})
 
 
 class ClassifierTrainLoop(TrainLoop):
     """Trains a classifier of noisy images: model(x_t, timesteps) returns logits [n, K], cond holds labels y [n].
 
-    Logs train_loss, train_acc@1, train_acc@5 (at most K) and, from the next batch of `val_data` each time, val_ ones.
+    Logs train_loss, train_acc@1, train_acc@5 (at most K) and, from the next batch of `val_data` each time, val_ ones;
+    with each checkpoint it measures all of an `ImageStream`, as `judge` says.
 
     :param noised: False trains on clean images, at t = 0.
     """
@@ -429,9 +422,16 @@ class ClassifierTrainLoop(TrainLoop):
     def __init__(self, *, noised: bool = True, **keywords: Any) -> None:
         self.noised = noised
         super().__init__(**keywords)
-        batches_seen = self.resume_step // max(1, self.val_interval)
-        if batches_seen and hasattr(self.validation.data, "global_batch"):
-            self.validation.data.load_state_dict({"batches": batches_seen})
+        if self.resume_step and hasattr(self.validation.data, "global_batch"):
+            self.validation.data.load_state_dict({"batches": self.resume_step // max(1, self.val_interval)})
+
+    def _after_step(self) -> None:
+        from .training.confusion import judge
+
+        if hasattr(self.validation.data, "global_batch") and (self.done or self._is_due(self.save_interval)):
+            with self.meter.paused():
+                self.failures.keep(judge, self, get_blob_logdir(), together=True)
+        super()._after_step()
 
     def _draw(self, batch: th.Tensor, index: int, *, validation: bool = False, counted: int | None = None) -> Draw:
         draw = super()._draw(batch, index, validation=validation, counted=counted)

@@ -322,7 +322,7 @@ def _warn_of_defaults(path: str, flags: Flags, section: type[Any]) -> None:
 def _report_average(given: str, checkpoint: Checkpoint) -> None:
     """Log a moving average that is longer than its training, whether it was taken or not."""
     step = checkpoint.step
-    if step is None or checkpoint.flags.get("ema_warmup"):
+    if step is None or checkpoint.flags.get("ema_warmup") or checkpoint.flags.get("ema_start"):
         return
     for rate, average in checkpoint.emas.items():
         if not is_young(rate, step) or (average != checkpoint.path and given == checkpoint.path):

@@ -77,7 +77,7 @@ def extend(plan: Plan, model: Restored, names: Sequence[str]) -> None:
     images = open_cond_images(config.cond_images, kind, network.image_size, selection)
     idle = images.source.array and config.cond_class_from not in ("", "auto")
     refuse((idle, f"--cond_class_from {config.cond_class_from} has no effect on an array of images: leave it out"))
-    if images.labels is not None and "labels" in plan.job and not sampling.classes:
+    if images.labels is not None and "labels" in plan.job and not (sampling.classes or sampling.class_sampling):
         plan.job |= {"labels": images.labels, "num_classes": 0}
     plan.job |= {"num_samples": len(images.source), "names": images.names, "conditioning": images.conditioning}
     plan.request |= images.request()
@@ -98,12 +98,15 @@ def check_labels(flags: Flags, labelled: bool) -> None:
 
     :param labelled: the images have labels of their own.
     """
-    text = flags.part(SampleConfig).classes
+    options = flags.part(SampleConfig)
+    text = f"classes {options.classes}" if options.classes else f"class_sampling {options.class_sampling}"
+    given = bool(options.classes or options.class_sampling)
+    other = ", or --randomize_class True" * flags.part(SuperResConfig).class_cond
     kind = "is class-conditional" if flags.part(SuperResConfig).class_cond else "is guided by a classifier"
-    lacking = _wants_labels(flags) and not (labelled or text)
+    lacking = _wants_labels(flags) and not (labelled or given or options.randomize_class)
     refuse(
-        (text and labelled, f"--classes {text} has no effect, as the images have labels of their own: leave it out"),
-        (lacking, f"the upsampler {kind} and the images have no labels (arr_1): give --classes"),
+        (given and labelled, f"--{text} has no effect, as the images have labels of their own: leave it out"),
+        (lacking, f"the upsampler {kind} and the images have no labels (arr_1): give --classes{other}"),
     )
 
 
@@ -125,7 +128,8 @@ def read_base(flags: Flags, names: Sequence[str] = ()) -> BaseImages:
         with as_user_error(f"the images have no labels that fit ({WHY}); or give --classes", ValueError):
             return _label_ids(listing, names, config.num_classes, source.class_from, source.label_column)
 
-    by_files = (_wants_labels(flags) and not options.classes) or source.class_from != "auto"
+    elsewhere = options.classes or options.class_sampling or options.randomize_class
+    by_files = (_wants_labels(flags) and not elsewhere) or source.class_from != "auto"
     selection = Selection(options.num_samples, all="num_samples" in flags.changed, label=label if by_files else None)
     shape = (*((0, 0) if source.tile_overlap else parse_size(config.small_size)), config.image_channels)
     base = read(source.base_samples, shape, selection, parse_range(flags.part(RangeConfig).data_range))
@@ -166,6 +170,6 @@ def enlarge(plan: Plan, flags: Flags, names: Sequence[str]) -> list[str]:
     plan.job |= {"num_samples": len(base), "names": base.names}
     plan.job["shape"] = _enlarged(plan, flags, base.pixels.shape[1:3])
     plan.job["conditioning"] = partial(base.conditioning, level=level, seed=flags.part(RunConfig).seed)
-    if base.labels is not None:
+    if base.labels is not None and not flags.part(SampleConfig).randomize_class:
         plan.job |= {"labels": base.labels, "class_names": names}
     return base.prompts

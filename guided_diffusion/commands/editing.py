@@ -10,8 +10,8 @@ import torch as th
 from .. import dist_util, logger
 from ..config import DiffusionConfig, RangeConfig, UNetConfig
 from ..data.init_images import InitImages
+from ..data.labels import listed_classes
 from ..runtime.errors import UserError, refuse
-from ..runtime.labels import parse_classes
 from ..runtime.options import parse_range
 from ..sampling.editing import invert, slerp
 from ..sampling.loop import network_calls
@@ -56,7 +56,7 @@ def extend(plan: Plan, model: Restored) -> None:
     for line in images.describe_masks(count):
         logger.log(line)
     text = config.init_classes
-    classes = parse_classes(text, len(model.classes) or network.num_classes, model.classes) if text else []
+    classes = listed_classes(text, len(model.classes) or network.num_classes, model.classes) if text else []
     if config.interpolate:
         _interpolate(plan, model, images, classes)
         return

@@ -26,10 +26,10 @@ from PIL import Image
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, CompileConfig, ProcessConfig, SuperResConfig, UNetConfig
+from ..data.labels import listed_classes
 from ..evaluation.likelihood import measured
 from ..runtime import files
 from ..runtime.errors import WHY, UserError, as_user_error, nearest, refuse
-from ..runtime.labels import parse_classes
 from ..runtime.npz import PROMPTS, write_arrays
 from ..runtime.options import means_not_given, reader_of
 from ..runtime.pictures import Pixels, as_picture, draw_each, grid_of_classes, save_picture, to_uint8
@@ -414,7 +414,7 @@ class Model:
             images = editing.starts_of(model, editing.images_of(model, model.flags.values["init_image"]))
             config, indices = model.flags.part(UNetConfig), range(len(images))
             text, count = model.flags.values["classes"], len(self.classes) or config.num_classes
-            turns = parse_classes(text, count, self.classes) if text else []
+            turns = listed_classes(text, count, self.classes) if text else []
             labels = th.tensor([turns[index % len(turns)] for index in indices]) if turns else None
             prompts.extend(plan := Plan(model.network), model)
             beside = plan.job["conditioning"](indices) if "conditioning" in plan.job else {}

@@ -18,8 +18,8 @@ from ..config import CaptionConfig, ContextConfig
 from ..data.captions import Captioning
 from ..networks.context import ContextEncoder, ScratchEncoder, build_context_encoder, clip_embedding
 from ..nn import traits_of
-from ..runtime.errors import WHY, UserError, as_user_error, quoted, reason, refuse
-from ..runtime.files import read_file, refuse_missing, writing
+from ..runtime.errors import UserError, quoted, reason, refuse
+from ..runtime.files import lines_of, writing
 from ..sampling.guidance import clip_guidance, combine
 from ..training import checkpoints
 from .flags import Flags
@@ -91,12 +91,7 @@ def prompts_of(flags: Flags) -> list[str]:
     config = flags.part(PromptConfig)
     if not config.prompts:
         return [" ".join(config.prompt.split())] if config.prompt else []
-    refuse_missing(config.prompts, f"--prompts {config.prompts}", "give a file with a prompt on each line")
-    with as_user_error(f"--prompts {config.prompts} cannot be read as text ({WHY})", OSError, ValueError):
-        lines = read_file(config.prompts).decode("utf-8-sig").splitlines()
-    prompts = [" ".join(line.split()) for line in lines if line.strip()]
-    refuse((not prompts, f"--prompts {config.prompts} holds no prompt: write one on each line"))
-    return prompts
+    return lines_of(config.prompts, f"--prompts {config.prompts}", "prompt")
 
 
 def check_prompts(flags: Flags, *, prompted: bool = False) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 
 from .. import dist_util, logger
 from ..config import ClassifierConfig, DiffusionConfig, RunConfig, SuperResConfig, UNetConfig
+from ..data.labels import listed_classes
 from ..runtime.errors import refuse
 from ..runtime.jobs import Job
-from ..runtime.labels import parse_classes
 from ..runtime.options import parse_range, parse_size, size_flag
 from ..sample_util import generate
 from ..sampling.guidance import autoguidance, classifier_free, classifier_guidance, interval, without_labels
@@ -109,7 +109,8 @@ def enlarging(model: Restored, classifier: Restored | None = None) -> Plan:
     names = (classifier.classes if classifier else []) or model.classes
     prompts.extend(plan, model, conditioning.enlarge(plan, flags, names))
     vectors.extend(plan, model)
-    if "labels" not in plan.job and flags.part(SampleConfig).classes:
+    options = flags.part(SampleConfig)
+    if "labels" not in plan.job and (options.classes or options.class_sampling or options.randomize_class):
         plan.job |= labels_of(flags, names, config.num_classes)
     if not config.class_cond:
         plan.network = without_labels(plan.network)
@@ -133,7 +134,8 @@ def made(flags: Flags, before: Made | None) -> Made:
         editing.check(flags, sampler)
         names = list(guide.classes) if guide else []
         size = (*parse_size(values["image_size"]), channels)
-        return size, class_cond or guide is not None, names or classes, prompts.check_prompts(flags)
+        labelled = (class_cond or guide is not None) and not values["randomize_class"]
+        return size, labelled, names or classes, prompts.check_prompts(flags)
     shape, labelled, names, prompted = before
     prompted = prompts.check_prompts(flags, prompted=prompted)
     conditioning.level_of(flags)
@@ -146,7 +148,8 @@ def made(flags: Flags, before: Made | None) -> Made:
     )
     conditioning.check_labels(flags, labelled)
     size = (*parse_size(values["large_size"]), channels)
-    return size, labelled or bool(values["classes"]), names or classes, prompted
+    labelled = bool(labelled or values["classes"] or values["class_sampling"]) and not values["randomize_class"]
+    return size, labelled, names or classes, prompted
 
 
 # ---- guidance
@@ -182,6 +185,8 @@ def guided(model: Restored, classifier: Restored | None = None) -> Plan:
     """The network that the flags ask for and the options of the loop that guide it; what has no effect is left out."""
     config = model.flags.part(FreeGuidanceConfig)
     plan = Plan(model.network)
+    if model.flags.part(SampleConfig).randomize_class:
+        plan.loop["randomize_class"], plan.job["keep_labels"] = True, False
     if config.cfg_scale != 1:
         _guide_freely(plan, model, config)
     if config.autoguide_path:
@@ -253,12 +258,18 @@ def _interval(model: Restored, text: str) -> tuple[float, float]:
 
 
 def labels_of(flags: Flags, classes: Sequence[str], num_classes: int) -> dict[str, Any]:
-    """The labels of a job: those of --classes in turn, else any of the classes that there were in training.
+    """The labels of a job, as --class_sampling says, from the classes that there were in training.
 
     :param classes: names by id, [] where none are known and num_classes decides.
     """
-    text, num_classes = flags.part(SampleConfig).classes, len(classes) or num_classes
-    labels = parse_classes(text, num_classes, classes) if text else []
+    config, num_classes = flags.part(SampleConfig), len(classes) or num_classes
+    rule = config.class_sampling or ("list" if config.classes else "random")
+    refuse(
+        (rule == "list" and not config.classes, "--class_sampling list has no effect without --classes: give both"),
+        (rule != "list" and config.classes, f"--class_sampling {rule} and --classes exclude each other: give one"),
+    )
+    labels = listed_classes(config.classes, num_classes, classes) if rule == "list" else []
+    labels = [*range(num_classes)] if rule == "balanced" else labels
     return {"labels": labels, "num_classes": num_classes, "class_names": classes}
 
 

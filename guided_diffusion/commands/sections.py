@@ -25,7 +25,7 @@ SEED_STEP = 1_000_000  # between stages: with one seed for all, a stage would dr
 MISMATCHES = ("error", "reinit", "inflate")
 
 # flags of several sections
-CLASSES = "labels in turn: 207,360 or names of classes.json; '' draws at random"
+CLASSES = "labels in turn: 207,360, names of classes.json, or @FILE with one on each line; '' draws at random"
 VECTOR = "numbers for --vector_columns, such as 1,0,0.5; nan for an unknown one; several vectors with ; between them"
 INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
 LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
@@ -180,6 +180,18 @@ class SampleConfig(ModelConfig):
     churn: float = flag(-1.0, "extra noise of euler and heun (S_churn); -1: the sampler's own, 0", at_least=0)
     dynamic_threshold: float = share_flag("clip x_0 at this percentile, e.g. 0.995, then scale; 0: off")
     classes: str = flag("", CLASSES, needs="class_cond|classifier_path")
+    class_sampling: str = flag(
+        "",
+        "random labels; balanced: all classes in turn; list: --classes; '' is list where there are these, else random",
+        choices=("", "random", "balanced", "list"),
+        needs="class_cond|classifier_path",
+    )
+    randomize_class: bool = flag(
+        False,
+        "new random labels in every step: a class-conditional network without classes; none are saved",
+        needs="class_cond",
+        excludes="classes class_sampling classifier_path",
+    )
     vector: str = flag("", VECTOR, needs="vector_columns", excludes="vectors")
     vectors: str = path_flag("file of vectors for the images in turn, a line of numbers each", needs="vector_columns")
     save_images: bool = flag(False, "write one PNG per image as well")

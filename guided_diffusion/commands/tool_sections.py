@@ -40,6 +40,7 @@ class EvaluatorConfig:
     samples: str = path_flag("npz, folder or zip of samples, or the folder of a run", positional=True)
     metrics: str = flag("is,fid,sfid,pr", METRICS, convert=METRIC_LIST)
     json: str = local_flag("file to write the results to, as JSON")
+    neighbours: str = local_flag("png file of the samples nearest to the reference, each beside its nearest images")
     distances: str = flag("float16", DISTANCES, choices=DISTANCE_TYPES)
     image_size: int | str = flag("", "scale and crop folders and zips to 64, or HEIGHTxWIDTH", convert=size_flag)
     cache: bool = flag(True, "keep features by the content of what they are of, and take those that are kept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import platform
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,6 +43,8 @@ from .common import PRECISION_FLAGS, check_kind, precision_of
 from .flag_files import OF_A_PROCESS
 from .flags import COMMANDS, Flags
 from .sections import MixConfig
+
+MOST_WORKERS = 8
 
 Load = Callable[..., ImageStream]
 
@@ -255,6 +258,8 @@ def open_streams(
     names = ("data_dir", "class_from", "random_crop", "random_flip", "num_workers")
     mix = asdict(flags.part(MixConfig))
     of_training = {name: getattr(data, name) for name in names} | mix
+    if data.num_workers < 0:
+        of_training["num_workers"] = _workers()
     stream = load(**of_training, classes=known if known and options["class_cond"] else None, **options)
     if len(stream.classes) < (num_classes or 0):
         logger.warn(
@@ -267,6 +272,12 @@ def open_streams(
         return stream, None
     options |= {"fit": mix["fit"], **(validation or {})}
     return stream, _validation(train.val_data_dir, stream, load, options)
+
+
+def _workers() -> int:
+    """As many processes as this rank has CPUs where the ranks of the machine share them, at most 8; collective."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_WORKERS, cpus // dist_util.gather_objects(platform.node()).count(platform.node())))
 
 
 def _validation(path: str, train: ImageStream, load: Load, options: Mapping[str, Any]) -> ImageStream:

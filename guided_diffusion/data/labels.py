@@ -19,6 +19,7 @@ from ..config import CLASS_RULES
 from ..runtime import files
 from ..runtime.errors import DAMAGE, WHY, UserError, as_user_error, check_choice, listed, nearest, printable, refuse
 from ..runtime.files import parse_json, read_classes
+from ..runtime.labels import parse_classes
 from .sources import LABEL_FILES, ImageSource, read_bytes
 from .tables import LABEL_COLUMNS, Label, Table, beside, file_beside, find_table
 
@@ -270,6 +271,12 @@ def _as_numbers(labels: Sequence[Label]) -> list[Label]:
 
 
 # ---- classes.json
+
+
+def listed_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:
+    """As `parse_classes`, of each line of a file where the text is @ and its path."""
+    lines = files.lines_of(files.resolve(text[1:]), f"classes {text}", "class") if text.startswith("@") else [text]
+    return [label for line in lines for label in parse_classes(line, num_classes, names)]
 
 
 def save_classes(path: str, source: Any) -> None:

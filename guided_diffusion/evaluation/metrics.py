@@ -344,6 +344,21 @@ def manifold_radii(features: npt.ArrayLike, k: int = 3, *, dtype: str = "float32
     return nearest[:, k]
 
 
+def nearest_neighbours(
+    samples: npt.ArrayLike, reference: npt.ArrayLike, k: int = 3, *, block: int = BLOCK
+) -> tuple[Array, npt.NDArray[np.int64]]:
+    """Distance [N, k] of each sample from its nearest images of the reference, the nearest first, and their indices."""
+    real, made = _two_sets(reference, samples, k)
+    near, which = np.full((len(made), k), np.inf, np.float32), np.zeros((len(made), k), np.int64)
+    for rows, columns, distances in _tiles(made, real, "float32", block):
+        both = np.hstack([near[rows], distances])
+        indices = np.hstack([which[rows], np.broadcast_to(np.arange(columns.start, columns.stop), distances.shape)])
+        first = np.argpartition(both, k - 1, axis=1)[:, :k]
+        near[rows], which[rows] = np.take_along_axis(both, first, axis=1), np.take_along_axis(indices, first, axis=1)
+    order = np.argsort(near, axis=1, kind="stable")
+    return np.sqrt(np.take_along_axis(near, order, axis=1)), np.take_along_axis(which, order, axis=1)
+
+
 def _smallest(distances: Array, k: int) -> Array:
     """The k + 1 smallest of each row, the largest of them last."""
     if distances.shape[1] > k:

@@ -203,6 +203,19 @@ def read_file(path: AnyPath) -> bytes:
     return content
 
 
+def lines_of(path: str, name: str, what: str) -> list[str]:
+    """The lines of a file of texts, without the blank ones and spaces around words.
+
+    :param name: of the path, and `what` each line holds, in messages.
+    """
+    refuse_missing(path, name, f"give a file with a {what} on each line")
+    with as_user_error(f"{name} cannot be read as text ({WHY})", OSError, ValueError):
+        lines = read_file(path).decode("utf-8-sig").splitlines()
+    lines = [" ".join(line.split()) for line in lines if line.strip()]
+    refuse((not lines, f"{name} holds no {what}: write one on each line"))
+    return lines
+
+
 def local_size(file: BinaryIO) -> int:
     """Bytes of a file on the disk, at most `MAX_BYTES`."""
     size = os.fstat(file.fileno()).st_size

@@ -164,6 +164,7 @@ class Job(RestartableJob):
     :param total: images of the larger one; 0: there is none.
     :param labels: class ids taken in turn: image i gets labels[i % len(labels)].
     :param num_classes: without `labels`, image i draws its label from range(num_classes); 0: no labels at all.
+    :param keep_labels: False leaves labels out of the result, where they say nothing of an image (`randomize_class`).
     :param class_names: names by class id, for the rows of the grid.
     :param conditioning: indices of a batch -> further keyword arguments of the network, one row per index.
     :param start: indices of a batch and the network's keyword arguments for it -> further options of the loop, such as
@@ -184,6 +185,7 @@ class Job(RestartableJob):
     total: int = 0
     labels: Sequence[int] = ()
     num_classes: int = 0
+    keep_labels: bool = True
     class_names: Sequence[str] = ()
     conditioning: Conditioning | None = None
     start: Start | None = None
@@ -214,7 +216,7 @@ class Job(RestartableJob):
     def arrays(self) -> list[tuple[tuple[int, ...], Any]]:
         """Images, channels last, and labels if there are any."""
         images = ((*self.shape[1:], self.shape[0]), np.uint8)
-        return [images, ((), np.int64)] if self.labelled else [images]
+        return [images, ((), np.int64)] if self.labelled and self.keep_labels else [images]
 
     @property
     def labelled(self) -> bool:

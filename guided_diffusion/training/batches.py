@@ -6,7 +6,7 @@ Shapes: N images of a batch on all ranks together, n of them on this one or in o
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from .. import dist_util, logger
 from ..runtime.errors import as_user_error
 from ..runtime.pictures import range_in_words, to_unit
 from ..runtime.seeds import to_device
-from .meter import Meter
+from .meter import Meter, gather_losses, join
 from .noise import Draw
 
 Cond = Mapping[str, th.Tensor]
@@ -114,6 +114,27 @@ class RollingValidation(Validation):
 
     def parts(self, updates: int) -> list[Part]:
         return [Part(updates, *next(self.data))]
+
+
+def measured(
+    parts: Iterable[Part],
+    draw: Callable[..., Draw],
+    terms: Callable[..., Mapping[str, th.Tensor]],
+    model: th.nn.Module,
+    size: int,
+) -> dict[str, th.Tensor]:
+    """t and the terms of the images of all ranks, which all call it; {} where there are no parts.
+
+    :param draw: and `terms`: as `TrainLoop._draw` and `compute_losses`.
+    :param size: of a microbatch.
+    """
+    rows = []
+    for key, batch, cond, counted in parts:
+        drawn = draw(batch, key, validation=True, counted=counted)
+        values = join([terms(*cut, model) for cut in microbatches(batch, cond, drawn, size)])
+        t, values = gather_losses({"t": drawn.t, **values})
+        rows.append({name: value[:counted] for name, value in [("t", t), *values.items()]})
+    return join(rows) if rows else {}
 
 
 # ---- microbatches

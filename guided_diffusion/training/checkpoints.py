@@ -218,7 +218,8 @@ def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
     )
     bare = f"{what} {path} holds no ema_RATE_NNNNNN.pt or modelNNNNNN.pt: give a checkpoint or a run's folder"
     refuse((not sets or not sets[-1].best, f"{bare}, of diffusers one with {SINGLE[1]}, such as unet in a pipeline's"))
-    taken, warmed_up = sets[-1], config_beside(path).get("ema_warmup")
+    taken, config = sets[-1], config_beside(path)
+    warmed_up = config.get("ema_warmup") or config.get("ema_start")
     old = {rate: name for rate, name in taken.emas.items() if warmed_up or not is_young(rate, taken.step or 0)}
     return replace(taken, path=replace(taken, emas=old).best or taken.best)
 
@@ -352,16 +353,16 @@ def choose(path: str, *, auto: bool = False) -> tuple[Checkpoint | None, list[st
 # ---- to remove
 
 
-def keep_last(folder: str, count: int, every: int = 0) -> None:
+def keep_last(folder: str, count: int, every: int = 0, best: int = 0) -> None:
     """Remove all complete checkpoints but the newest `count`, and what is not complete before them; 0 keeps all.
 
-    :param every: complete ones at multiples of so many steps stay as well; 0: none.
+    :param every: complete ones at multiples of so many steps stay as well, and that of step `best`; 0: none.
     :raises OSError: naming a file that cannot be removed.
     """
     sets = sets_in(folder)
     complete = [step for step, entry in sets.items() if not fault(entry, sets)] if count else []
     for step, entry in sets.items():
-        stays = step in complete[-count:] or (every and step % every == 0 and step in complete)
+        stays = step in complete[-count:] or (step in complete and (step == best or (every and step % every == 0)))
         if complete and step < complete[-1] and not stays:
             remove(entry)
 

@@ -6,7 +6,7 @@ Shapes: N images of all ranks, n of one rank.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,14 @@ import numpy as np
 import torch as th
 
 from .. import dist_util, logger
+
+LEGEND = {
+    "loss": "what is minimised",
+    "mse": "the squared error of the prediction",
+    "vb": "the variational bound in bits per dimension",
+    "acc@1": "the share of labels that the first guess is",
+}
+QUARTERS = "; NAME_q0 .. NAME_q3 are the same over the quarters of t, from the least noisy to the noisiest"
 
 
 class Meter:
@@ -29,6 +37,7 @@ class Meter:
         shown = progress and dist_util.rank() == 0
         self._bar = logger.progress_bar(shown=shown, total=total or None, initial=done, unit="step", dynamic_ncols=True)
         self._losses: list[dict[str, th.Tensor]] = []
+        self._explained = False
         self._restart()
 
     def _restart(self) -> None:
@@ -86,9 +95,18 @@ class Meter:
             rows, self._losses = self._losses, []
             t, losses = gather_losses(join(rows))
             log_losses(t, {prefix + name: value for name, value in losses.items()})
+            self._explain(losses, prefix)
         if self._steps:
             self.log_speed()
             logger.dumpkvs()
+
+    def _explain(self, names: Iterable[str], prefix: str) -> None:
+        """Say once what the columns of losses are."""
+        known = ", ".join(f"{prefix}{name} is {LEGEND[name]}" for name in names if name in LEGEND)
+        if known and not self._explained:
+            quartered = any("_q" in name for name in logger.getkvs())
+            logger.log(f"columns of the log: {known}{QUARTERS if quartered else ''}")
+        self._explained = True
 
     def log_speed(self) -> None:
         """Log images_per_second, data_wait (of the rank that waited longest) and save_stall; every rank calls it."""

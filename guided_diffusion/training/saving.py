@@ -348,7 +348,7 @@ class Saver:
         self.asynchronous, self.keep_last, self.keep_every, self.kind = asynchronous, keep_last, keep_every, kind
         self.source = ""  # the weights that were resumed from: never written again
         self._pending: Future[list[str]] | None = None
-        self._swept = False
+        self.best, self._swept = 0, False  # the step whose checkpoint stays whatever `keep_last` says
         self._group: dist.ProcessGroup | None = None  # of the threads of all ranks
         self._mesh: Any = None
 
@@ -433,7 +433,7 @@ class Saver:
         self._swept = True
         lines = [f"saved {path}" for path in write_set(folder, step, parts, entries)]
         try:
-            checkpoints.keep_last(folder, self.keep_last, self.keep_every)
+            checkpoints.keep_last(folder, self.keep_last, self.keep_every, self.best)
         except OSError as error:  # a full folder is no reason to stop
             lines.append(f"an older checkpoint could not be removed: {error}")
         return lines

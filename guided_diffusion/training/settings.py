@@ -39,6 +39,7 @@ class Settings:
         writes its part.
     :param ema_profiles: widths of averages by power functions that are saved too, as text separated by commas.
     :param ema_warmup: the rate after n updates is at most (1 + n) / (10 + n), so that a young average is no noise.
+    :param ema_start: up to so many updates averages are the weights themselves, and n counts from there.
     """
 
     precision: str = ""
@@ -60,5 +61,6 @@ class Settings:
     async_save: bool = False
     fsdp: bool = False
     ema_warmup: bool = False
+    ema_start: int = 0
     ema_profiles: str = ""
     checkpoint_format: str = "gathered"

@@ -42,18 +42,18 @@ VALUES_BEYOND = [
         "autoguide_path guidance_interval init_image mask interpolate init_classes init_from freeze lora_train "
         "lora_path cond_type cond_dir val_cond_dir cond_images cond_class_from classifier_path ema_rate "
         "channel_mult autoencoder_path autoencoder_id preset shard data_weights balance vector vectors vector_columns "
-        "ema_profiles",
+        "ema_profiles class_sampling",
     ),
     (
         False,
         "compile fsdp dry_run fast_decode cache_images random_crop use_neighborhood_attention predict_v "
         "zero_terminal_snr null_class save_images spread save_terms mask_invert invert null_cond skip_unpaired "
-        "ema_warmup use_new_attention_order cache_latents copy_autoencoder",
+        "ema_warmup randomize_class use_new_attention_order cache_latents copy_autoencoder",
     ),
     (
         0,
         "seed warmup_steps keep_last keep_every max_steps sample_interval eval_interval steps order save_intermediate "
-        "lora_rank cond_channels latent_channels start_index decode_tile vector_dim",
+        "lora_rank cond_channels latent_channels start_index decode_tile vector_dim ema_start",
     ),
     (0.0, "grad_clip cond_aug cond_aug_level class_dropout dynamic_threshold cfg_rescale lora_alpha cond_dropout"),
     (0.0, "scale_factor tile_overlap"),
@@ -64,7 +64,8 @@ VALUES_BEYOND = [
     (1.0, "cfg_scale autoguide_scale lora_scale classifier_scale"),
     (10.0, "dist_timeout"),
     ("auto", "class_from clip_guided"),
-    (2, "num_workers dims"),
+    (2, "dims"),
+    (-1, "num_workers"),
     ("error", "on_bad_image init_mismatch"),
     (True, "random_flip async_save"),
     (50, "max_bad_steps"),
@@ -252,6 +253,7 @@ NOT_GIVEN = {
     ("data_weights", ""),
     ("port", 0),
     ("num_heads_upsample", -1),
+    ("num_workers", -1),
 }
 
 
@@ -334,6 +336,7 @@ def test_conditions_name_flags():
         ),
         ("image_sample", "--lora_scale 2", "--lora_scale has no effect without --lora_path"),
         ("image_sample", "--cond_class_from auto", "--cond_class_from has no effect without --cond_images"),
+        ("image_sample", "--randomize_class --classes 1", "--randomize_class and --classes exclude each other"),
         ("image_sample", "--cfg_scale 2", ""),  # the checkpoint says whether there are classes
         ("classifier_sample", "--classifier_path x --classifier_scale 0 --guidance_interval 10,30", "has no effect"),
         ("classifier_sample", "--classifier_path x --guidance_interval 10,30", ""),

@@ -54,6 +54,7 @@ from guided_diffusion.commands.sampling import labels_of
 from guided_diffusion.config import ClassifierConfig, DiffusionConfig, SuperResConfig
 from guided_diffusion.data.init_images import InitImages
 from guided_diffusion.runtime.files import write_json
+from guided_diffusion.runtime.seeds import image_generator
 from guided_diffusion.sampling.editing import invert, slerp
 from guided_diffusion.sampling.guidance import (
     autoguidance,
@@ -107,6 +108,27 @@ def test_a_run_folder_is_all_that_sampling_needs(runs: Runs, tmp_path: Path) -> 
     assert str(tmp_path / "samples_5x8x8x3.npz") in log.splitlines()[-1]
     for words in ("Ancestral()", "4 of 40 steps", "cosine schedule", "predicts eps with a learned variance", "seed 0"):
         assert words in log
+
+
+def test_labels_are_random_balanced_or_listed(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model_path", runs["unet"], *SAMPLING]
+    (tmp_path / "classes.txt").write_text("cat\ndog\nowl\n")
+    listed = ["--classes", f"@{tmp_path / 'classes.txt'}"]
+    rules = {"plain": [], "random": ["--class_sampling=random"], "balanced": ["--class_sampling=balanced"]}
+    rules |= {"list": [*listed, "--class_sampling=list"]}
+    saved = {name: saved_by(image_sample.main, tmp_path / name, *argv, *words) for name, words in rules.items()}
+    assert saved["balanced"]["arr_1"].tolist() == [0, 1, 2, 0, 1]
+    for one, other in (("plain", "random"), ("balanced", "list")):
+        for array in ("arr_0", "arr_1"):
+            np.testing.assert_array_equal(saved[one][array], saved[other][array])
+    for words, message in (
+        (["--class_sampling=list"], "--class_sampling list has no effect without --classes: give both"),
+        (
+            ["--class_sampling=balanced", *listed],
+            "--class_sampling balanced and --classes exclude each other: give one",
+        ),
+    ):
+        assert message in refused(image_sample.main, [*argv, *words, "--log_dir", str(tmp_path / "out")], capsys)
 
 
 def test_an_unconditional_model_saves_no_labels(runs: Runs, tmp_path: Path) -> None:
@@ -684,6 +706,29 @@ def test_fewer_images_and_labels_from_the_command_line(runs: Runs, base: Path, t
     assert saved["arr_1"].tolist() == [2, 0, 2]
 
 
+def test_an_upsampler_of_classes_enlarges_without_any(runs: Runs, base: Path, tmp_path: Path, ranks: Nursery) -> None:
+    unlabelled = tmp_path / "base.npz"
+    with np.load(base) as small:
+        images = small["arr_0"]
+    np.savez(unlabelled, images)
+    argv = ["--model_path", runs["upsampler"], "--randomize_class", "True", "--timestep_respacing", "4"]
+    argv += ["--batch_size", "5", "--save_images", "True"]
+    saved = saved_by(super_res_sample.main, tmp_path / "none", "--base_samples", str(unlabelled), *argv)
+    assert set(saved) == {"arr_0"}
+    assert sorted(os.listdir(tmp_path / "none" / "images"))[0] == "000000.png"
+    generators = [image_generator(0, index) for index in range(5)]
+    labels = [int(th.randint(3, (), generator=generator)) for generator in generators]  # the first draw of each
+    low_res = th.from_numpy(images).movedim(-1, 1) / 127.5 - 1
+    options = {"more": {"low_res": low_res}, "generator": generators, "randomize_class": True}
+    np.testing.assert_array_equal(saved["arr_0"], by_hand(runs.process, runs.upsampler, labels, 5, **options))
+    again = saved_by(super_res_sample.main, tmp_path / "own", "--base_samples", str(base), *argv)
+    np.testing.assert_array_equal(again["arr_0"], saved["arr_0"])  # whatever labels the images have
+
+    argv[2:4] = ["--class_sampling", "balanced"]
+    saved = saved_by(super_res_sample.main, tmp_path / "balanced", "--base_samples", str(unlabelled), *argv)
+    assert saved["arr_1"].tolist() == [0, 1, 2, 0, 1]
+
+
 def test_two_commands_run_in_threads_of_one_process(runs: Runs, tmp_path: Path) -> None:
     def run(seed: int, folder: Path) -> bytes:
         image_sample.main(["--model_path", runs["unet"], *SAMPLING, "--seed", str(seed), "--log_dir", str(folder)])
@@ -834,7 +879,8 @@ def test_mistakes_in_enlarging_get_one_sentence(
         ("--base_samples TMP/picture.png", "the images have no labels that fit"),
         (f"--base_samples {base} --num_samples 6", "--num_samples 6 is more than the 5 images of"),
         (f"--base_samples {base} --classes 1", "the images have labels of their own"),
-        ("--base_samples TMP/bare.npz", "the images have no labels (arr_1): give --classes"),
+        (f"--base_samples {base} --class_sampling random", "--class_sampling random has no effect, as the images have"),
+        ("--base_samples TMP/bare.npz", "labels (arr_1): give --classes, or --randomize_class True"),
         ("--base_samples TMP/flat.npz", "are not of small_size 4x4, the first is"),
         ("--base_samples TMP/outside.npz", "class 3 does not exist: the classes are 0 .. 2"),
         ("--base_samples TMP/one.npz", "labels arr_1 (1,) of int64"),

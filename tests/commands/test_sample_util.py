@@ -20,6 +20,7 @@ from PIL import Image
 
 from guided_diffusion import logger
 from guided_diffusion.config import UNetConfig
+from guided_diffusion.data.labels import listed_classes
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion
 from guided_diffusion.runtime.jobs import Job
 from guided_diffusion.runtime.labels import parse_classes
@@ -283,6 +284,23 @@ def test_class_lists() -> None:
         parse_classes("cow", 3, names)
     with pytest.raises(ValueError, match="class 'cow' is unknown: there is no"):
         parse_classes("cow", 3)
+
+
+def test_a_file_lists_classes_line_by_line(tmp_path: Path) -> None:
+    names, path = ["a, b", "a", "b"], tmp_path / "classes.txt"
+    path.write_text("a\n\n b \na, b\n1,2\n")
+    assert listed_classes(f"@{path}", 3, names) == [1, 2, 0, 1, 2]
+    assert listed_classes("a,b", 3, names) == [0]
+    path.write_text("a\ncow\n")
+    with pytest.raises(ValueError, match="class 'cow' is unknown"):
+        listed_classes(f"@{path}", 3, names)
+    path.write_text(" \n")
+    with pytest.raises(ValueError, match="holds no class: write one on each line"):
+        listed_classes(f"@{path}", 3)
+    with pytest.raises(ValueError, match="give a file with a class on each line"):
+        listed_classes(f"@{tmp_path / 'nothing'}", 3)
+    with pytest.raises(ValueError, match="class '@"):
+        parse_classes(f"@{path}", 3, names)  # what a browser sends reads no file
 
 
 def test_names_of_classes_may_hold_commas() -> None:

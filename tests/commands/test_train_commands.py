@@ -17,6 +17,7 @@ from guided_diffusion import commands, logger
 from guided_diffusion.commands import classifier_train, flags as cli, image_train, super_res_train
 from guided_diffusion.commands.common import restore
 from guided_diffusion.commands.previews import compare_colours
+from guided_diffusion.commands.training import open_streams
 from guided_diffusion.runtime.files import write_json
 from guided_diffusion.training import checkpoints
 
@@ -243,6 +244,25 @@ def test_a_classifier_is_trained_and_measured(tmp_path, pictures):
     assert column(out, "lr") == pytest.approx([3e-4, 1.5e-4])
     assert all(0 <= value <= 1 for value in column(out, "val_acc@1") + column(out, "train_acc@1"))
     assert len(column(out, "val_acc@2")) == 2
+    rows = list(csv.reader((out / "confusion.csv").read_text().splitlines()))
+    assert rows[0] == ["class", "a", "b"]
+    assert [(row[0], sum(map(int, row[1:]))) for row in rows[1:]] == [("a", 4), ("b", 4)]
+    right = (int(rows[1][1]) + int(rows[2][2])) / 8
+    best = json.loads((out / "best.json").read_text())
+    assert (best["step"], best["acc@1"]) == (2, right)
+    assert len(best["quarters"]) == 4
+    assert f"all 8 validation images after 2 steps: acc@1 {right:.4f}" in (out / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("cpus", "asked", "workers"), [(1, -1, 1), (3, -1, 3), (20, -1, 8), (3, 0, 0)])
+def test_images_are_decoded_by_as_many_processes_as_there_are_processors(
+    tmp_path, pictures, monkeypatch, cpus, asked, workers
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)), raising=False)
+    logger.configure(dir=str(tmp_path), format_strs=[])
+    flags = cli.parse("image_train", command_line(data_dir=pictures, image_size=8, num_workers=asked))
+    stream, _ = open_streams(flags, image_size=8, class_cond=False)
+    assert stream.num_workers == workers
 
 
 def test_an_upsampler_is_trained(tmp_path, pictures):

@@ -434,6 +434,28 @@ def test_the_command_ends_with_the_scores_and_writes_all_it_knows(pair, tmp_path
     assert any("kept from an earlier run" in line for line in again)
 
 
+def test_copies_are_the_nearest_neighbours(pair, tmp_path, judge, capsys):
+    copies = MADE.copy()
+    copies[[41, 5]] = REAL[[17, 60]]
+    np.savez(tmp_path / "copies.npz", copies)
+    out, picture = tmp_path / "result.json", tmp_path / "pictures" / "near.png"
+    words = [str(tmp_path / "copies.npz"), "--features", judge, "--metrics", "fid", "--neighbours", str(picture)]
+    evaluator.main([pair[0], *words, "--json", str(out)])
+    facts = json.loads(out.read_text())["neighbours"]
+    assert {near["sample"]: near["reference"][0] for near in facts["nearest"][:2]} == {41: 17, 5: 60}
+    assert facts["nearest"][1]["distances"][0] < 0.01 * facts["median"]
+    assert len(facts["nearest"]) == 16
+    assert facts["nearer"] >= 2
+    assert f"{picture}: the 16 samples nearest to the reference" in capsys.readouterr().out
+    with Image.open(picture) as grid:
+        assert grid.width > grid.height / 16
+    upstream_reference(tmp_path / "statistics.npz", Cheap(), images=None, more=REAL)
+    with pytest.raises(SystemExit) as stop:
+        evaluator.main([str(tmp_path / "statistics.npz"), *words])
+    assert stop.value.code == 2
+    assert "--neighbours needs 3 images or more on either side" in capsys.readouterr().err
+
+
 def test_folders_are_cropped_where_that_is_asked_for(pair, tmp_path, judge, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()

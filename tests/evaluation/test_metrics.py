@@ -253,6 +253,10 @@ def test_manifolds_are_the_plain_formulas(case):
     near = distances < ours[:, 5, None]
     expected = near.sum() / (5 * len(samples)), near.any(axis=1).mean()
     assert density_coverage(reference, samples, block=101) == pytest.approx(expected, abs=1e-12)
+    for k, block in ((1, 77), (3, 1000)):
+        nearest = metrics.nearest_neighbours(samples + 30, reference + 30, k, block=block)
+        assert np.allclose(nearest[0], np.sqrt(np.sort(distances, axis=0)[:k].T), rtol=1e-4)
+        assert np.allclose(np.take_along_axis(distances.T, nearest[1], axis=1), nearest[0] ** 2, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", metrics.DTYPES)

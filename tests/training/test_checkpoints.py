@@ -171,8 +171,9 @@ def test_sampling_takes_the_newest_average_then_the_newest_model(tmp_path):
 )
 def test_sampling_takes_the_slowest_average_that_is_no_longer_than_the_run(tmp_path, step, warmed_up, kinds, taken):
     write_set(tmp_path, step, kinds=kinds)
-    write_json(str(tmp_path / "config.json"), {"flags": {"ema_warmup": warmed_up}})
-    assert checkpoints.open_checkpoint(str(tmp_path)).path == str(tmp_path / taken)
+    for flags in ({"ema_warmup": warmed_up}, {"ema_start": 9 * warmed_up}):
+        write_json(str(tmp_path / "config.json"), {"flags": flags})
+        assert checkpoints.open_checkpoint(str(tmp_path)).path == str(tmp_path / taken)
 
 
 def test_config_and_classes_lie_beside_the_weights(tmp_path):

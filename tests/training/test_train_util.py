@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import os
 import random
 import re
@@ -179,6 +180,15 @@ def test_a_classifier_of_three_classes_learns_them(tmp_path, pictures):
     for name in ("train_loss", "val_loss", "val_acc@1"):
         assert column(straight, name) == column(parts, name)
 
+    assert json.loads((tmp_path / "best.json").read_text()) | {"loss": 0} == {
+        "step": 25,
+        "acc@1": 1.0,
+        "loss": 0,
+        "quarters": [1.0],
+    }
+    assert (tmp_path / "confusion.csv").read_text() == "class,blue,green,red\nblue,4,0,0\ngreen,0,4,0\nred,0,0,4\n"
+    assert (straight / "confusion.csv").read_bytes() == (parts / "confusion.csv").read_bytes()
+
     noisy = make(tmp_path / "noisy", loop.data, kind=ClassifierTrainLoop, network=loop.model, ema_rate="", batch_size=6)
     noisy.run_loop()
     assert {f"train_acc@1_q{quarter}" for quarter in range(4)} <= set(rows(tmp_path / "noisy")[0])
@@ -267,6 +277,7 @@ def train_at_once_and_in_parts(folder, pictures, *, batch_size=4, **options):
         usual = {
             "ema_rate": "0.5,0.9,0.999",
             "ema_warmup": True,
+            "ema_start": 3,
             "warmup_steps": 2,
             "lr_anneal_steps": 9,
             "max_steps": 6,
@@ -939,6 +950,33 @@ def test_an_average_with_warm_up_follows_faster_at_first(tmp_path, pictures):
     assert "averages over about" not in text(tmp_path)
 
 
+def test_until_an_average_starts_it_is_the_weights_themselves(tmp_path, pictures):
+    for warmed_up in (False, True):
+        folder = tmp_path / str(warmed_up)
+        options = {"save_interval": 1, "max_steps": 4, "ema_rate": "0.5", "ema_warmup": warmed_up, "ema_start": 2}
+        make(folder, stream(pictures), **options).run_loop()
+        model, average = (
+            [
+                th.cat([*map(th.flatten, checkpoints.load(str(folder / f"{kind}{step:06d}.pt")).values())])
+                for step in (1, 2, 3, 4)
+            ]
+            for kind in ("model", "ema_0.5_")
+        )
+        assert th.equal(average[0], model[0])
+        assert th.equal(average[1], model[1])
+        for index, n in ((2, 0), (3, 1)):
+            rate = (1 + n) / (10 + n) if warmed_up else 0.5
+            th.testing.assert_close(average[index], rate * average[index - 1] + (1 - rate) * model[index])
+        assert "from step 2" in text(folder)
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        list(saving.write_set(str(tmp_path), step, {"model": {}}))
+    checkpoints.keep_last(str(tmp_path), 1, best=2)
+    assert files(tmp_path) == ["model000002.pt", "model000004.pt"]
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path, pictures):
     make(tmp_path, stream(pictures), save_interval=1, max_steps=4, keep_last=2, ema_rate="").run_loop()
     assert files(tmp_path) == [f"{kind}{step:06d}.pt" for kind in ("model", "opt", "state") for step in (3, 4)]
@@ -1140,6 +1178,15 @@ def test_the_log_has_a_mean_and_four_quarters_of_each_loss(tmp_path):
             "mse_q3": 20,
         }
     )
+
+
+def test_the_log_says_once_what_its_columns_are(tmp_path, pictures):
+    make(tmp_path, stream(pictures), max_steps=3).run_loop()
+    said = (
+        "columns of the log: loss is what is minimised, mse is the squared error of the prediction; NAME_q0 .. NAME_q3"
+    )
+    assert text(tmp_path).count(said) == 1
+    assert text(tmp_path).count("columns of the log") == 1
 
 
 def test_a_line_is_the_mean_over_its_steps(tmp_path, pictures):
