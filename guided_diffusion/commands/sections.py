@@ -86,7 +86,9 @@ class LatentTrainConfig(LatentConfig):
 
     NEEDS: ClassVar[str] = "autoencoder_path"
     cache_latents: bool = flag(
-        False, "encode every image once, to files in the run's folder", excludes="random_crop cache_images"
+        False,
+        "encode every image once, to files in the run's folder",
+        excludes="random_crop cache_images on_bad_image=skip",
     )
     copy_autoencoder: bool = flag(False, "keep a copy of the autoencoder in the run's folder, which can then be moved")
 
