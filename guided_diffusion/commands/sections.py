@@ -7,9 +7,7 @@ from typing import ClassVar
 
 from ..config import (
     BALANCES,
-    CLASS_RULES,
     FITS,
-    LABEL_COLUMN,
     LABELLED,
     PRECISIONS,
     DataConfig,
@@ -28,7 +26,6 @@ MISMATCHES = ("error", "reinit", "inflate")
 CLASSES = "labels in turn: 207,360, names of classes.json, or @FILE with one on each line; '' draws at random"
 VECTOR = "numbers for --vector_columns, such as 1,0,0.5; nan for an unknown one; several vectors with ; between them"
 INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
-LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
 COND_FN = "classifier_path&classifier_scale|clip_path&clip_scale"  # where the gradient of something guides
 LORA_KINDS = ("attention", "convolutions")
 LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
@@ -293,10 +290,6 @@ class CondSampleConfig:
     """Conditioning images to sample for: a sample for each."""
 
     cond_images: str = path_flag("folder, zip or npz (arr_0) of conditioning images, or one", needs="cond_type")
-    cond_class_from: str = flag(
-        "", LABELS_FROM, choices=("", *CLASS_RULES), needs="cond_images class_cond|classifier_path", excludes="classes"
-    )
-    label_column: str = flag("", LABEL_COLUMN, needs="cond_class_from")
 
 
 @dataclass(frozen=True, kw_only=True)
