@@ -346,9 +346,7 @@ def parser(name: str, only: Sequence[str] = (), title: str = "") -> _Parser:
         "-h", "--help", action=_Help, nargs="?", const=name, default=argparse.SUPPRESS, metavar="all", help=about
     )
     group.add_argument("--version", action="version", version=f"guided-diffusion {__version__}")
-    about = (
-        "flags from a .yaml, .json or .toml file, or a run's config.json; of several files the last one, and of all "
-    )
+    about = "flags from a .yaml or .json file, or a run's config.json; of several files the last one, and of all "
     group.add_argument("--config", action="append", metavar="FILE", help=f"{about}the command line has the last word")
     return result
 

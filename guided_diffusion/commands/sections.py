@@ -315,9 +315,7 @@ class CascadeConfig(RunConfig):
     prompt: str = flag("", "what the images show, for all stages that attend to text", excludes="prompts")
     prompts: str = path_flag("file of prompts, one on each line, for the images in turn")
     save_images: bool = flag(False, "write one PNG per image of the last stage as well")
-    stages: str = local_flag(
-        "TOML, YAML or JSON file of the stages' flags, by stage; the command line has the last word"
-    )
+    stages: str = local_flag("YAML or JSON file of the stages' flags, by stage; the command line has the last word")
 
 
 @dataclass(frozen=True, kw_only=True)
