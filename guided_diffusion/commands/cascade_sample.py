@@ -56,7 +56,6 @@ def parse_stages(argv: Sequence[str] | None = None) -> tuple[Flags, dict[str, Fl
 
 
 def _words_of_file(path: str) -> dict[str, list[str]]:
-    """The flags of each stage in the file of --stages, as words of a command line."""
     try:
         stages, remedy = read_table(path), "write for example up1: {model_path: run}"
         refuse(

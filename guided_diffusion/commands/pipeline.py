@@ -152,7 +152,6 @@ def load(
 
 
 def _opened(path: str) -> Checkpoint:
-    """The checkpoint at a path, or a UserError with the nearest names."""
     if not files.exists(path):
         hint = nearest(path, presets.all_presets()) or ": 'guided-diffusion models list' prints the names"
         raise UserError(f"{path!r} is no file, no folder, and no model that has a name{hint}")
@@ -187,8 +186,6 @@ def _flags_of(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) 
 
 
 class _Warnings(logger.SeqWriter):
-    """Turns lines into warnings of Python."""
-
     def writeseq(self, seq: Iterable[str]) -> None:
         warnings.warn(" ".join(seq), stacklevel=5)
 
@@ -224,7 +221,6 @@ def _as_paths(options: Mapping[str, Any], labels: Sequence[int] | None = None) -
 
 
 def _write(path: str, name: str, value: Any, labels: Sequence[int] | None) -> None:
-    """Write images as an npz, prompts as lines."""
     if name == TEXTS:
         lines = [" ".join(text.split()) for text in value]
         refuse((not all(lines), "a text of prompt is empty: leave it out"))
@@ -362,7 +358,6 @@ class Model:
             return self._drawn(model, plan, loop)
 
     def _drawn(self, model: Restored, plan: Plan, loop: dict[str, Any]) -> Samples:
-        """The samples of a plan."""
         guides = [guide for guide in (plan.loop.get("cond_fn"), loop.get("cond_fn")) if guide is not None]
         job, options, calls = sampling.prepare(model, plan)
         if calls >= MANY and not model.flags.given.keys() & {"sampler", "steps", "timestep_respacing"}:
