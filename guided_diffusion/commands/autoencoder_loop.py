@@ -165,7 +165,6 @@ class AutoencoderLoop(TrainLoop):
             self._show(to_uint8(th.cat(originals)), to_uint8(th.cat(made)))
 
     def _show(self, images: Pixels, made: Pixels) -> None:
-        """Draw the first images above their reconstructions, and log their distance."""
         if images.shape[-1] in DRAWN_CHANNELS:
             columns = min(SHOWN, len(images))
             rows = [pixels[:columns] for pixels in (images, made)]

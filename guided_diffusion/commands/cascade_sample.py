@@ -56,9 +56,8 @@ def parse_stages(argv: Sequence[str] | None = None) -> tuple[Flags, dict[str, Fl
 
 
 def _words_of_file(path: str) -> dict[str, list[str]]:
-    """The flags of each stage in the file of --stages, as words of a command line."""
     try:
-        stages, remedy = read_table(path), 'write for example [up1] and model_path = "run"'
+        stages, remedy = read_table(path), "write for example up1: {model_path: run}"
         refuse(
             *((not isinstance(flags, dict), f"{path}: {name} is no stage: {remedy}") for name, flags in stages.items())
         )

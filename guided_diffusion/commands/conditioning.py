@@ -53,30 +53,17 @@ def drawn(kind: CondKind, cond_image: th.Tensor) -> Pixels | None:
     return to_uint8((cond_image * (shades + 1).view(-1, 1, 1)).sum(dim=1, keepdim=True) - 1)
 
 
-def _label_ids(source: ImageSource, names: Sequence[str], num_classes: int, rule: str, column: str) -> list[int]:
-    return read_labels(source, rule, names or None, len(names) or num_classes, label_column=column).ids
-
-
-def extend(plan: Plan, model: Restored, names: Sequence[str]) -> None:
-    """Make a sample for each of --cond_images, where the network sees conditioning images.
-
-    :param names: of the classes by id, [] where they are not known.
-    """
+def extend(plan: Plan, model: Restored) -> None:
+    """Make a sample for each of --cond_images, where the network sees conditioning images."""
     flags = model.flags
     kind, config, network = kind_of(flags), flags.part(CondSampleConfig), flags.part(UNetConfig)
     if kind is None:
         return
     trained = f"{model.path} was trained with conditioning images ({kind.name})"
     refuse((not config.cond_images, f"{trained}: give --cond_images"))
-
-    def label(source: ImageSource) -> list[int]:
-        return _label_ids(source, names, network.num_classes, config.cond_class_from, config.label_column)
-
-    sampling, all_of_them = flags.part(SampleConfig), "num_samples" in flags.changed
-    selection = Selection(sampling.num_samples, all=all_of_them, label=label if config.cond_class_from else None)
+    sampling = flags.part(SampleConfig)
+    selection = Selection(sampling.num_samples, all="num_samples" in flags.changed)
     images = open_cond_images(config.cond_images, kind, network.image_size, selection)
-    idle = images.source.array and config.cond_class_from not in ("", "auto")
-    refuse((idle, f"--cond_class_from {config.cond_class_from} has no effect on an array of images: leave it out"))
     if images.labels is not None and "labels" in plan.job and not (sampling.classes or sampling.class_sampling):
         plan.job |= {"labels": images.labels, "num_classes": 0}
     plan.job |= {"num_samples": len(images.source), "names": images.names, "conditioning": images.conditioning}
@@ -126,7 +113,8 @@ def read_base(flags: Flags, names: Sequence[str] = ()) -> BaseImages:
 
     def label(listing: ImageSource) -> list[int]:
         with as_user_error(f"the images have no labels that fit ({WHY}); or give --classes", ValueError):
-            return _label_ids(listing, names, config.num_classes, source.class_from, source.label_column)
+            count, column = len(names) or config.num_classes, source.label_column
+            return read_labels(listing, source.class_from, names or None, count, label_column=column).ids
 
     elsewhere = options.classes or options.class_sampling or options.randomize_class
     by_files = (_wants_labels(flags) and not elsewhere) or source.class_from != "auto"

@@ -99,7 +99,6 @@ def noise_of(
 
 
 def _invert(plan: Plan, model: Restored, classes: list[int], strength: float) -> None:
-    """Start every sample from the noise of its image, under the image's class."""
     images = plan.job["start"]
 
     def start(indices: Sequence[int], kwargs: dict[str, Any]) -> dict[str, th.Tensor]:

@@ -57,7 +57,6 @@ def extractor_named(features: str, *, weights: str = "", precision: str = "fp32"
 
 
 def _classifier(path: str, device: th.device, precision: str) -> Extractor:
-    """A classifier of this project, by the flags that are saved with it."""
     from ..evaluation.features import classifier_extractor
 
     given = {"classifier_path": path, "classifier_precision": precision, "classifier_use_fp16": False}

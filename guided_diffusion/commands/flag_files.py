@@ -1,4 +1,4 @@
-"""Flags from files: a table of names and values in YAML, JSON or TOML, or the config.json of a run."""
+"""Flags from files: a table of names and values in YAML or JSON, or the config.json of a run."""
 
 from __future__ import annotations
 
@@ -15,28 +15,23 @@ OF_A_PROCESS = ("log_dir", "device", "dist_timeout", "plugin", "resume_checkpoin
 
 
 def read_table(path: str) -> dict[str, Any]:
-    """The table in a file, whose ending says what it is written in: .toml, .yaml or .yml, else JSON.
+    """The table in a file: JSON where it ends in .json, else YAML, of which JSON is a part.
 
     :raises UserError: where it holds no table, or cannot be read.
     """
     from ..runtime.files import parse_json, read_file, refuse_missing
 
-    refuse_missing(resolved_path(path), path, "give a file of flags, .yaml, .toml or .json")
+    refuse_missing(resolved_path(path), path, "give a file of flags, .yaml or .json")
     with as_user_error(f"{path} cannot be used ({WHY})", OSError, ValueError, RecursionError):
         content = read_file(resolved_path(path))
-        ending = path.lower().rpartition(".")[2]
-        if ending == "toml":
-            import tomllib
-
-            return tomllib.loads(content.decode())
-        table = _read_yaml(content) if ending in ("yaml", "yml") else parse_json(content)
+        table = (parse_json if path.lower().endswith(".json") else _read_yaml)(content)
     if not isinstance(table, dict):
         raise UserError(f"{path} cannot be used (it holds no table): write NAME: VALUE lines, or a JSON object")
     return {str(name): value for name, value in table.items()}
 
 
 def _read_yaml(content: bytes) -> Any:
-    with as_user_error("YAML needs a package: run `pip install pyyaml`, or write JSON or TOML", ImportError):
+    with as_user_error("YAML needs a package: run `pip install pyyaml`, or write JSON, in a file .json", ImportError):
         import yaml
     try:
         return yaml.safe_load(content)

@@ -252,7 +252,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _paths(name: str, words: Sequence[str], prog: str) -> list[str]:
-    """The paths of a flag that may be given more than once."""
     reader = _Parser(prog=prog, add_help=False, allow_abbrev=False)
     reader.add_argument(f"--{name}", dest="paths", action="append", default=[])
     return [path for path in ",".join(reader.parse_known_args(words)[0].paths).split(",") if path]
@@ -278,7 +277,6 @@ def sampler_names() -> list[str]:
 
 
 def _about(spec: Field[Any]) -> str:
-    """The help text of a flag."""
     return str(spec.metadata["help"]).replace("{samplers}", ", ".join(sampler_names()))
 
 
@@ -310,8 +308,6 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Help(argparse.Action):
-    """Prints the help and ends the process."""
-
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, topic: Any, option: str | None = None) -> None:
         print(help_page(str(self.const), topic if topic != self.const else ""), end="")
         parser.exit(0)
@@ -346,9 +342,7 @@ def parser(name: str, only: Sequence[str] = (), title: str = "") -> _Parser:
         "-h", "--help", action=_Help, nargs="?", const=name, default=argparse.SUPPRESS, metavar="all", help=about
     )
     group.add_argument("--version", action="version", version=f"guided-diffusion {__version__}")
-    about = (
-        "flags from a .yaml, .json or .toml file, or a run's config.json; of several files the last one, and of all "
-    )
+    about = "flags from a .yaml or .json file, or a run's config.json; of several files the last one, and of all "
     group.add_argument("--config", action="append", metavar="FILE", help=f"{about}the command line has the last word")
     return result
 

@@ -63,7 +63,6 @@ def survey_of(model: Restored) -> Survey:
 
 
 def _measure(model: Restored) -> Measure:
-    """The kind of likelihood that the flags ask for."""
     from .. import logger
     from ..evaluation.likelihood import probability_flow, variational_bound
 

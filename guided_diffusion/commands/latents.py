@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,7 +21,7 @@ from .. import dist_util, logger
 from ..config import LoaderConfig, RunConfig
 from ..data.crops import Draws
 from ..data.items import Crop, ImageDataset, batches
-from ..data.sources import UnreadableImage, split_archive
+from ..data.sources import split_archive
 from ..runtime import files
 from ..runtime.atomic import replacing
 from ..runtime.errors import UserError
@@ -71,7 +71,7 @@ class Encoder:
 class CachedImages(ImageDataset):
     """A data set whose items are moments instead of images.
 
-    :param moments: [N, M, ...], M = 2 where the images are mirrored too; NaN for what could not be read.
+    :param moments: [N, M, ...], M = 2 where the images are mirrored too.
     """
 
     def __init__(self, images: ImageDataset, moments: NDArray[np.float32]) -> None:
@@ -84,8 +84,6 @@ class CachedImages(ImageDataset):
     def _crop(self, index: int, draws: Draws) -> Crop:
         mirrored = self.random_flip and draws.random() < 0.5  # the one draw that a crop in the middle takes
         moments = np.array(self.moments[index, int(mirrored)])
-        if np.isnan(moments).any():
-            raise UnreadableImage(self.local_images[index], "it could not be read when it was to be encoded")
         classes = self.local_classes
         return moments, {} if classes is None else {"y": np.array(classes[index], dtype=np.int64)}
 
@@ -126,12 +124,10 @@ class Encoding(RestartableJob):
         paths, options = self.images.local_images, plain_options(self.images)
         plain = ImageDataset(self.images.resolution, paths, random_flip=False, options=options)
         keys = [[(0, index) for index in self.rows(batch)] for batch in missing]
-        for indices, batch in zip(keys, batches(plain, keys, num_workers), strict=True):
-            yield (
-                self._moments(batch.images, device)
-                if not isinstance(batch, ValueError)
-                else self._one_by_one(plain, indices, device, batch)
-            )
+        for batch in batches(plain, keys, num_workers):
+            if isinstance(batch, ValueError):
+                raise UserError(str(batch))
+            yield self._moments(batch.images, device)
 
     @th.no_grad()
     def _moments(self, images: th.Tensor, device: th.device) -> NDArray[np.float32]:
@@ -142,21 +138,6 @@ class Encoding(RestartableJob):
             raise UserError(f"the latents of images are not finite: {self.stage.path} is damaged, or of other images")
         rows: NDArray[np.float32] = moments.cpu().numpy()
         return rows
-
-    def _one_by_one(
-        self, plain: ImageDataset, keys: Iterable[tuple[int, int]], device: th.device, error: ValueError
-    ) -> NDArray[np.float32]:
-        """The rows of a batch in which there are images that cannot be read."""
-        if self.images.options.on_bad_image != "skip" or not isinstance(error, UnreadableImage):
-            raise UserError(str(error))
-        shape, kind = self.arrays[0]
-        rows = []
-        for key in keys:
-            try:
-                rows.append(self._moments(th.from_numpy(plain[key][0])[None], device)[0])
-            except UnreadableImage:
-                rows.append(np.full(shape, np.nan, kind))
-        return np.stack(rows)
 
     def merge(self) -> None:
         """Write the moments of all images into one file, which can be read in any order."""

@@ -270,7 +270,6 @@ class Page:
 
 
 def _look_of(name: str, facts: Facts) -> dict[str, Any]:
-    """What a control shows for a model."""
     if name not in BY_MODEL:
         return {}
     guided, both = facts.classifier or facts.free, facts.classifier and facts.free

@@ -28,6 +28,7 @@ from .. import dist_util, logger
 from ..config import ClassifierConfig, CompileConfig, ProcessConfig, SuperResConfig, UNetConfig
 from ..data.labels import listed_classes
 from ..evaluation.likelihood import measured
+from ..networks.architecture import GLIDE
 from ..runtime import files
 from ..runtime.errors import WHY, UserError, as_user_error, nearest, refuse
 from ..runtime.npz import PROMPTS, write_arrays
@@ -36,7 +37,7 @@ from ..runtime.pictures import Pixels, as_picture, draw_each, grid_of_classes, s
 from ..sample_util import plain_images, sampled
 from ..sampling.guidance import combine
 from ..training.checkpoints import CLASSIFIER, UPSAMPLER, Checkpoint, open_checkpoint
-from . import editing, glide, image_nll, presets, prompts, sampling
+from . import editing, image_nll, presets, prompts, sampling
 from .common import Plan, Restored, restore
 from .flags import COMMANDS, Flags, command_of
 from .sections import SEED_STEP, AdapterConfig
@@ -145,17 +146,23 @@ def load(
         if kind == CLASSIFIER:
             other = "give it as classifier= beside a diffusion model"
             raise UserError(f"{path} is a classifier, which guides others: {other}")
-        enlargers = enlargers or glide.upsampler_beside(checkpoint)
+        enlargers = enlargers or _upsampler_beside(checkpoint)
         flags = _flags_of(ENLARGE if kind == UPSAMPLER else SAMPLE, {**options, "model_path": path})
         return Model(restore(flags, checkpoint=checkpoint), guide, enlargers, verbose)
 
 
 def _opened(path: str) -> Checkpoint:
-    """The checkpoint at a path, or a UserError with the nearest names."""
     if not files.exists(path):
         hint = nearest(path, presets.all_presets()) or ": 'guided-diffusion models list' prints the names"
         raise UserError(f"{path!r} is no file, no folder, and no model that has a name{hint}")
     return open_checkpoint(path, "the model")
+
+
+def _upsampler_beside(checkpoint: Checkpoint) -> list[str]:
+    """The upsampler in the folder of a base network of GLIDE, by the names that they are published under."""
+    folder, name = os.path.split(checkpoint.path)
+    path = files.join(folder or ".", name.replace("base", "upsample"))
+    return [path] if checkpoint.flags.get("text_encoder") == GLIDE and "base" in name and files.exists(path) else []
 
 
 def _flags_of(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) -> Flags:
@@ -179,8 +186,6 @@ def _flags_of(name: str, values: Mapping[str, Any], others: Sequence[str] = ()) 
 
 
 class _Warnings(logger.SeqWriter):
-    """Turns lines into warnings of Python."""
-
     def writeseq(self, seq: Iterable[str]) -> None:
         warnings.warn(" ".join(seq), stacklevel=5)
 
@@ -216,7 +221,6 @@ def _as_paths(options: Mapping[str, Any], labels: Sequence[int] | None = None) -
 
 
 def _write(path: str, name: str, value: Any, labels: Sequence[int] | None) -> None:
-    """Write images as an npz, prompts as lines."""
     if name == TEXTS:
         lines = [" ".join(text.split()) for text in value]
         refuse((not all(lines), "a text of prompt is empty: leave it out"))
@@ -354,7 +358,6 @@ class Model:
             return self._drawn(model, plan, loop)
 
     def _drawn(self, model: Restored, plan: Plan, loop: dict[str, Any]) -> Samples:
-        """The samples of a plan."""
         guides = [guide for guide in (plan.loop.get("cond_fn"), loop.get("cond_fn")) if guide is not None]
         job, options, calls = sampling.prepare(model, plan)
         if calls >= MANY and not model.flags.given.keys() & {"sampler", "steps", "timestep_respacing"}:

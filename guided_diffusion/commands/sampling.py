@@ -69,7 +69,7 @@ def drawing(model: Restored, classifier: Restored | None = None) -> Plan:
         plan.job |= labels_of(model.flags, names, count)
     if not config.class_cond and classifier is not None:
         plan.network = without_labels(plan.network)
-    conditioning.extend(plan, model, names)
+    conditioning.extend(plan, model)
     prompts.extend(plan, model)
     vectors.extend(plan, model)
     shape = image_shape(config.image_channels, config.image_size, config.dims)

@@ -7,9 +7,7 @@ from typing import ClassVar
 
 from ..config import (
     BALANCES,
-    CLASS_RULES,
     FITS,
-    LABEL_COLUMN,
     LABELLED,
     PRECISIONS,
     DataConfig,
@@ -28,7 +26,6 @@ MISMATCHES = ("error", "reinit", "inflate")
 CLASSES = "labels in turn: 207,360, names of classes.json, or @FILE with one on each line; '' draws at random"
 VECTOR = "numbers for --vector_columns, such as 1,0,0.5; nan for an unknown one; several vectors with ; between them"
 INTERVAL = "LOW,HIGH: guide only at these timesteps of 0 .. T; '' throughout"
-LABELS_FROM = "where labels of a folder or zip come from; '' leaves that to --classes"
 COND_FN = "classifier_path&classifier_scale|clip_path&clip_scale"  # where the gradient of something guides
 LORA_KINDS = ("attention", "convolutions")
 LORA_LIST = names_of(LORA_KINDS, "layer that carries adapters")
@@ -86,7 +83,9 @@ class LatentTrainConfig(LatentConfig):
 
     NEEDS: ClassVar[str] = "autoencoder_path"
     cache_latents: bool = flag(
-        False, "encode every image once, to files in the run's folder", excludes="random_crop cache_images"
+        False,
+        "encode every image once, to files in the run's folder",
+        excludes="random_crop cache_images on_bad_image=skip",
     )
     copy_autoencoder: bool = flag(False, "keep a copy of the autoencoder in the run's folder, which can then be moved")
 
@@ -291,10 +290,6 @@ class CondSampleConfig:
     """Conditioning images to sample for: a sample for each."""
 
     cond_images: str = path_flag("folder, zip or npz (arr_0) of conditioning images, or one", needs="cond_type")
-    cond_class_from: str = flag(
-        "", LABELS_FROM, choices=("", *CLASS_RULES), needs="cond_images class_cond|classifier_path", excludes="classes"
-    )
-    label_column: str = flag("", LABEL_COLUMN, needs="cond_class_from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,9 +315,7 @@ class CascadeConfig(RunConfig):
     prompt: str = flag("", "what the images show, for all stages that attend to text", excludes="prompts")
     prompts: str = path_flag("file of prompts, one on each line, for the images in turn")
     save_images: bool = flag(False, "write one PNG per image of the last stage as well")
-    stages: str = local_flag(
-        "TOML, YAML or JSON file of the stages' flags, by stage; the command line has the last word"
-    )
+    stages: str = local_flag("YAML or JSON file of the stages' flags, by stage; the command line has the last word")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,10 +231,8 @@ class Schedule(Iterable[list[Key]]):
         first, known = taken + self.offset, self._orders
         places = [divmod(place, self.count) for place in range(first, first + self.batch_size)]
         self._orders = {epoch: self.order(epoch) if epoch not in known else known[epoch] for epoch, _ in places}
-        return [(int(times[place]), int(indices[place])) for times, indices, place in self._at(places)]
-
-    def _at(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[Numbers, Numbers, int]]:
-        return ((*self._orders[epoch], place) for epoch, place in places)
+        ordered = ((*self._orders[epoch], place) for epoch, place in places)
+        return [(int(times[place]), int(indices[place])) for times, indices, place in ordered]
 
 
 class Loaded(NamedTuple):

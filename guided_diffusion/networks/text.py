@@ -7,8 +7,6 @@ Shapes: N batch, L tokens of a text, V tokens of the vocabulary, D channels of a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch as th
 import torch.nn.functional as F
 from torch import nn
@@ -102,10 +100,9 @@ class TextTransformer(nn.Module):
 
 
 class BERTEmbedder(nn.Module):
-    """Texts, or tokens [N, L] int64, as context [N, L, n_embed].
+    """Tokens [N, L] int64 as context [N, L, n_embed].
 
-    :param use_tokenizer: a folder of a tokenizer that transformers reads (bert-base-uncased's in latent-diffusion);
-        False: tokens are given.
+    :param use_tokenizer: False: texts become tokens outside of it.
     """
 
     def __init__(
@@ -115,36 +112,20 @@ class BERTEmbedder(nn.Module):
         vocab_size: int = 30522,
         max_seq_len: int = 77,
         device: str | th.device | None = None,
-        use_tokenizer: bool | str = False,
+        use_tokenizer: bool = False,
         embedding_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if use_tokenizer is True:
-            raise ValueError(
-                "use_tokenizer must name a local folder of a tokenizer, or be False: nothing is downloaded"
-            )
-        self.tokenizer: Any = None
         if use_tokenizer:
-            from transformers import AutoTokenizer
-
-            self.tokenizer = AutoTokenizer.from_pretrained(use_tokenizer, local_files_only=True)
+            raise ValueError(
+                "use_tokenizer must be False: give tokens, of the tokenizer that the network was trained with"
+            )
         self.max_seq_len = max_seq_len
         self.transformer = TextTransformer(n_embed, n_layer, vocab_size, max_seq_len, embedding_dropout)
         self.to(device)
 
-    def forward(self, text: th.Tensor | list[str]) -> th.Tensor:
-        tokens = text if isinstance(text, th.Tensor) else self.tokenize(text)
-        out: th.Tensor = self.transformer(tokens, return_embeddings=True)
+    def forward(self, text: th.Tensor) -> th.Tensor:
+        out: th.Tensor = self.transformer(text, return_embeddings=True)
         return out
 
     encode = forward
-
-    def tokenize(self, texts: list[str]) -> th.Tensor:
-        """Tokens [N, max_seq_len] of texts, cut or padded to that length."""
-        if self.tokenizer is None:
-            raise ValueError("the text encoder has no tokenizer: give tokens, or build it with use_tokenizer=FOLDER")
-        batch = self.tokenizer(
-            texts, truncation=True, max_length=self.max_seq_len, padding="max_length", return_tensors="pt"
-        )
-        tokens: th.Tensor = batch["input_ids"]
-        return tokens.to(self.transformer.token_emb.weight.device)

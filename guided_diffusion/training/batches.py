@@ -53,7 +53,6 @@ class Supply:
         return self._last
 
     def _first(self, batch: th.Tensor) -> str:
-        """What the numbers of the first batch are like."""
         if getattr(self._data, "encoder", None) is None:
             return f"images of the first batch, {range_in_words(to_unit(batch))}"
         return f"latents of the first batch, mean {batch.mean():.3g} and deviation {batch.std():.3g}, which should be 1"

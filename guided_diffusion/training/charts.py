@@ -113,7 +113,6 @@ def _thinned(points: Points, across: _Axis, count: int) -> dict[int, _Point]:
 
 
 def _upward(points: Sequence[_Point], scale: str) -> _Axis:
-    """The axis of the values."""
     low, high = min(point.low for point in points), max(point.high for point in points)
     log = scale == "auto" and low > 0 and high > low * LOG_FROM
     if scale == "zero":

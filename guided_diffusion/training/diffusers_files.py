@@ -172,7 +172,6 @@ def _unet_config(flags: Mapping[str, Any]) -> Config:
 
 
 def _unet_flags(config: Config) -> dict[str, Any]:
-    """The other way round."""
     widths, size = config["block_out_channels"], config["sample_size"]
     attends = ["Attn" in kind for kind in config["down_block_types"]]
     rates = [2**level for level, attending in enumerate(attends) if attending]
@@ -317,7 +316,6 @@ def _autoencoder_config(shapes: Mapping[str, Any], scale_factor: float) -> Confi
 
 
 def _autoencoder_shapes(config: Config) -> dict[str, Any]:
-    """The other way round."""
     widths, size = config["block_out_channels"], max(parse_size(config["sample_size"]))
     attends = [size // 2**level for level, kind in enumerate(config["down_block_types"]) if kind.startswith("Attn")]
     names = {"resolution": size, "in_channels": config["in_channels"], "out_ch": config["out_channels"]}
@@ -365,7 +363,6 @@ def _inverse(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _by_newer_names(state: State) -> dict[str, th.Tensor]:
-    """Weights by the names that they have in newer files."""
     older = re.compile(rf"(?<=\.attentions\.\d\.)({'|'.join(OLDER)})(?=\.)")
     return {older.sub(lambda match: OLDER[match[1]], name): value for name, value in state.items()}
 

@@ -157,7 +157,6 @@ class _Fitting:
         return None if other_head else self.source.weights.get(name)
 
     def difference(self, size: Size | None) -> str:
-        """A sentence about what does not fit."""
         if shapes(self.source.weights) == shapes(self.state):
             null = "with" if self.null[0] else "without"
             before, now = listed(self.source.classes, _SHOWN), listed(self.classes, _SHOWN)

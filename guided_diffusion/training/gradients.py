@@ -18,11 +18,6 @@ BUCKET = 2**22  # values per all-reduce: enough to fill a link, few enough for t
 ALIGNED = 4  # values: a gradient begins at a multiple of them, for kernels that read 16 bytes at once
 
 
-def _is_dense(value: th.Tensor) -> bool:
-    """Whether a tensor has its numbers in memory once each and without gaps, in whatever order."""
-    return alike(value, th.empty_like(value, device="meta"))
-
-
 class AdamW(th.optim.AdamW):
     """torch's, whose fused kernel for CPUs takes all tensors by their memory, and copies what is not contiguous first.
 
@@ -32,7 +27,7 @@ class AdamW(th.optim.AdamW):
     """
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
-        group["fused"] = group["fused"] and all(map(_is_dense, group["params"]))
+        group["fused"] = group["fused"] and all(alike(p, th.empty_like(p, device="meta")) for p in group["params"])
         if group["fused"]:
             self._lay_out(group["params"])
         has_complex: bool = super()._init_group(group, *lists)  # type: ignore[no-untyped-call]

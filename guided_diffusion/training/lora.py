@@ -91,7 +91,6 @@ def is_part(name: str) -> bool:
 
 
 def _sum(weight: th.Tensor, down: th.Tensor, up: th.Tensor, scale: float) -> th.Tensor:
-    """The weight of a convolution and its adapter in one."""
     return weight + scale * (up.flatten(1) @ down.flatten(1)).view_as(weight)
 
 

@@ -259,7 +259,6 @@ def _table(values: KeyValues) -> str:
 
 
 def _files(folder: Path) -> str:
-    """Where everything is."""
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name != NAME)
     links = " &middot; ".join(f'<a href="{escape(name)}">{escape(name)}</a>' for name in names if ".part-" not in name)
     return f'<h2>Files</h2><div class="card"><p><b>{escape(str(folder.resolve()))}</b></p><p>{links}</p></div>'

@@ -190,7 +190,6 @@ def _picked(content: Any, path: str, beside: str) -> Weights:
 
 
 def _plain_weights(content: Any, path: str, beside: str) -> dict[str, th.Tensor]:
-    """A state dict of some other network."""
     values = list(content.values()) if isinstance(content, dict) else [content]
     optimizer = isinstance(content, dict) and {"state", "param_groups"} <= set(content)
     if isinstance(content, dict) and not optimizer and all(isinstance(value, th.Tensor) for value in values):

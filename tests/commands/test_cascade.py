@@ -107,14 +107,10 @@ def test_a_file_of_stages_says_the_same_and_the_command_line_has_the_last_word(
         "up1": {"model_path": runs["first"], "cfg_scale": 1.5, "sampler": "dpm++2m", "steps": 3},
         "up2": {"model_path": runs["last"], "use_ddim": True, "cond_aug_level": 0.25, "timestep_respacing": "2"},
     }
-    toml = "".join(
-        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in flags.items())
-        for name, flags in stages.items()
-    )
-    (tmp_path / "stages.json").write_text(json.dumps(stages))
-    (tmp_path / "stages.toml").write_text(toml)
+    for file in ("stages.json", "stages.yaml"):
+        (tmp_path / file).write_text(json.dumps(stages))
     by_words = cascade_sample.parse_stages([*SHARED, *stages_of(runs)])[1]
-    for file in ("stages.json", "stages.toml"):
+    for file in ("stages.json", "stages.yaml"):
         argv = [*SHARED, "--stages", str(tmp_path / file), "--up1.cfg_scale=2", "--up2.batch_size", "3"]
         assert cascade_sample.parse_stages(argv)[1] == by_words
     cascade_sample.main([*argv, "--log_dir", str(tmp_path / "out")])
@@ -177,7 +173,7 @@ def test_two_ranks_make_the_files_of_one(runs: Runs, made: Path, tmp_path: Path,
         ),
         ("--upp.steps 3", "the stages are base, up1, up2, up3, and up3 is missing"),
         ("--numsamples 3", "cascade_sample.py: error: unknown flag --numsamples; did you mean --num_samples?"),
-        ("--stages nowhere.toml", "--stages nowhere.toml does not exist: give a file of flags"),
+        ("--stages nowhere.yaml", "--stages nowhere.yaml does not exist: give a file of flags"),
     ],
 )
 def test_mistakes_are_seen_before_anything_is_sampled(
@@ -194,10 +190,10 @@ def test_mistakes_are_seen_before_anything_is_sampled(
     [
         ("a.json", "{", "cannot be used ("),
         ("a.json", "[1]", "cannot be used ("),
-        ("a.json", '{"base": 1}', "base is no stage: write for example [up1]"),
+        ("a.json", '{"base": 1}', "base is no stage: write for example up1: {model_path: run}"),
         ("a.json", '{"base": {"steps": [1, 2]}, "up1": {}}', "argument --steps: '1,2' is not of type int"),
-        ("a.toml", "[base\n", "cannot be used ("),
-        ("a.toml", "\x00", "cannot be used ("),
+        ("a.yaml", "[base\n", "cannot be used ("),
+        ("a.yaml", "\x00", "cannot be used ("),
         ("a.json", '{"base": {"model_path": "x"}, "base2": {}}', "base2 is none of these"),
         ("a.json", '{"up1": {"model_path": "x"}}', "base is missing: give its flags, as --base.model_path"),
         ("a.json", '{"base": {"model_path": "x"}}', "up1 is missing"),

@@ -40,7 +40,7 @@ VALUES_BEYOND = [
         "checkpoint_resolutions log_dir device val_data_dir plugin eval_reference label_column data_range "
         "inception_weights precision classifier_precision loss_weight classifier_channel_mult sampler classes "
         "autoguide_path guidance_interval init_image mask interpolate init_classes init_from freeze lora_train "
-        "lora_path cond_type cond_dir val_cond_dir cond_images cond_class_from classifier_path ema_rate "
+        "lora_path cond_type cond_dir val_cond_dir cond_images classifier_path ema_rate "
         "channel_mult autoencoder_path autoencoder_id preset shard data_weights balance vector vectors vector_columns "
         "ema_profiles class_sampling",
     ),
@@ -335,7 +335,6 @@ def test_conditions_name_flags():
             "has no effect without --cfg_scale other than 1.0 or --autoguide_path or --clip_path with --clip_scale",
         ),
         ("image_sample", "--lora_scale 2", "--lora_scale has no effect without --lora_path"),
-        ("image_sample", "--cond_class_from auto", "--cond_class_from has no effect without --cond_images"),
         ("image_sample", "--randomize_class --classes 1", "--randomize_class and --classes exclude each other"),
         ("image_sample", "--cfg_scale 2", ""),  # the checkpoint says whether there are classes
         ("classifier_sample", "--classifier_path x --classifier_scale 0 --guidance_interval 10,30", "has no effect"),

@@ -218,18 +218,11 @@ def test_every_epoch_draws_other_latents_and_the_batch_does_not_matter(pictures:
     assert (first - second).abs().amax(dim=(1, 2, 3)).min() > 1e-3
 
 
-def test_an_image_that_cannot_be_read_is_replaced_in_the_cache_too(pictures: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_named_when_it_is_encoded(pictures: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     (folder / "dog_1.png").write_bytes(b"no picture")
-    logger.configure(dir=str(tmp_path))
     stage = FirstStage(network_of(AUTOENCODER), 1.0, "mark")
-    fly, cached = (stream_of(folder, on_bad_image="skip") for _ in range(2))
-    cached.source = cached_images(cached, stage, str(folder), str(tmp_path / "latents"), log=lambda line: None)
-    fly.encoder, cached.encoder = (Encoder(stage, 7, th.device("cpu"), cached=held) for held in (False, True))
-    for _ in range(3):
-        th.testing.assert_close(next(fly)[0], next(cached)[0])
-    assert list(cached.skipped) == [str(folder / "dog_1.png")]
     with pytest.raises(ValueError, match=r"dog_1\.png"):
         cached_images(stream_of(folder), stage, str(folder), str(tmp_path / "others"), log=lambda line: None)
 
@@ -471,6 +464,11 @@ def test_a_run_with_a_copy_can_be_moved_and_an_autoencoder_can_be_elsewhere(runs
         (image_train.main, "--autoencoder_path={kl} --image_channels=1", "images with 3 channels"),
         (image_train.main, "--autoencoder_path={kl} --cond_type=mask", "exclude each other"),
         (image_train.main, "--autoencoder_path={kl} --cache_latents --random_crop", "exclude each other"),
+        (
+            image_train.main,
+            "--autoencoder_path={kl} --cache_latents --on_bad_image skip",
+            "--cache_latents and --on_bad_image exclude each other: give one",
+        ),
         (image_train.main, "--autoencoder_path={unet}", "holds no autoencoder"),
         (image_train.main, "--autoencoder_path={kl}/none", "does not exist"),
         (

@@ -435,8 +435,6 @@ def test_samples_follow_their_conditioning_images_for_any_source(trained: Path, 
     alone = str(trained / "conds" / listing.images[0])
     one = sampled("one", "--cond_images", alone, "--classes", "2", "--batch_size", "3")
     assert np.array_equal(one["arr_0"][0], arrays["arr_0"][0])
-    by_name = sampled("by_name", "--cond_images", str(trained / "conds"), "--cond_class_from", "filename")
-    assert by_name["arr_1"].tolist() == [["cat", "dog", "owl"].index(Path(name).name[:3]) for name in listing.images]
 
 
 def test_another_conditioning_image_is_another_request(
@@ -524,8 +522,6 @@ def test_flags_of_no_effect_are_refused(trained: Path, tmp_path: Path, capsys: p
 
     save_npz(str(tmp_path / "deep.npz"), np.zeros((2, SIDE, SIDE, 4), np.uint8))
     save_npz(str(tmp_path / "line.npz"), np.zeros(SIDE, np.float32))
-    save_npz(str(tmp_path / "some.npz"), np.zeros((2, SIDE, SIDE), np.uint8))
-    by_folder = ["--cond_images", str(tmp_path / "some.npz"), "--cond_class_from", "folder"]
     model = ["--timestep_respacing", "2", "--log_dir", str(tmp_path / "s")]
     for name, words, told in (
         ("plain", [], "give --cond_images"),
@@ -539,18 +535,6 @@ def test_flags_of_no_effect_are_refused(trained: Path, tmp_path: Path, capsys: p
         ("plain", ["--cond_images", str(tmp_path / "deep.npz")], "(8, 8, 4), where masks are [H, W]"),
         ("plain", ["--cond_images", str(tmp_path / "line.npz")], "an array of shape (8,), where"),
         ("plain", ["--cond_images", conds, "--cfg_scale", "2"], "without --cond_dropout"),
-        (
-            "plain",
-            ["--cond_images", conds, "--cond_class_from", "folder"],
-            "no effect without --class_cond, and the checkpoint",
-        ),
-        (
-            "labelled",
-            ["--cond_images", conds, "--cond_class_from", "folder", "--classes", "1"],
-            "exclude each other: give one",
-        ),
-        ("plain", ["--cond_class_from", "folder"], "no effect without --cond_images"),
-        ("labelled", by_folder, "--cond_class_from folder has no effect on an array of images: leave it out"),
     ):
         assert told in refusal(capsys, image_sample.main, "--model_path", str(trained / name), *model, *words)
 

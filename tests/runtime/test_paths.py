@@ -97,7 +97,6 @@ NO_PATHS = (
     "mirror",
     "features",
     "class_from",
-    "cond_class_from",
     "label_column",
     "classes",
     "init_classes",

@@ -16,7 +16,6 @@ from few import few
 from text_encoders import CORPUS, save_encoder
 
 from guided_diffusion import load
-from guided_diffusion.commands.glide import load_glide
 from guided_diffusion.commands.pipeline import Samples
 from guided_diffusion.config import DiffusionConfig, UNetConfig
 from guided_diffusion.networks import glide
@@ -319,7 +318,10 @@ def glide_file(path, kind):
 @pytest.mark.parametrize("name", few(KINDS, ["base", "upsample-inpaint"]))
 def test_glide_samples_for_tokens(name, tmp_path):
     path, original = glide_file(tmp_path / "glide.pt", KINDS[name])
-    network, process = load_glide(path, "2")
+    bert_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    sizes = {"large_size": 8, "small_size": 4} if "upsample" in name else {"image_size": 8}
+    model = load(path, timestep_respacing="2", device="cpu", **sizes)
+    network, process = model.network, model.diffusion
     tokens, mask = network.padded([[5, 7], [1] * 9])
     assert tokens.tolist() == [[5, 7, 19, 19, 19, 19], [1] * 6]
     assert mask.sum(1).tolist() == [2, 6]
@@ -354,7 +356,7 @@ def test_load_takes_prompts_for_glide_and_its_upsampler(tmp_path):
         dict(zip(("tokens", "mask"), network.padded([ids]), strict=True))
         for ids in (tokenizer.encode("a red cat").ids, [])
     )
-    _, process = load_glide(path, "2")
+    process = load(path, image_size=8, timestep_respacing="2", device="cpu").diffusion
     generators = [image_generator(3, index) for index in range(2)]
     guided = classifier_free(network, 3.0, null=empty)
     both = {name: value.expand(2, -1) for name, value in words.items()}
@@ -375,10 +377,11 @@ def test_load_takes_prompts_for_glide_and_its_upsampler(tmp_path):
 
 def test_the_page_about_latents_paints_with_glide(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "latent.md").read_text(encoding="utf-8")
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "load_glide" in code]
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "padded" in code]
     names: dict[str, Any] = {}
     exec(code.replace('"100"', '"2"'), names)
     path, _ = glide_file(tmp_path / "glide.pt", glide.InpaintText2ImUNet)
+    bert_tokenizer().save(str(tmp_path / "tokenizer.json"))
     image, keep = th.rand(1, 3, 8, 8), th.ones(1, 1, 8, 8)
     assert names["paint"](path, [5, 7], image, keep).isfinite().all()
 
@@ -406,9 +409,6 @@ def test_what_cannot_be_used_is_told_in_a_sentence(tmp_path):
             load(saved(tmp_path / f"{number}.ckpt", content))
     with pytest.raises(UserError, match=r"tokenizer.json is missing.*from one of gpt2"):
         load(path)
-    with pytest.raises(UserError, match="holds no network of GLIDE"):
-        load_glide(saved(tmp_path / "other.ckpt", state))
     th.save(without(th.load(path), "token_embedding.weight") | {"token_embedding.weight": th.zeros(3)}, path)
-    for opening in (load_glide, load):
-        with pytest.raises(UserError, match="holds no whole network of GLIDE"):
-            opening(path)
+    with pytest.raises(UserError, match="holds no whole network of GLIDE"):
+        load(path)
