@@ -77,6 +77,7 @@ bench: $(READY)
 	for part in startup loader evaluation context network sampling training; do \
 		.venv/bin/python benchmarks/$$part.py --write || exit 1; \
 	done
+	.venv/bin/python benchmarks/loader.py --only shards --write
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/samplers.py
 
 paper: $(READY)

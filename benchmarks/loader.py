@@ -1,17 +1,22 @@
 """How many images a second are read, cropped and handed to training, against the originals' way.
 
     python benchmarks/loader.py [--quick] [--only photographs,emoji] [--rounds 3] [--json PATH] [--write]
+    python benchmarks/loader.py --only shards [...]
 
-Two minutes on two quiet cores; --threads is of no matter here: each process that reads pictures takes one.
+Two minutes on two quiet cores, and one for shards; --threads is of no matter here: each process that reads pictures
+takes one.
 
 The originals' way: Pillow decodes all of a picture, halves it and scales it, numpy makes float32 of it, and one worker
 process hands over batches of those. Ours makes the same pixels, bit for bit, but where --fast_decode is named. The
 pictures are made here: noise with the spectrum of photographs, 500x375, about as large as those of ImageNet.
+
+Shards lie here, or on a server, which shares this machine and waits 20 ms before each answer.
 """
 
 from __future__ import annotations
 
 import os
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -30,11 +35,14 @@ from benching import Bench, Turns, times
 from guided_diffusion.image_datasets import load_data
 from guided_diffusion.runtime.pictures import to_unit
 from plain import PlainImages, plain_batches
+from served import served
 
 EMOJI = Path(__file__).parent.parent / "datasets" / "emoji64.zip"
 PLAIN = "originals' way"
+PARTS = ("photographs", "emoji")
 CACHED = "--cache_images"
 LONGER = 10  # times as many batches from what is kept in memory, which are gone in no time
+TARS, LATENCY = 4, 0.02  # seconds
 AHEAD = 4  # batches beyond those that are measured: the first, and what a worker makes in advance
 
 
@@ -68,12 +76,28 @@ def photograph(rng: np.random.Generator, height: int, width: int) -> NDArray[np.
     return np.clip(np.stack(colours, -1) + rng.uniform(90, 160, 3), 0, 255).astype(np.uint8)
 
 
-def write_photographs(folder: Path, count: int) -> None:
-    """JPEGs, one in four of them upright."""
+def write_photographs(folder: Path, count: int) -> Path:
+    """JPEGs, one in four of them upright; returns a zip of them, which lies beside their folder."""
     for index in range(count):
         height, width = (500, 375) if index % 4 == 3 else (375, 500)
         picture = Image.fromarray(photograph(np.random.default_rng(index), height, width))
         picture.save(folder / f"{index % 10}_{index:05}.jpg", quality=92)
+    packed = folder.with_suffix(".zip")
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.write(path, path.name)
+    return packed
+
+
+def write_tars(folder: Path, packed: Path) -> str:
+    """What is in a zip in a folder, and in tars beside that; returns their pattern."""
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(folder)
+    for number in range(TARS):
+        with tarfile.open(f"{folder}-{number}.tar", "w") as tar:
+            for path in sorted(folder.iterdir())[number::TARS]:
+                tar.add(path, path.name)
+    return f"{folder.name}-{{0..{TARS - 1}}}.tar"
 
 
 # ---- ways to read them
@@ -94,7 +118,7 @@ def plain(folder: Path, size: int, sizes: Sizes) -> Opened:
     return batches, batches.close
 
 
-def ours(path: Path, size: int, batch: int, **options: Any) -> Opened:
+def ours(path: Path | str, size: int, batch: int, **options: Any) -> Opened:
     """Endless batches as the commands that train take them, as floats."""
     stream = load_data(
         data_dir=str(path), batch_size=batch, image_size=size, as_bytes=True, log=lambda _: None, **options
@@ -130,7 +154,8 @@ def compare(bench: Bench, title: str, ways: dict[str, Callable[[], Opened]], siz
         bench.say("  ".join(f"{name} {values[-1]:.4g} s" for name, values in rounds.items()))
     turns = Turns(rounds)
     rows = [
-        [name, f"{sizes.batch / turns.seconds(name):,.0f}", times(turns.ratio(PLAIN, name))] for name in turns.names
+        [name, f"{sizes.batch / turns.seconds(name):,.0f}", times(turns.ratio(turns.names[0], name))]
+        for name in turns.names
     ]
     bench.add(title, ["way", "images/s", "speed-up"], rows, seconds=rounds)
 
@@ -145,13 +170,14 @@ def levels_away(folder: Path, size: int, batch: int) -> float:
     return float((pictures[0] - pictures[1]).abs().mean() * 127.5)
 
 
+def kilobytes(folder: Path) -> float:
+    """The size of its files on the average."""
+    return float(np.mean([path.stat().st_size for path in folder.iterdir()]) / 1000)
+
+
 def photographs(bench: Bench, sizes: Sizes, folder: Path) -> None:
     """JPEGs to 64x64."""
-    write_photographs(folder, sizes.photographs)
-    packed = folder.parent / "photographs.zip"
-    with zipfile.ZipFile(packed, "w") as archive:
-        for path in sorted(folder.iterdir()):
-            archive.write(path, path.name)
+    packed = write_photographs(folder, sizes.photographs)
     read = partial(ours, folder, 64, sizes.batch)
     ways: dict[str, Callable[[], Opened]] = {
         PLAIN: partial(plain, folder, 64, sizes),
@@ -162,8 +188,9 @@ def photographs(bench: Bench, sizes: Sizes, folder: Path) -> None:
         "--fast_decode, 2 workers": partial(read, num_workers=2, fast_decode=True),
         f"{CACHED}, 2 workers": partial(read, num_workers=2, cache_images=True),
     }
-    kilobytes = sum(path.stat().st_size for path in folder.iterdir()) / sizes.photographs / 1000
-    compare(bench, f"JPEGs of 500x375, {kilobytes:.0f} kB each, to 64x64, batches of {sizes.batch}", ways, sizes)
+    compare(
+        bench, f"JPEGs of 500x375, {kilobytes(folder):.0f} kB each, to 64x64, batches of {sizes.batch}", ways, sizes
+    )
     away = levels_away(folder, 64, sizes.batch)
     bench.note(f"--fast_decode moves the pixels of these photographs by {away:.2g} of 255 levels on the average.")
 
@@ -183,16 +210,39 @@ def emoji(bench: Bench, sizes: Sizes, folder: Path) -> None:
     compare(bench, f"Emoji, PNGs of 64x64, to 32x32, batches of {sizes.batch}", ways, longer)
 
 
+def shards(bench: Bench, sizes: Sizes, folder: Path) -> None:
+    """Both kinds of pictures in a folder, a zip, and tars, here or on a web server; with copies once they are made."""
+    os.environ["GUIDED_DIFFUSION_CACHE"] = str(folder / "cache")
+    for kind, size, batches in (("JPEGs", 64, sizes.batches), ("PNGs", 32, 4 * sizes.batches)):
+        pictures = folder / kind
+        pictures.mkdir()
+        packed = write_photographs(pictures, sizes.photographs) if kind == "JPEGs" else EMOJI
+        tars = write_tars(pictures, packed)
+        read = partial(ours, size=size, batch=sizes.batch, num_workers=2)
+        with served(folder, latency=LATENCY) as (address, _), served(folder, latency=LATENCY) as (other, _):
+            ways: dict[str, Callable[[], Opened]] = {
+                "folder": partial(read, pictures),
+                "zip": partial(read, packed),
+                "tars": partial(read, folder / tars),
+                "tars, server": partial(read, f"{address}/{tars}", shard_cache_gb=0),
+                "tars, server, copied": partial(read, f"{other}/{tars}"),
+            }
+            title = f"{kind} of {kilobytes(pictures):.0f} kB to {size}x{size}, batches of {sizes.batch}, 2 workers"
+            compare(bench, title, ways, Sizes(0, sizes.batch, batches))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    bench = Bench.begin(__doc__, "loader", argv, parts=("photographs", "emoji"))
+    bench = Bench.begin(__doc__, "loader", argv, parts=(*PARTS, "shards"), default=PARTS)
     th.set_num_threads(1)
     sizes = QUICK if bench.quick else FULL
     with tempfile.TemporaryDirectory() as root:
-        for name, measure in (("photographs", photographs), ("emoji", emoji)):
+        for name, measure in (("photographs", photographs), ("emoji", emoji), ("shards", shards)):
             if bench.wants(name):
                 os.mkdir(os.path.join(root, name))
                 measure(bench, sizes, Path(root, name))
+    if bench.wants("shards"):
+        bench.key = "shards"  # its section in the page
     bench.finish()
 
 

@@ -313,6 +313,14 @@ def test_the_loader_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert 0.5 < float(note.split(" by ")[1].split()[0]) < 10  # of other pixels, but not of other pictures
 
 
+@pytest.mark.slow
+def test_shards_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", "")  # which it sets
+    for table in measured(loader.main, tmp_path, "--only", "shards"):
+        assert [row[0] for row in table["rows"]] == ["folder", "zip", "tars", "tars, server", "tars, server, copied"]
+        assert all(float(row[1].replace(",", "")) > 0 for row in table["rows"])
+
+
 def test_start_up_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for outcome in ("true", "false"):  # in place of Python
         monkeypatch.setattr(startup.sys, "executable", shutil.which(outcome))

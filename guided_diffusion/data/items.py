@@ -9,8 +9,9 @@ import itertools
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..runtime.errors import check_choice, refuse
 from ..runtime.files import is_remote
 from ..runtime.options import Size, shuffle_flag
 from ..runtime.pictures import to_unit
-from .archives import read_each
+from .archives import AT_ONCE
 from .cache import ImageCache
 from .conditioning import Pairing, Partners
 from .crops import Draws, Picture, center_crop_arr, channels_first, fitted_arr, largest_cover, random_crop_arr, replay
@@ -249,9 +250,14 @@ class BatchDataset(Dataset[Loaded | ValueError]):
     def __init__(self, images: ImageDataset) -> None:
         self.images = images
 
+    @cached_property
+    def _map(self) -> Any:
+        """`map`, by threads that stay from batch to batch where each image is a request to a bucket or server."""
+        return ThreadPoolExecutor(AT_ONCE).map if self.images.remote else map
+
     def __getitem__(self, keys: list[Key]) -> Loaded | ValueError:
         try:
-            crops, bad = zip(*read_each(self.images.take_crop, keys, remote=self.images.remote), strict=True)
+            crops, bad = zip(*self._map(self.images.take_crop, keys), strict=True)
         except ValueError as error:
             return error
         arrays, labels = zip(*crops, strict=True)

@@ -26,7 +26,8 @@ from guided_diffusion.evaluation.images import open_images
 from guided_diffusion.image_datasets import ImageStream, load_data
 from guided_diffusion.runtime import files
 from guided_diffusion.runtime.errors import UserError
-from shards import picture, samples, served, write_shards, write_tar
+from served import served
+from shards import picture, samples, write_shards, write_tar
 
 
 @pytest.fixture(autouse=True)
