@@ -37,9 +37,6 @@ Ways = Mapping[str, Callable[[], object]]
 Ceiling = dict[str, dict[str, float]]  # FLOP/s by precision, then by what was computed
 
 
-# ---- turns
-
-
 @dataclass(frozen=True)
 class Turns:
     """Seconds of several ways to do a thing, of which each was taken in every round."""
@@ -99,9 +96,6 @@ def synchronize(device: th.device | str) -> None:
         th.cuda.synchronize(device)
 
 
-# ---- the machine
-
-
 def cpu_model() -> str:
     """What the processor calls itself, and whether it multiplies bfloat16 in tiles."""
     path = Path("/proc/cpuinfo")
@@ -131,9 +125,6 @@ def in_words(about: Mapping[str, Any]) -> str:
     )
 
 
-# ---- the ceiling
-
-
 def ceiling(device: th.device, precisions: Sequence[str], *, quick: bool = False, rounds: int = 3) -> Ceiling:
     """FLOP/s of a large matrix product and of a large convolution, in the layout that suits it better."""
     side, channels, batch = (256, 32, 1) if quick else (8192, 512, 32) if device.type == "cuda" else (3072, 256, 8)
@@ -154,9 +145,6 @@ def ceiling(device: th.device, precisions: Sequence[str], *, quick: bool = False
     return found
 
 
-# ---- numbers
-
-
 def milliseconds(seconds: float) -> str:
     """With three significant digits."""
     value = 1000 * seconds
@@ -171,9 +159,6 @@ def times(ratio: float) -> str:
 def megabytes(count: float) -> str:
     """Bytes in units of 10^6."""
     return f"{count / 1e6:,.0f}"
-
-
-# ---- a benchmark
 
 
 @dataclass

@@ -138,9 +138,6 @@ def diffusers_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# ---- forms
-
-
 def ours(network: Network, precision: str) -> Network:
     """Our network, converted."""
     network.convert_to(precision)
@@ -172,8 +169,6 @@ def count_flops(network: Network, *inputs: th.Tensor, backward: str = "") -> int
             out.square().mean().backward()
     return int(counter.get_total_flops())
 
-
-# ---- the cases
 
 _ADM = "--class_cond True --learn_sigma True --attention_resolutions 32,16,8 --num_head_channels 64 "
 _ADM += "--resblock_updown True --use_scale_shift_norm True "

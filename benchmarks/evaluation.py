@@ -44,9 +44,6 @@ FULL = Sizes(features=2048, images=10_000, batch=16, batches=3)
 QUICK = Sizes(features=256, images=1000, batch=2, batches=1)
 
 
-# ---- the plain formulas
-
-
 def plain_frechet(first: Statistics, second: Statistics) -> float:
     """By a square root of the product of the covariances."""
     import scipy.linalg
@@ -70,9 +67,6 @@ def plain_precision_recall(reference: Array, samples: Array, dtype: str, k: int 
     distances = plain_distances(real, made)
     inside, covered = (distances <= radii[:, None]).any(axis=0), (distances <= theirs).any(axis=1)
     return float(inside.mean()), float(covered.mean())
-
-
-# ---- what is measured, each in a process of its own
 
 
 def _features(name: int, images: int, features: int) -> Array:
@@ -164,9 +158,6 @@ def measured(name: str, *arguments: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", name, json.dumps(arguments)]
     found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(found.stdout))
-
-
-# ---- rows of the table
 
 
 Row = dict[str, Any]

@@ -58,9 +58,6 @@ class Sizes:
 FULL, QUICK = Sizes(256, 32, 16), Sizes(16, 8, 2)
 
 
-# ---- pictures
-
-
 def photograph(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
     """[H, W, 3] whose amplitudes fall off with the frequency, as those of photographs do, under fine grain."""
     frequencies = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
@@ -100,9 +97,6 @@ def write_tars(folder: Path, packed: Path) -> str:
     return f"{folder.name}-{{0..{TARS - 1}}}.tar"
 
 
-# ---- ways to read them
-
-
 Opened = tuple[Iterator[Any], Callable[[], object]]  # batches, and what ends the processes that make them
 
 
@@ -127,9 +121,6 @@ def ours(path: Path | str, size: int, batch: int, **options: Any) -> Opened:
         for _ in range(len(stream.dataset) // batch + 1):
             next(stream)
     return ((to_unit(images), cond) for images, cond in stream), stream.close
-
-
-# ---- measuring
 
 
 def seconds(open_batches: Callable[[], Opened], count: int) -> float:

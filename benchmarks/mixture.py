@@ -144,9 +144,6 @@ class Oracle:
         return cond_fn
 
 
-# ---- two problems
-
-
 def ring() -> Mixture:
     """Points of the plane, [2, 1, 1]: eight clusters of different widths on a ring, in four classes."""
     angles = th.arange(8) * (2 * math.pi / 8) + 0.3

@@ -33,8 +33,6 @@ from guided_diffusion.networks.blocks import AttentionBlock, Downsample, QKVAtte
 from guided_diffusion.resample import UniformSampler
 from guided_diffusion.unet import EncoderUNetModel, UNetModel
 
-# ---- layers
-
 
 def silu(x: th.Tensor) -> th.Tensor:
     """In two operations."""
@@ -121,9 +119,6 @@ def attention_pool(pool: Any, x: th.Tensor) -> th.Tensor:
     return conv(pool.c_proj, tokens)[:, :, 0]
 
 
-# ---- networks
-
-
 class Plain(th.nn.Module):
     """A copy of a U-Net or of a classifier with attention pooling, computed the plain way.
 
@@ -190,9 +185,6 @@ def guidance(classifier: th.nn.Module, scale: float) -> Callable[..., th.Tensor]
     return cond_fn
 
 
-# ---- training
-
-
 class PlainTraining:
     """Training steps of a plain network with torch's AdamW as it comes, and one moving average.
 
@@ -255,9 +247,6 @@ class PlainTraining:
     def _average(self) -> None:
         for average, param in zip(self.averages, self.masters, strict=True):
             average.mul_(self.ema_rate).add_(param.detach(), alpha=1 - self.ema_rate)
-
-
-# ---- pictures
 
 
 class PlainImages(Dataset[tuple[np.ndarray, dict[str, np.ndarray]]]):

@@ -74,9 +74,6 @@ class Problem:
         return noise, labels
 
 
-# ---- the right answers
-
-
 @cache
 def flow(problem: Problem, substeps: int = 1000) -> th.Tensor:
     """Where the probability flow takes the noise down to t = 0, and the network's x_0 there, as a last step gives it.
@@ -142,9 +139,6 @@ def error_of_scatter(problem: Problem, sample: th.Tensor, bands: int = 8) -> flo
     order = data.variances[0].argsort(descending=True)
     scatter = th.stack([z[:, band].square().mean().sqrt() for band in order.chunk(bands)])
     return float((scatter - 1).square().mean().sqrt())
-
-
-# ---- what the samplers answer
 
 
 def steps_within(sampler: Any, budget: int) -> int:

@@ -101,9 +101,6 @@ def step_time(model: Model, batch: float, gpus: int, gbit: float) -> tuple[float
     return compute + waiting + update, waiting
 
 
-# ---- real ranks
-
-
 def rank_main(number: int, count: int, folder: str, steps: int) -> None:
     """One of several ranks that train a small network; the counters of the network's loopback go to a file."""
     th.set_num_threads(1)
@@ -158,9 +155,6 @@ def fork(count: int, folder: str, steps: int) -> None:
         children.append(pid)
     if any(os.waitpid(pid, 0)[1] for pid in children):
         raise SystemExit(1)
-
-
-# ---- the tables
 
 
 def weak(models: dict[str, tuple[Model, int]], gbit: float) -> list[list[Any]]:

@@ -52,9 +52,6 @@ PLANS = {
 }
 
 
-# ---- one measurement, in a process of its own
-
-
 def measure(plan: str, way: str, pictures: str, device: str, threads: int) -> dict[str, float]:
     """What a way takes to train: seconds and seconds of waiting per step, and bytes.
 
@@ -135,9 +132,6 @@ def _plain_data(case: Case, pictures: str) -> Iterator[Any]:
     names = [os.path.basename(path).split("_")[0] for path in paths]
     classes = {name: index for index, name in enumerate(sorted(set(names)))}
     return plain_batches(PlainImages(paths, [classes[name] for name in names], case.size), case.batch)
-
-
-# ---- the table
 
 
 def in_a_process(*arguments: Any) -> dict[str, float]:

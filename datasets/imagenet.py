@@ -78,9 +78,6 @@ def _image(member: Member, key: str, classify: Classify) -> Item:
         return bad(printable(key), member.fault or reason(error))
 
 
-# ---- classes
-
-
 def _from_name(name: str) -> str:
     """n01440764 of n01440764_18.JPEG."""
     label, separator, _ = name.partition("_")

@@ -65,9 +65,6 @@ def local_flag(help: str, default: str = "", **options: Any) -> str:
     return flag(default, help, convert=local_path, **options)
 
 
-# ---- the networks and the process: saved with a checkpoint
-
-
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """The Gaussian diffusion process."""
@@ -215,9 +212,6 @@ class AutoencoderConfig:
     n_embed: int = flag(1024, "codes of the codebook", at_least=1, at_most=2**24, needs="kind=vq")
     dropout: float = share_flag("dropout probability in the residual blocks")
     precision: str = flag("fp32", "fp32, fp16 or bf16; the weights stay fp32", choices=PRECISIONS, runtime=True)
-
-
-# ---- images and training
 
 
 @dataclass(frozen=True, kw_only=True)

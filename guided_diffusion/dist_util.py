@@ -36,9 +36,6 @@ _joining = threading.Lock()  # commands may run in threads of one process
 _device: th.device | None = None
 
 
-# ---- joining
-
-
 def setup_dist(*, device: str = "", timeout: float = COLLECTIVE_TIMEOUT) -> None:
     """Joins the other ranks; afterwards torch.distributed is initialised, in a single process too (without a port).
 
@@ -125,9 +122,6 @@ def _refuse_unequal(descriptions: list[str]) -> None:
         refuse((first != rank and text != "cpu", f"ranks {first} and {rank} share one GPU ({text}): {remedy}"))
 
 
-# ---- who and where
-
-
 def dev() -> th.device:
     """The device of this rank, as `setup_dist` chose it."""
     return _choose_device("") if _device is None else _device
@@ -158,9 +152,6 @@ def world_size() -> int:
 def local_rank() -> int:
     """The number of this process among those on the same machine."""
     return launchers.place().local_rank
-
-
-# ---- exchanging
 
 
 def barrier() -> None:
@@ -246,9 +237,6 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
         with files.open_blob(path) as file:
             return th.load(io.BytesIO(file.read()), **kwargs)
     return th.load(path, **kwargs)
-
-
-# ---- ending together
 
 
 def leave() -> None:

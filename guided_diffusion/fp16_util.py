@@ -30,9 +30,6 @@ NamedParams = list[tuple[str, th.Tensor]]
 Groups = Sequence[tuple[NamedParams, Any]]  # (named parameters, shape of their flat master)
 
 
-# ---- single modules and parameters
-
-
 def param_grad_or_zeros(param: th.Tensor) -> th.Tensor:
     """The gradient of a parameter, or zeros where it took no part."""
     return th.zeros_like(param) if param.grad is None else param.grad.detach()
@@ -54,9 +51,6 @@ def zero_master_grads(master_params: Iterable[th.Tensor]) -> None:
 def check_overflow(value: float) -> bool:
     """Whether a number is infinite or not a number."""
     return not math.isfinite(value)
-
-
-# ---- the flat layout: one master for all vectors, one for all matrices
 
 
 def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, th.Tensor]]) -> list[tuple[NamedParams, Any]]:
@@ -134,9 +128,6 @@ def laid_out_as(value: th.Tensor, like: th.Tensor) -> th.Tensor:
     torch's fused AdamW on a CPU is right only there.
     """
     return value if alike(value, like) else th.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
-
-
-# ---- from a backward pass to the optimizer
 
 
 class Gradients:
@@ -217,9 +208,6 @@ class Gradients:
     def _total(self) -> th.Tensor:
         """The loss of all passes; 0 where there was none."""
         return self.pairs[0][1].new_zeros(()) if self._loss is None else self._loss
-
-
-# ---- the trainer
 
 
 def convert(model: nn.Module, precision: str) -> None:

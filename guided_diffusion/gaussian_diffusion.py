@@ -123,8 +123,6 @@ class GaussianDiffusion(SamplingMethods):
         of_xstart = th.where(snr > 0, snr, 1.0).clamp(max=self.min_snr_gamma)
         return of_xstart / larger_than_of_xstart[self.model_mean_type]
 
-    # ---- the reverse process
-
     def p_mean_variance(
         self,
         model: Model,
@@ -207,8 +205,6 @@ class GaussianDiffusion(SamplingMethods):
             return Prediction(self, x.detach() if graph else x, t, detached(out) if graph else out, guide, bounds)
 
         return predict
-
-    # ---- losses and likelihood
 
     def _vb_terms_bpd(
         self,

@@ -147,9 +147,6 @@ def mpi_weighted_mean(comm: Comm, local_name2valcount: ValueCounts) -> dict[str,
     return {name: sums[name] / counts[name] for name in counts}
 
 
-# ---- the current logger
-
-
 def get_current() -> Logger:
     """The logger that the functions of this module write to; the first call makes it if nobody configured one."""
     if Logger.CURRENT is None:
@@ -244,8 +241,6 @@ def profile(n: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that does for every call of a function what `profile_kv` does for a block."""
     return profile_kv(n)  # a context manager made by contextlib decorates too, anew for each call
 
-
-# ---- where and what to write
 
 _shared_dir: str | None = None
 

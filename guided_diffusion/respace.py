@@ -99,9 +99,6 @@ def _even_stride(num_timesteps: int, count: int) -> set[int]:
     )
 
 
-# ---- grids of real timesteps
-
-
 def _explicit(num_timesteps: int, steps: Sequence[float]) -> list[float]:
     words = ", ".join(f"{step:g}" for step in steps[:12]) + (", ..." if len(steps) > 12 else "")
     rising = bool(steps) and all(earlier < later for earlier, later in pairwise(steps))

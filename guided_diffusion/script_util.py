@@ -47,9 +47,6 @@ CHANNEL_MULT |= {512: "0.5,1,1,2,2,4,4", 1024: "0.5,0.5,1,1,2,2,4,4"}
 UPSAMPLER_CHANNEL_MULT = CHANNEL_MULT | {512: "1,1,2,2,4,4"}
 
 
-# ---- defaults
-
-
 def diffusion_defaults() -> dict[str, Any]:
     """Flags of the process and their defaults."""
     return defaults(DiffusionConfig)
@@ -73,9 +70,6 @@ def classifier_and_diffusion_defaults() -> dict[str, Any]:
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """Flags of an upsampler and their defaults."""
     return defaults(SuperResConfig, DiffusionConfig)
-
-
-# ---- flags to networks and processes
 
 
 class ConditionedModel(UNetModel):
@@ -266,9 +260,6 @@ def build_diffusion(config: DiffusionConfig) -> SpacedDiffusion:
     return create_gaussian_diffusion(steps=flags.pop("diffusion_steps"), **flags)
 
 
-# ---- the factory functions
-
-
 def _surface(order: str, *sections: type[Any], **own_defaults: Any) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Give a function of the values of flags the parameters `order`, then all other flags of `sections` by keyword.
 
@@ -424,9 +415,6 @@ def create_gaussian_diffusion(
         loss_weight=loss_weight,
         min_snr_gamma=min_snr_gamma,
     )
-
-
-# ---- command lines made from dictionaries
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping[str, Any]) -> None:

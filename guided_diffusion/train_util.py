@@ -140,8 +140,6 @@ class TrainLoop:
         self.bad_steps = BadSteps(self.settings.max_bad_steps, self.mp_trainer, self.data, self.meter)
         self.failures, self._unchanged = Failures(), False
 
-    # ---- counting
-
     @property
     def updates(self) -> int:
         """Updates made so far."""
@@ -156,8 +154,6 @@ class TrainLoop:
     def done(self) -> bool:
         """Whether the run has made all its updates."""
         return bool(self.limit) and self.updates >= self.limit
-
-    # ---- resuming and saving
 
     def _chosen(self) -> Checkpoint | None:
         files, faults = checkpoints.choose(self.resume_checkpoint)
@@ -194,8 +190,6 @@ class TrainLoop:
         """Write the checkpoint of the updates made so far; every rank calls it, rank 0 writes."""
         self._saved = self.updates
         self.saver.save(RunState(self), get_blob_logdir(), self.updates)
-
-    # ---- the loop
 
     def run_loop(self) -> None:
         """Train until the limit, for ever without one; SIGINT, SIGTERM and SIGUSR1 end it after a step, saved.
@@ -349,8 +343,6 @@ class TrainLoop:
             factor *= max(0.0, 1 - self.updates / self.lr_anneal_steps)
         for group in self.opt.param_groups:
             group["lr"] = self.lr * factor
-
-    # ---- the log
 
     def log_step(self) -> None:
         """Log the counters of the update just made."""

@@ -98,9 +98,6 @@ class Nursery:
             self.process.communicate(timeout=20)
 
 
-# ---- in that process
-
-
 def serve() -> list[str]:
     """Answer requests; returns, in each rank, its command line."""
     for line in sys.stdin:

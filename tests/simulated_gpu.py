@@ -158,9 +158,6 @@ def _place() -> str:
     return "elsewhere"
 
 
-# ---- what is computed
-
-
 class _Kernels(TorchDispatchMode):
     """Below autograd: results are where their inputs are."""
 
@@ -199,9 +196,6 @@ class _Kernels(TorchDispatchMode):
             raise RuntimeError(f"{func} mixes devices: {', '.join(places)}")
         if waits:
             self.gpu.wait()
-
-
-# ---- what Python says of devices
 
 
 class _Surface(TorchFunctionMode):
@@ -300,9 +294,6 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("numpy", "__array__"), _Surface.numpy),
     **dict.fromkeys(("tolist", "__repr__"), _Surface.read),
 }
-
-
-# ---- torch.cuda
 
 
 class _Generator(th.Generator):

@@ -61,9 +61,6 @@ def inputs(case: Case) -> tuple[th.Tensor, ...]:
     return case.inputs(CPU)[: 3 if case.unet.class_cond else 2]
 
 
-# ---- the plain path is the same computation
-
-
 @pytest.mark.parametrize("case", [TINY, OTHER], ids=lambda case: case.name)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_plain_network_and_its_gradients_are_ours(case: Case, recompute: bool) -> None:
@@ -160,9 +157,6 @@ def test_the_small_case_is_the_demos() -> None:
     assert EMOJI32.make_process("10").num_timesteps == 10
 
 
-# ---- what the benchmarks share
-
-
 def test_ways_take_turns() -> None:
     order: list[str] = []
     ways = {name: lambda name=name: order.append(name) for name in "abc"}
@@ -230,9 +224,6 @@ def test_the_page_has_a_place_for_every_benchmark() -> None:
     for key in ("network", "sampling", "training", "loader", "evaluation", "startup", "precision"):
         assert pages.replaced(text, key, "block") != text
         assert (Path(pages.__file__).parent / f"{key}.py").exists()
-
-
-# ---- every benchmark, in small
 
 
 def measured(main: Callable[[list[str]], object], folder: Path, *words: str) -> list[dict[str, Any]]:

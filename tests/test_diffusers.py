@@ -132,9 +132,6 @@ def integral(function, start, end, **_) -> tuple[float, None]:
     return float((end - start) / 2 * values), None
 
 
-# ---- schedulers that count down by a stride
-
-
 @pytest.fixture(params=KINDS)
 def strided(request):
     return make_process(respacing="ddim20", mean=request.param)
@@ -161,9 +158,6 @@ def test_plms():
     theirs = on_stride(scheduler(process, "PNDM", skip_prk_steps=True, set_alpha_to_one=True), process)
     _, *steps = run(theirs, process)  # their first is the trial step of the improved Euler step
     assert all_but_the_image(ours(process, "plms", order=4), steps) < EXACT
-
-
-# ---- schedulers of noise levels, on any timesteps
 
 
 def test_euler(process):

@@ -157,9 +157,6 @@ def test_the_lower_lines_never_log():
     assert [name for name in lower if ("logger",) in {module for module, _ in ours(name)}] == []
 
 
-# ---- sizes
-
-
 def functions():
     for name, tree in TREES.items():
         for node in ast.walk(tree):

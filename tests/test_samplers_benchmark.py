@@ -51,9 +51,6 @@ def test_every_sampler_is_measured():
     assert set(benchmark.ALL) == set(report.LOOKS)
 
 
-# ---- the right answers
-
-
 def test_the_flow_of_one_gaussian_is_affine():
     case = benchmark.Problem(mixture.Mixture(th.full((1, 3, 2, 2), 0.3), 0.5), "cosine", 0.0, 4)
     process = make_process(name="cosine")
@@ -83,9 +80,6 @@ def test_scatter_that_is_10_percent_too_large_is_seen_as_such():
     means = case.data.means[component].view_as(x)
     assert benchmark.error_of_scatter(case, x) < 0.02
     assert benchmark.error_of_scatter(case, means + 1.1 * (x - means)) == pytest.approx(0.1, abs=0.02)
-
-
-# ---- the text
 
 
 def test_a_table_marks_the_best():

@@ -191,9 +191,6 @@ def run(places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: Simu
     return run_line
 
 
-# ---- commands
-
-
 # one of each command, and what in it is the likeliest to wait
 FAST = [
     *["train", "train variances", "train on kept latents", "train a classifier", "train an upsampler", "sample"],
@@ -213,9 +210,6 @@ def test_a_training_goes_on(run: Callable[[str], None], tmp_path: Path) -> None:
     for steps in (1, 2):
         run(f"{PLAIN} --precision bf16 --resume_checkpoint auto --max_steps {steps}")
         assert (tmp_path / "run" / f"opt{steps:06d}.pt").exists()
-
-
-# ---- from Python
 
 
 class Network(th.nn.Module):
@@ -264,9 +258,6 @@ def test_no_loss_waits(flags: dict[str, bool], gpu: SimulatedGPU) -> None:
         process.training_losses(network, x, t, {"y": y})["loss"].mean().backward()
     assert all(parameter.grad is not None and parameter.grad.is_cuda for parameter in network.parameters())
     assert not gpu.waits_per_step(STEPS)
-
-
-# ---- the simulation itself
 
 
 def test_two_devices_do_not_mix(gpu: SimulatedGPU) -> None:

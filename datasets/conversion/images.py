@@ -29,8 +29,6 @@ EMPTY_CLASS = "a class with no images"
 EXTENSIONS = {"png": ".png", "jpeg": ".jpg"}
 GREY = ("1", "L", "LA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
-# ---- sources
-
 
 @dataclass(frozen=True)
 class Item:
@@ -79,9 +77,6 @@ def bad(key: str, fault: str, label: str = "") -> Item:
 def of_pixels(key: str, label: str, pixels: NDArray[np.uint8]) -> Item:
     """An image [H, W] or [H, W, 3] that is decoded already."""
     return Item(key, label, lambda: pixels)
-
-
-# ---- encoding
 
 
 @dataclass(frozen=True)

@@ -234,9 +234,6 @@ def digest_of(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---- the journal
-
-
 class Journal:
     """What became of each item so far, for the run that goes on from there.
 

@@ -184,9 +184,6 @@ def _replace(path: str, text: str) -> None:
         file.write(text.encode(errors="backslashreplace"))
 
 
-# ---- items -> files
-
-
 def _write(source: Source, config: ConversionConfig, journal: Journal, sink: Sink, done: int) -> Tally:
     tally, items = Tally(), iter(enumerate(source.items))
     for entry in journal.entries():

@@ -113,9 +113,6 @@ def precision_of(values: Mapping[str, Any]) -> tuple[str, list[str]]:
     return choice.precision, [f"{name} auto: {choice.precision}, because {choice.reason}"]
 
 
-# ---- networks
-
-
 @dataclass(frozen=True)
 class Restored:
     """A network from a checkpoint: on its device, in its precision, in evaluation mode.

@@ -24,8 +24,6 @@ from .sections import CondDataConfig, CondSampleConfig, GuidanceConfig, SampleCo
 if TYPE_CHECKING:
     from .common import Plan, Restored
 
-# ---- conditioning images
-
 
 def kind_of(flags: Flags) -> CondKind | None:
     """The kind of conditioning images of the flags' network."""
@@ -68,9 +66,6 @@ def extend(plan: Plan, model: Restored) -> None:
         plan.job |= {"labels": images.labels, "num_classes": 0}
     plan.job |= {"num_samples": len(images.source), "names": images.names, "conditioning": images.conditioning}
     plan.request |= images.request()
-
-
-# ---- images to enlarge
 
 
 def level_of(flags: Flags) -> float:

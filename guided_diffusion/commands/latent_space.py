@@ -28,9 +28,6 @@ ON_PIXELS = {**defaults(LatentConfig), "latent_factor": 1, "latent_channels": 0}
 COPY = "autoencoder.pt"  # in a run's folder
 
 
-# ---- the autoencoder
-
-
 def opened(flags: Flags, beside: str = "") -> tuple[Flags, FirstStage | None]:
     """The flags with what the autoencoder that they name says of latents, and the autoencoder.
 
@@ -102,9 +99,6 @@ def of_sampling(flags: Flags, checkpoint: Checkpoint) -> tuple[Flags, FirstStage
     return flags, stage
 
 
-# ---- training
-
-
 def of_training(flags: Flags) -> tuple[Flags, FirstStage | None]:
     """`opened` for a run that begins, goes on, or starts from another network; its path is that from the run's folder.
 
@@ -121,9 +115,6 @@ def of_training(flags: Flags) -> tuple[Flags, FirstStage | None]:
             checkpoints.save(path, stage.network.state_dict())
     path = path if files.is_remote(path) else os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
     return flags.with_values(autoencoder_path=path), stage
-
-
-# ---- sampling
 
 
 def decoded(stage: FirstStage | None, shape: Sequence[int]) -> dict[str, Any]:

@@ -47,9 +47,6 @@ def run(flags: Flags) -> None:
         print((to_png if config.tool == "to-png" else merge)(config))
 
 
-# ---- to files
-
-
 def to_png(config: NpzToolConfig) -> str:
     """Write CLASS_NUMBER.png of every image in a new folder; returns a line about it."""
     from ..evaluation.images import ArrayImages, open_images
@@ -99,9 +96,6 @@ def _classes(ids: Sequence[int], table: str) -> list[str]:
         odd = not name or name[0] == "." or set(name) & set('_/\\:*?"<>|\0')
         refuse((odd, f"the class {quoted(name)} is no beginning of a file name: change it in classes.json"))
     return names or [f"{number:0{len(str(high))}d}" for number in range(high + 1)]
-
-
-# ---- from files
 
 
 def from_images(config: NpzToolConfig, options: FromImagesConfig) -> list[str]:
@@ -167,8 +161,6 @@ def _pixels(listing: ImageSource, channels: int, options: FromImagesConfig) -> I
             yield image
             bar.update()
 
-
-# ---- of parts
 
 OF_A_PART = ("start_index", "num_samples", "total")  # what differs in the requests of parts of one job
 

@@ -94,8 +94,6 @@ class Page:
                     self._results()
             self._events()
 
-    # ---- what there is
-
     def _control(self, name: str, kind: Any, **options: Any) -> None:
         spec = SPECS[name]
         low, high = spec.metadata["at_least"], spec.metadata["at_most"]
@@ -173,8 +171,6 @@ class Page:
             self.takers = {
                 task: gr.Button(f"To {TABS[task][0].lower()}", size="sm", min_width=100) for task in OF_IMAGES
             }
-
-    # ---- what happens
 
     def _events(self) -> None:
         controls, query = list(self.controls.values()), gr.Textbox(visible=False)
@@ -277,9 +273,6 @@ def _look_of(name: str, facts: Facts) -> dict[str, Any]:
         zip(BY_MODEL, (facts.labels, facts.text, facts.text, facts.classifier, facts.free, guided, both), strict=True)
     )
     return {"visible": bool(needs[name])} | ({"choices": facts.labels} if name == "classes" else {})
-
-
-# ---- what it looks like
 
 
 def _updates(view: View) -> list[Any]:

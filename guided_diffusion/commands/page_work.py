@@ -128,9 +128,6 @@ def from_address(query: str) -> tuple[Settings, list[str]]:
     return Settings(**values), faults
 
 
-# ---- models
-
-
 class Facts(NamedTuple):
     """What the controls need to know of a model.
 
@@ -204,9 +201,6 @@ class Shelf:
         return Facts(parse_size(config["image_size"]), config["diffusion_steps"], labels, text, free, *beside)
 
 
-# ---- what is drawn
-
-
 class Run(NamedTuple):
     """One call of the model; `row` and `column` are its place in a sweep."""
 
@@ -277,9 +271,6 @@ def mask_of(region: str, size: tuple[int, int], painted: Image.Image | None = No
         keep[np.asarray(painted.convert("RGBA"))[..., 3] > 0] = 0
     refuse((keep.all(), f"{TITLES['region']}: paint over it, or choose a part of the image"))
     return Image.fromarray(keep)
-
-
-# ---- drawing
 
 
 class Stopped(Exception):

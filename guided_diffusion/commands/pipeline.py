@@ -325,8 +325,6 @@ class Model:
             given["classifier_path"] = self._classifier().path
         return replace(self._restored, flags=Flags(command, given, flags.saved)).with_flags()
 
-    # ---- what it does
-
     def pixels(self, x: th.Tensor) -> Pixels:
         """Images uint8 [N, H, W, C] of what a callback of `sample` gets, such as output["pred_xstart"]."""
         stage = self._restored.first_stage

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 KEPT = 4096  # prompts whose context is kept
 
 
-# ---- training
-
-
 def captioning_of(flags: Flags) -> dict[str, Any]:
     """The keyword of `load_data` for the captions of the data; {} for a network without text."""
     if flags.values.get("context") != "text":
@@ -81,9 +78,6 @@ def first_captions(stream: ImageStream, indices: Sequence[int]) -> dict[str, th.
         return {}
     paths = stream.dataset.local_images
     return dict(captions.keywords([captions.texts[paths[index]][0] for index in indices]))
-
-
-# ---- prompts
 
 
 def prompts_of(flags: Flags) -> list[str]:
@@ -174,9 +168,6 @@ def refuse_unguidable(model: Restored, scale: float, null: Mapping[str, th.Tenso
         f"--cfg_scale {scale} needs a network that knows {'the empty caption' if text else repr('no class')}, and "
         f"{model.path} was trained without {dropout}: train with {dropout} 0.1, or {remedy}"
     )
-
-
-# ---- CLIP
 
 
 def with_clip(plan: Plan, model: Restored, guide: CondFn | None) -> CondFn | None:

@@ -36,9 +36,6 @@ OF_A_WEAKER_MODEL = (
 )
 
 
-# ---- the commands
-
-
 def sample(flags: Flags) -> str:
     """Sample from a U-Net, guided by a classifier where the flags name one; returns the path of the npz."""
     editing.check(flags, sampler_of(flags))
@@ -152,9 +149,6 @@ def made(flags: Flags, before: Made | None) -> Made:
     return size, labelled, names or classes, prompted
 
 
-# ---- guidance
-
-
 def restore_guide(model: Restored) -> Restored:
     """The classifier of --classifier_path, trained for the same images, classes and noise as the model."""
     classifier = restore(model.flags, "classifier_path")
@@ -252,9 +246,6 @@ def _interval(model: Restored, text: str) -> tuple[float, float]:
     schedule = model.flags.part(DiffusionConfig)
     unit = 1000.0 / schedule.diffusion_steps if schedule.rescale_timesteps else 1.0
     return low * unit, high * unit
-
-
-# ---- the job
 
 
 def labels_of(flags: Flags, classes: Sequence[str], num_classes: int) -> dict[str, Any]:

@@ -215,9 +215,6 @@ def refuse_other_run(folder: str, flags: Flags, *, auto: bool = False) -> None:
     refuse((newest > last, f"{folder} holds the checkpoints of a run, up to step {newest}: {remedy}"))
 
 
-# ---- data
-
-
 def _stream_options(flags: Flags, config: Any) -> dict[str, Any]:
     """Keywords of `open_streams` for the images of a network."""
     options = prompts.captioning_of(flags)

@@ -69,9 +69,6 @@ def _name(member: zipfile.ZipInfo) -> str:
     return member.filename.replace("\\", "/")
 
 
-# ---- arrays of images
-
-
 class Stack:
     """The images of an array [N, H, W] or [N, H, W, C], in an .npy, or in an .npz with labels in arr_1.
 
@@ -145,9 +142,6 @@ def is_stack(path: str, channels: int = 0) -> bool:
     except (OSError, ValueError):  # reading the file says what is wrong with it
         return False
     return len(shape) > 2 and stacked_shape(shape, channels) in ((), shape)
-
-
-# ---- many archives and images
 
 
 def read_each(read: Callable[[K], T], keys: Iterable[K], *, remote: bool) -> list[T]:

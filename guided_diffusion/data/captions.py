@@ -32,9 +32,6 @@ FILE = "file"  # the column of the names in a captions.json
 FORMS = 'a captions.json {"1.png": "a cat", ...}, NAME.txt beside each image, or a table with a column caption or text'
 
 
-# ---- reading
-
-
 @dataclass(frozen=True)
 class CaptionTable:
     """The captions of the images of a source.
@@ -152,9 +149,6 @@ def _texts_of(table: Table, columns: Sequence[str]) -> dict[str, list[str]]:
 def _cleaned(texts: Sequence[str]) -> list[str]:
     """Texts with single spaces, without empty ones."""
     return [" ".join(text.split()) for text in texts if text.strip()]
-
-
-# ---- training
 
 
 @dataclass

@@ -41,9 +41,6 @@ NO_CLASS = 255  # in a map: none of the classes, zeros in all channels
 Array = NDArray[np.float32]
 
 
-# ---- kinds of conditioning images
-
-
 @dataclass(frozen=True)
 class CondKind:
     """How the numbers of conditioning images are read.
@@ -96,9 +93,6 @@ def cond_kind(
     """The kind that flags describe, None without conditioning images."""
     channels = seen_channels(cond_type, cond_channels, image_channels)
     return CondKind(cond_type, channels, data_range) if channels else None
-
-
-# ---- pairs of files
 
 
 @dataclass(frozen=True)
@@ -160,9 +154,6 @@ class Pairing:
         if unpaired:
             say(f"  left out: {unpaired}")
         return replace(images, images=[image for image, _ in pairs]), Partners(self.kind, paths, self.dropout)
-
-
-# ---- sampling
 
 
 @dataclass(frozen=True)

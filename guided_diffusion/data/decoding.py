@@ -87,9 +87,6 @@ def decode_ids(content: Content, extension: str) -> NDArray[np.float32]:
     return array[..., None].astype(np.float32)
 
 
-# ---- arrays and pictures of any kind
-
-
 def array_in(content: Content, extension: str) -> NDArray[Any] | None:
     """The array of an .npy, or one that is read already; None for a picture."""
     if isinstance(content, bytes):
@@ -140,9 +137,6 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
         with contextlib.suppress(Exception):
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
     return (image.width, image.height) if turned else (image.height, image.width)
-
-
-# ---- channels and ranges
 
 
 def _decode_array(array: NDArray[Any], channels: int, data_range: Range | None) -> Picture:
@@ -217,8 +211,6 @@ def _with_channels(planes: NDArray[np.float32], channels: int) -> NDArray[np.flo
         raise UserError(f"{planes.shape[-1]} channels, where image_channels is {channels} (an array is [H, W, C])")
     return planes
 
-
-# ---- masks: the pixels of a picture that are meant
 
 TOPS = (1, 255, 65535)  # white, of shades in files of numbers
 

@@ -96,9 +96,6 @@ def _uses(shards: NDArray[np.int64]) -> list[tuple[int, int]]:
     return [(int(numbers[i]), int(lasts[i])) for i in np.argsort(firsts) if numbers[i] >= 0]
 
 
-# ---- the process
-
-
 def work(limit: float) -> None:
     """Copy shards by the newest of the plans on stdin, until that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

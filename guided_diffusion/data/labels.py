@@ -112,9 +112,6 @@ def _labels_of(source: ImageSource, rule: str, label_column: str) -> tuple[str, 
     return rule, labels, notes + remarks
 
 
-# ---- labels -> ids
-
-
 def _numbered(
     images: Sequence[str], labels: Sequence[Label], known: list[str], num_classes: int | None, *, by_number: bool
 ) -> tuple[list[int], list[str]]:
@@ -140,9 +137,6 @@ def _numbered(
             )
         ids.append(number)
     return ids, names or [str(number) for number in range(max(ids) + 1)]
-
-
-# ---- rules by the names of files
 
 
 def _class_folder(name: str) -> str:
@@ -203,9 +197,6 @@ def _of_names(source: ImageSource, rule: str) -> tuple[list[Label], list[str]]:
     return [_class_folder(name) for name in source.images], notes
 
 
-# ---- a file beside each image
-
-
 def _columns(source: ImageSource, image: str) -> list[str]:
     """The keys of the NAME.json beside an image that are called like labels."""
     try:
@@ -229,9 +220,6 @@ def _of_files(source: ImageSource, extension: str, column: str) -> list[Label]:
         if labels[-1] == "" or isinstance(labels[-1], bool) or not isinstance(labels[-1], str | int):
             raise UserError(f"{image!r} has no label: give it {beside(image, extension)[0]!r} with a class id or name")
     return _as_numbers(labels)
-
-
-# ---- tables
 
 
 def _has_labels(source: ImageSource, file: str) -> bool:
@@ -268,9 +256,6 @@ def _as_numbers(labels: Sequence[Label]) -> list[Label]:
     texts = [str(label).strip() for label in labels]
     matches = [re.fullmatch(r"(-?\d{1,18})(\.0*)?", text) for text in texts]
     return [int(match[1]) for match in matches if match] if all(matches) else list(texts)
-
-
-# ---- classes.json
 
 
 def listed_classes(text: str, num_classes: int, names: Sequence[str] = ()) -> list[int]:

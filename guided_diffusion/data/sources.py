@@ -112,9 +112,6 @@ class ImageSource:
         return "\n".join([*lines, *[f"  and {more} more that are not taken"] * (more > 0)])
 
 
-# ---- finding images
-
-
 def find_images(data_dir: files.AnyPath, channels: int = 0) -> ImageSource:
     """All images below a folder, a zip, a tar or a folder in one, of many of these, or of an array (.npy, .npz).
 
@@ -319,8 +316,6 @@ def _is_image(name: str) -> bool:
     return _extension(name) in IMAGE_EXTENSIONS and not _is_hidden(name)
 
 
-# ---- zips, tars and arrays
-
 _archives: dict[str, Archive | Stack] = {}
 _tars: dict[str, Tar] = {}  # which hold no handle, so that there may be any number
 
@@ -357,9 +352,6 @@ def _archive(path: str, channels: int = 0, *, anew: bool = False) -> Archive | S
             raise UserError(f"{path!r} is not a readable {what} ({error}); make it again, or give a folder") from error
     archive: Archive | Stack | Tar = opened[path]
     return archive
-
-
-# ---- reading
 
 
 def read_content(path: str) -> Content:

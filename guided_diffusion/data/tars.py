@@ -116,9 +116,6 @@ def _check_end(archive: tarfile.TarFile) -> None:
         raise tarfile.ReadError(f"there is no end of a tar at byte {archive.offset}")
 
 
-# ---- indexes
-
-
 class Tar:
     """A tar whose members are read from their places, on the disk, in a bucket or on a web server.
 

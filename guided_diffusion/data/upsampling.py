@@ -34,9 +34,6 @@ TRAINING_NOISE, SAMPLING_NOISE = 3 << 64, 4 << 64
 Pixels = NDArray[np.uint8]
 
 
-# ---- noise on small images (Ho et al. 2022, Cascaded diffusion models, sec. 4)
-
-
 def _noised(low_res: th.Tensor, levels: th.Tensor, generators: Sequence[th.Generator]) -> dict[str, th.Tensor]:
     """Small images [N, C, h, w] with noise of levels [N]: sqrt(1 - level^2) low_res + level noise; and the levels."""
     noise = th.stack([th.randn(low_res.shape[1:], generator=generator) for generator in generators])
@@ -75,9 +72,6 @@ def check_sizes(large_size: Size, small_size: Size) -> tuple[int, int]:
     larger = small[0] > height or small[1] > width
     refuse((larger, f"small_size {small_size} exceeds large_size {large_size}; give a small_size within it"))
     return small
-
-
-# ---- images to enlarge
 
 
 @dataclass(frozen=True)
@@ -175,9 +169,6 @@ def _names_beside(path: str, count: int) -> list[str]:
         named = named and not any(path_fault(name, "folder") for name in names)
         refuse((not named, f"it does not name {count} files within the folder"))
         return names
-
-
-# ---- the files that they become
 
 
 def picture_names(names: Sequence[str]) -> list[str]:

@@ -219,8 +219,6 @@ class ForwardProcess:
         """The real timestep of training at which log alpha_bar is `level`: the inverse of `level`."""
         return self._levels().tau(th.as_tensor(level, dtype=None if isinstance(level, th.Tensor) else th.float64))
 
-    # ---- the network's timesteps
-
     def _wrap_model(self, model: Any) -> Any:
         """The network, to be called with t; a respaced process wraps it, so that t becomes a timestep of training."""
         return model
@@ -243,8 +241,6 @@ class ForwardProcess:
         knots = self._table("timestep_map", t.device, t.dtype)
         return interpolate(t, knots, th.arange(len(knots), dtype=t.dtype, device=t.device)).round().long()
 
-    # ---- the forward process
-
     def q_mean_variance(self, x_start: th.Tensor, t: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Mean, variance and log-variance of q(x_t | x_0)."""
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
@@ -266,8 +262,6 @@ class ForwardProcess:
         mean = self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
         variance = self._at("posterior_variance", t, x_t).expand_as(x_t)
         return mean, variance, self._at("posterior_log_variance_clipped", t, x_t).expand_as(x_t)
-
-    # ---- from one prediction to another
 
     def _predict_xstart_from_eps(self, x_t: th.Tensor, t: th.Tensor, eps: th.Tensor) -> th.Tensor:
         signal, sigma = (self._at(f"sqrt_{name}_alphas_cumprod", t, x_t) for name in ("recip", "recipm1"))

@@ -99,8 +99,6 @@ class SamplingMethods(ForwardProcess):
     def predictor(self, model: Model, *args: Any, **options: Any) -> Predict:
         """The function (x, t) -> `prediction.Prediction` that the steps call."""
 
-    # ---- any sampler
-
     make_sampler = staticmethod(make_sampler)
 
     def sample_loop(
@@ -168,8 +166,6 @@ class SamplingMethods(ForwardProcess):
         step = sampler.last_step if last else sampler.step
         return step(self, self.predictor(model, **options), x, t, state, draw or (lambda: th.randn_like(x)))
 
-    # ---- ancestral sampling
-
     def p_sample(
         self,
         model: Model,
@@ -209,8 +205,6 @@ class SamplingMethods(ForwardProcess):
         return sample_loop(self, Ancestral(), **_given(locals()))
 
     p_sample_loop = _whole(p_sample_loop_progressive)
-
-    # ---- DDIM
 
     def ddim_sample(
         self,
@@ -272,8 +266,6 @@ class SamplingMethods(ForwardProcess):
 
     ddim_sample_loop = _whole(ddim_sample_loop_progressive)
 
-    # ---- PLMS
-
     def plms_sample(
         self,
         model: Model,
@@ -315,8 +307,6 @@ class SamplingMethods(ForwardProcess):
         return sample_loop(self, PLMS(order), **{"clip_guided": False, **_given(locals(), "order")})
 
     plms_sample_loop = _whole(plms_sample_loop_progressive)
-
-    # ---- the two rules of guidance
 
     def condition_mean(
         self, cond_fn: CondFn, p_mean_var: MeanVariance, x: th.Tensor, t: th.Tensor, model_kwargs: Kwargs = None

@@ -138,9 +138,6 @@ def _origins(
             yield f"{images.path}: {', '.join(words)} of {images.count} images, {origin}"
 
 
-# ---- comparing
-
-
 def _report(
     reference: Side, samples: Side, extractor: Extractor, metrics: Sequence[Metric], options: Options
 ) -> Report:

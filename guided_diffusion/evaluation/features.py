@@ -107,9 +107,6 @@ def _stem(path: str) -> str:
     return printable(name if os.path.isdir(path) else os.path.splitext(name)[0])
 
 
-# ---- Inception
-
-
 def _inception(path: str, device: th.device, precision: str) -> NetworkExtractor:
     """The Inception of the published evaluator, whose score is of the softmax of the logits without bias."""
     network = load_inception(path, dtype=DTYPES[precision]).to(device)
@@ -127,8 +124,6 @@ def _inception(path: str, device: th.device, precision: str) -> NetworkExtractor
     network.eval().requires_grad_(False)
     return NetworkExtractor("Inception", identity, run, published=True, differentiable=differentiable)
 
-
-# ---- classifiers of this project
 
 # the layer whose input is the feature vector [N, D], the last one in which space is gone, by classifier_pool; spatial
 # and spatial_v2 pool the means over space of all feature maps
@@ -184,9 +179,6 @@ def fitted(images: Images, size: tuple[int, int], channels: int) -> Images:
     pictures = [Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]) for image in images]
     rows = [center_crop_arr(picture.convert(MODES[channels]), size) for picture in pictures]
     return np.stack(rows).reshape(len(images), *size, channels)
-
-
-# ---- DINOv2 and CLIP
 
 
 # title, values that model_type may have in the folder's config.json, class of transformers that reads it, and the field
@@ -258,8 +250,6 @@ def _prepared(images: th.Tensor, settings: Mapping[str, Any]) -> th.Tensor:
     return prepared
 
 
-# ---- by name
-
 Maker = Callable[[str, th.device, str], Extractor]  # (path, device, precision)
 EXTRACTORS: dict[str, Maker] = {"inception": _inception, **{kind: partial(_pretrained, kind) for kind in PRETRAINED}}
 
@@ -290,8 +280,6 @@ def make_extractor(
         path = find_inception(path or weights)
     return makers[name](files.resolve(path), th.device(device), precision)
 
-
-# ---- the distance of reconstructions
 
 RECONSTRUCTIONS = 64  # images per pass of the network
 

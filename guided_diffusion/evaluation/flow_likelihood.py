@@ -103,9 +103,6 @@ def _log_normal(x: th.Tensor) -> th.Tensor:
     return -0.5 * (wide**2 + math.log(2 * math.pi)).flatten(1).sum(dim=1)
 
 
-# ---- from 8 bits to the flow's first point, and back
-
-
 def _dequantized(
     process: GaussianDiffusion,
     model: Model,
@@ -133,9 +130,6 @@ def _dequantized(
     back = discretized_gaussian_log_likelihood(x_start, means=out["mean"], log_scales=out["log_variance"] / 2)
     forth = _log_normal(noise) / noise[0].numel() - float(process.log_one_minus_alphas_cumprod[0]) / 2
     return x, (forth - back.flatten(1).mean(1)) / math.log(2)
-
-
-# ---- the flow and its divergence
 
 
 def _probes(x: th.Tensor, options: FlowConfig, generator: Generators) -> list[th.Tensor]:
@@ -171,9 +165,6 @@ def _slope(
     trace = th.stack(traces).mean(dim=0).to(theta)
     velocity = (alpha[:, None] * point[:, :-1] - xstart.detach().flatten(1).to(point)) / sigma[:, None]
     return th.cat([velocity, ((alpha * like[0].numel() - trace) / sigma)[:, None]], dim=1)
-
-
-# ---- solvers
 
 
 def _weighted(slopes: Sequence[th.Tensor], weights: Sequence[float]) -> th.Tensor:

@@ -58,9 +58,6 @@ def to_rgb(images: Pixels) -> Pixels:
     return images
 
 
-# ---- sets of images
-
-
 @dataclass(frozen=True)
 class Scan:
     """The results of reading through all images once.
@@ -262,8 +259,6 @@ def _checked(header: files.Header, path: str, name: str) -> files.Header:
     return header
 
 
-# ---- opening
-
 Opened = str | os.PathLike[str] | ImageSet
 
 
@@ -332,9 +327,6 @@ def request_of(path: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return request if isinstance(request, dict) else {}
-
-
-# ---- statistics beside the images
 
 
 def read_statistics(images: ImageSet) -> tuple[dict[str, Statistics], dict[str, Any]]:

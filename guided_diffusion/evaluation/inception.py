@@ -31,9 +31,6 @@ class Outputs(NamedTuple):
     logits: th.Tensor  # [N, 1008]
 
 
-# ---- the table of the network
-
-
 class Layer(NamedTuple):
     """A convolution with batch normalisation and ReLU.
 
@@ -121,9 +118,6 @@ BLOCKS: Mapping[str, tuple[Branch, ...]] = {
     "Mixed_7b": _block_e(_average),
     "Mixed_7c": _block_e(_maximum),  # as the published graph does, unlike the paper
 }
-
-
-# ---- modules
 
 
 class BasicConv2d(th.nn.Module):
@@ -216,9 +210,6 @@ class InceptionNetwork(th.nn.Module):
         pool = x.float().mean((2, 3))
         unbiased = F.linear(pool, self.fc.weight.float())
         return Outputs(pool, spatial, unbiased, unbiased + self.fc.bias.float())
-
-
-# ---- resizing
 
 
 def resize_tf1(images: th.Tensor, side: int = SIDE) -> th.Tensor:

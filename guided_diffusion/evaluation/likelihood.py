@@ -164,9 +164,6 @@ def measured(survey: Survey, batch: int) -> list[npt.NDArray[Any]]:
     return [columns.numpy(), *(out[name].cpu().float().numpy() for name in measure.terms)]
 
 
-# ---- the result
-
-
 def merge(survey: Survey) -> None:
     """Write the result from the shards; bpd.npz comes last, and says that all is there."""
     survey.check_complete()

@@ -48,9 +48,6 @@ def _two_sets(reference: npt.ArrayLike, samples: npt.ArrayLike, least: int) -> t
     return first, second
 
 
-# ---- mean and covariance
-
-
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Mean [D] and unbiased covariance [D, D] of features; `+` gives those of two sets together.
@@ -173,9 +170,6 @@ def frechet_distance(mu1: npt.ArrayLike, sigma1: npt.ArrayLike, mu2: npt.ArrayLi
     return max(float(distance), 0.0)
 
 
-# ---- classes
-
-
 def inception_score(probs: npt.ArrayLike, split_size: int = 5000) -> float:
     """exp of the mean KL divergence of each image's classes from those of all (Salimans et al. 2016), mean over splits.
 
@@ -192,9 +186,6 @@ def inception_score(probs: npt.ArrayLike, split_size: int = 5000) -> float:
         gain -= np.log(marginal, out=np.zeros_like(marginal), where=marginal > 0)
         scores.append(math.exp(np.einsum("nk,nk->", p, gain) / len(p)))
     return float(np.mean(scores))
-
-
-# ---- squared distances, block by block
 
 
 class _Single:
@@ -327,9 +318,6 @@ def _distances(kind: _Single, products: Array, u: Array, v: Array) -> Array:
     return kind.rounded(products)
 
 
-# ---- manifolds of nearest neighbours
-
-
 def manifold_radii(features: npt.ArrayLike, k: int = 3, *, dtype: str = "float32", block: int = BLOCK) -> Array:
     """Squared distance [N] of each image from its k-th nearest neighbour other than itself.
 
@@ -396,9 +384,6 @@ def density_coverage(
         held += int(np.count_nonzero(inside))
         covered[rows] |= inside.any(axis=1)
     return held / (k * len(made)), float(covered.mean())
-
-
-# ---- kernels
 
 
 def kernel_distance(

@@ -36,9 +36,6 @@ FIELDS = {"pool": "pool", "pool_statistics": "pool", "spatial_statistics": "spat
 FORMAT = 2  # of the files that are kept: those of another number are not found
 
 
-# ---- computing
-
-
 def feature_set(
     images: ImageSet,
     extractor: Extractor,
@@ -105,9 +102,6 @@ def _check_finite(features: Features, start: int, images: ImageSet, extractor: E
         refuse((not finite.all(), f"{fault} finite: give other weights, or --eval_precision fp32"))
 
 
-# ---- keeping
-
-
 def kept_path(images: ImageSet, extractor: Extractor, field: str) -> str:
     """The file that keeps a field of the features of these images by this network."""
     key = f"{FORMAT} {extractor.identity} {images.scanned.digest}"
@@ -144,9 +138,6 @@ def _kept(images: ImageSet, extractor: Extractor, needs: Collection[str]) -> dic
         except (OSError, ValueError, KeyError) as error:
             logger.warn(f"the features kept in {path} cannot be used ({reason(error)}): they are computed again")
     return kept
-
-
-# ---- references
 
 
 def write_reference(

@@ -43,9 +43,6 @@ PIECE = 2**20  # bytes at the beginning and at the end of a file that its finger
 INSTALL = 'run `pip install "guided-diffusion[text]"`'
 
 
-# ---- labels
-
-
 class ClassEmbedder(nn.Module):
     """Labels [N] as a context of one vector each, [N, 1, D], as in latent-diffusion's class-conditional models.
 
@@ -100,9 +97,6 @@ def pooled(context: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     weights = context.new_ones(context.shape[:2]) if mask is None else mask.to(context.dtype)
     mean = (context * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
     return F.layer_norm(mean, mean.shape[1:])
-
-
-# ---- texts
 
 
 class ContextEncoder(nn.Module, ABC):
@@ -348,9 +342,6 @@ def context_arguments(config: ContextConfig, *, class_cond: bool = True) -> dict
     }
 
 
-# ---- tokenizers
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 8192) -> str:
     """The JSON of a byte-pair encoding of texts in lower case, whose tokens can spell any other text too."""
     library = _tokenizers()
@@ -383,9 +374,6 @@ def _tokenizers() -> Any:
     with as_user_error(f"texts need the library tokenizers: {INSTALL}", ImportError):
         import tokenizers
     return tokenizers
-
-
-# ---- folders
 
 
 def minilm_folder() -> str:

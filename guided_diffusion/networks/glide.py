@@ -220,9 +220,6 @@ class SuperResInpaintText2ImUnet(_WithImages):
         return super().forward(th.cat(parts, dim=1), timesteps, **kwargs)
 
 
-# ---- texts
-
-
 class GlideEncoder(ContextEncoder):
     """Texts as the tokens that a network of GLIDE takes: GPT-2's byte-pair encoding of them in lower case.
 
@@ -252,8 +249,6 @@ class GlideEncoder(ContextEncoder):
     def settings(self) -> dict[str, Any]:
         return {"text_encoder": GLIDE, "context_dim": self.context_dim, "max_tokens": self.max_tokens}
 
-
-# ---- reading files
 
 HEAD = 64  # channels of a head, in all published networks
 LARGE = 2**10  # any size in pixels, of which attention_resolutions are parts

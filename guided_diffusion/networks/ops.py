@@ -29,8 +29,6 @@ Film = Pair | None
 Gradients = tuple[th.Tensor | None, ...]
 
 
-# ---- when modules are called as they are
-
 _CALL = nn.Module.__call__
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
 
@@ -75,9 +73,6 @@ def _with_graph(function: Callable[..., th.Tensor], inputs: Sequence[Any], grad:
     return tuple(next(gradients) if needs else None for needs in needed)
 
 
-# ---- layers
-
-
 def over_tokens(conv: nn.Module, x: th.Tensor) -> th.Tensor:
     """The output of a Conv1d for tokens [N, C, T].
 
@@ -116,9 +111,6 @@ def through(layers: Any, x: th.Tensor, film: Film = None) -> th.Tensor:
     for layer in rest:
         h = layer(h)
     return h
-
-
-# ---- group normalization, scale and shift, SiLU
 
 
 def _norm_silu(x: th.Tensor, weight: th.Tensor, bias: th.Tensor, *rest: Any) -> th.Tensor:
@@ -208,9 +200,6 @@ def _by_sums(g: th.Tensor, x: th.Tensor, gain: th.Tensor, mean: th.Tensor, rstd:
 def _over_space(row: th.Tensor, x: th.Tensor) -> th.Tensor:
     """[N, C] as [N, C, 1, ...] in the dtype of x."""
     return row.to(x.dtype).view(*row.shape, *[1] * (x.ndim - 2))
-
-
-# ---- attention
 
 
 def attention(q: th.Tensor, k: th.Tensor, v: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:

@@ -47,9 +47,6 @@ _SCHEMES = ("gs", "s3", "az", "hf", "file", "https", "http", "ftp")  # with one 
 _FOREIGN = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
 
 
-# ---- paths
-
-
 def resolve(path: AnyPath) -> str:
     """The path as the rest of the package takes it: a local one, or the URL of a bucket."""
     text = os.fspath(path)
@@ -100,9 +97,6 @@ def join(folder: AnyPath, *names: str) -> str:
     """The path of something in a folder."""
     text = os.fspath(folder)
     return "/".join([text.rstrip("/"), *names]) if is_remote(text) else os.path.join(text, *names)
-
-
-# ---- in buckets and on this machine
 
 
 def exists(path: AnyPath) -> bool:
@@ -176,9 +170,6 @@ def remove(path: str) -> None:
     ask(path, lambda blobs: blobs.remove(path)) if is_remote(path) else os.remove(path)
 
 
-# ---- files
-
-
 def open_file(path: AnyPath) -> BinaryIO:
     """A file that a user names, to read from; a zip in a bucket is then read piece by piece."""
     where = resolve(path)
@@ -245,9 +236,6 @@ def kind_of_file(path: str) -> str:
         kinds["an npz, which is images or their statistics"] = all(name.endswith(".npy") for name in names)
         kinds["a TorchScript archive"] = any(name.endswith("/constants.pkl") for name in names)
     return next((kind for kind, is_so in kinds.items() if is_so), "")
-
-
-# ---- zips
 
 
 def open_archive(path: str) -> zipfile.ZipFile:
@@ -363,9 +351,6 @@ def safetensors_header(path: str) -> dict[str, Any]:
     return {}
 
 
-# ---- arrays
-
-
 class Header(NamedTuple):
     """Shape and type of the numbers in an npy, and whether they lie in the order of Fortran."""
 
@@ -419,9 +404,6 @@ def _pieces(file: IO[bytes], size: int) -> Iterator[bytes]:
     while size > 0 and (piece := file.read(min(size, PIECE))):
         size -= len(piece)
         yield piece
-
-
-# ---- writing
 
 
 @contextlib.contextmanager

@@ -91,9 +91,6 @@ def from_here(flags: Mapping[str, Any], folder: str) -> dict[str, Any]:
     return {**flags, **{name: f"{scheme}{mark}{way.normpath(way.join(top, path))}" for name, path in found.items()}}
 
 
-# ---- texts of values
-
-
 def parse_size(size: Size) -> tuple[int, int]:
     """(height, width) of a size given as 64, "64", "64x128" or a pair."""
     try:
@@ -215,9 +212,6 @@ def shuffle_flag(text: str) -> str:
     if not re.fullmatch(r"all|shards(:0*[1-9]\d{0,8})?", text):
         raise UserError(f"{text!r} is no way to shuffle: write all, shards or shards:16")
     return text
-
-
-# ---- the checks of a field
 
 
 def reader_of(spec: Field[Any]) -> Callable[[str], Any]:

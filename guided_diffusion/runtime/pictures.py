@@ -39,8 +39,6 @@ LETTER, LINE, CAPTION_LINES = 6, 12, 3  # pixels of a letter and of a line below
 LONGEST_STEM = 40  # characters of a prompt in the name of a file
 GRID_IMAGES = 100
 
-# ---- bytes and numbers
-
 
 def levels(x: Numbers) -> Numbers:
     """[-1, 1] as levels 0 .. 255 of a byte, neither rounded nor clipped."""
@@ -78,9 +76,6 @@ def range_in_words(images: th.Tensor) -> str:
         f"{used}, which is little: if black and white are other numbers in the files, say which, such as --data_range "
         "0,1 for floats or 0,4095 for 12 bits"
     )
-
-
-# ---- pictures
 
 
 def can_draw(shape: Sequence[int]) -> bool:
@@ -221,8 +216,6 @@ def draw_each(
         os.makedirs(os.path.dirname(path), exist_ok=True)
         save_png(path, image, **texts)
 
-
-# ---- films
 
 FILM_IMAGES = 8
 GIF_ROW = 4  # images side by side in the animation

@@ -75,9 +75,6 @@ def _unreachable(path: str, error: Exception) -> OSError:
     )
 
 
-# ---- web servers
-
-
 @cache
 def _connections(process: int) -> Any:
     """The open connections of a process: those that fork must not share them."""
@@ -129,9 +126,6 @@ def _whole_size(headers: Any) -> int | None:
     """Bytes of the file that an answer gives a part of, where it says so."""
     size = headers.get("content-range", "").rpartition("/")[2]
     return int(size) if size.isdecimal() else None
-
-
-# ---- S3
 
 
 _clients: dict[int, _S3] = {}
@@ -277,9 +271,6 @@ def _refused(path: str, error: Any) -> OSError:
         f"{path} is refused to these credentials ({code}): take others (AWS_PROFILE), or have them allowed "
         "s3:ListBucket and s3:GetObject (s3:PutObject and s3:DeleteObject to write)"
     )
-
-
-# ---- files of which parts are asked for
 
 
 def in_parts(path: str) -> bool:

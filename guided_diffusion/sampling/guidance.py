@@ -27,9 +27,6 @@ from .prediction import CondFn, MeanVariance, sees_denoiser
 Scale = float | Callable[[th.Tensor], th.Tensor | float]
 
 
-# ---- cond_fns
-
-
 def _scale_at(scale: Scale, timesteps: th.Tensor, like: th.Tensor) -> float | th.Tensor | None:
     """The scale at these timesteps, a number or [N, 1, ...]; None where it is 0 for all.
 
@@ -163,9 +160,6 @@ def interval(guide: Callable[..., Any], low: float, high: float) -> Callable[...
         return None if gradient is None else gradient * acts.view(-1, *[1] * (x.ndim - 1))
 
     return ThroughDenoiser(limited) if sees_denoiser(guide) else limited
-
-
-# ---- guided networks
 
 
 class GuidedNetwork(th.nn.Module, ABC):
@@ -304,9 +298,6 @@ class Autoguided(GuidedNetwork):
 classifier_free, autoguidance = ClassifierFree, Autoguided  # read like the other guidance
 
 
-# ---- embeddings of images
-
-
 def random_cutouts(
     count: int, size: int, *, power: float = 1.0, generator: th.Generator | None = None
 ) -> Callable[[th.Tensor], th.Tensor]:
@@ -356,9 +347,6 @@ def clip_guidance(
         return (2 * th.arcsin((chord / 2).clamp(max=1 - 1e-6)) ** 2).mean(dim=(0, 2))
 
     return _downhill(lambda x, *_, **__: loss(x), scale) if mode == "noisy" else loss_guidance(loss, scale)
-
-
-# ---- on the network's output
 
 
 def without_labels(model: Callable[..., th.Tensor]) -> Callable[..., th.Tensor]:

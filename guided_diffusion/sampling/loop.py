@@ -142,9 +142,6 @@ def network_calls(process: Process, sampler: Sampler | str, **options: Unpack[Sa
     return calls
 
 
-# ---- which steps
-
-
 def _indices(process: Process, sampler: Sampler, options: SampleOptions) -> list[int]:
     """The indices of the steps to take, noisiest first, or last where the sampler goes from the image to noise."""
     steps, skip = process.num_timesteps, options.get("skip_timesteps") or 0
@@ -165,9 +162,6 @@ def _walk(indices: Sequence[int], options: SampleOptions) -> Iterator[tuple[int,
         stretch = indices[start : start + jump]
         for again in reversed(range(options.get("resample", 1))):
             yield from ((index, stretch[0] if again and index == stretch[-1] else None) for index in stretch)
-
-
-# ---- where to start
 
 
 def _start(
@@ -244,9 +238,6 @@ def _separate(generator: Generators, x: th.Tensor, needed: Sequence[bool]) -> Ge
     if generator is None or isinstance(generator, th.Generator):
         return seeded(generator)
     return [seeded(source, drawn) for source, drawn in zip(generator, needed, strict=False)]
-
-
-# ---- draws and checks
 
 
 def drawer(

@@ -134,9 +134,6 @@ class PLMS(Solver):
         return th.sqrt(before) * xstart + th.sqrt(1 - before) * eps
 
 
-# ---- steps in sigma / alpha, the noise of Karras et al. 2022, in which the flow is d(x / alpha) = eps d(sigma / alpha)
-
-
 @dataclass(frozen=True)
 class Euler(Solver):
     """Euler's method with churn: noise added before each step (Karras et al. 2022, algorithm 2 up to line 8).

@@ -26,9 +26,6 @@ Array = npt.NDArray[np.float64]
 MAX_BETA = 0.999
 
 
-# ---- betas by name
-
-
 def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = MAX_BETA
 ) -> Array:
@@ -108,9 +105,6 @@ def rescale_zero_terminal_snr(betas: npt.ArrayLike) -> Array:
     levels = np.append(1.0, signal**2)
     rescaled: Array = 1 - levels[1:] / levels[:-1]
     return rescaled
-
-
-# ---- between the timesteps
 
 
 class NoiseLevels:

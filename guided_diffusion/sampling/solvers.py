@@ -110,9 +110,6 @@ class Solver(Sampler):
                 raise UserError(f"{name} {value} is not a number from 0 on")
 
 
-# ---- DPM-Solver++
-
-
 @dataclass(frozen=True)
 class DPMSolverPP2M(Solver):
     """DPM-Solver++(2M), multistep (Lu et al. 2022b, algorithm 2): along the last predictions of x_0. Of order 2."""
@@ -150,9 +147,6 @@ class DPMSolverPP3MSDE(DPMSolverPP2MSDE):
     """
 
     points: ClassVar[int] = 3
-
-
-# ---- singlestep: by way of the middle of the step, or of its thirds
 
 
 @dataclass(frozen=True)
@@ -201,9 +195,6 @@ class DPMSolver3(Solver):
         return prediction.output(sample), None
 
 
-# ---- DEIS
-
-
 @dataclass(frozen=True)
 class DEIS(Solver):
     """DEIS, multistep: the polynomial through the last `order` eps, integrated exactly (Zhang & Chen 2022, eq. 15).
@@ -221,9 +212,6 @@ class DEIS(Solver):
         now, end = process.at(t, x), process.at(t - 1, x)
         values, lams = recall(state, prediction.eps, now.lam, self.order)
         return prediction.output(noise_step(now, end, x, values, lams)), remember(values, lams)
-
-
-# ---- predictor and corrector
 
 
 def predict_and_correct(

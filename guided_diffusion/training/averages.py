@@ -57,9 +57,6 @@ class PowerAverages:
             update_ema(self._trainer.trained(values), self._trainer.trained(), rate=momentum(width, updates))
 
 
-# ---- afterwards
-
-
 def _products(one: Any, other: Any) -> Any:
     """The integral of the product of two profiles, given as (updates, exponent)."""
     (t, a), (u, b) = one, other

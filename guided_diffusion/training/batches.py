@@ -69,9 +69,6 @@ class Supply:
         return th.full_like(images, float("nan"), dtype=th.float32), cond
 
 
-# ---- validation
-
-
 class Part(NamedTuple):
     """A batch to measure, and the key of its noise; `counted` of its N images count, None: all."""
 
@@ -134,9 +131,6 @@ def measured(
         t, values = gather_losses({"t": drawn.t, **values})
         rows.append({name: value[:counted] for name, value in [("t", t), *values.items()]})
     return join(rows) if rows else {}
-
-
-# ---- microbatches
 
 
 def microbatches(batch: th.Tensor, cond: Cond, draw: Draw, size: int) -> Iterator[tuple[th.Tensor, Cond, Draw]]:

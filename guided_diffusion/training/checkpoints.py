@@ -142,9 +142,6 @@ def is_young(rate: str | float, updates: int) -> bool:
     return updates * (1 - float(rate)) < 1 - 1e-9  # 1 - 0.99 is a little more than a hundredth
 
 
-# ---- names
-
-
 def _number(match: re.Match[str]) -> int:
     return int(match[match.lastgroup or 0])
 
@@ -194,9 +191,6 @@ def _with_file(path: str, what: str) -> Checkpoint:
         raise FileNotFoundError(f"{what} {path!r} does not exist{hint}")
     step = step_of(path)
     return Checkpoint(None) if step is None else sets_in(os.path.dirname(path) or ".").get(step, Checkpoint(step))
-
-
-# ---- to sample from
 
 
 def open_checkpoint(path: str, what: str = "the checkpoint") -> Checkpoint:
@@ -265,9 +259,6 @@ def tokenizer_beside(path: str) -> str:
 def _in_folder_of(path: str, name: str) -> str:
     path = files.resolve(path)
     return join(path if is_run(path) else os.path.dirname(path) or ".", name)
-
-
-# ---- to go on from
 
 
 def _damaged(entry: Checkpoint, *, checksums: bool = False) -> str:
@@ -348,9 +339,6 @@ def choose(path: str, *, auto: bool = False) -> tuple[Checkpoint | None, list[st
         if chosen[0] is None and not auto:
             chosen = find_set(path, checksums=True), []
     return dist_util.broadcast_object(chosen)
-
-
-# ---- to remove
 
 
 def keep_last(folder: str, count: int, every: int = 0, best: int = 0) -> None:

@@ -75,9 +75,6 @@ SCHEDULER_DEFAULTS: Config = {
 SCHEDULER_DEFAULTS |= {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 
 
-# ---- names
-
-
 def _unet_modules(config: Config) -> Iterator[tuple[str, str]]:
     """Our modules and theirs; no network has all, as the resolution changes by residual blocks or by convolutions."""
     yield from UNET_ENDS.items()
@@ -133,9 +130,6 @@ def _renamed(state: State, names: Mapping[str, str], path: str, axes: int) -> di
     return {
         names[name]: value.flatten(1)[(..., *[None] * axes)] if flat[name] else value for name, value in state.items()
     }
-
-
-# ---- U-Nets
 
 
 def _unet_config(flags: Mapping[str, Any]) -> Config:
@@ -291,9 +285,6 @@ def _process_beside(path: str) -> dict[str, Any]:
     return known | {"predict_xstart": predicts == "sample", "zero_terminal_snr": values["rescale_betas_zero_snr"]}
 
 
-# ---- autoencoders
-
-
 def _autoencoder_config(shapes: Mapping[str, Any], scale_factor: float) -> Config:
     """Their config of an autoencoder with the arguments `ddconfig` of ours."""
     attends = [
@@ -353,9 +344,6 @@ def read_autoencoder(state: State, path: str) -> dict[str, th.Tensor]:
     network = _renamed(_by_newer_names(state), _inverse(_names(config)), path, 2)
     groups = {} if (number := config["norm_num_groups"]) == GROUPS else {NORM_GROUPS: th.tensor(float(number))}
     return {**network, **groups, "scale_factor": th.tensor(factor)}
-
-
-# ---- files
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:

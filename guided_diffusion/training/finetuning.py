@@ -30,9 +30,6 @@ _DEPENDING_ON_SIZE = ("channel_mult", "attention_resolutions")
 _SHOWN = 6
 
 
-# ---- the checkpoint
-
-
 def open_source(path: str) -> Checkpoint:
     """The checkpoint at a path, or the newest moving average of a run's folder."""
     source = open_checkpoint(path, "--init_from")
@@ -62,9 +59,6 @@ def flags_for(source: Checkpoint, kind: str, size: Size | None, default: Size) -
     if kind == CLASSIFIER != source.kind:
         flags = {CLASSIFIER_NAMES.get(n, n): value for n, value in flags.items()}
     return flags
-
-
-# ---- its weights
 
 
 @dataclass
@@ -215,9 +209,6 @@ def _grown(old: th.Tensor, fresh: th.Tensor, axis: int, channels: Sequence[int])
     target.copy_(parts)
     grown: th.Tensor = pieces.flatten(axis, axis + 1)
     return grown
-
-
-# ---- what is trained
 
 
 def matching(model: nn.Module, text: str, flag: str) -> list[str]:

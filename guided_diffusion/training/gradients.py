@@ -57,9 +57,6 @@ def _align(params: list[th.Tensor], *others: list[th.Tensor]) -> None:
                 tensors[index] = tensors[index].as_strided((param.numel(),), (1,))
 
 
-# ---- the mean over the ranks
-
-
 class AveragedGradients(Gradients):
     """The means of the gradients of all ranks, the same bits on each; every rank must call `finish`.
 

@@ -73,9 +73,6 @@ def scale_of(model: nn.Module) -> float:
     return scale
 
 
-# ---- dictionaries of weights
-
-
 def _plain(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".default.", ".")
 
@@ -126,9 +123,6 @@ def layered(model: nn.Module, named: Mapping[str, th.Tensor]) -> Weights:
     remedy = "leave lora_rank and lora_on to the run that is resumed"
     refuse((shapes(named) != shapes(plain_names(expected)), f"{others}: {remedy}"))
     return {name: named[_plain(name)] for name in expected}
-
-
-# ---- files
 
 
 class Pack(NamedTuple):

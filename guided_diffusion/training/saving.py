@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ..train_util import TrainLoop
     from .sharding import ShardedTrainer
 
-# ---- the originals' functions, which research code replaces in train_util
-
 
 def parse_resume_step_from_filename(filename: str) -> int:
     """The number of updates in a name such as model070000.pt or ema_0.9999_070000.pt; 0 where it has none."""
@@ -50,9 +48,6 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
     sets = checkpoints.sets_in(os.path.dirname(main_checkpoint) or ".") if main_checkpoint else {}
     averages = sets[step].emas.items() if step in sets else ()
     return next((path for text, path in averages if float(text) == float(rate)), None)
-
-
-# ---- the parts of a run that change
 
 
 def load_weights(model: th.nn.Module, files: checkpoints.Checkpoint, flags: Mapping[str, Any]) -> None:
@@ -132,8 +127,6 @@ class RunState:
     _saved: dict[str, Any] = field(default_factory=dict)  # the state file that is resumed from
     _report: list[str] = field(default_factory=list)  # what was restored
 
-    # ---- to files
-
     def parts(self, step: int) -> dict[str, Any]:
         """The content of each file of a checkpoint, by the name before the step, in the order of writing.
 
@@ -181,8 +174,6 @@ class RunState:
             "rng": dist_util.gather_objects(rng_state(loop.device)),
             **({"extra": {name: part.state_dict() for name, part in loop.extra.items()}} if loop.extra else {}),
         }
-
-    # ---- back
 
     def open(self, files: checkpoints.Checkpoint) -> int:
         """Begin to take up a checkpoint; returns its step. `average`, `load_optimizer` and `close` follow."""
@@ -277,9 +268,6 @@ class RunState:
                     "timesteps, noise and dropped labels stay the same and sums are rounded otherwise, but dropout "
                     "masks differ"
                 )
-
-
-# ---- writing
 
 
 def write_set(

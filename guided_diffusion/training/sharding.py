@@ -144,8 +144,6 @@ class ShardedTrainer(MixedPrecisionTrainer):
     def sync_model(self) -> None:
         """Nothing: the masters are the model's parameters."""
 
-    # ---- whole tensors
-
     def master_params_to_state_dict(self, master_params: Sequence[th.Tensor]) -> dict[str, Any]:
         return self._state_dict(_whole, master_params)
 

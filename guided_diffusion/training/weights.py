@@ -25,9 +25,6 @@ _AVERAGE = re.compile(r"(?<![a-zA-Z])ema(?![a-zA-Z])", re.IGNORECASE)  # in a pl
 State = Mapping[str, th.Tensor]
 
 
-# ---- files
-
-
 class Entry(TypedDict):
     """One file of a checkpoint."""
 
@@ -159,9 +156,6 @@ def _load_safetensors(path: str, map_location: Any) -> dict[str, th.Tensor]:
     return {name: value.to(map_location) for name, value in state.items()}
 
 
-# ---- the weights among all that a file holds
-
-
 def pick(path: str, beside: str, read: Callable[[Any, str], Weights | None]) -> Weights:
     """The weights in a file, whatever else another program saved with them, and a sentence that says which.
 
@@ -203,9 +197,6 @@ def _plain_weights(content: Any, path: str, beside: str) -> dict[str, th.Tensor]
         remedy = "save the state_dict() of its network, and use that"
     held = "optimizer state" if optimizer else f"no weights of a network of this package, but {held}"
     raise UserError(f"{path} holds {held}: {remedy}")
-
-
-# ---- whether they fit a network
 
 
 def shapes(state: State) -> dict[str, th.Size]:

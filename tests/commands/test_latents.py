@@ -122,9 +122,6 @@ def refused(capsys: pytest.CaptureFixture[str], main: Main, *argv: str) -> str:
     return capsys.readouterr().err
 
 
-# ---- the autoencoder
-
-
 @pytest.mark.parametrize("config", [AUTOENCODER, CODES], ids=["kl", "vq"])
 def test_latents_of_a_first_stage(config: AutoencoderConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     network, images = network_of(config), th.rand(3, 3, 16, 16) * 2 - 1
@@ -156,9 +153,6 @@ def test_gradients_pass_through_the_decoder() -> None:
     stage, latents = FirstStage(network_of(AUTOENCODER), 0.5), th.randn(2, 2, 8, 8, requires_grad=True)
     (slope,) = th.autograd.grad(stage.decode(latents).square().sum(), latents)
     assert slope.abs().sum() > 0
-
-
-# ---- streams
 
 
 def stream_of(pictures: Path, **options: Any) -> ImageStream:
@@ -225,9 +219,6 @@ def test_an_image_that_cannot_be_read_is_named_when_it_is_encoded(pictures: Path
     stage = FirstStage(network_of(AUTOENCODER), 1.0, "mark")
     with pytest.raises(ValueError, match=r"dog_1\.png"):
         cached_images(stream_of(folder), stage, str(folder), str(tmp_path / "others"), log=lambda line: None)
-
-
-# ---- training
 
 
 def weights(run: Path, step: int) -> dict[str, th.Tensor]:
@@ -302,9 +293,6 @@ def test_metrics_during_the_training_are_of_decoded_samples(runs: Path, pictures
     (header, row) = (tmp_path / "run" / "evaluation.csv").read_text().splitlines()
     assert header.startswith("step,samples,FD")
     assert float(row.split(",")[2]) > 0
-
-
-# ---- sampling
 
 
 def by_hand(runs: Path, name: str = "unet", **options: Any) -> np.ndarray:
@@ -452,9 +440,6 @@ def test_a_run_with_a_copy_can_be_moved_and_an_autoencoder_can_be_elsewhere(runs
     link(tmp_path / "moved", "nowhere.pt", network_of(AUTOENCODER))
     made = sampled(tmp_path / "2", tmp_path, f"--autoencoder_path={runs / 'kl'}", name="moved")
     np.testing.assert_array_equal(made[:2], expected)
-
-
-# ---- what is refused
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,6 @@ def error_of(command: Any, words: list[str], capsys: pytest.CaptureFixture[str])
     return capsys.readouterr().err
 
 
-# ---- the table
-
-
 def test_the_table_is_of_the_published_networks() -> None:
     assert {preset.file.removesuffix(".pt") for preset in THEIRS.values()} == set(PUBLISHED)
     for preset in THEIRS.values():
@@ -131,9 +128,6 @@ def test_classes_of_imagenet_have_their_names() -> None:
         ids("golden retreiver")
 
 
-# ---- missing, misspelt, misplaced
-
-
 def test_models_that_are_not_here_are_answered_by_what_to_do(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--preset", "imagenet64"], "fetch it with 'guided-diffusion models download imagenet64' (1.2 GB)"),
@@ -163,9 +157,6 @@ def test_a_file_of_another_project_is_named(place: Path, capsys: pytest.CaptureF
         load("imagenet64", device="cpu")
     with pytest.raises(UserError, match=cut):
         presets.given("imagenet64", "image_sample", {"model_path"}, {})
-
-
-# ---- bundled ones
 
 
 def test_a_bundled_model_is_taken_by_its_name(bundled: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,9 +190,6 @@ def test_flags_of_a_named_model_go_with_a_path_too(place: Path) -> None:
     model = load(Path(runs["unet"]) / "ema_0.5_000100.pt", **{**options, **more})
     assert model.config["noise_schedule"] == "cosine"
     assert model.config["num_channels"] == 32
-
-
-# ---- the command
 
 
 def test_what_is_known_of_a_model_is_shown(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,9 +58,6 @@ def left_over(folder: Path) -> list[str]:
     return [name for name in os.listdir(folder) if "part" in name]
 
 
-# ---- there and back
-
-
 @pytest.mark.parametrize("shape", [(5, 7, 3), (5, 7, 1), (5, 7, 4), (5, 7)])
 @pytest.mark.parametrize("labels", [True, False])
 def test_to_files_and_back_is_the_same_file(tmp_path: Path, shape: tuple[int, ...], labels: bool) -> None:
@@ -160,9 +157,6 @@ def test_images_are_never_held_all_at_once(tmp_path: Path, monkeypatch: pytest.M
     assert max(held) == 2 * 5 * 7 * 3
     assert sum(held) == 11 * 5 * 7 * 3
     assert len(list((tmp_path / "files").glob("*.png"))) == 11
-
-
-# ---- bad input
 
 
 def test_nothing_is_overwritten(labelled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,9 +70,6 @@ def drawn(shelf: Shelf, folder: Path, image: Any = None, painted: Any = None, **
     return last
 
 
-# ---- settings
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -135,9 +132,6 @@ def test_a_region_is_a_part_of_the_image(region: str) -> None:
     assert mask.shape == (6, 10)
     assert 0.25 <= (mask == 0).mean() <= 0.5
     assert {"left half": mask[0, 0] == 0, "the middle": mask[3, 5] == 0}.get(region, True)
-
-
-# ---- drawings
 
 
 def test_pictures_are_those_of_load(shelf: Shelf, model: Model, tmp_path: Path) -> None:
@@ -226,8 +220,6 @@ def test_the_shelf_says_what_a_model_can(shelf: Shelf, runs: Runs, tmp_path: Pat
     with pytest.raises(UserError, match="there is no model 'emoji23'; did you mean emoji32"):
         Shelf(PageConfig(preset="emoji23"))
 
-
-# ---- the page in a browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 SECOND = 1000

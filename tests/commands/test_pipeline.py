@@ -42,9 +42,6 @@ def files_of(root: Path) -> list[str]:
     return sorted(str(path) for path in root.rglob("*"))
 
 
-# ---- the scripts' images
-
-
 def test_the_images_are_those_of_image_sample(model: Model, runs: Runs, tmp_path: Path) -> None:
     words = ["--classes", "owl,cat", "--sampler", "dpm++2m", "--seed", "3"]
     saved = saved_by(image_sample.main, tmp_path, "--model_path", runs["unet"], *SAMPLING, *words)
@@ -130,9 +127,6 @@ def test_a_cond_fn_of_ones_own_is_added_to_the_classifier(model: Model) -> None:
     assert not np.array_equal(both.images, pushed.images)
 
 
-# ---- the object
-
-
 def test_what_it_knows(model: Model, runs: Runs) -> None:
     assert model.classes == NAMES
     assert model.config["num_channels"] == 32
@@ -188,9 +182,6 @@ def test_the_package_imports_nothing_until_it_is_asked() -> None:
     assert all(callable(getattr(guided_diffusion, name)) for name in guided_diffusion.PUBLIC)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         guided_diffusion.lod  # noqa: B018
-
-
-# ---- mistakes
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ---- image_sample
-
-
 def test_a_run_folder_is_all_that_sampling_needs(runs: Runs, tmp_path: Path) -> None:
     argv = ["--model_path", runs["unet"], *SAMPLING, "--classes", "owl,0", "--save_images"]
     saved = saved_by(image_sample.main, tmp_path, *argv)
@@ -219,9 +216,6 @@ def test_a_second_call_neither_samples_again_nor_mixes_requests(
     assert (tmp_path / "samples_5x8x8x3.npz").read_bytes() == content
 
 
-# ---- every sampler, every grid
-
-
 def on_grid(grid: str, **flags: Any) -> Any:
     """The process of the tests on another grid."""
     return build_diffusion(DiffusionConfig(**{**asdict(PROCESS), "timestep_respacing": grid, **flags}))
@@ -337,9 +331,6 @@ def test_samples_are_those_of_the_loop(runs: Runs, tmp_path: Path, words: str) -
     assert other is None or (saved != by_the_loop(other)).any()
 
 
-# ---- guidance without a classifier
-
-
 def test_at_scale_1_nothing_guides(runs: Runs, tmp_path: Path) -> None:
     argv = ["--model_path", runs["guided"], *SAMPLING, "--classes", "1", "--log_dir"]
     image_sample.main([*argv, str(tmp_path / "plain")])
@@ -372,9 +363,6 @@ def test_a_weaker_model_without_a_config_is_told_by_the_command_line(runs: Runs,
     saved = saved_by(image_sample.main, tmp_path / "out", *argv, "--autoguide_path", str(lone))
     network = autoguidance(runs.unet, runs.weak, 2.0)
     np.testing.assert_array_equal(saved["arr_0"][:2], by_hand(runs.process, network, [1, 1], 2))
-
-
-# ---- starting from images
 
 
 def test_samplers_that_add_noise_are_told_from_those_that_do_not() -> None:
@@ -549,9 +537,6 @@ def test_requests_know_guidance_and_images(
         assert message in refused(image_sample.main, [*argv, *more], capsys)
 
 
-# ---- classifier_sample
-
-
 @pytest.mark.parametrize("sampler", few(["ddpm", "ddim"], ["ddim"]))
 def test_scale_0_is_the_unguided_run(runs: Runs, tmp_path: Path, sampler: str) -> None:
     argv = ["--model_path", runs["unet"], *SAMPLING, "--sampler", sampler]
@@ -655,9 +640,6 @@ def test_classifiers_of_other_classes_or_sizes_are_refused(
     ):
         argv = ["--model_path", runs["unet"], "--classifier_path", folder, "--log_dir", str(tmp_path / "out")]
         assert message in refused(classifier_sample.main, [*argv, *SAMPLING], capsys)
-
-
-# ---- super_res_sample
 
 
 def test_enlarged_images_keep_order_and_labels(runs: Runs, base: Path, tmp_path: Path, ranks: Nursery) -> None:
@@ -764,9 +746,6 @@ def test_a_long_run_that_nobody_asked_for_says_how_to_ask_for_less(
     sampling.announce(model, sampling.job_of(flags, Plan(runs.unet, job={"shape": (3, 8, 8)})), 40)
     hint = "these are 25000 evaluations: for a first look give --num_samples 16 --samp"
     assert (tmp_path / "log.txt").read_text().count(hint) == told
-
-
-# ---- mistakes
 
 
 def refused(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -84,9 +84,6 @@ def sampled(folder: Path, model: Any, process: GaussianDiffusion = STEPS, **opti
         return dict(saved)
 
 
-# ---- the same images, however they are made
-
-
 @pytest.fixture(scope="module")
 def model() -> UNetModel:
     return small_unet()
@@ -184,9 +181,6 @@ def test_dropout_is_off_while_sampling_and_on_afterwards(tmp_path: Path) -> None
         sampled(tmp_path / "a", wet, num_classes=5)["arr_0"], sampled(tmp_path / "b", dry, num_classes=5)["arr_0"]
     )
     assert [module.training for module in wet.modules()] == modes
-
-
-# ---- labels and conditions reach the images they belong to
 
 
 def shade(y: th.Tensor, classes: int = 5) -> th.Tensor:
@@ -317,9 +311,6 @@ def test_names_of_classes_may_hold_commas() -> None:
     assert parse_classes("2,0,1", 3, ["a", "b", "a, b"]) == [2, 0, 1]
 
 
-# ---- one folder, one request
-
-
 def test_another_request_in_the_folder_is_refused(model: UNetModel, tmp_path: Path) -> None:
     request = {"weights": "a"}
     path = generate(STEPS, model, job(tmp_path, num_classes=5, request=request))
@@ -411,9 +402,6 @@ def test_guidance_that_leaves_the_range_is_told_once(
     assert text.count(line) == text.count(words) == told
 
 
-# ---- films
-
-
 def test_a_film_is_made_of_the_first_batch_and_of_no_other(model: UNetModel, tmp_path: Path) -> None:
     shared = job(tmp_path, num_classes=5, film=2)
     make_shards(STEPS, model, shared, rank=1, world_size=2)
@@ -449,9 +437,6 @@ def test_films_of_what_cannot_be_drawn_are_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"shape": (2, 8, 8), "film": 1}
     with pytest.raises(ValueError, match=r"no film can show images of shape \(2, 8, 8\)"):
         sampled(tmp_path, GaussianData(STEPS), **options)
-
-
-# ---- previews
 
 
 def test_a_preview_disturbs_nothing_and_repeats(tmp_path: Path) -> None:
@@ -495,9 +480,6 @@ def small_of(network: Callable[..., th.Tensor]) -> th.nn.Module:
     return Wrapped()
 
 
-# ---- seeds
-
-
 @given(st.integers(0, 2**70), st.integers(0, 2**20), st.integers(0, 2**20))
 def test_no_two_images_of_a_run_share_a_seed(seed: int, one: int, other: int) -> None:
     mask = 2**32 - 1  # what torch's CPU generator looks at
@@ -523,9 +505,6 @@ def test_batches_have_global_streams_of_their_own() -> None:
     assert th.equal(th.get_rng_state(), before)
     assert th.equal(draws[0], draws[3])
     assert len({tuple(draw.tolist()) for draw in draws}) == 3
-
-
-# ---- arrays
 
 
 def test_uint8_is_clamped_and_truncated() -> None:
@@ -573,9 +552,6 @@ def test_fingerprints_tell_values_shapes_types_and_names_apart() -> None:
     variants = [{"a": ones}, {"b": ones}, {"a": ones.view(3, 2)}, {"a": ones.double()}, {"a": ones * 2}]
     assert len({fingerprint(variant) for variant in variants}) == 5
     assert fingerprint({"a": ones.T.contiguous().T}) == fingerprint({"a": ones}) == fingerprint({"a": ones.numpy()})
-
-
-# ---- pictures
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])

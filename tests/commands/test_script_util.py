@@ -202,9 +202,6 @@ def test_wrong_keywords():
         su.create_classifier(*range(9))
 
 
-# ---- command lines made from dictionaries
-
-
 def test_dictionaries_become_flags_and_come_back():
     parser = argparse.ArgumentParser()
     own = {"data_dir": "", "lr": 1e-4, "steps": 3, "flag": True, "nothing": None}
@@ -226,8 +223,6 @@ def test_str2bool_refuses_other_words():
     with pytest.raises(argparse.ArgumentTypeError, match="boolean value expected"):
         su.str2bool("maybe")
 
-
-# ---- argument lists of older scripts
 
 WITH_FLAGS = {
     "image_train": (su.model_and_diffusion_defaults, su.create_model_and_diffusion),

@@ -76,9 +76,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     )
 
 
-# ---- noise on small images
-
-
 def test_noise_keeps_variance_and_leaves_what_its_level_says() -> None:
     images = th.randn(400, 3, 8, 8)
     out = SmallVersions((4, 4), cond_aug=0.8)(images, range(400))
@@ -175,9 +172,6 @@ def test_levels_that_were_not_trained_are_refused(models: Runs, folder: Path, tm
         refused([*words, "--log_dir", str(tmp_path)], message)
 
 
-# ---- where images come from
-
-
 def refused(words: list[str], message: str) -> None:
     """That enlarging answers so."""
     flags = cli.parse("super_res_sample", words)
@@ -269,9 +263,6 @@ def test_the_request_tells_images_labels_and_names_apart() -> None:
     bases = [BaseImages(pixels()), BaseImages(pixels(seed=1)), BaseImages(pixels(), [0] * 10)]
     bases += [BaseImages(pixels(), names=["a"] * 10), BaseImages(pixels(), names=["b"] * 10)]
     assert len({json.dumps(base.request()) for base in bases}) == 5
-
-
-# ---- enlarging
 
 
 @pytest.mark.slow

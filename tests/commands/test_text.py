@@ -140,9 +140,6 @@ def frozen_run(root: Path, pictures: str, frozen: str) -> str:
     return str(folder)
 
 
-# ---- training
-
-
 @pytest.mark.parametrize("kind", ["run", "frozen_run"])
 def test_a_run_of_captions_goes_on_bit_for_bit(
     kind: str, request: pytest.FixtureRequest, pictures: str, tmp_path: Path
@@ -280,9 +277,6 @@ def test_a_dry_run_counts_the_attention_to_text(capsys: pytest.CaptureFixture[st
     told = capsys.readouterr().out
     assert "without its text encoder, whose vectors have 16 numbers" in told
     assert "GFLOP an image" in told
-
-
-# ---- sampling
 
 
 @pytest.fixture(scope="module")
@@ -472,9 +466,6 @@ def test_weights_show_that_they_attend(run: str, tmp_path: Path) -> None:
     assert saved_by(image_sample.main, tmp_path, *argv)["arr_0"].shape == (5, 16, 16, 3)
 
 
-# ---- cascades
-
-
 def test_a_cascade_takes_its_prompts_through_all_stages(run: str, pictures: str, prompts: str, tmp_path: Path) -> None:
     sizes = {"large_size": 16, "small_size": 8, "attention_resolutions": 8}
     upsampler = {**TINY, **sizes, "data_dir": pictures, "max_steps": 1}
@@ -503,9 +494,6 @@ def test_a_cascade_takes_its_prompts_through_all_stages(run: str, pictures: str,
     assert (others["arr_0"] != images(tmp_path / "out" / "up1")).any()
 
 
-# ---- CLIP
-
-
 @pytest.mark.parametrize("seen", ["x_0", "x_t"])
 def test_clip_leads_samples_to_a_text(seen: str, run: str, root: Path, tmp_path: Path) -> None:
     clip = save_clip(root / f"clip {seen}")
@@ -522,9 +510,6 @@ def test_clip_leads_samples_to_a_text(seen: str, run: str, root: Path, tmp_path:
     assert (plain == images(tmp_path / "0")).all()
     request = json.loads((tmp_path / "1" / "request.json").read_text())
     assert (request["clip_prompt"], request["clip_on"], request["clip_scale"]) == ("a red cat", seen, 200)
-
-
-# ---- mistakes
 
 
 def test_mistakes_of_training_are_a_sentence(

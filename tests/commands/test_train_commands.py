@@ -68,9 +68,6 @@ def refused(capsys, main, *argv, **flags):
     return errors
 
 
-# ---- one process
-
-
 def test_colours_of_previews_are_compared_with_the_data(tmp_path, capsys):
     logger.configure(dir=str(tmp_path))
     samples = np.zeros((2, 4, 4, 2), np.uint8)
@@ -321,9 +318,6 @@ def test_respacing_in_training_is_pointed_out(tmp_path, pictures):
     assert "timestep_respacing 20 in training" in (tmp_path / "run" / "log.txt").read_text()
 
 
-# ---- refusals
-
-
 def test_a_run_is_not_overwritten(tmp_path, pictures, capsys):
     out = tmp_path / "run"
     flags = {**TINY, "data_dir": pictures, "log_dir": out}
@@ -392,9 +386,6 @@ def test_the_flags_that_differ_from_the_checkpoint_are_named(tmp_path, pictures,
     assert "the checkpoint has num_channels 32, you gave 64" in refused(capsys, image_train.main, **wide)
 
 
-# ---- the console command
-
-
 def test_the_console_command_lists_its_commands_and_corrects_typos(capsys):
     commands.main([])
     listed = capsys.readouterr().out
@@ -423,8 +414,6 @@ def test_help_needs_no_torch():
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("usage: ") == 3
 
-
-# ---- ranks
 
 CHECKED_RUN = '''
 """The command, in a loop that compares all ranks at its end, bit by bit."""

@@ -166,9 +166,6 @@ def test_rows_are_names(tmp_path: Path) -> None:
             read_image(listing.path(name), 3)
 
 
-# ---- zips
-
-
 def test_folders_in_zips_of_windows(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "x.png")
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
@@ -190,8 +187,6 @@ def test_folders_in_zips_of_windows(tmp_path: Path) -> None:
         assert stream.classes == classes
         assert next(stream)[0].shape == (2, 3, 4, 4)
 
-
-# ---- what is black and what is white
 
 RAMP = np.linspace(0, 1, 30).reshape(5, 6)
 RANGES: dict[str, tuple[str, Any, Any]] = {

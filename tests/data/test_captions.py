@@ -141,9 +141,6 @@ def test_the_choice_is_keyed_and_fair():
     assert other != drawn[:100]
 
 
-# ---- the stream
-
-
 def numbers(words: Any) -> dict[str, th.Tensor]:
     """Keywords that show the texts."""
     return {"tokens": th.tensor([[ord(letter) for letter in word.ljust(8)] for word in words])}

@@ -80,9 +80,6 @@ def opened(images: Path, pairing: Pairing | None, **options: Any) -> ImageStream
     return load_data(data_dir=str(images), pairing=pairing, **keywords)
 
 
-# ---- the network
-
-
 def test_flags_that_contradict_each_other_are_refused() -> None:
     assert cond_kind("", 0, 3) is None
     assert cond_kind("image", 0, 4) == CondKind("image", 4)
@@ -138,9 +135,6 @@ def test_what_is_no_conditioning_image_is_refused() -> None:
     for shape in ((2, 3, SIDE, SIDE), (1, 1, SIDE, SIDE), (2, 1, 4, 4)):
         with pytest.raises(ValueError, match=r"must be of shape \(2, 1, 8, 8\)"):
             model(x, t, cond_image=th.zeros(shape))
-
-
-# ---- reading
 
 
 def test_nearest_pixels_are_those_at_the_same_place() -> None:
@@ -206,9 +200,6 @@ def test_what_cannot_be_meant_is_named(tmp_path: Path) -> None:
     void = KINDS["classes"].load(str(tmp_path / "void.png"), 2)
     assert void.sum(axis=0).tolist() == [[1, 0], [1, 1]]
     assert KINDS["mask"].load(str(tmp_path / "void.png"), 2)[0].tolist() == [[0, 1], [0, 0]]
-
-
-# ---- pairs
 
 
 @pytest.mark.parametrize("random_crop", [False, True])
@@ -327,9 +318,6 @@ def test_a_partner_that_cannot_be_read_counts_as_its_image(tmp_path: Path) -> No
     stream = opened(images, pairing, batch_size=6, on_bad_image="skip")
     next(stream)
     assert list(stream.skipped) == [str(conds / "a" / "dog_4.png")]
-
-
-# ---- the commands
 
 
 def train(folder: Path, kind: str, *words: str, **flags: Any) -> None:
@@ -576,9 +564,6 @@ def test_the_commands_of_the_page_parse_and_its_example_runs(
     stream = opened(Path("datasets/emoji64.zip"), pairing)
     assert len(stream.dataset) == 38
     assert next(stream)[1]["cond_image"].shape == (2, 1, SIDE, SIDE)
-
-
-# ---- pictures of them
 
 
 def test_every_class_of_a_map_has_a_shade_of_its_own() -> None:

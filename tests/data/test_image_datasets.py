@@ -100,9 +100,6 @@ def first(path: str, channels: int = 3, size: Any = 4) -> np.ndarray:
     return array.transpose(1, 2, 0)
 
 
-# ---- formats and modes
-
-
 @pytest.mark.parametrize("kind", ["png", "bmp", "gif", "tif", "tiff", "webp", "npy", "PNG", "TIFF"])
 def test_lossless_formats_give_their_pixels(tmp_path: Path, kind: str) -> None:
     corners = np.array([[[0, 0, 0], [255, 255, 255]], [[200, 100, 50], [3, 128, 251]]], np.uint8)
@@ -291,9 +288,6 @@ def test_an_unreadable_image_stops_the_stream_where_it_stands(tmp_path: Path, nu
     assert take(images, 2) == [[1], [2]]
 
 
-# ---- crops
-
-
 def reference_cover(image: Image.Image, height: int, width: int) -> np.ndarray:
     """Average pairs of columns, then of rows, as long as twice the size fits; then bicubic to cover."""
     array = np.asarray(image).astype(int)
@@ -349,8 +343,6 @@ def test_crop_fractions_are_checked() -> None:
         with pytest.raises(ValueError, match="choose 0 < min_crop_frac <= max_crop_frac <= 1"):
             random_crop_arr(Image.fromarray(noise(8, 8)), 4, *fractions)
 
-
-# ---- finding files
 
 NESTED = {
     "b/2_x.png": pixel(2),
@@ -453,9 +445,6 @@ def test_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed_images, cond = next(stream("gs://bucket/pack.zip", 4, deterministic=True, class_cond=True))
     assert values(packed_images) == [0, 2, 1, 3]
     assert cond["y"].tolist() == [0, 0, 1, 1]
-
-
-# ---- labels
 
 
 def csv_file(*rows: str) -> bytes:
@@ -667,9 +656,6 @@ def test_long_class_tables_are_shortened_in_the_log(tmp_path: Path) -> None:
     assert lines[-1].splitlines()[-2:] == ["  class 39: 39 (1 images)", "  and 10 classes more"]
 
 
-# ---- the stream
-
-
 def take(images: ImageStream, count: int) -> list[list[int]]:
     return [values(next(images)[0]) for _ in range(count)]
 
@@ -873,9 +859,6 @@ def test_places_without_images(tmp_path: Path) -> None:
             stream(data_dir, 1)
 
 
-# ---- super-resolution
-
-
 def test_superres_pairs_are_means_of_blocks(tmp_path: Path) -> None:
     folder = write(tmp_path, {f"a_{i}.png": encoded(noise(16, 24, seed=i)) for i in range(4)})
     options = {"random_flip": False, "log": lambda line: None}
@@ -891,9 +874,6 @@ def test_superres_pairs_are_means_of_blocks(tmp_path: Path) -> None:
     assert th.equal(next(resumed)[1]["low_res"], next(pairs)[1]["low_res"])
     with pytest.raises(ValueError, match="small_size 32 exceeds large_size 16"):
         load_superres_data(folder, 1, 16, 32, **options)
-
-
-# ---- the bundled pictures
 
 
 def test_the_emoji() -> None:

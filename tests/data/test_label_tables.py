@@ -164,8 +164,6 @@ def test_what_is_not_clear_is_one_sentence(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# ---- classes that are called by numbers
-
 TWELVE = list(map(str, range(12)))
 BY_TEXT = sorted(TWELVE)
 CALLED = {

@@ -83,9 +83,6 @@ def assert_same(one: ImageStream, other: ImageStream, batches: int = 6) -> None:
         assert all(th.equal(cond[name], same[name]) for name in cond)
 
 
-# ---- zips
-
-
 def zipped(path: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive:
         for name in ("a.bin", "\u00e9/\u4e16.bin", "empty"):
@@ -185,9 +182,6 @@ def test_members_packed_in_other_ways_are_refused(tmp_path: Path, method: int) -
     assert outcome(archive.read, "a.bin") == "neither stored nor deflated"
 
 
-# ---- bytes
-
-
 def test_all_bytes_have_the_bits_of_the_formula() -> None:
     every = np.arange(256, dtype=np.uint8)
     assert to_unit(th.from_numpy(every)).numpy().tobytes() == (every.astype(np.float32) / 127.5 - 1).tobytes()
@@ -221,9 +215,6 @@ def test_small_versions_are_made_of_the_same_numbers(folder: Path) -> None:
     assert_same(one, other)
 
 
-# ---- smaller pictures with the same crops
-
-
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("size", [8, (6, 10), (12, 5)])
 def test_crops_of_a_shrunk_picture_are_those_of_the_whole(channels: int, size: Any) -> None:
@@ -238,9 +229,6 @@ def test_crops_of_a_shrunk_picture_are_those_of_the_whole(channels: int, size: A
         for seed in range(8):
             crops = [random_crop_arr(one, size, rng=random.Random(seed)) for one in (window, whole)]
             assert np.array_equal(*crops)
-
-
-# ---- --cache_images
 
 
 @pytest.mark.parametrize("random_crop", [False, True])
@@ -344,9 +332,6 @@ def test_finer_numbers_than_bytes_are_not_kept(folder: Path, num_workers: int) -
         next(kept)
 
 
-# ---- --fast_decode
-
-
 def jpeg(path: Path, array: np.ndarray, **options: Any) -> str:
     path.write_bytes(encoded(array, "jpeg", quality=95, **options))
     return str(path)
@@ -400,9 +385,6 @@ def test_a_damaged_jpeg_is_unreadable_at_any_part_of_its_size(tmp_path: Path) ->
 def test_largest_cover_is_what_random_crops_need_at_most() -> None:
     assert largest_cover("64x128", random_crop=False) == (64, 128)
     assert largest_cover("64x128", random_crop=True) == (80, 160)
-
-
-# ---- the commands that train, and their log
 
 
 def test_the_flags_reach_the_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

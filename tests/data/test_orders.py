@@ -130,9 +130,6 @@ def test_shards_are_shuffled_within_windows(tmp_path: Path) -> None:
         assert len(set(greys)) == 8
 
 
-# ---- ways to fit
-
-
 def test_pad_and_squash_take_all_of_a_picture() -> None:
     tall = np.full((40, 20, 3), 200, np.uint8)
     tall[:, 10:] = 100

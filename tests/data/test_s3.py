@@ -187,8 +187,6 @@ def test_checkpoints_are_read_and_written(store: Store, tmp_path: Path) -> None:
     assert files.names_in("s3://data/run") == ["config.json", "model000001.pt"]
 
 
-# ---- refusals
-
 REFUSED = {
     "bucket": "s3://nobody/a.tar is not there: there is no bucket 'nobody'",
     "credentials": "s3://data/a.tar is not public, and there are no credentials: set AWS_ACCESS_KEY_ID",

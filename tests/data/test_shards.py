@@ -237,9 +237,6 @@ def test_an_index_beside_the_tar_saves_reading_it(
     assert source.refused == [("../1.png", "a path that leads out of the tar")]
 
 
-# ---- copies on this machine
-
-
 def test_shards_are_copied_before_their_turn(tmp_path: Path, cache_folder: Path) -> None:
     """The batches stay the same; copies are at most so many bytes; the process ends with the stream."""
     pattern = write_shards(tmp_path / "shards", 6, 4)

@@ -94,9 +94,6 @@ def made(tmp_path):
     return make
 
 
-# ---- every script
-
-
 def kinds_of(name):
     return ("data.tars", "data2.tars") if name == "shards" else ("data", "data.zip")
 
@@ -208,9 +205,6 @@ def test_a_process_that_is_killed_leaves_nothing_that_looks_whole(made):
     run("mnist", source, out, "--workers", 0)
     run("mnist", source, folder / "whole" / "data.zip", "--workers", 0)
     assert everything(folder / "broken") == everything(folder / "whole")
-
-
-# ---- what is in the pictures
 
 
 def decoded(content):
@@ -470,9 +464,6 @@ def test_a_folder_without_classes_gets_one(tmp_path, capfd):
     assert "--prefix NAME" in refused(capfd, "folder", source, tmp_path / "data", "--workers", 0)
     run("folder", source, tmp_path / "data", "--prefix", "dog", "--workers", 0)
     assert sorted(pictures(tmp_path / "data")) == ["dog_0000000.png", "dog_0000001.png"]
-
-
-# ---- what cannot be used: refused with a sentence that names it, or left out and reported
 
 
 def cut(path, share=0.6):
@@ -750,9 +741,6 @@ def test_the_name_and_flags_of_the_original_script_still_work(made, monkeypatch)
     flags = ["--image-size", 32, "--prefix", "bedroom", "--workers", 0]
     run("lsun_bedroom", *flags, source / "bedroom_train_lmdb", folder / "data")
     assert sorted(pictures(folder / "data")) == [f"bedroom_000000{n}.png" for n in range(3)]
-
-
-# ---- tars
 
 
 def test_shards_keep_labels_and_captions(made, monkeypatch, tmp_path):

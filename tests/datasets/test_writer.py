@@ -78,9 +78,6 @@ def read_part(config):
         return file.read()
 
 
-# ---- the same bytes, whatever happens
-
-
 def test_the_number_of_workers_changes_nothing(config):
     """Faults stay in their places too."""
     runs = [result(config, f"w{n}", items(3, 4, 20), workers=n, skip_bad=True, size=8) for n in (0, 1, 3)]
@@ -188,9 +185,6 @@ def test_only_what_is_missing_is_read_again(config, monkeypatch):
 
     convert(Source([counted(made) for made in items().items]), config, "script")
     assert loaded == [f"k{n}" for n in range(15, COUNT)]
-
-
-# ---- what is refused, and how it goes on
 
 
 def test_what_cannot_be_used_ends_the_run_which_goes_on_when_it_is_repaired(config):
@@ -315,9 +309,6 @@ def test_a_worker_that_is_killed_is_told(config):
     assert not os.path.exists(config.out)
 
 
-# ---- names
-
-
 @pytest.mark.parametrize(
     ("label", "name"),
     [
@@ -358,9 +349,6 @@ def test_names_of_their_own_come_once(config, monkeypatch):
     ]
 
 
-# ---- encoding
-
-
 def test_what_is_kept_and_what_is_made():
     png, jpeg, webp = (packed(1, kind) for kind in ("PNG", "JPEG", "WEBP"))
     assert encode(png, Recipe()) == (".png", png)
@@ -388,9 +376,6 @@ def test_pictures_that_do_harm_are_no_pictures(size, recipe, word):
     fault = encode(file.getvalue(), recipe)
     assert isinstance(fault, str)
     assert word in fault
-
-
-# ---- tars
 
 
 def fault_of(read, content):
@@ -465,9 +450,6 @@ def test_garbage_in_a_tar_is_told():
         for _ in range(3):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         assert "\n" not in fault_of(whole, bytes(damaged))
-
-
-# ---- pickles
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -87,9 +87,6 @@ def everything(loop):
     return [*loop.mp_trainer.master_params, *moments, *itertools.chain(*loop.ema_params), *history.values()]
 
 
-# ---- one process
-
-
 @pytest.mark.parametrize(
     ("microbatch", "bad", "precision"),
     few(
@@ -243,9 +240,6 @@ def test_a_loss_that_is_not_finite_never_enters_the_distribution_of_timesteps():
     assert sampler.weights()[3] > before[3]
 
 
-# ---- names
-
-
 @pytest.fixture
 def pictures(tmp_path):
     """Seven pictures, each of its own grey."""
@@ -294,8 +288,6 @@ def test_a_stream_over_its_own_arrays_trains_with_names(tmp_path, pictures):
     assert 1 <= len(blamed) <= 4
     assert all("the loss of 1 of its 4 images was not finite" in line and "3.png (t " in line for line in blamed)
 
-
-# ---- ranks
 
 TWO_RANKS = """
     import sys

@@ -43,9 +43,6 @@ def test_betas_must_be_a_row_of_numbers_between_0_and_1(betas):
         make_noisy(betas)
 
 
-# ---- moments
-
-
 def test_forward_process_is_a_chain_of_its_steps():
     """q(x_t | x_0) equals t + 1 steps of N(sqrt(1 - beta) x, beta)."""
     process = make_process(100)
@@ -140,9 +137,6 @@ def test_a_network_with_other_channels_is_refused(var, channels):
         process.p_mean_variance(lambda x, t: th.zeros(4, channels, 4, 4), noise_like(), T_ALL)
 
 
-# ---- losses
-
-
 def test_mse_of_the_exact_network_is_the_noise_that_cannot_be_known():
     """E (eps - E[eps | x_t])^2 = 1 - (1 - alpha_bar) / total, to the accuracy of the sample."""
     process = make_process(100)
@@ -232,9 +226,6 @@ def test_without_signal_at_the_end_eps_is_refused():
     out = process.p_mean_variance(lambda x_t, t: -x, noise, last, clip_denoised=False)
     assert th.allclose(out["pred_xstart"], x)
     assert th.allclose(process.predict_eps(noise, last, x), noise)
-
-
-# ---- between the steps
 
 
 @pytest.mark.parametrize("respacing", ["", "ddim25", "logsnr12"])
@@ -341,9 +332,6 @@ def test_rescaled_losses_differ_by_their_factor():
     assert not LossType.MSE.is_vb()
 
 
-# ---- likelihood
-
-
 def test_bits_per_dimension_add_up():
     process = make_process(100, var="FIXED_SMALL")
     data = GaussianData(process)
@@ -375,9 +363,6 @@ def test_the_bound_of_the_best_network_is_the_entropy_of_the_data():
     x = ((th.randn(2, 4000, dtype=th.float64) * 0.2).clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
     bits = float(process.calc_bpd_loop(model, x, clip_denoised=False)["total_bpd"].mean())
     assert bits == pytest.approx(math.log2(127.5 * 0.2 * math.sqrt(2 * math.pi * math.e)), abs=0.03)
-
-
-# ---- tables
 
 
 def test_tables_keep_the_precision_of_what_they_multiply():

@@ -34,9 +34,6 @@ IMAGES = th.linspace(-1, 1, 96).view(SHAPE)
 LABELS = {"y": th.tensor([1, 2])}
 
 
-# ---- what the originals do, recorded
-
-
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory):
     """What tests/golden/overrides_probe.py finds here."""
@@ -58,9 +55,6 @@ def test_overrides_do_what_they_do_in_the_originals(probed, section, count):
     assert len(expected) == count
     for name, value in expected.items():
         assert np.abs(probed[name] - value).max() <= 1e-4 * max(1e-6, np.abs(value).max()), name
-
-
-# ---- processes, networks and loops
 
 
 class Network(th.nn.Module):
@@ -152,8 +146,6 @@ WAYS = {
 def same(one, other):
     return all(th.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(one, other, strict=True))
 
-
-# ---- methods
 
 # how often each way calls a method, where that is not 0; T is 6
 CALLS = {
@@ -386,9 +378,6 @@ def test_a_guide_through_the_denoiser_is_told_what_a_replaced_scaling_feeds(with
     assert fed == network.seen == [[t, t] for t in (47, 35, 24, 12, 0, 0)]
 
 
-# ---- what a network is fed
-
-
 @pytest.mark.parametrize("rescale", [False, True])
 def test_a_network_wrapped_by_hand_is_mapped_once(rescale):
     process = make(rescale=rescale)
@@ -470,8 +459,6 @@ def test_a_spaced_process_of_ones_own_is_as_ours(name):
         assert th.allclose(*images, rtol=1e-5, atol=1e-6), sampler
     assert respaced(own, "3").timestep_map == respaced(ours, "3").timestep_map
 
-
-# ---- arrays
 
 ARRAYS = [name for name, value in vars(make()).items() if isinstance(value, np.ndarray)]
 ARRAYS.remove("original_alphas_cumprod")

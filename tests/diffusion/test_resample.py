@@ -88,9 +88,6 @@ def test_names():
         create_named_schedule_sampler("unifrom", PROCESS)
 
 
-# ---- code written for the originals
-
-
 def test_samplers_have_the_originals_attributes():
     assert UniformSampler(PROCESS)._weights.tolist() == [1] * 6
     sampler = LossSecondMomentResampler(PROCESS, history_per_term=2, uniform_prob=0.1)

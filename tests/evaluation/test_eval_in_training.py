@@ -68,9 +68,6 @@ def refused(capsys, **flags):
     return errors
 
 
-# ---- what is measured
-
-
 def test_the_numbers_are_those_of_sampling_and_evaluating_by_hand(places, flags, tmp_path, capsys):
     pictures, judge = places
     run, samples = tmp_path / "run", tmp_path / "samples"
@@ -122,9 +119,6 @@ def test_labels_are_drawn_in_the_shares_of_the_data(flags, tmp_path, monkeypatch
     assert seen[0] != sorted(seen[0])
 
 
-# ---- what must not change
-
-
 def test_evaluations_leave_the_training_alone(flags, tmp_path):
     options = {"max_steps": 3, "save_interval": 2, "dropout": 0.3, "class_cond": True, "num_classes": 2}
     image_train.main(command_line(**without_evaluation(flags), **options, log_dir=tmp_path / "plain"))
@@ -161,9 +155,6 @@ def test_two_ranks_come_to_the_numbers_of_one(flags, tmp_path, ranks):
     done = ranks.run([script, *command_line(**{**options, "batch_size": 2}, log_dir=tmp_path / "two")], cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "two" / "evaluation.csv").read_bytes() == (tmp_path / "one" / "evaluation.csv").read_bytes()
-
-
-# ---- refusals, before the training begins
 
 
 @pytest.mark.parametrize(

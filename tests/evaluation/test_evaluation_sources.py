@@ -47,9 +47,6 @@ def zipped(path, folder):
     return str(path)
 
 
-# ---- batches
-
-
 @pytest.mark.parametrize("size", [1, 7, 23, 100])
 @pytest.mark.parametrize("kind", ["npz", "compressed", "folder", "zip"])
 def test_every_image_comes_once_and_in_order(tmp_path, kind, size):
@@ -104,9 +101,6 @@ def test_an_array_by_another_name_is_found_if_it_is_alone(tmp_path):
     source = open_images(saved(tmp_path / "a.npz", images=IMAGES, ids=np.arange(23)))
     np.testing.assert_array_equal(joined(source), IMAGES)
     assert "the array images" in source.notes[0]
-
-
-# ---- channels and ranges
 
 
 def test_grey_is_repeated_and_transparency_laid_on_white_as_in_training(tmp_path):
@@ -172,9 +166,6 @@ def test_numbers_that_no_image_has_are_refused(tmp_path, numbers, sentence):
     assert sentence in str(refusal.value)
 
 
-# ---- folders
-
-
 def test_images_of_several_sizes_keep_their_order(tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -234,9 +225,6 @@ def test_a_damaged_picture_is_named(tmp_path):
             _ = source.scanned if when == "look" else joined(source)
 
 
-# ---- runs
-
-
 def test_the_folder_of_a_run_gives_its_samples(tmp_path):
     np.savez(tmp_path / "samples_23x6x5x3.npz", IMAGES, np.arange(23))
     (tmp_path / "request.json").write_text(json.dumps({"steps": 25, "seed": 3}))
@@ -259,9 +247,6 @@ def test_an_unfinished_run_is_refused(tmp_path):
     save_npz(str(tmp_path / "shards/000000.npz"), IMAGES[:4])
     with pytest.raises(ValueError, match="the run is not finished: run its command again"):
         open_images(str(tmp_path))
-
-
-# ---- what stands for the content
 
 
 def test_the_digest_is_that_of_the_numbers_in_their_order(tmp_path):
@@ -293,9 +278,6 @@ def test_the_digest_of_files_knows_their_content_order_and_crop_and_not_their_na
         )
         == 3
     )
-
-
-# ---- statistics
 
 
 def test_statistics_of_a_file_and_what_they_are_of(tmp_path):
@@ -342,9 +324,6 @@ def test_statistics_that_are_none_are_refused(tmp_path, arrays, sentence):
     source = open_images(saved(tmp_path / "x.npz", **arrays))
     with pytest.raises(ValueError, match=sentence):
         read_statistics(source)
-
-
-# ---- what is refused at once
 
 
 def truncated(path, share):
@@ -404,9 +383,6 @@ def test_numbers_that_a_disk_damaged_are_noticed_before_they_are_used(tmp_path, 
             member.write(IMAGES.tobytes())
     with pytest.raises(ValueError, match="cannot be read"):
         _ = open_images(str(path)).scanned
-
-
-# ---- large files
 
 
 class Holes(io.FileIO):

@@ -81,9 +81,6 @@ def upstream_reference(path, extractor, images=REAL, more=None):
     return str(path)
 
 
-# ---- the numbers
-
-
 def test_the_scores_are_those_of_the_features_of_all_images(pair):
     network = Cheap(name="Inception", identity="inception", published=True)
     report = evaluate(*pair, network, metrics=EVERYTHING, options=Options(dtype="float32"), batch_size=16)
@@ -146,9 +143,6 @@ def test_another_network_gives_numbers_of_other_names(pair):
     ]
     [sentence] = report.omitted
     assert "sFID needs mean and covariance of spatial features, and the reference has none: the network" in sentence
-
-
-# ---- where the features come from
 
 
 def test_a_reference_gives_its_stored_statistics_and_the_features_of_its_images(tmp_path, pair):
@@ -222,9 +216,6 @@ def test_statistics_of_another_number_of_features_are_refused(tmp_path, pair, ki
         evaluate(str(tmp_path / "stats.npz"), pair[1], network)
 
 
-# ---- what is kept
-
-
 def test_features_are_kept_by_content_and_network(pair, tmp_path, own_cache):
     network = Cheap()
     first = evaluate(*pair, network)
@@ -292,9 +283,6 @@ def test_nothing_is_kept_where_it_is_not_wanted_or_cannot_be(pair, own_cache, mo
     assert "the features are not kept" in capsys.readouterr().out
 
 
-# ---- warnings and refusals
-
-
 def test_few_images_and_other_sizes_are_warned_of(pair, tmp_path):
     np.savez(tmp_path / "large.npz", MADE.repeat(2, 1).repeat(2, 2))
     told = evaluate(pair[0], str(tmp_path / "large.npz"), Cheap(), metrics=("fid",)).warnings
@@ -336,9 +324,6 @@ def test_a_side_is_prepared_once_for_many_samples(pair):
     assert reports[0].results["Precision"] == 1
 
 
-# ---- references
-
-
 def test_a_reference_holds_images_of_some_and_statistics_of_all(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -378,9 +363,6 @@ def test_a_reference_of_an_npz_keeps_its_labels_and_its_size(tmp_path, pair):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2), sigma=np.eye(2))
     with pytest.raises(ValueError, match="statistics and no images"):
         write_reference(open_images(str(tmp_path / "stats.npz")), out, None, size=8)
-
-
-# ---- the commands
 
 
 def classifier_run(folder):
@@ -555,9 +537,6 @@ def test_the_page_on_evaluation_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert names["report"].results["FD (colours)"] > 0
     told = re.findall(r"^\| `--(\w+)", page, re.MULTILINE)
     assert set(told) <= {*COMMANDS["evaluator"].flags(), *COMMANDS["image_train"].flags()}
-
-
-# ---- real networks
 
 
 @pytest.mark.slow

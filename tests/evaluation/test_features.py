@@ -46,9 +46,6 @@ def check_batches(extractor: Any, images: NDArray[np.uint8]) -> None:
             np.testing.assert_allclose(rows, values, rtol=1e-4, atol=1e-5)
 
 
-# ---- classifiers of this project
-
-
 def save_run(folder: Path, config: Any, network: th.nn.Module) -> Path:
     """A folder as training writes it, the network's weights drawn anew so that none are zero."""
     folder.mkdir()
@@ -170,9 +167,6 @@ def test_what_is_no_classifier_is_refused(tmp_path: Path) -> None:
     assert "cannot be read as a checkpoint" in sentence_of(extractor_named, f"classifier:{tmp_path}/torn.pt")
 
 
-# ---- Inception
-
-
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, InceptionNetwork]:
     network, generator = InceptionNetwork(), th.Generator().manual_seed(0)
@@ -206,8 +200,6 @@ def test_inception_gives_what_the_published_evaluator_compares(inception: tuple[
     grey = rounded(IMAGES[:1, ..., :1]).pool
     np.testing.assert_array_equal(grey, rounded(IMAGES[:1, ..., :1].repeat(3, axis=-1)).pool)
 
-
-# ---- DINOv2 and CLIP
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
@@ -366,9 +358,6 @@ def test_code_in_a_folder_never_runs(tmp_path: Path) -> None:
     th.save({"layernorm.weight": Attack(tmp_path / "mark")}, tmp_path / "pytorch_model.bin")
     sentence_of(extractor_named, f"dinov2:{tmp_path}")
     assert not (tmp_path / "mark").exists()
-
-
-# ---- names
 
 
 def test_kinds_are_known_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,9 +77,6 @@ def close(got, wanted, tolerance):
     assert np.abs(np.asarray(got) - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
-# ---- the network
-
-
 def test_the_state_dict_is_torch_fidelitys():
     ours = [(name, list(value.shape)) for name, value in InceptionNetwork().state_dict().items()]
     assert ours == list(SHAPES.items())
@@ -195,9 +192,6 @@ def test_gradients_reach_the_images(network):
     images = pictures(8, 8)[:1].float().requires_grad_()
     network(images).pool.sum().backward()
     assert images.grad.abs().min() > 0
-
-
-# ---- resizing
 
 
 @pytest.mark.parametrize("size", ["32x32", "64x48", "256x256", "300x310"])

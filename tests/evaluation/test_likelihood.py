@@ -73,8 +73,6 @@ class BestVariance:
         return th.cat([self.data(x, timesteps), self.log_variance[rows].view(-1, 1, 1, 1).expand_as(x)], dim=1)
 
 
-# ---- the flow against closed forms
-
 PROCESSES: list[dict[str, Any]] = [
     {"mean": "EPSILON"},
     {"mean": "START_X", "name": "cosine"},
@@ -147,9 +145,6 @@ def test_the_flow_of_a_mixture_has_its_density() -> None:
     error = float(difference.std()) / math.sqrt(len(points))
     assert abs(float(difference.mean())) < 4 * error
     assert error < 0.01
-
-
-# ---- divergence and solvers
 
 
 def bent(x: th.Tensor, timesteps: th.Tensor, mix: th.Tensor) -> th.Tensor:
@@ -230,8 +225,6 @@ def test_a_flow_that_cannot_be_followed_is_refused(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="not at its end after 20 steps: give --flow_solver heun or a larger"):
         calc_flow_bpd(process, rough, x, False)
 
-
-# ---- the command
 
 NAMES = ["cat", "dog", "owl"]
 TERMS = ("vb", "mse", "xstart_mse")

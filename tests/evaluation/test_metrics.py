@@ -72,9 +72,6 @@ def normal(name, n, d=16):
     return rng(name).standard_normal((n, d)).astype(np.float32)
 
 
-# ---- the published evaluator's numbers
-
-
 @cases
 def test_frechet_distance_is_the_published(case):
     assert distance_of(*CASES[case]) == pytest.approx(float(GOLDEN[f"{case}/fid"]), rel=1e-7)
@@ -99,9 +96,6 @@ def test_inception_score_is_the_published(case):
     probs = softmax(CASES[case][1][:, :20])
     expected = float(GOLDEN[f"{case}/inception_score_split150"])
     assert inception_score(probs, 150) == pytest.approx(expected, rel=1e-6)
-
-
-# ---- Frechet distance
 
 
 @given(st.integers(1, 30), st.integers(0, 30), st.integers(0, 2**32 - 1))
@@ -157,9 +151,6 @@ def test_frechet_distance_refuses_what_is_no_mean_and_covariance():
         for call in calls:
             with pytest.raises(ValueError, match=sentence):
                 frechet_distance(*call)
-
-
-# ---- mean and covariance
 
 
 @given(st.lists(st.integers(0, 1500), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
@@ -220,9 +211,6 @@ def test_statistics_of_an_unknown_number_of_images_cannot_be_joined():
         known + replace(known, n=0)
 
 
-# ---- inception score
-
-
 def test_inception_score_of_certain_classes_is_their_number_and_of_equal_images_1():
     assert inception_score(np.eye(7)[np.arange(70) % 7]) == pytest.approx(7)
     assert inception_score(np.full((9, 5), 0.2)) == pytest.approx(1)
@@ -235,9 +223,6 @@ def test_inception_score_of_certain_classes_is_their_number_and_of_equal_images_
 def test_inception_score_refuses_what_is_no_distribution(probs):
     with pytest.raises(ValueError, match="the class probabilities"):
         inception_score(probs)
-
-
-# ---- manifolds
 
 
 @cases
@@ -331,9 +316,6 @@ def test_distances_refuse_what_they_cannot_measure():
             call()
 
 
-# ---- kernel distance
-
-
 def plain_mmd(x, y):
     kernel = lambda a, b: (float(a.astype(float) @ b.astype(float)) / len(a) + 1) ** 3  # noqa: E731
     n = len(x)
@@ -371,9 +353,6 @@ def test_kernel_distance_depends_on_the_seed_alone():
     x, y = normal("x", 50), normal("y", 40)
     first, again, other = (kernel_distance(x, y, subsets=5, subset_size=20, seed=seed) for seed in (0, 0, 1))
     assert first == again != other
-
-
-# ---- the table
 
 
 def feature_set(pool, spatial, probs):
@@ -488,9 +467,6 @@ def test_published_numbers_through_the_table():
     assert [value for values in found for value in values] == pytest.approx(expected, rel=1e-6)
 
 
-# ---- by itself
-
-
 def test_metrics_work_as_a_lone_file(tmp_path):
     (tmp_path / "metrics.py").write_bytes(Path(metrics.__file__).read_bytes())
     code = (
@@ -502,9 +478,6 @@ def test_metrics_work_as_a_lone_file(tmp_path):
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=True
     )
     assert found.stdout == "(1.0, 1.0)\nset()\n"
-
-
-# ---- the benchmark
 
 
 def test_the_plain_formulas_of_the_benchmark_are_the_scores():

@@ -25,9 +25,6 @@ def shown(monkeypatch):
     return figures
 
 
-# ---- which value is better
-
-
 @pytest.mark.parametrize(
     ("label", "top"),
     [("FID", 2), ("FD (judge)", 2), ("Precision", 1), ("Classifier Score (judge)", 1), ("KID", 2), ("Coverage", 1)],
@@ -37,9 +34,6 @@ def test_the_best_row_is_that_of_the_metrics_own_direction(label, top):
     assert plots.best(rows, label)["step"] == top
     assert plots.best([rows[0], rows[3]], label) is None
     assert plots.best([{"step": 1, label: 1.0}, {"step": 2, label: 1.0}], label)["step"] == 1
-
-
-# ---- over the training
 
 
 def test_the_training_has_a_panel_for_each_metric_and_its_best_step_marked(shown, tmp_path):
@@ -67,9 +61,6 @@ def test_many_metrics_go_to_several_rows(shown, tmp_path):
     assert height > 6
 
 
-# ---- over the scale of guidance
-
-
 def sweep_rows():
     for sampler in ("ddim", "dpm++2m"):
         for steps in (10, 25):
@@ -95,9 +86,6 @@ def test_a_sweep_has_a_line_for_each_sampler_and_number_of_steps_in_the_order_of
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 4
     bottom = min(axis.get_tightbbox().y0 for axis in (distance, tradeoff))
     assert legend.get_window_extent().y1 <= bottom  # and so not over what is drawn
-
-
-# ---- files
 
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path):

@@ -104,9 +104,6 @@ def refused(capsys, **flags):
     return errors
 
 
-# ---- what is sampled and measured
-
-
 def test_a_cell_is_what_the_commands_make_of_the_same_flags(flags, places, tmp_path):
     sweep.main(command_line(**{**flags, "samplers": "ddim,dpm++2m"}, log_dir=tmp_path / "sweep", seed=3))
     rows = table(tmp_path / "sweep")
@@ -163,9 +160,6 @@ def test_networks_are_loaded_once(flags, tmp_path, monkeypatch):
     sweep.main(command_line(**flags, log_dir=tmp_path / "sweep"))
     assert len(table(tmp_path / "sweep")) == 2
     assert sorted(loaded) == ["classifier", "judge", "model"]
-
-
-# ---- restarts
 
 
 @pytest.mark.parametrize("killed_in", few(["sampling", "measuring", "writing"], ["measuring"]))
@@ -226,9 +220,6 @@ def test_another_reference_is_measured_anew_with_the_same_samples(flags, places,
     sweep.main(command_line(**{**flags, "reference": fewer}, log_dir=tmp_path / "sweep"))
     assert sampled == []
     assert all(one[FD] != other[FD] for one, other in zip(first, table(tmp_path / "sweep"), strict=True))
-
-
-# ---- refusals
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,6 @@ def test_addresses_are_encrypted_and_checksums_whole() -> None:
     assert SOURCES["inception"].sha256.startswith(name.split("-")[-1])
 
 
-# ---- the weights of Inception
-
-
 @pytest.fixture(scope="module")
 def state() -> dict[str, th.Tensor]:
     generator = th.Generator().manual_seed(0)

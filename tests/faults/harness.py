@@ -48,9 +48,6 @@ NOT_REPEATED = (
 OF_A_START = ("log_dir", "resume_checkpoint", "device")  # flags in config.json that a restart changes
 
 
-# ---- processes
-
-
 def command(script: str, *, ranks: int = 1, launcher: str = "", **flags: Any) -> list[str]:
     """The command line of a script, as its users write it.
 
@@ -192,9 +189,6 @@ def the_sentence(text: str) -> str:
     return str(found[0])
 
 
-# ---- kills
-
-
 @dataclass(frozen=True)
 class Strike:
     """One kill.
@@ -327,9 +321,6 @@ def table(rows: Sequence[Tally]) -> str:
     return "\n".join([head, *lines])
 
 
-# ---- what is left
-
-
 def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
     """Places in which two values of tensors, dicts and lists differ in any bit."""
     if isinstance(one, th.Tensor) and isinstance(other, th.Tensor):
@@ -388,9 +379,6 @@ def sampling_differences(whole: Path, broken: Path) -> list[str]:
     """Files of samples that are missing, left over, or other bytes."""
     one, other = contents(whole), contents(broken)
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
-
-
-# ---- limits, for `before`
 
 
 def bound_by_permissions() -> None:

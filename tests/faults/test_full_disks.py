@@ -180,9 +180,6 @@ def test_folders_that_cannot_be(
         assert place in the_sentence(capsys.readouterr().err)
 
 
-# ---- cut files
-
-
 def kinds(folder: Path) -> list[str]:
     """The files of the newest checkpoint."""
     return sorted(path.name for path in folder.iterdir() if "000004" in path.name)

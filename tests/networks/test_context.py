@@ -46,9 +46,6 @@ def folders(tmp_path_factory):
     return root
 
 
-# ---- frozen encoders
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_gives_the_last_hidden_states(folders, kind):
     encoder = FolderEncoder(str(folders / kind), 10)
@@ -139,9 +136,6 @@ def test_another_encoder_than_the_one_trained_with_is_refused(folders, tmp_path)
     assert folder_fingerprint(str(tmp_path)) != before
 
 
-# ---- encoders that are trained along
-
-
 def test_a_tokenizer_of_the_captions_spells_every_text():
     content = train_tokenizer(CORPUS * 3, 300)
     assert content == train_tokenizer(reversed(CORPUS), 300)
@@ -175,9 +169,6 @@ def test_padding_changes_nothing():
     context, mask = encoder.encode(["a red cat"])
     tokens = encoder.keywords(["a red cat"])["tokens"][:, : int(mask.sum())]
     th.testing.assert_close(context[:, : tokens.shape[1]], encoder(tokens))
-
-
-# ---- networks
 
 
 def unet(config: ContextConfig, encoder: Any = None, **options: Any) -> UNetModel:
@@ -269,9 +260,6 @@ def test_labels_become_a_context():
         unet(config)
 
 
-# ---- guidance
-
-
 @pytest.mark.parametrize("trained_along", [True, False])
 def test_guidance_takes_the_context_of_an_empty_or_a_negative_text(folders, trained_along):
     config = TEXT if trained_along else replace(TEXT, text_encoder=str(folders / "bert"), context_dim=0)
@@ -291,9 +279,6 @@ def test_guidance_takes_the_context_of_an_empty_or_a_negative_text(folders, trai
         guided(x, t)
     with pytest.raises(ValueError, match="the keywords `null` of an empty text"):
         classifier_free(model, 3.0)
-
-
-# ---- training
 
 
 def trained(folder: Any, pictures: Any, config: ContextConfig, steps: int, resume: str = "") -> Any:

@@ -18,9 +18,6 @@ def test_silu_is_x_times_its_sigmoid() -> None:
     th.testing.assert_close(nn.SiLU()(x), x / (1 + th.exp(-x)))
 
 
-# ---- normalization
-
-
 def plain_group_norm(x: th.Tensor, eps: float = 1e-5) -> th.Tensor:
     groups = x.double().reshape(x.shape[0], 32, -1)
     centred = groups - groups.mean(-1, keepdim=True)
@@ -48,9 +45,6 @@ def test_normalization_names_illegal_channels(channels: int) -> None:
         nn.normalization(channels)
 
 
-# ---- layers by number of axes
-
-
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_layers_act_on_that_many_axes(dims: int) -> None:
     x = th.randn(2, 3, *[8] * dims)
@@ -73,9 +67,6 @@ def test_convolutions_over_tokens_leave_channels_innermost(inner: str) -> None:
     out = ops.over_tokens(layer, x)
     th.testing.assert_close(out, F.conv1d(x, layer.weight, layer.bias))
     assert out.transpose(1, 2).is_contiguous()
-
-
-# ---- parameters in place
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.9, 1.0])
@@ -120,9 +111,6 @@ def test_mean_flat_keeps_the_batch() -> None:
         np.testing.assert_allclose(nn.mean_flat(x), [row.mean() for row in x.numpy()])
 
 
-# ---- timesteps
-
-
 def test_timestep_embedding_is_the_written_formula() -> None:
     for dim, period in ((8, 10000), (9, 10000), (6, 100)):
         got = nn.timestep_embedding(th.tensor([0, 0.5, 37]), dim, period)
@@ -139,9 +127,6 @@ def test_timestep_embeddings_compare_by_distance_alone() -> None:
     near, far = ((nn.timestep_embedding(a + s, 64) * nn.timestep_embedding(b + s, 64)).sum(1) for s in (0, shift))
     th.testing.assert_close(near, far, atol=1e-4, rtol=0)
     th.testing.assert_close(near[2], th.tensor(32.0))
-
-
-# ---- checkpointing
 
 
 class Counted(th.nn.Module):
@@ -186,9 +171,6 @@ def test_checkpoint_computes_once_where_nothing_is_kept_anyway() -> None:
     with th.no_grad():
         nn.checkpoint(module, (th.randn(5, 4), th.ones(4)), (), True)
     assert module.calls == 1
-
-
-# ---- neighborhoods
 
 
 def windows_one_by_one(spatial: tuple[int, ...], window: tuple[int, ...]) -> np.ndarray:

@@ -134,9 +134,6 @@ def test_glide_computes_what_was_recorded(name):
     same(network.text(tokens, mask)[1].transpose(1, 2), f"{prefix}/text")
 
 
-# ---- every way to run them
-
-
 def small(name):
     """A network with recorded weights, and inputs of its own."""
     kwargs = SMALL[name]["kwargs"]

@@ -65,9 +65,6 @@ def joined(tensors: list[th.Tensor | None]) -> th.Tensor:
     return th.cat([tensor.flatten() for tensor in tensors if tensor is not None])
 
 
-# ---- attention
-
-
 def attention_in_words(q: th.Tensor, k: th.Tensor, v: th.Tensor, mask: th.Tensor | None = None) -> th.Tensor:
     """softmax(q k / sqrt(D)) v for [N, H, D, T]."""
     scores = th.einsum("nhdt,nhds->nhts", q, k) / q.shape[2] ** 0.5
@@ -157,9 +154,6 @@ def test_flops_are_those_of_the_two_products() -> None:
         assert 2 * attention.total_ops.item() == counted.get_total_flops()  # a multiplication and an addition each
 
 
-# ---- blocks
-
-
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_averaging_undoes_repetition_along_the_resampled_axes(dims: int) -> None:
     x = th.randn(2, 3, *(4, 6, 5)[:dims])
@@ -237,8 +231,6 @@ def test_sequences_hand_on_embedding_and_context_to_those_who_take_them() -> Non
     assert th.equal(listening(x, emb), F.silu(x))
     assert th.equal(listening(x, emb, context), F.silu(x + context))
 
-
-# ---- whole networks
 
 # Groups of one channel would hide every shift before a normalization, the timestep's included: hence 64 channels.
 FORMS: dict[str, tuple[Callable[..., Any], dict[str, Any], Sequence[int]]] = {
@@ -421,9 +413,6 @@ def test_a_normalization_of_ones_own_keeps_its_groups(monkeypatch: pytest.Monkey
     assert {layer.num_groups for layer in norms} == {4}
 
 
-# ---- other ways to run the same network
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", [UNetModel, EncoderUNetModel])
 def test_checkpointing_changes_no_gradient(kind: Callable[..., Any], frozen: bool) -> None:
@@ -520,8 +509,6 @@ def test_channels_last_is_kept_from_end_to_end(options: dict[str, Any]) -> None:
     assert strays == []
     th.testing.assert_close(out, want, atol=1e-5, rtol=1e-4)
 
-
-# ---- code written for the originals
 
 LAYERS = (th.nn.Conv1d, th.nn.Conv2d, th.nn.Conv3d, th.nn.Linear, th.nn.Embedding)
 LISTENED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -748,8 +735,6 @@ def test_a_subclass_with_its_own_forward_computes_the_same(precision: str) -> No
     assert th.equal(fork(x, T), ours(x, T))
 
 
-# ---- derivatives other than the usual ones
-
 TORCHS_OWN = pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated:DeprecationWarning")
 DERIVED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "film": (UNetModel, {"use_scale_shift_norm": True, "resblock_updown": True}),
@@ -859,8 +844,6 @@ def test_networks_export(form: str) -> None:
     others = (images(), th.tensor([0, 5]), *(Y.flip(0) for _ in inputs[2:]))
     th.testing.assert_close(exported(*others), model(*others))
 
-
-# ---- refusals
 
 REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
     "no label": (lambda: small(num_classes=5)(images(), T), "y is missing: the network has 5 classes"),

@@ -198,9 +198,6 @@ def assert_gone(folder: Path) -> None:
         time.sleep(0.1)
 
 
-# ---- several ranks
-
-
 @pytest.mark.parametrize("launcher", few(["mpiexec", "torchrun", "srun"], ["mpiexec", "srun"]))
 def test_two_ranks_exchange_and_log_to_one_folder(tmp_path, launcher, ranks):
     job = launch(tmp_path, LAUNCHERS.get(launcher, ranks), COLLECTIVES, tmp_path, CUDA_VISIBLE_DEVICES="0,7")
@@ -317,8 +314,6 @@ def test_unequal_devices_and_shared_gpus_are_refused():
         dist_util._refuse_unequal(["mps", "mps"])
 
 
-# ---- restarts
-
 RESTARTED = '''
     """The training command; in its first life rank 1 is killed in the middle of a step."""
     import os, signal, sys
@@ -360,9 +355,6 @@ def test_torchrun_starts_a_run_again_and_it_ends_as_if_nothing_had_been(tmp_path
 def table(folder: Path) -> list[dict[str, str]]:
     with open(folder / "progress.csv") as file:
         return list(csv.DictReader(file))
-
-
-# ---- launchers
 
 
 @pytest.mark.parametrize(
@@ -418,9 +410,6 @@ def test_other_machines_are_told_a_name_they_can_reach(monkeypatch):
     assert launchers.own_host(launchers.Place(one_machine=False)) == "head"
 
 
-# ---- one process
-
-
 def test_one_process_needs_neither_mpi4py_nor_setup(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     parameter = th.nn.Parameter(th.ones(2))
@@ -456,9 +445,6 @@ def test_the_device_is_the_one_asked_for():
     assert dist_util.dev() == th.device("cpu")
 
 
-# ---- reading
-
-
 def test_a_state_dict_is_read_back_and_nothing_is_run_by_it(tmp_path):
     path = tmp_path / "model000001.pt"
     th.save({"weight": th.arange(3.0), "step": 1}, path)
@@ -477,9 +463,6 @@ def test_a_remote_state_dict_comes_through_blobfile(monkeypatch, tmp_path):
     bucket = {"gs://bucket/a.pt": tmp_path / "a.pt"}
     monkeypatch.setattr("blobfile.BlobFile", lambda path, mode, streaming: bucket[path].open(mode))
     assert dist_util.load_state_dict("gs://bucket/a.pt") == [1, 2]
-
-
-# ---- the guard
 
 
 def test_a_command_that_succeeds_just_returns():

@@ -104,9 +104,6 @@ def web_page(request: BaseHTTPRequestHandler) -> None:
     request.wfile.write(b"<html>log in</html>")
 
 
-# ---- whole files
-
-
 def test_a_file_is_fetched_once(
     source: Source, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,9 +146,6 @@ def test_a_redirection_is_followed(source: Source, server: Server) -> None:
 
     server.faults = [elsewhere]
     assert Path(fetch(source)).read_bytes() == CONTENT
-
-
-# ---- interruptions
 
 
 def test_a_transfer_goes_on_where_the_line_was_cut(source: Source, server: Server) -> None:
@@ -209,9 +203,6 @@ def test_one_process_at_a_time_fetches_a_file(source: Source, server: Server, tm
     assert said == [f"another process fetches {tmp_path}/cache/weights.bin: wait for it"]
 
 
-# ---- other files
-
-
 @pytest.mark.parametrize(
     ("content", "changes", "message"),
     [
@@ -253,9 +244,6 @@ def test_another_file_in_its_place_is_left_alone(source: Source, tmp_path: Path)
 def test_a_folder_that_cannot_be_made_is_named(source: Source, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert "cannot be written (" in sentence_of(fetch, source, str(tmp_path / "file" / "weights.bin"))
-
-
-# ---- the command
 
 
 def test_the_command_says_what_to_do_without_a_network(

@@ -74,9 +74,6 @@ def refused(call: Callable[[], Any]) -> Exception | None:
     return None
 
 
-# ---- what is damaged, and how
-
-
 def png(value: int = 7) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (6, 5), (value, 9, 200)).save(file, "png")
@@ -168,8 +165,6 @@ def any_json(inner: st.SearchStrategy[Any] = VALUES) -> st.SearchStrategy[bytes]
     )
     return st.one_of(whole, whole.flatmap(damaged), odd, st.binary(max_size=60))
 
-
-# ---- what is done with it
 
 FOLDER: list[Path] = []  # of the test that runs
 

@@ -67,8 +67,6 @@ def peak(call: Callable[[], Any]) -> int:
         tracemalloc.stop()
 
 
-# ---- text files
-
 TEXTS: dict[str, dict[str, tuple[str | bytes, str]]] = {}  # file -> case -> its content, words of the answer
 TEXTS["dataset.json"] = {
     "deep": ('{"labels":' + "[" * 100_000, "recursion depth"),
@@ -175,9 +173,6 @@ def test_saved_defaults_are_taken_whatever_the_least_value_is(tmp_path: Path) ->
 @pytest.mark.parametrize("text", ["--5", "9" * 5000, "\u0663-", "-", "1.5", "\x1b[2J"])
 def test_class_words(text: str) -> None:
     sentence_of(parse_classes, text, 10)
-
-
-# ---- folders
 
 
 def test_what_is_no_file_is_passed_over_and_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,9 +319,6 @@ def test_names_in_any_script_are_taken_and_what_is_no_text_is_not(tmp_path: Path
     save_grid(str(tmp_path / "grid.png"), np.zeros((len(names), 4, 4, 3), np.uint8), 1, names)
 
 
-# ---- zips
-
-
 def packed(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, content in files.items():
@@ -420,9 +412,6 @@ def test_files_above_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert find_images(str(stored)).images == ["2.png"]
 
 
-# ---- pictures
-
-
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""
 
@@ -486,8 +475,6 @@ def test_a_name_may_say_another_format(tmp_path: Path, kind: str) -> None:
             Image.new("RGB", (4, 4), (200, 200, 200)).save(tmp_path / f"1{extension}", kind)
             np.testing.assert_allclose(np.asarray(read_image(str(tmp_path / f"1{extension}"), 3)), 200, atol=3)
 
-
-# ---- arrays
 
 U8 = "{'descr': '|u1', 'fortran_order': False, 'shape': %s}\n"
 HEADERS = {
@@ -560,9 +547,6 @@ def test_arrays_in_the_order_of_fortran_are_pictures_all_the_same(tmp_path: Path
     array = np.random.default_rng(0).integers(0, 256, (5, 4), np.uint8).T
     np.save(tmp_path / "1.npy", array)
     np.testing.assert_array_equal(np.asarray(read_image(str(tmp_path / "1.npy"), 1)), array)
-
-
-# ---- checkpoints
 
 
 class Command:
@@ -677,9 +661,6 @@ def test_names_and_shapes_of_no_network(more: dict[str, tuple[int, ...]]) -> Non
     assert peak(lambda: architecture(state)) < MIB
 
 
-# ---- images that cannot be read, in training
-
-
 def spoiled(folder: Path, count: int, bad: set[int]) -> Path:
     folder.mkdir(exist_ok=True)
     for number in range(count):
@@ -752,8 +733,6 @@ def test_an_index_alone_is_an_error_always(tmp_path: Path) -> None:
     with pytest.raises(UnreadableImage, match="b_001"):
         dataset[2]
 
-
-# ---- the source
 
 SOURCES = [*(ROOT / "guided_diffusion").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
 NEVER_CALLED = ["eval", "exec", "compile", "__import__"]

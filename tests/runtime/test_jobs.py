@@ -54,9 +54,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return one.merge()
 
 
-# ---- shards
-
-
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_ranks_make_the_file_of_one_process(job: Squares, whole: bytes, world_size: int) -> None:
     for rank in reversed(range(world_size)):
@@ -122,9 +119,6 @@ def test_what_killed_runs_left_half_written_is_removed(job: Squares) -> None:
         Path(job.file(name)).write_bytes(b"half")
     job.tidy("squares.npz")
     assert set(os.listdir(job.out_dir)) == others
-
-
-# ---- requests
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,6 @@ from guided_diffusion.runtime import log_writers
 LAUNCHER_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
-# ---- formats
-
-
 def test_csv_gets_a_column_per_key_in_the_order_of_first_sight(tmp_path):
     path = tmp_path / "progress.csv"
     logger.configure(str(tmp_path), ["csv"])
@@ -141,9 +138,6 @@ def test_formats_that_are_unknown_or_not_installed_are_refused(monkeypatch, tmp_
             logger.configure(str(tmp_path), [name])
 
 
-# ---- values
-
-
 @given(strategies.lists(strategies.floats(-1e6, 1e6), min_size=1, max_size=20))
 def test_logkv_mean_is_the_mean_since_the_last_dump(values):
     collected = logger.Logger("", [])
@@ -216,9 +210,6 @@ def test_lines_below_the_level_are_not_written(tmp_path):
         *("10 debug", "10 info", "10 warn", "10 error"),
         *("30 warn", "30 error"),
     ]
-
-
-# ---- which logger, and where to
 
 
 def test_the_default_logger_comes_from_the_environment(monkeypatch, tmp_path, capsys):

@@ -88,8 +88,6 @@ def test_what_is_there_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert files.isdir(name)
 
 
-# ---- commands x flags
-
 COMMANDS = cli.COMMANDS | cli.OTHERS | DATASETS
 WORDS = ("folder", "zip", "npz", "checkpoint", "an image to", "file of", "file that", "png file")
 NO_PATHS = (
@@ -154,8 +152,6 @@ def test_every_command_takes_or_refuses_paths_in_one_way(
         assert said.count("\n") == 1
         assert flag in said.lower()
 
-
-# ---- what is opened
 
 PIXELS = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
 

@@ -26,9 +26,6 @@ def noise_like(shape=SHAPE, seed=0):
 IMAGES = 0.3 + 0.5 * noise_like(seed=9)
 
 
-# ---- inversion
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("mean", ["EPSILON", "VELOCITY"])
 def test_inversion_follows_the_flow(schedule, mean):
@@ -151,9 +148,6 @@ def test_what_makes_no_sense_on_the_way_to_noise_is_refused(options):
     process = make_process(respacing="10")
     with pytest.raises(ValueError, match=r"needs init_image, and no mask or noise|strength"):
         invert(process, GaussianData(process), IMAGES, **options, **EXACT)
-
-
-# ---- interpolation
 
 
 @pytest.mark.parametrize("dtype", [th.float32, th.float64])

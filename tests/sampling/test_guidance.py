@@ -63,9 +63,6 @@ def by_steps(process, name, predict):
     return x
 
 
-# ---- Bayes' rule
-
-
 class Observed:
     """The likelihood of an observation x_0 + N(0, noise^2) = seen, as it depends on x_t: its score is known exactly."""
 
@@ -163,9 +160,6 @@ def test_what_the_network_predicts_does_not_matter_to_guidance(name, mean):
         data = GaussianData(process)
         images.append(sample(process, name, data, cond_fn=Observed(process, data)))
     assert th.allclose(*images, atol=1e-9)
-
-
-# ---- no guidance
 
 
 def zero(x, *args, **kwargs):
@@ -289,9 +283,6 @@ def test_single_steps_through_the_denoiser_are_those_of_the_loops():
         assert th.equal(x, loops[name](data, SHAPE, **options))
 
 
-# ---- clipping what is guided
-
-
 class Uncertain:
     """The exact classifier of a mixture, with errors of a size that a trained one has, also where there is no signal.
 
@@ -397,9 +388,6 @@ def test_public_rules_are_the_rules_of_the_steps():
     assert all(th.equal(score[key], again[key]) for key in ("mean", "pred_xstart"))
     shift = (1 - process.alphas_cumprod[5]) / process.alphas_cumprod[5] ** 0.5 * gradient
     assert th.allclose(score["pred_xstart"], out["pred_xstart"] + shift)
-
-
-# ---- classifiers
 
 
 class Linear(th.nn.Module):
@@ -531,9 +519,6 @@ def test_an_unconditional_network_under_guidance():
 
     plain = sample(process, "ddim", data, model_kwargs={"y": LABELS})
     assert th.equal(plain, sample(process, "ddim", without_labels(strict), model_kwargs={"y": LABELS}))
-
-
-# ---- guided networks
 
 
 class Classes(th.nn.Module):
@@ -811,9 +796,6 @@ def test_a_scale_that_is_a_number_is_not_asked_of_the_device(scale):
         assert questions.count == 0
 
 
-# ---- intervals
-
-
 @pytest.mark.parametrize("name", few(NAMES))
 @pytest.mark.parametrize("through", [False, True])
 def test_a_guide_acts_in_its_interval_alone(name, through):
@@ -921,9 +903,6 @@ def test_everything_together_is_the_formula(name):
     assert max(classifier.asked) <= 500
 
 
-# ---- classes of a mixture
-
-
 class Conditional(mixture.Oracle):
     """The perfect network for the classes of a mixture, and for no class."""
 
@@ -950,9 +929,6 @@ def test_classifier_free_guidance_is_guidance_by_the_exact_classifier(name):
         sampler = DDIM(1.0) if name == "ddpm" else make_sampler(name)
         images.append(process.sample_loop(sampler, model, x.shape, **options))
     assert th.allclose(*images, atol=1e-6)
-
-
-# ---- losses of the denoised image
 
 
 def slope_of(process, data, t):
@@ -1044,9 +1020,6 @@ def test_dps_leaves_alone_what_is_explained():
     assert th.equal(
         out.out["mean"], process.p_mean_variance(data, noise_like(), th.tensor([3, 3]), clip_denoised=False)["mean"]
     )
-
-
-# ---- embeddings
 
 
 class Encoder(th.nn.Module):
@@ -1155,9 +1128,6 @@ def test_cutouts_draw_from_the_global_generator_where_they_have_none_of_their_ow
     before = th.get_rng_state()
     random_cutouts(2, 4, generator=th.Generator())(images)
     assert th.equal(th.get_rng_state(), before)
-
-
-# ---- dynamic thresholding
 
 
 @pytest.mark.parametrize("percentile", [0.1, 0.5, 0.9, 0.995, 1.0])

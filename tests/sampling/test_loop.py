@@ -62,9 +62,6 @@ def generators(*seeds):
     return [th.Generator().manual_seed(seed) for seed in seeds]
 
 
-# ---- masks
-
-
 @pytest.mark.parametrize("name", few(NAMES))
 def test_a_mask_of_ones_returns_the_image(name):
     process = make_process(respacing="6")
@@ -279,9 +276,6 @@ def test_a_mask_goes_together_with_guidance_through_the_network():
         assert not out.requires_grad
 
 
-# ---- resampling
-
-
 def plain_walk(*stretches):
     return [t for start, end, times in stretches for t in list(range(start, end - 1, -1)) * times]
 
@@ -366,9 +360,6 @@ def test_resampling_makes_what_is_painted_agree_with_what_is_kept(name):
         assert float(painted.var()) < 0.25
     assert 0 < means[0] < means[1] < 0.5
     assert 0.45 - means[1] < 0.7 * (0.45 - means[0])
-
-
-# ---- where to start
 
 
 STARTS = product(
@@ -462,9 +453,6 @@ def test_the_way_to_noise_where_no_signal_is_left():
     assert (run(process, "ddim", start=noise) - IMAGE).abs().max() < 0.3
 
 
-# ---- callbacks
-
-
 @pytest.mark.parametrize("name", few(NAMES))
 def test_a_callback_sees_every_step_in_order(name):
     process = make_process(respacing="6")
@@ -494,9 +482,6 @@ def test_a_callback_stops_the_run_by_raising():
     with pytest.raises(Enough):
         run(process, "ddpm", spy, callback=stop)
     assert spy.asked == process.timestep_map[:3:-1]
-
-
-# ---- how often the network is asked
 
 
 RUNS = {
@@ -535,9 +520,6 @@ def test_network_calls_of_options(sampler):
         assert data.calls == network_calls(process, sampler, **options)
 
 
-# ---- surfaces
-
-
 @pytest.mark.parametrize(("name", "sampler"), [("p", Ancestral()), ("ddim", DDIM()), ("plms", PLMS(2))])
 def test_the_loops_by_name_take_every_option(name, sampler):
     process, surface = make_process(respacing="6"), f"{name}_sample_loop"
@@ -570,9 +552,6 @@ def test_an_option_that_there_is_not_is_refused(name):
     process = make_process(respacing="6")
     with pytest.raises(TypeError, match="strenght is no option of sampling; did you mean strength"):
         getattr(process, name)(GaussianData(process), SHAPE, device="cpu", init_image=IMAGE, strenght=0.5)
-
-
-# ---- what contradicts itself
 
 
 @pytest.mark.parametrize(

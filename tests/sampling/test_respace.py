@@ -128,9 +128,6 @@ def test_respaced_steps_predict_as_the_whole_process_does():
     assert th.allclose(few["pred_xstart"], many["pred_xstart"], atol=1e-10)
 
 
-# ---- grids of real timesteps
-
-
 LEVELS = make_process(1000).alphas_cumprod
 
 

@@ -452,9 +452,6 @@ def test_plms_state_is_a_value():
     assert [len(o["old_eps"]) for o in kept[:4]] == [1, 2, 3, 3]
 
 
-# ---- by name
-
-
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
@@ -506,9 +503,6 @@ def test_what_is_no_sampler_is_refused(sampler):
     process = make_process(respacing="5")
     with pytest.raises(TypeError, match="a sampler must be a name, or a Sampler"):
         process.sample_loop(sampler, GaussianData(process), SHAPE, device="cpu")
-
-
-# ---- the loop's options
 
 
 @pytest.mark.parametrize("name", few(NAMES))
@@ -658,9 +652,6 @@ def test_make_sampler_names_what_is_allowed():
             make_sampler(name, **{option: -0.5})
     with pytest.raises(ValueError, match=r"the sampler dpm\+\+2m has no option churn: it is an option of heun, euler"):
         make_sampler("dpm++2m", churn=1.0)
-
-
-# ---- the order of draws
 
 
 def drawing(x, timesteps, **kwargs):

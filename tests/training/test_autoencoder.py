@@ -78,9 +78,6 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-# ---- losses
-
-
 def test_codes_and_latents_draw_each_other_by_their_gradients():
     th.manual_seed(0)
     latents, codes = (th.randn(2, 3, 4, 4, dtype=th.float64, requires_grad=True) for _ in range(2))
@@ -150,9 +147,6 @@ def test_dead_codes_become_latents_by_key():
     assert opt.state[codes]["exp_avg"][[0, 1, 3]].all()
 
 
-# ---- similarity
-
-
 def reference_ssim(x, y):
     """Window by window, for one channel of numbers in [0, 255]."""
     offsets = np.arange(11) - 5
@@ -179,9 +173,6 @@ def test_psnr_and_ssim_are_those_of_the_papers():
     mse = ((x - y) ** 2).mean((1, 2, 3))
     np.testing.assert_allclose(psnr(a - 1, b - 1), 20 * np.log10(255) - 10 * np.log10(mse), rtol=1e-5)
     assert ssim(a - 1, a - 1).tolist() == [1.0, 1.0]
-
-
-# ---- the loop
 
 
 @pytest.mark.slow
@@ -256,9 +247,6 @@ def test_two_ranks_train_what_one_does(tmp_path, pictures, ranks):
     latents = network.encode(images)
     expected = (latents.mean.var(correction=0) + latents.std.square().mean()).rsqrt()
     assert factor == pytest.approx(float(expected), rel=0.3)  # of the batch before, half of these images
-
-
-# ---- trained ones
 
 
 @pytest.mark.parametrize(

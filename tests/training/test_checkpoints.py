@@ -29,9 +29,6 @@ def write_set(folder, step, *, kinds=("model", "ema_0.99_", "ema_0.9999_", "opt"
         checkpoints.save(os.path.join(folder, f"{kind}{step:06d}.pt"), {"step": step})
 
 
-# ---- one file
-
-
 def test_a_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path):
     path = str(tmp_path / "run" / "model000001.pt")
     checkpoints.save(path, {"a": th.ones(3)})
@@ -87,9 +84,6 @@ def test_a_missing_file_is_answered_with_those_beside_it(tmp_path):
         checkpoints.load(str(tmp_path / "model000006.pt"))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         checkpoints.find_set(str(tmp_path / "nowhere" / "model000006.pt"))
-
-
-# ---- sets
 
 
 @pytest.mark.parametrize(
@@ -190,9 +184,6 @@ def test_config_and_classes_lie_beside_the_weights(tmp_path):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(ValueError, match="is no config of a run"):
             checkpoints.config_beside(path)
-
-
-# ---- weights
 
 
 def refusal(tmp_path, model, state, name="model000004.pt", **flags):

@@ -88,9 +88,6 @@ def labels(*values: int) -> dict[str, th.Tensor]:
     return {"y": th.tensor(values)}
 
 
-# ---- growing
-
-
 @pytest.mark.parametrize("cond_aug", [0.0, 0.5])
 def test_an_upsampler_begins_as_the_base_model_whatever_it_is_shown(cond_aug: float) -> None:
     base, model = unet(), upsampler(cond_aug=cond_aug)
@@ -217,9 +214,6 @@ def test_an_upsampler_cannot_become_blind() -> None:
         initialise(fresh(unet()), source(upsampler()), mismatch="inflate")
 
 
-# ---- flags
-
-
 def test_flags_are_the_configs_or_read_off_the_weights() -> None:
     base = unet(channel_mult="1,2", attention_resolutions="4")
     saved = {"image_size": 8, "channel_mult": "", "attention_resolutions": "4", "num_heads": 7}
@@ -248,9 +242,6 @@ def test_adapters_are_named_rightly(capsys: pytest.CaptureFixture[str]) -> None:
         "no layer that carries adapters: name some of attention,convolutions; did you mean attention?"
         in capsys.readouterr().err
     )
-
-
-# ---- freezing
 
 
 @pytest.mark.parametrize(
@@ -301,9 +292,6 @@ def test_frozen_parameters_stay_what_they_are(tmp_path: Path, precision: str) ->
     names = [name for name, _ in unet().named_parameters()]
     assert saved["param_groups"][0]["params"] == list(range(len(names)))
     assert [names[index] for index in sorted(saved["state"])] == [name for name in names if name not in frozen]
-
-
-# ---- the commands
 
 
 def command_line(**flags: Any) -> list[str]:

@@ -62,9 +62,6 @@ def quiet(tmp_path):
     logger.configure(dir=str(tmp_path), format_strs=[])
 
 
-# ---- the trainer
-
-
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
 def test_every_parameter_moves_as_in_fp32(precision, tolerance):
     """Also the vectors, and not by 2^20 too much: gradients are unscaled on all masters."""
@@ -235,9 +232,6 @@ def test_a_model_that_only_knows_fp16_trains_in_it():
     assert model.body.weight.dtype == th.float16
 
 
-# ---- gradients on their way
-
-
 def step_by_step(trainer: MixedPrecisionTrainer, losses: list[th.Tensor], *, last: bool = True) -> list[th.Tensor]:
     """The gradients of some backward passes, copied; `last`: the last of them is said to be it."""
     trainer.zero_grad()
@@ -341,9 +335,6 @@ def test_buckets_are_sent_in_one_order_with_zeros_for_what_took_no_part(buckets)
     assert len(buckets) == 5
     with pytest.raises(RuntimeError, match="a gradient came after its bucket was sent"):
         trainer.backward(model.head.weight.sum(), last=True)
-
-
-# ---- layouts in memory
 
 
 class Picture(Toy):
@@ -499,9 +490,6 @@ def test_the_optimizer_and_the_averages_are_one_call_without_a_copy():
     assert not {"aten::clone", "aten::contiguous"} & set(calls)
 
 
-# ---- the functions of the flat layout
-
-
 def test_only_convolutions_change_their_precision():
     layers = nn.Sequential(
         nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.Linear(1, 1), nn.GroupNorm(1, 1)
@@ -579,9 +567,6 @@ def test_the_flat_optimizer_state_of_older_fp16_runs_is_that_of_each_parameter()
 def test_overflow_is_whatever_is_not_finite():
     values = (1e30, float("inf"), -float("inf"), float("nan"))
     assert [fp16_util.check_overflow(value) for value in values] == [False, True, True, True]
-
-
-# ---- code written for the originals
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -96,9 +96,6 @@ def same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-# ---- the network
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_adapters_start_as_nothing(precision: str) -> None:
     plain, model = unet(), adapted()
@@ -160,9 +157,6 @@ def test_layered_undoes_merged_to_the_bit() -> None:
     assert all(th.equal(whole[name], state[name]) for name in state)
     with pytest.raises(ValueError, match="adapters of the checkpoint are others"):
         lora.layered(adapted(on=["attention"]), named)
-
-
-# ---- training
 
 
 @pytest.mark.parametrize("precision", few(["fp32", "bf16", "fp16"], ["bf16"]))
@@ -257,9 +251,6 @@ def test_old_sets_go_with_their_adapters(tmp_path: Path) -> None:
     assert entry.lora == str(tmp_path / "lora000003")
     (tmp_path / "lora000004" / lora.WEIGHTS).write_bytes(b"half")
     assert checkpoints.newest(str(tmp_path))[0] == entry
-
-
-# ---- files
 
 
 @pytest.fixture

@@ -234,9 +234,6 @@ def test_padding_counts_as_text_where_it_did_in_training(tmp_path):
     assert th.allclose(context, expected, atol=1e-6)
 
 
-# ---- the published configurations
-
-
 def heads_of(network):
     """(channels of q, heads) of each attention."""
     layers = [layer for layer in network.modules() if isinstance(layer, CrossAttention | AttentionBlock)]
@@ -300,9 +297,6 @@ def test_the_networks_of_glide_tell_their_arguments(name):
     assert heads_of(network) == heads_of(original)
     assert [block.attn.heads for block in network.transformer.resblocks] == [8] * 16
     assert (network.use_scale_shift_norm, network.resblock_updown) == (True, True)
-
-
-# ---- GLIDE
 
 
 def glide_file(path, kind):
@@ -384,9 +378,6 @@ def test_the_page_about_latents_paints_with_glide(tmp_path):
     bert_tokenizer().save(str(tmp_path / "tokenizer.json"))
     image, keep = th.rand(1, 3, 8, 8), th.ones(1, 1, 8, 8)
     assert names["paint"](path, [5, 7], image, keep).isfinite().all()
-
-
-# ---- what cannot be used
 
 
 def without(state, word):

@@ -144,9 +144,6 @@ def test_there_is_none_without_a_table(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
 
 
-# ---- charts
-
-
 def heights(chart: str) -> list[float]:
     path = re.search('class="curve c0" d="M(.*?)"', chart)
     assert path

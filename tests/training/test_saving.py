@@ -60,9 +60,6 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-# ---- manifests
-
-
 def test_a_manifest_names_every_file_with_its_size_and_checksum(run):
     said = json.loads((run / "set000004.json").read_text())
     assert (said["format"], said["step"]) == (1, 4)
@@ -185,9 +182,6 @@ def test_a_folder_of_weights_alone_is_a_set_and_a_torn_first_set_is_none(run, tm
     assert checkpoints.choose(str(tmp_path / "nowhere"), auto=True) == (None, [])
 
 
-# ---- interrupted writing
-
-
 class Killed(BaseException):
     pass
 
@@ -276,9 +270,6 @@ def test_what_was_resumed_from_is_never_written_again(run):
     state.weights += 1
     saver.save(state, str(run), 6)
     assert contents(run) == before
-
-
-# ---- disks
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
@@ -379,9 +370,6 @@ def test_an_error_of_the_writers_own_is_not_taken_for_the_disks(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# ---- buckets
-
-
 class Bucket:
     """An object store behind blobfile's functions: an object appears when it is closed, never after an error."""
 
@@ -452,9 +440,6 @@ def test_an_upload_that_fails_shows_nothing(monkeypatch):
         Saver().save(State(), folder, 2)
     assert newest(folder, checksums=True)[0] == 1
     assert not any("opt000002" in name or "set000002" in name for name in bucket.objects)
-
-
-# ---- in a thread
 
 
 def test_a_thread_writes_the_bits_of_the_moment_of_saving(run, tmp_path, monkeypatch):
@@ -532,9 +517,6 @@ def test_a_snapshot_is_a_contiguous_copy():
     values["a"][0].add_(1)
     assert th.equal(copied["a"][0], th.ones(3))
     assert map_tensors(values, lambda tensor: tensor.numel()) == {"a": [3, (12, 7, "text")], "b": 1}
-
-
-# ---- signals
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])

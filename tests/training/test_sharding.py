@@ -61,9 +61,6 @@ def run(folder, pictures, precision, *, batch_size=2, data=None, **options):
     return loop
 
 
-# ---- on each of two ranks
-
-
 def on_a_rank(folder, pictures, precision):
     warnings.simplefilter("error")
     th.set_num_threads(1)
@@ -115,8 +112,6 @@ def few_rows():
     whole, split = (trainer.master_params_to_state_dict(trainer.master_params) for trainer in trainers)
     th.testing.assert_close(dict(split), {name: value.detach() for name, value in whole.items()})
 
-
-# ---- on each of two ranks of a machine, or of four of two machines
 
 HYBRID = """
 import os, socket, sys
@@ -234,9 +229,6 @@ def test_parts_that_are_cut_changed_or_more_than_tensors_are_refused(parts, tmp_
     assert not (source / "shards000001").exists()
 
 
-# ---- afterwards
-
-
 @pytest.fixture(scope="module")
 def runs(request, ranks, tmp_path_factory):
     """The folder in which two ranks did what `on_a_rank` says in a precision, their pictures, and what they printed."""
@@ -338,8 +330,6 @@ def test_any_number_of_ranks_goes_on_split_or_whole(runs, tmp_path):
     assert losses["split_True"] == pytest.approx(losses["whole_True"], rel=1e-4)
 
 
-# ---- other networks
-
 TINY = {"num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "attention_resolutions": "4"}
 CLASSIFIER = {"classifier_depth": 1, "classifier_channel_mult": "1,2", "classifier_attention_resolutions": "4"}
 LOW = {"low_res": X[:, :, ::2, ::2], "low_res_level": th.tensor([0.3])}
@@ -389,9 +379,6 @@ def test_the_copy_without_values_lies_as_a_network_with_values_would(width):
     layout = [(param.dtype, param.stride()) for param in real.parameters()]
     assert [(param.dtype, param.stride()) for param in trainer._plain.parameters()] == layout
     assert all(param.is_contiguous() for param in real.parameters()) == (width < WIDE)
-
-
-# ---- what cannot be split
 
 
 def test_splitting_needs_a_group_and_a_torch_that_can(monkeypatch):

@@ -113,9 +113,6 @@ def assert_same_files(one, other, step, least=4):
         th.testing.assert_close(a, b, atol=0, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# ---- learning
-
-
 def test_a_tiny_network_overfits_four_images(tmp_path, pictures):
     images = next(stream(pictures, deterministic=True, random_flip=False))[0]
     loop = make(
@@ -208,9 +205,6 @@ def test_one_network_learns_the_classes_and_what_all_have_in_common(tmp_path):
     assert means[0] > 0.6
     assert means[1] < -0.6
     assert abs(means[2]) < 0.3
-
-
-# ---- resuming
 
 
 @pytest.mark.slow
@@ -477,9 +471,6 @@ def test_two_ranks_fall_and_go_on_to_the_bit_and_stop_together(tmp_path, picture
     assert column(tmp_path / "one", "loss")[-1] == pytest.approx(column(tmp_path / "whole", "loss")[-1], rel=1e-5)
 
 
-# ---- errors between steps
-
-
 def failing(error, at):
     """A function that raises an error when it is called for the `at`-th time."""
     calls = itertools.count(1)
@@ -727,9 +718,6 @@ def test_weights_of_other_flags_are_refused(tmp_path, pictures):
     wide = build_unet(UNetConfig(**{**UNET, "num_channels": 64}), False)
     with pytest.raises(ValueError, match="the checkpoint has num_channels 32, you gave 64"):
         make(tmp_path, stream(pictures), network=wide, resume_checkpoint=str(tmp_path))
-
-
-# ---- steps
 
 
 def gradients_of(loop, batch):
@@ -1001,9 +989,6 @@ def test_a_signal_ends_a_run_with_everything_saved(tmp_path, pictures):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# ---- labels without a class
-
-
 def test_neither_microbatches_nor_resuming_change_which_labels_are_dropped(tmp_path, pictures):
     batches = list(itertools.islice(stream(pictures, class_cond=True), 4))
     found = []
@@ -1059,9 +1044,6 @@ def test_a_network_without_a_null_class_is_refused(tmp_path, pictures):
     for kind in (TrainLoop, ClassifierTrainLoop):
         with pytest.raises(ValueError, match=r"class_dropout 0\.1 needs a network that knows 'no class'"):
             make(tmp_path, data, kind=kind, network=labelled(null_class=False), class_dropout=0.1)
-
-
-# ---- what must not disturb
 
 
 def test_previews_and_validation_leave_the_training_alone(tmp_path, pictures):
@@ -1154,9 +1136,6 @@ def test_the_seed_decides_the_draws_and_no_global_generator(tmp_path, pictures):
     assert column(tmp_path / "a", "loss") != column(tmp_path / "c", "loss")
 
 
-# ---- the log
-
-
 def test_the_log_has_a_mean_and_four_quarters_of_each_loss(tmp_path):
     logger.configure(dir=str(tmp_path), format_strs=[])
     t = th.tensor([0, 9, 10, 25, 39])
@@ -1211,9 +1190,6 @@ def test_the_log_says_how_long_training_stood_still_for_a_checkpoint(tmp_path, p
 def test_an_average_longer_than_the_run_is_pointed_out(tmp_path, pictures):
     make(tmp_path, stream(pictures), ema_rate="0.9999", max_steps=1).run_loop()
     assert "EMA 0.9999 averages over about 10000 updates and the run has 1" in text(tmp_path)
-
-
-# ---- code written for the originals
 
 
 def test_a_foreign_iterator_will_do_and_its_end_is_an_error(tmp_path, pictures):
