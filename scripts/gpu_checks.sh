@@ -18,8 +18,8 @@ part() { # SECONDS NAME COMMAND...
 
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "torch sees no GPU"; exit 2; }
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-part 200 tests "$python" -m pytest tests/training/test_gpu.py -q -m 'gpu' -p no:cacheprovider
-part 120 network "$python" benchmarks/network.py --rounds 2 --json "$out/network.json"
-part 100 sampling "$python" benchmarks/sampling.py --rounds 1 --json "$out/sampling.json"
-part 150 training "$python" benchmarks/training.py --rounds 1 --only emoji32,256x256 --json "$out/training.json"
+part 170 tests "$python" -m pytest tests/training/test_gpu.py -q -m 'gpu' -p no:cacheprovider
+part 190 network "$python" benchmarks/network.py --rounds 2 --only 64x64,256x256 --compile --json "$out/network.json"
+part 70 sampling "$python" benchmarks/sampling.py --rounds 1 --json "$out/sampling.json"
+part 140 training "$python" benchmarks/training.py --rounds 1 --only emoji32,64x64,256x256 --json "$out/training.json"
 exit "$code"

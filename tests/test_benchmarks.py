@@ -6,7 +6,9 @@ Nothing here looks at how long something takes.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -217,6 +219,22 @@ def test_tables_go_to_the_file_and_to_the_page(page: Path, tmp_path: Path, capsy
 def test_what_makes_no_sense_is_refused(words: str, answer: str) -> None:
     with pytest.raises(SystemExit, match=answer):
         Bench.begin("about", "network", words.split(), parts=["forward", "backward"])
+
+
+def test_the_script_for_a_gpu_names_parts_and_flags_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, script = Bench.begin, Path(pages.__file__).parents[1] / "scripts" / "gpu_checks.sh"
+
+    def only_begin(*args: Any, **keywords: Any) -> None:
+        begin(*args, **keywords)
+        raise InterruptedError
+
+    monkeypatch.setattr(Bench, "begin", only_begin)
+    lines = re.findall(r"benchmarks/(\w+)\.py (.*)", script.read_text())
+    assert {name for name, _ in lines} == {"network", "sampling", "training"}
+    for name, words in lines:
+        with pytest.raises(InterruptedError):
+            importlib.import_module(name).main(words.split())
+    assert sum(map(int, re.findall(r"^part (\d+)", script.read_text(), re.MULTILINE))) < 600
 
 
 def test_the_page_has_a_place_for_every_benchmark() -> None:
