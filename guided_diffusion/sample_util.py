@@ -194,7 +194,7 @@ def _sample_batch(
             each(output)
         with th.no_grad():
             x = output["sample"] if job.decode is None else job.decode(output["sample"], rows)
-    return x[:count], None if labels is None or not job.keep_labels else labels[:count]
+    return x[:count], None if labels is None or not job.saves_labels else labels[:count]
 
 
 def _device(model: Model, options: SampleOptions) -> th.device:
@@ -250,7 +250,7 @@ def _draw_pictures(job: Job, rank: int, world_size: int) -> None:
     if job.save_images:
         names, share = picture_names(job.names), {"rank": rank, "world_size": world_size, "first": job.start_index}
         images = (image for chunk in read_npz(job.path, "arr_0", CHUNK) for image in chunk)
-        labels = np.concatenate([*read_npz(job.path, "arr_1", CHUNK)]) if len(job.arrays) > 1 else None
+        labels = np.concatenate([*read_npz(job.path, "arr_1", CHUNK)]) if job.saves_labels else None
         draw_each(job.file("images"), images, labels, names=names, prompts=job.prompts, **share)
 
 

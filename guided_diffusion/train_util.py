@@ -418,9 +418,9 @@ class ClassifierTrainLoop(TrainLoop):
             self.validation.data.load_state_dict({"batches": self.resume_step // max(1, self.val_interval)})
 
     def _after_step(self) -> None:
-        from .training.confusion import judge
-
         if hasattr(self.validation.data, "global_batch") and (self.done or self._is_due(self.save_interval)):
+            from .training.confusion import judge
+
             with self.meter.paused():
                 self.failures.keep(judge, self, get_blob_logdir(), together=True)
         super()._after_step()

@@ -85,7 +85,7 @@ def check_labels(flags: Flags, labelled: bool) -> None:
     given = bool(options.classes or options.class_sampling)
     other = ", or --randomize_class True" * flags.part(SuperResConfig).class_cond
     kind = "is class-conditional" if flags.part(SuperResConfig).class_cond else "is guided by a classifier"
-    lacking = _wants_labels(flags) and not (labelled or given or options.randomize_class)
+    lacking = _wants_labels(flags) and not (labelled or options.chooses_labels)
     refuse(
         (given and labelled, f"--{text} has no effect, as the images have labels of their own: leave it out"),
         (lacking, f"the upsampler {kind} and the images have no labels (arr_1): give --classes{other}"),
@@ -111,8 +111,7 @@ def read_base(flags: Flags, names: Sequence[str] = ()) -> BaseImages:
             count, column = len(names) or config.num_classes, source.label_column
             return read_labels(listing, source.class_from, names or None, count, label_column=column).ids
 
-    elsewhere = options.classes or options.class_sampling or options.randomize_class
-    by_files = (_wants_labels(flags) and not elsewhere) or source.class_from != "auto"
+    by_files = (_wants_labels(flags) and not options.chooses_labels) or source.class_from != "auto"
     selection = Selection(options.num_samples, all="num_samples" in flags.changed, label=label if by_files else None)
     shape = (*((0, 0) if source.tile_overlap else parse_size(config.small_size)), config.image_channels)
     base = read(source.base_samples, shape, selection, parse_range(flags.part(RangeConfig).data_range))

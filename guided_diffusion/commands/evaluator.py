@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..config import RangeConfig
 from ..runtime.errors import refuse
 from ..runtime.options import parse_range
@@ -16,7 +14,7 @@ from .tool_sections import EvaluatorConfig
 def compare(flags: Flags) -> None:
     """Print the origin of the features, warnings, and the scores."""
     from .. import dist_util, logger
-    from ..evaluation.evaluator import evaluate, prepare
+    from ..evaluation.evaluator import evaluate
     from ..evaluation.images import FileImages, open_images
     from ..evaluation.neighbours import K, draw_neighbours
     from ..evaluation.scores import Options
@@ -34,15 +32,20 @@ def compare(flags: Flags) -> None:
     refuse((few, f"--neighbours needs {K} images or more on either side: give images, or leave it out"))
     idle = config.image_size and not any(isinstance(images, FileImages) for images in (reference, samples))
     refuse((idle, f"--image_size {config.image_size} has no effect, as no folder or zip is given: leave it out"))
-    extractor = common.extractor_of(flags)
-    making: dict[str, Any] = {"batch_size": flags.part(ExtractorConfig).eval_batch_size, "cache": config.cache}
-    making["progress"] = True
-    options = Options(dtype=config.distances, seed=config.seed)
-    report = evaluate(reference, samples, extractor, metrics=config.metrics, options=options, **making)
+    report = evaluate(
+        reference,
+        samples,
+        common.extractor_of(flags),
+        metrics=config.metrics,
+        options=Options(dtype=config.distances, seed=config.seed),
+        needs=["pool"] if config.neighbours else (),
+        batch_size=flags.part(ExtractorConfig).eval_batch_size,
+        cache=config.cache,
+        progress=True,
+    )
     facts, lines = dict(report.facts), list[str]()
     if config.neighbours:
-        sides = [prepare(images, extractor, needs=["pool"], **making) for images in (reference, samples)]
-        facts["neighbours"], line = dist_util.decide(lambda: draw_neighbours(config.neighbours, *sides))
+        facts["neighbours"], line = dist_util.decide(lambda: draw_neighbours(config.neighbours, *report.sides))
         lines = [line]
     if dist_util.rank() == 0 and config.json:
         write_json(config.json, facts)

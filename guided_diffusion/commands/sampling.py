@@ -106,8 +106,7 @@ def enlarging(model: Restored, classifier: Restored | None = None) -> Plan:
     names = (classifier.classes if classifier else []) or model.classes
     prompts.extend(plan, model, conditioning.enlarge(plan, flags, names))
     vectors.extend(plan, model)
-    options = flags.part(SampleConfig)
-    if "labels" not in plan.job and (options.classes or options.class_sampling or options.randomize_class):
+    if "labels" not in plan.job and flags.part(SampleConfig).chooses_labels:
         plan.job |= labels_of(flags, names, config.num_classes)
     if not config.class_cond:
         plan.network = without_labels(plan.network)

@@ -196,6 +196,11 @@ class SampleConfig(ModelConfig):
     save_images: bool = flag(False, "write one PNG per image as well")
     save_intermediate: int = flag(0, "film.png, film.gif: the first x_0 every so many steps; 0: none", at_least=0)
 
+    @property
+    def chooses_labels(self) -> bool:
+        """Whether labels come from flags, and not from what images there are or from chance."""
+        return bool(self.classes or self.class_sampling or self.randomize_class)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:

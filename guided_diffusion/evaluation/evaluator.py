@@ -44,6 +44,7 @@ class Report:
     :param results: the scores by name, in the order in which they are printed.
     :param omitted: sentences about the scores that cannot be computed.
     :param facts: everything, as JSON values.
+    :param sides: the reference and the samples.
     """
 
     results: Mapping[str, float]
@@ -51,6 +52,7 @@ class Report:
     warnings: tuple[str, ...]
     omitted: tuple[str, ...]
     facts: Mapping[str, Any] = field(repr=False)
+    sides: tuple[Side, ...] = field(default=(), repr=False)
 
     def lines(self) -> list[str]:
         """The scores as the original prints them."""
@@ -64,12 +66,14 @@ def evaluate(
     *,
     metrics: str | Sequence[str] = DEFAULT_METRICS,
     options: Options | None = None,
+    needs: Collection[str] = (),
     **making: Any,
 ) -> Report:
     """The scores of samples against a reference; collective, and the same report on every rank.
 
     :param reference: a path, or the result of `prepare` where many samples are compared with one reference.
     :param metrics: names of `METRICS`, or one text of them with commas.
+    :param needs: fields of `FeatureSet` that the report's sides are to have beside those that the metrics take.
     :param making: options of `feature_set`: batch_size, cache, progress.
     """
     samples = open_images(samples)
@@ -81,9 +85,11 @@ def evaluate(
     refuse((not samples.count, f"{samples.path} holds statistics and no images, {of_images}"))
     samples.share_scan()  # errors come before the reference's features, which take their time
     if not isinstance(reference, Side):
-        reference = prepare(reference, extractor, needs=needs_of(chosen), **making)
-    other = prepare(samples, extractor, needs={metric.field for metric in chosen}, stored=False, **making)
-    return dist_util.decide(lambda: _report(reference, other, extractor, chosen, options or Options()))
+        reference = prepare(reference, extractor, needs={*needs_of(chosen), *needs}, **making)
+    fields = {*(metric.field for metric in chosen), *needs}
+    other = prepare(samples, extractor, needs=fields, stored=False, **making)
+    report = dist_util.decide(lambda: _report(reference, other, extractor, chosen, options or Options()))
+    return replace(report, sides=(reference, other))
 
 
 def prepare(

@@ -216,12 +216,17 @@ class Job(RestartableJob):
     def arrays(self) -> list[tuple[tuple[int, ...], Any]]:
         """Images, channels last, and labels if there are any."""
         images = ((*self.shape[1:], self.shape[0]), np.uint8)
-        return [images, ((), np.int64)] if self.labelled and self.keep_labels else [images]
+        return [images, ((), np.int64)] if self.saves_labels else [images]
 
     @property
     def labelled(self) -> bool:
         """Whether the images have labels."""
         return bool(self.labels) or self.num_classes > 0
+
+    @property
+    def saves_labels(self) -> bool:
+        """Whether the result has them."""
+        return self.labelled and self.keep_labels
 
     @property
     def path(self) -> str:
